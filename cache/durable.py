@@ -1,0 +1,49 @@
+"""Bytes that are safe on disk, and folders that appear at their final name in one step."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def sync_file(path: Path) -> None:
+    """Flush one file to the disk."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to the disk."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_tree(path: Path) -> None:
+    """Flush every file and folder below `path`, the deepest first."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for name in files:
+            sync_file(Path(folder, name))
+        sync_folder(Path(folder))
+
+
+def publish(scratch: Path, final: Path) -> None:
+    """Make `scratch` appear as `final`, whole, replacing what was there.
+
+    Both must lie on one file system. A kill leaves the old folder, no folder, or the new one: never a part.
+    """
+    sync_tree(scratch)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+        os.rename(scratch, final)
+        shutil.rmtree(old)
+    else:
+        os.rename(scratch, final)
+    sync_folder(final.parent)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

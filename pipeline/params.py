@@ -1,0 +1,269 @@
+"""params.yaml as frozen, typed records. An unknown key, a wrong type or an unknown name fails here."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pipeline.errors import UserError
+
+TASKS = ("classification", "multilabel", "segmentation")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is run: names of datasets and backbones, and models as backbone names joined by `+`."""
+
+    datasets: tuple[str, ...]
+    backbones: tuple[str, ...]
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Fractions of spatial blocks."""
+
+    train: float
+    val: float
+    test: float
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One images store: a source under pipeline/datasets cut into chips of `chip` pixels.
+
+    `block` is the side, in pixels, of the spatial blocks that are dealt to the splits whole.
+    """
+
+    source: str
+    task: str
+    chip: int
+    block: int
+    splits: Splits
+    seed: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One feature store per dataset: a variant of a family under pipeline/backbones.
+
+    `weights` is `pretrained`, `random` (a control, drawn from `seed`) or `none` (nothing to learn).
+    """
+
+    family: str
+    variant: str
+    weights: str
+    input_size: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Extract:
+    """`dense` keeps the levels of classification sets too; `shard` is the unit of work and of files."""
+
+    dtype: str
+    batch: int
+    shard: int
+    dense: bool
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """`pooled` is `last` (the deepest vector of each backbone) or `all` of them side by side."""
+
+    pooled: str
+    epochs: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class UperNetHead:
+    channels: int
+    epochs: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    linear: LinearHead
+    upernet: UperNetHead
+
+
+@dataclass(frozen=True)
+class Search:
+    """`learning_rate` and `weight_decay` are [low, high], searched on a logarithmic scale.
+
+    `parallel` trials are asked for and trained together, in one pass over the features.
+    """
+
+    trials: int
+    parallel: int
+    seed: int
+    learning_rate: tuple[float, ...]
+    weight_decay: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Train:
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Compute:
+    """`device` is `auto` (a GPU if there is one), `cpu` or `cuda`."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class Params:
+    grid: Grid
+    datasets: dict[str, Dataset]
+    backbones: dict[str, Backbone]
+    extract: Extract
+    heads: Heads
+    search: Search
+    train: Train
+    compute: Compute
+
+    def dataset(self, name: str) -> Dataset:
+        return _named(self.datasets, name, "dataset", "datasets")
+
+    def backbone(self, name: str) -> Backbone:
+        return _named(self.backbones, name, "backbone", "backbones")
+
+    def members(self, model: str) -> list[str]:
+        """Backbone names of a model such as `csmask_b4+lite0`."""
+        names = model.split("+")
+        for name in names:
+            self.backbone(name)
+        if len(set(names)) != len(names):
+            raise UserError(f"Model '{model}' names a backbone twice. Name each once.")
+        return names
+
+
+def load(path: Path | str = "params.yaml") -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: unreadable file, unknown or missing key, wrong type, or a name that is not described.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no {path} here. Run from the root of the repository.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    params = _build(Params, raw, "params.yaml")
+    _check(params)
+    return params
+
+
+def _named(table: dict, name: str, what: str, section: str):
+    if name not in table:
+        raise UserError(
+            f"There is no {what} '{name}'. params.yaml describes: {', '.join(table)}. "
+            f"Use one of these, or describe '{name}' under '{section}:' first."
+        )
+    return table[name]
+
+
+def _check(params: Params) -> None:
+    for name in params.grid.datasets:
+        params.dataset(name)
+    for name in params.grid.backbones:
+        params.backbone(name)
+    for model in params.grid.models:
+        for name in params.members(model):
+            if name not in params.grid.backbones:
+                raise UserError(
+                    f"grid.models has '{model}', but its backbone '{name}' is not in grid.backbones "
+                    f"({', '.join(params.grid.backbones)}), so nothing would extract its features. Add it there."
+                )
+    for name, dataset in params.datasets.items():
+        _one_of(dataset.task, TASKS, f"datasets.{name}.task")
+        fractions = dataclasses.astuple(dataset.splits)
+        if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+            raise UserError(
+                f"datasets.{name}.splits are {fractions}; train, val and test must be positive and sum to 1."
+            )
+        _positive(f"datasets.{name}", chip=dataset.chip, block=dataset.block)
+        if dataset.block % dataset.chip:
+            raise UserError(
+                f"datasets.{name} has chip {dataset.chip} and block {dataset.block}; the block must be a "
+                "multiple of the chip, so that no chip reaches into another split's block."
+            )
+    for name, backbone in params.backbones.items():
+        _one_of(backbone.weights, ("pretrained", "random", "none"), f"backbones.{name}.weights")
+        if backbone.input_size < 32 or backbone.input_size % 32:
+            raise UserError(
+                f"backbones.{name}.input_size is {backbone.input_size}; it must be a multiple of 32, "
+                "the stride of the deepest level."
+            )
+    _one_of(params.extract.dtype, ("float16", "float32"), "extract.dtype")
+    _one_of(params.heads.linear.pooled, ("last", "all"), "heads.linear.pooled")
+    _one_of(params.compute.device, ("auto", "cpu", "cuda"), "compute.device")
+    _positive("extract", batch=params.extract.batch, shard=params.extract.shard)
+    _positive("search", trials=params.search.trials, parallel=params.search.parallel)
+    _positive("train", seeds=params.train.seeds)
+    for head in ("linear", "upernet"):
+        fields = dataclasses.asdict(getattr(params.heads, head))
+        _positive(f"heads.{head}", **{k: v for k, v in fields.items() if isinstance(v, int)})
+    for key in ("learning_rate", "weight_decay"):
+        bounds = getattr(params.search, key)
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+            raise UserError(f"search.{key} is {list(bounds)}; it must be [low, high] with 0 < low <= high.")
+
+
+def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:
+    if value not in allowed:
+        raise UserError(f"{key} is '{value}'; it must be one of: {', '.join(allowed)}.")
+
+
+def _positive(section: str, **values: int) -> None:
+    for key, value in values.items():
+        if value < 1:
+            raise UserError(f"{section}.{key} is {value}; it must be at least 1.")
+
+
+def _build(kind, raw, where: str):
+    """Turn plain YAML data into the record `kind`, recursively; `where` names the place in errors."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        if not isinstance(raw, dict):
+            raise UserError(f"{where} must be a mapping with the keys {', '.join(fields)}; it is {raw!r}.")
+        unknown = [str(key) for key in raw if key not in fields]
+        if unknown:
+            raise UserError(
+                f"{where} has an unknown key: {', '.join(unknown)}. Known keys: {', '.join(fields)}. "
+                "Correct the spelling or remove it."
+            )
+        missing = [n for n, f in fields.items() if n not in raw and f.default is dataclasses.MISSING]
+        if missing:
+            raise UserError(f"{where} lacks: {', '.join(missing)}. Its keys are {', '.join(fields)}.")
+        hints = typing.get_type_hints(kind)
+        return kind(**{key: _build(hints[key], value, f"{where}: {key}") for key, value in raw.items()})
+    if origin is dict:
+        if not isinstance(raw, dict):
+            raise UserError(f"{where} must be a mapping of names; it is {raw!r}.")
+        value_kind = typing.get_args(kind)[1]
+        return types.MappingProxyType(
+            {str(key): _build(value_kind, value, f"{where}: {key}") for key, value in raw.items()}
+        )
+    if origin is tuple:
+        if not isinstance(raw, list):
+            raise UserError(f"{where} must be a list; it is {raw!r}.")
+        return tuple(_build(typing.get_args(kind)[0], value, where) for value in raw)
+    if kind is float and not isinstance(raw, bool):
+        # PyYAML reads YAML 1.1, where 1e-4 without a point is a string; DVC reads it as a number.
+        try:
+            return float(raw)
+        except (TypeError, ValueError):
+            pass
+    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
+        raise UserError(f"{where} must be {kind.__name__}; it is {raw!r}.")
+    return raw
