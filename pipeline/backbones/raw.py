@@ -1,0 +1,41 @@
+"""No network at all: the mean and standard deviation of each band, the baseline that any backbone must beat.
+
+As a pyramid, each cell holds its own mean and standard deviation; pooled, the whole chip's.
+"""
+
+from pathlib import Path
+
+from pipeline.pyramid import Pyramid, Spec
+
+VARIANTS = {
+    "mean_std": Spec(
+        bands=None,
+        eats="unit",
+        mean=None,
+        std=None,
+        strides=(4, 8, 16, 32),
+        layers=("cells of 4 px", "cells of 8 px", "cells of 16 px", "cells of 32 px"),
+        # Nearest neighbour keeps the bands' own values, so that the spread is the chip's own.
+        resize="nearest",
+    )
+}
+
+
+def build(variant: str, weights: str, folder: Path, seed: int):
+    """A torch module (batch, band, y, x) → Pyramid with 2 x band channels; nothing is loaded."""
+    import torch
+    from torch.nn import functional
+
+    strides = VARIANTS[variant].strides
+
+    def statistics(image, size):
+        mean = functional.avg_pool2d(image, size)
+        spread = functional.avg_pool2d(image.square(), size) - mean.square()
+        return torch.cat([mean, spread.clamp_min(0).sqrt()], dim=1)
+
+    class CellStatistics(torch.nn.Module):
+        def forward(self, image):
+            levels = [statistics(image, stride) for stride in strides]
+            return Pyramid(levels, {"mean_std": statistics(image, image.shape[-2:]).flatten(1)})
+
+    return CellStatistics()

@@ -1,0 +1,20 @@
+"""Which device to compute on."""
+
+from pipeline.errors import UserError
+
+
+def device(wanted: str) -> str:
+    """`cpu` or `cuda` for the parameter `compute.device`.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    present = torch.cuda.is_available()
+    if wanted == "cuda" and not present:
+        raise UserError(
+            "compute.device is 'cuda', but torch sees no CUDA device here. "
+            "Set compute.device to 'auto' or 'cpu', or run where `nvidia-smi` lists a GPU."
+        )
+    return "cuda" if present and wanted != "cpu" else "cpu"

@@ -1,0 +1,116 @@
+"""The extraction engine: one pass of one frozen backbone over one images store, shard by shard."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from cache.schema import Layout, Level
+from cache.write import Writer
+from pipeline import bands, encode
+from pipeline.archives import digest
+from pipeline.encode import Encoder
+from pipeline.params import Backbone, Extract
+from pipeline.pyramid import Pyramid, Spec
+
+
+def left_out(spec: Spec, name: str, images: xr.Dataset) -> str | None:
+    """Why a backbone cannot see these images, or None: the rule is that all bands it was trained on are there."""
+    available = [str(band) for band in images.band.values]
+    gone = bands.missing(spec.bands or available, available)
+    if not gone:
+        return None
+    return f"{name} needs the bands {', '.join(gone)}; these images have {', '.join(available)}."
+
+
+def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
+    """Where one extraction works before it is published, named by everything that decides its bytes.
+
+    The same inputs resume there after a kill; other inputs or other code start afresh.
+    """
+    code = [digest(Path(module.__file__)) for module in (bands, encode)]
+    decides = {**described, "code": code, "dtype": extract.dtype, "shard": extract.shard, "dense": extract.dense}
+    return folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def extract(images: xr.Dataset, encoder: Encoder, layout_of, writer_of, batch: int) -> Writer:
+    """Encode every sample once and write what the layout keeps.
+
+    Args:
+        layout_of: from a first sample's pyramid to the store's layout.
+        writer_of: from the layout to a writer, which may have shards from an earlier run.
+        batch: images per forward.
+
+    Returns:
+        The writer, with nothing pending.
+    """
+    layout = layout_of(encoder(images.image[:1].values))
+    writer = writer_of(layout)
+    count = len(layout.sample)
+    pending = writer.pending()
+    done = count - sum(layout.rows(shard).stop - layout.rows(shard).start for shard in pending)
+    with tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr) as progress:
+        for shard in pending:
+            rows = layout.rows(shard)
+            starts = range(rows.start, rows.stop, batch)
+            parts = [
+                _kept(encoder(images.image[start : min(start + batch, rows.stop)].values), layout) for start in starts
+            ]
+            writer.write(shard, {name: np.concatenate([part[name] for part in parts]) for name in layout.arrays()})
+            progress.update(rows.stop - rows.start)
+    return writer
+
+
+def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, extract: Extract) -> Layout:
+    """The store's layout; classification sets keep pooled vectors alone unless dense levels are asked for."""
+    dense = extract.dense or images.attrs["task"] == "segmentation"
+    levels = [
+        Level(*level.shape[1:], stride=stride, layer=layer)
+        for level, stride, layer in zip(pyramid.levels, spec.strides, spec.layers, strict=True)
+    ]
+    return Layout(
+        sample=tuple(images.sample.values.tolist()),
+        split=tuple(images.split.values.tolist()),
+        levels=tuple(levels) if dense else (),
+        pooled={name: vector.shape[1] for name, vector in pyramid.pooled.items()},
+        dtype=extract.dtype,
+        shard=extract.shard,
+    )
+
+
+def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, weights: Mapping, device: str) -> dict:
+    """What the store says of itself: everything that decides its content, and no timestamp."""
+    return {
+        "backbone": name,
+        "family": backbone.family,
+        "variant": backbone.variant,
+        "weights": dict(weights),
+        "bands": list(spec.bands or images.band.values.tolist()),
+        "normalisation": {
+            "eats": spec.eats,
+            "images_units": images.attrs["units"],
+            "display": images.attrs["display"] if spec.eats == "display" else None,
+            "mean": spec.mean,
+            "std": spec.std,
+        },
+        "input_size": backbone.input_size,
+        "resampling": spec.resize,
+        "precision": "float32",
+        "device": device,
+        "task": images.attrs["task"],
+        "classes": images.attrs["classes"],
+        "images_sha256": images.attrs["content_sha256"],
+        "licence": images.attrs["licence"],
+    }
+
+
+def _kept(pyramid: Pyramid, layout: Layout) -> dict[str, np.ndarray]:
+    arrays = {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}
+    if layout.levels:
+        arrays |= {f"level{index}/features": level for index, level in enumerate(pyramid.levels)}
+    return arrays

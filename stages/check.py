@@ -1,0 +1,23 @@
+"""check: params.yaml is read and refused before anything else runs."""
+
+from pathlib import Path
+
+from pipeline import params
+from pipeline.backbones import spec
+from pipeline.datasets import source
+from stages.cli import run, write_json
+
+
+def check() -> None:
+    """Check every key, name and value of params.yaml."""
+    described = params.load()
+    for dataset in described.datasets.values():
+        source(dataset.source)
+    for backbone in described.backbones.values():
+        spec(backbone.family, backbone.variant)
+    # The same content every time: later stages depend on this file's existence alone.
+    write_json(Path("data/params.checked"), {"params.yaml": "checked"})
+
+
+if __name__ == "__main__":
+    run(check)

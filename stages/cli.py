@@ -1,0 +1,70 @@
+"""What every stage shares: its names from the command line, its places on disk, and errors a user can read."""
+
+import argparse
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cache.schema import StoreError
+from pipeline.errors import UserError
+
+RAW = Path("data/raw")
+ARCHIVES = Path("data/archives")
+WEIGHTS = Path("data/weights")
+IMAGES = Path("data/images")
+FEATURES = Path("data/features")
+MANIFESTS = Path("data/manifests")
+MODELS = Path("data/models")
+SCRATCH = Path("data/scratch")
+TUNED = Path("results/tune")
+RUNS = Path("results/runs")
+REPORT = Path("results/report")
+METRICS = Path("results/metrics.json")
+
+
+def run(stage: Callable, *names: str, either: bool = False) -> None:
+    """Run a stage with its `--names`; a known failure ends in one paragraph and exit status 1.
+
+    Args:
+        either: exactly one of the names is given, instead of all.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {stage.__module__}", description=stage.__doc__)
+    options = parser.add_mutually_exclusive_group(required=True) if either else parser
+    for name in names:
+        options.add_argument(f"--{name}", **({} if either else {"required": True}))
+    arguments = vars(parser.parse_args())
+    try:
+        stage(**arguments)
+    except (UserError, StoreError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(".").free / 1e6
+        sys.exit(
+            f"error: The disk is full: {error.filename or 'a file'} could not be written, {free:.0f} MB are free "
+            f"on the file system of {Path.cwd()}. Nothing unfinished was left under its final name. "
+            "Free some space and run the same command again; it goes on from the last finished piece."
+        )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that an earlier stage wrote.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not path.exists():
+        raise UserError(f"There is no {path}; an earlier stage writes it. Run: dvc repro")
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON so that the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    scratch.replace(path)

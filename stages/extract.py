@@ -1,0 +1,47 @@
+"""extract: one frozen backbone sees every image of a dataset once."""
+
+from functools import partial
+
+import zarr
+
+from cache.write import Writer, write_left_out
+from pipeline import extract as engine
+from pipeline import images, params
+from pipeline.backbones import family, spec
+from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, read_json, run, write_json
+
+
+def extract(dataset: str, backbone: str) -> None:
+    """Write data/features/<dataset>/<backbone>.zarr and its manifest."""
+    described = params.load()
+    described.dataset(dataset)
+    chosen = described.backbone(backbone)
+    declared = spec(chosen.family, chosen.variant)
+    pictures = images.open_images(IMAGES / f"{dataset}.zarr")
+    final, manifest = FEATURES / dataset / f"{backbone}.zarr", MANIFESTS / dataset / f"{backbone}.json"
+
+    if reason := engine.left_out(declared, backbone, pictures):
+        print(f"left out: {reason}")
+        write_left_out(final, SCRATCH / f"left-out-{dataset}-{backbone}", reason)
+        write_json(manifest, {"backbone": backbone, "left_out": reason})
+        return
+
+    from pipeline.compute import device  # torch is slow to import, and a left-out cell needs none
+
+    where = device(described.compute.device)
+    weights = read_json(WEIGHTS / backbone / "source.json")
+    network = family(chosen.family).build(chosen.variant, chosen.weights, WEIGHTS / backbone, chosen.seed).to(where)
+    available = pictures.band.values.tolist()
+    encoder = engine.Encoder(declared, network, available, pictures.attrs, chosen.input_size, where)
+    said = engine.provenance(pictures, backbone, chosen, declared, weights, where)
+    layout_of = partial(engine.make_layout, pictures, declared, extract=described.extract)
+    writer_of = partial(Writer, engine.scratch_path(SCRATCH, said, described.extract))
+    writer = engine.extract(pictures, encoder, layout_of, writer_of, described.extract.batch)
+    digest = writer.finish(final, said)
+    arrays = {f"{name}/{key}": list(array.shape) for name, group in zarr.open_group(final, mode="r").groups()
+              for key, array in group.arrays()}  # fmt: skip
+    write_json(manifest, {**said, "content_sha256": digest, "arrays": arrays, "left_out": None})
+
+
+if __name__ == "__main__":
+    run(extract, "dataset", "backbone")
