@@ -1,0 +1,120 @@
+"""The only training loop: K heads, each with its own learning rate, weight decay and seed, in one pass.
+
+What is a head's own: its initialisation, its order of samples, its optimiser state. What is shared: the
+features, read and moved once, and the number of steps. A head trained among K gives the numbers it gives
+alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pipeline import metrics
+
+# Share of the steps over which the learning rate rises to its full value, before it falls as a cosine.
+WARM_UP = 0.1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What distinguishes one head of a group."""
+
+    learning_rate: float
+    weight_decay: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked: the kind of task, how many classes, and the label value that does not count."""
+
+    kind: str
+    classes: int
+    ignore: int | None = None
+
+
+def fit(
+    make_group: Callable[[Sequence[int]], torch.nn.Module],
+    inputs,
+    label: torch.Tensor,
+    task: Task,
+    settings: Sequence[Setting],
+    epochs: int,
+    batch: int,
+) -> torch.nn.Module:
+    """Train one head per setting with AdamW and a cosine schedule, and return the group.
+
+    Args:
+        make_group: from seeds to a group of heads (see pipeline/heads).
+        inputs: features in memory: (sample, channel), or a list of levels (sample, channel, y, x).
+        label: (sample,), (sample, class) or (sample, y, x), on the same device.
+    """
+    group = make_group([setting.seed for setting in settings]).to(label.device).train()
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": list(head.parameters()), "lr": setting.learning_rate, "weight_decay": setting.weight_decay}
+            for head, setting in zip(group.heads, settings, strict=True)
+        ],
+        fused=True,
+    )
+    orders = [torch.Generator().manual_seed(setting.seed) for setting in settings]
+    count = len(label)
+    # BatchNorm needs two samples: a last batch of one is passed over in that epoch's order.
+    starts = [start for start in range(0, count, batch) if start == 0 or count - start > 1]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(epochs * len(starts)))
+    for _ in range(epochs):
+        order = torch.stack([torch.randperm(count, generator=generator) for generator in orders]).to(label.device)
+        for start in starts:
+            index = order[:, start : start + batch]
+            optimiser.zero_grad(set_to_none=True)
+            for heads, logits in group.pieces(inputs, index):
+                loss(logits, label[index[heads]], task).sum().backward()
+            optimiser.step()
+            schedule.step()
+    return group.eval()
+
+
+def loss(logits: torch.Tensor, label: torch.Tensor, task: Task) -> torch.Tensor:
+    """Mean loss of each head, (head,), from logits (head, batch, class, …) and labels (head, batch, …).
+
+    Cross-entropy over the pixels or samples that count; binary cross-entropy for multi-label.
+    """
+    if task.kind == "multilabel":
+        each = functional.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none")
+        return each.flatten(1).mean(dim=1)
+    ignore = task.ignore if task.ignore is not None else -100
+    each = functional.cross_entropy(
+        logits.flatten(0, 1), label.flatten(0, 1), ignore_index=ignore, reduction="none"
+    ).view(label.shape)
+    valid = (label != ignore).flatten(1).sum(dim=1).clamp_min(1)
+    return each.flatten(1).sum(dim=1) / valid
+
+
+@torch.inference_mode()
+def evaluate(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task, batch: int) -> np.ndarray:
+    """Per-sample counts of every head, int64 (head, sample, cells); see pipeline/metrics."""
+    heads, parts = len(group.heads), []
+    for start in range(0, len(label), batch):
+        rows = torch.arange(start, min(start + batch, len(label)), device=label.device)
+        logits = torch.cat([piece for _, piece in group.pieces(inputs, rows.expand(heads, -1))])
+        predicted = (logits > 0).long() if task.kind == "multilabel" else logits.argmax(dim=2)
+        true = label[rows].cpu().numpy()
+        parts.append(
+            np.stack([metrics.counts(task.kind, one.cpu().numpy(), true, task.classes, task.ignore) for one in predicted])
+        )
+    return np.concatenate(parts, axis=1)
+
+
+def _warm_cosine(steps: int) -> Callable[[int], float]:
+    warm = max(1, round(WARM_UP * steps))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return factor

@@ -1,0 +1,33 @@
+"""tune: the search for a model's learning rate and weight decay, on train and validation alone."""
+
+from pipeline import params
+from stages.cli import FEATURES, IMAGES, MODELS, TUNED, read_json, run, write_json
+
+
+def tune(dataset: str, model: str) -> None:
+    """Write results/tune/<dataset>/<model>.json."""
+    described = params.load()
+    members = described.members(model)
+    resolved = read_json(MODELS / dataset / f"{model}.json")
+    result = {"dataset": dataset, "model": model, "left_out": resolved["left_out"]}
+    if not resolved["left_out"]:
+        from pipeline import cells, metrics
+        from pipeline.compute import device
+        from pipeline.search import search
+
+        stores = [FEATURES / dataset / f"{name}.zarr" for name in members]
+        where = device(described.compute.device)
+        cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val"), where)
+
+        def score(settings):
+            counts = cell.counts(cell.train(settings), "val")
+            scores = metrics.score(cell.task.kind, counts.sum(axis=1), cell.task.classes)
+            print(f"{dataset} {model}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
+            return scores
+
+        result |= search(score, described.search)
+    write_json(TUNED / dataset / f"{model}.json", result)
+
+
+if __name__ == "__main__":
+    run(tune, "dataset", "model")
