@@ -50,8 +50,17 @@ SENTINEL2 = (
 
 
 def missing(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
-    """Common names that are wanted and not available: a backbone with any is left out for that dataset."""
+    """Common names that are wanted and not available."""
     return [name for name in wanted if name not in available]
+
+
+def left_out(name: str, wanted: Sequence[str] | None, available: Sequence[str]) -> str | None:
+    """Why a backbone cannot see images with these bands, or None.
+
+    The rule: every band that it was trained on is there. `wanted` None takes whatever bands there are.
+    """
+    gone = missing(wanted or available, available)
+    return f"{name} needs the bands {', '.join(gone)}; these images have {', '.join(available)}." if gone else None
 
 
 def select(wanted: Sequence[str], available: Sequence[str]) -> list[int]:

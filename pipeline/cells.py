@@ -87,7 +87,7 @@ def load(stores: Sequence[Path], pictures: Path, heads: Heads, splits: Sequence[
     def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
         part = parts["train"]
         return fit.fit(
-            lambda seeds: group(seeds=seeds), part.inputs, part.label, task, settings, chosen.epochs, chosen.batch
+            lambda seeds: group(seeds=seeds), part.inputs, part.label, task, settings, chosen.steps, chosen.batch
         )
 
     return Cell(parts, task, train, chosen.batch)

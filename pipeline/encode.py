@@ -6,6 +6,8 @@ Nothing else may call a backbone, so that no step can be forgotten or done twice
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from pipeline.bands import select, to_unit_scale
 from pipeline.errors import UserError
@@ -24,7 +26,9 @@ class Encoder:
     """
 
     def __init__(self, spec: Spec, network, bands: Sequence[str], attributes: Mapping, input_size: int, device: str):
-        self.spec, self.network, self.device, self.input_size = spec, network, device, input_size
+        self.spec, self.device, self.input_size = spec, device, input_size
+        # Channels last is half as fast again for csmask_b4 on a CPU, and what GPUs want in low precision.
+        self.network = network.to(device, memory_format=torch.channels_last)
         self.positions = select(spec.bands or bands, bands)
         self.units, self.display = attributes["units"], attributes.get("display")
         check_units(spec, self.units, self.display)
@@ -35,9 +39,6 @@ class Encoder:
         Args:
             image: (batch, band, y, x) in the store's units.
         """
-        import torch
-        from torch.nn import functional
-
         values = to_unit_scale(image[:, self.positions], self.units)
         if self.spec.eats == "display" and self.units != "uint8":
             low, high = self.display
@@ -46,7 +47,8 @@ class Encoder:
             mean = np.array(self.spec.mean, dtype=np.float32)[:, None, None]
             std = np.array(self.spec.std, dtype=np.float32)[:, None, None]
             values = (values - mean) / std
-        batch = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.device)
+        batch = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+        batch = batch.to(self.device, memory_format=torch.channels_last)
         size = (self.input_size, self.input_size)
         if batch.shape[-2:] == size:
             return batch
@@ -60,8 +62,6 @@ class Encoder:
         Raises:
             UserError: the backbone gave other shapes than it declares.
         """
-        import torch
-
         with torch.inference_mode():
             pyramid = self.network(self.prepare(image))
         for level, stride in zip(pyramid.levels, self.spec.strides, strict=True):

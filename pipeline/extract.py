@@ -19,15 +19,6 @@ from pipeline.params import Backbone, Extract
 from pipeline.pyramid import Pyramid, Spec
 
 
-def left_out(spec: Spec, name: str, images: xr.Dataset) -> str | None:
-    """Why a backbone cannot see these images, or None: the rule is that all bands it was trained on are there."""
-    available = [str(band) for band in images.band.values]
-    gone = bands.missing(spec.bands or available, available)
-    if not gone:
-        return None
-    return f"{name} needs the bands {', '.join(gone)}; these images have {', '.join(available)}."
-
-
 def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
     """Where one extraction works before it is published, named by everything that decides its bytes.
 

@@ -72,17 +72,22 @@ class Extract:
 
 @dataclass(frozen=True)
 class LinearHead:
-    """`pooled` is `last` (the deepest vector of each backbone) or `all` of them side by side."""
+    """`pooled` is `last` (the deepest vector of each backbone) or `all` of them side by side.
+
+    `steps` of `batch` samples each, whatever the size of the dataset.
+    """
 
     pooled: str
-    epochs: int
+    steps: int
     batch: int
 
 
 @dataclass(frozen=True)
 class UperNetHead:
+    """`channels` is the decoder's width."""
+
     channels: int
-    epochs: int
+    steps: int
     batch: int
 
 

@@ -5,9 +5,9 @@ from functools import partial
 import zarr
 
 from cache.write import Writer, write_left_out
-from pipeline import extract as engine
 from pipeline import images, params
 from pipeline.backbones import family, spec
+from pipeline.bands import left_out
 from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, read_json, run, write_json
 
 
@@ -18,20 +18,22 @@ def extract(dataset: str, backbone: str) -> None:
     chosen = described.backbone(backbone)
     declared = spec(chosen.family, chosen.variant)
     pictures = images.open_images(IMAGES / f"{dataset}.zarr")
+    available = pictures.band.values.tolist()
     final, manifest = FEATURES / dataset / f"{backbone}.zarr", MANIFESTS / dataset / f"{backbone}.json"
 
-    if reason := engine.left_out(declared, backbone, pictures):
+    if reason := left_out(backbone, declared.bands, available):
         print(f"left out: {reason}")
         write_left_out(final, SCRATCH / f"left-out-{dataset}-{backbone}", reason)
         write_json(manifest, {"backbone": backbone, "left_out": reason})
         return
 
-    from pipeline.compute import device  # torch is slow to import, and a left-out cell needs none
+    # torch is slow to import, and a left-out cell needs none.
+    from pipeline import extract as engine
+    from pipeline.compute import device
 
     where = device(described.compute.device)
     weights = read_json(WEIGHTS / backbone / "source.json")
-    network = family(chosen.family).build(chosen.variant, chosen.weights, WEIGHTS / backbone, chosen.seed).to(where)
-    available = pictures.band.values.tolist()
+    network = family(chosen.family).build(chosen.variant, chosen.weights, WEIGHTS / backbone, chosen.seed)
     encoder = engine.Encoder(declared, network, available, pictures.attrs, chosen.input_size, where)
     said = engine.provenance(pictures, backbone, chosen, declared, weights, where)
     layout_of = partial(engine.make_layout, pictures, declared, extract=described.extract)

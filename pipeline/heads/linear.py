@@ -23,6 +23,10 @@ class LinearGroup(nn.Module):
                 torch.manual_seed(seed)
                 self.heads.append(nn.Linear(channels, classes))
 
+    def lanes(self):
+        """One: the heads are trained as one product."""
+        return [self]
+
     def pieces(self, inputs: torch.Tensor, index: torch.Tensor):
         """Yield once: all heads and their logits (head, batch, class), from inputs (sample, channel)."""
         weight = torch.stack([head.weight for head in self.heads])

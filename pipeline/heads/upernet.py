@@ -97,6 +97,15 @@ class UperNetGroup(nn.Module):
             # Channels last is twice as fast on a CPU at these sizes.
             self.heads.append(head.to(memory_format=torch.channels_last))
 
+    def lanes(self):
+        """One per head, sharing its weights with this group."""
+        alone = []
+        for head in self.heads:
+            lane = UperNetGroup([], 0, 0, self.size, seeds=())
+            lane.heads.append(head)
+            alone.append(lane)
+        return alone
+
     def pieces(self, inputs: list[torch.Tensor], index: torch.Tensor):
         """Yield head by head, so that only one head's activations are held: (1, batch, class, y, x)."""
         for position, head in enumerate(self.heads):
