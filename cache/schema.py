@@ -86,7 +86,13 @@ def create(path: Path, layout: Layout) -> None:
     group = root.create_group("pooled", attributes={"vectors": list(layout.pooled)})
     for name, channels in layout.pooled.items():
         _create_empty(
-            group, name, (count, channels), layout.dtype, (shard, channels), None, ("sample", f"{name}_channel")
+            group,
+            name,
+            (count, channels),
+            layout.dtype,
+            (shard, channels),
+            None,
+            ("sample", f"{name}_channel"),
         )
 
 

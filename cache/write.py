@@ -58,11 +58,15 @@ class Writer:
         """
         rows = self.layout.rows(shard)
         if set(values) != set(self.layout.arrays()):
-            raise StoreError(f"Shard {shard} has arrays {sorted(values)}; wanted {sorted(self.layout.arrays())}.")
+            raise StoreError(
+                f"Shard {shard} has arrays {sorted(values)}; wanted {sorted(self.layout.arrays())}."
+            )
         digests = {}
         for name, array in values.items():
             if len(array) != rows.stop - rows.start:
-                raise StoreError(f"Shard {shard} of {name} has {len(array)} samples, not {rows.stop - rows.start}.")
+                raise StoreError(
+                    f"Shard {shard} of {name} has {len(array)} samples, not {rows.stop - rows.start}."
+                )
             self._root[name][rows] = _narrow(array, self.layout.dtype, name)
             path = self._shard_file(name, shard)
             sync_file(path)
@@ -87,7 +91,9 @@ class Writer:
             raise StoreError(f"Shards {self.pending()[:5]} of {self.scratch} are not written yet.")
         for index in range(len(self.layout.levels)):
             group = self._root[f"level{index}"]
-            for name, values in zip(("mean", "std"), self._training_statistics(f"level{index}/features"), strict=True):
+            for name, values in zip(
+                ("mean", "std"), self._training_statistics(f"level{index}/features"), strict=True
+            ):
                 if name in group:
                     del group[name]
                 put_array(group, name, values, ("channel",))
@@ -145,6 +151,7 @@ def write_left_out(final: Path, scratch: Path, reason: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     root = zarr.open_group(scratch, mode="w", zarr_format=3)
     root.attrs.update({"contract": CONTRACT, "left_out": reason, "complete": True})
+    consolidate(root)
     publish(scratch, final)
 
 

@@ -70,7 +70,8 @@ def load(stores: Sequence[Path], pictures: Path, heads: Heads, splits: Sequence[
     for split in splits:
         if kind == "segmentation":
             inputs = [
-                level.to(device, memory_format=torch.channels_last) for level in fusion.pyramid(members, rows[split])
+                level.to(device, memory_format=torch.channels_last)
+                for level in fusion.pyramid(members, rows[split])
             ]
         else:
             inputs = fusion.pooled(members, heads.linear.pooled, rows[split], rows["train"]).to(device)
@@ -87,7 +88,13 @@ def load(stores: Sequence[Path], pictures: Path, heads: Heads, splits: Sequence[
     def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
         part = parts["train"]
         return fit.fit(
-            lambda seeds: group(seeds=seeds), part.inputs, part.label, task, settings, chosen.steps, chosen.batch
+            lambda seeds: group(seeds=seeds),
+            part.inputs,
+            part.label,
+            task,
+            settings,
+            chosen.steps,
+            chosen.batch,
         )
 
     return Cell(parts, task, train, chosen.batch)

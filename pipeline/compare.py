@@ -1,7 +1,7 @@
-"""Comparing models on one test set: its size against the differences it could show.
+"""Comparing models on one test set: differences against everything that could have made them by chance.
 
-Two spreads are kept apart. Seeds: the standard deviation of the score over runs, from initialisation and
-sample order. Test set: the bootstrap over test samples, from which samples happened to be in it.
+Two spreads matter: over seeds (initialisation and order of samples), and over test samples (which ones happened
+to be in the set). The bootstrap draws both anew, so that an interval is wide if either is.
 """
 
 from dataclasses import dataclass
@@ -26,25 +26,32 @@ class Difference:
         return "worse" if self.high < 0 else "cannot be told"
 
 
-def bootstrap(task: str, counts: np.ndarray, classes: int, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """Scores over resampled test sets, averaged over seeds, (draws,).
+def bootstrap(task: str, counts: np.ndarray, classes: int, draws: int = 2000, stream: int = 0) -> np.ndarray:
+    """Mean scores over resampled test samples and resampled seeds, (draws,).
 
-    Every draw takes the same test samples for all seeds; with one `seed` and one number of samples the draws
-    are the same for every model, so that differences between models are paired.
+    Every draw takes the same test samples for all seeds, and for all models with as many samples, so that
+    differences between models are paired. Seeds are drawn from `stream`: those of two models are independent.
 
     Args:
         counts: (run, sample, cells); see pipeline/metrics.
     """
     runs, samples, cells = counts.shape
-    picked = np.random.default_rng(seed).integers(samples, size=(draws, samples))
+    picked = np.random.default_rng(0).integers(samples, size=(draws, samples))
     times = np.stack([np.bincount(row, minlength=samples) for row in picked])
     total = times @ counts.transpose(1, 0, 2).reshape(samples, -1)
-    return metrics.score(task, total.reshape(draws, runs, cells), classes).mean(axis=1)
+    scores = metrics.score(task, total.reshape(draws, runs, cells), classes)
+    seeds = np.random.default_rng([1, stream]).integers(runs, size=(draws, runs))
+    return np.take_along_axis(scores, seeds, axis=1).mean(axis=1)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of bootstrap values."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def difference(task: str, ours: np.ndarray, theirs: np.ndarray, classes: int) -> Difference:
     """Our mean score minus theirs, from counts (run, sample, cells) over the same test samples in one order."""
-    gaps = bootstrap(task, ours, classes) - bootstrap(task, theirs, classes)
-    low, high = np.quantile(gaps, [0.025, 0.975])
+    gaps = bootstrap(task, ours, classes) - bootstrap(task, theirs, classes, stream=1)
     mean = [metrics.score(task, counts.sum(axis=1), classes).mean() for counts in (ours, theirs)]
-    return Difference(float(mean[0] - mean[1]), float(low), float(high))
+    return Difference(float(mean[0] - mean[1]), *interval(gaps))

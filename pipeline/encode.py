@@ -25,7 +25,9 @@ class Encoder:
         input_size: side in pixels to which images are resized.
     """
 
-    def __init__(self, spec: Spec, network, bands: Sequence[str], attributes: Mapping, input_size: int, device: str):
+    def __init__(
+        self, spec: Spec, network, bands: Sequence[str], attributes: Mapping, input_size: int, device: str
+    ):
         self.spec, self.device, self.input_size = spec, device, input_size
         # Channels last is half as fast again for csmask_b4 on a CPU, and what GPUs want in low precision.
         self.network = network.to(device, memory_format=torch.channels_last)
@@ -62,6 +64,9 @@ class Encoder:
         Raises:
             UserError: the backbone gave other shapes than it declares.
         """
+        # Importing terratorch 1.2 sets this to "medium" for the whole process, which makes float32
+        # convolutions run in bfloat16 on CPUs that can, with errors of some percent.
+        torch.set_float32_matmul_precision("highest")
         with torch.inference_mode():
             pyramid = self.network(self.prepare(image))
         for level, stride in zip(pyramid.levels, self.spec.strides, strict=True):

@@ -9,7 +9,9 @@ import numpy as np
 METRICS = {"classification": "accuracy", "multilabel": "micro F1", "segmentation": "mean IoU"}
 
 
-def counts(task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ignore: int | None) -> np.ndarray:
+def counts(
+    task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ignore: int | None
+) -> np.ndarray:
     """Counts of every sample, int64 (sample, cells).
 
     Args:
@@ -20,7 +22,10 @@ def counts(task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ig
     if task == "multilabel":
         hit, said, true = predicted & label, predicted & ~label & 1, label & ~predicted & 1
         return np.stack([hit, said, true], axis=1).reshape(count, -1).astype(np.int64)
-    predicted, label = predicted.reshape(count, -1).astype(np.int64), label.reshape(count, -1).astype(np.int64)
+    predicted, label = (
+        predicted.reshape(count, -1).astype(np.int64),
+        label.reshape(count, -1).astype(np.int64),
+    )
     valid = label != ignore if ignore is not None else np.ones_like(label, dtype=bool)
     cells = classes * classes
     keys = np.arange(count)[:, None] * cells + label * classes + predicted

@@ -22,7 +22,9 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
         archive = declared.archive if chosen.weights == "pretrained" else None
         name, weights = declared.weights_file, chosen.weights
         if weights == "pretrained" and archive is None:
-            raise params.UserError(f"Backbone '{backbone}' has no trained weights. Set its weights to 'none'.")
+            raise params.UserError(
+                f"Backbone '{backbone}' has no trained weights. Set its weights to 'none'."
+            )
     unpacked = []
     if archive:
         unpacked = archives.unpack(archive, archives.fetch(archive, ARCHIVES), target)

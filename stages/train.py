@@ -13,7 +13,10 @@ def train(dataset: str, model: str) -> None:
     """Write runs.csv, one row a seed, and test_counts.parquet, one row a seed and test sample."""
     described = params.load()
     members = described.members(model)
-    resolved, tuned = read_json(MODELS / dataset / f"{model}.json"), read_json(TUNED / dataset / f"{model}.json")
+    resolved, tuned = (
+        read_json(MODELS / dataset / f"{model}.json"),
+        read_json(TUNED / dataset / f"{model}.json"),
+    )
     runs, tested = [], []
     if not resolved["left_out"]:
         from pipeline import cells, metrics
@@ -22,7 +25,9 @@ def train(dataset: str, model: str) -> None:
 
         stores = [FEATURES / dataset / f"{name}.zarr" for name in members]
         where = device(described.compute.device)
-        cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val", "test"), where)
+        cell = cells.load(
+            stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val", "test"), where
+        )
         settings = [Setting(**tuned["best"], seed=seed) for seed in range(described.train.seeds)]
         group = cell.train(settings)
         counts = {split: cell.counts(group, split) for split in ("val", "test")}
@@ -46,7 +51,9 @@ def train(dataset: str, model: str) -> None:
     scratch = SCRATCH / f"runs-{dataset}-{model}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    pd.DataFrame(runs, columns=None if runs else ["dataset", "model"]).to_csv(scratch / "runs.csv", index=False)
+    pd.DataFrame(runs, columns=None if runs else ["dataset", "model"]).to_csv(
+        scratch / "runs.csv", index=False
+    )
     pd.DataFrame(tested, columns=["seed", "sample", "counts"]).to_parquet(scratch / "test_counts.parquet")
     publish(scratch, RUNS / dataset / model)
 

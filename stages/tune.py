@@ -22,7 +22,10 @@ def tune(dataset: str, model: str) -> None:
         def score(settings):
             counts = cell.counts(cell.train(settings), "val")
             scores = metrics.score(cell.task.kind, counts.sum(axis=1), cell.task.classes)
-            print(f"{dataset} {model}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
+            print(
+                f"{dataset} {model}: {len(settings)} trials, best on validation {scores.max():.4f}",
+                flush=True,
+            )
             return scores
 
         result |= search(score, described.search)

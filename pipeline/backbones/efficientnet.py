@@ -72,7 +72,9 @@ def build(variant: str, weights: str, folder: Path, seed: int):
 
         def forward(self, image):
             levels = self.levels(self.network, image)
-            return Pyramid(levels, {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)})
+            return Pyramid(
+                levels, {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)}
+            )
 
     if weights not in ("pretrained", "random"):
         raise UserError(f"Family 'efficientnet' has weights pretrained or random, not '{weights}'.")
@@ -147,7 +149,9 @@ def _read_lite0(path: Path) -> dict:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a checkpoint of tensors ({str(error)[:120]}). Fetch it again.") from None
+        raise UserError(
+            f"{path} is not a checkpoint of tensors ({str(error)[:120]}). Fetch it again."
+        ) from None
     return {timm_name(name): tensor for name, tensor in tensors.items()}
 
 
@@ -157,14 +161,21 @@ LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 
 def timm_name(name: str) -> str:
     """A tensor's name in timm's EfficientNet for its name in efficientnet_lite_pytorch's."""
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    # Tensors of other names keep them, and are reported as unexpected.
+    outer = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
     found = re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", name)
     if not found:
-        layer, tensor = name.rsplit(".", 1)
+        layer, _, tensor = name.rpartition(".")
         return f"{outer[layer]}.{tensor}" if layer in outer else name
     number, layer, tensor = int(found[1]), found[2], found[3]
     stage = 0
-    while number >= LITE0_STAGES[stage]:
+    while stage < len(LITE0_STAGES) - 1 and number >= LITE0_STAGES[stage]:
         number -= LITE0_STAGES[stage]
         stage += 1
     # The first stage does not expand, so its layers are numbered one lower in timm.
@@ -174,4 +185,4 @@ def timm_name(name: str) -> str:
         else {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
               "_project_conv": "conv_pwl", "_bn2": "bn3"}
     )  # fmt: skip
-    return f"blocks.{stage}.{number}.{inner[layer]}.{tensor}"
+    return f"blocks.{stage}.{number}.{inner[layer]}.{tensor}" if layer in inner else name

@@ -1,0 +1,27 @@
+# make run: the environment, then the whole default grid, ending in results/report/index.html
+# make test: the environment, then the tests
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: run test lint clean
+
+run: .venv/ready
+	dvc repro
+
+test: .venv/ready
+	ruff check .
+	ruff format --check .
+	pytest
+
+# Torch and its CUDA libraries are most of the wait, and byte-compiling all of them would double it.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
+	touch $@
+
+lint: .venv/ready
+	ruff check --fix .
+	ruff format .
+
+clean:
+	rm -rf .venv data results/runs results/tune results/report

@@ -1,0 +1,51 @@
+"""report: every run of the grid as one table, what it can tell, box plots and one page."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+
+from cache.durable import publish
+from pipeline import params, report
+from stages.cli import METRICS, REPORT, RUNS, SCRATCH, TUNED, read_json, run, write_json
+
+
+def make_report() -> None:
+    """Write results/report and results/metrics.json from the grid's runs; other runs lying about are not read."""
+    grid = params.load().grid
+    runs, counts, left_out = [], {}, []
+    for dataset in grid.datasets:
+        for model in grid.models:
+            if reason := read_json(TUNED / dataset / f"{model}.json")["left_out"]:
+                left_out.append(f"{dataset}, {model}: {reason}")
+                continue
+            folder = RUNS / dataset / model
+            runs.append(pd.read_csv(folder / "runs.csv"))
+            tested = pd.read_parquet(folder / "test_counts.parquet")
+            counts[dataset, model] = np.stack(
+                [np.stack(group.sort_values("sample").counts) for _, group in tested.groupby("seed")]
+            )
+    runs = pd.concat(runs, ignore_index=True)
+    summary = report.summarise(runs, counts)
+    said = report.findings(summary, counts)
+
+    scratch = SCRATCH / "report"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    runs.to_csv(scratch / "runs.csv", index=False)
+    summary.to_csv(scratch / "summary.csv", index=False)
+    (scratch / "summary.md").write_text(report.markdown(summary))
+    (scratch / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in said))
+    report.boxplots(runs, summary, scratch / "boxplots.png")
+    (scratch / "index.html").write_text(report.page(summary, said, left_out, scratch / "boxplots.png"))
+    publish(scratch, REPORT)
+    scores: dict[str, dict] = {}
+    for row in summary.itertuples():
+        scores.setdefault(row.dataset, {})[row.model] = {"mean": round(row.mean, 4), "std": round(row.std, 4)}
+    write_json(METRICS, scores)
+    print(report.markdown(summary), *said, *left_out, sep="\n")
+    print(f"\nReport: {REPORT / 'index.html'}")
+
+
+if __name__ == "__main__":
+    run(make_report)

@@ -1,0 +1,83 @@
+"""Real data for every test: the pinned archives, fetched once, and small stores made from them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pipeline import archives, images, params
+from pipeline.backbones import spec
+from pipeline.datasets import source
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def described() -> params.Params:
+    """The committed params.yaml."""
+    return params.load(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def archive_folder() -> Path:
+    """Where `make run` keeps archives too, so that nothing is downloaded twice."""
+    return ROOT / "data/archives"
+
+
+@pytest.fixture(scope="session")
+def raw(archive_folder, tmp_path_factory):
+    """From a source's name to the folder of its unpacked files."""
+    folder, made = tmp_path_factory.mktemp("raw"), {}
+
+    def unpack(name: str) -> Path:
+        if name not in made:
+            archive = source(name).ARCHIVE
+            archives.unpack(archive, archives.fetch(archive, archive_folder), folder / name)
+            made[name] = folder / name
+        return made[name]
+
+    return unpack
+
+
+@pytest.fixture(scope="session")
+def prepared(raw, described):
+    """From a dataset's name, and changes to its description, to its images in memory."""
+    made = {}
+
+    def prepare(name: str, **changes) -> images.Images:
+        key = (name, *sorted(changes.items()))
+        if key not in made:
+            chosen = dataclasses.replace(described.dataset(name), **changes)
+            made[key] = source(chosen.source).prepare(raw(chosen.source), chosen)
+        return made[key]
+
+    return prepare
+
+
+@pytest.fixture(scope="session")
+def store(prepared, tmp_path_factory):
+    """From a dataset's name to the path of its images store."""
+    folder, made = tmp_path_factory.mktemp("images"), {}
+
+    def write(name: str) -> Path:
+        if name not in made:
+            made[name] = folder / f"{name}.zarr"
+            images.write(prepared(name), folder / "scratch", made[name])
+        return made[name]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def weights(archive_folder, tmp_path_factory):
+    """From a stand-in's name to the folder of its unpacked weights."""
+    folder, made = tmp_path_factory.mktemp("weights"), {}
+
+    def unpack(variant: str) -> Path:
+        if variant not in made:
+            archive = spec("efficientnet", variant).archive
+            archives.unpack(archive, archives.fetch(archive, archive_folder), folder / variant)
+            made[variant] = folder / variant
+        return made[variant]
+
+    return unpack

@@ -1,0 +1,138 @@
+"""The stand-ins against independent readings of the same files: onnxruntime, and the author's own network."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from efficientnet_lite_pytorch import EfficientNet
+
+from pipeline.backbones import efficientnet, spec
+from pipeline.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Other tests import terratorch, which lowers torch's float32 precision for the whole process."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def build(variant, weights, folder):
+    return efficientnet.build(variant, weights, folder, seed=0)
+
+
+def encoder_features(path):
+    """The U-Net's own encoder features, read from its ONNX graph: whatever its decoder takes from its encoder."""
+    model = onnx.load(path)
+    made = {name: node for node in model.graph.node for name in node.output}
+    names = {
+        name
+        for node in model.graph.node
+        for name in node.input
+        if "decoder" in node.name and name in made and "encoder" in made[name].name
+    }
+    for name in sorted(names):
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return onnxruntime.InferenceSession(model.SerializeToString()), sorted(names)
+
+
+def test_csmask_gives_what_onnxruntime_gives(weights, prepared):
+    path = weights("csmask_b4") / "model_6b_l1c.onnx"
+    session, names = encoder_features(path)
+    tiles = prepared("sample-landuse-seg", chip=256)
+    wanted = ["blue", "green", "red", "nir", "swir16", "swir22"]
+    order = [[band.common_name for band in tiles.bands].index(name) for name in wanted]
+    declared = spec("efficientnet", "csmask_b4")
+    image = tiles.image[:1, order] / 10000.0
+    image = (image - np.reshape(declared.mean, (6, 1, 1))) / np.reshape(declared.std, (6, 1, 1))
+    image = image.astype(np.float32)
+    outputs = session.run(names, {session.get_inputs()[0].name: image})
+    theirs = {value.shape[1:]: value for value in outputs}
+    ours = build("csmask_b4", "pretrained", path.parent)(torch.from_numpy(image)).levels
+    assert [tuple(level.shape[1:]) for level in ours] == [
+        (32, 64, 64),
+        (56, 32, 32),
+        (160, 16, 16),
+        (448, 8, 8),
+    ]
+    for level in ours:
+        reference = theirs[tuple(level.shape[1:])].astype(np.float32)
+        assert np.corrcoef(level.numpy().ravel(), reference.ravel())[0, 1] > 0.9999
+
+
+def test_csmask_statistics_are_those_beside_the_weights(weights):
+    described = json.loads((weights("csmask_b4") / "model_6b_l1c.json").read_text())["data"][
+        "dataset_statistics"
+    ]
+    declared = spec("efficientnet", "csmask_b4")
+    np.testing.assert_allclose([declared.mean, declared.std], described["img"], atol=1e-7)
+    assert described["band_names"] == list(declared.bands)
+
+
+def test_lite0_gives_what_its_authors_network_gives(weights, prepared):
+    folder = weights("lite0")
+    theirs = EfficientNet.from_name("efficientnet-lite0")
+    theirs.load_state_dict(torch.load(next(folder.glob("*.pth")), weights_only=True))
+    theirs.eval()
+    image = torch.from_numpy((prepared("sample-trees-seg").image[:2] / 255.0 - 0.498) / 0.502).float()
+    image = image[..., :224, :224]
+    with torch.inference_mode():
+        deepest = theirs._swish(theirs._bn0(theirs._conv_stem(image)))
+        for block in theirs._blocks:
+            deepest = block(deepest)
+        ours = build("lite0", "pretrained", folder)(image)
+    assert [level.shape[1] for level in ours.levels] == [24, 40, 112, 320]
+    torch.testing.assert_close(ours.levels[-1], deepest, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.pooled["mean_level3"], deepest.mean((2, 3)), rtol=1e-3, atol=1e-3)
+
+
+def test_every_name_of_the_checkpoint_has_one_in_timm(weights):
+    network, _ = efficientnet._lite0()
+    tensors = torch.load(next(weights("lite0").glob("*.pth")), weights_only=True)
+    renamed = {efficientnet.timm_name(name): tensor.shape for name, tensor in tensors.items()}
+    assert renamed == {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
+def test_random_weights_follow_the_seed(tmp_path):
+    first, again, other = (efficientnet.build("lite0", "random", tmp_path, seed) for seed in (0, 0, 1))
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(first(image).levels[3], again(image).levels[3])
+    assert not torch.equal(first(image).levels[3], other(image).levels[3])
+    assert first(image).levels[3].std() > 1e-4
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+def test_damaged_weights_are_refused(weights, tmp_path):
+    for variant in ("csmask_b4", "lite0"):
+        path = weights(variant) / spec("efficientnet", variant).weights_file
+        (tmp_path / path.name).write_bytes(path.read_bytes()[:100_000])
+        with pytest.raises(UserError, match=r"Fetch it again"):
+            build(variant, "pretrained", tmp_path)
+
+
+def test_a_checkpoint_that_runs_code_is_refused_and_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"_conv_stem.weight": Evil()}, tmp_path / "efficientnet-lite0-57934424.pth")
+    with pytest.raises(UserError, match="not a checkpoint of tensors"):
+        build("lite0", "pretrained", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_and_unexpected_tensors_are_named(weights, tmp_path):
+    tensors = torch.load(next(weights("lite0").glob("*.pth")), weights_only=True)
+    tensors["_blocks.3._bn9.weight"] = tensors.pop("_blocks.3._bn2.weight")
+    torch.save(tensors, tmp_path / "efficientnet-lite0-57934424.pth")
+    with pytest.raises(UserError, match=r"missing \['blocks.2.0.bn3.weight'\], unexpected \['_blocks.3._bn9"):
+        build("lite0", "pretrained", tmp_path)
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(UserError, match=r"Families in pipeline/backbones: efficientnet, raw"):
+        spec("vgg", "16")
+    with pytest.raises(UserError, match="It has: csmask_b4, lite0"):
+        spec("efficientnet", "b7")

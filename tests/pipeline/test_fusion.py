@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+
+from cache.read import Features
+from cache.schema import Layout, Level
+from cache.write import Writer
+from pipeline import fusion
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """Two backbones of other scales and grids on the same 40 samples."""
+    made, generator = [], np.random.default_rng(0)
+    for name, scale, side in (("a", 1000.0, 8), ("b", 0.01, 4)):
+        layout = Layout(
+            sample=tuple(f"s{i}" for i in range(40)),
+            split=("train",) * 30 + ("test",) * 10,
+            levels=(Level(3, side, side, 4, "x"), Level(2, side // 2, side // 2, 8, "y")),
+            pooled={"mean_level0": 3, "mean_level1": 2},
+            dtype="float32",
+            shard=16,
+        )
+        writer = Writer(tmp_path / f"scratch-{name}", layout)
+        for shard in writer.pending():
+            count = layout.rows(shard).stop - layout.rows(shard).start
+            levels = {
+                f"level{i}/features": (level.channels, level.height, level.width)
+                for i, level in enumerate(layout.levels)
+            }
+            shapes = levels | {"pooled/mean_level0": (3,), "pooled/mean_level1": (2,)}
+            drawn = {
+                key: scale * (5 + generator.normal(size=(count, *shape))) for key, shape in shapes.items()
+            }
+            drawn["level0/features"][:, 1] = scale  # a dead channel
+            writer.write(shard, drawn)
+        writer.finish(tmp_path / f"{name}.zarr", {})
+        made.append(Features(tmp_path / f"{name}.zarr"))
+    return made
+
+
+def test_each_backbone_is_standardised_with_its_own_training_statistics(stores):
+    training, test = np.arange(30), np.arange(30, 40)
+    fused = fusion.pooled(stores, "all", training, training)
+    assert fused.shape == (30, 10)
+    torch.testing.assert_close(fused.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
+    torch.testing.assert_close(fused.std(0, unbiased=False), torch.ones(10), atol=1e-4, rtol=0)
+    raw = stores[0].read("pooled/mean_level0", np.arange(40))
+    expected = (raw[30:] - raw[:30].mean(0)) / raw[:30].std(0)
+    np.testing.assert_allclose(fusion.pooled(stores, "all", test, training)[:, :3], expected, atol=1e-4)
+
+
+def test_last_takes_the_deepest_vector_of_each(stores):
+    rows = np.arange(30)
+    every, last = fusion.pooled(stores, "all", rows, rows), fusion.pooled(stores, "last", rows, rows)
+    torch.testing.assert_close(last, every[:, [3, 4, 8, 9]])
+
+
+def test_pyramids_meet_on_the_finest_grid(stores):
+    levels = fusion.pyramid(stores, np.arange(30))
+    assert [tuple(level.shape) for level in levels] == [(30, 6, 8, 8), (30, 4, 4, 4)]
+    torch.testing.assert_close(levels[0][:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
+    assert (levels[0][:, [1, 4]] == 0).all()
+
+
+def test_bilinear_alignment_keeps_a_constant_and_a_place():
+    fine, coarse = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
+    coarse[..., 1, 2] = 1
+    aligned = fusion.align([fine, coarse])[1]
+    peak = divmod(int(aligned.argmax()), 8)
+    assert peak[0] in (2, 3)
+    assert peak[1] in (4, 5)
+    torch.testing.assert_close(fusion.align([fine, torch.ones(1, 1, 4, 4)])[1], torch.ones(1, 1, 8, 8))

@@ -1,0 +1,65 @@
+import pytest
+import yaml
+
+from pipeline import params
+from pipeline.errors import UserError
+from tests.conftest import ROOT
+
+
+def load_with(tmp_path, change):
+    content = yaml.safe_load((ROOT / "params.yaml").read_text())
+    change(content)
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return params.load(path)
+
+
+def test_the_committed_file_is_valid(described):
+    assert described.members("csmask_b4+lite0") == ["csmask_b4", "lite0"]
+    assert described.search.trials == 16
+    assert described.train.seeds == 10
+
+
+def test_numbers_in_either_yaml_dialect(tmp_path):
+    changed = load_with(tmp_path, lambda c: c["search"].update(learning_rate=["1e-4", 1]))
+    assert changed.search.learning_rate == (1e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["train"].update(sedes=3), ["params.yaml: train", "sedes", "Known keys: seeds"]),
+        (lambda c: c.update(trian={}), ["trian", "Known keys: grid"]),
+        (
+            lambda c: c["backbones"]["lite0"].update(inputsize=3),
+            ["backbones: lite0", "inputsize", "input_size"],
+        ),
+        (lambda c: c["train"].pop("seeds"), ["lacks: seeds"]),
+        (lambda c: c["train"].update(seeds="ten"), ["must be int", "'ten'"]),
+        (lambda c: c["train"].update(seeds=0), ["train.seeds is 0"]),
+        (lambda c: c["grid"]["datasets"].append("m-eurosta"), ["m-eurosta", "sample-landuse"]),
+        (lambda c: c["grid"]["models"].append("lite0+hiera"), ["hiera", "csmask_b4"]),
+        (lambda c: c["grid"]["models"].append("lite0+lite0"), ["twice"]),
+        (lambda c: c["grid"]["backbones"].remove("lite0"), ["lite0", "grid.backbones", "Add it there"]),
+        (lambda c: c["backbones"]["lite0"].update(input_size=100), ["input_size is 100", "multiple of 32"]),
+        (lambda c: c["datasets"]["sample-landuse"].update(chip=24), ["multiple of the chip"]),
+        (lambda c: c["datasets"]["sample-landuse"]["splits"].update(test=0.5), ["sum to 1"]),
+        (lambda c: c["datasets"]["sample-landuse"].update(task="regression"), ["regression", "segmentation"]),
+        (lambda c: c["compute"].update(device="tpu"), ["tpu", "cuda"]),
+        (lambda c: c["search"].update(learning_rate=[1, 0.1]), ["low <= high"]),
+        (lambda c: c.update(grid=[1]), ["must be a mapping"]),
+    ],
+)
+def test_a_mistake_names_what_was_given_and_what_exists(tmp_path, change, words):
+    with pytest.raises(UserError) as error:
+        load_with(tmp_path, change)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file_and_no_yaml(tmp_path):
+    with pytest.raises(UserError, match="Run from the root"):
+        params.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("grid: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        params.load(tmp_path / "params.yaml")

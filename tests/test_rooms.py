@@ -1,0 +1,53 @@
+"""Who may import whom, read from the syntax tree, so that the rooms of the README stay rooms."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = [path for room in ("cache", "pipeline", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
+# Folders of which no file may import another.
+SEPARATE = ("datasets", "backbones", "heads", "students")
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms(path):
+    room, found = path.relative_to(ROOT).parts[0], imports(path)
+    roots = {name.split(".")[0] for name in found}
+    assert room == "stages" or "stages" not in roots, "nobody imports stages"
+    if room == "cache":
+        assert not roots & {"pipeline", "stages", "torch", "terratorch", "timm"}
+    if room == "pipeline":
+        assert "dvc" not in roots
+
+
+@pytest.mark.parametrize("folder", SEPARATE)
+def test_files_of_one_folder_do_not_import_one_another(folder):
+    paths = [path for path in FILES if path.parent.name == folder and path.name != "__init__.py"]
+    for path in paths:
+        for other in {other.stem for other in paths} - {path.stem}:
+            assert not any(name.startswith(f"pipeline.{folder}.{other}") for name in imports(path)), (
+                path,
+                other,
+            )
+
+
+@pytest.mark.parametrize(
+    "name", ["backbones/efficientnet", "backbones/raw", "params", "bands", "images", "archives"]
+)
+def test_what_a_left_out_cell_needs_does_not_import_torch(name):
+    roots = {name.split(".")[0] for name in imports(ROOT / "pipeline" / f"{name}.py", top_level=True)}
+    assert not roots & {"torch", "timm", "terratorch", "segmentation_models_pytorch"}
