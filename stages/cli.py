@@ -2,10 +2,13 @@
 
 import argparse
 import errno
+import fcntl
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 from cache.schema import StoreError
@@ -37,18 +40,38 @@ def run(stage: Callable, *names: str, either: bool = False) -> None:
         options.add_argument(f"--{name}", **({} if either else {"required": True}))
     arguments = vars(parser.parse_args())
     try:
-        stage(**arguments)
+        with _alone("-".join([stage.__name__, *[value for value in arguments.values() if value]])):
+            stage(**arguments)
     except (UserError, StoreError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(".").free / 1e6
+        # zarr writes chunks side by side; those that fail after the first would each print a traceback.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        place = next(path for path in (SCRATCH, SCRATCH.parent, Path()) if path.exists())
         sys.exit(
-            f"error: The disk is full: {error.filename or 'a file'} could not be written, {free:.0f} MB are free "
-            f"on the file system of {Path.cwd()}. Nothing unfinished was left under its final name. "
-            "Free some space and run the same command again; it goes on from the last finished piece."
+            f"error: The disk is full: {error.filename or 'a chunk of a store'} could not be written, and "
+            f"{shutil.disk_usage(place).free / 1e6:.1f} MB are free where {place.resolve()} lies. Nothing unfinished "
+            "was left under its final name. Free some space and run the same command again; it goes on from the "
+            "last finished piece."
         )
+
+
+@contextmanager
+def _alone(name: str):
+    """Run with no other living process in the same cell, waiting for one to end.
+
+    A killed `dvc repro` leaves its stage running; the next one must not write beside it.
+    """
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with open(SCRATCH / f"{name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that runs {name}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read_json(path: Path) -> dict:

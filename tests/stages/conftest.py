@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ class Job:
     def change(self, change: dict) -> None:
         path = self.folder / "params.yaml"
         path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), change), sort_keys=False))
+
+    @contextmanager
+    def changed(self, change: dict):
+        """The change to params.yaml for as long as the block lasts."""
+        path = self.folder / "params.yaml"
+        before = path.read_text()
+        self.change(change)
+        try:
+            yield
+        finally:
+            path.write_text(before)
 
     def results(self) -> dict[str, bytes]:
         """Every file that the report, the runs and the manifests consist of."""

@@ -23,9 +23,29 @@ def build(variant, weights, folder):
     return efficientnet.build(variant, weights, folder, seed=0)
 
 
+def in_float32(model):
+    """The graph with float16 turned into float32 everywhere, so that arithmetic is not what differs."""
+
+    def widen(tensor):
+        if tensor.data_type == onnx.TensorProto.FLOAT16:
+            wide = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(wide, tensor.name))
+
+    for tensor in model.graph.initializer:
+        widen(tensor)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                widen(attribute.t)
+            if node.op_type == "Cast" and attribute.i == onnx.TensorProto.FLOAT16:
+                attribute.i = onnx.TensorProto.FLOAT
+    del model.graph.value_info[:]
+    return model
+
+
 def encoder_features(path):
     """The U-Net's own encoder features, read from its ONNX graph: whatever its decoder takes from its encoder."""
-    model = onnx.load(path)
+    model = in_float32(onnx.load(path))
     made = {name: node for node in model.graph.node for name in node.output}
     names = {
         name
@@ -58,8 +78,8 @@ def test_csmask_gives_what_onnxruntime_gives(weights, prepared):
         (448, 8, 8),
     ]
     for level in ours:
-        reference = theirs[tuple(level.shape[1:])].astype(np.float32)
-        assert np.corrcoef(level.numpy().ravel(), reference.ravel())[0, 1] > 0.9999
+        reference = theirs[tuple(level.shape[1:])]
+        assert np.corrcoef(level.numpy().ravel(), reference.ravel())[0, 1] > 0.99999
 
 
 def test_csmask_statistics_are_those_beside_the_weights(weights):
