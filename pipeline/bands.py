@@ -60,11 +60,7 @@ def left_out(name: str, wanted: Sequence[str] | None, available: Sequence[str]) 
     The rule: every band that it was trained on is there. `wanted` None takes whatever bands there are.
     """
     gone = missing(wanted or available, available)
-    return (
-        f"{name} needs the bands {', '.join(gone)}; these images have {', '.join(available)}."
-        if gone
-        else None
-    )
+    return f"{name} needs the bands {', '.join(gone)}; these images have {', '.join(available)}." if gone else None
 
 
 def select(wanted: Sequence[str], available: Sequence[str]) -> list[int]:

@@ -70,8 +70,7 @@ def load(stores: Sequence[Path], pictures: Path, heads: Heads, splits: Sequence[
     for split in splits:
         if kind == "segmentation":
             inputs = [
-                level.to(device, memory_format=torch.channels_last)
-                for level in fusion.pyramid(members, rows[split])
+                level.to(device, memory_format=torch.channels_last) for level in fusion.pyramid(members, rows[split])
             ]
         else:
             inputs = fusion.pooled(members, heads.linear.pooled, rows[split], rows["train"]).to(device)

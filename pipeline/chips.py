@@ -48,8 +48,7 @@ def assign_blocks(counts: np.ndarray, splits: Splits, seed: int, draws: int = 20
     sizes[0] = blocks - sizes[1:].sum()
     if sizes[0] < 1:
         raise UserError(
-            f"{blocks} spatial blocks cannot fill three splits. Give a smaller 'block' in the dataset's "
-            "description."
+            f"{blocks} spatial blocks cannot fill three splits. Give a smaller 'block' in the dataset's description."
         )
     deal = np.repeat(np.arange(3), sizes)
     generator = np.random.default_rng(seed)

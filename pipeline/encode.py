@@ -25,9 +25,7 @@ class Encoder:
         input_size: side in pixels to which images are resized.
     """
 
-    def __init__(
-        self, spec: Spec, network, bands: Sequence[str], attributes: Mapping, input_size: int, device: str
-    ):
+    def __init__(self, spec: Spec, network, bands: Sequence[str], attributes: Mapping, input_size: int, device: str):
         self.spec, self.device, self.input_size = spec, device, input_size
         # Channels last is half as fast again for csmask_b4 on a CPU, and what GPUs want in low precision.
         self.network = network.to(device, memory_format=torch.channels_last)

@@ -56,12 +56,9 @@ def extract(images: xr.Dataset, encoder: Encoder, layout_of, writer_of, batch: i
             rows = layout.rows(shard)
             starts = range(rows.start, rows.stop, batch)
             parts = [
-                _kept(encoder(images.image[start : min(start + batch, rows.stop)].values), layout)
-                for start in starts
+                _kept(encoder(images.image[start : min(start + batch, rows.stop)].values), layout) for start in starts
             ]
-            writer.write(
-                shard, {name: np.concatenate([part[name] for part in parts]) for name in layout.arrays()}
-            )
+            writer.write(shard, {name: np.concatenate([part[name] for part in parts]) for name in layout.arrays()})
             progress.update(rows.stop - rows.start)
     return writer
 
@@ -83,9 +80,7 @@ def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, extract: Extra
     )
 
 
-def provenance(
-    images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, weights: Mapping, device: str
-) -> dict:
+def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, weights: Mapping, device: str) -> dict:
     """What the store says of itself: everything that decides its content, and no timestamp."""
     return {
         "backbone": name,

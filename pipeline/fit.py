@@ -62,9 +62,7 @@ def fit(
     if label.device.type == "cpu" and len(lanes) > 1:
         # Small convolutions keep one core busy and not two: a core a lane is about 1.4 times faster than
         # every core on each lane in turn, and the numbers do not depend on how many cores there are.
-        with ThreadPoolExecutor(
-            torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(lambda lane: _train(*lane, inputs, label, task, steps, batch), lanes))
     else:
         for lane in lanes:
@@ -135,10 +133,7 @@ def evaluate(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task, ba
         true = label[rows].cpu().numpy()
         parts.append(
             np.stack(
-                [
-                    metrics.counts(task.kind, one.cpu().numpy(), true, task.classes, task.ignore)
-                    for one in predicted
-                ]
+                [metrics.counts(task.kind, one.cpu().numpy(), true, task.classes, task.ignore) for one in predicted]
             )
         )
     return np.concatenate(parts, axis=1)

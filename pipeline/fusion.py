@@ -61,7 +61,5 @@ def align(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _standardise(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     alive = std > MIN_STD
-    scaled = (values.astype(np.float32) - mean.astype(np.float32)) / np.where(alive, std, 1).astype(
-        np.float32
-    )
+    scaled = (values.astype(np.float32) - mean.astype(np.float32)) / np.where(alive, std, 1).astype(np.float32)
     return np.where(alive, scaled, np.float32(0))

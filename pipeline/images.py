@@ -125,9 +125,7 @@ def open_images(path: Path) -> xr.Dataset:
         UserError: nothing there; the message says which stage makes it.
     """
     if not (Path(path) / "zarr.json").exists():
-        raise UserError(
-            f"There is no images store at {path}. Make it with: dvc repro prepare@{Path(path).stem}"
-        )
+        raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{Path(path).stem}")
     return xr.open_zarr(path, chunks=None)
 
 
@@ -156,9 +154,7 @@ def check(images: Images) -> None:
     if images.units not in FULL_SCALE:
         raise UserError(f"Units '{images.units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
     if images.label.ndim != len(label_dims(images.task)):
-        raise UserError(
-            f"A {images.task} label has dimensions {label_dims(images.task)}, not {images.label.shape}."
-        )
+        raise UserError(f"A {images.task} label has dimensions {label_dims(images.task)}, not {images.label.shape}.")
     if images.task == "multilabel":
         allowed = np.isin(images.label, (0, 1)).all() and images.label.shape[1] == len(images.classes)
     else:
@@ -166,8 +162,6 @@ def check(images: Images) -> None:
         ignore = [IGNORE] if images.task == "segmentation" else []
         allowed = np.isin(np.unique(images.label), [*known, *ignore]).all()
     if not allowed:
-        raise UserError(
-            f"A label lies outside the {len(images.classes)} classes {', '.join(images.classes)}."
-        )
+        raise UserError(f"A label lies outside the {len(images.classes)} classes {', '.join(images.classes)}.")
     if images.lat is not None and (np.abs(images.lat).max() > 90 or np.abs(images.lon).max() > 180):
         raise UserError("A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?")

@@ -9,9 +9,7 @@ import numpy as np
 METRICS = {"classification": "accuracy", "multilabel": "micro F1", "segmentation": "mean IoU"}
 
 
-def counts(
-    task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ignore: int | None
-) -> np.ndarray:
+def counts(task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ignore: int | None) -> np.ndarray:
     """Counts of every sample, int64 (sample, cells).
 
     Args:

@@ -39,10 +39,11 @@ def summarise(runs: pd.DataFrame, counts: Mapping[tuple[str, str], np.ndarray]) 
     rows = []
     for (dataset, model), group in runs.groupby(["dataset", "model"], sort=False):
         first = group.iloc[0]
+        spread = group.score.std(ddof=1) if len(group) > 1 else 0.0
         low, high = interval(bootstrap(first.task, counts[dataset, model], first.classes))
         rows.append(
             {"dataset": dataset, "model": model, "kind": kind(model, first.weights), "protocol": first.protocol,
-             "metric": first.metric, "mean": group.score.mean(), "std": group.score.std(ddof=1) if len(group) > 1 else 0,
+             "metric": first.metric, "mean": group.score.mean(), "std": spread,
              "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
              "weights": first.weights, "learning_rate": first.learning_rate, "weight_decay": first.weight_decay,
              "task": first.task, "classes": first.classes}
@@ -58,19 +59,17 @@ def findings(summary: pd.DataFrame, counts: Mapping[tuple[str, str], np.ndarray]
     said = []
     for dataset, table in summary.groupby("dataset", sort=False):
         table = table.set_index("model")
-        for model, row in table[table.kind == "joined"].iterrows():
+        for model in table[table.kind == "joined"].index:
             members = [name for name in model.split("+") if name in table.index]
             if members:
                 best = table.loc[members].val_mean.idxmax()
                 said.append(_sentence(dataset, table, counts, model, best, "its best member by validation"))
-        for model, row in table[table.kind.isin(["joined", "pretrained"])].iterrows():
+        for model in table[table.kind.isin(["joined", "pretrained"])].index:
             for control in table[table.kind == "baseline"].index:
                 said.append(_sentence(dataset, table, counts, model, control, "the raw-band baseline"))
             for control in table[table.kind == "random"].index:
                 if control.removesuffix("_random") == model:
-                    said.append(
-                        _sentence(dataset, table, counts, model, control, "the same network untrained")
-                    )
+                    said.append(_sentence(dataset, table, counts, model, control, "the same network untrained"))
     return said
 
 
@@ -91,7 +90,7 @@ def _sentence(dataset, table, counts, ours: str, theirs: str, what: str) -> str:
 
 
 def boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
-    """Box plots over seeds, a panel a dataset, like Figure 2 of the paper, with a line for the interval of the mean."""
+    """Box plots over seeds, a panel a dataset, like the paper's Figure 2; a line is the interval of the mean."""
     datasets = list(summary.dataset.unique())
     columns = min(2, len(datasets))
     rows = -(-len(datasets) // columns)
@@ -139,9 +138,7 @@ def markdown(summary: pd.DataFrame) -> str:
 def page(summary: pd.DataFrame, said: Sequence[str], left_out: Sequence[str], picture: Path) -> str:
     """One HTML page that needs no other file."""
     image = base64.b64encode(picture.read_bytes()).decode()
-    shown = summary.drop(columns=["task", "classes"]).to_html(
-        index=False, float_format=lambda value: f"{value:.4g}"
-    )
+    shown = summary.drop(columns=["task", "classes"]).to_html(index=False, float_format=lambda value: f"{value:.4g}")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>eo-compose report</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}}

@@ -22,12 +22,9 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
         archive = declared.archive if chosen.weights == "pretrained" else None
         name, weights = declared.weights_file, chosen.weights
         if weights == "pretrained" and archive is None:
-            raise params.UserError(
-                f"Backbone '{backbone}' has no trained weights. Set its weights to 'none'."
-            )
-    unpacked = []
+            raise params.UserError(f"Backbone '{backbone}' has no trained weights. Set its weights to 'none'.")
     if archive:
-        unpacked = archives.unpack(archive, archives.fetch(archive, ARCHIVES), target)
+        archives.unpack(archive, archives.fetch(archive, ARCHIVES), target)
     # The file's own code decides what is made of the raw bytes, so its digest travels with them: later
     # stages depend on this folder, and an edited family or source touches its own stores alone.
     record = {"code_sha256": archives.digest(Path(inspect.getfile(module)))}
@@ -35,7 +32,8 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
         record["weights"] = weights if weights != "random" else f"random, seed {chosen.seed}"
     if archive:
         record |= {"source": archive.source, "licence": archive.licence, "archive_sha256": archive.sha256}
-        record |= {"file_sha256": archives.digest(p) for p in unpacked if p.name == name}
+        if name:
+            record["file_sha256"] = archives.digest(target / name)
     write_json(target / "source.json", record)
 
 

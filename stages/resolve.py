@@ -13,9 +13,7 @@ def resolve(dataset: str) -> None:
     scratch = SCRATCH / f"models-{dataset}"
     shutil.rmtree(scratch, ignore_errors=True)
     for model in described.grid.models:
-        manifests = {
-            name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.members(model)
-        }
+        manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.members(model)}
         reasons = [manifest["left_out"] for manifest in manifests.values() if manifest["left_out"]]
         members = [
             {

@@ -25,9 +25,7 @@ def train(dataset: str, model: str) -> None:
 
         stores = [FEATURES / dataset / f"{name}.zarr" for name in members]
         where = device(described.compute.device)
-        cell = cells.load(
-            stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val", "test"), where
-        )
+        cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val", "test"), where)
         settings = [Setting(**tuned["best"], seed=seed) for seed in range(described.train.seeds)]
         group = cell.train(settings)
         counts = {split: cell.counts(group, split) for split in ("val", "test")}
@@ -51,9 +49,7 @@ def train(dataset: str, model: str) -> None:
     scratch = SCRATCH / f"runs-{dataset}-{model}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    pd.DataFrame(runs, columns=None if runs else ["dataset", "model"]).to_csv(
-        scratch / "runs.csv", index=False
-    )
+    pd.DataFrame(runs, columns=None if runs else ["dataset", "model"]).to_csv(scratch / "runs.csv", index=False)
     pd.DataFrame(tested, columns=["seed", "sample", "counts"]).to_parquet(scratch / "test_counts.parquet")
     publish(scratch, RUNS / dataset / model)
 

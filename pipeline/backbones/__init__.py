@@ -19,9 +19,7 @@ def family(name: str):
     """
     known = [module.name for module in pkgutil.iter_modules(__path__)]
     if name not in known:
-        raise UserError(
-            f"There is no backbone family '{name}'. Families in pipeline/backbones: {', '.join(known)}."
-        )
+        raise UserError(f"There is no backbone family '{name}'. Families in pipeline/backbones: {', '.join(known)}.")
     return importlib.import_module(f"{__name__}.{name}")
 
 

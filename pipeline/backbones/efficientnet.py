@@ -72,9 +72,7 @@ def build(variant: str, weights: str, folder: Path, seed: int):
 
         def forward(self, image):
             levels = self.levels(self.network, image)
-            return Pyramid(
-                levels, {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)}
-            )
+            return Pyramid(levels, {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)})
 
     if weights not in ("pretrained", "random"):
         raise UserError(f"Family 'efficientnet' has weights pretrained or random, not '{weights}'.")
@@ -149,9 +147,7 @@ def _read_lite0(path: Path) -> dict:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint of tensors ({str(error)[:120]}). Fetch it again."
-        ) from None
+        raise UserError(f"{path} is not a checkpoint of tensors ({str(error)[:120]}). Fetch it again.") from None
     return {timm_name(name): tensor for name, tensor in tensors.items()}
 
 

@@ -70,9 +70,7 @@ def prepare(raw: Path, dataset: Dataset) -> Images:
     if dataset.task == "classification":
         keep = (share == 0) | (share >= TREE_SHARE)
         label = (share >= TREE_SHARE).astype(np.int64)
-        notes = [
-            f"tree where boxes cover at least {TREE_SHARE:.0%} of a chip, background where none; rest left out"
-        ]
+        notes = [f"tree where boxes cover at least {TREE_SHARE:.0%} of a chip, background where none; rest left out"]
     chosen = np.flatnonzero(keep)
     return Images(
         image=images[chosen],
@@ -100,8 +98,6 @@ def box_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
     for item in ElementTree.parse(path).iter("bndbox"):
         left, top, right, bottom = (int(item.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
         if not (0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0]):
-            raise UserError(
-                f"{path.name}: box {(left, top, right, bottom)} lies outside {shape[1]}x{shape[0]} px."
-            )
+            raise UserError(f"{path.name}: box {(left, top, right, bottom)} lies outside {shape[1]}x{shape[0]} px.")
         mask[top:bottom, left:right] = 1
     return mask

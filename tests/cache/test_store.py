@@ -66,17 +66,13 @@ def test_the_store_is_a_datatree_with_named_dimensions(tmp_path):
     assert tree["pooled"].mean_level1.shape == (SAMPLES, 7)
     lazy = xr.open_zarr(tmp_path / "store.zarr", group="level0", chunks={})
     assert lazy.features.chunks[0][0] in (1, 64)
-    expected = np.concatenate([values(layout(), shard)["level0/features"] for shard in range(3)]).astype(
-        "float16"
-    )
+    expected = np.concatenate([values(layout(), shard)["level0/features"] for shard in range(3)]).astype("float16")
     np.testing.assert_array_equal(tree["level0"].features, expected)
 
 
 def test_one_file_a_shard(tmp_path):
     write(tmp_path)
-    files = [
-        path for path in (tmp_path / "store.zarr/level0/features").rglob("*") if path.name != "zarr.json"
-    ]
+    files = [path for path in (tmp_path / "store.zarr/level0/features").rglob("*") if path.name != "zarr.json"]
     assert len([path for path in files if path.is_file()]) == 3
 
 
@@ -183,9 +179,7 @@ def test_overflow_is_reported_and_infinities_pass(tmp_path):
     writer, described = Writer(tmp_path / "scratch", layout()), layout()
     large = values(described, 0)
     large["level0/features"][3, 1, 2, 2] = 70000
-    with pytest.raises(
-        StoreError, match=r"1 values of level0/features are too large for float16 \(up to 7e\+04"
-    ):
+    with pytest.raises(StoreError, match=r"1 values of level0/features are too large for float16 \(up to 7e\+04"):
         writer.write(0, large)
     large["level0/features"][3, 1, 2, 2:4] = np.inf, np.nan
     writer.write(0, large)

@@ -9,9 +9,7 @@ def counts(right, seed=0, runs=4, samples=400):
     label = np.random.default_rng(9).integers(2, size=samples)
     generator = np.random.default_rng(seed)
     wrong = generator.random((runs, samples)) > right
-    return np.stack(
-        [metrics.counts("classification", np.where(w, 1 - label, label), label, 2, None) for w in wrong]
-    )
+    return np.stack([metrics.counts("classification", np.where(w, 1 - label, label), label, 2, None) for w in wrong])
 
 
 def test_the_interval_has_the_binomials_width():

@@ -14,9 +14,7 @@ def encoder(store, weights):
         opened = images.open_images(store(dataset))
         declared = spec("efficientnet", variant)
         network = family("efficientnet").build(variant, "pretrained", weights(variant), 0)
-        return Encoder(
-            declared, network, opened.band.values.tolist(), opened.attrs, input_size, "cpu"
-        ), opened
+        return Encoder(declared, network, opened.band.values.tolist(), opened.attrs, input_size, "cpu"), opened
 
     return make
 
@@ -47,9 +45,7 @@ def test_golden_tensors_of_one_real_chip(encoder):
     ]:
         sealed, opened = encoder(dataset, variant)
         tensor = sealed.prepare(opened.image[:1].values)[0]
-        found[dataset, variant] = [
-            round(float(v), 4) for v in (tensor.mean(), tensor.std(), tensor[0, 64, 64])
-        ]
+        found[dataset, variant] = [round(float(v), 4) for v in (tensor.mean(), tensor.std(), tensor[0, 64, 64])]
     assert found == GOLDEN
 
 

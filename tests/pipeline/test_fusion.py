@@ -29,9 +29,7 @@ def stores(tmp_path):
                 for i, level in enumerate(layout.levels)
             }
             shapes = levels | {"pooled/mean_level0": (3,), "pooled/mean_level1": (2,)}
-            drawn = {
-                key: scale * (5 + generator.normal(size=(count, *shape))) for key, shape in shapes.items()
-            }
+            drawn = {key: scale * (5 + generator.normal(size=(count, *shape))) for key, shape in shapes.items()}
             drawn["level0/features"][:, 1] = scale  # a dead channel
             writer.write(shard, drawn)
         writer.finish(tmp_path / f"{name}.zarr", {})

@@ -14,9 +14,7 @@ def test_accuracy_is_scikit_learns(generator):
     label, predicted = generator.integers(5, size=(2, 400))
     counts = metrics.counts("classification", predicted, label, 5, None)
     assert counts.shape == (400, 25)
-    assert metrics.score("classification", counts.sum(0), 5) == pytest.approx(
-        accuracy_score(label, predicted)
-    )
+    assert metrics.score("classification", counts.sum(0), 5) == pytest.approx(accuracy_score(label, predicted))
 
 
 def test_mean_iou_is_scikit_learns_and_ignores(generator):

@@ -109,7 +109,5 @@ def test_a_full_disk(job, megabytes, stage, needs):
         "prepare": "left: sample-trees.zarr",
         "extract": "left: lite0.zarr",
     }
-    needed_only = (
-        output.splitlines() if stage == "fetch" else [x for x in output.splitlines() if ".zarr" in x]
-    )
+    needed_only = output.splitlines() if stage == "fetch" else [x for x in output.splitlines() if ".zarr" in x]
     assert unwanted[stage.split()[0]] not in needed_only

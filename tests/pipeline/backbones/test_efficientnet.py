@@ -83,9 +83,7 @@ def test_csmask_gives_what_onnxruntime_gives(weights, prepared):
 
 
 def test_csmask_statistics_are_those_beside_the_weights(weights):
-    described = json.loads((weights("csmask_b4") / "model_6b_l1c.json").read_text())["data"][
-        "dataset_statistics"
-    ]
+    described = json.loads((weights("csmask_b4") / "model_6b_l1c.json").read_text())["data"]["dataset_statistics"]
     declared = spec("efficientnet", "csmask_b4")
     np.testing.assert_allclose([declared.mean, declared.std], described["img"], atol=1e-7)
     assert described["band_names"] == list(declared.bands)

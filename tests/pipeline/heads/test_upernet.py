@@ -12,9 +12,7 @@ def test_terratorchs_weights_give_terratorchs_output():
     ours.load_state_dict(theirs.state_dict(), strict=True)
     levels = [torch.randn(2, width, side, side) for width, side in zip(widths, (32, 16, 8, 4), strict=True)]
     for mode in (True, False):  # with batch statistics, then with running ones
-        torch.testing.assert_close(
-            ours.train(mode)(levels), theirs.train(mode)(list(levels)), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(ours.train(mode)(levels), theirs.train(mode)(list(levels)), rtol=1e-5, atol=1e-5)
     assert {name: p.shape for name, p in ours.named_parameters()} == {
         n: p.shape for n, p in theirs.named_parameters()
     }
@@ -22,9 +20,7 @@ def test_terratorchs_weights_give_terratorchs_output():
 
 def test_logits_have_the_masks_size_and_seeds_their_own_start():
     group = UperNetGroup([4, 6, 8, 10], 8, 3, (50, 60), seeds=(0, 1, 0))
-    levels = [
-        torch.randn(5, width, side, side) for width, side in zip((4, 6, 8, 10), (16, 8, 4, 2), strict=True)
-    ]
+    levels = [torch.randn(5, width, side, side) for width, side in zip((4, 6, 8, 10), (16, 8, 4, 2), strict=True)]
     index = torch.arange(4).expand(3, -1)
     logits = [logits for _, logits in group.pieces(levels, index)]
     assert [tuple(one.shape) for one in logits] == [(1, 4, 3, 50, 60)] * 3
