@@ -1,6 +1,6 @@
 """One cell of the grid, a dataset seen through a model: its features, labels and heads, ready to train."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ class Cell:
 
     parts: dict[str, Part]
     task: fit.Task
-    train: object
+    train: Callable[[Sequence[fit.Setting]], torch.nn.Module]
     batch: int
 
     def counts(self, group: torch.nn.Module, split: str) -> np.ndarray:
@@ -62,6 +62,8 @@ def load(stores: Sequence[Path], pictures: Path, heads: Heads, splits: Sequence[
     for member in members:
         if member.attributes["images_sha256"] != labelled.attrs["content_sha256"]:
             raise StoreError(f"{member.path} was made from other images than {pictures}. Run: dvc repro")
+        if member.sample.tolist() != labelled.sample.values.tolist():
+            raise StoreError(f"{member.path} lists its samples in another order than {pictures}. Extract it again.")
     kind = labelled.attrs["task"]
     ignore = images.IGNORE if kind == "segmentation" else None
     task = fit.Task(kind, len(labelled.attrs["classes"]), ignore)
@@ -74,7 +76,7 @@ def load(stores: Sequence[Path], pictures: Path, heads: Heads, splits: Sequence[
             ]
         else:
             inputs = fusion.pooled(members, heads.linear.pooled, rows[split], rows["train"]).to(device)
-        label = torch.from_numpy(labelled.label.values[rows[split]].astype(np.int64)).to(device)
+        label = torch.from_numpy(labelled.label[rows[split]].values.astype(np.int64)).to(device)
         parts[split] = Part(members[0].sample[rows[split]].tolist(), inputs, label)
 
     example = parts[splits[0]]

@@ -20,11 +20,6 @@ def cut(image: np.ndarray, corner: np.ndarray, chip: int) -> np.ndarray:
     return image[..., row : row + chip, column : column + chip]
 
 
-def block_of(corner: np.ndarray, block: int, blocks_across: int) -> int:
-    """Index of the block in which a chip lies; chips never straddle blocks, whose side they divide."""
-    return int(corner[0] // block * blocks_across + corner[1] // block)
-
-
 def assign_blocks(counts: np.ndarray, splits: Splits, seed: int, draws: int = 20000) -> np.ndarray:
     """Deal blocks to train, val and test so that each split's label shares are near the whole's.
 

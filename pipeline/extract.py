@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,10 @@ from pipeline.pyramid import Pyramid, Spec
 
 
 def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
-    """Where one extraction works before it is published, named by everything that decides its bytes.
+    """The place in `folder` of one extraction before it is published, named by everything that decides its bytes.
 
-    The same inputs resume there after a kill; other inputs or other code start afresh.
+    The same inputs resume there after a kill; other inputs or other code start afresh, and what an earlier
+    extraction of other inputs left in `folder` is removed.
     """
     code = [digest(Path(module.__file__)) for module in (bands, encode)]
     decides = {
@@ -32,7 +34,11 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
         "shard": extract.shard,
         "dense": extract.dense,
     }
-    return folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    for old in folder.glob("*"):
+        if old != path:
+            shutil.rmtree(old)
+    return path
 
 
 def extract(images: xr.Dataset, encoder: Encoder, layout_of, writer_of, batch: int) -> Writer:

@@ -217,6 +217,10 @@ def _check(params: Params) -> None:
     for head in ("linear", "upernet"):
         fields = dataclasses.asdict(getattr(params.heads, head))
         _positive(f"heads.{head}", **{k: v for k, v in fields.items() if isinstance(v, int)})
+    if params.heads.upernet.batch < 2:
+        raise UserError(
+            "heads.upernet.batch is 1; it must be at least 2, since BatchNorm cannot train on one sample."
+        )
     for key in ("learning_rate", "weight_decay"):
         bounds = getattr(params.search, key)
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:

@@ -41,7 +41,7 @@ def make_report() -> None:
     publish(scratch, REPORT)
     scores: dict[str, dict] = {}
     for row in summary.itertuples():
-        scores.setdefault(row.dataset, {})[row.model] = {"mean": round(row.mean, 4), "std": round(row.std, 4)}
+        scores.setdefault(row.dataset, {})[row.model] = {"mean": round(row.mean, 6), "std": round(row.std, 6)}
     write_json(METRICS, scores)
     print(report.markdown(summary), *said, *left_out, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")

@@ -45,7 +45,7 @@ def train(dataset: str, model: str) -> None:
                 {"seed": seed, "sample": name, "counts": row}
                 for name, row in zip(samples, counts["test"][seed], strict=True)
             ]
-        print(f"{dataset} {model}: test {scores['test'].mean():.4f} ± {scores['test'].std(ddof=1):.4f}")
+        print(f"{dataset} {model}: test {scores['test'].mean():.4f} ± {scores['test'].std():.4f}")
     scratch = SCRATCH / f"runs-{dataset}-{model}"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

@@ -153,6 +153,8 @@ def test_misaligned_sample_order_between_stores_is_refused(cell):
 
     with pytest.raises(StoreError, match="differ in 'sample'"):
         load(cell, [cell("a"), cell("b", swap)])
+    with pytest.raises(StoreError, match="in another order than"):
+        load(cell, [cell("b2", swap)])
 
 
 def test_stores_of_other_images_are_refused(cell):

@@ -14,7 +14,7 @@ from rasterio.features import rasterize
 
 from pipeline.archives import Archive
 from pipeline.bands import SENTINEL2
-from pipeline.chips import SPLITS, assign_blocks, block_of, corners, cut
+from pipeline.chips import SPLITS, assign_blocks, corners, cut
 from pipeline.errors import UserError
 from pipeline.images import IGNORE, Images
 from pipeline.params import Dataset
@@ -47,13 +47,10 @@ def prepare(raw: Path, dataset: Dataset) -> Images:
     """
     scene, transform, crs = read_scene(raw)
     mask = read_mask(raw, transform, scene.shape[1:])
-    height, width = mask.shape
-    across = width // dataset.block
-    blocks = [cut(mask, corner, dataset.block) for corner in corners(height, width, dataset.block)]
-    areas = np.stack([np.bincount(block[block != IGNORE], minlength=len(CLASSES)) for block in blocks])
+    home, areas = block_areas(mask, dataset.block)
     deal = assign_blocks(areas, dataset.splits, dataset.seed)
 
-    places = corners(height, width, dataset.chip)
+    places = corners(*mask.shape, dataset.chip)
     notes = [
         "20 m and 60 m bands repeated to 10 m by nearest neighbour",
         "OpenStreetMap class grass merged into meadow; where polygons overlap the smaller one counts",
@@ -75,7 +72,7 @@ def prepare(raw: Path, dataset: Dataset) -> Images:
         image=np.stack([cut(scene, corner, dataset.chip) for corner in places]),
         label=label,
         sample=[f"r{row:04d}c{column:04d}" for row, column in places],
-        split=[SPLITS[deal[block_of(corner, dataset.block, across)]] for corner in places],
+        split=[SPLITS[deal[home[row // dataset.block, column // dataset.block]]] for row, column in places],
         bands=BANDS,
         classes=classes,
         task=dataset.task,
@@ -122,6 +119,17 @@ def read_mask(raw: Path, transform, shape: tuple[int, int]) -> np.ndarray:
     polygons = polygons.iloc[np.argsort(-polygons.area.to_numpy(), kind="stable")]
     drawn = zip(polygons.geometry, polygons.fclass.map(CLASSES.index), strict=True)
     return rasterize(drawn, out_shape=shape, transform=transform, fill=IGNORE, dtype="uint8")
+
+
+def block_areas(mask: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number of every block, (rows of blocks, columns of blocks), and its labelled pixels per class, (block, class).
+
+    Blocks at the lower and right edge may be smaller.
+    """
+    rows, columns = -(-mask.shape[0] // block), -(-mask.shape[1] // block)
+    home = np.arange(rows * columns).reshape(rows, columns)
+    tiles = [cut(mask, (row * block, column * block), block) for row in range(rows) for column in range(columns)]
+    return home, np.stack([np.bincount(tile[tile != IGNORE], minlength=len(CLASSES)) for tile in tiles])
 
 
 def _pure_chips(mask: np.ndarray, places: np.ndarray, chip: int):

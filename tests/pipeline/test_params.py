@@ -47,6 +47,7 @@ def test_numbers_in_either_yaml_dialect(tmp_path):
         (lambda c: c["datasets"]["sample-landuse"].update(task="regression"), ["regression", "segmentation"]),
         (lambda c: c["compute"].update(device="tpu"), ["tpu", "cuda"]),
         (lambda c: c["search"].update(learning_rate=[1, 0.1]), ["low <= high"]),
+        (lambda c: c["heads"]["upernet"].update(batch=1), ["at least 2", "BatchNorm"]),
         (lambda c: c.update(grid=[1]), ["must be a mapping"]),
     ],
 )

@@ -53,6 +53,16 @@ def test_multilabel_from_the_same_masks(prepared):
         assert np.flatnonzero(hot).tolist() == [value for value in np.unique(mask) if value != IGNORE]
 
 
+def test_blocks_that_do_not_divide_the_scene(prepared):
+    """768 x 1536 px in blocks of 240: the last row and column of blocks are smaller, and none is lost."""
+    made = prepared("sample-landuse", block=240, chip=16)
+    assert len(made.sample) == len(prepared("sample-landuse").sample)
+    owner = {}
+    for sample, split in zip(made.sample, made.split, strict=True):
+        assert owner.setdefault((int(sample[1:5]) // 240, int(sample[6:]) // 240), split) == split
+    assert max(row for row, _ in owner) == 3
+
+
 def test_a_missing_band_file_names_those_that_are_there(raw, described, tmp_path):
     for path in raw("landuse").iterdir():
         if not path.name.endswith("B11.jp2"):

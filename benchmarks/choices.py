@@ -1,0 +1,87 @@
+"""Choices that the code makes for speed on a CPU, each against its alternative, by turns, as medians.
+
+    python -m benchmarks.choices
+
+`lanes`: UPerNets trained a core a head, against each in turn on all cores.
+`upernet_channels_last`, `csmask_channels_last`: against contiguous tensors, for a training step and a forward.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from pipeline import fit
+from pipeline.backbones import efficientnet
+from pipeline.heads.upernet import UperNet, UperNetGroup
+
+WIDTHS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
+ROUNDS = 5
+
+
+def seconds(work) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def ratio(ours, theirs) -> float:
+    """How many times faster ours is, as the median over alternating rounds after one warm-up."""
+    ours(), theirs()
+    return statistics.median(seconds(theirs) / seconds(ours) for _ in range(ROUNDS))
+
+
+def levels(layout) -> list[torch.Tensor]:
+    shapes = zip(WIDTHS, SIDES, strict=True)
+    return [torch.randn(16, width, side, side).contiguous(memory_format=layout) for width, side in shapes]
+
+
+def lanes() -> float:
+    inputs, label = levels(torch.channels_last), torch.randint(7, (16, 128, 128))
+    settings = [fit.Setting(1e-3, 1e-4, seed) for seed in range(4)]
+    task = fit.Task("segmentation", 7)
+
+    def train(group):
+        def make(seeds):
+            return UperNetGroup(WIDTHS, 16, 7, (128, 128), seeds)
+
+        for part in group:
+            fit.fit(make, inputs, label, task, part, steps=30, batch=4)
+
+    return ratio(lambda: train([settings]), lambda: train([[one] for one in settings]))
+
+
+def upernet_channels_last() -> float:
+    def step(layout):
+        head, inputs = UperNet(WIDTHS, 16, 7).to(memory_format=layout), levels(layout)
+        label = torch.randint(7, (16, 32, 32))
+
+        def work():
+            for _ in range(5):
+                functional.cross_entropy(head(inputs), label).backward()
+
+        return work
+
+    return ratio(step(torch.channels_last), step(torch.contiguous_format))
+
+
+def csmask_channels_last() -> float:
+    def forward(layout):
+        network = efficientnet.build("csmask_b4", "random", Path(), 0).to(memory_format=layout)
+        image = torch.randn(32, 6, 128, 128).contiguous(memory_format=layout)
+
+        def work():
+            with torch.inference_mode():
+                network(image)
+
+        return work
+
+    return ratio(forward(torch.channels_last), forward(torch.contiguous_format))
+
+
+if __name__ == "__main__":
+    measured = [lanes, upernet_channels_last, csmask_channels_last]
+    print(json.dumps({work.__name__: round(work(), 2) for work in measured} | {"cores": torch.get_num_threads()}))

@@ -1,0 +1,94 @@
+from functools import partial
+
+import numpy as np
+import pytest
+
+from cache.read import Features
+from cache.write import Writer
+from pipeline import extract as engine
+from pipeline import images
+from pipeline.backbones import family, spec
+from pipeline.params import Backbone, Extract
+
+EXTRACT = Extract(dtype="float16", batch=10, shard=16, dense=False)
+BACKBONE = Backbone("efficientnet", "lite0", "random", 64)
+
+
+class Counting:
+    """An encoder that counts its images and stops as if pulled out of the wall."""
+
+    def __init__(self, encoder, limit=10**9):
+        self.encoder, self.seen, self.limit = encoder, 0, limit
+
+    def __call__(self, image):
+        if self.seen >= self.limit:
+            raise KeyboardInterrupt
+        self.seen += len(image)
+        return self.encoder(image)
+
+
+@pytest.fixture
+def run(store, tmp_path):
+    """Extract tiles with an untrained network into a named folder; returns the store's digest."""
+    opened = images.open_images(store("sample-landuse-seg"))
+    declared = spec("efficientnet", "lite0")
+    network = family("efficientnet").build("lite0", "random", tmp_path, 0)
+    sealed = engine.Encoder(declared, network, opened.band.values.tolist(), opened.attrs, 64, "cpu")
+
+    def extract(name, limit=10**9, described=EXTRACT):
+        counting = Counting(sealed, limit)
+        said = engine.provenance(opened, "lite0", BACKBONE, declared, {"weights": "random"}, "cpu")
+        layout_of = partial(engine.make_layout, opened, declared, extract=described)
+        writer_of = partial(Writer, engine.scratch_path(tmp_path / name / "scratch", said, described))
+        writer = engine.extract(opened, counting, layout_of, writer_of, described.batch)
+        return writer.finish(tmp_path / name / "store.zarr", said), counting.seen
+
+    extract.sealed, extract.images, extract.folder = sealed, opened, tmp_path
+    return extract
+
+
+def test_every_sample_lands_in_its_own_row(run):
+    run("a")
+    features = Features(run.folder / "a/store.zarr")
+    for row in (0, 15, 16, 40, 71):
+        alone = run.sealed(run.images.image[row : row + 1].values)
+        np.testing.assert_allclose(
+            features.read("level3/features", [row]),
+            alone.levels[3],
+            rtol=2e-3,
+            atol=2e-3 * np.abs(alone.levels[3]).max(),
+        )
+        np.testing.assert_allclose(
+            features.read("pooled/mean_level3", [row]), alone.pooled["mean_level3"], rtol=5e-3, atol=1e-3
+        )
+    assert features.sample.tolist() == run.images.sample.values.tolist()
+    assert features.split.tolist() == run.images.split.values.tolist()
+
+
+def test_a_broken_extraction_goes_on_where_it_stopped(run):
+    whole, seen = run("a")
+    assert seen == 72 + 1  # one image more, for the shapes
+    with pytest.raises(KeyboardInterrupt):
+        run("b", limit=40)
+    assert not (run.folder / "b/store.zarr").exists()
+    resumed, seen = run("b")
+    assert resumed == whole
+    assert seen == 72 - 32 + 1  # two shards of 16 were safe
+
+
+def test_other_inputs_start_afresh_and_clear_the_old_scratch(run):
+    with pytest.raises(KeyboardInterrupt):
+        run("a", limit=40)
+    wide = Extract(dtype="float32", batch=10, shard=16, dense=False)
+    _, seen = run("a", described=wide)
+    assert seen == 73
+    assert list((run.folder / "a/scratch").iterdir()) == []
+
+
+def test_classification_sets_keep_pooled_vectors_alone_unless_asked(store, run):
+    chips = images.open_images(store("sample-landuse"))
+    pyramid = run.sealed(chips.image[:1].values)
+    declared = run.sealed.spec
+    assert engine.make_layout(chips, declared, pyramid, EXTRACT).levels == ()
+    dense = Extract(dtype="float16", batch=10, shard=16, dense=True)
+    assert [level.stride for level in engine.make_layout(chips, declared, pyramid, dense).levels] == [4, 8, 16, 32]
