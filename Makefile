@@ -13,10 +13,11 @@ test: .venv/ready
 	ruff format --check .
 	pytest
 
-# Torch and its CUDA libraries are most of the wait, and byte-compiling all of them would double it.
+# pip byte-compiles on one core; compileall does it on all, and every stage starts twice as fast for it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
+	-python -m compileall -q -j 0 .venv/lib > .venv/compile.log
 	touch $@
 
 lint: .venv/ready
