@@ -72,14 +72,7 @@ def fit(
 
 def _train(group, settings: Sequence[Setting], inputs, label, task: Task, steps: int, batch: int) -> None:
     optimiser = torch.optim.AdamW(
-        [
-            {
-                "params": list(head.parameters()),
-                "lr": setting.learning_rate,
-                "weight_decay": setting.weight_decay,
-            }
-            for head, setting in zip(group.heads, settings, strict=True)
-        ],
+        [one for head, own in zip(group.heads, settings, strict=True) for one in parameter_groups(head, own)],
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, _warm_cosine(steps))
@@ -91,6 +84,15 @@ def _train(group, settings: Sequence[Setting], inputs, label, task: Task, steps:
             loss(logits, label[index[heads]], task).sum().backward()
         optimiser.step()
         schedule.step()
+
+
+def parameter_groups(head: torch.nn.Module, setting: Setting) -> list[dict]:
+    """AdamW's groups for one head: weights decay; biases and normalisation, which are vectors, do not."""
+    groups = []
+    for decays, decay in ((True, setting.weight_decay), (False, 0.0)):
+        chosen = [parameter for parameter in head.parameters() if (parameter.ndim > 1) == decays]
+        groups.append({"params": chosen, "lr": setting.learning_rate, "weight_decay": decay})
+    return groups
 
 
 def _batches(count: int, batch: int, seed: int):

@@ -91,16 +91,29 @@ def test_the_loop_is_torchs_adamw_on_torchs_loss(points):
     ours = linear(inputs, label, [setting], steps).heads[0]
     torch.manual_seed(5)
     theirs = torch.nn.Linear(12, 3)
-    optimiser = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=1e-2)
+    groups = [{"params": [theirs.weight], "weight_decay": 1e-2}, {"params": [theirs.bias], "weight_decay": 0}]
+    optimiser = torch.optim.AdamW(groups, lr=1e-2)
     batches = fit._batches(len(label), 32, 5)
     factor = fit._warm_cosine(steps)
     for step in range(steps):
-        optimiser.param_groups[0]["lr"] = 1e-2 * factor(step)
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-2 * factor(step)
         index = next(batches)
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(theirs(inputs[index]), label[index]).backward()
         optimiser.step()
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_strong_decay_leaves_the_majority_class(points):
+    """Biases do not decay: a head decayed to nothing still knows how frequent the classes are."""
+    inputs, label = points
+    label = torch.where(torch.arange(300) < 200, 2, label)
+    group = linear(inputs, label, [Setting(1e-2, 100.0, 0)], steps=300)
+    probability = group.heads[0](torch.zeros(1, 12)).softmax(1)[0]
+    frequency = label.bincount(minlength=3) / 300
+    torch.testing.assert_close(probability, frequency, atol=0.05, rtol=0)
 
 
 def test_multilabel(prepared):
