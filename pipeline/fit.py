@@ -59,9 +59,9 @@ def fit(
     for lane in group.lanes():
         lanes.append((lane, settings[position : position + len(lane.heads)]))
         position += len(lane.heads)
-    if label.device.type == "cpu" and len(lanes) > 1:
-        # Small convolutions keep one core busy and not two: a core a lane is about 1.4 times faster than
-        # every core on each lane in turn, and the numbers do not depend on how many cores there are.
+    if label.device.type == "cpu" and lanes[0][0] is not group:
+        # Small convolutions keep one core busy and not two: a core a lane is faster than every core on each
+        # lane in turn, and a head's numbers depend neither on the others nor on how many cores there are.
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(lambda lane: _train(*lane, inputs, label, task, steps, batch), lanes))
     else:
