@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,15 +31,25 @@ def publish(scratch: Path, final: Path) -> None:
     """
     sync_tree(scratch)
     final.parent.mkdir(parents=True, exist_ok=True)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
-        os.rename(scratch, final)
-        shutil.rmtree(old)
-    else:
-        os.rename(scratch, final)
+    os.rename(scratch, final)
+    shutil.rmtree(old, ignore_errors=True)
     sync_folder(final.parent)
+
+
+@contextmanager
+def building(scratch: Path, final: Path):
+    """An empty folder to fill, which is published as `final` if nothing fails, and removed if anything does."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        publish(scratch, final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _sync(path: Path, flags: int) -> None:

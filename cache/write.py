@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from cache.durable import publish, sync_file, sync_folder
+from cache.durable import building, publish, sync_file, sync_folder
 from cache.schema import CONTRACT, Layout, StoreError, consolidate, create, put_array
 
 
@@ -41,7 +41,7 @@ class Writer:
                 f"Another process is writing {self.scratch}. Wait for it to end, or end it, and run again."
             ) from None
         self._done = self._recover()
-        self._root = zarr.open_group(self._store, mode="r+")
+        self._root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
 
     def pending(self) -> list[int]:
         """Shards still to be written, in order."""
@@ -97,7 +97,9 @@ class Writer:
         content = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         for shard in range(self.layout.shards):
             content.update(json.dumps(self._done[shard], sort_keys=True).encode())
-        self._root.attrs.update({**described, "content_sha256": content.hexdigest(), "complete": True})
+        self._root.attrs.update(
+            {**described, "content_sha256": content.hexdigest(), "coordinates": "split", "complete": True}
+        )
         consolidate(self._root)
         publish(self._store, final)
         self._lock.close()
@@ -144,15 +146,17 @@ class Writer:
 
 def write_left_out(final: Path, scratch: Path, reason: str) -> None:
     """An empty store that says why it is empty: the backbone cannot see this dataset."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    root = zarr.open_group(scratch, mode="w", zarr_format=3)
-    root.attrs.update({"contract": CONTRACT, "left_out": reason, "complete": True})
-    consolidate(root)
-    publish(scratch, final)
+    with building(scratch, final):
+        root = zarr.open_group(scratch, mode="w", zarr_format=3)
+        root.attrs.update({"contract": CONTRACT, "left_out": reason, "complete": True})
+        consolidate(root)
 
 
 def _narrow(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """Values in the store's dtype; infinities and NaN pass, finite values that do not fit are refused."""
+    """Values in the store's dtype; infinities and NaN pass, finite values that do not fit are refused.
+
+    So are values so small that most of them would lose their digits: below the dtype's smallest normal number.
+    """
     with np.errstate(over="ignore"):
         narrow = np.asarray(values).astype(dtype)
     lost = np.isinf(narrow) & np.isfinite(values)
@@ -160,5 +164,11 @@ def _narrow(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
         raise StoreError(
             f"{int(lost.sum())} values of {name} are too large for {dtype} (up to {np.abs(values[lost]).max():.4g}, "
             f"limit {np.finfo(dtype).max:.5g}). Store this backbone with extract.dtype: float32."
+        )
+    size = np.abs(values[np.isfinite(values) & (values != 0)])
+    if size.size and (size < np.finfo(dtype).tiny).mean() > 0.5:
+        raise StoreError(
+            f"Most values of {name} are too small for {dtype} (median {np.median(size):.2g}, smallest normal number "
+            f"{np.finfo(dtype).tiny:.2g}) and would be lost. Store this backbone with extract.dtype: float32."
         )
     return narrow

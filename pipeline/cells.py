@@ -1,6 +1,6 @@
 """One cell of the grid, a dataset seen through a model: its features, labels and heads, ready to train."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,19 +47,22 @@ class Cell:
         return fit.evaluate(group, part.inputs, part.label, self.task, self.batch)
 
 
-def load(stores: Sequence[Path], pictures: Path, heads: Heads, splits: Sequence[str], device: str) -> Cell:
+def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits: Sequence[str], device: str) -> Cell:
     """Open the members' stores, check that they belong together, and bring the splits into memory.
 
     Args:
+        stores: the members' stores, and the content digests they must have; None leaves that unchecked.
         splits: the splits to read; nothing is read of the others.
 
     Raises:
-        StoreError: stores that differ in samples or were made from other images.
+        StoreError: stores that differ in samples, were made from other images, or are not those resolved.
     """
     members = [Features(path) for path in stores]
     aligned(members)
     labelled = images.open_images(pictures)
     for member in members:
+        if (wanted := stores[member.path]) and member.attributes["content_sha256"] != wanted:
+            raise StoreError(f"{member.path} is not the store that was resolved for this model. Run: dvc repro")
         if member.attributes["images_sha256"] != labelled.attrs["content_sha256"]:
             raise StoreError(f"{member.path} was made from other images than {pictures}. Run: dvc repro")
         if member.sample.tolist() != labelled.sample.values.tolist():

@@ -65,6 +65,7 @@ class Encoder:
         # Importing terratorch 1.2 sets this to "medium" for the whole process, which makes float32
         # convolutions run in bfloat16 on CPUs that can, with errors of some percent.
         torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # torch lets GPUs convolve float32 with ten bits of mantissa
         with torch.inference_mode():
             pyramid = self.network(self.prepare(image))
         for level, stride in zip(pyramid.levels, self.spec.strides, strict=True):

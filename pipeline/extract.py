@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
+from cache import schema
 from cache.schema import Layout, Level
 from cache.write import Writer
 from pipeline import bands, encode
@@ -26,12 +27,13 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
     The same inputs resume there after a kill; other inputs or other code start afresh, and what an earlier
     extraction of other inputs left in `folder` is removed.
     """
-    code = [digest(Path(module.__file__)) for module in (bands, encode)]
+    code = [digest(Path(module.__file__)) for module in (bands, encode, schema)]
     decides = {
         **described,
         "code": code,
         "dtype": extract.dtype,
         "shard": extract.shard,
+        "batch": extract.batch,
         "dense": extract.dense,
     }
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ alone.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 
 from pipeline import metrics
 
@@ -63,7 +65,9 @@ def fit(
         # Small convolutions keep one core busy and not two: a core a lane is faster than every core on each
         # lane in turn, and a head's numbers depend neither on the others nor on how many cores there are.
         with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(lambda lane: _train(*lane, inputs, label, task, steps, batch), lanes))
+            trained = pool.map(lambda lane: _train(*lane, inputs, label, task, steps, batch), lanes)
+            for _ in tqdm(trained, total=len(lanes), unit="head", mininterval=2, file=sys.stderr):
+                pass
     else:
         for lane in lanes:
             _train(*lane, inputs, label, task, steps, batch)

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from cache.read import Features
 
-# A channel that never varies in training (a dead unit) is left at zero instead of being blown up.
-MIN_STD = 1e-6
+# A channel that varies less than this share of its mean in training is a dead unit and is left at zero.
+DEAD = 1e-5
 
 
 def pooled(stores: Sequence[Features], which: str, index: np.ndarray, training: np.ndarray) -> torch.Tensor:
@@ -60,6 +60,6 @@ def align(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _standardise(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    alive = std > MIN_STD
+    alive = std > DEAD * np.abs(mean)
     scaled = (values.astype(np.float32) - mean.astype(np.float32)) / np.where(alive, std, 1).astype(np.float32)
     return np.where(alive, scaled, np.float32(0))

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from cache.durable import publish
+from cache.durable import building
 from cache.schema import consolidate, put_array
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
@@ -90,32 +90,32 @@ def write(images: Images, scratch: Path, final: Path) -> None:
         "lon": {"units": "degrees_east"},
         "time": {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"},
     }
-    group = zarr.open_group(scratch, mode="w", zarr_format=3)
-    content = hashlib.sha256()
-    for name, (values, dims) in arrays.items():
-        if name == "time":
-            values = values.astype("datetime64[s]").astype(np.int64)
-        chunks = (CHUNK if dims[0] == "sample" and values.ndim > 1 else len(values), *values.shape[1:])
-        put_array(group, name, values, dims, chunks=chunks, attributes=described.get(name, {}))
-        content.update(f"{name} {values.dtype} {values.shape}".encode())
-        content.update("\0".join(values).encode() if values.dtype == object else values.tobytes())
-    attributes = {
-        "task": images.task,
-        "classes": list(images.classes),
-        "units": images.units,
-        "gsd": images.gsd,
-        "gsd_units": "metre",
-        "display": list(images.display) if images.display else None,
-        "licence": images.licence,
-        "source": images.source,
-        "notes": list(images.notes),
-    }
-    content.update(repr(sorted(attributes.items())).encode())
-    group.attrs.update(
-        {**attributes, "content_sha256": content.hexdigest(), "coordinates": " ".join(list(arrays)[2:])}
-    )
-    consolidate(group)
-    publish(scratch, final)
+    with building(scratch, final):
+        group = zarr.open_group(scratch, mode="w", zarr_format=3)
+        content = hashlib.sha256()
+        for name, (values, dims) in arrays.items():
+            if name == "time":
+                values = values.astype("datetime64[s]").astype(np.int64)
+            chunks = (CHUNK if dims[0] == "sample" and values.ndim > 1 else len(values), *values.shape[1:])
+            put_array(group, name, values, dims, chunks=chunks, attributes=described.get(name, {}))
+            content.update(f"{name} {values.dtype} {values.shape}".encode())
+            content.update("\0".join(values).encode() if values.dtype == object else values.tobytes())
+        attributes = {
+            "task": images.task,
+            "classes": list(images.classes),
+            "units": images.units,
+            "gsd": images.gsd,
+            "gsd_units": "metre",
+            "display": list(images.display) if images.display else None,
+            "licence": images.licence,
+            "source": images.source,
+            "notes": list(images.notes),
+        }
+        content.update(repr(sorted(attributes.items())).encode())
+        group.attrs.update(
+            {**attributes, "content_sha256": content.hexdigest(), "coordinates": " ".join(list(arrays)[2:])}
+        )
+        consolidate(group)
 
 
 def open_images(path: Path) -> xr.Dataset:

@@ -177,6 +177,10 @@ def _named(table: dict, name: str, what: str, section: str):
 
 
 def _check(params: Params) -> None:
+    for axis in ("datasets", "backbones", "models"):
+        names = getattr(params.grid, axis)
+        if not names or len(set(names)) != len(names):
+            raise UserError(f"grid.{axis} is {list(names)}; it must name at least one, and each once.")
     for name in params.grid.datasets:
         params.dataset(name)
     for name in params.grid.backbones:
@@ -195,6 +199,7 @@ def _check(params: Params) -> None:
             raise UserError(
                 f"datasets.{name}.splits are {fractions}; train, val and test must be positive and sum to 1."
             )
+        _not_negative(f"datasets.{name}.seed", dataset.seed)
         _positive(f"datasets.{name}", chip=dataset.chip, block=dataset.block)
         if dataset.block % dataset.chip:
             raise UserError(
@@ -203,6 +208,7 @@ def _check(params: Params) -> None:
             )
     for name, backbone in params.backbones.items():
         _one_of(backbone.weights, ("pretrained", "random", "none"), f"backbones.{name}.weights")
+        _not_negative(f"backbones.{name}.seed", backbone.seed)
         if backbone.input_size < 32 or backbone.input_size % 32:
             raise UserError(
                 f"backbones.{name}.input_size is {backbone.input_size}; it must be a multiple of 32, "
@@ -213,6 +219,7 @@ def _check(params: Params) -> None:
     _one_of(params.compute.device, ("auto", "cpu", "cuda"), "compute.device")
     _positive("extract", batch=params.extract.batch, shard=params.extract.shard)
     _positive("search", trials=params.search.trials, parallel=params.search.parallel)
+    _not_negative("search.seed", params.search.seed)
     _positive("train", seeds=params.train.seeds)
     for head in ("linear", "upernet"):
         fields = dataclasses.asdict(getattr(params.heads, head))
@@ -236,6 +243,11 @@ def _positive(section: str, **values: int) -> None:
     for key, value in values.items():
         if value < 1:
             raise UserError(f"{section}.{key} is {value}; it must be at least 1.")
+
+
+def _not_negative(key: str, value: int) -> None:
+    if value < 0:
+        raise UserError(f"{key} is {value}; a seed must not be negative.")
 
 
 def _build(kind, raw, where: str):

@@ -39,7 +39,7 @@ def summarise(runs: pd.DataFrame, counts: Mapping[tuple[str, str], np.ndarray]) 
     rows = []
     for (dataset, model), group in runs.groupby(["dataset", "model"], sort=False):
         first = group.iloc[0]
-        spread = group.score.std(ddof=1) if len(group) > 1 else 0.0
+        spread = group.score.std(ddof=1) if len(group) > 1 else float("nan")
         low, high = interval(bootstrap(first.task, counts[dataset, model], first.classes))
         rows.append(
             {"dataset": dataset, "model": model, "kind": kind(model, first.weights), "protocol": first.protocol,
@@ -60,8 +60,12 @@ def findings(summary: pd.DataFrame, counts: Mapping[tuple[str, str], np.ndarray]
     for dataset, table in summary.groupby("dataset", sort=False):
         table = table.set_index("model")
         for model in table[table.kind == "joined"].index:
-            members = [name for name in model.split("+") if name in table.index]
-            if members:
+            members = model.split("+")
+            if absent := [name for name in members if name not in table.index]:
+                said.append(
+                    f"{dataset}: {model} is not compared with its members: {', '.join(absent)} not in the grid."
+                )
+            else:
                 best = table.loc[members].val_mean.idxmax()
                 said.append(_sentence(dataset, table, counts, model, best, "its best member by validation"))
         for model in table[table.kind.isin(["joined", "pretrained"])].index:
@@ -85,7 +89,7 @@ def _sentence(dataset, table, counts, ours: str, theirs: str, what: str) -> str:
     return (
         f"{dataset}: {ours} against {theirs}, {what}: {gap.mean:+.3f} {row.metric} "
         f"(95 % interval {gap.low:+.3f} to {gap.high:+.3f} over {row.runs} seeds and {row.n_test} test samples; "
-        f"seeds alone spread {spread:.3f}): {words}."
+        f"{f'seeds alone spread {spread:.3f}' if row.runs > 1 else 'one seed, so no spread is known'}): {words}."
     )
 
 
@@ -128,8 +132,9 @@ def markdown(summary: pd.DataFrame) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in summary.itertuples():
+        spread = f"{row.std:.3f}" if row.runs > 1 else "–"
         lines.append(
-            f"| {row.dataset} | {row.model} | {row.kind} | {row.metric} | {row.mean:.3f} ± {row.std:.3f} | "
+            f"| {row.dataset} | {row.model} | {row.kind} | {row.metric} | {row.mean:.3f} ± {spread} | "
             f"{row.low:.3f}–{row.high:.3f} | {row.n_test} |"
         )
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ def run(stage: Callable, *names: str, either: bool = False) -> None:
             raise
         # zarr writes chunks side by side; those that fail after the first would each print a traceback.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        warnings.simplefilter("ignore")
         place = next(path for path in (SCRATCH, SCRATCH.parent, Path()) if path.exists())
         sys.exit(
             f"error: The disk is full: {error.filename or 'a chunk of a store'} could not be written, and "
@@ -89,5 +91,8 @@ def write_json(path: Path, content) -> None:
     """Write JSON so that the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    scratch.replace(path)
+    try:
+        scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -3,10 +3,12 @@
 import inspect
 from pathlib import Path
 
+from cache.durable import building
 from pipeline import archives, params
 from pipeline.backbones import family, spec
 from pipeline.datasets import source
-from stages.cli import ARCHIVES, RAW, WEIGHTS, run, write_json
+from pipeline.errors import UserError
+from stages.cli import ARCHIVES, RAW, SCRATCH, WEIGHTS, run, write_json
 
 
 def fetch(dataset: str | None, backbone: str | None) -> None:
@@ -22,9 +24,7 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
         archive = declared.archive if chosen.weights == "pretrained" else None
         name, weights = declared.weights_file, chosen.weights
         if weights == "pretrained" and archive is None:
-            raise params.UserError(f"Backbone '{backbone}' has no trained weights. Set its weights to 'none'.")
-    if archive:
-        archives.unpack(archive, archives.fetch(archive, ARCHIVES), target)
+            raise UserError(f"Backbone '{backbone}' has no trained weights. Set its weights to 'none'.")
     # The file's own code decides what is made of the raw bytes, so its digest travels with them: later
     # stages depend on this folder, and an edited family or source touches its own stores alone.
     record = {"code_sha256": archives.digest(Path(inspect.getfile(module)))}
@@ -32,9 +32,12 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
         record["weights"] = weights if weights != "random" else f"random, seed {chosen.seed}"
     if archive:
         record |= {"source": archive.source, "licence": archive.licence, "archive_sha256": archive.sha256}
-        if name:
-            record["file_sha256"] = archives.digest(target / name)
-    write_json(target / "source.json", record)
+    with building(SCRATCH / f"fetch-{target.parent.name}-{target.name}", target) as folder:
+        if archive:
+            archives.unpack(archive, archives.fetch(archive, ARCHIVES), folder)
+            if name:
+                record["file_sha256"] = archives.digest(folder / name)
+        write_json(folder / "source.json", record)
 
 
 if __name__ == "__main__":

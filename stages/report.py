@@ -1,12 +1,11 @@
 """report: every run of the grid as one table, what it can tell, box plots and one page."""
 
-import shutil
-
 import numpy as np
 import pandas as pd
 
-from cache.durable import publish
+from cache.durable import building
 from pipeline import params, report
+from pipeline.errors import UserError
 from stages.cli import METRICS, REPORT, RUNS, SCRATCH, TUNED, read_json, run, write_json
 
 
@@ -25,23 +24,23 @@ def make_report() -> None:
             counts[dataset, model] = np.stack(
                 [np.stack(group.sort_values("sample").counts) for _, group in tested.groupby("seed")]
             )
+    if not runs:
+        raise UserError("Every model of the grid is left out: " + " ".join(left_out) + " Add one that fits.")
     runs = pd.concat(runs, ignore_index=True)
     summary = report.summarise(runs, counts)
     said = report.findings(summary, counts)
 
-    scratch = SCRATCH / "report"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    runs.to_csv(scratch / "runs.csv", index=False)
-    summary.to_csv(scratch / "summary.csv", index=False)
-    (scratch / "summary.md").write_text(report.markdown(summary))
-    (scratch / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in said))
-    report.boxplots(runs, summary, scratch / "boxplots.png")
-    (scratch / "index.html").write_text(report.page(summary, said, left_out, scratch / "boxplots.png"))
-    publish(scratch, REPORT)
+    with building(SCRATCH / "report", REPORT) as folder:
+        runs.to_csv(folder / "runs.csv", index=False)
+        summary.to_csv(folder / "summary.csv", index=False)
+        (folder / "summary.md").write_text(report.markdown(summary))
+        (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in said))
+        report.boxplots(runs, summary, folder / "boxplots.png")
+        (folder / "index.html").write_text(report.page(summary, said, left_out, folder / "boxplots.png"))
     scores: dict[str, dict] = {}
     for row in summary.itertuples():
-        scores.setdefault(row.dataset, {})[row.model] = {"mean": round(row.mean, 6), "std": round(row.std, 6)}
+        one = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
+        scores.setdefault(row.dataset, {})[row.model] = one
     write_json(METRICS, scores)
     print(report.markdown(summary), *said, *left_out, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")

@@ -1,8 +1,6 @@
 """resolve: a model's name becomes the digests of its members' stores; training depends on these files alone."""
 
-import shutil
-
-from cache.durable import publish
+from cache.durable import building
 from pipeline import params
 from stages.cli import MANIFESTS, MODELS, SCRATCH, read_json, run, write_json
 
@@ -10,24 +8,22 @@ from stages.cli import MANIFESTS, MODELS, SCRATCH, read_json, run, write_json
 def resolve(dataset: str) -> None:
     """Write data/models/<dataset>/<model>.json for every model of the grid."""
     described = params.load()
-    scratch = SCRATCH / f"models-{dataset}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    for model in described.grid.models:
-        manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.members(model)}
-        reasons = [manifest["left_out"] for manifest in manifests.values() if manifest["left_out"]]
-        members = [
-            {
-                "backbone": name,
-                "content_sha256": manifest.get("content_sha256"),
-                "weights": manifest.get("weights", {}).get("weights"),
-            }
-            for name, manifest in manifests.items()
-        ]
-        write_json(
-            scratch / f"{model}.json",
-            {"dataset": dataset, "model": model, "left_out": " ".join(reasons) or None, "members": members},
-        )
-    publish(scratch, MODELS / dataset)
+    with building(SCRATCH / f"models-{dataset}", MODELS / dataset) as folder:
+        for model in described.grid.models:
+            manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.members(model)}
+            reasons = [manifest["left_out"] for manifest in manifests.values() if manifest["left_out"]]
+            members = [
+                {
+                    "backbone": name,
+                    "content_sha256": manifest.get("content_sha256"),
+                    "weights": manifest.get("weights", {}).get("weights"),
+                }
+                for name, manifest in manifests.items()
+            ]
+            write_json(
+                folder / f"{model}.json",
+                {"dataset": dataset, "model": model, "left_out": " ".join(reasons) or None, "members": members},
+            )
 
 
 if __name__ == "__main__":

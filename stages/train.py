@@ -1,10 +1,8 @@
 """train: a model's seeds at its best setting; the only stage that reads the test split, once per seed."""
 
-import shutil
-
 import pandas as pd
 
-from cache.durable import publish
+from cache.durable import building
 from pipeline import params
 from stages.cli import FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED, read_json, run
 
@@ -12,7 +10,7 @@ from stages.cli import FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED, read_json
 def train(dataset: str, model: str) -> None:
     """Write runs.csv, one row a seed, and test_counts.parquet, one row a seed and test sample."""
     described = params.load()
-    members = described.members(model)
+    described.members(model)
     resolved, tuned = (
         read_json(MODELS / dataset / f"{model}.json"),
         read_json(TUNED / dataset / f"{model}.json"),
@@ -23,7 +21,10 @@ def train(dataset: str, model: str) -> None:
         from pipeline.compute import device
         from pipeline.fit import Setting
 
-        stores = [FEATURES / dataset / f"{name}.zarr" for name in members]
+        stores = {
+            FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]
+            for member in resolved["members"]
+        }
         where = device(described.compute.device)
         cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val", "test"), where)
         settings = [Setting(**tuned["best"], seed=seed) for seed in range(described.train.seeds)]
@@ -45,13 +46,10 @@ def train(dataset: str, model: str) -> None:
                 {"seed": seed, "sample": name, "counts": row}
                 for name, row in zip(samples, counts["test"][seed], strict=True)
             ]
-        print(f"{dataset} {model}: test {scores['test'].mean():.4f} ± {scores['test'].std():.4f}")
-    scratch = SCRATCH / f"runs-{dataset}-{model}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    pd.DataFrame(runs, columns=None if runs else ["dataset", "model"]).to_csv(scratch / "runs.csv", index=False)
-    pd.DataFrame(tested, columns=["seed", "sample", "counts"]).to_parquet(scratch / "test_counts.parquet")
-    publish(scratch, RUNS / dataset / model)
+        print(f"{dataset} {model}: test {scores['test'].mean():.4f}, the mean of {len(settings)} seeds")
+    with building(SCRATCH / f"runs-{dataset}-{model}", RUNS / dataset / model) as folder:
+        pd.DataFrame(runs, columns=None if runs else ["dataset", "model"]).to_csv(folder / "runs.csv", index=False)
+        pd.DataFrame(tested, columns=["seed", "sample", "counts"]).to_parquet(folder / "test_counts.parquet")
 
 
 if __name__ == "__main__":

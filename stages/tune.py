@@ -7,7 +7,7 @@ from stages.cli import FEATURES, IMAGES, MODELS, TUNED, read_json, run, write_js
 def tune(dataset: str, model: str) -> None:
     """Write results/tune/<dataset>/<model>.json."""
     described = params.load()
-    members = described.members(model)
+    described.members(model)
     resolved = read_json(MODELS / dataset / f"{model}.json")
     result = {"dataset": dataset, "model": model, "left_out": resolved["left_out"]}
     if not resolved["left_out"]:
@@ -15,7 +15,10 @@ def tune(dataset: str, model: str) -> None:
         from pipeline.compute import device
         from pipeline.search import search
 
-        stores = [FEATURES / dataset / f"{name}.zarr" for name in members]
+        stores = {
+            FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]
+            for member in resolved["members"]
+        }
         where = device(described.compute.device)
         cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val"), where)
 

@@ -32,6 +32,7 @@ def raw(archive_folder, tmp_path_factory):
     def unpack(name: str) -> Path:
         if name not in made:
             archive = source(name).ARCHIVE
+            (folder / name).mkdir()
             archives.unpack(archive, archives.fetch(archive, archive_folder), folder / name)
             made[name] = folder / name
         return made[name]
@@ -76,6 +77,7 @@ def weights(archive_folder, tmp_path_factory):
     def unpack(variant: str) -> Path:
         if variant not in made:
             archive = spec("efficientnet", variant).archive
+            (folder / variant).mkdir()
             archives.unpack(archive, archives.fetch(archive, archive_folder), folder / variant)
             made[variant] = folder / variant
         return made[variant]

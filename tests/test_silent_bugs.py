@@ -137,7 +137,7 @@ def cell(prepared, tmp_path):
 
 
 def load(cell, stores, splits=("train", "val")):
-    return cells.load(stores, cell.images, SMALL, splits, "cpu")
+    return cells.load(dict.fromkeys(stores), cell.images, SMALL, splits, "cpu")
 
 
 def score(loaded, split="val", seed=0):
@@ -160,6 +160,12 @@ def test_misaligned_sample_order_between_stores_is_refused(cell):
 def test_stores_of_other_images_are_refused(cell):
     with pytest.raises(StoreError, match="made from other images"):
         load(cell, [cell("a"), cell("b", images_digest="0" * 64)])
+
+
+def test_a_store_that_is_not_the_resolved_one_is_refused(cell):
+    path = cell("a")
+    with pytest.raises(StoreError, match="is not the store that was resolved"):
+        cells.load({path: "0" * 64}, cell.images, SMALL, ("train",), "cpu")
 
 
 def test_what_lies_in_the_test_split_changes_nothing_in_the_search(cell):

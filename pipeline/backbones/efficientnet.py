@@ -82,7 +82,30 @@ def build(variant: str, weights: str, folder: Path, seed: int):
     if weights == "pretrained":
         path = Path(folder) / VARIANTS[variant].weights_file
         _load_strictly(network, _read_onnx(path) if path.suffix == ".onnx" else _read_lite0(path), path)
+    else:
+        _settle(network.eval(), len(VARIANTS[variant].bands), seed)
     return WithMeans(network, levels).eval().requires_grad_(False)
+
+
+def _settle(network, bands: int, seed: int) -> None:
+    """Give an untrained network the BatchNorm statistics of one batch of noise.
+
+    Without statistics of its own data BatchNorm passes the signal as it is, and torch's default initialisation
+    shrinks it a thousandfold from level to level: a control that is blank, not random.
+    """
+    import torch
+
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = None  # a plain average, here of one batch
+        norm.reset_running_stats()
+    with torch.inference_mode():
+        network(torch.randn(8, bands, 128, 128, generator=torch.Generator().manual_seed(seed)))
+    for norm, own in zip(norms, momentum, strict=True):
+        norm.eval()
+        norm.momentum = own
 
 
 def _csmask_b4():

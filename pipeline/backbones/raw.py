@@ -1,6 +1,7 @@
 """No network at all: the mean and standard deviation of each band, the baseline that any backbone must beat.
 
-As a pyramid, each cell holds its own mean and standard deviation; pooled, the whole chip's.
+As a pyramid, each cell holds its own mean and standard deviation; pooled, the whole chip's. A chip larger than
+`input_size` is thinned by nearest neighbour first, so give the chip's size to use every pixel.
 """
 
 from pathlib import Path

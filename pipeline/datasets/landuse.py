@@ -139,6 +139,11 @@ def _pure_chips(mask: np.ndarray, places: np.ndarray, chip: int):
     majority, pure = shares.argmax(axis=1), shares.max(axis=1) >= PURITY
     frequency = np.bincount(majority[pure], minlength=len(CLASSES))
     kept = [index for index in range(len(CLASSES)) if frequency[index] >= MIN_CHIPS]
+    if not kept:
+        raise UserError(
+            f"No class covers {PURITY:.0%} of at least {MIN_CHIPS} chips of {chip} px: the polygons are 1 to 50 ha. "
+            "Use smaller chips (16 px is tried), or task: segmentation."
+        )
     pure &= np.isin(majority, kept)
     label = np.searchsorted(kept, majority[pure]).astype(np.int64)
     dropped = [name for index, name in enumerate(CLASSES) if index not in kept]

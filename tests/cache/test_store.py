@@ -1,5 +1,6 @@
 """Writing, resuming and reading feature stores, with real features where values matter."""
 
+import gc
 import json
 import os
 import shutil
@@ -106,6 +107,29 @@ def test_resumed_and_unbroken_runs_give_the_same_bytes(tmp_path):
     assert write(tmp_path / "broken") == digest
     assert content(tmp_path / "broken/store.zarr") == content(tmp_path / "unbroken/store.zarr")
     assert not (tmp_path / "broken/scratch").exists()
+
+
+def test_a_kill_just_before_publishing_changes_no_byte(tmp_path, monkeypatch):
+    write(tmp_path / "unbroken")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cache.write.publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "broken")
+    gc.collect()  # closes the lock, as the kill would
+    write(tmp_path / "broken")
+    assert content(tmp_path / "broken/store.zarr") == content(tmp_path / "unbroken/store.zarr")
+
+
+def test_underflow_is_reported(tmp_path):
+    writer = Writer(tmp_path / "scratch", layout())
+    faint = values(layout(), 0)
+    faint["level1/features"] *= 1e-7
+    with pytest.raises(StoreError, match="Most values of level1/features are too small for float16"):
+        writer.write(0, faint)
 
 
 SLOW_WRITER = """

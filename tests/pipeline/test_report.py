@@ -8,11 +8,17 @@ from tests.conftest import ROOT
 
 @pytest.fixture
 def grid():
-    """Three models on one set: one knows, one guesses, their join knows as much."""
+    """Models on one set: one knows, one less, one guesses, and a join knows as much as the first."""
     label = np.random.default_rng(0).integers(2, size=300)
     runs, counts = [], {}
-    for model, weights, right in (("a", "pretrained", 0.9), ("a_random", "random, seed 0", 0.5), ("a+b", "p+p", 0.9)):
-        generator = np.random.default_rng(len(model))
+    for model, weights, right in (
+        ("a", "pretrained", 0.9),
+        ("b", "pretrained", 0.6),
+        ("a_random", "random, seed 0", 0.5),
+        ("a+b", "p+p", 0.9),
+        ("a+c", "p+p", 0.9),
+    ):
+        generator = np.random.default_rng(sum(map(ord, model)))
         wrong = generator.random((3, 300)) > right
         counts["d", model] = np.stack(
             [metrics.counts("classification", np.where(w, 1 - label, label), label, 2, None) for w in wrong]
@@ -29,7 +35,9 @@ def grid():
 def test_summary_and_sentences(grid, tmp_path):
     runs, counts = grid
     summary = report.summarise(runs, counts).set_index("model")
-    assert summary.kind.to_dict() == {"a": "pretrained", "a_random": "random", "a+b": "joined"}
+    assert summary.kind.to_dict() == {
+        "a": "pretrained", "b": "pretrained", "a_random": "random", "a+b": "joined", "a+c": "joined",
+    }  # fmt: skip
     for model, row in summary.iterrows():
         scores = runs[runs.model == model].score
         assert (row["mean"], row["std"]) == pytest.approx((scores.mean(), scores.std()))
@@ -37,6 +45,7 @@ def test_summary_and_sentences(grid, tmp_path):
     said = report.findings(summary.reset_index(), counts)
     assert any("a against a_random, the same network untrained" in one and one.endswith("better.") for one in said)
     assert any("a+b against a, its best member" in one and "cannot be told apart" in one for one in said)
+    assert any("a+c is not compared with its members: c not in the grid" in one for one in said)
     report.boxplots(runs, summary.reset_index(), tmp_path / "p.png")
     page = report.page(summary.reset_index(), said, ["<x>"], tmp_path / "p.png")
     assert "&lt;x&gt;" in page

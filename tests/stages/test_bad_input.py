@@ -81,6 +81,7 @@ for name in {needs}; do ln -s {real}/$name {folder}/data/$name; done
 cd {folder}
 {command} || status=$?
 ls data/raw data/images data/features/sample-trees 2>/dev/null | sed 's/^/left: /'
+ls data/scratch | grep -v lock$ | sed 's/^/scratch: /' || true
 exit ${{status:-0}}
 """
 
@@ -104,6 +105,8 @@ def test_a_full_disk(job, megabytes, stage, needs):
     said = last_paragraph(output)
     assert "The disk is full" in said
     assert "run the same command again" in said
+    assert "Warning" not in output
+    assert "scratch: images" not in output
     unwanted = {
         "fetch": "left: sample-trees",
         "prepare": "left: sample-trees.zarr",

@@ -10,6 +10,7 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 
 from pipeline.backbones import efficientnet, spec
+from pipeline.encode import Encoder
 from pipeline.errors import UserError
 
 
@@ -120,6 +121,26 @@ def test_random_weights_follow_the_seed(tmp_path):
     assert not torch.equal(first(image).levels[3], other(image).levels[3])
     assert first(image).levels[3].std() > 1e-4
     assert not any(parameter.requires_grad for parameter in first.parameters())
+
+
+@pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
+def test_a_random_control_is_alive_on_every_level(variant, prepared, tmp_path):
+    """A control whose levels fade to nothing would make any pretrained network look good."""
+    tiles = prepared("sample-landuse-seg")
+    names = [band.common_name for band in tiles.bands]
+    sealed = Encoder(
+        spec("efficientnet", variant),
+        efficientnet.build(variant, "random", tmp_path, 0),
+        names,
+        {"units": "dn", "display": tiles.display},
+        128,
+        "cpu",
+    )
+    pyramid = sealed(tiles.image[:16])
+    for level in pyramid.levels:
+        spread = level.std(axis=(0, 2, 3))
+        assert np.median(spread) > 1e-3
+        assert (spread > 0).mean() > 0.9
 
 
 def test_damaged_weights_are_refused(weights, tmp_path):

@@ -63,6 +63,11 @@ def test_blocks_that_do_not_divide_the_scene(prepared):
     assert max(row for row, _ in owner) == 3
 
 
+def test_chips_too_large_for_the_polygons(prepared):
+    with pytest.raises(UserError, match="at least 30 chips of 64 px"):
+        prepared("sample-landuse", chip=64)
+
+
 def test_a_missing_band_file_names_those_that_are_there(raw, described, tmp_path):
     for path in raw("landuse").iterdir():
         if not path.name.endswith("B11.jp2"):
