@@ -91,9 +91,11 @@ def _settle(network, bands: int, seed: int) -> None:
     """Give an untrained network the BatchNorm statistics of one batch of noise.
 
     Without statistics of its own data BatchNorm passes the signal as it is, and torch's default initialisation
-    shrinks it a thousandfold from level to level: a control that is blank, not random.
+    shrinks it a thousandfold from level to level: a control that is blank, not random. The noise has all scales
+    from the whole image to the pixel, as images do; white noise alone would leave slow gradients to explode.
     """
     import torch
+    from torch.nn import functional
 
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     momentum = [norm.momentum for norm in norms]
@@ -101,8 +103,10 @@ def _settle(network, bands: int, seed: int) -> None:
         norm.train()
         norm.momentum = None  # a plain average, here of one batch
         norm.reset_running_stats()
+    generator = torch.Generator().manual_seed(seed)
+    scales = [torch.randn(32, bands, side, side, generator=generator) for side in (1, 4, 16, 64, 128)]
     with torch.inference_mode():
-        network(torch.randn(8, bands, 128, 128, generator=torch.Generator().manual_seed(seed)))
+        network(sum(functional.interpolate(noise, size=(128, 128), mode="bilinear") for noise in scales))
     for norm, own in zip(norms, momentum, strict=True):
         norm.eval()
         norm.momentum = own
