@@ -120,7 +120,7 @@ def consolidate(group: zarr.Group) -> None:
 
 
 def _create_empty(group, name, shape, dtype, chunks, shards, dims) -> None:
-    """NaN where unwritten; zarr-python writes four times faster when it need not look for empty chunks."""
+    """NaN where unwritten; every chunk is written, since zarr-python is slow at looking for empty ones."""
     group.create_array(
         name,
         shape=shape,

@@ -27,7 +27,7 @@ class Encoder:
 
     def __init__(self, spec: Spec, network, bands: Sequence[str], attributes: Mapping, input_size: int, device: str):
         self.spec, self.device, self.input_size = spec, device, input_size
-        # Channels last is half as fast again for csmask_b4 on a CPU, and what GPUs want in low precision.
+        # Channels last is no slower on a CPU (benchmarks/choices.py), and what GPUs want in low precision.
         self.network = network.to(device, memory_format=torch.channels_last)
         self.positions = select(spec.bands or bands, bands)
         self.units, self.display = attributes["units"], attributes.get("display")
