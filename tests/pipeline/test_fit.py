@@ -30,7 +30,7 @@ def maps():
 
 
 def linear(inputs, label, settings, steps=60, kind="classification", classes=3):
-    make = lambda seeds: LinearGroup(inputs.shape[1], classes, seeds)  # noqa: E731
+    make = partial(LinearGroup, inputs.shape[1], classes)
     return fit.fit(make, inputs, label, Task(kind, classes), settings, steps, batch=32)
 
 
