@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,13 +44,22 @@ def publish(scratch: Path, final: Path) -> None:
 @contextmanager
 def building(scratch: Path, final: Path):
     """An empty folder to fill, which is published as `final` if nothing fails, and removed if anything does."""
-    shutil.rmtree(scratch, ignore_errors=True)
+    _remove(scratch)
     scratch.mkdir(parents=True)
     try:
         yield scratch
         publish(scratch, final)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, for up to five seconds: after a failed write zarr's other writes may still be landing."""
+    for _ in range(50):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -63,6 +63,7 @@ def test_the_store_is_a_datatree_with_named_dimensions(tmp_path):
     assert tree["level0"].features.dims == ("sample", "channel", "y", "x")
     assert tree["level0"].features.dtype == np.float16
     assert tree["level1"].attrs["stride"] == 8
+    assert set(tree.coords) == {"sample", "split"}
     assert tree["level1"].sample.values.tolist()[:2] == ["s000", "s001"]
     assert tree["pooled"].mean_level1.shape == (SAMPLES, 7)
     lazy = xr.open_zarr(tmp_path / "store.zarr", group="level0", chunks={})
