@@ -1,10 +1,12 @@
 """Bytes that are safe on disk, and folders that appear at their final name in one step."""
 
+import asyncio
 import os
 import shutil
-import time
 from contextlib import contextmanager
 from pathlib import Path
+
+from zarr.core.sync import sync
 
 
 def sync_file(path: Path) -> None:
@@ -44,22 +46,20 @@ def publish(scratch: Path, final: Path) -> None:
 @contextmanager
 def building(scratch: Path, final: Path):
     """An empty folder to fill, which is published as `final` if nothing fails, and removed if anything does."""
-    _remove(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
         publish(scratch, final)
     finally:
-        _remove(scratch)
+        sync(_settled())
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    """Remove a folder, for up to five seconds: after a failed write zarr's other writes may still be landing."""
-    for _ in range(50):
-        shutil.rmtree(path, ignore_errors=True)
-        if not path.exists():
-            return
-        time.sleep(0.1)
+async def _settled() -> None:
+    """Wait for zarr's writes under way: when one fails it reports at once and lets those beside it go on."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _sync(path: Path, flags: int) -> None:
