@@ -21,10 +21,6 @@ class FirstFailsRestLate(LocalStore):
             await asyncio.sleep(0.3)
         await super().set(key, value)
 
-    @staticmethod
-    async def _later():
-        await asyncio.sleep(0.3)
-
 
 def test_a_failed_build_leaves_nothing_even_while_zarr_is_still_writing(tmp_path):
     def build():
