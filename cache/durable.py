@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,25 @@ def sync_tree(path: Path) -> None:
         for name in files:
             sync_file(Path(folder, name))
         sync_folder(Path(folder))
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file that is on the disk, whole, when it has its name; the caller syncs the folder."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb", buffering=0) as file:
+            for part in parts:
+                _write_all(file, part)
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_all(file, part: bytes | memoryview) -> None:
+    rest = memoryview(part)
+    while len(rest):
+        rest = rest[file.write(rest) :]
 
 
 def publish(scratch: Path, final: Path) -> None:

@@ -1,79 +1,198 @@
 """Reading a finished feature store."""
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import zarr
+from zarr.abc.store import Store
 
-from cache.schema import StoreError
+from cache import checksums
+from cache.rows import THREADS, Files, LocalRows, RemoteRows, ScaledRows, gather, readable
+from cache.schema import CONTRACT, StoreError
 
 
 class Features:
     """A finished feature store, opened for reading.
 
+    Args:
+        location: a folder; an address that fsspec knows, such as `s3://bucket/store.zarr`; or a Zarr store object.
+        options: for fsspec, when `location` is an address.
+        verify: compare every file with its checksum first; a local store only.
+
     Attributes:
+        location: as given.
         sample, split: text arrays (sample,).
+        view: names of the augmented copies of every sample; empty for a store without them.
         levels: names of the levels, finest first.
         pooled: names of the pooled vectors, in the backbone's order.
         attributes: provenance.
 
     Raises:
-        StoreError: nothing there, or a store whose writer did not finish.
+        StoreError: nothing there, a store whose writer did not finish, or one of another contract.
     """
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        if not (self.path / "zarr.json").exists():
-            raise StoreError(
-                f"There is no feature store at {path}. Make it with: "
-                f"dvc repro extract@{self.path.parent.name}-{self.path.stem}"
-            )
-        self._root = zarr.open_group(self.path, mode="r")
+    def __init__(self, location: str | Path | Store, options: Mapping | None = None, verify: bool = False):
+        self._opened_with = (location, options)
+        if isinstance(location, Store) or "://" in str(location):
+            self.location, self._files = location, None
+        else:
+            self.location = Path(location)
+            if not (self.location / "zarr.json").exists():
+                raise StoreError(
+                    f"There is no feature store at {location}. Make it with: "
+                    f"dvc repro extract@{self.location.parent.name}-{self.location.stem}"
+                )
+            self._files = Files(str(self.location))
+        try:
+            self._root = zarr.open_group(self.location, mode="r", storage_options=options)
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise StoreError(f"{location} cannot be opened as a Zarr store: {error}") from None
         self.attributes = dict(self._root.attrs)
-        if not self.attributes.get("complete"):
-            raise StoreError(f"{path} was never finished, so it is not read. Delete it and extract again.")
-        if reason := self.attributes.get("left_out"):
-            raise StoreError(f"{path} holds no features: {reason}")
-        self.sample = np.array(self._root["sample"][:].tolist())
-        self.split = np.array(self._root["split"][:].tolist())
-        self.levels = sorted(name for name in self._root.group_keys() if name.startswith("level"))
-        self.pooled = list(self._root["pooled"].attrs["vectors"])
+        self._check()
+        if verify:
+            checksums.check(self.location)
+        self._describe()
 
-    def read(self, name: str, index: np.ndarray) -> np.ndarray:
-        """Rows `index` of the array `name` (such as `level0/features`), in that order, in the store's dtype.
+    @classmethod
+    def unfinished(cls, folder: Path) -> "Features":
+        """A writer's store whose shards are all there but which is not yet marked complete."""
+        features = cls.__new__(cls)
+        features.location, features._files = folder, Files(str(folder))
+        features._root = zarr.open_group(folder, mode="r", use_consolidated=False)
+        features.attributes = dict(features._root.attrs)
+        features._describe()
+        return features
 
-        Whole shards are read one after another, since zarr-python is slow at scattered single rows.
+    def __reduce__(self):
+        return Features, self._opened_with
+
+    def rows(self, split: str | None = None, fraction: float = 1.0, seed: int = 0) -> np.ndarray:
+        """Indices, ascending, of a split's samples (None: all), or of a random fraction of them.
+
+        Which samples are drawn depends on their names and the seed alone, and a smaller fraction is part of a
+        larger one.
+
+        Raises:
+            StoreError: the store has no such split.
         """
-        array = self._root[name]
-        step = (array.shards or array.chunks)[0]
+        if split is not None and split not in self.split:
+            raise StoreError(f"{self.location} has no split '{split}'; it has {sorted(set(self.split.tolist()))}.")
+        chosen = np.arange(len(self.sample)) if split is None else np.flatnonzero(self.split == split)
+        if fraction >= 1:
+            return chosen
+        draws = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in self.sample[chosen].tolist()]
+        order = sorted(range(len(chosen)), key=draws.__getitem__)
+        return np.sort(chosen[order[: max(1, round(fraction * len(chosen)))]])
+
+    def read(self, name: str, index: np.ndarray, view: str | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Samples `index` of the array `name` (such as `level0/features`), in that order.
+
+        Args:
+            view: which augmented copy; None for the first.
+            out: where to put them, its rows contiguous; None for new memory.
+
+        Returns:
+            (len(index), …) in the dtype the store was given, int8 restored.
+        """
+        rows = self.array(name)
+        index = self.flat(index, view)
+        out = np.empty((len(index), *rows.shape), rows.dtype) if out is None else out
+        with ThreadPoolExecutor(THREADS) as pool:
+            step = 1024
+            for start in range(0, len(index), step):
+                some = slice(start, start + step)
+                places = rows.find(index[some].tolist())
+                targets = rows.targets(out[some])
+                gather([(rows, *pair) for pair in zip(places, targets, strict=True)], pool, out[some].nbytes)
+        return out
+
+    def array(self, name: str) -> LocalRows | ScaledRows | RemoteRows:
+        """The rows of one array.
+
+        Raises:
+            StoreError: the store has no such array.
+        """
+        if name not in self._arrays:
+            self._arrays[name] = self._open(name)
+        return self._arrays[name]
+
+    def flat(self, index: np.ndarray, view: str | None = None) -> np.ndarray:
+        """Row numbers of samples' views.
+
+        Raises:
+            StoreError: an index out of range, or no such view.
+        """
         index = np.asarray(index)
-        values = np.empty((len(index), *array.shape[1:]), dtype=array.dtype)
-        for shard in np.unique(index // step):
-            wanted = index // step == shard
-            block = array[shard * step : (shard + 1) * step]
-            values[wanted] = block[index[wanted] - shard * step]
-        return values
+        if index.size and (index.min() < 0 or index.max() >= len(self.sample)):
+            raise StoreError(
+                f"{self.location} has samples 0 to {len(self.sample) - 1}; asked for {index.min()} to {index.max()}."
+            )
+        if view is None:
+            return index * max(1, len(self.view))
+        if view not in self.view:
+            raise StoreError(f"{self.location} has no view '{view}'; it has {self.view or 'none'}.")
+        return index * len(self.view) + self.view.index(view)
 
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of a level's channels over the training split, float64 (channel,)."""
         return self._root[level]["mean"][:], self._root[level]["std"][:]
 
+    def _check(self) -> None:
+        if not self.attributes.get("complete"):
+            raise StoreError(f"{self.location} was never finished, so it is not read. Delete it and extract again.")
+        if (contract := self.attributes.get("contract")) != CONTRACT:
+            raise StoreError(
+                f"{self.location} follows contract {contract}; this reader knows {CONTRACT}. Extract it again, or "
+                "read it with the version that wrote it."
+            )
+        if reason := self.attributes.get("left_out"):
+            raise StoreError(f"{self.location} holds no features: {reason}")
 
-def aligned(stores: list[Features]) -> None:
-    """Check that stores hold the same samples in the same order with the same splits.
+    def _describe(self) -> None:
+        self.sample = np.array(self._root["sample"][:].tolist())
+        self.split = np.array(self._root["split"][:].tolist())
+        self.view = self._root["view"][:].tolist() if "view" in self._root else []
+        self.levels = sorted(name for name in self._root.group_keys() if name.startswith("level"))
+        self.pooled = list(self._root["pooled"].attrs["vectors"])
+        self._arrays: dict[str, LocalRows | ScaledRows | RemoteRows] = {}
+
+    def _open(self, name: str) -> LocalRows | ScaledRows | RemoteRows:
+        if name not in self._root:
+            known = [f"{level}/features" for level in self.levels] + [f"pooled/{vector}" for vector in self.pooled]
+            raise StoreError(f"{self.location} has no array '{name}'; it has {', '.join(known)}.")
+        array = self._root[name]
+        scale = self._root[name.replace("features", "scale")] if array.dtype == np.int8 else None
+        local = self._files and all(readable(one) for one in (array, scale) if one is not None)
+        leading = 2 if self.view else 1
+
+        def rows(one: zarr.Array) -> LocalRows | RemoteRows:
+            return LocalRows(one, self._files, leading) if local else RemoteRows(one, leading)
+
+        return rows(array) if scale is None else ScaledRows(rows(array), rows(scale), self.attributes["dtype"])
+
+
+def aligned(stores: Sequence[Features]) -> None:
+    """Check that stores hold the same samples in the same order with the same splits and views.
 
     Raises:
         StoreError: naming the two stores and the first difference.
     """
     first = stores[0]
     for other in stores[1:]:
-        for what in ("sample", "split"):
-            ours, theirs = getattr(first, what), getattr(other, what)
+        for what in ("sample", "split", "view"):
+            ours, theirs = np.asarray(getattr(first, what)), np.asarray(getattr(other, what))
             if len(ours) != len(theirs):
-                raise StoreError(f"{first.path} has {len(ours)} samples, {other.path} has {len(theirs)}.")
+                raise StoreError(
+                    f"{first.location} has {len(ours)} {what}s, {other.location} has {len(theirs)}. Both must come "
+                    "from one images store: extract again."
+                )
             if (ours != theirs).any():
                 row = int(np.argmax(ours != theirs))
                 raise StoreError(
-                    f"{first.path} and {other.path} differ in '{what}' at row {row}: '{ours[row]}' and "
+                    f"{first.location} and {other.location} differ in '{what}' at row {row}: '{ours[row]}' and "
                     f"'{theirs[row]}'. Both must come from one images store: extract again."
                 )

@@ -8,8 +8,12 @@ import numpy as np
 import zarr
 from zarr.errors import ZarrUserWarning
 
-CONTRACT = "1"
+from cache.codecs import NONE, Codec
+
+CONTRACT = "2"
 DTYPES = ("float16", "float32")
+# A shard file lies right in its array's folder, so that one flush of that folder makes its name durable.
+CHUNK_KEYS = {"name": "default", "separator": "."}
 
 
 class StoreError(Exception):
@@ -41,8 +45,10 @@ class Layout:
         sample, split: one string per sample, equal to the images store's.
         levels: finest first; may be empty.
         pooled: channels of each pooled vector by name, such as `mean_level3`.
-        dtype: of the features, one of `DTYPES`.
+        dtype: of the features as a reader gets them, one of `DTYPES`.
         shard: samples per file; the unit of work and of resumption.
+        codec: how levels are stored; pooled vectors are small and always stored as they are.
+        views: names of the augmented copies of each sample; empty for a store without that dimension.
     """
 
     sample: tuple[str, ...]
@@ -51,6 +57,8 @@ class Layout:
     pooled: dict[str, int]
     dtype: str
     shard: int
+    codec: Codec = NONE
+    views: tuple[str, ...] = ()
 
     @property
     def shards(self) -> int:
@@ -60,39 +68,55 @@ class Layout:
         """The samples of a shard."""
         return slice(shard * self.shard, min((shard + 1) * self.shard, len(self.sample)))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """One sample's shape, with its views, by the path of each array that a writer is given."""
+        views = (len(self.views),) if self.views else ()
+        shapes = {
+            f"level{index}/features": (*views, level.channels, level.height, level.width)
+            for index, level in enumerate(self.levels)
+        }
+        return shapes | {f"pooled/{name}": (*views, channels) for name, channels in self.pooled.items()}
+
     def arrays(self) -> list[str]:
-        """Paths of the arrays that shards are written to."""
-        levels = [f"level{index}/features" for index in range(len(self.levels))]
-        return levels + [f"pooled/{name}" for name in self.pooled]
+        """Paths of the arrays that a writer is given."""
+        return list(self.shapes())
 
 
 def create(path: Path, layout: Layout) -> None:
     """Lay down the groups and empty arrays of a store that is yet to be filled."""
     root = zarr.open_group(path, mode="w", zarr_format=3)
-    put_array(root, "sample", np.array(layout.sample, dtype=object), ("sample",))
-    put_array(root, "split", np.array(layout.split, dtype=object), ("sample",))
+    for name in ("sample", "split"):
+        put_array(root, name, np.array(getattr(layout, name), dtype=object), ("sample",))
+    view = ("view",) if layout.views else ()
+    if layout.views:
+        put_array(root, "view", np.array(layout.views, dtype=object), view)
     count, shard = len(layout.sample), min(layout.shard, len(layout.sample))
+    shapes = layout.shapes()
     for index, level in enumerate(layout.levels):
         group = root.create_group(
             f"level{index}",
             attributes={"stride": level.stride, "channels": level.channels, "layer": level.layer},
         )
-        shape = (level.channels, level.height, level.width)
-        # One sample a chunk, so that a minibatch reads what it needs; one file a shard.
+        shape = shapes[f"level{index}/features"]
+        # One map a chunk, so that a minibatch reads what it needs; one file a shard.
         _create_empty(
-            group, "features", (count, *shape), layout.dtype, (1, *shape), (shard, *shape),
-            ("sample", "channel", "y", "x"),
+            group, "features", (count, *shape), layout.codec.stored(layout.dtype),
+            ("sample", *view, "channel", "y", "x"),
+            chunks=(*[1] * (1 + len(view)), level.channels, level.height, level.width),
+            shards=(shard, *shape), compressors=layout.codec.compressor(),
         )  # fmt: skip
+        if layout.codec.scaled:
+            _create_empty(
+                group, "scale", (count, *shape[:-2]), "float32", ("sample", *view, "channel"), (shard, *shape[:-2])
+            )
+        for side, cells in (("y", level.height), ("x", level.width)):
+            centres = (np.arange(cells) + 0.5) * level.stride
+            put_array(group, side, centres, (side,), attributes={"units": "input pixels, at the cell's centre"})
     group = root.create_group("pooled", attributes={"vectors": list(layout.pooled)})
-    for name, channels in layout.pooled.items():
+    for name in layout.pooled:
+        shape = shapes[f"pooled/{name}"]
         _create_empty(
-            group,
-            name,
-            (count, channels),
-            layout.dtype,
-            (shard, channels),
-            None,
-            ("sample", f"{name}_channel"),
+            group, name, (count, *shape), layout.dtype, ("sample", *view, f"{name}_channel"), (shard, *shape)
         )
 
 
@@ -119,16 +143,16 @@ def consolidate(group: zarr.Group) -> None:
         zarr.consolidate_metadata(group.store)
 
 
-def _create_empty(group, name, shape, dtype, chunks, shards, dims) -> None:
-    """NaN where unwritten; every chunk is written, since zarr-python is slow at looking for empty ones."""
+def _create_empty(group, name, shape, dtype, dims, chunks, shards=None, compressors=None) -> None:
+    """NaN where unwritten (0 for int8, which has none)."""
     group.create_array(
         name,
         shape=shape,
         dtype=dtype,
         chunks=chunks,
         shards=shards,
-        compressors=None,
-        fill_value=float("nan"),
+        compressors=compressors,
+        fill_value=0 if dtype == "int8" else float("nan"),
         dimension_names=dims,
-        config={"write_empty_chunks": True},
+        chunk_key_encoding=CHUNK_KEYS,
     )

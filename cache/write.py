@@ -1,81 +1,113 @@
 """Writing a feature store: whole shards, each recorded after its bytes are safe, published in one step.
 
-A writer works in a scratch folder named by its caller after everything that decides the content:
+Writers, of which there may be many on many machines, share a scratch folder that their caller names after
+everything that decides the content:
 
-    <scratch>/store.zarr      the store, at full size, filled shard by shard
-    <scratch>/shards.jsonl    one line per finished shard, with the SHA-256 of each of its files
-    <scratch>/lock            held while a writer lives
+    <scratch>/store.zarr          the store, at full size, filled shard by shard
+    <scratch>/shards/<k>.json     exists once shard k is safe: the SHA-256 of its files, and what was lost
+    <scratch>/shards/<k>.lock     held by the writer at work on shard k; a killed writer lets go
+    <scratch>/lock                held while the store is laid down and while it is finished
 """
 
 import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import zarr
 
-from cache.durable import building, publish, sync_file, sync_folder
+from cache import checksums
+from cache import shard as shard_format
+from cache.codecs import NONE
+from cache.durable import building, publish, sync_folder, write_file
+from cache.prepare import prepare
+from cache.read import Features
 from cache.schema import CONTRACT, Layout, StoreError, consolidate, create, put_array
+from cache.statistics import channel_statistics
 
 
 class Writer:
-    """Fills one store; opened again after a kill it goes on at the first missing shard.
+    """Fills one store, alone or beside other writers; after a kill it goes on at the first missing shard.
+
+    Args:
+        scratch: on the file system of the store's final place; shared by all that write this store.
+        layout: the same for all of them.
 
     Raises:
-        StoreError: another writer that is still alive holds the scratch folder.
+        StoreError: the scratch folder holds the beginning of a store with another layout.
     """
 
     def __init__(self, scratch: Path, layout: Layout):
         self.scratch, self.layout = Path(scratch), layout
-        self._store, self._log = self.scratch / "store.zarr", self.scratch / "shards.jsonl"
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.scratch / "lock", "w")  # noqa: SIM115  held for the writer's life
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"Another process is writing {self.scratch}. Wait for it to end, or end it, and run again."
-            ) from None
-        self._done = self._recover()
-        self._root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
+        self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
+        self._records.mkdir(parents=True, exist_ok=True)
+        described = hashlib.sha256(repr(layout).encode()).hexdigest()
+        with _locked(self.scratch / "lock"):
+            if not self._store.exists():
+                laid = self.scratch / "laid.zarr"
+                create(laid, layout)
+                write_file(self.scratch / "layout", [described.encode()])
+                publish(laid, self._store)
+            if (self.scratch / "layout").read_text() != described:
+                raise StoreError(
+                    f"{self.scratch} holds the beginning of a store with another layout. Delete that folder, or "
+                    "write to one named after everything that decides the content."
+                )
 
     def pending(self) -> list[int]:
         """Shards still to be written, in order."""
-        return [shard for shard in range(self.layout.shards) if shard not in self._done]
+        return [shard for shard in range(self.layout.shards) if not self._record(shard).exists()]
+
+    def shards(self) -> Iterator[int]:
+        """Shards to write, one after another, none that another living writer has in hand.
+
+        At the end waits for those in other hands, and yields them too if their writer dies. Ends early if another
+        writer finished the store, and with it the scratch folder.
+        """
+        for wait in (False, True):
+            for shard in self.pending():
+                with suppress(BlockingIOError, FileNotFoundError), _locked(self._records / f"{shard}.lock", wait):
+                    if not self._record(shard).exists() and self._store.exists():
+                        yield shard
 
     def write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
         """Write one whole shard of every array, make it durable, and record it.
 
         Args:
-            values: float arrays (rows of the shard, …) by array path, as `Layout.arrays` lists them.
+            values: float arrays (rows of the shard, …) by array path; `Layout.shapes` has one sample's shape.
 
         Raises:
-            StoreError: an array is missing or of the wrong length, or a value is too large for the dtype.
+            StoreError: an array is missing or of the wrong shape, or holds values that the dtype cannot.
         """
         rows = self.layout.rows(shard)
-        if set(values) != set(self.layout.arrays()):
-            raise StoreError(f"Shard {shard} has arrays {sorted(values)}; wanted {sorted(self.layout.arrays())}.")
-        digests = {}
-        for name, array in values.items():
-            if len(array) != rows.stop - rows.start:
-                raise StoreError(f"Shard {shard} of {name} has {len(array)} samples, not {rows.stop - rows.start}.")
-            self._root[name][rows] = _narrow(array, self.layout.dtype, name)
-            path = self._shard_file(name, shard)
-            sync_file(path)
-            sync_folder(path.parent)
-            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        with open(self._log, "a") as log:
-            log.write(json.dumps({"shard": shard, "sha256": digests}, sort_keys=True) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-        self._done[shard] = digests
+        shapes = {name: (rows.stop - rows.start, *shape) for name, shape in self.layout.shapes().items()}
+        given = {name: np.shape(array) for name, array in values.items()}
+        if given != shapes:
+            raise StoreError(f"Shard {shard} has the arrays {given}; wanted {shapes}.")
+        with ThreadPoolExecutor(4) as pool:
+            stored, loss = {}, {}
+            for name, array in values.items():
+                codec = self.layout.codec if name.endswith("/features") else NONE
+                prepared = prepare(np.asarray(array), name, self.layout.dtype, codec, pool)
+                stored[name], loss[name] = prepared.stored, [prepared.error, prepared.size]
+                if prepared.scale is not None:
+                    stored[name.replace("features", "scale")] = prepared.scale
+            digests = dict(pool.map(lambda name: self._persist(shard, name, stored[name]), stored))
+        for name in stored:
+            sync_folder(self._store / name)
+        record = {"sha256": digests, "loss": loss}
+        write_file(self._record(shard), [json.dumps(record, sort_keys=True).encode()])
+        sync_folder(self._records)
 
     def finish(self, final: Path, provenance: Mapping) -> str:
-        """Add training statistics and provenance, mark the store complete, and publish it at `final`.
+        """Add training statistics, provenance and checksums, mark the store complete, and publish it at `final`.
+
+        Every writer of the store may call it; the first does the work.
 
         Returns:
             The SHA-256 of the content: of every shard and of the provenance.
@@ -83,65 +115,67 @@ class Writer:
         Raises:
             StoreError: shards are missing.
         """
-        if self.pending():
-            raise StoreError(f"Shards {self.pending()[:5]} of {self.scratch} are not written yet.")
-        for index in range(len(self.layout.levels)):
-            group = self._root[f"level{index}"]
-            for name, values in zip(
-                ("mean", "std"), self._training_statistics(f"level{index}/features"), strict=True
-            ):
-                if name in group:
-                    del group[name]
-                put_array(group, name, values, ("channel",))
-        described = {"contract": CONTRACT, **provenance}
-        content = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-        for shard in range(self.layout.shards):
-            content.update(json.dumps(self._done[shard], sort_keys=True).encode())
-        self._root.attrs.update(
-            {**described, "content_sha256": content.hexdigest(), "coordinates": "split", "complete": True}
-        )
-        consolidate(self._root)
-        publish(self._store, final)
-        self._lock.close()
-        shutil.rmtree(self.scratch)
-        return content.hexdigest()
-
-    def _recover(self) -> dict[int, dict]:
-        """Finished shards of an earlier run; a torn last line and `.partial` files are cleared away."""
-        done, whole = {}, ""
-        if (self._store / "zarr.json").exists() and self._log.exists():
-            for line in self._log.read_text().splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    break
-                record = json.loads(line)
-                done[record["shard"]] = record["sha256"]
-                whole += line
-            self._log.write_text(whole)
+        with _locked(self.scratch / "lock"):
+            if not self._store.exists():
+                return Features(final).attributes["content_sha256"]
+            if pending := self.pending():
+                raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
+            records = [json.loads(self._record(shard).read_text()) for shard in range(self.layout.shards)]
             for torn in self._store.rglob("*.partial"):
                 torn.unlink()
-        else:
-            shutil.rmtree(self._store, ignore_errors=True)
-            self._log.unlink(missing_ok=True)
-            create(self._store, self.layout)
-            self._log.touch()
-        return done
+            root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
+            for index in range(len(self.layout.levels)):
+                self._describe_level(root[f"level{index}"], f"level{index}", records)
+            described = {
+                "contract": CONTRACT,
+                "dtype": self.layout.dtype,
+                "codec": self.layout.codec.label,
+                **provenance,
+            }
+            content = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+            content.update(json.dumps([record["sha256"] for record in records], sort_keys=True).encode())
+            root.attrs.update(
+                {**described, "content_sha256": content.hexdigest(), "coordinates": "split", "complete": True}
+            )
+            consolidate(root)
+            known = {file: digest for record in records for file, digest in record["sha256"].items()}
+            checksums.write(self._store, known)
+            publish(self._store, final)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            return content.hexdigest()
 
-    def _shard_file(self, name: str, shard: int) -> Path:
-        ndim = self._root[name].ndim
-        return self._store.joinpath(name, "c", str(shard), *["0"] * (ndim - 1))
+    def _persist(self, shard: int, name: str, array: np.ndarray) -> tuple[str, str]:
+        """Write one shard of one array durably; returns its file's path in the store and SHA-256."""
+        parts, file = self._parts(name, array), f"{name}/c.{shard}{'.0' * (array.ndim - 1)}"
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        write_file(self._store / file, parts)
+        return file, digest.hexdigest()
 
-    def _training_statistics(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation per channel over the training split, in float64, shard by shard."""
-        training = np.array(self.layout.split) == "train"
-        count, total, squares = 0, 0.0, 0.0
-        for shard in range(self.layout.shards):
-            rows = self.layout.rows(shard)
-            values = self._root[name][rows][training[rows]].astype(np.float64)
-            count += values.size // values.shape[1]
-            total = total + values.sum(axis=(0, 2, 3))
-            squares = squares + np.square(values).sum(axis=(0, 2, 3))
-        mean = total / count
-        return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+    def _parts(self, name: str, array: np.ndarray) -> list[bytes | memoryview]:
+        """The bytes of one shard file: sharded for features, one chunk padded to full size for the rest."""
+        full = min(self.layout.shard, len(self.layout.sample))
+        if not name.endswith("/features"):
+            padding = np.full((full - len(array), *array.shape[1:]), np.nan, dtype=array.dtype)
+            return [array.data.cast("B"), padding.tobytes()]
+        maps = array.reshape(-1, *array.shape[-3:])
+        return shard_format.encode(
+            [self.layout.codec.compress(one) for one in maps], full * (len(maps) // len(array))
+        )
+
+    def _describe_level(self, group: zarr.Group, name: str, records: list[dict]) -> None:
+        """Training statistics of a level, and the relative error with which it was stored."""
+        features = Features.unfinished(self._store)
+        for key, values in zip(("mean", "std"), channel_statistics(features, name), strict=True):
+            if key in group:
+                del group[key]
+            put_array(group, key, values, ("channel",))
+        squares = np.array([record["loss"][f"{name}/features"] for record in records]).sum(axis=0)
+        group.attrs["relative_error"] = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
+
+    def _record(self, shard: int) -> Path:
+        return self._records / f"{shard}.json"
 
 
 def write_left_out(final: Path, scratch: Path, reason: str) -> None:
@@ -150,25 +184,16 @@ def write_left_out(final: Path, scratch: Path, reason: str) -> None:
         root = zarr.open_group(scratch, mode="w", zarr_format=3)
         root.attrs.update({"contract": CONTRACT, "left_out": reason, "complete": True})
         consolidate(root)
+        checksums.write(scratch, {})
 
 
-def _narrow(values: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """Values in the store's dtype; infinities and NaN pass, finite values that do not fit are refused.
+@contextmanager
+def _locked(path: Path, wait: bool = True):
+    """Hold a lock that its holder's death releases.
 
-    So are values so small that most of them would lose their digits: below the dtype's smallest normal number.
+    Raises:
+        BlockingIOError: another holds it, and `wait` is false.
     """
-    with np.errstate(over="ignore"):
-        narrow = np.asarray(values).astype(dtype)
-    lost = np.isinf(narrow) & np.isfinite(values)
-    if lost.any():
-        raise StoreError(
-            f"{int(lost.sum())} values of {name} are too large for {dtype} (up to {np.abs(values[lost]).max():.4g}, "
-            f"limit {np.finfo(dtype).max:.5g}). Store this backbone with extract.dtype: float32."
-        )
-    size = np.abs(values[np.isfinite(values) & (values != 0)])
-    if size.size and (size < np.finfo(dtype).tiny).mean() > 0.5:
-        raise StoreError(
-            f"Most values of {name} are too small for {dtype} (median {np.median(size):.2g}, smallest normal number "
-            f"{np.finfo(dtype).tiny:.2g}) and would be lost. Store this backbone with extract.dtype: float32."
-        )
-    return narrow
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

@@ -1,0 +1,67 @@
+"""The list of every file of a store with its SHA-256, in the format that `sha256sum -c` reads.
+
+Reading at speed never looks at it; `python -m cache.verify` and `Features(path, verify=True)` do.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cache.durable import write_file
+from cache.schema import StoreError
+
+NAME = "SHA256SUMS"
+_REMEDY = "Delete the store and extract again, or fetch it again from where it came."
+
+
+def write(store: Path, known: Mapping[str, str]) -> None:
+    """List every file below `store`; `known` has digests that need no second reading, by path in the store."""
+    digests = {file: known.get(file) or digest(store / file) for file in files(store)}
+    write_file(store / NAME, [_listing(digests).encode()])
+
+
+def check(store: Path) -> int:
+    """Compare every file with the list.
+
+    Returns:
+        How many files were checked.
+
+    Raises:
+        StoreError: naming the first file, in order of names, that is damaged, missing or not listed.
+    """
+    try:
+        text = (store / NAME).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        raise StoreError(f"{store / NAME} is missing or damaged, so nothing in {store} can be checked.") from None
+    listed = {line[66:]: line[:64] for line in text.split("\n") if line}
+    found = files(store)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        actual = dict(zip(found, pool.map(lambda file: digest(store / file), found), strict=True))
+    for file in sorted({*found, *listed}):
+        if file not in actual:
+            raise StoreError(f"{file} is listed in {NAME} but is not in {store}. {_REMEDY}")
+        if file not in listed:
+            raise StoreError(f"{file} of {store} is not listed in {NAME}. {_REMEDY}")
+        if actual[file] != listed[file]:
+            raise StoreError(f"{file} of {store} is damaged: its SHA-256 is not the one in {NAME}. {_REMEDY}")
+    if text != _listing(actual):
+        raise StoreError(f"{store / NAME} is damaged. {_REMEDY}")
+    return len(found)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files(store: Path) -> list[str]:
+    """Every file below `store` but the list itself, sorted, as paths within it."""
+    paths = (path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path != NAME)
+
+
+def _listing(digests: Mapping[str, str]) -> str:
+    return "".join(f"{digests[file]}  {file}\n" for file in sorted(digests))

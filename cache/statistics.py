@@ -1,0 +1,90 @@
+"""Statistics over a store of any size: channel moments by dask, principal components by scikit-learn."""
+
+from collections.abc import Iterator
+
+import dask
+import numpy as np
+from sklearn.decomposition import IncrementalPCA
+
+from cache.read import Features
+
+# Values that a task turns into float64 at once.
+_BLOCK = 1 << 22
+
+
+def channel_statistics(
+    features: Features, level: str, split: str = "train", view: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of a level's channels over a split, float64 (channel,).
+
+    One dask task a block of samples, merged in their order, so that the same store gives the same bits. Values
+    that are NaN or infinite make their channel's statistics so.
+
+    Args:
+        features: the store; never more than a block for each core of it is in memory.
+        level: such as `level0`.
+        view: None for every view of a sample.
+
+    Source: Chan, Golub, LeVeque 1983, doi:10.1080/00031305.1983.10483115, for merging moments.
+    """
+    views = [view] if view or not features.view else features.view
+    parts = [
+        dask.delayed(_moments)(features, f"{level}/features", index, one)
+        for index in _blocks(features, level, split)
+        for one in views
+    ]
+    count, mean, squares = 0, 0.0, 0.0
+    for size, part_mean, part_squares in dask.compute(*parts, scheduler="threads"):
+        total = count + size
+        away = part_mean - mean
+        mean = mean + away * (size / total)
+        squares = squares + part_squares + away**2 * (count * size / total)
+        count = total
+    return mean, np.sqrt(squares / count)
+
+
+def principal_components(features: Features, level: str, components: int = 3, split: str = "train") -> IncrementalPCA:
+    """PCA of a level's cells over a split, for pictures and for reduced features.
+
+    Args:
+        components: 3 make a picture.
+
+    Returns:
+        scikit-learn's fitted transformer from (cell, channel) to (cell, components); `project` applies it to maps.
+    """
+    pca = IncrementalPCA(components)
+    waiting: list[np.ndarray] = []
+    for index in _blocks(features, level, split):
+        waiting.append(_cells(features.read(f"{level}/features", index)))
+        # partial_fit wants at least as many cells as components; a small last block joins the one before it.
+        if sum(map(len, waiting)) >= 8 * components and len(waiting) > 1:
+            pca.partial_fit(np.concatenate(waiting[:-1]))
+            waiting = waiting[-1:]
+    pca.partial_fit(np.concatenate(waiting))
+    return pca
+
+
+def project(pca: IncrementalPCA, maps: np.ndarray) -> np.ndarray:
+    """Maps (sample, channel, y, x) as their principal components, float32 (sample, component, y, x)."""
+    cells = pca.transform(_cells(maps)).astype(np.float32)
+    sample, _, height, width = maps.shape
+    return cells.reshape(sample, height, width, -1).transpose(0, 3, 1, 2)
+
+
+def _cells(maps: np.ndarray) -> np.ndarray:
+    return maps.astype(np.float64).transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _blocks(features: Features, level: str, split: str) -> Iterator[np.ndarray]:
+    index = features.rows(split)
+    step = max(1, _BLOCK // int(np.prod(features.array(f"{level}/features").shape)))
+    for start in range(0, len(index), step):
+        yield index[start : start + step]
+
+
+def _moments(features: Features, name: str, index: np.ndarray, view: str | None) -> tuple[int, np.ndarray, np.ndarray]:
+    """Values a channel, their mean, and the sum of squares about it."""
+    values = features.read(name, index, view).astype(np.float64)
+    mean = values.mean(axis=(0, 2, 3))
+    squares = np.square(values - mean[:, None, None]).sum(axis=(0, 2, 3))
+    return values.size // len(mean), mean, squares
