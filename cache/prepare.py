@@ -46,7 +46,11 @@ def prepare(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Execu
         counts = np.array(list(pool.map(lambda rows: _block(values, rows, dtype, codec, prepared), blocks)))
     except ValueError as error:
         raise StoreError(f"{name} has {error}. Store this backbone with extract.codec: none.") from None
-    too_large, largest, faint, nonzero = *counts[:, 0].sum(keepdims=True), counts[:, 1].max(), *counts[:, 2:4].sum(axis=0)
+    too_large, largest, faint, nonzero = (
+        *counts[:, 0].sum(keepdims=True),
+        counts[:, 1].max(),
+        *counts[:, 2:4].sum(axis=0),
+    )
     if too_large:
         raise StoreError(
             f"{int(too_large)} values of {name} are too large for {dtype} (up to {largest:.4g}, limit "

@@ -30,6 +30,7 @@ class Features:
         levels: names of the levels, finest first.
         pooled: names of the pooled vectors, in the backbone's order.
         attributes: provenance.
+        root: the Zarr group itself.
 
     Raises:
         StoreError: nothing there, a store whose writer did not finish, or one of another contract.
@@ -48,12 +49,14 @@ class Features:
                 )
             self._files = Files(str(self.location))
         try:
-            self._root = zarr.open_group(self.location, mode="r", storage_options=options)
+            self.root = zarr.open_group(self.location, mode="r", storage_options=options)
         except (FileNotFoundError, json.JSONDecodeError) as error:
             raise StoreError(f"{location} cannot be opened as a Zarr store: {error}") from None
-        self.attributes = dict(self._root.attrs)
+        self.attributes = dict(self.root.attrs)
         self._check()
         if verify:
+            if not self._files:
+                raise StoreError(f"{location} is not a local folder; fetch it before checking its checksums.")
             checksums.check(self.location)
         self._describe()
 
@@ -62,8 +65,8 @@ class Features:
         """A writer's store whose shards are all there but which is not yet marked complete."""
         features = cls.__new__(cls)
         features.location, features._files = folder, Files(str(folder))
-        features._root = zarr.open_group(folder, mode="r", use_consolidated=False)
-        features.attributes = dict(features._root.attrs)
+        features.root = zarr.open_group(folder, mode="r", use_consolidated=False)
+        features.attributes = dict(features.root.attrs)
         features._describe()
         return features
 
@@ -88,7 +91,9 @@ class Features:
         order = sorted(range(len(chosen)), key=draws.__getitem__)
         return np.sort(chosen[order[: max(1, round(fraction * len(chosen)))]])
 
-    def read(self, name: str, index: np.ndarray, view: str | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self, name: str, index: np.ndarray, view: str | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Samples `index` of the array `name` (such as `level0/features`), in that order.
 
         Args:
@@ -139,7 +144,7 @@ class Features:
 
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of a level's channels over the training split, float64 (channel,)."""
-        return self._root[level]["mean"][:], self._root[level]["std"][:]
+        return self.root[level]["mean"][:], self.root[level]["std"][:]
 
     def _check(self) -> None:
         if not self.attributes.get("complete"):
@@ -153,19 +158,19 @@ class Features:
             raise StoreError(f"{self.location} holds no features: {reason}")
 
     def _describe(self) -> None:
-        self.sample = np.array(self._root["sample"][:].tolist())
-        self.split = np.array(self._root["split"][:].tolist())
-        self.view = self._root["view"][:].tolist() if "view" in self._root else []
-        self.levels = sorted(name for name in self._root.group_keys() if name.startswith("level"))
-        self.pooled = list(self._root["pooled"].attrs["vectors"])
+        self.sample = np.array(self.root["sample"][:].tolist())
+        self.split = np.array(self.root["split"][:].tolist())
+        self.view = self.root["view"][:].tolist() if "view" in self.root else []
+        self.levels = sorted(name for name in self.root.group_keys() if name.startswith("level"))
+        self.pooled = list(self.root["pooled"].attrs["vectors"])
         self._arrays: dict[str, LocalRows | ScaledRows | RemoteRows] = {}
 
     def _open(self, name: str) -> LocalRows | ScaledRows | RemoteRows:
-        if name not in self._root:
+        if name not in self.root:
             known = [f"{level}/features" for level in self.levels] + [f"pooled/{vector}" for vector in self.pooled]
             raise StoreError(f"{self.location} has no array '{name}'; it has {', '.join(known)}.")
-        array = self._root[name]
-        scale = self._root[name.replace("features", "scale")] if array.dtype == np.int8 else None
+        array = self.root[name]
+        scale = self.root[name.replace("features", "scale")] if array.dtype == np.int8 else None
         local = self._files and all(readable(one) for one in (array, scale) if one is not None)
         leading = 2 if self.view else 1
 

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -138,6 +139,8 @@ class LocalRows:
         if number not in self._index:
             self._index[number] = self._read_index(path, file)
         offset, length = self._index[number][row].tolist()
+        if offset == shard.EMPTY:
+            raise StoreError(f"{path} of {self._files.folder} lacks its row {row}: it was never written. {_CHECK}")
         return path, file, offset, length
 
     def _read_index(self, path: str, file: _Descriptor) -> np.ndarray:
@@ -259,5 +262,5 @@ def _parallel(pool, threads: int, requests: Sequence[tuple], work) -> list:
     if threads == 1:
         return work(requests)
     bounds = [len(requests) * share // threads for share in range(threads + 1)]
-    shares = [requests[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    shares = [requests[start:stop] for start, stop in pairwise(bounds)]
     return [item for part in pool.map(work, shares) for item in part]

@@ -85,6 +85,7 @@ class Layout:
 def create(path: Path, layout: Layout) -> None:
     """Lay down the groups and empty arrays of a store that is yet to be filled."""
     root = zarr.open_group(path, mode="w", zarr_format=3)
+    root.attrs.update({"contract": CONTRACT, "dtype": layout.dtype, "codec": layout.codec.label})
     for name in ("sample", "split"):
         put_array(root, name, np.array(getattr(layout, name), dtype=object), ("sample",))
     view = ("view",) if layout.views else ()

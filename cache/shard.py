@@ -10,7 +10,7 @@ import google_crc32c
 import numpy as np
 
 # Offset and length of a chunk that was never written.
-EMPTY = np.uint64(2**64 - 1)
+EMPTY = 2**64 - 1
 _CHECKSUM = 4
 
 

@@ -82,7 +82,9 @@ def _blocks(features: Features, level: str, split: str) -> Iterator[np.ndarray]:
         yield index[start : start + step]
 
 
-def _moments(features: Features, name: str, index: np.ndarray, view: str | None) -> tuple[int, np.ndarray, np.ndarray]:
+def _moments(
+    features: Features, name: str, index: np.ndarray, view: str | None
+) -> tuple[int, np.ndarray, np.ndarray]:
     """Values a channel, their mean, and the sum of squares about it."""
     values = features.read(name, index, view).astype(np.float64)
     mean = values.mean(axis=(0, 2, 3))

@@ -12,10 +12,11 @@ everything that decides the content:
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -45,19 +46,13 @@ class Writer:
     def __init__(self, scratch: Path, layout: Layout):
         self.scratch, self.layout = Path(scratch), layout
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
-        self._records.mkdir(parents=True, exist_ok=True)
         described = hashlib.sha256(repr(layout).encode()).hexdigest()
-        with _locked(self.scratch / "lock"):
-            if not self._store.exists():
-                laid = self.scratch / "laid.zarr"
-                create(laid, layout)
-                write_file(self.scratch / "layout", [described.encode()])
-                publish(laid, self._store)
-            if (self.scratch / "layout").read_text() != described:
-                raise StoreError(
-                    f"{self.scratch} holds the beginning of a store with another layout. Delete that folder, or "
-                    "write to one named after everything that decides the content."
-                )
+        held = False
+        while not held:  # a writer that finishes takes the folder away while this one is arriving
+            self._records.mkdir(parents=True, exist_ok=True)
+            with _locked(self.scratch / "lock") as held:
+                if held:
+                    self._lay_down(described)
 
     def pending(self) -> list[int]:
         """Shards still to be written, in order."""
@@ -71,8 +66,8 @@ class Writer:
         """
         for wait in (False, True):
             for shard in self.pending():
-                with suppress(BlockingIOError, FileNotFoundError), _locked(self._records / f"{shard}.lock", wait):
-                    if not self._record(shard).exists() and self._store.exists():
+                with _locked(self._records / f"{shard}.lock", wait) as held:
+                    if held and not self._record(shard).exists() and self._store.exists():
                         yield shard
 
     def write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
@@ -115,34 +110,54 @@ class Writer:
         Raises:
             StoreError: shards are missing.
         """
-        with _locked(self.scratch / "lock"):
-            if not self._store.exists():
-                return Features(final).attributes["content_sha256"]
-            if pending := self.pending():
-                raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
-            records = [json.loads(self._record(shard).read_text()) for shard in range(self.layout.shards)]
-            for torn in self._store.rglob("*.partial"):
-                torn.unlink()
-            root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
-            for index in range(len(self.layout.levels)):
-                self._describe_level(root[f"level{index}"], f"level{index}", records)
-            described = {
-                "contract": CONTRACT,
-                "dtype": self.layout.dtype,
-                "codec": self.layout.codec.label,
-                **provenance,
-            }
-            content = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-            content.update(json.dumps([record["sha256"] for record in records], sort_keys=True).encode())
-            root.attrs.update(
-                {**described, "content_sha256": content.hexdigest(), "coordinates": "split", "complete": True}
+        with _locked(self.scratch / "lock") as held:
+            if held and self._store.exists():
+                return self._finish(final, provenance)
+        return Features(final).attributes["content_sha256"]
+
+    def _lay_down(self, described: str) -> None:
+        """Create the store if no writer has, and check that those before had the same layout."""
+        if not self._store.exists():
+            laid = self.scratch / "laid.zarr"
+            create(laid, self.layout)
+            write_file(self.scratch / "layout", [described.encode()])
+            publish(laid, self._store)
+        if (self.scratch / "layout").read_text() != described:
+            raise StoreError(
+                f"{self.scratch} holds the beginning of a store with another layout. Delete that folder, or "
+                "write to one named after everything that decides the content."
             )
-            consolidate(root)
-            known = {file: digest for record in records for file, digest in record["sha256"].items()}
-            checksums.write(self._store, known)
-            publish(self._store, final)
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            return content.hexdigest()
+
+    def _finish(self, final: Path, provenance: Mapping) -> str:
+        if pending := self.pending():
+            raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
+        records = [json.loads(self._record(shard).read_text()) for shard in range(self.layout.shards)]
+        for torn in [*self._store.rglob("*.partial"), self._store / checksums.NAME]:
+            torn.unlink(missing_ok=True)
+        root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
+        for index in range(len(self.layout.levels)):
+            self._describe_level(root[f"level{index}"], f"level{index}", records)
+        described = {
+            **provenance,
+            "contract": CONTRACT,
+            "dtype": self.layout.dtype,
+            "codec": self.layout.codec.label,
+        }
+        content = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        content.update(json.dumps([record["sha256"] for record in records], sort_keys=True).encode())
+        root.attrs.update(
+            {**described, "content_sha256": content.hexdigest(), "coordinates": "split", "complete": True}
+        )
+        consolidate(root)
+        checksums.write(
+            self._store, {file: digest for record in records for file, digest in record["sha256"].items()}
+        )
+        publish(self._store, final)
+        gone = self.scratch.with_name(f".{self.scratch.name}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(self.scratch, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        return content.hexdigest()
 
     def _persist(self, shard: int, name: str, array: np.ndarray) -> tuple[str, str]:
         """Write one shard of one array durably; returns its file's path in the store and SHA-256."""
@@ -189,11 +204,21 @@ def write_left_out(final: Path, scratch: Path, reason: str) -> None:
 
 @contextmanager
 def _locked(path: Path, wait: bool = True):
-    """Hold a lock that its holder's death releases.
+    """Hold a lock that its holder's death releases; gives False if another has it or its folder is gone."""
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        yield _taken(lock, wait) and path.exists() and os.path.samestat(os.fstat(lock), path.stat())
+    finally:
+        os.close(lock)
 
-    Raises:
-        BlockingIOError: another holds it, and `wait` is false.
-    """
-    with open(path, "w") as lock:
+
+def _taken(lock: int, wait: bool) -> bool:
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+    except BlockingIOError:
+        return False
+    return True

@@ -61,12 +61,12 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
     aligned(members)
     labelled = images.open_images(pictures)
     for member in members:
-        if (wanted := stores[member.path]) and member.attributes["content_sha256"] != wanted:
-            raise StoreError(f"{member.path} is not the store that was resolved for this model. Run: dvc repro")
+        if (wanted := stores[member.location]) and member.attributes["content_sha256"] != wanted:
+            raise StoreError(f"{member.location} is not the store that was resolved for this model. Run: dvc repro")
         if member.attributes["images_sha256"] != labelled.attrs["content_sha256"]:
-            raise StoreError(f"{member.path} was made from other images than {pictures}. Run: dvc repro")
+            raise StoreError(f"{member.location} was made from other images than {pictures}. Run: dvc repro")
         if member.sample.tolist() != labelled.sample.values.tolist():
-            raise StoreError(f"{member.path} lists its samples in another order than {pictures}. Extract it again.")
+            raise StoreError(f"{member.location} lists its samples in another order than {pictures}. Run: dvc repro")
     kind = labelled.attrs["task"]
     ignore = images.IGNORE if kind == "segmentation" else None
     task = fit.Task(kind, len(labelled.attrs["classes"]), ignore)

@@ -1,5 +1,6 @@
 """The extraction engine: one pass of one frozen backbone over one images store, shard by shard."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,10 +12,10 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from cache import schema
+from cache import codecs, schema
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import bands, encode
+from pipeline import bands, encode, views
 from pipeline.archives import digest
 from pipeline.encode import Encoder
 from pipeline.params import Backbone, Extract
@@ -27,15 +28,8 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
     The same inputs resume there after a kill; other inputs or other code start afresh, and what an earlier
     extraction of other inputs left in `folder` is removed.
     """
-    code = [digest(Path(module.__file__)) for module in (bands, encode, schema)]
-    decides = {
-        **described,
-        "code": code,
-        "dtype": extract.dtype,
-        "shard": extract.shard,
-        "batch": extract.batch,
-        "dense": extract.dense,
-    }
+    code = [digest(Path(module.__file__)) for module in (bands, encode, views, schema, codecs)]
+    decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     for old in folder.glob("*"):
         if old != path:
@@ -57,14 +51,14 @@ def extract(images: xr.Dataset, encoder: Encoder, layout_of, writer_of, batch: i
     layout = layout_of(encoder(images.image[:1].values))
     writer = writer_of(layout)
     count = len(layout.sample)
-    pending = writer.pending()
-    done = count - sum(layout.rows(shard).stop - layout.rows(shard).start for shard in pending)
+    done = count - sum(layout.rows(shard).stop - layout.rows(shard).start for shard in writer.pending())
     with tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr) as progress:
-        for shard in pending:
+        for shard in writer.shards():
             rows = layout.rows(shard)
             starts = range(rows.start, rows.stop, batch)
             parts = [
-                _kept(encoder(images.image[start : min(start + batch, rows.stop)].values), layout) for start in starts
+                _views(encoder, images.image[start : min(start + batch, rows.stop)].values, layout)
+                for start in starts
             ]
             writer.write(shard, {name: np.concatenate([part[name] for part in parts]) for name in layout.arrays()})
             progress.update(rows.stop - rows.start)
@@ -85,6 +79,8 @@ def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, extract: Extra
         pooled={name: vector.shape[1] for name, vector in pyramid.pooled.items()},
         dtype=extract.dtype,
         shard=extract.shard,
+        codec=codecs.parse(extract.codec, extract.dtype),
+        views=extract.views if len(extract.views) > 1 else (),
     )
 
 
@@ -112,6 +108,14 @@ def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, we
         "images_sha256": images.attrs["content_sha256"],
         "licence": images.attrs["licence"],
     }
+
+
+def _views(encoder: Encoder, image: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    """What is kept of a batch; in a store with views each array (batch, view, …)."""
+    if not layout.views:
+        return _kept(encoder(image), layout)
+    seen = [_kept(encoder(views.VIEWS[view](image)), layout) for view in layout.views]
+    return {name: np.stack([one[name] for one in seen], axis=1) for name in layout.arrays()}
 
 
 def _kept(pyramid: Pyramid, layout: Layout) -> dict[str, np.ndarray]:

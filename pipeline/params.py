@@ -8,7 +8,9 @@ from pathlib import Path
 
 import yaml
 
+from cache import codecs
 from pipeline.errors import UserError
+from pipeline.views import VIEWS
 
 TASKS = ("classification", "multilabel", "segmentation")
 
@@ -62,12 +64,19 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Extract:
-    """`dense` keeps the levels of classification sets too; `shard` is the unit of work and of files."""
+    """How features are stored.
+
+    `dense` keeps the levels of classification sets too; `shard` is the unit of work and of files; `codec` is a name
+    of cache/codecs.py; `views` are names of pipeline/views.py, the first of which must be `identity`, the copy that
+    heads are trained on.
+    """
 
     dtype: str
+    codec: str
     batch: int
     shard: int
     dense: bool
+    views: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,15 @@ def _check(params: Params) -> None:
                 "the stride of the deepest level."
             )
     _one_of(params.extract.dtype, ("float16", "float32"), "extract.dtype")
+    try:
+        codecs.parse(params.extract.codec, params.extract.dtype)
+    except ValueError as error:
+        raise UserError(f"extract.codec: {error}.") from None
+    views = params.extract.views
+    for view in views:
+        _one_of(view, tuple(VIEWS), "extract.views")
+    if views[:1] != ("identity",) or len(set(views)) != len(views):
+        raise UserError(f"extract.views is {list(views)}; it must begin with identity and name each view once.")
     _one_of(params.heads.linear.pooled, ("last", "all"), "heads.linear.pooled")
     _one_of(params.compute.device, ("auto", "cpu", "cuda"), "compute.device")
     _positive("extract", batch=params.extract.batch, shard=params.extract.shard)

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ from pipeline import images
 from pipeline.backbones import family, spec
 from pipeline.params import Backbone, Extract
 
-EXTRACT = Extract(dtype="float16", batch=10, shard=16, dense=False)
+EXTRACT = Extract(dtype="float16", codec="none", batch=10, shard=16, dense=False, views=("identity",))
 BACKBONE = Backbone("efficientnet", "lite0", "random", 64)
 
 
@@ -79,7 +80,7 @@ def test_a_broken_extraction_goes_on_where_it_stopped(run):
 def test_other_inputs_start_afresh_and_clear_the_old_scratch(run):
     with pytest.raises(KeyboardInterrupt):
         run("a", limit=40)
-    wide = Extract(dtype="float32", batch=10, shard=16, dense=False)
+    wide = dataclasses.replace(EXTRACT, dtype="float32")
     _, seen = run("a", described=wide)
     assert seen == 73
     assert list((run.folder / "a/scratch").iterdir()) == []
@@ -90,5 +91,5 @@ def test_classification_sets_keep_pooled_vectors_alone_unless_asked(store, run):
     pyramid = run.sealed(chips.image[:1].values)
     declared = run.sealed.spec
     assert engine.make_layout(chips, declared, pyramid, EXTRACT).levels == ()
-    dense = Extract(dtype="float16", batch=10, shard=16, dense=True)
+    dense = dataclasses.replace(EXTRACT, dense=True)
     assert [level.stride for level in engine.make_layout(chips, declared, pyramid, dense).levels] == [4, 8, 16, 32]
