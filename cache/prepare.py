@@ -80,16 +80,16 @@ def _block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, into: Prep
         return np.count_nonzero(lost), magnitude[lost].max(), faint, nonzero, 0.0, 0.0
     into.stored[rows], scale = codec.lose(narrow)
     if scale is None:
-        kept = into.stored[rows].astype(given.dtype, copy=False)
+        kept = into.stored[rows]
     else:
         into.scale[rows] = scale
-        kept = np.empty_like(given)
+        kept = np.empty_like(narrow)
         restore(into.stored[rows], scale, kept)
     if not finite:
         given, kept = np.where(np.isfinite(given), given, 0), np.where(np.isfinite(given), kept, 0)
-    return 0, 0.0, faint, nonzero, _squares(kept - given), _squares(given)
+    return 0, 0.0, faint, nonzero, _squares(np.subtract(kept, given, dtype=np.float32)), _squares(given)
 
 
 def _squares(values: np.ndarray) -> float:
-    flat = values.ravel()
+    flat = values.ravel().astype(np.float64)
     return float(np.dot(flat, flat))

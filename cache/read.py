@@ -11,6 +11,7 @@ import zarr
 from zarr.abc.store import Store
 
 from cache import checksums
+from cache.remote import open_store
 from cache.rows import THREADS, Files, LocalRows, RemoteRows, ScaledRows, gather, readable
 from cache.schema import CONTRACT, StoreError
 
@@ -38,18 +39,19 @@ class Features:
 
     def __init__(self, location: str | Path | Store, options: Mapping | None = None, verify: bool = False):
         self._opened_with = (location, options)
-        if isinstance(location, Store) or "://" in str(location):
-            self.location, self._files = location, None
-        else:
-            self.location = Path(location)
-            if not (self.location / "zarr.json").exists():
-                raise StoreError(
-                    f"There is no feature store at {location}. Make it with: "
-                    f"dvc repro extract@{self.location.parent.name}-{self.location.stem}"
-                )
-            self._files = Files(str(self.location))
         try:
-            self.root = zarr.open_group(self.location, mode="r", storage_options=options)
+            if isinstance(location, Store) or "://" in str(location):
+                self.location, self._files = location, None
+                store = open_store(location, options)
+            else:
+                store = self.location = Path(location)
+                if not (store / "zarr.json").exists():
+                    raise StoreError(
+                        f"There is no feature store at {location}. Make it with: "
+                        f"dvc repro extract@{store.parent.name}-{store.stem}"
+                    )
+                self._files = Files(str(store))
+            self.root = zarr.open_group(store, mode="r")
         except (FileNotFoundError, json.JSONDecodeError) as error:
             raise StoreError(f"{location} cannot be opened as a Zarr store: {error}") from None
         self.attributes = dict(self.root.attrs)

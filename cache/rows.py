@@ -155,13 +155,14 @@ class LocalRows:
 
 
 class RemoteRows:
-    """Rows of an array through zarr-python: any store it can open, a row at a time."""
+    """Rows of an array through zarr-python, from any store it can open: slower, and by the same interface."""
 
     def __init__(self, array: zarr.Array, leading: int):
         self._array, self._views = array, array.shape[1:leading]
         self.shape, self.dtype = array.shape[leading:], array.dtype
-        # A chunk of many rows is kept for the other rows of a batch.
-        self._chunk = lru_cache(maxsize=8)(lambda start: array[start : start + array.chunks[0]])
+        self._step = array.chunks[0]
+        # A chunk of many rows is kept for the others of a batch.
+        self._chunk = lru_cache(maxsize=8)(lambda start: array[start : start + self._step])
 
     def targets(self, out: np.ndarray) -> list[np.ndarray]:
         return list(out)
@@ -172,11 +173,10 @@ class RemoteRows:
 
     def read(self, place: tuple[int, ...], target: np.ndarray, wait: bool = True) -> bool:
         sample, *view = place
-        if self._array.chunks[0] == 1:
+        if self._step == 1:
             target[...] = self._array[place]
         else:
-            start = sample - sample % self._array.chunks[0]
-            target[...] = self._chunk(start)[(sample - start, *view)]
+            target[...] = self._chunk(sample - sample % self._step)[(sample % self._step, *view)]
         return True
 
     def advise(self, place: tuple[int, ...]) -> None:
