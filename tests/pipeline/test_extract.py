@@ -93,3 +93,25 @@ def test_classification_sets_keep_pooled_vectors_alone_unless_asked(store, run):
     assert engine.make_layout(chips, declared, pyramid, EXTRACT).levels == ()
     dense = dataclasses.replace(EXTRACT, dense=True)
     assert [level.stride for level in engine.make_layout(chips, declared, pyramid, dense).levels] == [4, 8, 16, 32]
+
+
+def test_views_are_encoded_and_not_turned_afterwards(run):
+    run("a", described=dataclasses.replace(EXTRACT, views=("identity", "flip_x", "rot90")))
+    features = Features(run.folder / "a/store.zarr")
+    assert features.view == ["identity", "flip_x", "rot90"]
+    image = run.images.image[20:21].values
+    for view, turned in (("identity", image), ("flip_x", image[..., ::-1]), ("rot90", np.rot90(image, 1, (2, 3)))):
+        alone = run.sealed(np.ascontiguousarray(turned))
+        read = features.read("level1/features", [20], view)
+        np.testing.assert_allclose(read, alone.levels[1], rtol=2e-3, atol=2e-3 * np.abs(alone.levels[1]).max())
+        pooled = features.read("pooled/mean_level3", [20], view)
+        np.testing.assert_allclose(pooled, alone.pooled["mean_level3"], rtol=2e-3, atol=2e-3)
+    identity, flipped = (features.read("level1/features", [20], view) for view in ("identity", "flip_x"))
+    assert np.abs(flipped[..., ::-1].astype("float32") - identity).max() > 0.01 * np.abs(identity).max()
+
+
+def test_the_codec_of_params_is_the_stores(run):
+    run("a", described=dataclasses.replace(EXTRACT, codec="int8"))
+    features = Features(run.folder / "a/store.zarr")
+    assert features.attributes["codec"] == "int8"
+    assert 0 < features.root["level0"].attrs["relative_error"] < 0.05

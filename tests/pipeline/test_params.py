@@ -67,3 +67,18 @@ def test_no_file_and_no_yaml(tmp_path):
     (tmp_path / "params.yaml").write_text("grid: [")
     with pytest.raises(UserError, match="not valid YAML"):
         params.load(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("codec", "gzip", "extract.codec: there is no codec 'gzip'; there are none, lz4"),
+        ("codec", "bitround11", "float16 has 10"),
+        ("views", ["flip_x"], r"extract.views is \['flip_x'\]; it must begin with identity"),
+        ("views", ["identity", "flip"], "extract.views is 'flip'; it must be one of: identity, flip_x"),
+        ("views", ["identity", "identity"], "name each view once"),
+    ],
+)
+def test_codecs_and_views(tmp_path, key, value, said):
+    with pytest.raises(UserError, match=said):
+        load_with(tmp_path, lambda content: content["extract"].update({key: value}))
