@@ -58,6 +58,8 @@ class Batches:
         for name, parts in self._fields.items():
             self.shapes[name], self.dtypes[name] = _joined(name, parts)
         self.rows = np.arange(len(self.stores[0].sample)) if rows is None else np.asarray(rows)
+        self._places = np.full(len(self.stores[0].sample), -1)
+        self._places[self.rows] = np.arange(len(self.rows))
         self._view, self._empty = view, empty
         self._pool, self._process = None, None
         self._held = None
@@ -144,7 +146,7 @@ class Batches:
     def _fill(self, buffer: "_Buffer", index: np.ndarray) -> int:
         """Gather samples into a buffer; returns how many rows had to come from the disk."""
         if self._held is not None:
-            places = self._position(index)
+            places = self.places(index)
             for name, out in buffer.out.items():
                 np.take(self._held[name], places, axis=0, out=out[: len(index)], mode="clip")
             return 0
@@ -169,14 +171,16 @@ class Batches:
         for start in range(0, len(self.rows), _STEP):
             some = slice(start, start + _STEP)
             self._fill(_Buffer(self, {name: out[some] for name, out in held.items()}), self.rows[some])
-        # Where in memory each sample of the store is.
-        self._positions = np.full(len(self.stores[0].sample), -1)
-        self._positions[self.rows] = np.arange(len(self.rows))
         return held
 
-    def _position(self, index: np.ndarray) -> np.ndarray:
+    def places(self, index: np.ndarray) -> np.ndarray:
+        """Where samples of the store stand among `rows`.
+
+        Raises:
+            StoreError: a sample that is not among them.
+        """
         self.stores[0].flat(index)  # refuses what is out of range
-        places = self._positions[index]
+        places = self._places[index]
         if (places < 0).any():
             raise StoreError(f"Sample {index[np.argmin(places)]} is not among the rows these batches were made for.")
         return places

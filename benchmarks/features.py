@@ -1,0 +1,70 @@
+"""Feature stores for the benchmarks: a real backbone's features of the real sample chips and their turned copies.
+
+Needs `data/images` and `data/weights` (`make run` leaves them) and keeps what it makes in data/benchmarks.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cache.read import Features
+from cache.schema import Layout, Level
+from cache.write import Writer
+from pipeline import images, params
+from pipeline.backbones import family, spec
+from pipeline.encode import Encoder
+from pipeline.views import VIEWS
+
+FOLDER = Path("data/benchmarks")
+BATCH = 64
+
+
+def store(dataset: str, backbone: str, size: int, copies: int) -> Features:
+    """A store of all levels of every chip in `copies` views, each a sample of its own.
+
+    Args:
+        size: side in pixels to which chips are resized.
+    """
+    path = FOLDER / f"{dataset}-{backbone}-{size}px-{copies}x.zarr"
+    if not path.exists():
+        _make(path, dataset, backbone, size, copies)
+    return Features(path)
+
+
+def values(features: Features, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+    """Every level's features of some samples."""
+    index = np.arange(len(features.sample))[start:stop]
+    return {level: features.read(f"{level}/features", index) for level in features.levels}
+
+
+def _make(path: Path, dataset: str, backbone: str, size: int, copies: int) -> None:
+    described = params.load()
+    chosen = described.backbone(backbone)
+    opened = images.open_images(Path(f"data/images/{dataset}.zarr"))
+    network = family(chosen.family).build(
+        chosen.variant, chosen.weights, Path(f"data/weights/{backbone}"), chosen.seed
+    )
+    declared = spec(chosen.family, chosen.variant)
+    encoder = Encoder(declared, network, opened.band.values.tolist(), opened.attrs, size, "cpu")
+    chips = opened.image.values
+    turns = list(VIEWS.items())[:copies]
+    pyramid = encoder(chips[:1])
+    layout = Layout(
+        sample=tuple(f"{name}-{view}" for view, _ in turns for name in opened.sample.values),
+        split=("train",) * (len(chips) * copies),
+        levels=tuple(
+            Level(*level.shape[1:], stride, layer)
+            for level, stride, layer in zip(pyramid.levels, declared.strides, declared.layers, strict=True)
+        ),
+        pooled={}, dtype="float16", shard=64,
+    )  # fmt: skip
+    shutil.rmtree(FOLDER / "scratch", ignore_errors=True)
+    writer = Writer(FOLDER / "scratch", layout)
+    everything = np.concatenate([turn(chips) for _, turn in turns])
+    for shard in tqdm(writer.shards(), desc=path.name, total=layout.shards, file=sys.stderr):
+        levels = encoder(everything[layout.rows(shard)]).levels
+        writer.write(shard, {f"level{number}/features": level for number, level in enumerate(levels)})
+    writer.finish(path, {"backbone": backbone, "images_sha256": opened.attrs["content_sha256"]})

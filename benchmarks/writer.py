@@ -1,0 +1,89 @@
+"""Writing a feature store, made durable, against plain files of the same bytes, made durable.
+
+    python -m benchmarks.writer
+
+Both write the real features of `benchmarks.features`, by turns, and flush every file and folder to the disk. Ours also
+checks, narrows float32 to float16, measures the loss, hashes, records every shard and publishes. A ratio is the median
+over rounds of our rate over theirs.
+"""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import time
+
+import numpy as np
+
+from benchmarks.features import FOLDER, store, values
+from cache.durable import sync_file, sync_folder
+from cache.schema import Layout, Level
+from cache.write import Writer
+
+ROUNDS = 7
+SHARDS = 24
+SCRATCH = FOLDER / "writing"
+
+
+def main() -> None:
+    source = store("sample-trees", "lite0", 224, 8)
+    shard = values(source, 0, 64)
+    given = {f"{level}/features": maps.astype(np.float32) for level, maps in shard.items()}
+    plain = {name: maps.astype(np.float16) for name, maps in given.items()}
+    size = SHARDS * sum(maps.nbytes for maps in plain.values())
+    layout = Layout(
+        sample=tuple(map(str, range(64 * SHARDS))), split=("train",) * 64 * SHARDS, pooled={}, dtype="float16",
+        levels=tuple(Level(*maps.shape[1:], 1, "") for maps in shard.values()), shard=64,
+    )  # fmt: skip
+
+    def ours() -> tuple[float, float]:
+        """Seconds until the last shard is safe, and until the store is published with its statistics."""
+        begun = time.perf_counter()
+        writer = Writer(SCRATCH / "scratch", layout)
+        for number in writer.shards():
+            writer.write(number, given)
+        written = time.perf_counter() - begun
+        writer.finish(SCRATCH / "store.zarr", {})
+        return written, time.perf_counter() - begun
+
+    def files() -> float:
+        begun = time.perf_counter()
+        for number in range(SHARDS):
+            for name, maps in plain.items():
+                path = SCRATCH / name / str(number)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(maps.data)
+                sync_file(path)
+                sync_folder(path.parent)
+        return time.perf_counter() - begun
+
+    written, finished, plainly = [], [], []
+    for number in range(ROUNDS + 1):
+        for measure in (
+            lambda: plainly.append(files()),
+            lambda: [s.append(t) for s, t in zip((written, finished), ours(), strict=True)],
+        ):
+            shutil.rmtree(SCRATCH, ignore_errors=True)
+            os.sync()
+            measure()
+        if number == 0:
+            written.clear(), finished.clear(), plainly.clear()
+    shutil.rmtree(SCRATCH)
+
+    def rate(seconds):
+        return round(size / 1e9 / statistics.median(seconds), 3)
+
+    def ratio(ours):
+        return round(statistics.median(theirs / mine for theirs, mine in zip(plainly, ours, strict=True)), 3)
+
+    print(json.dumps({
+        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
+        "gigabytes": round(size / 1e9, 2), "rounds": ROUNDS,
+        "gigabytes_a_second": {"ours": rate(written), "ours_with_statistics": rate(finished), "plain": rate(plainly)},
+        "vs_plain_write": ratio(written), "vs_plain_write_with_statistics": ratio(finished),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
