@@ -2,9 +2,9 @@
 
     python -m benchmarks.writer
 
-Both write the real features of `benchmarks.features`, by turns, and flush every file and folder to the disk. Ours also
-checks, narrows float32 to float16, measures the loss, hashes, records every shard and publishes. A ratio is the median
-over rounds of our rate over theirs.
+Both write the real features of `benchmarks.features`, by turns, and flush every file and folder to the disk. Ours
+also checks, narrows float32 to float16, measures the loss, hashes, and records every shard; `_with_statistics` adds
+training statistics and publishing. A ratio is the median over rounds of our rate over theirs.
 """
 
 import json
@@ -58,17 +58,13 @@ def main() -> None:
                 sync_folder(path.parent)
         return time.perf_counter() - begun
 
-    written, finished, plainly = [], [], []
-    for number in range(ROUNDS + 1):
-        for measure in (
-            lambda: plainly.append(files()),
-            lambda: [s.append(t) for s, t in zip((written, finished), ours(), strict=True)],
-        ):
-            shutil.rmtree(SCRATCH, ignore_errors=True)
-            os.sync()
-            measure()
-        if number == 0:
-            written.clear(), finished.clear(), plainly.clear()
+    def measured(work):
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+        os.sync()
+        return work()
+
+    rounds = [(measured(files), *measured(ours)) for _ in range(ROUNDS + 1)]
+    plainly, written, finished = zip(*rounds[1:], strict=True)  # the first warms up
     shutil.rmtree(SCRATCH)
 
     def rate(seconds):
