@@ -37,6 +37,9 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
                 _write_all(file, part)
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk should say where
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

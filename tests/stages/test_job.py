@@ -122,7 +122,7 @@ def test_kill_9_in_every_stage_then_repro_ends_with_the_same_results(job):
     assert killed >= 4
     job.run("dvc", "repro")
     assert job.results() == before
-    assert not list((job.folder / "data/scratch").rglob("shards.jsonl")), "an extraction was left unfinished"
+    assert not list((job.folder / "data/scratch").rglob("layout")), "an extraction was left unfinished"
 
 
 def test_an_experiment_with_other_seeds_models_and_input_size(job):
