@@ -97,7 +97,7 @@ class Batches:
     def take(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """Samples `index` of the stores, in that order, in new memory."""
         out = self._allocate(len(index), np.empty)
-        self._fill(_Buffer(self, out), np.asarray(index))
+        self._fill(out, np.asarray(index))
         return out
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -116,7 +116,7 @@ class Batches:
                 if isinstance(item, BaseException):
                     raise item
                 index, buffer = item
-                yield index, {name: out[: len(index)] for name, out in buffer.out.items()}
+                yield index, {name: out[: len(index)] for name, out in buffer.items()}
                 free.put(buffer)
         finally:
             stop.set()
@@ -132,45 +132,48 @@ class Batches:
                 buffer = free.get()
                 if stop.is_set():
                     return
-                if buffer is None or buffer.size < len(index):
-                    buffer = _Buffer(self, self._allocate(len(index), self._empty))
+                if buffer is None or any(len(out) < len(index) for out in buffer.values()):
+                    buffer = self._allocate(len(index), self._empty)
                 if cold and following is not None:
                     self._advise(following)
-                cold = self._fill(buffer, index) > 0
+                cold = self._fill(buffer, index)
                 ready.put((index, buffer))
                 index = following
             ready.put(None)
         except BaseException as error:
             ready.put(error)
 
-    def _fill(self, buffer: "_Buffer", index: np.ndarray) -> int:
-        """Gather samples into a buffer; returns how many rows had to come from the disk."""
+    def _fill(self, out: Mapping[str, np.ndarray], index: np.ndarray) -> bool:
+        """Gather samples into memory; returns whether they had to come from the disk."""
         if self._held is not None:
             places = self.places(index)
-            for name, out in buffer.out.items():
-                np.take(self._held[name], places, axis=0, out=out[: len(index)], mode="clip")
-            return 0
-        requests, size = [], 0
-        for name, parts in self._fields.items():
-            for (store, array), targets in zip(parts, buffer.targets[name], strict=True):
+            for name, held in self._held.items():
+                np.take(held, places, axis=0, out=out[name][: len(index)], mode="clip")
+            return False
+        return gather(self._parts(index, out), self._threads())
+
+    def _parts(self, index: np.ndarray, out: Mapping[str, np.ndarray]) -> list:
+        """Which rows of which array go where; arrays joined along channels lie side by side."""
+        found = []
+        for name, members in self._fields.items():
+            start = 0
+            for store, array in members:
                 rows = store.array(array)
-                places = rows.find(store.flat(index, self._view).tolist())
-                requests += [(rows, *pair) for pair in zip(places, targets, strict=False)]
-                size += len(places) * int(np.prod(rows.shape)) * rows.dtype.itemsize
-        return gather(requests, self._threads(), size)
+                target = out[name][: len(index), start : start + rows.shape[0]]
+                found.append((rows, store.flat(index, self._view).tolist(), target))
+                start += rows.shape[0]
+        return found
 
     def _advise(self, index: np.ndarray) -> None:
-        for parts in self._fields.values():
-            for store, array in parts:
-                rows = store.array(array)
-                for place in rows.find(store.flat(index, self._view).tolist()):
-                    rows.advise(place)
+        for members in self._fields.values():
+            for store, array in members:
+                store.array(array).advise(store.flat(index, self._view).tolist())
 
     def _hold(self) -> dict[str, np.ndarray]:
         held = self._allocate(len(self.rows), np.empty)
         for start in range(0, len(self.rows), _STEP):
             some = slice(start, start + _STEP)
-            self._fill(_Buffer(self, {name: out[some] for name, out in held.items()}), self.rows[some])
+            self._fill({name: out[some] for name, out in held.items()}, self.rows[some])
         return held
 
     def places(self, index: np.ndarray) -> np.ndarray:
@@ -193,20 +196,6 @@ class Batches:
         if self._process != os.getpid():
             self._pool, self._process = ThreadPoolExecutor(THREADS), os.getpid()
         return self._pool
-
-
-class _Buffer:
-    """Memory of one batch, and where in it each part's rows go."""
-
-    def __init__(self, batches: Batches, out: dict[str, np.ndarray]):
-        self.out, self.size = out, len(next(iter(out.values())))
-        self.targets = {}
-        for name, parts in batches._fields.items():
-            start, self.targets[name] = 0, []
-            for store, array in parts:
-                rows = store.array(array)
-                self.targets[name].append(rows.targets(out[name][:, start : start + rows.shape[0]]))
-                start += rows.shape[0]
 
 
 def _joined(name: str, parts: Sequence[tuple[Features, str]]) -> tuple[tuple[int, ...], np.dtype]:

@@ -15,6 +15,9 @@ from cache.remote import open_store
 from cache.rows import THREADS, Files, LocalRows, RemoteRows, ScaledRows, gather, readable
 from cache.schema import CONTRACT, StoreError
 
+# Rows read side by side.
+_STEP = 256
+
 
 class Features:
     """A finished feature store, opened for reading.
@@ -109,12 +112,9 @@ class Features:
         index = self.flat(index, view)
         out = np.empty((len(index), *rows.shape), rows.dtype) if out is None else out
         with ThreadPoolExecutor(THREADS) as pool:
-            step = 1024
-            for start in range(0, len(index), step):
-                some = slice(start, start + step)
-                places = rows.find(index[some].tolist())
-                targets = rows.targets(out[some])
-                gather([(rows, *pair) for pair in zip(places, targets, strict=True)], pool, out[some].nbytes)
+            for start in range(0, len(index), _STEP):
+                some = slice(start, start + _STEP)
+                gather([(rows, index[some].tolist(), out[some])], pool)
         return out
 
     def array(self, name: str) -> LocalRows | ScaledRows | RemoteRows:
