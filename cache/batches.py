@@ -12,8 +12,8 @@ from cache.read import Features, aligned
 from cache.rows import THREADS, gather
 from cache.schema import StoreError
 
-# One batch in use, one ready, one being filled.
-_BUFFERS = 3
+# One batch in use, one being filled; a third would only push the others out of the processor's cache.
+_BUFFERS = 2
 # Samples read at once while a set is brought into memory.
 _STEP = 256
 
@@ -167,7 +167,8 @@ class Batches:
     def _advise(self, index: np.ndarray) -> None:
         for members in self._fields.values():
             for store, array in members:
-                store.array(array).advise(store.flat(index, self._view).tolist())
+                rows = store.array(array)
+                rows.advise(rows.find(store.flat(index, self._view).tolist()))
 
     def _hold(self) -> dict[str, np.ndarray]:
         held = self._allocate(len(self.rows), np.empty)

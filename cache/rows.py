@@ -1,23 +1,25 @@
 """Rows of one stored array, gathered into the caller's memory.
 
-`LocalRows` maps the shard files into memory and copies each row from where it lies to where it is wanted. What is
-mapped counts as the process's memory, so it is let go after every `_WINDOW` bytes: memory stays bounded whatever the
-store's size, and pages that the system still has are mapped again at little cost (benchmarks/reader and memory;
-`pread` into the same place was slower, see LAB.md). `RemoteRows` asks zarr-python, wherever the store is.
+`LocalRows` knows where every row lies and reads it with one `pread` straight to where it is wanted: nearly as fast as
+a warm memory map (benchmarks/reader), but pages of the store never become the process's memory, which stays bounded
+whatever the store's size, and a file that is cut short is an error and not a crash. `RemoteRows` asks zarr-python,
+wherever the store is.
 
 A row is one sample, or in a store with views one view of one sample: `sample * views + view`.
 """
 
-import mmap
 import os
 import resource
 import sys
 import threading
-from collections import OrderedDict
+import weakref
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 import zarr
@@ -29,100 +31,86 @@ from cache.codecs import restore
 from cache.schema import CHUNK_KEYS, StoreError
 
 THREADS = 4
-# Bytes of rows copied from a store between two lettings go of its mapped pages.
-_WINDOW = 1 << 28
-# Below this many bytes a batch is read by the thread that asks for it.
-_SMALL = 1 << 19
+# Below this many bytes for each thread a batch is read by fewer.
+_SMALL = 1 << 20
+_CORES = os.cpu_count() or 1
 # Rows of each array in a batch that are asked whether they are in the page cache.
 _ASKED = 2
 _MOST_FILES = 1 << 14
 _CHECK = "Check the store with: python -m cache.verify PATH"
 
 
-class Files:
-    """Files of one store, mapped into memory, the most recently used of them.
+def _files_allowed() -> int:
+    """How many files all stores together may hold open: half of what the process may.
 
-    They are opened relative to the store's folder as it was: a store that is replaced meanwhile is noticed. A file
-    that is cut short while it is mapped ends the process, as with any memory map; stores never change in place.
+    The usual limit of 1,024 is there for programs that call `select`; like Go's runtime this asks for what the
+    system grants, since opening a file again for every row would cost as much as reading it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2 * _MOST_FILES
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 2)
+
+
+# Read once: asking the system for every batch would take as long as finding its rows.
+_ALLOWED = _files_allowed()
+
+
+class Files:
+    """Opens files of one store, and sees that no more are open than the process may have.
+
+    They are opened relative to the store's folder as it was: a store that is replaced meanwhile is noticed.
 
     Attributes:
-        lock: to be held while calling `open`.
+        lock: to be held while calling `open`, and while using what it gave to others.
+        opened: what has been opened, by array and number of the file; emptied when there are too many.
     """
+
+    _live: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
     def __init__(self, folder: str):
         self.folder, self.lock = folder, threading.Lock()
-        self._root = _Folder(folder)
-        self._open: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._limit, self._copied = _files_allowed(), 0
+        self.opened: dict[str, dict[int, tuple]] = defaultdict(dict)
+        self._root, self._count = _Descriptor(folder, os.O_DIRECTORY), 0
+        Files._live.add(self)
 
-    def open(self, path: str) -> np.ndarray:
-        """The bytes of the file at `path` within the store; they stay mapped while anyone holds what is returned."""
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
+    def open(self, path: str) -> "_Descriptor":
+        """The open file at `path` within the store; it stays open while anyone holds what is returned."""
+        if self._count >= max(1, _ALLOWED // len(Files._live)):
+            self._count = 0
+            for files in self.opened.values():
+                files.clear()
+        self._count += 1
         try:
-            number = os.open(path, os.O_RDONLY, dir_fd=self._root.number)
+            return _Descriptor(path, dir_fd=self._root.number)
         except FileNotFoundError:
             raise StoreError(
                 f"{path} is missing from {self.folder}, or that store was replaced while it was read. {_CHECK}"
             ) from None
-        try:
-            if not os.fstat(number).st_size:
-                raise StoreError(f"{path} of {self.folder} is damaged: it is empty. {_CHECK}")
-            content = np.frombuffer(mmap.mmap(number, 0, prot=mmap.PROT_READ), dtype=np.uint8)
-        finally:
-            os.close(number)
-        self._open[path] = content
-        while len(self._open) > self._limit:
-            self._open.popitem(last=False)
-        return content
 
-    def count(self, copied: int) -> None:
-        """Note that so many bytes are about to be copied; let go of what is mapped once they are a window."""
-        self._copied += copied
-        if self._copied > _WINDOW:
-            self._copied = 0
-            for content in self._open.values():
-                content.base.obj.madvise(mmap.MADV_DONTNEED)
-
-    def at_hand(self, path: str, offset: int) -> bool:
-        """Whether the page at `offset` is in the system's page cache; True where the system does not say."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return True
-        number = os.open(path, os.O_RDONLY, dir_fd=self._root.number)
-        try:
-            return os.preadv(number, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-        except BlockingIOError:
-            return False
-        except OSError:  # this file system does not say
-            return True
-        finally:
-            os.close(number)
+    @staticmethod
+    def _after_fork() -> None:
+        """Another thread may have held the lock of a process when it was forked; it is not here to let go."""
+        for files in Files._live:
+            files.lock = threading.Lock()
 
 
-class _Folder:
-    """A folder's descriptor, which closes with it."""
+os.register_at_fork(after_in_child=Files._after_fork)
 
-    def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+class _Descriptor:
+    """A file descriptor that closes with its last holder."""
+
+    def __init__(self, path: str, flags: int = 0, dir_fd: int | None = None):
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
 
     def __del__(self):
-        if hasattr(self, "number"):
+        if self.number >= 0:
             os.close(self.number)
-
-
-def _files_allowed() -> int:
-    """How many files one store may hold open: a quarter of what the process may.
-
-    The usual limit of 1,024 is there for programs that call `select`; like Go's runtime this asks for what the
-    system grants, since opening a file again for every row would cost more than reading it.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, 4 * _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, max(16, soft // 4))
 
 
 class LocalRows:
@@ -142,68 +130,91 @@ class LocalRows:
         self._bytes = prod(self.shape) * self.dtype.itemsize
         self._index: dict[int, np.ndarray | None] = {}
 
-    def gather(self, index: Sequence[int], out: np.ndarray) -> None:
-        """Rows `index`, in that order, to `out` (row, …), each of whose rows is contiguous."""
-        target = out.reshape(len(index), -1, copy=False).view(np.uint8)
-        with self._files.lock:
-            self._files.count(len(index) * self._bytes)
-            found = [self._find(*divmod(row, self._rows)) for row in index]
-        if not self._compressed:
-            np.concatenate([content[None, start:stop] for _, content, start, stop in found], out=target)
+    def read(self, places: Sequence[tuple], out: np.ndarray) -> None:
+        """Rows at `places`, in that order, to `out` (row, …), each of whose rows is contiguous."""
+        target = out.reshape(len(places), -1, copy=False).view(np.uint8)
+        if self._compressed:
+            self._decompress(places, target)
             return
-        for (path, content, start, stop), into in zip(found, target, strict=True):
-            try:
-                blosc.decompress(content[start:stop], into)
-            except (RuntimeError, ValueError):
-                raise StoreError(
-                    f"{path} of {self._files.folder} is damaged: a chunk cannot be decompressed. {_CHECK}"
-                ) from None
+        for (path, file, start, length), row in zip(places, target, strict=True):
+            if os.preadv(file.number, (row,), start) != length:
+                self._read_rest(path, file, start, row)
 
-    def at_hand(self, row: int) -> bool:
-        """Whether a row can be read without waiting for the disk, by its first page."""
-        with self._files.lock:
-            path, _, start, _ = self._find(*divmod(row, self._rows))
-            return self._files.at_hand(path, start)
-
-    def advise(self, index: Sequence[int]) -> None:
-        """Tell the system that rows will be read soon, so that it fetches them side by side."""
-        with self._files.lock:
-            for row in index:
-                _, content, start, stop = self._find(*divmod(row, self._rows))
-                start -= start % mmap.PAGESIZE
-                content.base.obj.madvise(mmap.MADV_WILLNEED, start, stop - start)
-
-    def _find(self, number: int, row: int) -> tuple[str, np.ndarray, int, int]:
-        """Where a row lies: path, the file's bytes, start and stop."""
-        path = f"{self._path}/c.{number}{self._tail}"
-        content = self._files.open(path)
-        if number not in self._index:
-            self._index[number] = self._read_index(path, content)
-        if self._index[number] is None:
-            return path, content, row * self._bytes, (row + 1) * self._bytes
-        start, length = self._index[number][row].tolist()
-        if start == shard.EMPTY:
-            raise StoreError(f"{path} of {self._files.folder} lacks its row {row}: it was never written. {_CHECK}")
-        return path, content, start, start + length
-
-    def _read_index(self, path: str, content: np.ndarray) -> np.ndarray | None:
-        """Offset and length of a file's rows; None where they follow one another from the start."""
+    def at_hand(self, place: tuple) -> bool:
+        """Whether a row can be read without waiting for the disk, by its first byte; True where no one can say."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return True
+        _, file, start, _ = place
         try:
-            if not self._sharded:
-                if len(content) != self._rows * self._bytes:
-                    raise ValueError(f"it has {len(content)} bytes, not {self._rows * self._bytes}")
-                return None
-            tail = content[-shard.index_bytes(self._rows) :].tobytes()
-            index = shard.decode_index(tail, self._rows)
-            written = index[index[:, 1] != shard.EMPTY]
-            if not self._compressed and (written[:, 1] != self._bytes).any():
-                raise ValueError("its index gives rows of another length")
-            if (written.sum(axis=1) > len(content)).any():
-                raise ValueError("its index points beyond its end")
-        except ValueError as error:
-            raise StoreError(f"{path} of {self._files.folder} is damaged: {error}. {_CHECK}") from None
+            return os.preadv(file.number, [bytearray(1)], start, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+        except OSError:  # this file system does not say
+            return True
+
+    def advise(self, places: Sequence[tuple]) -> None:
+        """Tell the system that rows will be read soon, so that it fetches them side by side."""
+        if hasattr(os, "posix_fadvise"):
+            for _, file, start, length in places:
+                os.posix_fadvise(file.number, start, length, os.POSIX_FADV_WILLNEED)
+
+    def _decompress(self, places: Sequence[tuple], target: np.ndarray) -> None:
+        for (path, file, start, length), row in zip(places, target, strict=True):
+            try:
+                blosc.decompress(os.pread(file.number, length, start), row)
+            except (RuntimeError, ValueError):
+                raise self._damaged(path, "a chunk cannot be decompressed") from None
+
+    def _read_rest(self, path: str, file: _Descriptor, start: int, row: np.ndarray) -> None:
+        """Read a row of which the system gave a part."""
+        done = 0
+        while done < len(row):
+            got = os.preadv(file.number, (row[done:],), start + done)
+            if not got:
+                raise self._damaged(path, "it ends early")
+            done += got
+
+    def find(self, index: Sequence[int]) -> list[tuple[str, _Descriptor, int, int]]:
+        """Where rows lie: path, file, offset and length of each."""
+        found = []
+        with self._files.lock:
+            opened = self._files.opened[self._path]
+            for number, row in [divmod(row, self._rows) for row in index]:
+                path, file, places = opened.get(number) or self._open(number)
+                start, length = (row * self._bytes, self._bytes) if places is None else places[row].tolist()
+                if start == shard.EMPTY:
+                    raise self._damaged(path, f"its row {row} was never written")
+                found.append((path, file, start, length))
+        return found
+
+    def _open(self, number: int) -> tuple[str, _Descriptor, np.ndarray | None]:
+        path = f"{self._path}/c.{number}{self._tail}"
+        file = self._files.open(path)
+        if number not in self._index:
+            self._index[number] = self._read_index(path, file)
+        opened = self._files.opened[self._path][number] = path, file, self._index[number]
+        return opened
+
+    def _read_index(self, path: str, file: _Descriptor) -> np.ndarray | None:
+        """Offset and length of a file's rows; None where they follow one another from the start."""
+        size = os.fstat(file.number).st_size
         plain = np.arange(self._rows, dtype="<u8") * self._bytes
+        if not self._sharded:
+            if size != self._rows * self._bytes:
+                raise self._damaged(path, f"it has {size} bytes, not {self._rows * self._bytes}")
+            return None
+        tail = shard.index_bytes(self._rows)
+        try:
+            index = shard.decode_index(os.pread(file.number, tail, max(0, size - tail)), self._rows)
+        except ValueError as error:
+            raise self._damaged(path, str(error)) from None
+        written = index[index[:, 1] != shard.EMPTY]
+        if not self._compressed and (written[:, 1] != self._bytes).any():
+            raise self._damaged(path, "its index gives rows of another length")
         return None if not self._compressed and np.array_equal(index[:, 0], plain) else index
+
+    def _damaged(self, path: str, how: str) -> StoreError:
+        return StoreError(f"{path} of {self._files.folder} is damaged: {how}. {_CHECK}")
 
 
 class RemoteRows:
@@ -216,18 +227,23 @@ class RemoteRows:
         # A chunk of many rows is kept for the others of a batch.
         self._chunk = lru_cache(maxsize=8)(lambda start: array[start : start + self._step])
 
-    def gather(self, index: Sequence[int], out: np.ndarray) -> None:
-        for row, target in zip(index, out, strict=True):
-            sample, *view = divmod(row, *self._views) if self._views else (row,)
-            if self._step == 1:
-                target[...] = self._array[(sample, *view)]
-            else:
-                target[...] = self._chunk(sample - sample % self._step)[(sample % self._step, *view)]
+    def find(self, index: Sequence[int]) -> list[tuple[int, ...]]:
+        """Sample, and view where there are views, of each row."""
+        return [divmod(row, *self._views) if self._views else (row,) for row in index]
 
-    def at_hand(self, row: int) -> bool:
+    def read(self, places: Sequence[tuple[int, ...]], out: np.ndarray) -> None:
+        # File after file, since some stores can fetch whole files only.
+        for number in sorted(range(len(places)), key=places.__getitem__):
+            sample, *view = places[number]
+            if self._step == 1:
+                out[number] = self._array[places[number]]
+            else:
+                out[number] = self._chunk(sample - sample % self._step)[(sample % self._step, *view)]
+
+    def at_hand(self, place: tuple) -> bool:
         return True
 
-    def advise(self, index: Sequence[int]) -> None:
+    def advise(self, places: Sequence[tuple]) -> None:
         """Nothing that can be told ahead."""
 
 
@@ -239,21 +255,24 @@ class ScaledRows:
         self.shape, self.dtype = steps.shape, np.dtype(dtype)
         self._own = threading.local()
 
-    def gather(self, index: Sequence[int], out: np.ndarray) -> None:
+    def find(self, index: Sequence[int]) -> list[tuple]:
+        return list(zip(self._steps.find(index), self._scale.find(index), strict=True))
+
+    def read(self, places: Sequence[tuple], out: np.ndarray) -> None:
         if not hasattr(self._own, "steps"):
             self._own.steps = np.empty((1, *self._steps.shape), np.int8)
             self._own.scale = np.empty((1, *self._scale.shape), np.float32)
-        for row, target in zip(index, out, strict=True):
-            self._steps.gather([row], self._own.steps)
-            self._scale.gather([row], self._own.scale)
+        for (steps, scale), target in zip(places, out, strict=True):
+            self._steps.read([steps], self._own.steps)
+            self._scale.read([scale], self._own.scale)
             restore(self._own.steps[0], self._own.scale[0], target)
 
-    def at_hand(self, row: int) -> bool:
-        return self._steps.at_hand(row)
+    def at_hand(self, place: tuple) -> bool:
+        return self._steps.at_hand(place[0])
 
-    def advise(self, index: Sequence[int]) -> None:
-        self._steps.advise(index)
-        self._scale.advise(index)
+    def advise(self, places: Sequence[tuple]) -> None:
+        self._steps.advise([steps for steps, _ in places])
+        self._scale.advise([scale for _, scale in places])
 
 
 # Rows of an array, which of them, and where they go.
@@ -281,21 +300,33 @@ def gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
     Returns:
         Whether some of them had to come from the disk, as far as a few can tell.
     """
-    cold = not all(rows.at_hand(row) for rows, index, _ in parts for row in index[:_ASKED])
+    cold = False
+    count = len(parts[0][1])
+    step = max(1, _ALLOWED // 2 // len(parts))  # each row may be in a file of its own
+    for first in range(0, count, step):
+        some = slice(first, first + step)
+        cold |= _gather([(rows, index[some], out[some]) for rows, index, out in parts], pool)
+    return cold
+
+
+def _gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
+    # Found by one thread, since two would wait for each other's lock longer than finding takes.
+    found = [(rows, rows.find(index), out) for rows, index, out in parts]
+    cold = not all(rows.at_hand(place) for rows, places, _ in found for place in places[:_ASKED])
     if cold:
-        for rows, index, _ in parts:
-            rows.advise(index)
-    count, size = len(parts[0][1]), sum(out.nbytes for _, _, out in parts)
-    threads = THREADS if cold else min(THREADS, os.cpu_count() or 1, 1 + size // _SMALL)
+        for rows, places, _ in found:
+            rows.advise(places)
+    count, size = len(found[0][1]), sum(out.nbytes for _, _, out in found)
+    threads = THREADS if cold else min(THREADS, _CORES, 1 + size // _SMALL)
+    bounds = [count * number // threads for number in range(threads + 1)]
 
-    def share(number: int) -> None:
-        some = slice(count * number // threads, count * (number + 1) // threads)
-        for rows, index, out in parts:
-            if index[some]:
-                rows.gather(index[some], out[some])
+    def share(start: int, stop: int) -> None:
+        for rows, places, out in found:
+            if start < stop:
+                rows.read(places[start:stop], out[start:stop])
 
-    others = [pool.submit(share, number) for number in range(1, threads)]
-    share(0)
+    others = [pool.submit(share, *pair) for pair in pairwise(bounds[1:])]
+    share(*bounds[:2])
     for other in others:
         other.result()
     return cold
