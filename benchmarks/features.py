@@ -62,9 +62,10 @@ def _make(path: Path, dataset: str, backbone: str, size: int, copies: int) -> No
         pooled={}, dtype="float16", shard=64,
     )  # fmt: skip
     shutil.rmtree(FOLDER / "scratch", ignore_errors=True)
-    writer = Writer(FOLDER / "scratch", layout)
+    provenance = {"backbone": backbone, "images_sha256": opened.attrs["content_sha256"]}
+    writer = Writer(FOLDER / "scratch", layout, path, provenance)
     everything = np.concatenate([turn(chips) for _, turn in turns])
     for shard in tqdm(writer.shards(), desc=path.name, total=layout.shards, file=sys.stderr):
         levels = encoder(everything[layout.rows(shard)]).levels
         writer.write(shard, {f"level{number}/features": level for number, level in enumerate(levels)})
-    writer.finish(path, {"backbone": backbone, "images_sha256": opened.attrs["content_sha256"]})
+    writer.finish()

@@ -40,11 +40,11 @@ def main() -> None:
     def ours() -> tuple[float, float]:
         """Seconds until the last shard is safe, and until the store is published with its statistics."""
         begun = time.perf_counter()
-        writer = Writer(SCRATCH / "scratch", layout)
+        writer = Writer(SCRATCH / "scratch", layout, SCRATCH / "store.zarr", {})
         for number in writer.shards():
             writer.write(number, given)
         written = time.perf_counter() - begun
-        writer.finish(SCRATCH / "store.zarr", {})
+        writer.finish()
         return written, time.perf_counter() - begun
 
     def files() -> float:

@@ -52,12 +52,14 @@ class Batches:
     ):
         self._given = (fields, rows, view, budget, empty)
         self._fields = {name: list(parts) for name, parts in fields.items()}
+        if not self._fields or not all(self._fields.values()):
+            raise StoreError(f"Batches need fields, and each at least one (store, array) pair; given {dict(fields)}.")
         self.stores = list({id(store): store for parts in self._fields.values() for store, _ in parts}.values())
         aligned(self.stores)
         self.shapes, self.dtypes = {}, {}
         for name, parts in self._fields.items():
             self.shapes[name], self.dtypes[name] = _joined(name, parts)
-        self.rows = np.arange(len(self.stores[0].sample)) if rows is None else np.asarray(rows)
+        self.rows = self.stores[0].checked(np.arange(len(self.stores[0].sample)) if rows is None else rows)
         self._places = np.full(len(self.stores[0].sample), -1)
         self._places[self.rows] = np.arange(len(self.rows))
         self._view, self._empty = view, empty
@@ -84,7 +86,7 @@ class Batches:
         """One sample, or a batch of them, by position among `rows`."""
         if isinstance(position, (int, np.integer)):
             return {name: values[0] for name, values in self.take(self.rows[[position]]).items()}
-        return self.take(self.rows[np.asarray(position)])
+        return self.take(self.rows[np.asarray(position, dtype=np.int64)])
 
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """What a DataLoader that batches by itself asks for."""
@@ -126,9 +128,12 @@ class Batches:
     def _read_ahead(self, order, free: queue.Queue, ready: queue.Queue, stop: threading.Event) -> None:
         try:
             upcoming = (np.asarray(index) for index in order)
-            index, cold = next(upcoming, None), False
+            index, cold, failed = next(upcoming, None), False, None
             while index is not None:
-                following = next(upcoming, None)
+                try:
+                    following = next(upcoming, None)
+                except BaseException as error:  # after the batch that is already known
+                    following, failed = None, error
                 buffer = free.get()
                 if stop.is_set():
                     return
@@ -139,14 +144,14 @@ class Batches:
                 cold = self._fill(buffer, index)
                 ready.put((index, buffer))
                 index = following
-            ready.put(None)
+            ready.put(failed)
         except BaseException as error:
             ready.put(error)
 
     def _fill(self, out: Mapping[str, np.ndarray], index: np.ndarray) -> bool:
         """Gather samples into memory; returns whether they had to come from the disk."""
+        places = self.places(index)
         if self._held is not None:
-            places = self.places(index)
             for name, held in self._held.items():
                 np.take(held, places, axis=0, out=out[name][: len(index)], mode="clip")
             return False
@@ -183,9 +188,8 @@ class Batches:
         Raises:
             StoreError: a sample that is not among them.
         """
-        self.stores[0].flat(index)  # refuses what is out of range
-        places = self._places[index]
-        if (places < 0).any():
+        places = self._places[self.stores[0].checked(index)]
+        if len(places) and places.min() < 0:
             raise StoreError(f"Sample {index[np.argmin(places)]} is not among the rows these batches were made for.")
         return places
 

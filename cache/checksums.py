@@ -4,6 +4,7 @@ Reading at speed never looks at it; `python -m cache.verify` and `Features(path,
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,17 @@ def write(store: Path, known: Mapping[str, str]) -> None:
     write_file(store / NAME, [_listing(digests).encode()])
 
 
-def check(store: Path) -> int:
+def content(described: Mapping, shards: Mapping[str, str]) -> str:
+    """The SHA-256 of a store's content: its attributes, and the digests of its shard files by path."""
+    listed = json.dumps([dict(described), _listing(shards)], sort_keys=True)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def check(store: Path) -> dict[str, str]:
     """Compare every file with the list.
 
     Returns:
-        How many files were checked.
+        Every file that was checked, and its digest.
 
     Raises:
         StoreError: naming the first file, in order of names, that is damaged, missing or not listed.
@@ -48,7 +55,7 @@ def check(store: Path) -> int:
             raise StoreError(f"{file} of {store} is damaged: its SHA-256 is not the one in {NAME}. {_REMEDY}")
     if text != _listing(actual):
         raise StoreError(f"{store / NAME} is damaged. {_REMEDY}")
-    return len(found)
+    return actual
 
 
 def digest(path: Path) -> str:

@@ -70,9 +70,12 @@ class Codec:
         if self.scaled:
             if not np.isfinite(values).all():
                 raise ValueError("NaN or infinite values, which int8 cannot hold")
-            scale = np.abs(values).max(axis=(-2, -1)).astype(np.float32) / np.float32(_STEPS)
+            largest = np.float32(np.finfo(values.dtype).max)
+            # Rounded down at the end of the range, so that no value comes back as infinity.
+            limit = np.nextafter(largest / np.float32(_STEPS), np.float32(0))
+            scale = np.minimum(np.abs(values).max(axis=(-2, -1)).astype(np.float32) / np.float32(_STEPS), limit)
             steps = np.where(scale > 0, scale, 1)[..., None, None]
-            return np.rint(values / steps).astype(np.int8), scale
+            return np.clip(np.rint(values / steps), -_STEPS, _STEPS).astype(np.int8), scale
         return values, None
 
 

@@ -87,9 +87,9 @@ def _block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, into: Prep
         restore(into.stored[rows], scale, kept)
     if not finite:
         given, kept = np.where(np.isfinite(given), given, 0), np.where(np.isfinite(given), kept, 0)
-    return 0, 0.0, faint, nonzero, _squares(np.subtract(kept, given, dtype=np.float32)), _squares(given)
+    return 0, 0.0, faint, nonzero, _squares(kept.astype(np.float64) - given), _squares(given)
 
 
 def _squares(values: np.ndarray) -> float:
-    flat = values.ravel().astype(np.float64)
-    return float(np.dot(flat, flat))
+    """Summed by numpy alone: a dot product's last digits would depend on how many threads BLAS has."""
+    return float(np.square(values, dtype=np.float64).sum())

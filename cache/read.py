@@ -1,7 +1,7 @@
 """Reading a finished feature store."""
 
 import hashlib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,14 +49,15 @@ class Features:
             else:
                 store = self.location = Path(location)
                 if not (store / "zarr.json").exists():
-                    raise StoreError(
-                        f"There is no feature store at {location}. Make it with: "
-                        f"dvc repro extract@{store.parent.name}-{store.stem}"
-                    )
+                    raise StoreError(f"There is no feature store at {location}; no writer has published one there.")
                 self._files = Files(str(store))
             self.root = zarr.open_group(store, mode="r")
-        except (FileNotFoundError, json.JSONDecodeError) as error:
-            raise StoreError(f"{location} cannot be opened as a Zarr store: {error}") from None
+        except StoreError:
+            raise
+        except Exception as error:  # every file system fails in its own way
+            raise StoreError(
+                f"{location} cannot be opened as a Zarr store: {type(error).__name__}: {error}"
+            ) from None
         self.attributes = dict(self.root.attrs)
         self._check()
         if verify:
@@ -90,7 +91,9 @@ class Features:
         if split is not None and split not in self.split:
             raise StoreError(f"{self.location} has no split '{split}'; it has {sorted(set(self.split.tolist()))}.")
         chosen = np.arange(len(self.sample)) if split is None else np.flatnonzero(self.split == split)
-        if fraction >= 1:
+        if not 0 < fraction <= 1:
+            raise StoreError(f"A fraction of {fraction} was asked for; it must be above 0 and at most 1.")
+        if fraction == 1:
             return chosen
         draws = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in self.sample[chosen].tolist()]
         order = sorted(range(len(chosen)), key=draws.__getitem__)
@@ -103,14 +106,20 @@ class Features:
 
         Args:
             view: which augmented copy; None for the first.
-            out: where to put them, its rows contiguous; None for new memory.
+            out: where to put them: of their shape and dtype, each row contiguous; None for new memory.
 
         Returns:
             (len(index), …) in the dtype the store was given, int8 restored.
         """
         rows = self.array(name)
         index = self.flat(index, view)
-        out = np.empty((len(index), *rows.shape), rows.dtype) if out is None else out
+        shape = (len(index), *rows.shape)
+        out = np.empty(shape, rows.dtype) if out is None else out
+        if out.shape != shape or out.dtype != rows.dtype or not (len(out) == 0 or out[0].flags.c_contiguous):
+            raise StoreError(
+                f"{name} gives {shape} {rows.dtype}, each row contiguous; the memory given is {out.shape} "
+                f"{out.dtype}."
+            )
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(index), _STEP):
                 some = slice(start, start + _STEP)
@@ -128,24 +137,41 @@ class Features:
         return self._arrays[name]
 
     def flat(self, index: np.ndarray, view: str | None = None) -> np.ndarray:
-        """Row numbers of samples' views.
+        """Row numbers of samples' views, int64.
 
         Raises:
-            StoreError: an index out of range, or no such view.
+            StoreError: not row numbers, one out of range, or no such view.
         """
-        index = np.asarray(index)
-        if index.size and (index.min() < 0 or index.max() >= len(self.sample)):
-            raise StoreError(
-                f"{self.location} has samples 0 to {len(self.sample) - 1}; asked for {index.min()} to {index.max()}."
-            )
+        index = self.checked(index)
         if view is None:
             return index * max(1, len(self.view))
         if view not in self.view:
             raise StoreError(f"{self.location} has no view '{view}'; it has {self.view or 'none'}.")
         return index * len(self.view) + self.view.index(view)
 
+    def checked(self, index: np.ndarray) -> np.ndarray:
+        """Sample numbers as int64, each of which the store has.
+
+        Raises:
+            StoreError: not row numbers, or one out of range.
+        """
+        index = np.asarray(index)
+        if index.ndim != 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
+            raise StoreError(
+                f"Samples are asked for by a list of row numbers; this is {index.ndim}-dimensional {index.dtype}. "
+                "A mask becomes one by np.flatnonzero."
+            )
+        index = index.astype(np.int64, copy=False)
+        if index.size and (index.min() < 0 or index.max() >= len(self.sample)):
+            raise StoreError(
+                f"{self.location} has samples 0 to {len(self.sample) - 1}; asked for {index.min()} to {index.max()}."
+            )
+        return index
+
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of a level's channels over the training split, float64 (channel,)."""
+        if level not in self.levels:
+            raise StoreError(f"{self.location} has no level '{level}'; it has {', '.join(self.levels) or 'none'}.")
         return self.root[level]["mean"][:], self.root[level]["std"][:]
 
     def _check(self) -> None:
@@ -163,13 +189,14 @@ class Features:
         self.sample = np.array(self.root["sample"][:].tolist())
         self.split = np.array(self.root["split"][:].tolist())
         self.view = self.root["view"][:].tolist() if "view" in self.root else []
-        self.levels = sorted(name for name in self.root.group_keys() if name.startswith("level"))
+        levels = [name for name in self.root.group_keys() if re.fullmatch(r"level\d+", name)]
+        self.levels = sorted(levels, key=lambda name: int(name.removeprefix("level")))
         self.pooled = list(self.root["pooled"].attrs["vectors"])
         self._arrays: dict[str, LocalRows | ScaledRows | RemoteRows] = {}
 
     def _open(self, name: str) -> LocalRows | ScaledRows | RemoteRows:
-        if name not in self.root:
-            known = [f"{level}/features" for level in self.levels] + [f"pooled/{vector}" for vector in self.pooled]
+        known = [f"{level}/features" for level in self.levels] + [f"pooled/{vector}" for vector in self.pooled]
+        if name not in known:
             raise StoreError(f"{self.location} has no array '{name}'; it has {', '.join(known)}.")
         array = self.root[name]
         scale = self.root[name.replace("features", "scale")] if array.dtype == np.int8 else None

@@ -1,5 +1,6 @@
 """Opening a store that is not a local folder, through fsspec and zarr-python."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping
 
@@ -35,12 +36,14 @@ class WholeFiles(WrapperStore):
 
     def __init__(self, store: Store):
         super().__init__(store)
-        self._files = OrderedDict()
+        self._files, self._fetching = OrderedDict(), asyncio.Lock()
 
     async def get(self, key, prototype, byte_range=None):
-        value = self._files.get(key)
-        if value is None:
-            value = self._files[key] = await self._store.get(key, prototype)
+        async with self._fetching:  # others want the same file
+            if key not in self._files:
+                self._files[key] = await self._store.get(key, prototype)
+            self._files.move_to_end(key)
+            value = self._files[key]
             while len(self._files) > _KEPT:
                 self._files.popitem(last=False)
         if value is None or byte_range is None:

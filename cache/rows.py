@@ -16,7 +16,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import prod
 from typing import ClassVar
@@ -40,6 +40,7 @@ _MOST_FILES = 1 << 14
 _CHECK = "Check the store with: python -m cache.verify PATH"
 
 
+@cache
 def _files_allowed() -> int:
     """How many files all stores together may hold open: half of what the process may.
 
@@ -53,10 +54,6 @@ def _files_allowed() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 2)
-
-
-# Read once: asking the system for every batch would take as long as finding its rows.
-_ALLOWED = _files_allowed()
 
 
 class Files:
@@ -79,7 +76,7 @@ class Files:
 
     def open(self, path: str) -> "_Descriptor":
         """The open file at `path` within the store; it stays open while anyone holds what is returned."""
-        if self._count >= max(1, _ALLOWED // len(Files._live)):
+        if self._count >= max(1, _files_allowed() // len(Files._live)):
             self._count = 0
             for files in self.opened.values():
                 files.clear()
@@ -302,7 +299,7 @@ def gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
     """
     cold = False
     count = len(parts[0][1])
-    step = max(1, _ALLOWED // 2 // len(parts))  # each row may be in a file of its own
+    step = max(1, _files_allowed() // 2 // len(parts))  # each row may be in a file of its own
     for first in range(0, count, step):
         some = slice(first, first + step)
         cold |= _gather([(rows, index[some], out[some]) for rows, index, out in parts], pool)

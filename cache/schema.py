@@ -49,6 +49,9 @@ class Layout:
         shard: samples per file; the unit of work and of resumption.
         codec: how levels are stored; pooled vectors are small and always stored as they are.
         views: names of the augmented copies of each sample; empty for a store without that dimension.
+
+    Raises:
+        StoreError: fields that do not make a store.
     """
 
     sample: tuple[str, ...]
@@ -59,6 +62,21 @@ class Layout:
     shard: int
     codec: Codec = NONE
     views: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for what in ("sample", "views"):
+            names = getattr(self, what)
+            if len(set(names)) < len(names):
+                twice = next(name for number, name in enumerate(names) if name in names[:number])
+                raise StoreError(f"{what} has '{twice}' more than once; every name must be its own.")
+        if not self.sample or len(self.split) != len(self.sample):
+            raise StoreError(f"There are {len(self.sample)} samples and {len(self.split)} splits; each needs one.")
+        if self.dtype not in DTYPES:
+            raise StoreError(f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.")
+        sizes = [self.shard, *self.pooled.values()]
+        sizes += [size for level in self.levels for size in (level.channels, level.height, level.width)]
+        if min(sizes) < 1:
+            raise StoreError(f"Shard, channels and cells must be at least 1; there are {sizes}.")
 
     @property
     def shards(self) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from sklearn.decomposition import IncrementalPCA
 
 from cache.read import Features
+from cache.schema import StoreError
 
 # Values that a task turns into float64 at once.
 _BLOCK = 1 << 22
@@ -49,9 +50,21 @@ def principal_components(features: Features, level: str, components: int = 3, sp
     Args:
         components: 3 make a picture.
 
+    In a store with views, those of the first.
+
     Returns:
         scikit-learn's fitted transformer from (cell, channel) to (cell, components); `project` applies it to maps.
+
+    Raises:
+        StoreError: more components than channels or cells.
     """
+    cells = len(features.rows(split)) * int(np.prod(features.array(f"{level}/features").shape[1:]))
+    channels = features.array(f"{level}/features").shape[0]
+    if not 0 < components <= min(cells, channels):
+        raise StoreError(
+            f"{components} components were asked for of {channels} channels in {cells} cells of split '{split}'; "
+            "there can be as many as the fewer of them."
+        )
     pca = IncrementalPCA(components)
     waiting: list[np.ndarray] = []
     for index in _blocks(features, level, split):

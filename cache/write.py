@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -36,33 +36,49 @@ class Writer:
     """Fills one store, alone or beside other writers; after a kill it goes on at the first missing shard.
 
     Args:
-        scratch: on the file system of the store's final place; shared by all that write this store.
+        scratch: on the file system of `final`; shared by all that write this store.
         layout: the same for all of them.
+        final: where the finished store appears. If it is there already, with the same layout and provenance, there
+            is nothing to do.
+        provenance: attributes of the store, JSON values; the same for all of them.
 
     Raises:
-        StoreError: the scratch folder holds the beginning of a store with another layout.
+        StoreError: the scratch folder holds the beginning of another store.
     """
 
-    def __init__(self, scratch: Path, layout: Layout):
-        self.scratch, self.layout = Path(scratch), layout
+    def __init__(self, scratch: Path, layout: Layout, final: Path, provenance: Mapping):
+        self.scratch, self.layout, self.final = Path(scratch), layout, Path(final)
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
-        described = hashlib.sha256(repr(layout).encode()).hexdigest()
+        made_from = json.dumps([repr(layout), dict(provenance)], sort_keys=True)
+        self._provenance = {**provenance, "made_from_sha256": hashlib.sha256(made_from.encode()).hexdigest()}
         held = False
         while not held:  # a writer that finishes takes the folder away while this one is arriving
             self._records.mkdir(parents=True, exist_ok=True)
             with _locked(self.scratch / "lock") as held:
-                if held:
-                    self._lay_down(described)
+                if held and self.published() is None:
+                    self._lay_down()
+                elif held:
+                    self._remove_scratch()
+
+    def published(self) -> str | None:
+        """The content digest of the finished store, if it is at its final name."""
+        with suppress(FileNotFoundError):
+            said = json.loads((self.final / "zarr.json").read_text())["attributes"]
+            if said.get("complete") and said.get("made_from_sha256") == self._provenance["made_from_sha256"]:
+                return said["content_sha256"]
+        return None
 
     def pending(self) -> list[int]:
         """Shards still to be written, in order."""
+        if not self._store.exists():
+            return []
         return [shard for shard in range(self.layout.shards) if not self._record(shard).exists()]
 
     def shards(self) -> Iterator[int]:
         """Shards to write, one after another, none that another living writer has in hand.
 
-        At the end waits for those in other hands, and yields them too if their writer dies. Ends early if another
-        writer finished the store, and with it the scratch folder.
+        Write each before asking for the next. At the end waits for those in other hands, and yields them too if
+        their writer dies. Ends early if another writer finished the store, and with it the scratch folder.
         """
         for wait in (False, True):
             for shard in self.pending():
@@ -77,8 +93,11 @@ class Writer:
             values: float arrays (rows of the shard, …) by array path; `Layout.shapes` has one sample's shape.
 
         Raises:
-            StoreError: an array is missing or of the wrong shape, or holds values that the dtype cannot.
+            StoreError: no such shard; an array is missing or of the wrong shape, or holds values that the dtype
+                cannot.
         """
+        if not 0 <= shard < self.layout.shards:
+            raise StoreError(f"There is no shard {shard}; there are 0 to {self.layout.shards - 1}.")
         rows = self.layout.rows(shard)
         shapes = {name: (rows.stop - rows.start, *shape) for name, shape in self.layout.shapes().items()}
         given = {name: np.shape(array) for name, array in values.items()}
@@ -97,10 +116,11 @@ class Writer:
             sync_folder(self._store / name)
         record = {"sha256": digests, "loss": loss}
         write_file(self._record(shard), [json.dumps(record, sort_keys=True).encode()])
-        sync_folder(self._records)
+        with suppress(FileNotFoundError):  # another writer saw the record, finished the store and tidied up
+            sync_folder(self._records)
 
-    def finish(self, final: Path, provenance: Mapping) -> str:
-        """Add training statistics, provenance and checksums, mark the store complete, and publish it at `final`.
+    def finish(self) -> str:
+        """Add training statistics, provenance and checksums, mark the store complete, and publish it.
 
         Every writer of the store may call it; the first does the work.
 
@@ -112,23 +132,29 @@ class Writer:
         """
         with _locked(self.scratch / "lock") as held:
             if held and self._store.exists():
-                return self._finish(final, provenance)
-        return Features(final).attributes["content_sha256"]
+                return self._finish()
+        if (digest := self.published()) is None:
+            raise StoreError(f"{self.scratch} was taken away before its store was at {self.final}. Run again.")
+        return digest
 
-    def _lay_down(self, described: str) -> None:
-        """Create the store if no writer has, and check that those before had the same layout."""
+    def _lay_down(self) -> None:
+        """Create the store if no writer has, and check that those before meant the same one."""
+        ours = self._provenance["made_from_sha256"]
         if not self._store.exists():
+            # Records without a store are of one that was published and then deleted.
+            for record in self._records.glob("*.json"):
+                record.unlink()
             laid = self.scratch / "laid.zarr"
             create(laid, self.layout)
-            write_file(self.scratch / "layout", [described.encode()])
+            write_file(self.scratch / "made_from", [ours.encode()])
             publish(laid, self._store)
-        if (self.scratch / "layout").read_text() != described:
+        if (self.scratch / "made_from").read_text() != ours:
             raise StoreError(
-                f"{self.scratch} holds the beginning of a store with another layout. Delete that folder, or "
-                "write to one named after everything that decides the content."
+                f"{self.scratch} holds the beginning of a store with another layout or provenance. Delete that "
+                "folder, or write to one named after everything that decides the content."
             )
 
-    def _finish(self, final: Path, provenance: Mapping) -> str:
+    def _finish(self) -> str:
         if pending := self.pending():
             raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
         records = [json.loads(self._record(shard).read_text()) for shard in range(self.layout.shards)]
@@ -138,26 +164,26 @@ class Writer:
         for index in range(len(self.layout.levels)):
             self._describe_level(root[f"level{index}"], f"level{index}", records)
         described = {
-            **provenance,
+            **self._provenance,
             "contract": CONTRACT,
             "dtype": self.layout.dtype,
             "codec": self.layout.codec.label,
         }
-        content = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-        content.update(json.dumps([record["sha256"] for record in records], sort_keys=True).encode())
-        root.attrs.update(
-            {**described, "content_sha256": content.hexdigest(), "coordinates": "split", "complete": True}
-        )
+        shards = {file: digest for record in records for file, digest in record["sha256"].items()}
+        content = checksums.content(described, shards)
+        root.attrs.update({**described, "content_sha256": content, "coordinates": "split", "complete": True})
         consolidate(root)
-        checksums.write(
-            self._store, {file: digest for record in records for file, digest in record["sha256"].items()}
-        )
-        publish(self._store, final)
+        checksums.write(self._store, shards)
+        publish(self._store, self.final)
+        self._remove_scratch()
+        return content
+
+    def _remove_scratch(self) -> None:
+        """Take the folder away in one step, so that another writer finds all of it or none."""
         gone = self.scratch.with_name(f".{self.scratch.name}.old")
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(self.scratch, gone)
         shutil.rmtree(gone, ignore_errors=True)
-        return content.hexdigest()
 
     def _persist(self, shard: int, name: str, array: np.ndarray) -> tuple[str, str]:
         """Write one shard of one array durably; returns its file's path in the store and SHA-256."""
@@ -175,19 +201,21 @@ class Writer:
             padding = np.full((full - len(array), *array.shape[1:]), np.nan, dtype=array.dtype)
             return [array.data.cast("B"), padding.tobytes()]
         maps = array.reshape(-1, *array.shape[-3:])
-        return shard_format.encode(
-            [self.layout.codec.compress(one) for one in maps], full * (len(maps) // len(array))
-        )
+        chunks = [self.layout.codec.compress(one) for one in maps]
+        return shard_format.encode(chunks, full * (len(maps) // len(array)))
 
     def _describe_level(self, group: zarr.Group, name: str, records: list[dict]) -> None:
-        """Training statistics of a level, and the relative error with which it was stored."""
+        """Training statistics of a level (NaN without training samples), and the relative error of storing it."""
         features = Features.unfinished(self._store)
-        for key, values in zip(("mean", "std"), channel_statistics(features, name), strict=True):
+        statistics = [np.full(group.attrs["channels"], np.nan)] * 2
+        if "train" in self.layout.split:
+            statistics = channel_statistics(features, name)
+        for key, values in zip(("mean", "std"), statistics, strict=True):
             if key in group:
                 del group[key]
             put_array(group, key, values, ("channel",))
-        squares = np.array([record["loss"][f"{name}/features"] for record in records]).sum(axis=0)
-        group.attrs["relative_error"] = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
+        error, size = np.array([record["loss"][f"{name}/features"] for record in records]).sum(axis=0)
+        group.attrs["relative_error"] = float(np.sqrt(error / size)) if size else 0.0
 
     def _record(self, shard: int) -> Path:
         return self._records / f"{shard}.json"

@@ -57,6 +57,11 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
     Raises:
         StoreError: stores that differ in samples, were made from other images, or are not those resolved.
     """
+    for path in stores:
+        if not Path(path).exists():
+            raise StoreError(
+                f"There is no feature store at {path}. Run: dvc repro extract@{path.parent.name}-{path.stem}"
+            )
     members = [Features(path) for path in stores]
     aligned(members)
     labelled = images.open_images(pictures)

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from cache import codecs, schema
+from cache import codecs, prepare, schema, shard, statistics, write
 from cache.schema import Layout, Level
 from cache.write import Writer
 from pipeline import bands, encode, views
@@ -28,12 +28,13 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
     The same inputs resume there after a kill; other inputs or other code start afresh, and what an earlier
     extraction of other inputs left in `folder` is removed.
     """
-    code = [digest(Path(module.__file__)) for module in (bands, encode, views, schema, codecs)]
+    modules = (bands, encode, views, schema, codecs, prepare, shard, statistics, write)
+    code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
     decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    for old in folder.glob("*"):
+    for old in folder.glob("[!.]*"):
         if old != path:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -51,16 +52,16 @@ def extract(images: xr.Dataset, encoder: Encoder, layout_of, writer_of, batch: i
     layout = layout_of(encoder(images.image[:1].values))
     writer = writer_of(layout)
     count = len(layout.sample)
-    done = count - sum(layout.rows(shard).stop - layout.rows(shard).start for shard in writer.pending())
+    done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
     with tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr) as progress:
-        for shard in writer.shards():
-            rows = layout.rows(shard)
+        for number in writer.shards():
+            rows = layout.rows(number)
             starts = range(rows.start, rows.stop, batch)
             parts = [
                 _views(encoder, images.image[start : min(start + batch, rows.stop)].values, layout)
                 for start in starts
             ]
-            writer.write(shard, {name: np.concatenate([part[name] for part in parts]) for name in layout.arrays()})
+            writer.write(number, {name: np.concatenate([part[name] for part in parts]) for name in layout.arrays()})
             progress.update(rows.stop - rows.start)
     return writer
 

@@ -37,11 +37,9 @@ def extract(dataset: str, backbone: str) -> None:
     encoder = engine.Encoder(declared, network, available, pictures.attrs, chosen.input_size, where)
     said = engine.provenance(pictures, backbone, chosen, declared, weights, where)
     layout_of = partial(engine.make_layout, pictures, declared, extract=described.extract)
-    writer_of = partial(
-        Writer, engine.scratch_path(SCRATCH / "features" / dataset / backbone, said, described.extract)
-    )
-    writer = engine.extract(pictures, encoder, layout_of, writer_of, described.extract.batch)
-    digest = writer.finish(final, said)
+    scratch = engine.scratch_path(SCRATCH / "features" / dataset / backbone, said, described.extract)
+    writer_of = partial(Writer, scratch, final=final, provenance=said)
+    digest = engine.extract(pictures, encoder, layout_of, writer_of, described.extract.batch).finish()
     arrays = {f"{name}/{key}": list(array.shape) for name, group in zarr.open_group(final, mode="r").groups()
               for key, array in group.arrays()}  # fmt: skip
     write_json(manifest, {**said, "content_sha256": digest, "arrays": arrays, "left_out": None})

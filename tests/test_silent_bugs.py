@@ -127,9 +127,10 @@ def cell(prepared, tmp_path):
     def make(name="b", change=lambda features, layout: (features, layout), images_digest=digest):
         layout = Layout(tuple(made.sample), tuple(made.split), (), {"mean": 26}, "float32", 1024)
         features, layout = change(means, layout)
-        writer = Writer(tmp_path / f"scratch-{name}", layout)
+        provenance = {"images_sha256": images_digest}
+        writer = Writer(tmp_path / f"scratch-{name}", layout, tmp_path / f"{name}.zarr", provenance)
         writer.write(0, {"pooled/mean": features})
-        writer.finish(tmp_path / f"{name}.zarr", {"images_sha256": images_digest})
+        writer.finish()
         return tmp_path / f"{name}.zarr"
 
     make.images, make.made = tmp_path / "images.zarr", made

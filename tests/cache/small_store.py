@@ -38,12 +38,12 @@ def everything(described, name, seed=0):
 def write(folder, described=None, stop_after=None, seed=0, given=values):
     """The digest of `folder`/store.zarr, or None if the writer stopped after so many shards."""
     described = described or layout()
-    writer = Writer(folder / "scratch", described)
+    writer = Writer(folder / "scratch", described, folder / "store.zarr", {"backbone": "b"})
     for done, shard in enumerate(writer.shards()):
         if done == stop_after:
             return None
         writer.write(shard, given(described, shard, seed))
-    return writer.finish(folder / "store.zarr", {"backbone": "b"})
+    return writer.finish()
 
 
 def content(path):

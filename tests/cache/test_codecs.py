@@ -94,6 +94,20 @@ def test_a_channel_of_zeros_stays_zero(stored, maps):
     assert not features.read("level0/features", np.arange(20))[:, 5].any()
 
 
+def test_int8_at_both_ends_of_the_range(stored):
+    """Neither infinity from the largest numbers, nor a wrong sign from the smallest."""
+    ends = np.random.default_rng(0).uniform(-1, 1, (20, 13, 8, 8)).astype("float32")
+    faint = np.arange(20) % 5 == 0
+    ends[~faint] *= np.finfo("float32").max
+    ends[faint] *= 1e-44
+    features, _ = stored("int8", "float32", ends)
+    read = features.read("level0/features", np.arange(20))
+    assert np.isfinite(read).all()
+    large = np.abs(ends) > 1e38
+    assert np.abs(read[large] / ends[large] - 1).max() < 0.02
+    assert (np.sign(read) * np.sign(ends) >= 0).all()
+
+
 def test_zarr_says_how_it_is_compressed(stored):
     features, _ = stored("lz4")
     assert zarr.open_group(features.location)["level0/features"].compressors[0].cname.value == "lz4"

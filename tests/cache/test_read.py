@@ -1,9 +1,13 @@
 """Reading rows, wherever they lie."""
 
+import dataclasses
 import http.server
+import os
 import pickle
 import shutil
+import signal
 import threading
+import time
 from functools import partial
 
 import fsspec
@@ -74,14 +78,50 @@ def test_rows_land_in_the_memory_given(tmp_path):
     assert not fused[:, 9:].any()
 
 
+def test_memory_that_does_not_fit_is_refused(tmp_path):
+    write(tmp_path)
+    features = Features(tmp_path / "store.zarr")
+    for shape, dtype in (((6, 5, 8, 8), "float32"), ((6, 6, 8, 8), "float16"), ((5, 5, 8, 8), "float16")):
+        with pytest.raises(StoreError, match=r"gives \(6, 5, 8, 8\) float16, each row contiguous; the memory given"):
+            features.read("level0/features", INDEX, out=np.empty(shape, dtype))
+    with pytest.raises(StoreError, match="each row contiguous"):
+        features.read("level0/features", INDEX, out=np.empty((6, 8, 8, 5), "float16").transpose(0, 3, 1, 2))
+
+
+def test_levels_are_in_the_order_of_their_numbers(tmp_path):
+    level = layout().levels[1]
+    write(tmp_path, dataclasses.replace(layout(), levels=(level,) * 12, pooled={}))
+    assert Features(tmp_path / "store.zarr").levels == [f"level{number}" for number in range(12)]
+
+
+def test_a_child_of_a_reading_process_can_read(tmp_path):
+    """A lock that another thread held when the process was forked would stay held in the child."""
+    write(tmp_path)
+    features = Features(tmp_path / "store.zarr")
+    with features._files.lock:
+        child = os.fork()
+        if not child:
+            os._exit(0 if features.read("level0/features", [3]).shape == (1, 5, 8, 8) else 1)
+    for _ in range(200):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for a lock that no one holds")
+    assert status == 0
+
+
 def test_more_files_than_may_be_open(tmp_path, monkeypatch):
     write(tmp_path, layout(shard=2))
     features = Features(tmp_path / "store.zarr")
-    monkeypatch.setattr(features._files, "_limit", 3)
+    monkeypatch.setattr(rows, "_files_allowed", lambda: 6 * len(rows.Files._live))
     order = np.random.default_rng(0).permutation(SAMPLES)
     expected = everything(layout(shard=2), "level0/features").astype("float16")[order]
     np.testing.assert_array_equal(features.read("level0/features", order), expected)
-    assert len(features._files._open) == 3
+    assert 1 <= sum(map(len, features._files.opened.values())) <= 6
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -128,6 +168,12 @@ def test_bad_requests_say_what_there_is(tmp_path):
         features.rows("val")
     with pytest.raises(StoreError, match="no feature store at"):
         Features(tmp_path / "nothing.zarr")
+    with pytest.raises(StoreError, match="no level 'level7'; it has level0, level1"):
+        features.statistics("level7")
+    with pytest.raises(StoreError, match="A mask becomes one by np.flatnonzero"):
+        features.read("level0/features", features.split == "train")
+    with pytest.raises(StoreError, match="A fraction of 0 was asked for"):
+        features.rows("train", 0)
 
 
 def test_another_contract_is_refused(tmp_path):
@@ -181,9 +227,9 @@ def test_reads_wait_for_the_disk_where_the_system_cannot_say_so(tmp_path, monkey
     write(tmp_path)
     features = Features(tmp_path / "store.zarr")
     expected = features.read("level0/features", INDEX)
-    monkeypatch.setattr(rows, "_AT_ONCE", 0)
+    monkeypatch.setattr(os, "RWF_NOWAIT", 1 << 30)  # a flag that no kernel knows
     np.testing.assert_array_equal(features.read("level0/features", INDEX), expected)
-    monkeypatch.setattr(rows, "_AT_ONCE", 1 << 30)  # a flag that no kernel knows
+    monkeypatch.delattr(os, "RWF_NOWAIT")
     np.testing.assert_array_equal(features.read("level0/features", INDEX), expected)
 
 

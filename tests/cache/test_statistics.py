@@ -7,6 +7,7 @@ from small_store import everything, layout, write
 
 from cache import statistics
 from cache.read import Features
+from cache.schema import StoreError
 from cache.statistics import channel_statistics, principal_components, project
 
 
@@ -72,6 +73,12 @@ def test_one_missing_value_shows(tmp_path):
     write(tmp_path, given=given)
     mean, std = Features(tmp_path / "store.zarr").statistics("level0")
     assert np.isnan(mean).tolist() == np.isnan(std).tolist() == [False, False, True, False, False]
+
+
+def test_more_components_than_there_are(tmp_path):
+    write(tmp_path)
+    with pytest.raises(StoreError, match="6 components were asked for of 5 channels in 6400 cells"):
+        principal_components(Features(tmp_path / "store.zarr"), "level0", 6)
 
 
 @pytest.mark.usefixtures("block")

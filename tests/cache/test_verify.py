@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from small_store import layout, write
 
 from cache import checksums
 from cache.read import Features
-from cache.schema import StoreError
+from cache.schema import StoreError, consolidate
 from cache.verify import verify
 from cache.write import write_left_out
 
@@ -108,8 +109,6 @@ def test_an_unfinished_store_whose_sums_are_right_is_refused(tmp_path):
 
 def test_a_listed_shard_that_lacks_rows_is_refused(tmp_path):
     """Right sums, wrong content: a writer other than ours."""
-    import zarr
-
     write(tmp_path)
     array = zarr.open_group(tmp_path / "store.zarr", mode="r+", use_consolidated=False)["level1/features"]
     array[64:128] = np.nan  # zarr-python leaves out chunks that are all fill value
@@ -117,6 +116,43 @@ def test_a_listed_shard_that_lacks_rows_is_refused(tmp_path):
     checksums.write(tmp_path / "store.zarr", {})
     with pytest.raises(StoreError, match=r"level1/features/c.1.0.0.0"):
         verify(tmp_path / "store.zarr")
+
+
+def rewrite(folder, change):
+    """A store as a careless writer would leave it: the change, and sums that fit it."""
+    write(folder, layout(codec="int8"))
+    root = zarr.open_group(folder / "store.zarr", mode="r+", use_consolidated=False)
+    change(root)
+    (folder / "store.zarr" / checksums.NAME).unlink()
+    consolidate(root)
+    checksums.write(folder / "store.zarr", {})
+    return folder / "store.zarr"
+
+
+@pytest.mark.parametrize("path", ["split", "pooled", "level0/mean", "level1/scale", "level1/y", "level0/features"])
+def test_what_the_contract_asks_for_must_be_there(tmp_path, path):
+    def remove(root):
+        del root[path]
+
+    with pytest.raises(StoreError):
+        verify(rewrite(tmp_path, remove))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"codec": "zstd"},
+        {"dtype": "float64"},
+        {"content_sha256": "0" * 64},
+        {"backbone": "another"},
+        {"contract": "1"},
+    ],
+    ids=str,
+)
+def test_what_the_store_says_must_be_so(tmp_path, change):
+    verify(rewrite(tmp_path / "right", lambda root: None))
+    with pytest.raises(StoreError):
+        verify(rewrite(tmp_path / "wrong", lambda root: root.attrs.update(change)))
 
 
 def test_the_sums_are_those_of_sha256sum(store):

@@ -1,8 +1,13 @@
 """Writing and resuming: whole shards, the same bytes, nothing silent."""
 
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,10 @@ from small_store import content, layout, values, write
 from cache.read import Features
 from cache.schema import StoreError
 from cache.write import Writer
+
+
+def new_writer(folder, described=None, **provenance):
+    return Writer(folder / "scratch", described or layout(), folder / "store.zarr", provenance or {"backbone": "b"})
 
 
 def test_resumed_and_unbroken_runs_give_the_same_bytes(tmp_path):
@@ -25,7 +34,10 @@ def test_resumed_and_unbroken_runs_give_the_same_bytes(tmp_path):
     assert not (tmp_path / "broken/scratch").exists()
 
 
-@pytest.mark.parametrize("step", ["cache.write.publish", "cache.write.consolidate", "cache.checksums.write"])
+STEPS = ["cache.write.publish", "cache.write.consolidate", "cache.checksums.write"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_a_kill_while_finishing_changes_no_byte(tmp_path, monkeypatch, step):
     def die(*_):
         raise KeyboardInterrupt
@@ -43,7 +55,7 @@ def test_a_kill_while_finishing_changes_no_byte(tmp_path, monkeypatch, step):
 def test_two_writers_share_a_store_and_the_second_to_finish_gets_its_digest(tmp_path):
     alone = write(tmp_path / "alone", layout(shard=10))
     described = layout(shard=10)
-    writers = [Writer(tmp_path / "scratch", described) for _ in range(2)]
+    writers = [new_writer(tmp_path, described) for _ in range(2)]
     first, second = (writer.shards() for writer in writers)
     mine, theirs = next(first), next(second)
     assert mine != theirs
@@ -62,14 +74,18 @@ def test_two_writers_share_a_store_and_the_second_to_finish_gets_its_digest(tmp_
     for thread in threads:
         thread.join()
     assert sorted(written[0] + written[1]) == list(range(15))
-    assert writers[0].finish(tmp_path / "store.zarr", {"backbone": "b"}) == alone
-    assert writers[1].finish(tmp_path / "store.zarr", {"backbone": "b"}) == alone
+    assert writers[0].finish() == alone
+    assert writers[1].finish() == alone
     assert list(writers[1].shards()) == []
+    late = new_writer(tmp_path, described)
+    assert late.pending() == list(late.shards()) == []
+    assert late.finish() == alone
+    assert not (tmp_path / "scratch").exists()
 
 
 def test_a_shard_in_dead_hands_is_taken_over(tmp_path):
     described = layout()
-    hands, other = (Writer(tmp_path / "scratch", described) for _ in range(2))
+    hands, other = (new_writer(tmp_path, described) for _ in range(2))
     held = hands.shards()
     assert next(held) == 0
     rest = other.shards()
@@ -79,9 +95,11 @@ def test_a_shard_in_dead_hands_is_taken_over(tmp_path):
 
 
 def test_another_layout_is_refused(tmp_path):
-    Writer(tmp_path / "scratch", layout())
-    with pytest.raises(StoreError, match="holds the beginning of a store with another layout"):
-        Writer(tmp_path / "scratch", layout(shard=32))
+    new_writer(tmp_path)
+    with pytest.raises(StoreError, match="holds the beginning of a store with another layout or provenance"):
+        new_writer(tmp_path, layout(shard=32))
+    with pytest.raises(StoreError, match="holds the beginning of a store with another layout or provenance"):
+        new_writer(tmp_path, backbone="c")
 
 
 def test_an_unfinished_store_is_never_taken_for_a_finished_one(tmp_path):
@@ -91,13 +109,13 @@ def test_an_unfinished_store_is_never_taken_for_a_finished_one(tmp_path):
     shutil.copytree(tmp_path / "scratch/store.zarr", tmp_path / "store.zarr")
     with pytest.raises(StoreError, match="never finished"):
         Features(tmp_path / "store.zarr")
-    writer = Writer(tmp_path / "scratch", layout())
+    shutil.rmtree(tmp_path / "store.zarr")
     with pytest.raises(StoreError, match=r"Shards \[2\]"):
-        writer.finish(tmp_path / "other.zarr", {})
+        new_writer(tmp_path).finish()
 
 
 def test_overflow_is_reported_and_infinities_pass(tmp_path):
-    writer, described = Writer(tmp_path / "scratch", layout()), layout()
+    writer, described = new_writer(tmp_path), layout()
     large = values(described, 0)
     large["level0/features"][3, 1, 2, 2] = 70000
     large["level0/features"][9, 1, 2, 2] = -80000
@@ -111,7 +129,7 @@ def test_overflow_is_reported_and_infinities_pass(tmp_path):
 
 
 def test_underflow_is_reported(tmp_path):
-    writer = Writer(tmp_path / "scratch", layout())
+    writer = new_writer(tmp_path)
     faint = values(layout(), 0)
     faint["level1/features"] *= 1e-7
     with pytest.raises(StoreError, match=r"Most values of level1/features \(100%\) are too small for float16"):
@@ -119,7 +137,7 @@ def test_underflow_is_reported(tmp_path):
 
 
 def test_wrong_shards_are_refused(tmp_path):
-    writer = Writer(tmp_path / "scratch", layout())
+    writer = new_writer(tmp_path)
     with pytest.raises(StoreError, match="has the arrays"):
         writer.write(0, {"level0/features": np.zeros((64, 5, 8, 8))})
     for change in (lambda array: array[:10], lambda array: array[:, :2]):
@@ -132,9 +150,101 @@ def test_wrong_shards_are_refused(tmp_path):
 def test_provenance_decides_the_digest(tmp_path):
     def digest(name, **said):
         described = layout(samples=8)
-        writer = Writer(tmp_path / name, described)
+        writer = Writer(tmp_path / name, described, tmp_path / f"{name}.zarr", said)
         writer.write(0, values(described, 0))
-        return writer.finish(tmp_path / f"{name}.zarr", said)
+        return writer.finish()
 
     assert len({digest("a", bands=["red"]), digest("b", bands=["nir"]), digest("c", bands=["nir"])}) == 2
     assert json.loads((tmp_path / "a.zarr/zarr.json").read_text())["attributes"]["complete"] is True
+
+
+@pytest.mark.parametrize("levels", [True, False])
+def test_a_kill_after_publishing_leaves_the_store_and_nothing_to_do(tmp_path, monkeypatch, levels):
+    """The scratch folder still has every record then, and no store."""
+
+    def die(self):
+        raise KeyboardInterrupt
+
+    described = layout() if levels else dataclasses.replace(layout(), levels=())
+    digest = write(tmp_path / "unbroken", described)
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "_remove_scratch", die)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "broken", described)
+    whole = content(tmp_path / "broken/store.zarr")
+    writer = new_writer(tmp_path / "broken", described)
+    assert writer.pending() == []
+    assert writer.finish() == digest
+    assert content(tmp_path / "broken/store.zarr") == whole == content(tmp_path / "unbroken/store.zarr")
+    # Deleted, it is written again in full, whatever records a kill left behind.
+    (tmp_path / "broken/scratch/shards").mkdir(parents=True)
+    (tmp_path / "broken/scratch/shards/0.json").write_text("{}")
+    shutil.rmtree(tmp_path / "broken/store.zarr")
+    assert new_writer(tmp_path / "broken", described).pending() == [0, 1, 2]
+    assert write(tmp_path / "broken", described) == digest
+
+
+def test_another_store_at_the_final_name_is_replaced(tmp_path):
+    first = write(tmp_path)
+    second = write(tmp_path, layout(codec="zstd"))
+    assert first != second
+    assert Features(tmp_path / "store.zarr", verify=True).attributes["codec"] == "zstd"
+
+
+def test_bytes_are_safe_before_their_record_and_the_record_before_the_next_shard(tmp_path, monkeypatch):
+    """The order of flushes, which no kill of a process can show."""
+    writer, done, fsync = new_writer(tmp_path), [], os.fsync
+
+    def flushed(number):
+        path = os.readlink(f"/proc/self/fd/{number}")
+        done.append(path.removeprefix(f"{tmp_path}/scratch/"))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    writer.write(0, values(layout(), 0))
+
+    def first(start):
+        return next(number for number, path in enumerate(done) if path.startswith(start))
+
+    record = first("shards/0.json")
+    for name in layout().arrays():
+        assert first(f"store.zarr/{name}/c.0") < done.index(f"store.zarr/{name}") < record
+    assert done[-1] == "shards"
+
+
+def test_a_store_without_training_samples(tmp_path):
+    described = dataclasses.replace(layout(), split=("test",) * 150)
+    write(tmp_path, described)
+    mean, std = Features(tmp_path / "store.zarr").statistics("level0")
+    assert np.isnan(mean).all()
+    assert np.isnan(std).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"split": ("train",)}, "150 samples and 1 splits"),
+        ({"sample": ("a",) * 150}, "sample has 'a' more than once"),
+        ({"views": ("identity", "identity")}, "views has 'identity' more than once"),
+        ({"dtype": "float64"}, "dtype is 'float64'; features are stored as float16 or float32"),
+        ({"shard": 0}, "must be at least 1"),
+        ({"sample": (), "split": ()}, "0 samples"),
+    ],
+)
+def test_layouts_that_make_no_store(change, said):
+    with pytest.raises(StoreError, match=said):
+        dataclasses.replace(layout(), **change)
+
+
+def test_the_loss_does_not_depend_on_the_number_of_threads(tmp_path):
+    """A dot product's last digits do, and would make two runs differ."""
+    script = (
+        "import sys; from pathlib import Path; from small_store import layout, write; "
+        "write(Path(sys.argv[1]), layout(samples=64, codec='bitround4'))"
+    )
+    here = Path(__file__).parent
+    for threads in "12":
+        extra = {"OPENBLAS_NUM_THREADS": threads, "PYTHONPATH": f"{here.parents[1]}:{here}"}
+        command = [sys.executable, "-c", script, tmp_path / threads]
+        subprocess.run(command, check=True, env=os.environ | extra)
+    assert content(tmp_path / "1/store.zarr") == content(tmp_path / "2/store.zarr")

@@ -40,9 +40,9 @@ def run(store, tmp_path):
         counting = Counting(sealed, limit)
         said = engine.provenance(opened, "lite0", BACKBONE, declared, {"weights": "random"}, "cpu")
         layout_of = partial(engine.make_layout, opened, declared, extract=described)
-        writer_of = partial(Writer, engine.scratch_path(tmp_path / name / "scratch", said, described))
-        writer = engine.extract(opened, counting, layout_of, writer_of, described.batch)
-        return writer.finish(tmp_path / name / "store.zarr", said), counting.seen
+        scratch = engine.scratch_path(tmp_path / name / "scratch", said, described)
+        writer_of = partial(Writer, scratch, final=tmp_path / name / "store.zarr", provenance=said)
+        return engine.extract(opened, counting, layout_of, writer_of, described.batch).finish(), counting.seen
 
     extract.sealed, extract.images, extract.folder = sealed, opened, tmp_path
     return extract

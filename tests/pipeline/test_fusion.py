@@ -21,7 +21,7 @@ def stores(tmp_path):
             dtype="float32",
             shard=16,
         )
-        writer = Writer(tmp_path / f"scratch-{name}", layout)
+        writer = Writer(tmp_path / f"scratch-{name}", layout, tmp_path / f"{name}.zarr", {})
         for shard in writer.pending():
             count = layout.rows(shard).stop - layout.rows(shard).start
             levels = {
@@ -32,7 +32,7 @@ def stores(tmp_path):
             drawn = {key: scale * (5 + generator.normal(size=(count, *shape))) for key, shape in shapes.items()}
             drawn["level0/features"][:, 1] = scale  # a dead channel
             writer.write(shard, drawn)
-        writer.finish(tmp_path / f"{name}.zarr", {})
+        writer.finish()
         made.append(Features(tmp_path / f"{name}.zarr"))
     return made
 
