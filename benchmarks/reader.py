@@ -15,7 +15,7 @@ import shutil
 import statistics
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -29,27 +29,37 @@ from cache.read import Features
 
 BATCH = 64
 ROUNDS = 5
-SECONDS = 1.5  # a way that is slow reads fewer batches
+SECONDS = 1.0  # a slow way reads fewer batches
+LEAST = 2
 PEERS = FOLDER / "peers"
 
-Way = Callable[[list[np.ndarray]], None]
+# From an order of samples to one item a batch, whatever it is, once the batch is there.
+Way = Callable[[list[np.ndarray]], Iterator]
+
+
+def rate(way: Way, order: list[np.ndarray]) -> float:
+    """Samples a second; the first batch, with what a way needs to start, is not counted."""
+    batches = way(order)
+    next(batches)
+    begun = time.perf_counter()
+    count = sum(1 for _ in batches)
+    return count * BATCH / (time.perf_counter() - begun)
 
 
 def rates(ways: dict[str, Way], features: Features, prepare: Callable[[str], None] = lambda name: None) -> dict:
-    """Samples a second of every way and round, the ways by turns, each round in another random order of samples."""
+    """Rates of every way and round, the ways by turns, each round in another random order of samples."""
     rows = np.arange(len(features.sample))
     counts, measured = {}, {name: [] for name in ways}
-    for number in range(-1, ROUNDS):  # the first round warms up and finds how many batches a way can do in time
-        order = [index for index in shuffled(rows, BATCH, seed=0, epoch=number + 1) if len(index) == BATCH]
+    for number in range(-2, ROUNDS):  # two rounds to warm up and to find how many batches a way can do in time
+        order = [index for index in shuffled(rows, BATCH, seed=0, epoch=number + 2) if len(index) == BATCH]
         for name, way in ways.items():
             prepare(name)
-            some = order[: counts.get(name, 4)]
-            begun = time.perf_counter()
-            way(some)
-            taken = time.perf_counter() - begun
+            found = rate(way, order[: 1 + counts.get(name, LEAST)])
+            counts[name] = (
+                int(np.clip(SECONDS * found / BATCH, LEAST, len(order) - 1)) if number < 0 else counts[name]
+            )
             if number >= 0:
-                measured[name].append(len(some) * BATCH / taken)
-            counts[name] = counts.get(name) or int(np.clip(SECONDS / (taken / len(some)), 4, len(order)))
+                measured[name].append(found)
     return measured
 
 
@@ -61,28 +71,38 @@ def ratio(measured: dict, ours: str, *theirs: str) -> float | None:
     return round(statistics.median(mine / max(other) for mine, *other in zip(measured[ours], *there, strict=True)), 3)
 
 
-def warm(features: Features) -> dict[str, Way]:
-    """Every way to read all levels of a batch."""
+def warm(features: Features) -> dict[str, dict]:
+    """Ours beside each peer, by peer: one at a time, so that the page cache holds the files of both."""
+    makers = {"memmap": _memmap, "memory": _memory, "zarr": _zarr, "tensorstore": _tensorstore}
+    makers |= {"litdata": _litdata, "webdataset": _webdataset}
+    measured = {}
+    for peer, make in makers.items():
+        if importlib.util.find_spec(peer) or peer in ("memmap", "memory"):
+            ways = {"ours": _ours(features)} | make(features)
+            for path in [*Path(features.location).rglob("c.*"), *PEERS.glob(f"{peer}/*")]:
+                path.read_bytes()
+            measured[peer] = rates(ways, features)
+    return measured
+
+
+def _ours(features: Features) -> Way:
     batches = Batches({level: [(features, f"{level}/features")] for level in features.levels})
-
-    def ours(order):
-        for _ in batches.stream(order):
-            pass
-
-    return {"ours": ours} | _memmap(features) | _memory(features) | _zarr(features) | _others(features)
+    return batches.stream
 
 
 def _memmap(features: Features) -> dict[str, Way]:
-    PEERS.mkdir(parents=True, exist_ok=True)
+    folder = PEERS / "memmap"
+    folder.mkdir(parents=True, exist_ok=True)
     maps = []
     for level in features.levels:
-        path = PEERS / f"{level}.npy"
-        rows = features.array(f"{level}/features")
+        path, rows = folder / f"{level}.npy", features.array(f"{level}/features")
         if not path.exists():
-            laid = np.lib.format.open_memmap(path, "w+", rows.dtype, (len(features.sample), *rows.shape))
+            partial = path.with_suffix(".partial.npy")
+            laid = np.lib.format.open_memmap(partial, "w+", rows.dtype, (len(features.sample), *rows.shape))
             for start in range(0, len(laid), 512):
                 laid[start : start + 512] = values(features, start, start + 512)[level]
             laid.flush()
+            partial.rename(path)
         maps.append(np.load(path, mmap_mode="r"))
     out = [np.empty((BATCH, *one.shape[1:]), one.dtype) for one in maps]
 
@@ -91,6 +111,7 @@ def _memmap(features: Features) -> dict[str, Way]:
             for one, into in zip(maps, out, strict=True):
                 # mode="raise" would read into memory of its own first, at half the speed.
                 np.take(one, index, axis=0, out=into, mode="clip")
+            yield out
 
     return {"memmap": memmap}
 
@@ -104,70 +125,63 @@ def _memory(features: Features) -> dict[str, Way]:
             chosen = torch.from_numpy(index)
             for one, into in zip(held, out, strict=True):
                 torch.index_select(one, 0, chosen, out=into)
+            yield out
 
     return {"memory": memory}
 
 
 def _zarr(features: Features) -> dict[str, Way]:
+    """zarr-python's own ways to the same batch."""
     root = zarr.open_group(features.location, mode="r")
     arrays = [root[f"{level}/features"] for level in features.levels]
     step = arrays[0].shards[0]
 
-    def zarr_samples(order):
+    def samples(order):
         for index in order:
-            for array in arrays:
-                np.stack([array[row] for row in index.tolist()])
+            yield [np.stack([array[row] for row in index.tolist()]) for array in arrays]
 
-    def zarr_shards(order):
+    def whole_shards(order):
         for index in order:
+            batch = []
             for array in arrays:
                 out = np.empty((BATCH, *array.shape[1:]), array.dtype)
                 for shard in np.unique(index // step):
                     wanted = index // step == shard
                     out[wanted] = array[shard * step : (shard + 1) * step][index[wanted] - shard * step]
+                batch.append(out)
+            yield batch
 
-    def zarr_gather(order):
-        async def batch(array, index):
-            rows = [array.async_array.getitem((slice(row, row + 1),)) for row in index.tolist()]
-            return np.concatenate(await asyncio.gather(*rows))
+    def gathered(order):
+        async def rows(array, index):
+            every = [array.async_array.getitem((slice(row, row + 1),)) for row in index.tolist()]
+            return np.concatenate(await asyncio.gather(*every))
 
         for index in order:
-            for array in arrays:
-                zarr.core.sync.sync(batch(array, index))
+            yield [zarr.core.sync.sync(rows(array, index)) for array in arrays]
 
-    def zarr_oindex(order):
+    def oindex(order):
         for index in order:
-            for array in arrays:
-                array.oindex[index]
+            yield [array.oindex[index] for array in arrays]
 
-    return {"zarr_samples": zarr_samples, "zarr_shards": zarr_shards, "zarr_gather": zarr_gather} | {
-        "zarr_oindex": zarr_oindex
-    }
-
-
-def _others(features: Features) -> dict[str, Way]:
-    makers = {"tensorstore": _tensorstore, "litdata": _litdata, "webdataset": _webdataset}
-    ways = {}
-    for package, make in makers.items():
-        if importlib.util.find_spec(package):
-            ways |= make(features)
-    return ways
+    return {"zarr_samples": samples, "zarr_shards": whole_shards, "zarr_gather": gathered, "zarr_oindex": oindex}
 
 
 def _tensorstore(features: Features) -> dict[str, Way]:
     import tensorstore
 
+    # Without a cache every read fetches the shard's index again.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
     arrays = [
         tensorstore.open(
-            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{features.location}/{level}/features"}}
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{features.location}/{level}/features"},
+             "recheck_cached_data": "open", "recheck_cached_metadata": "open"}, context=context
         ).result()
         for level in features.levels
-    ]
+    ]  # fmt: skip
 
     def by_index(order):
         for index in order:
-            for reading in [array[index].read() for array in arrays]:
-                reading.result()
+            yield [reading.result() for reading in [array[index].read() for array in arrays]]
 
     return {"tensorstore": by_index}
 
@@ -190,14 +204,13 @@ def _litdata(features: Features) -> dict[str, Way]:
         writer.done()
         writer.merge()
 
-    def make(workers):
+    def loader(workers):
         data = StreamingDataset(str(folder), shuffle=True)
 
         def read(order):
-            loader = StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=_stacked)
-            for number, _ in enumerate(loader, 1):
-                if number == len(order):
-                    break
+            batches = StreamingDataLoader(data, batch_size=BATCH, num_workers=workers, collate_fn=_stacked)
+            for _, batch in zip(order, batches, strict=False):
+                yield batch
 
         return read
 
@@ -205,9 +218,9 @@ def _litdata(features: Features) -> dict[str, Way]:
 
     def by_index(order):
         for index in order:
-            _stacked([data[row] for row in index.tolist()])
+            yield _stacked([data[row] for row in index.tolist()])
 
-    return {"litdata_stream": make(0), "litdata_workers": make(2), "litdata_index": by_index}
+    return {"litdata_stream": loader(0), "litdata_workers": loader(2), "litdata_index": by_index}
 
 
 def _webdataset(features: Features) -> dict[str, Way]:
@@ -235,96 +248,86 @@ def _webdataset(features: Features) -> dict[str, Way]:
         return {level: np.frombuffer(sample[level], "float16").reshape(shape) for level, shape in shapes.items()}
 
     def read(order):
-        data = webdataset.WebDataset(files, shardshuffle=len(files)).shuffle(1000).map(decode)
-        samples, done = [], 0
-        for sample in data:
-            samples.append(sample)
-            if len(samples) == BATCH:
-                _stacked(samples)
-                samples, done = [], done + 1
-                if done == len(order):
-                    break
+        data = webdataset.WebDataset(files, shardshuffle=len(files)).shuffle(1000).map(decode).repeat()
+        samples = iter(data)
+        for _ in order:
+            yield _stacked([next(samples) for _ in range(BATCH)])
 
     return {"webdataset": read}
 
 
 def cold(features: Features) -> dict:
-    """Ours and the memory map, with the page cache of their files dropped before every reading."""
-    ways = warm_pair(features)
-    places = {"ours": Path(features.location), "memmap": PEERS}
+    """Ours and the memory map, opened anew, with their files dropped from the page cache before every reading."""
+    places = {"ours": Path(features.location), "memmap": PEERS / "memmap"}
 
     def drop(name):
-        files = [path for path in places[name].rglob("*") if path.suffix == ".npy" or path.name.startswith("c.")]
-        for path in files:
+        for path in [*places[name].rglob("c.*"), *places[name].glob("*.npy")]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
 
+    ways = {
+        "ours": lambda order: _ours(Features(features.location))(order),
+        "memmap": lambda order: _memmap(features)["memmap"](order),
+    }
     return rates(ways, features, drop)
 
 
-def warm_pair(features: Features) -> dict[str, Way]:
-    """Ours and a memory map opened anew, whose pages no one has touched."""
-    batches = Batches({level: [(features, f"{level}/features")] for level in features.levels})
-
-    def ours(order):
-        for _ in batches.stream(order):
-            pass
-
-    return {"ours": ours, "memmap": lambda order: _memmap(features)["memmap"](order)}
-
-
 def fused(first: Features, second: Features) -> dict:
-    """Two stores into one batch, against the same reader into two batches which are then concatenated."""
+    """Two stores into one batch, against the same reader into two batches which are then concatenated.
+
+    All into reused memory, by one thread; `overlapped` ways concatenate while the prefetch thread reads on, which
+    costs nothing only as long as that core has nothing else to do.
+    """
     levels = first.levels
     into_one = Batches({level: [(one, f"{level}/features") for one in (first, second)] for level in levels})
     apart = Batches({
-        f"{level}{number}": [(one, f"{level}/features")]
+        f"{level}-{number}": [(one, f"{level}/features")]
         for level in levels for number, one in enumerate((first, second))
     })  # fmt: skip
-    out = {level: np.empty((BATCH, *into_one.shapes[level]), "float16") for level in levels}
+    out, parts = into_one.memory(BATCH), apart.memory(BATCH)
 
-    def fused_batch(order):
-        for _ in into_one.stream(order):
-            pass
+    def join(batch, out):
+        for level in levels:
+            np.concatenate([batch[f"{level}-0"], batch[f"{level}-1"]], axis=1, out=out[level])
+        return out
 
-    def concatenated(order):
-        for _, batch in apart.stream(order):
-            for level in levels:
-                np.concatenate([batch[f"{level}0"], batch[f"{level}1"]], axis=1)
-
-    def concatenated_in_place(order):
-        for _, batch in apart.stream(order):
-            for level in levels:
-                np.concatenate([batch[f"{level}0"], batch[f"{level}1"]], axis=1, out=out[level])
-
-    ways = {"fused": fused_batch, "concatenated": concatenated, "concatenated_in_place": concatenated_in_place}
+    ways = {
+        "fused": lambda order: (into_one.take(index, out) for index in order),
+        "concatenated": lambda order: (join(apart.take(index, parts), out) for index in order),
+        "fused_overlapped": into_one.stream,
+        "concatenated_overlapped": lambda order: (join(batch, out) for _, batch in apart.stream(order)),
+    }
     return rates(ways, first)
 
 
 def main() -> None:
-    features = store("sample-trees", "lite0", 224, 8)
-    size = sum(rows.stat().st_size for rows in Path(features.location).rglob("c.*"))
-    measured = rates(warm(features), features)
-    chilled = cold(features)
+    features = store("sample-trees", "lite0", 224, 6)
+    size = sum(path.stat().st_size for path in Path(features.location).rglob("c.*"))
+    assert size >= 2e9, f"{size} bytes of features are too few"
+    measured, chilled = warm(features), cold(features)
     joined = fused(store("sample-landuse", "csmask_b4", 128, 2), store("sample-landuse", "lite0", 128, 2))
-    zarr_ways = [name for name in measured if name.startswith("zarr")]
-    litdata_ways = [name for name in measured if name.startswith("litdata")]
+
+    def against(peer):
+        """Ours over the best of a peer's ways."""
+        ways = measured.get(peer, {})
+        return ratio(ways, "ours", *[name for name in ways if name != "ours"])
+
+    def medians(rates):
+        return {name: round(statistics.median(each)) for name, each in rates.items()}
+
     print(json.dumps({
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "gigabytes": round(size / 1e9, 2), "samples": len(features.sample), "batch": BATCH, "rounds": ROUNDS,
-        "rates": {name: round(statistics.median(each)) for name, each in measured.items()},
-        "cold_rates": {name: round(statistics.median(each)) for name, each in chilled.items()},
-        "fused_rates": {name: round(statistics.median(each)) for name, each in joined.items()},
-        "vs_memmap": ratio(measured, "ours", "memmap"),
-        "vs_memory": ratio(measured, "ours", "memory"),
-        "vs_zarr_python": ratio(measured, "ours", *zarr_ways),
-        "vs_tensorstore": ratio(measured, "ours", "tensorstore"),
-        "vs_litdata": ratio(measured, "ours", *litdata_ways),
-        "vs_webdataset": ratio(measured, "ours", "webdataset"),
+        "rates": {peer: medians(ways) for peer, ways in measured.items()},
+        "cold_rates": medians(chilled), "fused_rates": medians(joined),
+        "vs_memmap": against("memmap"), "vs_memory": against("memory"), "vs_zarr_python": against("zarr"),
+        "vs_tensorstore": against("tensorstore"), "vs_litdata": against("litdata"),
+        "vs_webdataset": against("webdataset"),
         "cold_vs_memmap": ratio(chilled, "ours", "memmap"),
-        "fused_vs_concat": ratio(joined, "fused", "concatenated", "concatenated_in_place"),
+        "fused_vs_concat": ratio(joined, "fused", "concatenated"),
+        "fused_vs_concat_overlapped": ratio(joined, "fused_overlapped", "concatenated_overlapped"),
     }))  # fmt: skip
 
 

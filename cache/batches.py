@@ -96,11 +96,19 @@ class Batches:
     def __reduce__(self):
         return Batches, self._given
 
-    def take(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """Samples `index` of the stores, in that order, in new memory."""
-        out = self._allocate(len(index), np.empty)
+    def take(self, index: np.ndarray, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """Samples `index` of the stores, in that order.
+
+        Args:
+            out: what `memory` gave, for at least so many samples, to be filled from its start; None for new memory.
+        """
+        out = self._allocate(len(index), np.empty) if out is None else out
         self._fill(out, np.asarray(index))
-        return out
+        return {name: values[: len(index)] for name, values in out.items()}
+
+    def memory(self, count: int) -> dict[str, np.ndarray]:
+        """Memory for `count` samples, made by `empty`."""
+        return self._allocate(count, self._empty)
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """An epoch: (index, batch) for every index array of `order`, read ahead by a thread.
