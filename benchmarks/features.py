@@ -34,6 +34,28 @@ def store(dataset: str, backbone: str, size: int, copies: int) -> Features:
     return Features(path)
 
 
+def repeated(features: Features, times: int) -> Features:
+    """A store of the same features so many times over, under other names."""
+    path = features.location.with_suffix(f".times{times}.zarr")
+    if not path.exists():
+        count, root = len(features.sample) // 64 * 64, features.root
+        layout = Layout(
+            sample=tuple(f"{name}-{again}" for again in range(times) for name in features.sample[:count]),
+            split=("train",) * (count * times), pooled={}, dtype="float16", shard=64,
+            levels=tuple(
+                Level(*features.array(f"{level}/features").shape, root[level].attrs["stride"], "repeated")
+                for level in features.levels
+            ),
+        )  # fmt: skip
+        writer = Writer(FOLDER / "scratch-repeated", layout, path, {"repeated": times})
+        for shard in tqdm(writer.shards(), desc=path.name, total=layout.shards, file=sys.stderr):
+            start = shard * 64 % count
+            maps = values(features, start, start + 64)
+            writer.write(shard, {f"{level}/features": one for level, one in maps.items()})
+        writer.finish()
+    return Features(path)
+
+
 def values(features: Features, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
     """Every level's features of some samples."""
     index = np.arange(len(features.sample))[start:stop]

@@ -116,7 +116,7 @@ class Batches:
         A batch's arrays are used again: they hold what they hold until the next batch is asked for. Memory is
         three batches of the largest size. Leaving the loop early ends the thread.
         """
-        free, ready, stop = queue.Queue(), queue.Queue(), threading.Event()
+        free, ready, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         for _ in range(_BUFFERS):
             free.put(None)
         reader = threading.Thread(target=self._read_ahead, args=(order, free, ready, stop), daemon=True)
@@ -133,7 +133,7 @@ class Batches:
             free.put(None)
             reader.join()
 
-    def _read_ahead(self, order, free: queue.Queue, ready: queue.Queue, stop: threading.Event) -> None:
+    def _read_ahead(self, order, free: queue.SimpleQueue, ready: queue.SimpleQueue, stop: threading.Event) -> None:
         try:
             upcoming = (np.asarray(index) for index in order)
             index, cold, failed = next(upcoming, None), False, None

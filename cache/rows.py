@@ -1,13 +1,14 @@
 """Rows of one stored array, gathered into the caller's memory.
 
-`LocalRows` knows where every row lies and reads it with one `pread` straight to where it is wanted: nearly as fast as
-a warm memory map (benchmarks/reader), but pages of the store never become the process's memory, which stays bounded
-whatever the store's size, and a file that is cut short is an error and not a crash. `RemoteRows` asks zarr-python,
-wherever the store is.
+`LocalRows` maps the shard files into memory and copies each row from where it lies to where it is wanted. Pages that
+are mapped count as the process's memory, though the system may take them back at any time; they are let go whenever
+as many bytes were copied as may stay mapped, so that memory is bounded whatever the store's size. (`pread` to the
+same place was slower; LAB.md.) `RemoteRows` asks zarr-python, wherever the store is.
 
 A row is one sample, or in a store with views one view of one sample: `sample * views + view`.
 """
 
+import mmap
 import os
 import resource
 import sys
@@ -42,24 +43,29 @@ _CHECK = "Check the store with: python -m cache.verify PATH"
 
 @cache
 def _files_allowed() -> int:
-    """How many files all stores together may hold open: half of what the process may.
+    """How many files all stores together may hold open: a quarter of what the process may, since each counts twice.
 
     The usual limit of 1,024 is there for programs that call `select`; like Go's runtime this asks for what the
     system grants, since opening a file again for every row would cost as much as reading it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 2 * _MOST_FILES
+    most = 4 * _MOST_FILES
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 2)
+    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 4)
 
 
 class Files:
     """Opens files of one store, and sees that no more are open than the process may have.
 
-    They are opened relative to the store's folder as it was: a store that is replaced meanwhile is noticed.
+    They are opened relative to the store's folder as it was: a store that is replaced meanwhile is noticed. A file
+    that is cut short while it is open ends the process, as with any memory map; stores never change in place.
+
+    Args:
+        folder: the store's.
+        mapped: bytes that may stay mapped, or None for a tenth of the machine's memory.
 
     Attributes:
         lock: to be held while calling `open`, and while using what it gave to others.
@@ -68,13 +74,15 @@ class Files:
 
     _live: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, mapped: int | None = None):
         self.folder, self.lock = folder, threading.Lock()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._mapped = memory // 10 if mapped is None else mapped
         self.opened: dict[str, dict[int, tuple]] = defaultdict(dict)
-        self._root, self._count = _Descriptor(folder, os.O_DIRECTORY), 0
+        self._root, self._count, self._copied = _Descriptor(folder, os.O_DIRECTORY), 0, 0
         Files._live.add(self)
 
-    def open(self, path: str) -> "_Descriptor":
+    def open(self, path: str) -> "_Mapped":
         """The open file at `path` within the store; it stays open while anyone holds what is returned."""
         if self._count >= max(1, _files_allowed() // len(Files._live)):
             self._count = 0
@@ -82,11 +90,26 @@ class Files:
                 files.clear()
         self._count += 1
         try:
-            return _Descriptor(path, dir_fd=self._root.number)
+            return _Mapped(path, self._root.number)
         except FileNotFoundError:
             raise StoreError(
                 f"{path} is missing from {self.folder}, or that store was replaced while it was read. {_CHECK}"
             ) from None
+
+    def copying(self, size: int) -> None:
+        """Note that so many bytes are about to be copied, and let go of what is mapped if that may be too much."""
+        self._copied += size
+        if self._copied <= self._mapped:
+            return
+        self._copied = 0
+        if self._size() > self._mapped:
+            for files in self.opened.values():
+                for _, file, _ in files.values():
+                    file.map.madvise(mmap.MADV_DONTNEED)
+
+    def _size(self) -> int:
+        """Bytes of all files that are open."""
+        return sum(len(file.content) for files in self.opened.values() for _, file, _ in files.values())
 
     @staticmethod
     def _after_fork() -> None:
@@ -108,6 +131,21 @@ class _Descriptor:
     def __del__(self):
         if self.number >= 0:
             os.close(self.number)
+
+
+class _Mapped(_Descriptor):
+    """A file that is open and mapped; it has two descriptors, its own and the map's.
+
+    Attributes:
+        content: its bytes, uint8.
+    """
+
+    def __init__(self, path: str, folder: int):
+        super().__init__(path, dir_fd=folder)
+        self.map, self.content = None, np.empty(0, np.uint8)
+        if os.fstat(self.number).st_size:
+            self.map = mmap.mmap(self.number, 0, prot=mmap.PROT_READ)
+            self.content = np.frombuffer(self.map, np.uint8)
 
 
 class LocalRows:
@@ -132,10 +170,9 @@ class LocalRows:
         target = out.reshape(len(places), -1, copy=False).view(np.uint8)
         if self._compressed:
             self._decompress(places, target)
-            return
-        for (path, file, start, length), row in zip(places, target, strict=True):
-            if os.preadv(file.number, (row,), start) != length:
-                self._read_rest(path, file, start, row)
+        else:
+            rows = [file.content[None, start : start + length] for _, file, start, length in places]
+            np.concatenate(rows, out=target)
 
     def at_hand(self, place: tuple) -> bool:
         """Whether a row can be read without waiting for the disk, by its first byte; True where no one can say."""
@@ -158,23 +195,15 @@ class LocalRows:
     def _decompress(self, places: Sequence[tuple], target: np.ndarray) -> None:
         for (path, file, start, length), row in zip(places, target, strict=True):
             try:
-                blosc.decompress(os.pread(file.number, length, start), row)
+                blosc.decompress(file.content[start : start + length], row)
             except (RuntimeError, ValueError):
                 raise self._damaged(path, "a chunk cannot be decompressed") from None
 
-    def _read_rest(self, path: str, file: _Descriptor, start: int, row: np.ndarray) -> None:
-        """Read a row of which the system gave a part."""
-        done = 0
-        while done < len(row):
-            got = os.preadv(file.number, (row[done:],), start + done)
-            if not got:
-                raise self._damaged(path, "it ends early")
-            done += got
-
-    def find(self, index: Sequence[int]) -> list[tuple[str, _Descriptor, int, int]]:
+    def find(self, index: Sequence[int]) -> list[tuple[str, _Mapped, int, int]]:
         """Where rows lie: path, file, offset and length of each."""
         found = []
         with self._files.lock:
+            self._files.copying(len(index) * self._bytes)
             opened = self._files.opened[self._path]
             for number, row in [divmod(row, self._rows) for row in index]:
                 path, file, places = opened.get(number) or self._open(number)
@@ -184,7 +213,7 @@ class LocalRows:
                 found.append((path, file, start, length))
         return found
 
-    def _open(self, number: int) -> tuple[str, _Descriptor, np.ndarray | None]:
+    def _open(self, number: int) -> tuple[str, _Mapped, np.ndarray | None]:
         path = f"{self._path}/c.{number}{self._tail}"
         file = self._files.open(path)
         if number not in self._index:
@@ -192,22 +221,23 @@ class LocalRows:
         opened = self._files.opened[self._path][number] = path, file, self._index[number]
         return opened
 
-    def _read_index(self, path: str, file: _Descriptor) -> np.ndarray | None:
+    def _read_index(self, path: str, file: _Mapped) -> np.ndarray | None:
         """Offset and length of a file's rows; None where they follow one another from the start."""
-        size = os.fstat(file.number).st_size
-        plain = np.arange(self._rows, dtype="<u8") * self._bytes
+        size = len(file.content)
         if not self._sharded:
             if size != self._rows * self._bytes:
                 raise self._damaged(path, f"it has {size} bytes, not {self._rows * self._bytes}")
             return None
-        tail = shard.index_bytes(self._rows)
         try:
-            index = shard.decode_index(os.pread(file.number, tail, max(0, size - tail)), self._rows)
+            index = shard.decode_index(file.content[-shard.index_bytes(self._rows) :].tobytes(), self._rows)
         except ValueError as error:
             raise self._damaged(path, str(error)) from None
         written = index[index[:, 1] != shard.EMPTY]
         if not self._compressed and (written[:, 1] != self._bytes).any():
             raise self._damaged(path, "its index gives rows of another length")
+        if (written > size).any() or (written.sum(axis=1) > size).any():
+            raise self._damaged(path, "its index points beyond its end")
+        plain = np.arange(self._rows, dtype="<u8") * self._bytes
         return None if not self._compressed and np.array_equal(index[:, 0], plain) else index
 
     def _damaged(self, path: str, how: str) -> StoreError:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -125,16 +126,28 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_cut_file_is_an_error_and_not_a_crash(tmp_path, codec):
+@pytest.mark.parametrize("length", [0, 3, 1000])
+def test_a_cut_file_is_named(tmp_path, codec, length):
     write(tmp_path, layout(codec=codec))
     file = tmp_path / "store.zarr/level0/features/c.1.0.0.0"
-    opened = Features(tmp_path / "store.zarr")
-    opened.read("level0/features", [70])
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(StoreError, match=r"level0/features/c.1.0.0.0 of .* is damaged.*cache.verify"):
-        opened.read("level0/features", [120])
+    file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(StoreError, match=r"level0/features/c.1.0.0.0 of .* is damaged.*cache.verify"):
         Features(tmp_path / "store.zarr").read("level0/features", [120])
+
+
+def test_what_is_mapped_is_let_go(tmp_path):
+    """Values are the same, and nothing of the files stays in the process's memory."""
+    write(tmp_path)
+    features = Features(tmp_path / "store.zarr", mapped=10_000)
+    order = np.random.default_rng(0).integers(0, SAMPLES, 2000)
+    expected = everything(layout(), "level0/features").astype("float16")[order]
+    np.testing.assert_array_equal(features.read("level0/features", order), expected)
+    maps, resident = Path("/proc/self/smaps").read_text().split("\n"), 0
+    for number, line in enumerate(maps):
+        if "level0/features/c." in line:
+            resident += int(next(one for one in maps[number:] if one.startswith("Rss:")).split()[1]) * 1024
+    size = sum(path.stat().st_size for path in (tmp_path / "store.zarr/level0/features").glob("c.*"))
+    assert resident < size
 
 
 def test_a_missing_shard_is_an_error_and_not_nan(tmp_path):
