@@ -14,6 +14,8 @@ from cache.schema import StoreError
 
 # One batch in use, one being filled; a third would only push the others out of the processor's cache.
 _BUFFERS = 2
+# Batches told ahead after one that had to come from the disk.
+_TOLD_AHEAD = 16
 # Samples read at once while a set is brought into memory.
 _STEP = 256
 
@@ -136,7 +138,7 @@ class Batches:
     def _read_ahead(self, order, free: queue.SimpleQueue, ready: queue.SimpleQueue, stop: threading.Event) -> None:
         try:
             upcoming = (np.asarray(index) for index in order)
-            index, cold, failed = next(upcoming, None), False, None
+            index, cold, failed = next(upcoming, None), 0, None
             while index is not None:
                 try:
                     following = next(upcoming, None)
@@ -149,7 +151,8 @@ class Batches:
                     buffer = self._allocate(len(index), self._empty)
                 if cold and following is not None:
                     self._advise(following)
-                cold = self._fill(buffer, index)
+                # A batch that was told ahead is at hand; that does not say that the next one would be.
+                cold = _TOLD_AHEAD if self._fill(buffer, index) else max(0, cold - 1)
                 ready.put((index, buffer))
                 index = following
             ready.put(failed)

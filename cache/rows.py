@@ -32,6 +32,8 @@ from cache.codecs import restore
 from cache.schema import CHUNK_KEYS, StoreError
 
 THREADS = 4
+# Linux maps so many bytes around the one that is touched.
+_MAPPED_AT_ONCE = 1 << 16
 # Below this many bytes for each thread a batch is read by fewer.
 _SMALL = 1 << 20
 _CORES = os.cpu_count() or 1
@@ -203,7 +205,7 @@ class LocalRows:
         """Where rows lie: path, file, offset and length of each."""
         found = []
         with self._files.lock:
-            self._files.copying(len(index) * self._bytes)
+            self._files.copying(len(index) * max(self._bytes, _MAPPED_AT_ONCE))
             opened = self._files.opened[self._path]
             for number, row in [divmod(row, self._rows) for row in index]:
                 path, file, places = opened.get(number) or self._open(number)
