@@ -293,8 +293,8 @@ def cold(features: Features) -> dict:
 def fused(first: Features, second: Features) -> dict:
     """Two stores into one batch, against the same reader into two batches which are then concatenated.
 
-    `concatenated` makes new arrays as numpy and torch do unless told otherwise, `in_place` reuses memory, `overlapped`
-    does that too and concatenates while the prefetch thread reads on, on a core that has nothing else to do here.
+    `concatenated` makes new arrays as numpy and torch do unless told otherwise; `in_place` reuses memory;
+    `overlapped` does that too, and concatenates while the prefetch thread reads on, on a core that is idle here.
     """
     levels = first.levels
     into_one = Batches({level: [(one, f"{level}/features") for one in (first, second)] for level in levels})

@@ -162,7 +162,7 @@ class LocalRows:
         self._sharded = isinstance(codec, ShardingCodec)
         self._compressed = self._sharded and len(codec.codecs) > 1
         self._files, self._path, self._tail = files, array.path, ".0" * (array.ndim - 1)
-        self._rows = prod(file_shape[:leading])
+        self._rows, self._total = prod(file_shape[:leading]), prod(array.shape[:leading])
         self.shape, self.dtype = array.shape[leading:], array.dtype
         self._bytes = prod(self.shape) * self.dtype.itemsize
         self._index: dict[int, np.ndarray | None] = {}
@@ -219,17 +219,41 @@ class LocalRows:
         path = f"{self._path}/c.{number}{self._tail}"
         file = self._files.open(path)
         if number not in self._index:
-            self._index[number] = self._read_index(path, file)
+            plain = not self._compressed and len(file.content) == self._plain_size(number)
+            # The contract says how plain rows lie: reading every file's index first would make a cold start slow.
+            self._index[number] = None if plain else self._read_index(path, file)
         opened = self._files.opened[self._path][number] = path, file, self._index[number]
         return opened
 
-    def _read_index(self, path: str, file: _Mapped) -> np.ndarray | None:
-        """Offset and length of a file's rows; None where they follow one another from the start."""
+    def check(self) -> None:
+        """Check that every row is where its file's index says, and lies as the contract says.
+
+        Raises:
+            StoreError: naming the first file of which that is not so.
+        """
+        self.find(range(self._total))
+        plain = np.arange(self._rows, dtype="<u8") * self._bytes
+        for number in range(-(-self._total // self._rows) if self._sharded else 0):
+            with self._files.lock:
+                path, file, _ = self._open(number)
+            rows = min(self._rows, self._total - number * self._rows)
+            index = self._read_index(path, file)[:rows]
+            if (index[:, 0] == shard.EMPTY).any():
+                raise self._damaged(path, "rows were never written")
+            if not self._compressed and not np.array_equal(index[:, 0], plain[:rows]):
+                raise self._damaged(path, "its rows do not follow one another")
+
+    def _plain_size(self, number: int) -> int:
+        """Bytes of an uncompressed file none of whose rows is missing."""
+        if not self._sharded:
+            return self._rows * self._bytes
+        return min(self._rows, self._total - number * self._rows) * self._bytes + shard.index_bytes(self._rows)
+
+    def _read_index(self, path: str, file: _Mapped) -> np.ndarray:
+        """Offset and length of a file's rows."""
         size = len(file.content)
         if not self._sharded:
-            if size != self._rows * self._bytes:
-                raise self._damaged(path, f"it has {size} bytes, not {self._rows * self._bytes}")
-            return None
+            raise self._damaged(path, f"it has {size} bytes, not {self._rows * self._bytes}")
         try:
             index = shard.decode_index(file.content[-shard.index_bytes(self._rows) :].tobytes(), self._rows)
         except ValueError as error:
@@ -239,8 +263,7 @@ class LocalRows:
             raise self._damaged(path, "its index gives rows of another length")
         if (written > size).any() or (written.sum(axis=1) > size).any():
             raise self._damaged(path, "its index points beyond its end")
-        plain = np.arange(self._rows, dtype="<u8") * self._bytes
-        return None if not self._compressed and np.array_equal(index[:, 0], plain) else index
+        return index
 
     def _damaged(self, path: str, how: str) -> StoreError:
         return StoreError(f"{path} of {self._files.folder} is damaged: {how}. {_CHECK}")
@@ -298,6 +321,10 @@ class ScaledRows:
 
     def at_hand(self, place: tuple) -> bool:
         return self._steps.at_hand(place[0])
+
+    def check(self) -> None:
+        self._steps.check()
+        self._scale.check()
 
     def advise(self, places: Sequence[tuple]) -> None:
         self._steps.advise([steps for steps, _ in places])

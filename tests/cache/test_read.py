@@ -151,7 +151,7 @@ def test_what_is_mapped_is_let_go(tmp_path):
             resident += int(next(one for one in lines[number:] if one.startswith("Rss:")).split()[1]) * 1024
     size = sum(path.stat().st_size for path in (tmp_path / "store.zarr/level0/features").glob("c.*"))
     assert size > 1_900_000
-    assert resident < 500_000  # two rows, and what the system maps around them
+    assert resident < size / 2  # two rows, and what the system maps around them
 
 
 def test_a_missing_shard_is_an_error_and_not_nan(tmp_path):
