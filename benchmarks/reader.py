@@ -16,6 +16,7 @@ import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -80,20 +81,22 @@ def ratio(measured: dict, ours: str, *theirs: str) -> float | None:
 
 def warm(features: Features) -> dict[str, dict]:
     """Ours beside each peer, by peer: one at a time, so that the page cache holds the files of both."""
-    makers = {"memmap": _memmap, "memory": _memory, "zarr": _zarr, "tensorstore": _tensorstore}
+    makers = {"memmap": _memmap, "pread": _pread, "memory": _memory, "zarr": _zarr, "tensorstore": _tensorstore}
     makers |= {"litdata": _litdata, "webdataset": _webdataset}
     measured = {}
     for peer, make in makers.items():
-        if importlib.util.find_spec(peer) or peer in ("memmap", "memory"):
+        if importlib.util.find_spec(peer) or peer in ("memmap", "pread", "memory"):
             # Opened anew, so that nothing stays mapped from one peer to the next.
             ways = {"ours": _ours(Features(features.location))} | make(Features(features.location))
+            if peer == "memmap":
+                ways["ours_mapped_256_mib"] = _ours(Features(features.location, mapped=256 << 20))
             measured[peer] = rates(ways, features, partial(_warm, features, peer))
     return measured
 
 
 def _warm(features: Features, peer: str, name: str) -> None:
     """Bring the files of a way into the page cache; some machines take it back within seconds."""
-    own = peer in ("memmap", "litdata", "webdataset") and name != "ours"
+    own = peer in ("memmap", "litdata", "webdataset") and not name.startswith("ours")
     for path in PEERS.glob(f"{peer}/*") if own else Path(features.location).rglob("c.*"):
         path.read_bytes()
 
@@ -127,6 +130,32 @@ def _memmap(features: Features) -> dict[str, Way]:
             yield out
 
     return {"memmap": memmap}
+
+
+def _pread(features: Features) -> dict[str, Way]:
+    """What the reader could do instead of mapping: a system call a row, two threads, into reused memory."""
+    files, out = {}, {}
+    for level in features.levels:
+        folder, shape = features.location / level / "features", features.array(f"{level}/features").shape
+        count = len(list(folder.glob("c.*")))
+        files[level] = [os.open(folder / f"c.{number}.0.0.0", os.O_RDONLY) for number in range(count)]
+        out[level] = np.empty((BATCH, *shape), "float16")
+    pool = ThreadPoolExecutor(1)
+
+    def share(index, some):
+        for level, into in out.items():
+            size = into[0].nbytes
+            for row, target in zip(index[some], into[some].reshape(-1, size // 2), strict=True):
+                os.preadv(files[level][row // 64], (target,), row % 64 * size)
+
+    def pread(order):
+        for index in order:
+            half = pool.submit(share, index.tolist(), slice(BATCH // 2))
+            share(index.tolist(), slice(BATCH // 2, BATCH))
+            half.result()
+            yield out
+
+    return {"pread": pread}
 
 
 def _memory(features: Features) -> dict[str, Way]:
@@ -334,7 +363,7 @@ def main() -> None:
     def against(peer):
         """Ours over the best of a peer's ways."""
         ways = measured.get(peer, {})
-        return ratio(ways, "ours", *[name for name in ways if name != "ours"])
+        return ratio(ways, "ours", *[name for name in ways if not name.startswith("ours")])
 
     def medians(rates):
         return {name: round(statistics.median(each)) for name, each in rates.items()}
@@ -344,7 +373,9 @@ def main() -> None:
         "gigabytes": round(size / 1e9, 2), "samples": len(features.sample), "batch": BATCH, "rounds": ROUNDS,
         "rates": {peer: medians(ways) for peer, ways in measured.items()},
         "cold_rates": medians(chilled), "fused_rates": medians(joined),
-        "vs_memmap": against("memmap"), "vs_memory": against("memory"), "vs_zarr_python": against("zarr"),
+        "vs_memmap": against("memmap"), "vs_pread": against("pread"), "vs_memory": against("memory"),
+        "mapped_256_mib_vs_memmap": ratio(measured["memmap"], "ours_mapped_256_mib", "memmap"),
+        "vs_zarr_python": against("zarr"),
         "vs_tensorstore": against("tensorstore"), "vs_litdata": against("litdata"),
         "vs_webdataset": against("webdataset"),
         "cold_vs_memmap": ratio(chilled, "ours", "memmap"),

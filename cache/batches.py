@@ -116,7 +116,7 @@ class Batches:
         """An epoch: (index, batch) for every index array of `order`, read ahead by a thread.
 
         A batch's arrays are used again: they hold what they hold until the next batch is asked for. Memory is
-        three batches of the largest size. Leaving the loop early ends the thread.
+        two batches of the largest size. Leaving the loop early ends the thread.
         """
         free, ready, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         for _ in range(_BUFFERS):

@@ -78,7 +78,7 @@ class Features:
     def unfinished(cls, folder: Path) -> "Features":
         """A writer's store whose shards are all there but which is not yet marked complete."""
         features = cls.__new__(cls)
-        features.location, features._files = folder, Files(str(folder))
+        features.location, features._files = folder, Files(str(folder), mapped=1 << 28)
         features.root = zarr.open_group(folder, mode="r", use_consolidated=False)
         features.attributes = dict(features.root.attrs)
         features._describe()

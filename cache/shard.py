@@ -1,6 +1,6 @@
 """One file of an array: the Zarr v3 sharding format, and the plain chunk of arrays without shards.
 
-zarr-python writes the same bytes (a test compares them) at a third of the speed; see LAB.md.
+zarr-python writes the same bytes, as a test compares, and more slowly (benchmarks/writer).
 Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
