@@ -69,3 +69,27 @@ def test_bilinear_alignment_keeps_a_constant_and_a_place():
     assert peak[0] in (2, 3)
     assert peak[1] in (4, 5)
     torch.testing.assert_close(fusion.align([fine, torch.ones(1, 1, 4, 4)])[1], torch.ones(1, 1, 8, 8))
+
+
+def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
+    layout = Layout(
+        sample=tuple(f"s{i}" for i in range(20)),
+        split=("train",) * 20,
+        levels=(Level(3, 4, 4, 4, "x"),),
+        pooled={"mean_level0": 3},
+        dtype="float32",
+        shard=8,
+        views=("identity", "flip_x"),
+    )
+    writer = Writer(tmp_path / "scratch", layout, tmp_path / "v.zarr", {})
+    drawn = {key: np.random.default_rng(0).normal(size=(20, *shape)) for key, shape in layout.shapes().items()}
+    for shard in writer.shards():
+        writer.write(shard, {key: values[layout.rows(shard)] for key, values in drawn.items()})
+    writer.finish()
+    store, index = Features(tmp_path / "v.zarr"), np.arange(20)
+    [level] = fusion.pyramid([store], index)
+    mean, std = (values[:, None, None] for values in store.statistics("level0"))
+    np.testing.assert_allclose(level, (drawn["level0/features"][:, 0] - mean) / std, atol=1e-5)
+    vector = drawn["pooled/mean_level0"][:, 0]
+    fused = fusion.pooled([store], "all", index, index)
+    np.testing.assert_allclose(fused, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
