@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from cache.gather import THREADS, gather
 from cache.read import Features, aligned
-from cache.rows import THREADS, gather
 from cache.schema import StoreError
 
 # One batch in use, one being filled; a third would only push the others out of the processor's cache.

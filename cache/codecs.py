@@ -36,6 +36,11 @@ class Codec:
         return self.name == "int8"
 
     @property
+    def loses(self) -> bool:
+        """Values come back changed."""
+        return self.name in ("bitround", "int8")
+
+    @property
     def label(self) -> str:
         """The name as `parse` reads it."""
         return f"bitround{self.keepbits}" if self.name == "bitround" else self.name

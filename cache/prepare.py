@@ -10,6 +10,8 @@ from cache.schema import StoreError
 
 # A float16 below its smallest normal number loses digits; a few such values are noise, most of them are a loss.
 _FAINT_SHARE = 0.5
+# Values in a task: few enough that they stay in a core's own cache from one step to the next.
+_BLOCK = 2**18
 
 
 @dataclass
@@ -29,18 +31,19 @@ class Prepared:
 
 
 def prepare(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Executor) -> Prepared:
-    """Narrow `values` (sample, …) to `dtype` and then lose what the codec loses, a sample a task.
+    """Narrow `values` (sample, …) to `dtype` and then lose what the codec loses, a block of samples a task.
 
     Raises:
         StoreError: finite values that do not fit the dtype, values most of which would underflow, or NaN and
             infinities for int8. NaN and infinities pass through every other codec.
     """
+    if values.dtype == dtype and not codec.loses:
+        return Prepared(np.ascontiguousarray(values), None)
+    step = max(1, _BLOCK // max(1, values[:1].size))
     prepared = Prepared(
         np.empty(values.shape, codec.stored(dtype)),
         np.empty(values.shape[:-2], "float32") if codec.scaled else None,
     )
-    # Vectors are too short for a task each.
-    step = 1 if values.ndim > 3 else len(values)
     blocks = [slice(start, start + step) for start in range(0, len(values), step)]
     try:
         counts = np.array(list(pool.map(lambda rows: _block(values, rows, dtype, codec, prepared), blocks)))
@@ -69,27 +72,33 @@ def prepare(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Execu
 def _block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, into: Prepared) -> tuple[float, ...]:
     """Store a few samples; counts: too large, the largest of them, faint, non-zero; squares: lost, given."""
     given = np.ascontiguousarray(values[rows])
-    magnitude = np.abs(given)
+    narrow = np.empty(given.shape, dtype) if codec.loses else into.stored[rows]
     with np.errstate(over="ignore"):
-        narrow = given.astype(dtype, copy=False)
-    nonzero = np.count_nonzero(given)
-    faint = np.count_nonzero(magnitude < np.finfo(dtype).tiny) - (given.size - nonzero)
-    finite = np.isfinite(magnitude.max(initial=0))
-    lost = None if finite and np.isfinite(narrow).all() else np.isinf(narrow) & np.isfinite(given)
-    if lost is not None and lost.any():
+        np.copyto(narrow, given, casting="same_kind")
+    magnitude = np.abs(given)
+    zeros = np.count_nonzero(magnitude == 0)
+    nonzero, faint = given.size - zeros, np.count_nonzero(magnitude < np.finfo(dtype).tiny) - zeros
+    fits = magnitude.max(initial=0) <= np.finfo(dtype).max  # not so if there is a NaN
+    lost = False if fits else np.isinf(narrow) & np.isfinite(given)
+    if np.any(lost):
         return np.count_nonzero(lost), magnitude[lost].max(), faint, nonzero, 0.0, 0.0
-    into.stored[rows], scale = codec.lose(narrow)
-    if scale is None:
+    kept = narrow
+    if codec.loses:
+        into.stored[rows], scale = codec.lose(narrow)
         kept = into.stored[rows]
-    else:
+    if codec.scaled:
         into.scale[rows] = scale
-        kept = np.empty_like(narrow)
-        restore(into.stored[rows], scale, kept)
-    if not finite:
-        given, kept = np.where(np.isfinite(given), given, 0), np.where(np.isfinite(given), kept, 0)
-    return 0, 0.0, faint, nonzero, _squares(kept.astype(np.float64) - given), _squares(given)
+        restore(kept, scale, narrow)
+        kept = narrow
+    # No square of a float16 is too large for float32.
+    precise = np.float32 if fits and dtype == "float16" else np.float64
+    given, kept = given.astype(precise, copy=False), kept.astype(precise)
+    if not fits:
+        finite = np.isfinite(given)
+        given, kept = np.where(finite, given, 0), np.where(finite, kept, 0)
+    return 0, 0.0, faint, nonzero, _squares(np.subtract(kept, given, out=kept)), _squares(given)
 
 
 def _squares(values: np.ndarray) -> float:
     """Summed by numpy alone: a dot product's last digits would depend on how many threads BLAS has."""
-    return float(np.square(values, dtype=np.float64).sum())
+    return float(np.square(values).sum())

@@ -11,8 +11,10 @@ import zarr
 from zarr.abc.store import Store
 
 from cache import checksums
-from cache.remote import open_store
-from cache.rows import THREADS, Files, LocalRows, RemoteRows, ScaledRows, gather, readable
+from cache.files import Files
+from cache.gather import THREADS, gather
+from cache.remote import RemoteRows, open_store
+from cache.rows import LocalRows, ScaledRows, readable
 from cache.schema import CONTRACT, StoreError
 
 # Rows read side by side.

@@ -1,9 +1,11 @@
-"""Opening a store that is not a local folder, through fsspec and zarr-python."""
+"""Stores that are not a local folder: opened through fsspec, read by zarr-python."""
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
+import numpy as np
 import zarr
 from zarr.abc.store import OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
@@ -56,3 +58,33 @@ class WholeFiles(WrapperStore):
 
     async def get_partial_values(self, prototype, key_ranges):
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+
+class RemoteRows:
+    """Rows of an array through zarr-python, from any store it can open: slower, and by the same interface."""
+
+    def __init__(self, array: zarr.Array, leading: int):
+        self._array, self._views = array, array.shape[1:leading]
+        self.shape, self.dtype = array.shape[leading:], array.dtype
+        self._step = array.chunks[0]
+        # A chunk of many rows is kept for the others of a batch.
+        self._chunk = lru_cache(maxsize=8)(lambda start: array[start : start + self._step])
+
+    def find(self, index: Sequence[int]) -> list[tuple[int, ...]]:
+        """Sample, and view where there are views, of each row."""
+        return [divmod(row, *self._views) if self._views else (row,) for row in index]
+
+    def read(self, places: Sequence[tuple[int, ...]], out: np.ndarray) -> None:
+        # File after file, since some stores can fetch whole files only.
+        for number in sorted(range(len(places)), key=places.__getitem__):
+            sample, *view = places[number]
+            if self._step == 1:
+                out[number] = self._array[places[number]]
+            else:
+                out[number] = self._chunk(sample - sample % self._step)[(sample % self._step, *view)]
+
+    def at_hand(self, place: tuple) -> bool:
+        return True
+
+    def advise(self, places: Sequence[tuple]) -> None:
+        """Nothing that can be told ahead."""

@@ -1,26 +1,18 @@
-"""Rows of one stored array, gathered into the caller's memory.
+"""Rows of one stored array: where each lies, and how it comes into the caller's memory.
 
 `LocalRows` maps the shard files into memory and copies each row from where it lies to where it is wanted. Pages that
 are mapped count as the process's memory, though the system may take them back at any time; they are let go whenever
 as many bytes were copied as may stay mapped, so that memory is bounded whatever the store's size. (`pread` to the
-same place was slower; LAB.md.) `RemoteRows` asks zarr-python, wherever the store is.
+same place was slower; LAB.md.) `cache.remote.RemoteRows` does the same for a store that is elsewhere.
 
 A row is one sample, or in a store with views one view of one sample: `sample * views + view`.
 """
 
-import mmap
 import os
-import resource
 import sys
 import threading
-import weakref
-from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
-from itertools import pairwise
 from math import prod
-from typing import ClassVar
 
 import numpy as np
 import zarr
@@ -29,125 +21,12 @@ from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec
 
 from cache import shard
 from cache.codecs import restore
+from cache.files import CHECK, Files, Mapped
+from cache.remote import RemoteRows
 from cache.schema import CHUNK_KEYS, StoreError
 
-THREADS = 4
 # Linux maps so many bytes around the one that is touched.
 _MAPPED_AT_ONCE = 1 << 16
-# Below this many bytes for each thread a batch is read by fewer.
-_SMALL = 1 << 20
-_CORES = os.cpu_count() or 1
-# Rows of each array in a batch that are asked whether they are in the page cache.
-_ASKED = 2
-_MOST_FILES = 1 << 14
-_CHECK = "Check the store with: python -m cache.verify PATH"
-
-
-@cache
-def _files_allowed() -> int:
-    """How many files all stores together may hold open: a quarter of what the process may, since each counts twice.
-
-    The usual limit of 1,024 is there for programs that call `select`; like Go's runtime this asks for what the
-    system grants, since opening a file again for every row would cost as much as reading it.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 4 * _MOST_FILES
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 4)
-
-
-class Files:
-    """Opens files of one store, and sees that no more are open than the process may have.
-
-    They are opened relative to the store's folder as it was: a store that is replaced meanwhile is noticed. A file
-    that is cut short while it is open ends the process, as with any memory map; stores never change in place.
-
-    Args:
-        folder: the store's.
-        mapped: bytes that may stay mapped, or None for a tenth of the machine's memory.
-
-    Attributes:
-        lock: to be held while calling `open`, and while using what it gave to others.
-        opened: what has been opened, by array and number of the file; emptied when there are too many.
-    """
-
-    _live: ClassVar[weakref.WeakSet] = weakref.WeakSet()
-
-    def __init__(self, folder: str, mapped: int | None = None):
-        self.folder, self.lock = folder, threading.Lock()
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._mapped = memory // 10 if mapped is None else mapped
-        self.opened: dict[str, dict[int, tuple]] = defaultdict(dict)
-        self._root, self._count, self._copied = _Descriptor(folder, os.O_DIRECTORY), 0, 0
-        Files._live.add(self)
-
-    def open(self, path: str) -> "_Mapped":
-        """The open file at `path` within the store; it stays open while anyone holds what is returned."""
-        if self._count >= max(1, _files_allowed() // len(Files._live)):
-            self._count = 0
-            for files in self.opened.values():
-                files.clear()
-        self._count += 1
-        try:
-            return _Mapped(path, self._root.number)
-        except FileNotFoundError:
-            raise StoreError(
-                f"{path} is missing from {self.folder}, or that store was replaced while it was read. {_CHECK}"
-            ) from None
-
-    def copying(self, size: int) -> None:
-        """Note that so many bytes are about to be copied, and let go of what is mapped if that may be too much."""
-        self._copied += size
-        if self._copied <= self._mapped:
-            return
-        self._copied = 0
-        if self._size() > self._mapped:
-            for files in self.opened.values():
-                for _, file, _ in files.values():
-                    file.map.madvise(mmap.MADV_DONTNEED)
-
-    def _size(self) -> int:
-        """Bytes of all files that are open."""
-        return sum(len(file.content) for files in self.opened.values() for _, file, _ in files.values())
-
-    @staticmethod
-    def _after_fork() -> None:
-        """Another thread may have held the lock of a process when it was forked; it is not here to let go."""
-        for files in Files._live:
-            files.lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=Files._after_fork)
-
-
-class _Descriptor:
-    """A file descriptor that closes with its last holder."""
-
-    def __init__(self, path: str, flags: int = 0, dir_fd: int | None = None):
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
-
-    def __del__(self):
-        if self.number >= 0:
-            os.close(self.number)
-
-
-class _Mapped(_Descriptor):
-    """A file that is open and mapped; it has two descriptors, its own and the map's.
-
-    Attributes:
-        content: its bytes, uint8.
-    """
-
-    def __init__(self, path: str, folder: int):
-        super().__init__(path, dir_fd=folder)
-        self.map, self.content = None, np.empty(0, np.uint8)
-        if os.fstat(self.number).st_size:
-            self.map = mmap.mmap(self.number, 0, prot=mmap.PROT_READ)
-            self.content = np.frombuffer(self.map, np.uint8)
 
 
 class LocalRows:
@@ -201,7 +80,7 @@ class LocalRows:
             except (RuntimeError, ValueError):
                 raise self._damaged(path, "a chunk cannot be decompressed") from None
 
-    def find(self, index: Sequence[int]) -> list[tuple[str, _Mapped, int, int]]:
+    def find(self, index: Sequence[int]) -> list[tuple[str, Mapped, int, int]]:
         """Where rows lie: path, file, offset and length of each."""
         found = []
         with self._files.lock:
@@ -215,7 +94,7 @@ class LocalRows:
                 found.append((path, file, start, length))
         return found
 
-    def _open(self, number: int) -> tuple[str, _Mapped, np.ndarray | None]:
+    def _open(self, number: int) -> tuple[str, Mapped, np.ndarray | None]:
         path = f"{self._path}/c.{number}{self._tail}"
         file = self._files.open(path)
         if number not in self._index:
@@ -249,7 +128,7 @@ class LocalRows:
             return self._rows * self._bytes
         return min(self._rows, self._total - number * self._rows) * self._bytes + shard.index_bytes(self._rows)
 
-    def _read_index(self, path: str, file: _Mapped) -> np.ndarray:
+    def _read_index(self, path: str, file: Mapped) -> np.ndarray:
         """Offset and length of a file's rows."""
         size = len(file.content)
         if not self._sharded:
@@ -266,37 +145,7 @@ class LocalRows:
         return index
 
     def _damaged(self, path: str, how: str) -> StoreError:
-        return StoreError(f"{path} of {self._files.folder} is damaged: {how}. {_CHECK}")
-
-
-class RemoteRows:
-    """Rows of an array through zarr-python, from any store it can open: slower, and by the same interface."""
-
-    def __init__(self, array: zarr.Array, leading: int):
-        self._array, self._views = array, array.shape[1:leading]
-        self.shape, self.dtype = array.shape[leading:], array.dtype
-        self._step = array.chunks[0]
-        # A chunk of many rows is kept for the others of a batch.
-        self._chunk = lru_cache(maxsize=8)(lambda start: array[start : start + self._step])
-
-    def find(self, index: Sequence[int]) -> list[tuple[int, ...]]:
-        """Sample, and view where there are views, of each row."""
-        return [divmod(row, *self._views) if self._views else (row,) for row in index]
-
-    def read(self, places: Sequence[tuple[int, ...]], out: np.ndarray) -> None:
-        # File after file, since some stores can fetch whole files only.
-        for number in sorted(range(len(places)), key=places.__getitem__):
-            sample, *view = places[number]
-            if self._step == 1:
-                out[number] = self._array[places[number]]
-            else:
-                out[number] = self._chunk(sample - sample % self._step)[(sample % self._step, *view)]
-
-    def at_hand(self, place: tuple) -> bool:
-        return True
-
-    def advise(self, places: Sequence[tuple]) -> None:
-        """Nothing that can be told ahead."""
+        return StoreError(f"{path} of {self._files.folder} is damaged: {how}. {CHECK}")
 
 
 class ScaledRows:
@@ -331,10 +180,6 @@ class ScaledRows:
         self._scale.advise([scale for _, scale in places])
 
 
-# Rows of an array, which of them, and where they go.
-Part = tuple[LocalRows | RemoteRows | ScaledRows, list[int], np.ndarray]
-
-
 def readable(array: zarr.Array) -> bool:
     """Whether `LocalRows` understands the layout: files along the first axis, of raw or Blosc rows."""
     codecs, sharding = array.metadata.codecs, array.metadata.codecs[0]
@@ -348,41 +193,3 @@ def readable(array: zarr.Array) -> bool:
     known = [type(codec) for codec in codecs] in ([BytesCodec], [BytesCodec, BloscCodec])
     plain = isinstance(sharding, ShardingCodec) or len(codecs) == 1
     return whole and known and plain and sys.byteorder == "little"
-
-
-def gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
-    """Read the rows of every part, side by side.
-
-    Returns:
-        Whether some of them had to come from the disk, as far as a few can tell.
-    """
-    cold = False
-    count = len(parts[0][1])
-    step = max(1, _files_allowed() // 2 // len(parts))  # each row may be in a file of its own
-    for first in range(0, count, step):
-        some = slice(first, first + step)
-        cold |= _gather([(rows, index[some], out[some]) for rows, index, out in parts], pool)
-    return cold
-
-
-def _gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
-    # Found by one thread, since two would wait for each other's lock longer than finding takes.
-    found = [(rows, rows.find(index), out) for rows, index, out in parts]
-    cold = not all(rows.at_hand(place) for rows, places, _ in found for place in places[:_ASKED])
-    if cold:
-        for rows, places, _ in found:
-            rows.advise(places)
-    count, size = len(found[0][1]), sum(out.nbytes for _, _, out in found)
-    threads = THREADS if cold else min(THREADS, _CORES, 1 + size // _SMALL)
-    bounds = [count * number // threads for number in range(threads + 1)]
-
-    def share(start: int, stop: int) -> None:
-        for rows, places, out in found:
-            if start < stop:
-                rows.read(places[start:stop], out[start:stop])
-
-    others = [pool.submit(share, *pair) for pair in pairwise(bounds[1:])]
-    share(*bounds[:2])
-    for other in others:
-        other.result()
-    return cold

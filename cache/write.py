@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -103,16 +103,19 @@ class Writer:
         given = {name: np.shape(array) for name, array in values.items()}
         if given != shapes:
             raise StoreError(f"Shard {shard} has the arrays {given}; wanted {shapes}.")
-        with ThreadPoolExecutor(4) as pool:
-            stored, loss = {}, {}
+        with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(4) as disk:
+            persisted, loss = {}, {}
             for name, array in values.items():
                 codec = self.layout.codec if name.endswith("/features") else NONE
                 prepared = prepare(np.asarray(array), name, self.layout.dtype, codec, pool)
-                stored[name], loss[name] = prepared.stored, [prepared.error, prepared.size]
+                loss[name] = [prepared.error, prepared.size]
+                # The disk works on this array while the processor prepares the next.
+                persisted[name] = disk.submit(self._persist, shard, name, prepared.stored, pool)
                 if prepared.scale is not None:
-                    stored[name.replace("features", "scale")] = prepared.scale
-            digests = dict(pool.map(lambda name: self._persist(shard, name, stored[name]), stored))
-        for name in stored:
+                    scale = name.replace("features", "scale")
+                    persisted[scale] = disk.submit(self._persist, shard, scale, prepared.scale, pool)
+            digests = dict(file.result() for file in persisted.values())
+        for name in persisted:
             sync_folder(self._store / name)
         record = {"sha256": digests, "loss": loss}
         write_file(self._record(shard), [json.dumps(record, sort_keys=True).encode()])
@@ -185,14 +188,12 @@ class Writer:
         os.rename(self.scratch, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
-    def _persist(self, shard: int, name: str, array: np.ndarray) -> tuple[str, str]:
+    def _persist(self, shard: int, name: str, array: np.ndarray, pool: Executor) -> tuple[str, str]:
         """Write one shard of one array durably; returns its file's path in the store and SHA-256."""
         parts, file = self._parts(name, array), f"{name}/c.{shard}{'.0' * (array.ndim - 1)}"
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
+        digest = pool.submit(_sha256, parts)
         write_file(self._store / file, parts)
-        return file, digest.hexdigest()
+        return file, digest.result()
 
     def _parts(self, name: str, array: np.ndarray) -> list[bytes | memoryview]:
         """The bytes of one shard file: sharded for features, one chunk padded to full size for the rest."""
@@ -228,6 +229,13 @@ def write_left_out(final: Path, scratch: Path, reason: str) -> None:
         root.attrs.update({"contract": CONTRACT, "left_out": reason, "complete": True})
         consolidate(root)
         checksums.write(scratch, {})
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -36,41 +36,46 @@ class Feed:
         budget: int = 0,
     ):
         self._cuda = torch.device(device).type == "cuda"
-        # On a CPU the cache's own memory is the device's.
-        own = 0 if self._cuda else budget
-        self._batches = Batches(fields, rows, view, own, _pinned if self._cuda else np.empty)
+        self._batches = Batches(fields, rows, view, empty=_pinned if self._cuda else np.empty)
         self._device = device
-        self.held = self._batches.held_bytes <= budget
-        self._tensors = self._hold() if self.held and self._cuda else None
+        self._tensors = self._hold() if self._batches.held_bytes <= budget else None
+
+    @property
+    def held(self) -> bool:
+        return self._tensors is not None
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
         """(index, batch) for every index array of `order`; a batch lasts until the next is asked for."""
-        if self._tensors is not None:
-            for index in order:
-                places = torch.from_numpy(self._batches.places(index)).to(self._device, non_blocking=True)
-                yield index, {name: values.index_select(0, places) for name, values in self._tensors.items()}
-            return
+        return self._from_disk(order) if self._tensors is None else self._from_device(order)
+
+    def _from_disk(self, order):
         for index, batch in self._batches.stream(order):
-            tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-            if not self._cuda:
-                yield index, tensors
-                continue
-            tensors = {name: values.to(self._device, non_blocking=True) for name, values in tensors.items()}
-            copied = torch.cuda.Event()
-            copied.record()
-            yield index, tensors
-            copied.synchronize()  # the pinned memory is about to be filled again
+            moved = {
+                name: torch.from_numpy(values).to(self._device, non_blocking=True) for name, values in batch.items()
+            }
+            copied = torch.cuda.current_stream().record_event() if self._cuda else None
+            yield index, moved
+            if copied:  # the pinned memory is about to be filled again
+                copied.synchronize()
+
+    def _from_device(self, order):
+        out = {}
+        for index in order:
+            places = torch.from_numpy(self._batches.places(index)).to(self._device)
+            for name, values in self._tensors.items():
+                if name not in out or len(out[name]) < len(index):
+                    out[name] = values.new_empty((len(index), *values.shape[1:]))
+                torch.index_select(values, 0, places, out=out[name][: len(index)])
+            yield index, {name: values[: len(index)] for name, values in out.items()}
 
     def _hold(self) -> dict[str, torch.Tensor]:
-        batches, tensors = self._batches, {}
-        for name, shape in batches.shapes.items():
-            dtype = torch.from_numpy(np.empty(0, batches.dtypes[name])).dtype
-            tensors[name] = torch.empty((len(batches), *shape), dtype=dtype, device=self._device)
-        order = (batches.rows[start : start + _STEP] for start in range(0, len(batches), _STEP))
-        start = 0
-        for index, batch in batches.stream(order):
+        batches, tensors, start = self._batches, {}, 0
+        order = (batches.rows[first : first + _STEP] for first in range(0, len(batches), _STEP))
+        for index, batch in self._from_disk(order):
             for name, values in batch.items():
-                tensors[name][start : start + len(index)].copy_(torch.from_numpy(values))
+                if name not in tensors:
+                    tensors[name] = values.new_empty((len(batches), *values.shape[1:]))
+                tensors[name][start : start + len(index)] = values
             start += len(index)
         return tensors
 

@@ -1,8 +1,6 @@
 """params.yaml as frozen, typed records. An unknown key, a wrong type or an unknown name fails here."""
 
 import dataclasses
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import yaml
 
 from cache import codecs
 from pipeline.errors import UserError
+from pipeline.records import build
 from pipeline.views import VIEWS
 
 TASKS = ("classification", "multilabel", "segmentation")
@@ -171,7 +170,7 @@ def load(path: Path | str = "params.yaml") -> Params:
         raise UserError(f"There is no {path} here. Run from the root of the repository.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    params = _build(Params, raw, "params.yaml")
+    params = build(Params, raw, "params.yaml")
     _check(params)
     return params
 
@@ -266,43 +265,3 @@ def _positive(section: str, **values: int) -> None:
 def _not_negative(key: str, value: int) -> None:
     if value < 0:
         raise UserError(f"{key} is {value}; a seed must not be negative.")
-
-
-def _build(kind, raw, where: str):
-    """Turn plain YAML data into the record `kind`, recursively; `where` names the place in errors."""
-    origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        if not isinstance(raw, dict):
-            raise UserError(f"{where} must be a mapping with the keys {', '.join(fields)}; it is {raw!r}.")
-        unknown = [str(key) for key in raw if key not in fields]
-        if unknown:
-            raise UserError(
-                f"{where} has an unknown key: {', '.join(unknown)}. Known keys: {', '.join(fields)}. "
-                "Correct the spelling or remove it."
-            )
-        missing = [n for n, f in fields.items() if n not in raw and f.default is dataclasses.MISSING]
-        if missing:
-            raise UserError(f"{where} lacks: {', '.join(missing)}. Its keys are {', '.join(fields)}.")
-        hints = typing.get_type_hints(kind)
-        return kind(**{key: _build(hints[key], value, f"{where}: {key}") for key, value in raw.items()})
-    if origin is dict:
-        if not isinstance(raw, dict):
-            raise UserError(f"{where} must be a mapping of names; it is {raw!r}.")
-        value_kind = typing.get_args(kind)[1]
-        return types.MappingProxyType(
-            {str(key): _build(value_kind, value, f"{where}: {key}") for key, value in raw.items()}
-        )
-    if origin is tuple:
-        if not isinstance(raw, list):
-            raise UserError(f"{where} must be a list; it is {raw!r}.")
-        return tuple(_build(typing.get_args(kind)[0], value, where) for value in raw)
-    if kind is float and not isinstance(raw, bool):
-        # PyYAML reads YAML 1.1, where 1e-4 without a point is a string; DVC reads it as a number.
-        try:
-            return float(raw)
-        except (TypeError, ValueError):
-            pass
-    if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
-        raise UserError(f"{where} must be {kind.__name__}; it is {raw!r}.")
-    return raw

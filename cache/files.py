@@ -1,0 +1,124 @@
+"""The files of a local store, open and mapped into memory, no more of either than the process may have."""
+
+import mmap
+import os
+import resource
+import threading
+import weakref
+from collections import defaultdict
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+
+from cache.schema import StoreError
+
+CHECK = "Check the store with: python -m cache.verify PATH"
+_MOST_FILES = 1 << 14
+
+
+@cache
+def files_allowed() -> int:
+    """How many files all stores together may hold open: a quarter of what the process may, since each counts twice.
+
+    The usual limit of 1,024 is there for programs that call `select`; like Go's runtime this asks for what the
+    system grants, since opening a file again for every row would cost as much as reading it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 4 * _MOST_FILES
+    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 4)
+
+
+class Files:
+    """Opens files of one store, and sees that no more are open than the process may have.
+
+    They are opened relative to the store's folder as it was: a store that is replaced meanwhile is noticed. A file
+    that is cut short while it is open ends the process, as with any memory map; stores never change in place.
+
+    Args:
+        folder: the store's.
+        mapped: bytes that may stay mapped, or None for a tenth of the machine's memory.
+
+    Attributes:
+        lock: to be held while calling `open`, and while using what it gave to others.
+        opened: what has been opened, by array and number of the file; emptied when there are too many.
+    """
+
+    _live: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+
+    def __init__(self, folder: str, mapped: int | None = None):
+        self.folder, self.lock = folder, threading.Lock()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._mapped = memory // 10 if mapped is None else mapped
+        self.opened: dict[str, dict[int, tuple]] = defaultdict(dict)
+        self._root, self._count, self._copied = _Descriptor(folder, os.O_DIRECTORY), 0, 0
+        Files._live.add(self)
+
+    def open(self, path: str) -> "Mapped":
+        """The open file at `path` within the store; it stays open while anyone holds what is returned."""
+        if self._count >= max(1, files_allowed() // len(Files._live)):
+            self._count = 0
+            for files in self.opened.values():
+                files.clear()
+        self._count += 1
+        try:
+            return Mapped(path, self._root.number)
+        except FileNotFoundError:
+            raise StoreError(
+                f"{path} is missing from {self.folder}, or that store was replaced while it was read. {CHECK}"
+            ) from None
+
+    def copying(self, size: int) -> None:
+        """Note that so many bytes are about to be copied, and let go of what is mapped if that may be too much."""
+        self._copied += size
+        if self._copied <= self._mapped:
+            return
+        self._copied = 0
+        if self._size() > self._mapped:
+            for files in self.opened.values():
+                for _, file, _ in files.values():
+                    file.map.madvise(mmap.MADV_DONTNEED)
+
+    def _size(self) -> int:
+        """Bytes of all files that are open."""
+        return sum(len(file.content) for files in self.opened.values() for _, file, _ in files.values())
+
+    @staticmethod
+    def _after_fork() -> None:
+        """Another thread may have held the lock of a process when it was forked; it is not here to let go."""
+        for files in Files._live:
+            files.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=Files._after_fork)
+
+
+class _Descriptor:
+    """A file descriptor that closes with its last holder."""
+
+    def __init__(self, path: str, flags: int = 0, dir_fd: int | None = None):
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
+
+    def __del__(self):
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class Mapped(_Descriptor):
+    """A file that is open and mapped; it has two descriptors, its own and the map's.
+
+    Attributes:
+        content: its bytes, uint8.
+    """
+
+    def __init__(self, path: str, folder: int):
+        super().__init__(path, dir_fd=folder)
+        self.map, self.content = None, np.empty(0, np.uint8)
+        if os.fstat(self.number).st_size:
+            self.map = mmap.mmap(self.number, 0, prot=mmap.PROT_READ)
+            self.content = np.frombuffer(self.map, np.uint8)

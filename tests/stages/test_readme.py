@@ -1,0 +1,24 @@
+"""The README's Python runs as it stands, in a folder where the stages have run."""
+
+import re
+import sys
+
+from tests.conftest import ROOT
+
+
+def test_the_notebook_section(job):
+    section = (ROOT / "README.md").read_text().split("## Features in a notebook")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 3
+    checks = """
+assert abs(2 * len(train) - int((tree.split == "train").sum())) <= 1
+assert len(images.sample) == len(lazy.sample) == len(tree.sample)
+assert fine.shape[-2:] == tree["level0"].features.shape[-2:]
+assert batch["level2"].shape[1] == sum(store.array("level2/features").shape[0] for store in (csmask, lite0))
+assert next(iter(loader))["level2"].shape[0] == 16
+assert picture.shape[:2] == (2, 3)
+assert (remote.read("level1/features", [0, 1]) == maps).all()
+"""
+    job.run(sys.executable, "-W", "error::UserWarning", "-c", "\n".join(blocks) + checks)
+    verify = re.search(r"`python (-m cache.verify \S+)`", section)[1].split()
+    assert "whole" in job.run(sys.executable, *verify)
