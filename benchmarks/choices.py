@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional
 
 from pipeline import fit
-from pipeline.backbones import efficientnet
+from pipeline.backbones import build, spec
 from pipeline.heads.upernet import UperNet, UperNetGroup
+from pipeline.params import Backbone
 
 WIDTHS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
 ROUNDS = 5
@@ -70,7 +71,8 @@ def upernet_channels_last() -> float:
 
 def csmask_channels_last() -> float:
     def forward(layout):
-        network = efficientnet.build("csmask_b4", "random", Path(), 0).to(memory_format=layout)
+        described = Backbone("efficientnet", "csmask_b4", "random", 128)
+        network = build(described, spec(described), None, Path()).to(memory_format=layout)
         image = torch.randn(32, 6, 128, 128).contiguous(memory_format=layout)
 
         def work():

@@ -3,6 +3,7 @@
 Needs `data/images` and `data/weights` (`make run` leaves them) and keeps what it makes in data/benchmarks.
 """
 
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from tqdm import tqdm
 from cache.read import Features
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import images, params
-from pipeline.backbones import family, spec
+from pipeline import images, inputs, params
+from pipeline.backbones import build, spec
 from pipeline.encode import Encoder
 from pipeline.views import VIEWS
 
@@ -66,11 +67,10 @@ def _make(path: Path, dataset: str, backbone: str, size: int, copies: int) -> No
     described = params.load()
     chosen = described.backbone(backbone)
     opened = images.open_images(Path(f"data/images/{dataset}.zarr"))
-    network = family(chosen.family).build(
-        chosen.variant, chosen.weights, Path(f"data/weights/{backbone}"), chosen.seed
-    )
-    declared = spec(chosen.family, chosen.variant)
-    encoder = Encoder(declared, network, opened.band.values.tolist(), opened.attrs, size, "cpu")
+    chosen = dataclasses.replace(chosen, input_size=size)
+    declared = spec(chosen)
+    given = inputs.describe(opened, backbone, chosen, declared)
+    encoder = Encoder(given, build(chosen, declared, given.seen, Path(f"data/weights/{backbone}")), "cpu")
     chips = opened.image.values
     turns = list(VIEWS.items())[:copies]
     pyramid = encoder(chips[:1])

@@ -49,6 +49,7 @@ class Writer:
     def __init__(self, scratch: Path, layout: Layout, final: Path, provenance: Mapping):
         self.scratch, self.layout, self.final = Path(scratch), layout, Path(final)
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
+        self._held = {}
         made_from = json.dumps([repr(layout), dict(provenance)], sort_keys=True)
         self._provenance = {**provenance, "made_from_sha256": hashlib.sha256(made_from.encode()).hexdigest()}
         held = False
@@ -77,14 +78,27 @@ class Writer:
     def shards(self) -> Iterator[int]:
         """Shards to write, one after another, none that another living writer has in hand.
 
-        Write each before asking for the next. At the end waits for those in other hands, and yields them too if
-        their writer dies. Ends early if another writer finished the store, and with it the scratch folder.
+        A shard is in this writer's hand from here until it is written. At the end waits for those in other hands, and
+        yields them too if their writer dies. Ends early if another writer finished the store, and with it the
+        scratch folder.
         """
         for wait in (False, True):
             for shard in self.pending():
-                with _locked(self._records / f"{shard}.lock", wait) as held:
-                    if held and not self._record(shard).exists() and self._store.exists():
-                        yield shard
+                if shard in self._held:
+                    continue
+                lock = _lock(self._records / f"{shard}.lock", wait)
+                if lock is None:
+                    continue
+                if self._record(shard).exists() or not self._store.exists():
+                    os.close(lock)
+                    continue
+                self._held[shard] = lock
+                yield shard
+
+    def release(self) -> None:
+        """Let go of the shards in this writer's hand that it will not write."""
+        while self._held:
+            os.close(self._held.popitem()[1])
 
     def write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
         """Write one whole shard of every array, make it durable, and record it.
@@ -96,6 +110,13 @@ class Writer:
             StoreError: no such shard; an array is missing or of the wrong shape, or holds values that the dtype
                 cannot.
         """
+        try:
+            self._write(shard, values)
+        finally:
+            if (lock := self._held.pop(shard, None)) is not None:
+                os.close(lock)
+
+    def _write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
         if not 0 <= shard < self.layout.shards:
             raise StoreError(f"There is no shard {shard}; there are 0 to {self.layout.shards - 1}.")
         rows = self.layout.rows(shard)
@@ -122,10 +143,13 @@ class Writer:
         with suppress(FileNotFoundError):  # another writer saw the record, finished the store and tidied up
             sync_folder(self._records)
 
-    def finish(self) -> str:
+    def finish(self, measured: Mapping | None = None) -> str:
         """Add training statistics, provenance and checksums, mark the store complete, and publish it.
 
         Every writer of the store may call it; the first does the work.
+
+        Args:
+            measured: further attributes, JSON values, that were found on the way and decide no content.
 
         Returns:
             The SHA-256 of the content: of every shard and of the provenance.
@@ -135,7 +159,7 @@ class Writer:
         """
         with _locked(self.scratch / "lock") as held:
             if held and self._store.exists():
-                return self._finish()
+                return self._finish(measured or {})
         if (digest := self.published()) is None:
             raise StoreError(f"{self.scratch} was taken away before its store was at {self.final}. Run again.")
         return digest
@@ -157,7 +181,7 @@ class Writer:
                 "folder, or write to one named after everything that decides the content."
             )
 
-    def _finish(self) -> str:
+    def _finish(self, measured: Mapping) -> str:
         if pending := self.pending():
             raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
         records = [json.loads(self._record(shard).read_text()) for shard in range(self.layout.shards)]
@@ -174,7 +198,9 @@ class Writer:
         }
         shards = {file: digest for record in records for file, digest in record["sha256"].items()}
         content = checksums.content(described, shards)
-        root.attrs.update({**described, "content_sha256": content, "coordinates": "split", "complete": True})
+        root.attrs.update(
+            {**measured, **described, "content_sha256": content, "coordinates": "split", "complete": True}
+        )
         consolidate(root)
         checksums.write(self._store, shards)
         publish(self._store, self.final)
@@ -239,17 +265,26 @@ def _sha256(parts: Iterable[bytes | memoryview]) -> str:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = True):
-    """Hold a lock that its holder's death releases; gives False if another has it or its folder is gone."""
+def _locked(path: Path):
+    """Hold a lock that its holder's death releases; gives False if its folder is gone."""
+    lock = _lock(path, wait=True)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """A descriptor that holds the lock until it is closed; None if another has it or its folder is gone."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
     except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield _taken(lock, wait) and path.exists() and os.path.samestat(os.fstat(lock), path.stat())
-    finally:
-        os.close(lock)
+        return None
+    if _taken(lock, wait) and path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+        return lock
+    os.close(lock)
+    return None
 
 
 def _taken(lock: int, wait: bool) -> bool:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.pyramid import Seen, Spec
 
+# Bands of the same name on two sensors differ by less than this, in micrometres; neighbours of one by more.
+_NEAR = 0.02
 # How many of a unit make 1.0: reflectance of 1, or full scale of an 8-bit camera.
 FULL_SCALE = {"dn": 10000.0, "reflectance": 1.0, "uint8": 255.0}
 
@@ -49,41 +52,82 @@ SENTINEL2 = (
 )
 
 
-def missing(wanted: Sequence[str], available: Sequence[str]) -> list[str]:
-    """Common names that are wanted and not available."""
-    return [name for name in wanted if name not in available]
+class Unseen(UserError):
+    """A backbone cannot see these images; the message says why."""
 
 
-def left_out(name: str, wanted: Sequence[str] | None, available: Sequence[str]) -> str | None:
-    """Why a backbone cannot see images with these bands, or None.
+def find(wanted: str | float, bands: Sequence[Band]) -> int | None:
+    """The place of a band, by its common name, the sensor's name or its wavelength (the nearest within 0.02 µm)."""
+    for place, band in enumerate(bands):
+        if wanted in (band.common_name, band.name):
+            return place
+    try:
+        distances = [abs(band.wavelength - float(wanted)) for band in bands]
+    except ValueError:
+        return None
+    return int(np.argmin(distances)) if min(distances) <= _NEAR else None
 
-    The rule: every band that it was trained on is there. `wanted` None takes whatever bands there are.
-    """
-    gone = missing(wanted or available, available)
-    return f"{name} needs the bands {', '.join(gone)}; these images have {', '.join(available)}." if gone else None
 
+def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: Sequence[str | float] = ()) -> Seen:
+    """Which of the images' bands go into which of a backbone's inputs.
 
-def select(wanted: Sequence[str], available: Sequence[str]) -> list[int]:
-    """Positions in `available` of the wanted common names, in the wanted order.
+    The rule: every band that it needs is there; a band that it can do without is left away; all bands go into one
+    that takes any.
+
+    Args:
+        name: the backbone's, for the message.
+        bands: the images'.
+        wanted: bands to use in place of the backbone's own, by name or wavelength, in the order of its inputs.
 
     Raises:
-        UserError: a wanted band is not there; the message names the ones that are.
+        Unseen: a band that is needed, or wanted, is not there.
+        UserError: bands wanted that do not fit its inputs.
     """
-    gone = missing(wanted, available)
-    if gone:
+    if wanted:
+        places = {one: find(one, bands) for one in wanted}
+        slots = _slots(name, spec, [bands[place] for place in places.values() if place is not None], wanted)
+        needs = tuple(wanted)
+    else:
+        slots = spec.bands or [band.common_name for band in bands]
+        places = {}
+        for slot in slots:
+            own = find(slot, bands)
+            places[slot] = find(spec.instead[slot], bands) if own is None and slot in spec.instead else own
+        needs = slots if spec.needs is None else spec.needs
+    if gone := [str(one) for one in needs if places[one] is None]:
+        there = ", ".join(band.common_name for band in bands)
+        raise Unseen(f"{name} needs the bands {', '.join(gone)}; these images have {there}.")
+    used = [(slot, place) for slot, place in zip(slots, places.values(), strict=True) if place is not None]
+    return Seen(
+        slots=tuple(slot for slot, _ in used),
+        positions=tuple(place for _, place in used),
+        wavelengths=tuple(float(bands[place].wavelength) for _, place in used),
+        input_size=input_size,
+    )
+
+
+def _slots(name: str, spec: Spec, chosen: Sequence[Band], wanted: Sequence) -> Sequence[str]:
+    """The network's inputs for bands chosen by hand."""
+    if spec.bands is None or len(chosen) < len(wanted):
+        return [band.common_name for band in chosen]
+    if len(wanted) == len(spec.bands):
+        return spec.bands
+    takes = {**{slot: slot for slot in spec.bands}, **{other: slot for slot, other in spec.instead.items()}}
+    strange = [band.common_name for band in chosen if band.common_name not in takes]
+    if spec.needs is None or strange:
         raise UserError(
-            f"Bands {', '.join(gone)} are wanted, but these images have {', '.join(available)}. "
-            "Leave the backbone out for this dataset, or prepare the images with these bands."
+            f"{name} takes the bands {', '.join(spec.bands)}{'' if spec.needs is None else ' or some of them'}; its "
+            f"bands in params.yaml are {', '.join(map(str, wanted))}."
         )
-    return [list(available).index(name) for name in wanted]
+    return [takes[band.common_name] for band in chosen]
 
 
-def to_unit_scale(values: np.ndarray, units: str) -> np.ndarray:
-    """Values in declared units to float32 where 1.0 is full reflectance or full 8-bit scale.
+def full_scale(units: str) -> float:
+    """How many of a declared unit make 1.0.
 
     Raises:
         UserError: units that are not declared here; they are never guessed from magnitudes.
     """
     if units not in FULL_SCALE:
         raise UserError(f"Units '{units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
-    return values.astype(np.float32) / np.float32(FULL_SCALE[units])
+    return FULL_SCALE[units]

@@ -18,3 +18,10 @@ def device(wanted: str) -> str:
             "Set compute.device to 'auto' or 'cpu', or run where `nvidia-smi` lists a GPU."
         )
     return "cuda" if present and wanted != "cpu" else "cpu"
+
+
+def nth(device: str, index: int) -> str:
+    """The device of one of several workers: with several GPUs in sight, each its own."""
+    import torch
+
+    return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device

@@ -1,99 +1,85 @@
-"""The one sealed way from stored images to features: bands → units → normalise → resize → backbone → check.
+"""The one sealed way from stored images to features: select → `Inputs.tensor` → backbone → check.
 
 Nothing else may call a backbone, so that no step can be forgotten or done twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from pipeline.bands import select, to_unit_scale
 from pipeline.errors import UserError
-from pipeline.pyramid import Pyramid, Spec
+from pipeline.inputs import Inputs
+from pipeline.pyramid import Pyramid
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Encoder:
     """Encodes batches of one dataset's images with one frozen backbone.
 
     Args:
-        spec: the backbone's declaration.
-        network: its torch module, on `device`.
-        bands: common names of the images' bands, in their order.
-        attributes: the images store's, for units and display stretch.
-        input_size: side in pixels to which images are resized.
+        inputs: what the backbone is given.
+        network: its torch module.
+        device: `cpu` or `cuda`.
+        precision: of the forward: `float32`, or autocast to `bfloat16` or `float16`.
+        compiled: by torch.compile.
+        strides: input pixels per cell of each level, as declared; empty if they are not.
     """
 
-    def __init__(self, spec: Spec, network, bands: Sequence[str], attributes: Mapping, input_size: int, device: str):
-        self.spec, self.device, self.input_size = spec, device, input_size
+    def __init__(self, inputs: Inputs, network, device: str, precision="float32", compiled=False, strides=()):
+        self.inputs, self.device, self.strides = inputs, device, strides
+        self.precision = precision
         # Channels last is no slower on a CPU (benchmarks/choices.py), and what GPUs want in low precision.
         self.network = network.to(device, memory_format=torch.channels_last)
-        self.positions = select(spec.bands or bands, bands)
-        self.units, self.display = attributes["units"], attributes.get("display")
-        check_units(spec, self.units, self.display)
+        self._forward = torch.compile(self.network) if compiled else self.network
 
-    def prepare(self, image: np.ndarray):
+    def prepare(self, image: np.ndarray) -> torch.Tensor:
         """The exact tensor that reaches the network: float32 (batch, band, input_size, input_size).
 
         Args:
             image: (batch, band, y, x) in the store's units.
         """
-        values = to_unit_scale(image[:, self.positions], self.units)
-        if self.spec.eats == "display" and self.units != "uint8":
-            low, high = self.display
-            values = np.clip((values - low) / (high - low), 0, 1)
-        if self.spec.mean is not None:
-            mean = np.array(self.spec.mean, dtype=np.float32)[:, None, None]
-            std = np.array(self.spec.std, dtype=np.float32)[:, None, None]
-            values = (values - mean) / std
-        batch = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-        batch = batch.to(self.device, memory_format=torch.channels_last)
-        size = (self.input_size, self.input_size)
-        if batch.shape[-2:] == size:
-            return batch
-        if self.spec.resize == "nearest":
-            return functional.interpolate(batch, size=size, mode="nearest-exact")
-        return functional.interpolate(batch, size=size, mode="bilinear", antialias=True)
+        return self.inputs.tensor(torch.from_numpy(self.inputs.select(image)).to(self.device))
 
-    def __call__(self, image: np.ndarray) -> Pyramid:
+    def __call__(self, image: np.ndarray, context: Mapping[str, np.ndarray] | None = None) -> Pyramid:
         """Features of a batch, as float32 numpy arrays.
+
+        Args:
+            image: (batch, band, y, x) in the store's units.
+            context: `Inputs.where_and_when` of the same samples; without it nothing is known of them.
 
         Raises:
             UserError: the backbone gave other shapes than it declares.
         """
-        # Importing terratorch 1.2 sets this to "medium" for the whole process, which makes float32
-        # convolutions run in bfloat16 on CPUs that can, with errors of some percent.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False  # torch lets GPUs convolve float32 with ten bits of mantissa
-        with torch.inference_mode():
-            pyramid = self.network(self.prepare(image))
-        for level, stride in zip(pyramid.levels, self.spec.strides, strict=True):
-            cells = self.input_size // stride
-            if tuple(level.shape[-2:]) != (cells, cells):
-                raise UserError(
-                    f"A level of stride {stride} has shape {tuple(level.shape)} for an input of "
-                    f"{self.input_size} px; {cells}x{cells} cells were declared."
-                )
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in (context or {}).items()}
+        pyramid = self.forward(self.prepare(image), given)
         return Pyramid(
             [level.float().cpu().numpy() for level in pyramid.levels],
             {name: vector.float().cpu().numpy() for name, vector in pyramid.pooled.items()},
         )
 
+    def forward(self, batch: torch.Tensor, context: Mapping[str, torch.Tensor]) -> Pyramid:
+        """Features of prepared inputs, tensors on the device."""
+        # Importing terratorch 1.2 sets this to "medium" for the whole process, which makes float32
+        # convolutions run in bfloat16 on CPUs that can, with errors of some percent.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # torch lets GPUs convolve float32 with ten bits of mantissa
+        lower = PRECISIONS[self.precision]
+        with (
+            torch.inference_mode(),
+            torch.autocast(torch.device(self.device).type, dtype=lower, enabled=lower is not None),
+        ):
+            pyramid = self._forward(batch, **context)
+        self._check(pyramid)
+        return pyramid
 
-def check_units(spec: Spec, units: str, display: Sequence[float] | None) -> None:
-    """Refuse units that the backbone was not made for; they are declared, never guessed.
-
-    Raises:
-        UserError: photographs for a model of reflectances, or reflectances without a declared stretch for a
-            model of photographs.
-    """
-    if spec.eats == "reflectance" and units == "uint8":
-        raise UserError(
-            "This backbone wants reflectance, and the images are 8-bit photographs. Choose another backbone."
-        )
-    if spec.eats == "display" and units != "uint8" and not display:
-        raise UserError(
-            f"This backbone wants a picture, and the images are in '{units}' without a declared stretch. "
-            "Declare 'display' (the reflectances shown as black and white) in the dataset's source."
-        )
+    def _check(self, pyramid: Pyramid) -> None:
+        side = self.inputs.seen.input_size
+        for level, stride in zip(pyramid.levels, self.strides or [None] * len(pyramid.levels), strict=True):
+            shape = tuple(level.shape)
+            if len(shape) != 4 or shape[2] != shape[3] or (stride and shape[2] != side // stride):
+                wanted = (
+                    f"{side // stride}x{side // stride} cells were declared" if stride else "square maps are needed"
+                )
+                raise UserError(f"A level has shape {shape} for an input of {side} px; {wanted}.")

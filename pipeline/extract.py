@@ -1,25 +1,37 @@
-"""The extraction engine: one pass of one frozen backbone over one images store, shard by shard."""
+"""The extraction engine: one pass of one frozen backbone over one images store, shard by shard.
+
+Three things happen at once: a thread reads the next images, the device computes, and a thread stores the shard
+before. Any number of processes may run it on one store (pipeline/workers.py).
+"""
 
 import dataclasses
 import hashlib
 import json
+import queue
 import shutil
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 import xarray as xr
 from tqdm import tqdm
 
 from cache import codecs, prepare, schema, shard, statistics, write
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import bands, encode, views
+from pipeline import bands, encode, inputs, views
 from pipeline.archives import digest
 from pipeline.encode import Encoder
+from pipeline.inputs import Inputs
 from pipeline.params import Backbone, Extract
 from pipeline.pyramid import Pyramid, Spec
+
+# Batches read ahead, and shards in memory: one being filled, one being stored.
+_BATCHES, _SHARDS = 3, 2
 
 
 def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
@@ -28,7 +40,7 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
     The same inputs resume there after a kill; other inputs or other code start afresh, and what an earlier
     extraction of other inputs left in `folder` is removed.
     """
-    modules = (bands, encode, views, schema, codecs, prepare, shard, statistics, write)
+    modules = (bands, encode, inputs, views, schema, codecs, prepare, shard, statistics, write)
     code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
     decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -38,40 +50,54 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
     return path
 
 
-def extract(images: xr.Dataset, encoder: Encoder, layout_of, writer_of, batch: int) -> Writer:
-    """Encode every sample once and write what the layout keeps.
+def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> None:
+    """Encode every sample that no other process encodes, once, and write what the layout keeps.
 
     Args:
-        layout_of: from a first sample's pyramid to the store's layout.
-        writer_of: from the layout to a writer, which may have shards from an earlier run.
+        writer: which may have shards from an earlier run; nothing is pending in it at the end.
         batch: images per forward.
-
-    Returns:
-        The writer, with nothing pending.
     """
-    layout = layout_of(encoder(images.image[:1].values))
-    writer = writer_of(layout)
+    layout = writer.layout
     count = len(layout.sample)
     done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
-    with tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr) as progress:
-        for number in writer.shards():
-            rows = layout.rows(number)
-            starts = range(rows.start, rows.stop, batch)
-            parts = [
-                _views(encoder, images.image[start : min(start + batch, rows.stop)].values, layout)
-                for start in starts
-            ]
-            writer.write(number, {name: np.concatenate([part[name] for part in parts]) for name in layout.arrays()})
-            progress.update(rows.stop - rows.start)
-    return writer
+    memory = queue.SimpleQueue()
+    for _ in range(_SHARDS):
+        memory.put({})
+    bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
+    with bar as progress, ThreadPoolExecutor(1) as disk:
+
+        def store(number: int, filled: dict, copied) -> None:
+            try:
+                if copied:
+                    copied.synchronize()
+                rows = layout.rows(number)
+                length = rows.stop - rows.start
+                writer.write(number, {name: tensor[:length].numpy() for name, tensor in filled.items()})
+                progress.update(length)
+            finally:
+                memory.put(filled)
+
+        storing, filled = deque(), None
+        for number, rows, given in _ahead(_batches(images, encoder, writer, batch)):
+            first, last = layout.rows(number).start, layout.rows(number).stop
+            if rows.start == first:
+                filled = memory.get()
+            _encode(encoder, given, layout, filled, slice(rows.start - first, rows.stop - first))
+            if rows.stop == last:
+                copied = torch.cuda.current_stream().record_event() if encoder.device != "cpu" else None
+                storing.append(disk.submit(store, number, filled, copied))
+            while storing and (storing[0].done() or len(storing) == _SHARDS):
+                storing.popleft().result()
+        for one in storing:
+            one.result()
 
 
-def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, extract: Extract) -> Layout:
+def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, input_size: int, extract: Extract) -> Layout:
     """The store's layout; classification sets keep pooled vectors alone unless dense levels are asked for."""
     dense = extract.dense or images.attrs["task"] == "segmentation"
     levels = [
-        Level(*level.shape[1:], stride=stride, layer=layer)
-        for level, stride, layer in zip(pyramid.levels, spec.strides, spec.layers, strict=True)
+        Level(*level.shape[1:], stride=input_size // level.shape[-1], layer=layer)
+        for level, layer in zip(pyramid.levels, spec.layers, strict=True)
     ]
     return Layout(
         sample=tuple(images.sample.values.tolist()),
@@ -85,24 +111,29 @@ def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, extract: Extra
     )
 
 
-def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, weights: Mapping, device: str) -> dict:
+def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, given: Inputs, weights: Mapping,
+               extract: Extract, device: str) -> dict:  # fmt: skip
     """What the store says of itself: everything that decides its content, and no timestamp."""
     return {
         "backbone": name,
         "family": backbone.family,
         "variant": backbone.variant,
         "weights": dict(weights),
-        "bands": list(spec.bands or images.band.values.tolist()),
+        "bands": [images.band.values.tolist()[place] for place in given.seen.positions],
+        "network_bands": list(given.seen.slots),
+        "wavelengths_micrometre": list(given.seen.wavelengths),
         "normalisation": {
             "eats": spec.eats,
             "images_units": images.attrs["units"],
-            "display": images.attrs["display"] if spec.eats == "display" else None,
-            "mean": spec.mean,
-            "std": spec.std,
+            "display": given.display,
+            "of": given.normalisation,
+            "mean": given.mean,
+            "std": given.std,
         },
+        "place_and_time": given.context,
         "input_size": backbone.input_size,
         "resampling": spec.resize,
-        "precision": "float32",
+        "precision": extract.precision,
         "device": device,
         "task": images.attrs["task"],
         "classes": images.attrs["classes"],
@@ -111,16 +142,51 @@ def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, we
     }
 
 
-def _views(encoder: Encoder, image: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
-    """What is kept of a batch; in a store with views each array (batch, view, …)."""
-    if not layout.views:
-        return _kept(encoder(image), layout)
-    seen = [_kept(encoder(views.VIEWS[view](image)), layout) for view in layout.views]
-    return {name: np.stack([one[name] for one in seen], axis=1) for name in layout.arrays()}
+def _batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> Iterator:
+    """(shard, rows, given): the next images as the device wants them, a tensor a view, and their context."""
+    pin = encoder.device != "cpu"
+    seen = [views.VIEWS[view] for view in writer.layout.views] or [lambda image: image]
+    for number in writer.shards():
+        rows = writer.layout.rows(number)
+        for start in range(rows.start, rows.stop, batch):
+            chosen = slice(start, min(start + batch, rows.stop))
+            image = encoder.inputs.select(images.image[chosen].values)
+            tensors = [torch.from_numpy(np.ascontiguousarray(view(image))) for view in seen]
+            known = {
+                name: torch.from_numpy(each) for name, each in encoder.inputs.where_and_when(images, chosen).items()
+            }
+            if pin:
+                tensors = [tensor.pin_memory() for tensor in tensors]
+                known = {name: tensor.pin_memory() for name, tensor in known.items()}
+            yield number, chosen, (tensors, known)
 
 
-def _kept(pyramid: Pyramid, layout: Layout) -> dict[str, np.ndarray]:
+def _encode(encoder: Encoder, given, layout: Layout, filled: dict, rows: slice) -> None:
+    """Encode a batch into rows of a shard's arrays; with views each array is (sample, view, …)."""
+    tensors, known = given
+    known = {name: tensor.to(encoder.device, non_blocking=True) for name, tensor in known.items()}
+    for view, tensor in enumerate(tensors):
+        pyramid = encoder.forward(encoder.inputs.tensor(tensor.to(encoder.device, non_blocking=True)), known)
+        for name, values in _kept(pyramid, layout).items():
+            if name not in filled:
+                shape = (min(layout.shard, len(layout.sample)), *layout.shapes()[name])
+                filled[name] = torch.empty(shape, pin_memory=encoder.device != "cpu")
+            place = filled[name][rows, view] if layout.views else filled[name][rows]
+            place.copy_(values, non_blocking=True)
+
+
+def _kept(pyramid: Pyramid, layout: Layout) -> dict:
     arrays = {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}
     if layout.levels:
         arrays |= {f"level{index}/features": level for index, level in enumerate(pyramid.levels)}
     return arrays
+
+
+def _ahead(items: Iterator) -> Iterator:
+    """The same items, each made by a thread while those before are used."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, end) for _ in range(_BATCHES))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item

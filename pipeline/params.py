@@ -1,13 +1,14 @@
 """params.yaml as frozen, typed records. An unknown key, a wrong type or an unknown name fails here."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from cache import codecs
 from pipeline.errors import UserError
+from pipeline.hub import HubFile
 from pipeline.records import build
 from pipeline.views import VIEWS
 
@@ -51,7 +52,11 @@ class Dataset:
 class Backbone:
     """One feature store per dataset: a variant of a family under pipeline/backbones.
 
-    `weights` is `pretrained`, `random` (a control, drawn from `seed`) or `none` (nothing to learn).
+    `weights` is `pretrained`, `random` (a control, drawn from `seed`) or `none` (nothing to learn). `normalisation`
+    is `native` (what it was trained with) or `dataset` (the training split's own). `bands` takes others than
+    the backbone's own, by name or wavelength in micrometres, in the order of its inputs. `hub` is another file of
+    weights. The rest is for the families timm and terratorch, whose members are described here alone: `eats` (as in
+    pipeline/pyramid.py), `layers` (which outputs) and `options` (of the constructor).
     """
 
     family: str
@@ -59,19 +64,28 @@ class Backbone:
     weights: str
     input_size: int
     seed: int = 0
+    normalisation: str = "native"
+    bands: tuple[object, ...] = ()
+    hub: HubFile | None = None
+    eats: str = ""
+    layers: tuple[int, ...] = ()
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Extract:
-    """How features are stored.
+    """How features are computed and stored.
 
-    `dense` keeps the levels of classification sets too; `shard` is the unit of work and of files; `codec` is a name
-    of cache/codecs.py; `views` are names of pipeline/views.py, the first of which must be `identity`, the copy that
-    heads are trained on.
+    `precision` is the forward's: float32, bfloat16 or float16; `compiled` is by torch.compile; `batch` is images per
+    forward, 0 to find one. `dense` keeps the levels of classification sets too; `shard` is the unit of work and of
+    files; `codec` is a name of cache/codecs.py; `views` are names of pipeline/views.py, the first of which must be
+    `identity`, the copy that heads are trained on.
     """
 
     dtype: str
     codec: str
+    precision: str
+    compiled: bool
     batch: int
     shard: int
     dense: bool
@@ -126,9 +140,15 @@ class Train:
 
 @dataclass(frozen=True)
 class Compute:
-    """`device` is `auto` (a GPU if there is one), `cpu` or `cuda`."""
+    """Where the backbones run.
+
+    `device` is `auto` (a GPU if there is one), `cpu` or `cuda`. Extraction runs in `workers` processes of this
+    machine, one a GPU, or, if it is 0, in the stage's own; or on the workers of the Dask `scheduler` at an address.
+    """
 
     device: str
+    workers: int
+    scheduler: str
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,7 @@ class Params:
     grid: Grid
     datasets: dict[str, Dataset]
     backbones: dict[str, Backbone]
+    weights_dir: str
     extract: Extract
     heads: Heads
     search: Search
@@ -217,12 +238,11 @@ def _check(params: Params) -> None:
     for name, backbone in params.backbones.items():
         _one_of(backbone.weights, ("pretrained", "random", "none"), f"backbones.{name}.weights")
         _not_negative(f"backbones.{name}.seed", backbone.seed)
-        if backbone.input_size < 32 or backbone.input_size % 32:
-            raise UserError(
-                f"backbones.{name}.input_size is {backbone.input_size}; it must be a multiple of 32, "
-                "the stride of the deepest level."
-            )
+        _one_of(backbone.normalisation, ("native", "dataset"), f"backbones.{name}.normalisation")
+        _one_of(backbone.eats, ("", "reflectance", "display", "unit"), f"backbones.{name}.eats")
+        _positive(f"backbones.{name}", input_size=backbone.input_size)
     _one_of(params.extract.dtype, ("float16", "float32"), "extract.dtype")
+    _one_of(params.extract.precision, ("float32", "bfloat16", "float16"), "extract.precision")
     try:
         codecs.parse(params.extract.codec, params.extract.dtype)
     except ValueError as error:
@@ -234,7 +254,10 @@ def _check(params: Params) -> None:
         raise UserError(f"extract.views is {list(views)}; it must begin with identity and name each view once.")
     _one_of(params.heads.linear.pooled, ("last", "all"), "heads.linear.pooled")
     _one_of(params.compute.device, ("auto", "cpu", "cuda"), "compute.device")
-    _positive("extract", batch=params.extract.batch, shard=params.extract.shard)
+    _positive("extract", shard=params.extract.shard)
+    for key, value in (("extract.batch", params.extract.batch), ("compute.workers", params.compute.workers)):
+        if value < 0:
+            raise UserError(f"{key} is {value}; it must not be negative.")
     _positive("search", trials=params.search.trials, parallel=params.search.parallel)
     _not_negative("search.seed", params.search.seed)
     _positive("train", seeds=params.train.seeds)

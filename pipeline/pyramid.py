@@ -1,8 +1,10 @@
 """What a backbone eats and what it gives: plain records shared by every family."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from pipeline.archives import Archive
+from pipeline.hub import HubFile
 
 
 @dataclass(frozen=True)
@@ -11,12 +13,18 @@ class Spec:
 
     Attributes:
         bands: common names in the order the network wants; None takes all bands of the images.
+        needs: those of `bands` without which it cannot work; None for all of them.
+        instead: for a band, another that may take its place where the images lack it.
         eats: `reflectance` (0 to 1), `display` (a picture in [0, 1]) or `unit` (either, whatever is there).
-        mean, std: the normalisation it was trained with, per band, after that scaling; None leaves it out.
-        resize: `bilinear` (antialiased when shrinking) or `nearest`.
-        strides: input pixels per cell of each level, finest first.
+        mean, std: the normalisation it was trained with, per band, after that scaling; None if it has none.
+        standardise: it has none, and must be given the dataset's.
+        strides: input pixels per cell of each level, finest first; empty if only the network knows.
         layers: the network's own names of the levels.
-        archive, weights_file: where trained weights come from; None if there are none.
+        resize: `bilinear` (antialiased when shrinking) or `nearest`.
+        context: it also takes latitude, longitude and time.
+        weights: the file or archive that trained weights come from; None if there are none.
+        weights_file: the file's name once it is fetched.
+        layer_indices, options: of families that params.yaml describes: which outputs, and what to build with.
     """
 
     bands: tuple[str, ...] | None
@@ -25,9 +33,32 @@ class Spec:
     std: tuple[float, ...] | None
     strides: tuple[int, ...]
     layers: tuple[str, ...]
+    needs: tuple[str, ...] | None = None
+    instead: Mapping[str, str] = field(default_factory=dict)
+    standardise: bool = False
     resize: str = "bilinear"
-    archive: Archive | None = None
+    context: bool = False
+    weights: Archive | HubFile | None = None
     weights_file: str | None = None
+    layer_indices: tuple[int, ...] = ()
+    options: Mapping = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a backbone sees of a dataset's images.
+
+    Attributes:
+        slots: the network's own names of its input bands, in order.
+        positions: each one's place among the images' bands.
+        wavelengths: in micrometres.
+        input_size: side in pixels.
+    """
+
+    slots: tuple[str, ...]
+    positions: tuple[int, ...]
+    wavelengths: tuple[float, ...]
+    input_size: int
 
 
 @dataclass(frozen=True)
@@ -41,3 +72,24 @@ class Pyramid:
 
     levels: list
     pooled: dict
+
+
+def of_maps(levels: Sequence) -> Pyramid:
+    """A pyramid of maps (batch, channel, y, x) and their means."""
+    return Pyramid(list(levels), {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)})
+
+
+def of_tokens(outputs: Sequence) -> Pyramid:
+    """A pyramid of a vision transformer's outputs (batch, token, channel): maps, their means, and class tokens.
+
+    The patches are a square grid in reading order; one token more is a class token and comes first.
+    """
+    count = outputs[0].shape[1]
+    side = int(count**0.5)
+    extra = count - side * side
+    if extra not in (0, 1):
+        raise ValueError(f"{count} tokens are neither a square grid nor one with a class token")
+    pyramid = of_maps([tokens[:, extra:].transpose(1, 2).unflatten(2, (side, side)) for tokens in outputs])
+    if extra:
+        pyramid.pooled.update({f"cls_level{i}": tokens[:, 0] for i, tokens in enumerate(outputs)})
+    return pyramid

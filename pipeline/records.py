@@ -20,15 +20,23 @@ def build(kind, raw, where: str):
                 f"{where} has an unknown key: {', '.join(unknown)}. Known keys: {', '.join(fields)}. "
                 "Correct the spelling or remove it."
             )
-        missing = [n for n, f in fields.items() if n not in raw and f.default is dataclasses.MISSING]
+        missing = [
+            n
+            for n, f in fields.items()
+            if n not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
         if missing:
             raise UserError(f"{where} lacks: {', '.join(missing)}. Its keys are {', '.join(fields)}.")
         hints = typing.get_type_hints(kind)
         return kind(**{key: build(hints[key], value, f"{where}: {key}") for key, value in raw.items()})
+    if origin is types.UnionType:  # a record, or nothing
+        return None if raw is None else build(typing.get_args(kind)[0], raw, where)
     if origin is dict:
         if not isinstance(raw, dict):
             raise UserError(f"{where} must be a mapping of names; it is {raw!r}.")
         value_kind = typing.get_args(kind)[1]
+        if value_kind is object:  # handed to others as it is, also to other processes
+            return {str(key): value for key, value in raw.items()}
         return types.MappingProxyType(
             {str(key): build(value_kind, value, f"{where}: {key}") for key, value in raw.items()}
         )
@@ -42,6 +50,8 @@ def build(kind, raw, where: str):
             return float(raw)
         except (TypeError, ValueError):
             pass
+    if kind is object:
+        return raw
     if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):
         raise UserError(f"{where} must be {kind.__name__}; it is {raw!r}.")
     return raw

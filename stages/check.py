@@ -14,7 +14,7 @@ def check() -> None:
     for dataset in described.datasets.values():
         source(dataset.source)
     for backbone in described.backbones.values():
-        spec(backbone.family, backbone.variant)
+        spec(backbone)
     # The same content every time: later stages depend on this file's existence alone.
     write_json(Path("data/params.checked"), {"params.yaml": "checked"})
 

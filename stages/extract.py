@@ -1,14 +1,14 @@
 """extract: one frozen backbone sees every image of a dataset once."""
 
-from functools import partial
+from pathlib import Path
 
 import zarr
 
-from cache.write import Writer, write_left_out
-from pipeline import images, params
-from pipeline.backbones import family, spec
-from pipeline.bands import left_out
-from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, read_json, run, write_json
+from cache.write import write_left_out
+from pipeline import images, inputs, params
+from pipeline.backbones import spec
+from pipeline.bands import Unseen
+from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, run, write_json
 
 
 def extract(dataset: str, backbone: str) -> None:
@@ -16,33 +16,28 @@ def extract(dataset: str, backbone: str) -> None:
     described = params.load()
     described.dataset(dataset)
     chosen = described.backbone(backbone)
-    declared = spec(chosen.family, chosen.variant)
     pictures = images.open_images(IMAGES / f"{dataset}.zarr")
-    available = pictures.band.values.tolist()
     final, manifest = FEATURES / dataset / f"{backbone}.zarr", MANIFESTS / dataset / f"{backbone}.json"
-
-    if reason := left_out(backbone, declared.bands, available):
+    try:
+        inputs.describe(pictures, backbone, chosen, spec(chosen))
+    except Unseen as reason:
         print(f"left out: {reason}")
-        write_left_out(final, SCRATCH / f"left-out-{dataset}-{backbone}", reason)
-        write_json(manifest, {"backbone": backbone, "left_out": reason})
+        write_left_out(final, SCRATCH / f"left-out-{dataset}-{backbone}", str(reason))
+        write_json(manifest, {"backbone": backbone, "left_out": str(reason)})
         return
 
     # torch is slow to import, and a left-out cell needs none.
-    from pipeline import extract as engine
-    from pipeline.compute import device
+    from pipeline import workers
 
-    where = device(described.compute.device)
-    weights = read_json(WEIGHTS / backbone / "source.json")
-    network = family(chosen.family).build(chosen.variant, chosen.weights, WEIGHTS / backbone, chosen.seed)
-    encoder = engine.Encoder(declared, network, available, pictures.attrs, chosen.input_size, where)
-    said = engine.provenance(pictures, backbone, chosen, declared, weights, where)
-    layout_of = partial(engine.make_layout, pictures, declared, extract=described.extract)
-    scratch = engine.scratch_path(SCRATCH / "features" / dataset / backbone, said, described.extract)
-    writer_of = partial(Writer, scratch, final=final, provenance=said)
-    digest = engine.extract(pictures, encoder, layout_of, writer_of, described.extract.batch).finish()
+    task = workers.Extraction(
+        backbone, chosen, described.extract, described.compute.device,
+        images=(IMAGES / f"{dataset}.zarr").resolve(), weights=(WEIGHTS / backbone).resolve(),
+        scratch=(SCRATCH / "features" / dataset / backbone).resolve(), final=Path.cwd() / final,
+    )  # fmt: skip
+    said = workers.run(task, described.compute)
     arrays = {f"{name}/{key}": list(array.shape) for name, group in zarr.open_group(final, mode="r").groups()
               for key, array in group.arrays()}  # fmt: skip
-    write_json(manifest, {**said, "content_sha256": digest, "arrays": arrays, "left_out": None})
+    write_json(manifest, {**said, "arrays": arrays, "left_out": None})
 
 
 if __name__ == "__main__":

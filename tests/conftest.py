@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import archives, images, params
-from pipeline.backbones import spec
+from pipeline import archives, images, inputs, params
+from pipeline.backbones import build, efficientnet, spec
 from pipeline.datasets import source
+from pipeline.encode import Encoder
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +70,19 @@ def store(prepared, tmp_path_factory):
     return write
 
 
+@pytest.fixture
+def opened(tmp_path):
+    """From a dataset in memory to its images store, opened."""
+    made = iter(range(100))
+
+    def write(one: images.Images):
+        path = tmp_path / f"opened-{next(made)}.zarr"
+        images.write(one, tmp_path / "opened-scratch", path)
+        return images.open_images(path)
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def weights(archive_folder, tmp_path_factory):
     """From a stand-in's name to the folder of its unpacked weights."""
@@ -76,10 +90,30 @@ def weights(archive_folder, tmp_path_factory):
 
     def unpack(variant: str) -> Path:
         if variant not in made:
-            archive = spec("efficientnet", variant).archive
+            archive = efficientnet.VARIANTS[variant].weights
             (folder / variant).mkdir()
             archives.unpack(archive, archives.fetch(archive, archive_folder), folder / variant)
             made[variant] = folder / variant
         return made[variant]
 
     return unpack
+
+
+@pytest.fixture(scope="session")
+def encoder_of(tmp_path_factory):
+    """From an images store, opened, and a backbone's description to its encoder on this processor.
+
+    Weights are `random` unless a folder of them is given; further keys replace those of the description.
+    """
+    nothing = tmp_path_factory.mktemp("nothing")
+
+    def make(opened, family: str, variant: str, input_size: int = 64, folder: Path | None = None, **changes):
+        given = {"weights": "pretrained" if folder else "random", "input_size": input_size, **changes}
+        precision = given.pop("precision", "float32")
+        backbone = params.Backbone(family, variant, **given)
+        declared = spec(backbone)
+        seen = inputs.describe(opened, variant, backbone, declared)
+        network = build(backbone, declared, seen.seen, folder or nothing)
+        return Encoder(seen, network, "cpu", precision, strides=declared.strides)
+
+    return make

@@ -9,62 +9,59 @@ import torch
 from cache.schema import Layout, StoreError
 from cache.write import Writer
 from pipeline import cells, fit, images, metrics
-from pipeline.backbones import family, spec
 from pipeline.bands import Band
 from pipeline.datasets import landuse
-from pipeline.encode import Encoder
 from pipeline.images import IGNORE
 from pipeline.params import Heads, LinearHead, UperNetHead
 
 SMALL = Heads(LinearHead("all", steps=200, batch=64), UperNetHead(channels=8, steps=5, batch=4))
 
 
-def encoder(made: images.Images, variant: str, weights) -> Encoder:
-    network = family("efficientnet").build(variant, "pretrained", weights(variant), 0)
-    attributes = {"units": made.units, "display": made.display}
-    names = [band.common_name for band in made.bands]
-    return Encoder(spec("efficientnet", variant), network, names, attributes, 64, "cpu")
+@pytest.fixture
+def encoder(opened, encoder_of, weights):
+    """From a dataset in memory to a stand-in's encoder."""
+    return lambda made, variant: encoder_of(opened(made), "efficientnet", variant, folder=weights(variant))
 
 
 # Bands and units
 
 
 @pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
-def test_bands_are_found_by_name_whatever_their_order_in_the_store(prepared, weights, variant):
+def test_bands_are_found_by_name_whatever_their_order_in_the_store(prepared, encoder, variant):
     made = prepared("sample-landuse")
     order = np.random.default_rng(0).permutation(13)
     shuffled = dataclasses.replace(made, image=made.image[:, order], bands=[made.bands[i] for i in order])
-    ours, theirs = (encoder(one, variant, weights).prepare(one.image[:3]) for one in (made, shuffled))
+    ours, theirs = (encoder(one, variant).prepare(one.image[:3]) for one in (made, shuffled))
     assert torch.equal(ours, theirs)
 
 
-def test_a_wrong_band_order_changes_the_features(prepared, weights):
+def test_a_wrong_band_order_changes_the_features(prepared, encoder):
     made = prepared("sample-landuse")
-    sealed = encoder(made, "lite0", weights)
+    sealed = encoder(made, "lite0")
     right, wrong = sealed(made.image[:3]), sealed(made.image[:3, ::-1])
     assert np.abs(right.pooled["mean_level3"] - wrong.pooled["mean_level3"]).max() > 0.1
 
 
-def test_rgb_is_not_bgr(prepared, weights):
+def test_rgb_is_not_bgr(prepared, encoder):
     made = prepared("sample-trees")
-    tensor = encoder(made, "lite0", weights).prepare(made.image[:1])
+    tensor = encoder(made, "lite0").prepare(made.image[:1])
     assert made.bands[0] == Band("R", "red", 0.665, 0.1)
     expected = made.image[0].astype(np.float32).mean(axis=(1, 2)) / 255
     np.testing.assert_allclose(tensor[0].mean(dim=(1, 2)) * 0.502 + 0.498, expected, atol=1e-4)
 
 
-def test_dn_and_reflectance_of_one_scene_reach_the_network_alike(prepared, weights):
+def test_dn_and_reflectance_of_one_scene_reach_the_network_alike(prepared, encoder):
     made = prepared("sample-landuse")
     scaled = dataclasses.replace(made, image=made.image.astype(np.float32) / 10000, units="reflectance")
     for variant in ("csmask_b4", "lite0"):
-        ours, theirs = (encoder(one, variant, weights).prepare(one.image[:3]) for one in (made, scaled))
+        ours, theirs = (encoder(one, variant).prepare(one.image[:3]) for one in (made, scaled))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_reflectance_read_as_dn_is_visible(prepared, weights):
+def test_reflectance_read_as_dn_is_visible(prepared, encoder):
     made = prepared("sample-landuse")
     wrong = dataclasses.replace(made, image=made.image.astype(np.float32) / 10000)  # still says DN
-    ours, theirs = (encoder(one, "csmask_b4", weights).prepare(one.image[:3]) for one in (made, wrong))
+    ours, theirs = (encoder(one, "csmask_b4").prepare(one.image[:3]) for one in (made, wrong))
     assert (ours - theirs).abs().mean() > 0.3
 
 

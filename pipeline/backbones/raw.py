@@ -6,7 +6,7 @@ As a pyramid, each cell holds its own mean and standard deviation; pooled, the w
 
 from pathlib import Path
 
-from pipeline.pyramid import Pyramid, Spec
+from pipeline.pyramid import Pyramid, Seen, Spec
 
 VARIANTS = {
     "mean_std": Spec(
@@ -22,7 +22,7 @@ VARIANTS = {
 }
 
 
-def build(variant: str, weights: str, folder: Path, seed: int):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
     """A torch module (batch, band, y, x) → Pyramid with 2 x band channels; nothing is loaded."""
     import torch
     from torch.nn import functional

@@ -1,35 +1,82 @@
-import numpy as np
 import pytest
 
 from pipeline import bands
+from pipeline.backbones import dofa, efficientnet, prithvi
+from pipeline.bands import SENTINEL2, Band, Unseen, see
 from pipeline.errors import UserError
 
-NAMES = [band.common_name for band in bands.SENTINEL2]
+CSMASK = efficientnet.VARIANTS["csmask_b4"]
+PRITHVI = prithvi.VARIANTS["prithvi_eo_v2_300_tl"]
+DOFA = dofa.VARIANTS["dofa_large_patch16_224"]
+RGBN = [
+    Band("1", "red", 0.665, 1),
+    Band("2", "green", 0.56, 1),
+    Band("3", "blue", 0.49, 1),
+    Band("4", "nir", 0.84, 1),
+]
 
 
-def test_selection_follows_the_wanted_order():
-    assert bands.select(["swir16", "blue"], NAMES) == [11, 1]
+def names(seen):
+    return [SENTINEL2[place].name for place in seen.positions]
+
+
+def test_bands_follow_the_networks_order():
+    assert names(see("m", CSMASK, SENTINEL2, 64)) == ["B02", "B03", "B04", "B08", "B11", "B12"]
+    assert names(see("m", PRITHVI, SENTINEL2, 64)) == ["B02", "B03", "B04", "B8A", "B11", "B12"]
+    assert names(see("m", DOFA, SENTINEL2, 64)) == [band.name for band in SENTINEL2]
+
+
+def test_wavelengths_go_with_their_bands():
+    seen = see("m", DOFA, SENTINEL2[::-1], 64)
+    assert seen.slots[0] == "swir22"
+    assert seen.wavelengths == tuple(band.wavelength for band in SENTINEL2[::-1])
 
 
 def test_a_missing_band_names_those_that_exist():
-    with pytest.raises(UserError, match="thermal are wanted, but these images have red, green"):
-        bands.select(["red", "thermal"], ["red", "green"])
+    with pytest.raises(
+        Unseen, match="csmask needs the bands swir16, swir22; these images have red, green, blue, nir"
+    ):
+        see("csmask", CSMASK, RGBN, 64)
 
 
-def test_left_out_by_the_stated_rule():
-    assert bands.left_out("m", ["red"], ["red", "green"]) is None
-    assert bands.left_out("m", None, ["x"]) is None
-    assert "nir" in bands.left_out("m", ["red", "nir"], ["red"])
+def test_what_can_be_done_without_is_left_away_and_the_broad_band_stands_in():
+    seen = see("m", PRITHVI, RGBN, 64)
+    assert seen.slots == ("blue", "green", "red", "nir08")
+    assert seen.positions == (2, 1, 0, 3)
+    assert see("m", PRITHVI, RGBN[:3], 64).slots == ("blue", "green", "red")
+    with pytest.raises(Unseen, match="needs the bands blue"):
+        see("m", PRITHVI, RGBN[:2], 64)
+
+
+def test_bands_by_common_name_sensor_name_and_wavelength():
+    assert bands.find("nir08", SENTINEL2) == bands.find("B8A", SENTINEL2) == bands.find(0.86, SENTINEL2) == 8
+    assert bands.find(0.9, SENTINEL2) is None
+    assert bands.find("thermal", SENTINEL2) is None
+    assert names(see("m", DOFA, SENTINEL2, 64, ["B12", 0.49, "red"])) == ["B12", "B02", "B04"]
+    with pytest.raises(Unseen, match="needs the bands 10.9"):
+        see("m", DOFA, SENTINEL2, 64, ["red", 10.9])
+
+
+def test_bands_chosen_by_hand_fill_the_networks_inputs():
+    other = see("m", CSMASK, SENTINEL2, 64, ["B02", "B03", "B04", "B8A", "B11", "B12"])
+    assert other.slots == CSMASK.bands
+    assert names(other)[3] == "B8A"
+    few = see("m", PRITHVI, SENTINEL2, 64, ["red", "nir", "swir16"])
+    assert few.slots == ("red", "nir08", "swir16")
+    with pytest.raises(UserError, match="takes the bands blue, green, red, nir08, swir16, swir22 or some of them"):
+        see("m", PRITHVI, SENTINEL2, 64, ["red", "cirrus"])
+    with pytest.raises(UserError, match="its bands in params.yaml are red"):
+        see("m", CSMASK, SENTINEL2, 64, ["red"])
 
 
 def test_units_are_declared_never_guessed():
-    assert bands.to_unit_scale(np.array([2500], dtype=np.uint16), "dn") == np.float32(0.25)
-    assert bands.to_unit_scale(np.array([255], dtype=np.uint8), "uint8") == 1
+    assert bands.full_scale("dn") == 10000
+    assert bands.full_scale("uint8") == 255
     with pytest.raises(UserError, match="Known units: dn"):
-        bands.to_unit_scale(np.zeros(1), "counts")
+        bands.full_scale("counts")
 
 
 def test_wavelengths_rise_in_the_sensors_order():
-    waves = [band.wavelength for band in bands.SENTINEL2]
+    waves = [band.wavelength for band in SENTINEL2]
     assert waves == sorted(waves)
-    assert len(set(NAMES)) == 13
+    assert len({band.common_name for band in SENTINEL2}) == 13

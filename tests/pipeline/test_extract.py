@@ -1,5 +1,4 @@
 import dataclasses
-from functools import partial
 
 import numpy as np
 import pytest
@@ -8,10 +7,13 @@ from cache.read import Features
 from cache.write import Writer
 from pipeline import extract as engine
 from pipeline import images
-from pipeline.backbones import family, spec
+from pipeline.backbones import spec
 from pipeline.params import Backbone, Extract
 
-EXTRACT = Extract(dtype="float16", codec="none", batch=10, shard=16, dense=False, views=("identity",))
+EXTRACT = Extract(
+    dtype="float16", codec="none", precision="float32", compiled=False, batch=10, shard=16, dense=False,
+    views=("identity",),
+)  # fmt: skip
 BACKBONE = Backbone("efficientnet", "lite0", "random", 64)
 
 
@@ -19,30 +21,36 @@ class Counting:
     """An encoder that counts its images and stops as if pulled out of the wall."""
 
     def __init__(self, encoder, limit=10**9):
-        self.encoder, self.seen, self.limit = encoder, 0, limit
+        self.encoder, self.inputs, self.device = encoder, encoder.inputs, "cpu"
+        self.seen, self.limit = 0, limit
 
-    def __call__(self, image):
+    def forward(self, batch, context):
         if self.seen >= self.limit:
             raise KeyboardInterrupt
-        self.seen += len(image)
-        return self.encoder(image)
+        self.seen += len(batch)
+        return self.encoder.forward(batch, context)
 
 
 @pytest.fixture
-def run(store, tmp_path):
+def run(store, tmp_path, encoder_of):
     """Extract tiles with an untrained network into a named folder; returns the store's digest."""
     opened = images.open_images(store("sample-landuse-seg"))
-    declared = spec("efficientnet", "lite0")
-    network = family("efficientnet").build("lite0", "random", tmp_path, 0)
-    sealed = engine.Encoder(declared, network, opened.band.values.tolist(), opened.attrs, 64, "cpu")
+    sealed, declared = encoder_of(opened, "efficientnet", "lite0", 64), spec(BACKBONE)
+    pyramid = sealed(opened.image[:1].values)
 
     def extract(name, limit=10**9, described=EXTRACT):
         counting = Counting(sealed, limit)
-        said = engine.provenance(opened, "lite0", BACKBONE, declared, {"weights": "random"}, "cpu")
-        layout_of = partial(engine.make_layout, opened, declared, extract=described)
+        said = engine.provenance(
+            opened, "lite0", BACKBONE, declared, sealed.inputs, {"weights": "random"}, described, "cpu"
+        )
+        layout = engine.make_layout(opened, declared, pyramid, 64, described)
         scratch = engine.scratch_path(tmp_path / name / "scratch", said, described)
-        writer_of = partial(Writer, scratch, final=tmp_path / name / "store.zarr", provenance=said)
-        return engine.extract(opened, counting, layout_of, writer_of, described.batch).finish(), counting.seen
+        writer = Writer(scratch, layout, tmp_path / name / "store.zarr", said)
+        try:
+            engine.extract(opened, counting, writer, described.batch)
+        finally:
+            writer.release()
+        return writer.finish(), counting.seen
 
     extract.sealed, extract.images, extract.folder = sealed, opened, tmp_path
     return extract
@@ -68,13 +76,13 @@ def test_every_sample_lands_in_its_own_row(run):
 
 def test_a_broken_extraction_goes_on_where_it_stopped(run):
     whole, seen = run("a")
-    assert seen == 72 + 1  # one image more, for the shapes
+    assert seen == 72
     with pytest.raises(KeyboardInterrupt):
         run("b", limit=40)
     assert not (run.folder / "b/store.zarr").exists()
     resumed, seen = run("b")
     assert resumed == whole
-    assert seen == 72 - 32 + 1  # two shards of 16 were safe
+    assert seen == 72 - 32  # two shards of 16 were safe
 
 
 def test_other_inputs_start_afresh_and_clear_the_old_scratch(run):
@@ -82,17 +90,16 @@ def test_other_inputs_start_afresh_and_clear_the_old_scratch(run):
         run("a", limit=40)
     wide = dataclasses.replace(EXTRACT, dtype="float32")
     _, seen = run("a", described=wide)
-    assert seen == 73
+    assert seen == 72
     assert list((run.folder / "a/scratch").iterdir()) == []
 
 
 def test_classification_sets_keep_pooled_vectors_alone_unless_asked(store, run):
     chips = images.open_images(store("sample-landuse"))
     pyramid = run.sealed(chips.image[:1].values)
-    declared = run.sealed.spec
-    assert engine.make_layout(chips, declared, pyramid, EXTRACT).levels == ()
-    dense = dataclasses.replace(EXTRACT, dense=True)
-    assert [level.stride for level in engine.make_layout(chips, declared, pyramid, dense).levels] == [4, 8, 16, 32]
+    assert engine.make_layout(chips, spec(BACKBONE), pyramid, 64, EXTRACT).levels == ()
+    dense = engine.make_layout(chips, spec(BACKBONE), pyramid, 64, dataclasses.replace(EXTRACT, dense=True))
+    assert [level.stride for level in dense.levels] == [4, 8, 16, 32]
 
 
 def test_views_are_encoded_and_not_turned_afterwards(run):
@@ -115,3 +122,9 @@ def test_the_codec_of_params_is_the_stores(run):
     features = Features(run.folder / "a/store.zarr")
     assert features.attributes["codec"] == "int8"
     assert 0 < features.root["level0"].attrs["relative_error"] < 0.05
+
+
+def test_a_failing_disk_ends_the_run_with_its_own_error(run, monkeypatch):
+    monkeypatch.setattr(Writer, "write", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        run("a")

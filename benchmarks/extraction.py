@@ -1,0 +1,173 @@
+"""The extract stage against the bare forward of the same network, and its memory for four times the images.
+
+    python -m benchmarks.extraction [--device cuda]
+
+`vs_forward`: images a second of the engine, from the images store on disk to the published feature store with its
+statistics, over those of the network alone on a prepared batch that already is on the device; same batch, same
+precision, by turns, median over rounds. Imports and the building of networks are left out of both. Networks whose
+weights were not fetched have random ones, which take as long. Needs `data/images` and `data/weights` (`make run`
+leaves them).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from benchmarks.features import FOLDER
+from cache.write import Writer
+from pipeline import extract as engine
+from pipeline import inputs, params, preflight
+from pipeline.backbones import build, spec
+from pipeline.encode import Encoder
+from pipeline.images import open_images
+
+ALL_OF_GEO_BENCH = 104_000
+SCRATCH = FOLDER / "extracting"
+CPU = {  # backbone: (dataset, images, batch, rounds)
+    "lite0": ("sample-trees-seg", 256, 32, 5),
+    "csmask_b4": ("sample-landuse-seg", 72, 16, 5),
+    "dofa_300m": ("sample-landuse-seg", 32, 8, 3),
+}
+GPU = dict.fromkeys(("hiera_200m", "prithvi_300m", "prithvi_600m", "dofa_300m"), ("sample-landuse-seg", 4096, 256, 3))
+MEMORY = ("sample-trees-seg", "lite0", 128)
+
+
+def repeated(dataset: str, count: int) -> xr.Dataset:
+    """`count` images of a dataset, over and over, with names of their own; read from the disk each time."""
+    opened = open_images(Path(f"data/images/{dataset}.zarr"))
+    chosen = opened.isel(sample=np.arange(count) % len(opened.sample))
+    return chosen.assign_coords(sample=[f"{index}" for index in range(count)])
+
+
+class Case:
+    """One network and the images that it sees."""
+
+    def __init__(self, backbone: str, dataset: str, count: int, batch: int, device: str, precision: str):
+        described = params.load()
+        trained = Path(f"data/weights/{backbone}")
+        weights = "pretrained" if (trained / "source.json").exists() else "random"
+        chosen = dataclasses.replace(described.backbone(backbone), input_size=224, weights=weights)
+        self.images, self.batch, self.described = repeated(dataset, count), batch, described
+        self.declared = spec(chosen)
+        given = inputs.describe(self.images, backbone, chosen, self.declared)
+        network = build(chosen, self.declared, given.seen, trained)
+        self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
+        self.extract = dataclasses.replace(described.extract, batch=batch, dense=True, precision=precision)
+        self.look = preflight.look(self.images, self.encoder, 4)
+
+    def engine(self) -> float:
+        """Images a second from store to store."""
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+        layout = engine.make_layout(self.images, self.declared, self.look.pyramid, 224, self.extract)
+        begun = time.perf_counter()
+        writer = Writer(SCRATCH / "scratch", layout, SCRATCH / "store.zarr", {})
+        engine.extract(self.images, self.encoder, writer, self.batch)
+        writer.finish()
+        return len(layout.sample) / (time.perf_counter() - begun)
+
+    def forward(self) -> float:
+        """Images a second of the network alone."""
+        image = self.images.image[: self.batch].values
+        batch = self.encoder.prepare(image)
+        known = self.encoder.inputs.where_and_when(self.images, slice(0, self.batch))
+        known = {name: torch.from_numpy(each).to(self.encoder.device) for name, each in known.items()}
+        times = max(1, len(self.images.sample) // self.batch)
+        self._wait()
+        begun = time.perf_counter()
+        for _ in range(times):
+            self.encoder.forward(batch, known)
+        self._wait()
+        return times * self.batch / (time.perf_counter() - begun)
+
+    def flops(self) -> float:
+        """Of one image's forward."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.encoder(self.images.image[:1].values, self.encoder.inputs.where_and_when(self.images, slice(0, 1)))
+        return counter.get_total_flops()
+
+    def _wait(self) -> None:
+        if self.encoder.device != "cpu":
+            torch.cuda.synchronize()
+
+
+def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, device: str, precision: str) -> dict:
+    case = Case(backbone, dataset, count, batch, device, precision)
+    pairs = [(case.engine(), case.forward()) for _ in range(rounds + 1)][1:]  # the first warms up
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    ours, bare = (statistics.median(each) for each in zip(*pairs, strict=True))
+    found = {
+        "images": count,
+        "batch": batch,
+        "precision": precision,
+        "images_a_second": round(ours, 2),
+        "forward_images_a_second": round(bare, 2),
+        "vs_forward": round(statistics.median(mine / theirs for mine, theirs in pairs), 3),
+    }
+    if device != "cpu":
+        found |= {
+            "share_of_measured_matrix_rate": round(ours * case.flops() / matrix_rate(), 3),
+            "minutes_for_all_of_geo_bench": round(ALL_OF_GEO_BENCH / ours / 60, 1),
+            "precision_error": case.look.precision_error,
+        }
+    return found
+
+
+def matrix_rate(side: int = 8192) -> float:
+    """Operations a second of bfloat16 matrix products on this GPU."""
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(50):
+        a @ b
+    torch.cuda.synchronize()
+    return 50 * 2 * side**3 / (time.perf_counter() - begun)
+
+
+def peak(count: int) -> float:
+    """Peak resident megabytes of a process that extracts so many images."""
+    command = [sys.executable, "-m", "benchmarks.extraction", "--memory", str(count)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        dataset, backbone, _ = MEMORY
+        Case(backbone, dataset, arguments.memory, 32, "cpu", "float32").engine()
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(int(status["VmHWM"].split()[0]) / 1024)
+        return
+    cases = CPU if arguments.device == "cpu" else GPU
+    precision = "float32" if arguments.device == "cpu" else "bfloat16"
+    found = {name: measure(name, *case, arguments.device, precision) for name, case in cases.items()}
+    few = MEMORY[2]
+    peaks = [peak(few), peak(4 * few)]
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+    print(json.dumps({
+        "machine": f"{os.cpu_count()} cores, {where}", **found, "memory_images": [few, 4 * few],
+        "peak_megabytes": [round(one) for one in peaks], "rss_growth": round(peaks[1] / peaks[0], 3),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

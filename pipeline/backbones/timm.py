@@ -1,0 +1,76 @@
+"""Any network of timm that gives maps: `variant` is its name there, and params.yaml says the rest.
+
+Its last four levels are taken. Trained weights are timm's own file on the hub, at the revision that `hub` names.
+"""
+
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.hub import HubFile
+from pipeline.params import Backbone
+from pipeline.pyramid import Seen, Spec, of_maps
+
+LEVELS = 4
+
+
+def describe(backbone: Backbone) -> Spec:
+    """The declaration, with the normalisation that timm states.
+
+    Raises:
+        UserError: no such network.
+    """
+    import timm
+
+    if not timm.is_model(backbone.variant):
+        near = timm.list_models(f"*{backbone.variant.split('.')[0].split('_')[0]}*")[:8]
+        raise UserError(f"timm has no network '{backbone.variant}'. Similar ones: {', '.join(near) or 'none'}.")
+    known = timm.get_pretrained_cfg(backbone.variant)
+    hub = backbone.hub
+    if hub is None and known and known.hf_hub_id:
+        hub = HubFile(known.hf_hub_id, "model.safetensors", "", licence=known.license or "see the repository")
+    bands = tuple(map(str, backbone.bands)) or ("red", "green", "blue")
+    own = known is not None and len(known.mean) == len(bands)
+    return Spec(
+        bands=bands,
+        eats=backbone.eats or "display",
+        mean=known.mean if own else None,
+        std=known.std if own else None,
+        standardise=not own,
+        strides=(),
+        layers=tuple(f"level {index} of the last {LEVELS}" for index in range(LEVELS)),
+        weights=hub,
+        weights_file=Path(hub.file).name if hub else None,
+    )
+
+
+def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
+    """A frozen torch module from (batch, band, y, x) to a Pyramid."""
+    import timm
+    import torch
+
+    from pipeline.weights import read
+
+    class Maps(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, image):
+            return of_maps(self.network.forward_intermediates(image, indices=LEVELS, intermediates_only=True))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:  # transformers are made for a size, convolutions for any
+            network = timm.create_model(variant, in_chans=len(seen.slots), img_size=seen.input_size)
+        except TypeError:
+            network = timm.create_model(variant, in_chans=len(seen.slots))
+    if not hasattr(network, "forward_intermediates"):
+        raise UserError(f"timm's '{variant}' does not give its inner maps. Choose another network.")
+    if weights == "pretrained":
+        path = Path(folder) / declared.weights_file
+        read(path)  # refuses what is not a checkpoint
+        try:  # timm's own loading fits position embeddings to the size
+            timm.models.load_checkpoint(network, str(path), strict=True, weights_only=True)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit timm's {variant}: {' '.join(str(error).split())[:300]}") from None
+    return Maps(network)

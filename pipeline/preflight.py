@@ -1,0 +1,94 @@
+"""Before an extraction starts: a first look at the network, what it will take, and whether the disk can hold it."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from cache.schema import Layout
+from pipeline.encode import Encoder
+from pipeline.errors import UserError
+from pipeline.pyramid import Pyramid
+
+# Images of the first look at a network on a CPU, where a batch may take minutes.
+_LOOK = 4
+# Batches if none is given: on a CPU, where larger ones gain nothing; at most, on a GPU; and the share of its memory.
+_CPU_BATCH, _LARGEST, _SHARE = 16, 512, 0.8
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a first look at a network tells.
+
+    Attributes:
+        pyramid: features of a few images.
+        rate: images a second, roughly.
+        precision_error: of each level, what lower precision changes: relative root mean square difference to float32.
+    """
+
+    pyramid: Pyramid
+    rate: float
+    precision_error: dict[str, float]
+
+
+def look(images: xr.Dataset, encoder: Encoder, batch: int) -> Look:
+    """Encode the first images, in float32 too if the forward is in lower precision."""
+    rows = slice(0, min(batch if encoder.device != "cpu" else _LOOK, len(images.sample)))
+    image, known = images.image[rows].values, encoder.inputs.where_and_when(images, rows)
+    pyramid = encoder(image, known)
+    begun = time.perf_counter()
+    encoder(image, known)
+    rate = len(image) / (time.perf_counter() - begun)
+    if encoder.precision == "float32":
+        return Look(pyramid, rate, {})
+    exact = Encoder(encoder.inputs, encoder.network, encoder.device, strides=encoder.strides)(image, known)
+    pairs = zip(pyramid.levels, exact.levels, strict=True)
+    errors = [float(np.linalg.norm(lower - level) / np.linalg.norm(level)) for lower, level in pairs]
+    return Look(pyramid, rate, {f"level{index}": error for index, error in enumerate(errors)})
+
+
+def largest_batch(images: xr.Dataset, encoder: Encoder) -> int:
+    """A batch for `extract.batch: 0`: on a GPU the largest power of two that its memory holds with room to spare."""
+    if encoder.device == "cpu":
+        return _CPU_BATCH
+    total = torch.cuda.mem_get_info(encoder.device)[1]
+    batch = _CPU_BATCH
+    while batch < _LARGEST:
+        torch.cuda.reset_peak_memory_stats(encoder.device)
+        base = torch.cuda.memory_allocated(encoder.device)
+        rows = np.zeros(batch, int)
+        encoder(images.image[rows].values, encoder.inputs.where_and_when(images, rows))
+        if base + 2 * (torch.cuda.max_memory_allocated(encoder.device) - base) > _SHARE * total:
+            break
+        batch *= 2
+    return batch
+
+
+def announce(layout: Layout, rate: float, folder: Path, what: str) -> str:
+    """A line on what an extraction will take.
+
+    Raises:
+        UserError: the disk of `folder` cannot hold it.
+    """
+    needs = nbytes(layout)
+    place = next(one for one in (folder, *folder.parents) if one.exists())
+    free = shutil.disk_usage(place).free
+    seconds = len(layout.sample) * max(1, len(layout.views)) / rate
+    line = (
+        f"{what}: {len(layout.sample)} samples at {rate:.1f} images/s take about {seconds / 60:.1f} min and "
+        f"{needs / 1e9:.2f} GB uncompressed; {free / 1e9:.1f} GB are free"
+    )
+    if needs > free and layout.codec.name == "none":
+        raise UserError(f"The disk cannot hold it. {line} at {place}. Free some space, or choose an extract.codec.")
+    return line
+
+
+def nbytes(layout: Layout) -> int:
+    """Bytes of a store's arrays before compression."""
+    sizes = {name: int(np.prod(shape)) for name, shape in layout.shapes().items()}
+    widths = {name: 4 if name.startswith("pooled/") else np.dtype(layout.dtype).itemsize for name in sizes}
+    return len(layout.sample) * sum(size * widths[name] for name, size in sizes.items())

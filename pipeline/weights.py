@@ -1,0 +1,82 @@
+"""Checkpoints of tensors: read without running anything they hold, and loaded with every name accounted for."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import UserError
+
+
+def read(path: Path) -> dict:
+    """What a checkpoint holds: tensors, numbers, text and containers of these.
+
+    Raises:
+        UserError: damaged, not a checkpoint, or one that wants to run code.
+    """
+    if Path(path).suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise _unreadable(path, error) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        raise _unreadable(path, error) from None
+
+
+def load_strictly(
+    network: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    may_lack: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Load tensors by name: none may be left over, none may be missing but those that `may_lack` allows.
+
+    Raises:
+        UserError: names or shapes that do not fit; the message gives the first of them.
+    """
+    try:
+        # A network's own load_state_dict may drop what it does not know and return nothing: call torch's.
+        found = torch.nn.Module.load_state_dict(network, tensors, strict=False)
+    except RuntimeError as error:
+        reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
+        raise UserError(f"{path} does not fit the network: {reason}") from None
+    lacking = [name for name in found.missing_keys if not may_lack(name)]
+    if lacking or found.unexpected_keys:
+        raise UserError(
+            f"{path} does not fit the network: {_some('missing', lacking)}, "
+            f"{_some('unexpected', found.unexpected_keys)}. It is another model's file, or a damaged one."
+        )
+
+
+def below(tensors: Mapping, prefix: str, path: Path) -> dict:
+    """The tensors whose names begin with `prefix`, without it.
+
+    Raises:
+        UserError: there are none; the message says what there is.
+    """
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if str(name).startswith(prefix)}
+    if not found:
+        raise UserError(f"{path} holds no tensors named {prefix}…; it has {', '.join(map(str, list(tensors)[:4]))}.")
+    return found
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:160]
+    return UserError(
+        f"{path} is not a checkpoint of tensors, or is damaged, and is not used ({reason}). Fetch it again."
+    )
+
+
+def _some(what: str, names) -> str:
+    names = list(names)
+    return (
+        f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        if names
+        else f"none {what}"
+    )

@@ -1,0 +1,60 @@
+"""One more backbone of terratorch's registry, by nothing but its description."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import images
+from pipeline.errors import UserError
+from pipeline.hub import HubFile
+
+MOCO = "ssl4eos12_resnet18_sentinel2_all_moco"
+OPTIONS = {"model_bands": ["BLUE", "GREEN", "RED"], "out_indices": [1, 2, 3, 4]}
+DESCRIBED = {"bands": ("blue", "green", "red"), "eats": "reflectance", "normalisation": "dataset", "options": OPTIONS}
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Importing terratorch lowers torch's float32 precision for the whole process."""
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def opened(store):
+    return images.open_images(store("sample-landuse-seg"))
+
+
+def test_levels_are_those_of_terratorch(opened, encoder_of, tmp_path):
+    from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
+
+    torch.manual_seed(3)
+    theirs = TERRATORCH_BACKBONE_REGISTRY.build(MOCO, **OPTIONS).eval()
+    torch.save(theirs.state_dict(), tmp_path / "moco.pth")
+    sealed = encoder_of(
+        opened, "terratorch", MOCO, 64, tmp_path, hub=HubFile("someone/moco", "moco.pth", "0" * 40), **DESCRIBED
+    )
+    image = opened.image[:2].values
+    with torch.inference_mode():
+        expected = theirs(sealed.prepare(image))
+    ours = sealed(image)
+    assert [level.shape[1:] for level in ours.levels] == [(64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
+    for level, other in zip(ours.levels, expected, strict=True):
+        np.testing.assert_allclose(level, other, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_become_maps(opened, encoder_of):
+    described = {**DESCRIBED, "options": {"bands": ["BLUE", "GREEN", "RED"], "num_frames": 1}, "layers": (1, 3)}
+    sealed = encoder_of(opened, "terratorch", "prithvi_eo_tiny", 224, **described)
+    pyramid = sealed(opened.image[:1].values)
+    assert [level.shape for level in pyramid.levels] == [(1, 256, 14, 14)] * 2
+    assert list(pyramid.pooled) == ["mean_level0", "mean_level1", "cls_level0", "cls_level1"]
+
+
+def test_descriptions_that_do_not_fit(opened, encoder_of):
+    with pytest.raises(UserError, match="terratorch has no backbone 'moco'"):
+        encoder_of(opened, "terratorch", "moco", 64, **DESCRIBED)
+    with pytest.raises(UserError, match="could not build .* with the options {'colour': 'red'}"):
+        encoder_of(opened, "terratorch", MOCO, 64, **{**DESCRIBED, "options": {"colour": "red"}})
+    one = encoder_of(opened, "terratorch", MOCO, 64, **{**DESCRIBED, "options": {"model_bands": ["B", "G", "R"]}})
+    with pytest.raises(UserError, match="gives 1 outputs, not those numbered"):
+        one(opened.image[:1].values)

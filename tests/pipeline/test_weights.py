@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from pipeline import weights
+from pipeline.errors import UserError
+
+
+def test_a_checkpoint_that_runs_code_is_refused_and_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match="not a checkpoint of tensors"):
+        weights.read(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+@pytest.mark.parametrize("keep", [0, 100, 2000])
+def test_a_truncated_file_is_refused(tmp_path, name, keep):
+    from safetensors.torch import save_file
+
+    (save_file if name.endswith("safetensors") else torch.save)({"a": torch.zeros(1000)}, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    assert torch.equal(weights.read(tmp_path / name)["a"], torch.zeros(1000))
+    (tmp_path / name).write_bytes(whole[:keep])
+    with pytest.raises(UserError, match="not a checkpoint of tensors, or is damaged"):
+        weights.read(tmp_path / name)
+
+
+def test_names_are_accounted_for(tmp_path):
+    network = torch.nn.Linear(2, 3)
+    whole = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
+    weights.load_strictly(network, whole, tmp_path)
+    assert network.weight.sum() == 6
+    weights.load_strictly(network, {"weight": whole["weight"]}, tmp_path, may_lack=lambda name: name == "bias")
+    with pytest.raises(UserError, match="missing bias, none unexpected"):
+        weights.load_strictly(network, {"weight": whole["weight"]}, tmp_path)
+    with pytest.raises(UserError, match="none missing, unexpected b1, b2, b3, b4 and 1 more"):
+        weights.load_strictly(network, {**whole, **{f"b{i}": torch.ones(1) for i in range(1, 6)}}, tmp_path)
+    with pytest.raises(UserError, match="size mismatch for bias"):
+        weights.load_strictly(network, {**whole, "bias": torch.ones(4)}, tmp_path)
