@@ -83,7 +83,9 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
                 level.to(device, memory_format=torch.channels_last) for level in fusion.pyramid(members, rows[split])
             ]
         else:
-            inputs = fusion.pooled(members, heads.linear.pooled, rows[split], rows["train"]).to(device)
+            inputs = fusion.pooled(members, heads.linear.pooled, heads.linear.tokens, rows[split], rows["train"]).to(
+                device
+            )
         label = torch.from_numpy(labelled.label[rows[split]].values.astype(np.int64)).to(device)
         parts[split] = Part(members[0].sample[rows[split]].tolist(), inputs, label)
 

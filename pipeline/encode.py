@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from pipeline.errors import UserError
 from pipeline.inputs import Inputs
@@ -31,7 +32,7 @@ class Encoder:
         self.inputs, self.device, self.strides = inputs, device, strides
         self.precision = precision
         # Channels last is no slower on a CPU (benchmarks/choices.py), and what GPUs want in low precision.
-        self.network = network.to(device, memory_format=torch.channels_last)
+        self.network = convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
         self._forward = torch.compile(self.network) if compiled else self.network
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:

@@ -16,18 +16,21 @@ from cache.read import Features
 DEAD = 1e-5
 
 
-def pooled(stores: Sequence[Features], which: str, index: np.ndarray, training: np.ndarray) -> torch.Tensor:
+def pooled(
+    stores: Sequence[Features], which: str, tokens: str, index: np.ndarray, training: np.ndarray
+) -> torch.Tensor:
     """Fused pooled vectors, float32 (len(index), channel).
 
     Args:
         stores: of the model's members, aligned.
-        which: `last` takes each backbone's deepest vector, `all` takes all of them.
+        which: `last` takes each backbone's deepest vectors, `all` takes all of them.
+        tokens: `mean`, `cls` or `both`, of those that have class tokens; others give their means.
         index: rows wanted.
         training: rows whose mean and standard deviation standardise every channel.
     """
     parts = []
     for store in stores:
-        for name in store.pooled[-1:] if which == "last" else store.pooled:
+        for name in _chosen(store.pooled, which, tokens):
             reference = store.read(f"pooled/{name}", training).astype(np.float64)
             values = store.read(f"pooled/{name}", index)
             parts.append(_standardise(values, reference.mean(axis=0), reference.std(axis=0)))
@@ -57,6 +60,14 @@ def align(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         part if part.shape[-2:] == finest else functional.interpolate(part, size=finest, mode="bilinear")
         for part in parts
     ]
+
+
+def _chosen(names: Sequence[str], which: str, tokens: str) -> list[str]:
+    """Names of pooled vectors: of one kind or both, all or the deepest of each kind."""
+    kinds = [[name for name in names if name.startswith("cls_") == cls] for cls in (False, True)]
+    means, classes = kinds if kinds[1] else (kinds[0], kinds[0])
+    taken = {"mean": [means], "cls": [classes], "both": [kind for kind in kinds if kind]}[tokens]
+    return [name for kind in taken for name in (kind[-1:] if which == "last" else kind)]
 
 
 def _standardise(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:

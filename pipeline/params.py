@@ -94,12 +94,14 @@ class Extract:
 
 @dataclass(frozen=True)
 class LinearHead:
-    """`pooled` is `last` (the deepest vector of each backbone) or `all` of them side by side.
+    """`pooled` is `last` (the deepest vectors of each backbone) or `all` of them side by side.
 
+    `tokens` is what they are of transformers: the `mean` of the patches, the `cls` token, or `both`.
     `steps` of `batch` samples each, whatever the size of the dataset.
     """
 
     pooled: str
+    tokens: str
     steps: int
     batch: int
 
@@ -253,6 +255,7 @@ def _check(params: Params) -> None:
     if views[:1] != ("identity",) or len(set(views)) != len(views):
         raise UserError(f"extract.views is {list(views)}; it must begin with identity and name each view once.")
     _one_of(params.heads.linear.pooled, ("last", "all"), "heads.linear.pooled")
+    _one_of(params.heads.linear.tokens, ("mean", "cls", "both"), "heads.linear.tokens")
     _one_of(params.compute.device, ("auto", "cpu", "cuda"), "compute.device")
     _positive("extract", shard=params.extract.shard)
     for key, value in (("extract.batch", params.extract.batch), ("compute.workers", params.compute.workers)):

@@ -14,7 +14,7 @@ from pipeline.datasets import landuse
 from pipeline.images import IGNORE
 from pipeline.params import Heads, LinearHead, UperNetHead
 
-SMALL = Heads(LinearHead("all", steps=200, batch=64), UperNetHead(channels=8, steps=5, batch=4))
+SMALL = Heads(LinearHead("all", "mean", steps=200, batch=64), UperNetHead(channels=8, steps=5, batch=4))
 
 
 @pytest.fixture

@@ -76,5 +76,6 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
         trunk = instantiate(compose(f"configs/sam2.1/{variant}.yaml").model.image_encoder.trunk)
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
-        load_strictly(trunk, below(below(read(path), "model", path), _PREFIX, path), path)
+        held = read(path)
+        load_strictly(trunk, below(held.get("model", held), _PREFIX, path), path)
     return Trunk(trunk)

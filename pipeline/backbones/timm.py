@@ -3,6 +3,7 @@
 Its last four levels are taken. Trained weights are timm's own file on the hub, at the revision that `hub` names.
 """
 
+import difflib
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -22,7 +23,7 @@ def describe(backbone: Backbone) -> Spec:
     import timm
 
     if not timm.is_model(backbone.variant):
-        near = timm.list_models(f"*{backbone.variant.split('.')[0].split('_')[0]}*")[:8]
+        near = difflib.get_close_matches(backbone.variant, timm.list_models(), n=6)
         raise UserError(f"timm has no network '{backbone.variant}'. Similar ones: {', '.join(near) or 'none'}.")
     known = timm.get_pretrained_cfg(backbone.variant)
     hub = backbone.hub

@@ -39,18 +39,18 @@ def stores(tmp_path):
 
 def test_each_backbone_is_standardised_with_its_own_training_statistics(stores):
     training, test = np.arange(30), np.arange(30, 40)
-    fused = fusion.pooled(stores, "all", training, training)
+    fused = fusion.pooled(stores, "all", "mean", training, training)
     assert fused.shape == (30, 10)
     torch.testing.assert_close(fused.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
     torch.testing.assert_close(fused.std(0, unbiased=False), torch.ones(10), atol=1e-4, rtol=0)
     raw = stores[0].read("pooled/mean_level0", np.arange(40))
     expected = (raw[30:] - raw[:30].mean(0)) / raw[:30].std(0)
-    np.testing.assert_allclose(fusion.pooled(stores, "all", test, training)[:, :3], expected, atol=1e-4)
+    np.testing.assert_allclose(fusion.pooled(stores, "all", "mean", test, training)[:, :3], expected, atol=1e-4)
 
 
 def test_last_takes_the_deepest_vector_of_each(stores):
     rows = np.arange(30)
-    every, last = fusion.pooled(stores, "all", rows, rows), fusion.pooled(stores, "last", rows, rows)
+    every, last = fusion.pooled(stores, "all", "mean", rows, rows), fusion.pooled(stores, "last", "mean", rows, rows)
     torch.testing.assert_close(last, every[:, [3, 4, 8, 9]])
 
 
@@ -93,3 +93,19 @@ def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
     vector = drawn["pooled/mean_level0"][:, 0]
     fused = fusion.pooled([store], "all", index, index)
     np.testing.assert_allclose(fused, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("which", "tokens", "expected"),
+    [
+        ("all", "mean", ["mean_level0", "mean_level1"]),
+        ("all", "cls", ["cls_level0", "cls_level1"]),
+        ("last", "both", ["mean_level1", "cls_level1"]),
+        ("last", "cls", ["cls_level1"]),
+    ],
+)
+def test_class_tokens_where_there_are_any(which, tokens, expected):
+    means, both = ["mean_level0", "mean_level1"], ["mean_level0", "mean_level1", "cls_level0", "cls_level1"]
+    assert fusion._chosen(both, which, tokens) == expected
+    assert fusion._chosen(means, which, tokens) == (means if which == "all" else means[-1:])
+    assert fusion._chosen(["mean_std"], which, tokens) == ["mean_std"]

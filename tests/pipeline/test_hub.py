@@ -34,9 +34,9 @@ def test_other_bytes_are_refused_and_not_left_behind(pinned, tmp_path):
 
 
 def test_without_a_hub_the_message_says_what_to_put_where(tmp_path, monkeypatch):
-    import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError) as refused:
         hub.fetch(FILE, tmp_path / "local", tmp_path)
     said = str(refused.value)

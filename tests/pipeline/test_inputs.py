@@ -83,7 +83,17 @@ def test_golden_tensors_of_one_real_chip(given):
 
 
 # Mean, standard deviation, the first band at the middle, and the last near the upper left corner.
-GOLDEN = {}
+GOLDEN = {
+    ("sample-landuse", "csmask_b4"): [-0.421, 0.3531, -0.5885, 0.0138],
+    ("sample-landuse", "lite0"): [-0.2282, 0.1175, -0.4187, -0.0677],
+    ("sample-trees", "lite0"): [0.198, 0.2256, 0.4214, -0.0673],
+    ("sample-landuse-seg", "sam2.1_hiera_l"): [-0.4763, 0.5108, -1.2293, -0.0512],
+    ("sample-trees", "sam2.1_hiera_l"): [0.6573, 0.4449, 0.9187, 0.2335],
+    ("sample-landuse-seg", "prithvi_eo_v2_300_tl"): [-0.3408, 0.3916, 0.0517, -0.9877],
+    ("sample-landuse-seg", "prithvi_eo_v2_600_tl"): [-0.3408, 0.3916, 0.0517, -0.9877],
+    ("sample-landuse-seg", "dofa_large_patch16_224"): [-0.6609, 0.8705, -1.7009, -1.4974],
+    ("sample-trees", "dofa_large_patch16_224"): [0.2869, 0.4813, 0.7159, -0.1877],
+}
 
 
 def test_the_declared_stretch_makes_a_picture_of_reflectance(given):

@@ -10,6 +10,7 @@ from pipeline.params import Backbone
     [
         (("vgg", "16", "random", 64), "Families in pipeline/backbones: dofa, efficientnet, hiera, prithvi, raw"),
         (("efficientnet", "b7", "random", 64), "It has: csmask_b4, lite0"),
+        (("efficientnet", "lite0", "random", 100), "multiple of 32"),
         (("hiera", "sam2.1_hiera_l", "random", 240), "multiple of 32, the stride of its deepest level"),
         (("prithvi", "prithvi_eo_v2_600_tl", "random", 512), "multiple of 14"),
         (("dofa", "dofa_large_patch16_224", "random", 224), "Set its normalisation to dataset"),
