@@ -148,4 +148,5 @@ def _moments(images: xr.Dataset, made: Inputs) -> tuple[tuple[float, ...], tuple
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     # A band that never changes says nothing; dividing by its spread would make noise of it.
     std[std < 1e-6] = 1.0
-    return tuple(mean.tolist()), tuple(std.tolist())
+    # Rounded, so that machines of other kinds agree on what the store is made with.
+    return tuple(float(f"{one:.9g}") for one in mean), tuple(float(f"{one:.9g}") for one in std)
