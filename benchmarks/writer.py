@@ -23,8 +23,8 @@ from cache.durable import sync_file, sync_folder
 from cache.schema import Layout, Level, create
 from cache.write import Writer
 
-ROUNDS = 7
-SHARDS = 24
+ROUNDS = 9
+SHARDS = 32
 SCRATCH = FOLDER / "writing"
 
 
@@ -74,19 +74,22 @@ def main() -> None:
                 sync_folder(path.parent)
         return time.perf_counter() - begun
 
-    def measured(work, *given):
+    def measured(work):
         shutil.rmtree(SCRATCH, ignore_errors=True)
         os.sync()
-        return work(*given)
+        return work()
 
-    rounds = []
-    for _ in range(ROUNDS + 1):
-        written, finished = measured(ours, plain)
-        narrowed, _ = measured(ours, wide)
-        rounds.append({
-            "plain": measured(files), "ours": written, "ours_with_statistics": finished, "ours_narrowing": narrowed,
-            "zarr_python": measured(zarr_python),
-        })  # fmt: skip
+    ways = {
+        "plain": files,
+        "ours": lambda: ours(plain)[0],
+        "ours_narrowing": lambda: ours(wide)[0],
+        "ours_with_statistics": lambda: ours(plain)[1],
+        "zarr_python": zarr_python,
+    }
+    rounds, names = [], list(ways)
+    for number in range(ROUNDS + 1):  # each round begins with another way, since the one before leaves its traces
+        turn = number % len(names)
+        rounds.append({name: measured(ways[name]) for name in names[turn:] + names[:turn]})
     shutil.rmtree(SCRATCH)
     seconds = {way: [one[way] for one in rounds[1:]] for way in rounds[0]}  # the first round warms up
 

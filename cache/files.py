@@ -6,6 +6,7 @@ import resource
 import threading
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 from functools import cache
 from typing import ClassVar
 
@@ -55,7 +56,9 @@ class Files:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._mapped = memory // 10 if mapped is None else mapped
         self.opened: dict[str, dict[int, tuple]] = defaultdict(dict)
-        self._root, self._count, self._copied = _Descriptor(folder, os.O_DIRECTORY), 0, 0
+        self._root, self._count = _Descriptor(folder, os.O_DIRECTORY), 0
+        # Mapped files in the process other than this store's, and whether this one is too large to stay mapped.
+        self._others, self._beyond = _mapped_bytes(), False
         Files._live.add(self)
 
     def open(self, path: str) -> "Mapped":
@@ -66,35 +69,63 @@ class Files:
                 files.clear()
         self._count += 1
         try:
-            return Mapped(path, self._root.number)
+            file = Mapped(path, self._root.number)
         except FileNotFoundError:
             raise StoreError(
                 f"{path} is missing from {self.folder}, or that store was replaced while it was read. {CHECK}"
             ) from None
+        if file.map:
+            self._in_small_pieces(file.map)
+        return file
 
-    def copying(self, size: int) -> None:
-        """Note that so many bytes are about to be copied, and let go of what is mapped if that may be too much."""
-        self._copied += size
-        if self._copied <= self._mapped:
+    def copying(self) -> None:
+        """Let go of what is mapped if that is more than may stay so; to be called before rows are copied."""
+        held = _mapped_bytes()
+        if held - self._others <= self._mapped:
             return
-        self._copied = 0
-        if self._size() > self._mapped:
-            for files in self.opened.values():
-                for _, file, _ in files.values():
-                    file.map.madvise(mmap.MADV_DONTNEED)
+        maps = [file.map for files in self.opened.values() for _, file, _ in files.values() if file.map]
+        if not self._beyond and sum(map(len, maps)) > self._mapped:
+            self._beyond = True
+        for one in maps:
+            self._in_small_pieces(one)
+            one.madvise(mmap.MADV_DONTNEED)
+        self._others = _mapped_bytes()
 
-    def _size(self) -> int:
-        """Bytes of all files that are open."""
-        return sum(len(file.content) for files in self.opened.values() for _, file, _ in files.values())
+    def _in_small_pieces(self, one: mmap.mmap) -> None:
+        """Map pages singly: a touched row of a store that cannot stay mapped should not bring 2 MB with it."""
+        if self._beyond and hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with suppress(OSError):  # a system without huge pages
+                one.madvise(mmap.MADV_NOHUGEPAGE)
 
     @staticmethod
     def _after_fork() -> None:
         """Another thread may have held the lock of a process when it was forked; it is not here to let go."""
+        _statm.cache_clear()
         for files in Files._live:
             files.lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=Files._after_fork)
+
+
+@cache
+def _statm() -> "_Descriptor | None":
+    try:
+        return _Descriptor("/proc/self/statm")
+    except OSError:
+        return None
+
+
+def _mapped_bytes() -> int:
+    """Bytes of mapped files in this process's memory, as the system counts them; 0 where it does not say.
+
+    Counted, not reckoned from what was read: by how much more than the page that is touched is mapped at once
+    differs from kernel to kernel, up to 2 MB.
+    """
+    statm = _statm()
+    if statm is None:
+        return 0
+    return int(os.pread(statm.number, 128, 0).split()[2]) * mmap.PAGESIZE
 
 
 class _Descriptor:

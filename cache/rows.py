@@ -2,7 +2,7 @@
 
 `LocalRows` maps the shard files into memory and copies each row from where it lies to where it is wanted. Pages that
 are mapped count as the process's memory, though the system may take them back at any time; they are let go whenever
-as many bytes were copied as may stay mapped, so that memory is bounded whatever the store's size. (`pread` to the
+they are more than may stay mapped, so that memory is bounded whatever the store's size. (`pread` to the
 same place was slower; LAB.md.) `cache.remote.RemoteRows` does the same for a store that is elsewhere.
 
 A row is one sample, or in a store with views one view of one sample: `sample * views + view`.
@@ -24,9 +24,6 @@ from cache.codecs import restore
 from cache.files import CHECK, Files, Mapped
 from cache.remote import RemoteRows
 from cache.schema import CHUNK_KEYS, StoreError
-
-# Linux maps so many bytes around the one that is touched.
-_MAPPED_AT_ONCE = 1 << 16
 
 
 class LocalRows:
@@ -84,7 +81,7 @@ class LocalRows:
         """Where rows lie: path, file, offset and length of each."""
         found = []
         with self._files.lock:
-            self._files.copying(len(index) * max(self._bytes, _MAPPED_AT_ONCE))
+            self._files.copying()
             opened = self._files.opened[self._path]
             for number, row in [divmod(row, self._rows) for row in index]:
                 path, file, places = opened.get(number) or self._open(number)
