@@ -33,6 +33,13 @@ def merge(base: dict, change: dict) -> dict:
     }
 
 
+def pytest_collection_modifyitems(items):
+    """One process runs all of these, so that they share the job."""
+    for item in items:
+        if "tests/stages/" in item.nodeid:
+            item.add_marker(pytest.mark.xdist_group("stages"))
+
+
 class Job:
     """A clone of the repository with its own DVC cache, and what a user does in it."""
 
