@@ -47,9 +47,9 @@ class Writer:
     """
 
     def __init__(self, scratch: Path, layout: Layout, final: Path, provenance: Mapping):
+        self._held = {}
         self.scratch, self.layout, self.final = Path(scratch), layout, Path(final)
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
-        self._held = {}
         made_from = json.dumps([repr(layout), dict(provenance)], sort_keys=True)
         self._provenance = {**provenance, "made_from_sha256": hashlib.sha256(made_from.encode()).hexdigest()}
         held = False
@@ -82,23 +82,29 @@ class Writer:
         yields them too if their writer dies. Ends early if another writer finished the store, and with it the
         scratch folder.
         """
-        for wait in (False, True):
-            for shard in self.pending():
-                if shard in self._held:
-                    continue
-                lock = _lock(self._records / f"{shard}.lock", wait)
-                if lock is None:
-                    continue
-                if self._record(shard).exists() or not self._store.exists():
-                    os.close(lock)
-                    continue
-                self._held[shard] = lock
-                yield shard
+        try:
+            for wait in (False, True):
+                for shard in self.pending():
+                    if shard in self._held:
+                        continue
+                    lock = _lock(self._records / f"{shard}.lock", wait)
+                    if lock is None:
+                        continue
+                    if self._record(shard).exists() or not self._store.exists():
+                        os.close(lock)
+                        continue
+                    self._held[shard] = lock
+                    yield shard
+        except GeneratorExit:  # its user gave up
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let go of the shards in this writer's hand that it will not write."""
         while self._held:
             os.close(self._held.popitem()[1])
+
+    __del__ = release
 
     def write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
         """Write one whole shard of every array, make it durable, and record it.
