@@ -7,8 +7,10 @@ the shard it was at, another machine may join at any time, and the store does no
 import json
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from cache.write import Writer
 from pipeline import extract as engine
@@ -31,6 +33,7 @@ class Extraction:
         images: the images store.
         weights: the folder that the fetch stage made.
         scratch, final: where the store is built, and where it appears.
+        threads: of a processor's forward; sums of floats depend on it in their last digits.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Extraction:
     weights: Path
     scratch: Path
     final: Path
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 def run(task: Extraction, compute: Compute) -> dict:
@@ -58,6 +62,7 @@ def work(task: Extraction, index: int = 0) -> dict:
     Args:
         index: of the GPU, on a machine with several.
     """
+    torch.set_num_threads(task.threads)  # Dask gives its workers one
     pictures, where = images.open_images(task.images), device(task.device)
     declared = spec(task.backbone)
     given = inputs.describe(pictures, task.name, task.backbone, declared)

@@ -57,9 +57,10 @@ VARIANTS = {
 
 def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
     """A frozen torch module from (batch, 3, y, x), sides multiples of 32, to a Pyramid."""
+    import sam2
     import torch
-    from hydra import compose
     from hydra.utils import instantiate
+    from omegaconf import OmegaConf
 
     from pipeline.weights import below, load_strictly, read
 
@@ -73,7 +74,8 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        trunk = instantiate(compose(f"configs/sam2.1/{variant}.yaml").model.image_encoder.trunk)
+        described = OmegaConf.load(Path(sam2.__file__).parent / f"configs/sam2.1/{variant}.yaml")
+        trunk = instantiate(described.model.image_encoder.trunk)
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
         held = read(path)

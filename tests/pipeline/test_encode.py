@@ -28,7 +28,7 @@ def test_lower_precision_is_another_forward_but_a_near_one(sealed):
     lower = Encoder(encoder.inputs, encoder.network, "cpu", precision="bfloat16")
     exact, near = (one(opened.image[:3].values).levels[2] for one in (encoder, lower))
     assert near.dtype == np.float32
-    assert 0 < np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.1
+    assert 0 < np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.2  # eight bits of mantissa
 
 
 def test_a_compiled_forward_gives_the_same(sealed, monkeypatch):

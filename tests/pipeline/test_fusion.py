@@ -91,7 +91,7 @@ def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
     mean, std = (values[:, None, None] for values in store.statistics("level0"))
     np.testing.assert_allclose(level, (drawn["level0/features"][:, 0] - mean) / std, atol=1e-5)
     vector = drawn["pooled/mean_level0"][:, 0]
-    fused = fusion.pooled([store], "all", index, index)
+    fused = fusion.pooled([store], "all", "mean", index, index)
     np.testing.assert_allclose(fused, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
 
 

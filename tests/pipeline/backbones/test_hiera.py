@@ -1,5 +1,7 @@
 """Hiera as SAM 2 builds it, against the whole official model called directly."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,13 @@ TINY = "sam2.1_hiera_t"
 @pytest.fixture(scope="module")
 def official():
     """The whole SAM 2.1 tiny with weights of its own, built by its own function."""
+    import sam2
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
     from sam2.build_sam import build_sam2
 
+    GlobalHydra.instance().clear()  # DVC's tests leave their own behind
+    initialize_config_module(sam2.__name__, version_base="1.2")
     torch.manual_seed(3)
     return build_sam2(f"configs/sam2.1/{TINY}.yaml", device="cpu")
 
@@ -46,9 +53,11 @@ def test_levels_are_those_of_the_official_image_encoder(official, folder, opened
 
 @pytest.mark.parametrize("variant", list(hiera.VARIANTS))
 def test_every_variant_has_a_configuration_of_four_stages(variant):
-    from hydra import compose
+    import sam2
+    from omegaconf import OmegaConf
 
-    trunk = compose(f"configs/sam2.1/{variant}.yaml").model.image_encoder.trunk
+    described = OmegaConf.load(Path(sam2.__file__).parent / f"configs/sam2.1/{variant}.yaml")
+    trunk = described.model.image_encoder.trunk
     assert len(trunk.get("stages", (2, 3, 16, 3))) == 4
     assert variant.rpartition("_")[2][0] == hiera.VARIANTS[variant].weights.repo.rpartition("-hiera-")[2][0]
 
