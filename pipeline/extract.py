@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cache import codecs, prepare, schema, shard, statistics, write
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import bands, encode, inputs, views
+from pipeline import bands, encode, inputs, pyramid, views
 from pipeline.archives import digest
 from pipeline.encode import Encoder
 from pipeline.inputs import Inputs
@@ -40,7 +40,7 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
     The same inputs resume there after a kill; other inputs or other code start afresh, and what an earlier
     extraction of other inputs left in `folder` is removed.
     """
-    modules = (bands, encode, inputs, views, schema, codecs, prepare, shard, statistics, write)
+    modules = (bands, encode, inputs, pyramid, views, schema, codecs, prepare, shard, statistics, write)
     code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
     decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
