@@ -57,8 +57,9 @@ class Case:
     def __init__(self, backbone: str, dataset: str, count: int, batch: int, device: str, precision: str):
         described = params.load()
         trained = Path(f"data/weights/{backbone}")
-        weights = "pretrained" if (trained / "source.json").exists() else "random"
-        chosen = dataclasses.replace(described.backbone(backbone), input_size=224, weights=weights)
+        chosen = dataclasses.replace(described.backbone(backbone), input_size=224)
+        fetched = (trained / str(spec(chosen).weights_file)).is_file()
+        chosen = dataclasses.replace(chosen, weights="pretrained" if fetched else "random")
         self.images, self.batch, self.described = repeated(dataset, count), batch, described
         self.declared = spec(chosen)
         given = inputs.describe(self.images, backbone, chosen, self.declared)
