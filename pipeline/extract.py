@@ -78,7 +78,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
                 memory.put(filled)
 
         storing, filled = deque(), None
-        for number, rows, given in _ahead(_batches(images, encoder, writer, batch)):
+        for number, rows, given in _ahead(_batches(images, encoder, writer, batch), encoder.device):
             first, last = layout.rows(number).start, layout.rows(number).stop
             if rows.start == first:
                 filled = memory.get()
@@ -182,10 +182,12 @@ def _kept(pyramid: Pyramid, layout: Layout) -> dict:
     return arrays
 
 
-def _ahead(items: Iterator) -> Iterator:
+def _ahead(items: Iterator, device: str) -> Iterator:
     """The same items, each made by a thread while those before are used."""
     end = object()
-    with ThreadPoolExecutor(1) as thread:
+    # A thread begins at the first GPU, whichever its process uses.
+    own = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
+    with ThreadPoolExecutor(1, **own) as thread:
         waiting = deque(thread.submit(next, items, end) for _ in range(_BATCHES))
         while (item := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, items, end))

@@ -69,6 +69,8 @@ def work(task: Extraction, index: int = 0) -> dict:
     weights = json.loads((task.weights / "source.json").read_text())
     said = engine.provenance(pictures, task.name, task.backbone, declared, given, weights, task.extract, where)
     scratch = engine.scratch_path(task.scratch, said, task.extract)
+    if where == "cuda":
+        torch.cuda.set_device(nth(where, index))
     encoder = Encoder(
         given,
         build(task.backbone, declared, given.seen, task.weights),
