@@ -74,7 +74,8 @@ def announce(layout: Layout, rate: float, folder: Path, what: str) -> str:
     Raises:
         UserError: the disk of `folder` cannot hold it.
     """
-    needs = nbytes(layout)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a run that was broken off
+    needs = max(0, nbytes(layout) - there)
     place = next(one for one in (folder, *folder.parents) if one.exists())
     free = shutil.disk_usage(place).free
     seconds = len(layout.sample) * max(1, len(layout.views)) / rate
