@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +75,7 @@ def announce(layout: Layout, rate: float, folder: Path, what: str) -> str:
     Raises:
         UserError: the disk of `folder` cannot hold it.
     """
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # of a run that was broken off
-    needs = max(0, nbytes(layout) - there)
+    needs = max(0, nbytes(layout) - _bytes_in(folder))  # a run that was broken off left some
     place = next(one for one in (folder, *folder.parents) if one.exists())
     free = shutil.disk_usage(place).free
     seconds = len(layout.sample) * max(1, len(layout.views)) / rate
@@ -86,6 +86,14 @@ def announce(layout: Layout, rate: float, folder: Path, what: str) -> str:
     if needs > free and layout.codec.name == "none":
         raise UserError(f"The disk cannot hold it. {line} at {place}. Free some space, or choose an extract.codec.")
     return line
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another worker renames its files
+            total += path.stat().st_size
+    return total
 
 
 def nbytes(layout: Layout) -> int:

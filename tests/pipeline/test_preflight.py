@@ -44,7 +44,7 @@ def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_written(tiles,
         preflight.announce(layout, 10.0, tmp_path / "new", "tiles x lite0")
     assert not (tmp_path / "new").exists()
     # What an earlier run left is not needed twice.
-    assert "and 0.00 GB" in preflight.announce(layout, 10.0, tmp_path, "tiles x lite0")
+    assert "and 0.00 GB" in preflight.announce(layout, 10.0, tmp_path / "store.zarr", "tiles x lite0")
 
 
 def test_what_lower_precision_changes_is_measured(tiles, sealed):
