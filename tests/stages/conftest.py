@@ -34,10 +34,10 @@ def merge(base: dict, change: dict) -> dict:
 
 
 def pytest_collection_modifyitems(items):
-    """One process runs all of these, so that they share the job."""
+    """One process runs all that share the job."""
     for item in items:
-        if "tests/stages/" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("stages"))
+        if "job" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("job"))
 
 
 class Job:
