@@ -65,7 +65,11 @@ class Case:
         given = inputs.describe(self.images, backbone, chosen, self.declared)
         network = build(chosen, self.declared, given.seen, trained)
         self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
-        self.extract = dataclasses.replace(described.extract, batch=batch, dense=True, precision=precision)
+        # A batch does not reach from one shard into the next, and both sides are to have the same.
+        shard = max(described.extract.shard, batch)
+        self.extract = dataclasses.replace(
+            described.extract, batch=batch, shard=shard, dense=True, precision=precision
+        )
         self.look = preflight.look(self.images, self.encoder, 4)
 
     def engine(self) -> float:

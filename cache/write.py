@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -31,6 +32,9 @@ from cache.read import Features
 from cache.schema import CONTRACT, Layout, StoreError, consolidate, create, put_array
 from cache.statistics import channel_statistics
 
+# Seconds between looks at shards that others have in hand.
+_PATIENCE = 0.2
+
 
 class Writer:
     """Fills one store, alone or beside other writers; after a kill it goes on at the first missing shard.
@@ -47,7 +51,7 @@ class Writer:
     """
 
     def __init__(self, scratch: Path, layout: Layout, final: Path, provenance: Mapping):
-        self._held = {}
+        self._held, self._given_up = {}, False
         self.scratch, self.layout, self.final = Path(scratch), layout, Path(final)
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
         made_from = json.dumps([repr(layout), dict(provenance)], sort_keys=True)
@@ -82,12 +86,14 @@ class Writer:
         yields them too if their writer dies. Ends early if another writer finished the store, and with it the
         scratch folder.
         """
+        self._given_up = False
         try:
-            for wait in (False, True):
-                for shard in self.pending():
-                    if shard in self._held:
-                        continue
-                    lock = _lock(self._records / f"{shard}.lock", wait)
+            while open_ones := [shard for shard in self.pending() if shard not in self._held]:
+                before = len(self._held)
+                for shard in open_ones:
+                    if self._given_up:
+                        return
+                    lock = _lock(self._records / f"{shard}.lock")
                     if lock is None:
                         continue
                     if self._record(shard).exists() or not self._store.exists():
@@ -95,12 +101,15 @@ class Writer:
                         continue
                     self._held[shard] = lock
                     yield shard
+                if len(self._held) == before:  # never wait for a lock itself: two that wait may wait for each other
+                    time.sleep(_PATIENCE)
         except GeneratorExit:  # its user gave up
             self.release()
             raise
 
     def release(self) -> None:
-        """Let go of the shards in this writer's hand that it will not write."""
+        """Let go of the shards in this writer's hand that are not being written, and take no more."""
+        self._given_up = True
         while self._held:
             os.close(self._held.popitem()[1])
 
@@ -116,10 +125,11 @@ class Writer:
             StoreError: no such shard; an array is missing or of the wrong shape, or holds values that the dtype
                 cannot.
         """
+        lock = self._held.pop(shard, None)
         try:
             self._write(shard, values)
         finally:
-            if (lock := self._held.pop(shard, None)) is not None:
+            if lock is not None:
                 os.close(lock)
 
     def _write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
@@ -281,21 +291,15 @@ def _locked(path: Path):
             os.close(lock)
 
 
-def _lock(path: Path, wait: bool) -> int | None:
+def _lock(path: Path, wait: bool = False) -> int | None:
     """A descriptor that holds the lock until it is closed; None if another has it or its folder is gone."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
     except FileNotFoundError:
         return None
-    if _taken(lock, wait) and path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
-        return lock
+    with suppress(FileNotFoundError, BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.fstat(lock), path.stat()):  # not of a folder that was taken away meanwhile
+            return lock
     os.close(lock)
     return None
-
-
-def _taken(lock: int, wait: bool) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    return True

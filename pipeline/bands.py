@@ -77,27 +77,30 @@ def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: S
     Args:
         name: the backbone's, for the message.
         bands: the images'.
-        wanted: bands to use in place of the backbone's own, by name or wavelength, in the order of its inputs.
+        wanted: bands to use in place of the backbone's own, by name or wavelength; those that it does not know by
+            name, in the order of its inputs.
 
     Raises:
         Unseen: a band that is needed, or wanted, is not there.
         UserError: bands wanted that do not fit its inputs.
     """
     if wanted:
-        places = {one: find(one, bands) for one in wanted}
-        slots = _slots(name, spec, [bands[place] for place in places.values() if place is not None], wanted)
-        needs = tuple(wanted)
+        places = [find(one, bands) for one in wanted]
+        needs = wanted
+        slots = wanted if None in places else _slots(name, spec, [bands[place] for place in places], wanted)
     else:
         slots = spec.bands or [band.common_name for band in bands]
-        places = {}
-        for slot in slots:
-            own = find(slot, bands)
-            places[slot] = find(spec.instead[slot], bands) if own is None and slot in spec.instead else own
         needs = slots if spec.needs is None else spec.needs
-    if gone := [str(one) for one in needs if places[one] is None]:
+        places = [find(slot, bands) for slot in slots]
+        for at, slot in enumerate(slots):
+            if places[at] is None and slot in spec.instead:
+                places[at] = find(spec.instead[slot], bands)
+    if gone := [str(slot) for slot, place in zip(slots, places, strict=True) if place is None and slot in needs]:
         there = ", ".join(band.common_name for band in bands)
         raise Unseen(f"{name} needs the bands {', '.join(gone)}; these images have {there}.")
-    used = [(slot, place) for slot, place in zip(slots, places.values(), strict=True) if place is not None]
+    used = [(slot, place) for slot, place in zip(slots, places, strict=True) if place is not None]
+    if spec.bands:
+        used.sort(key=lambda one: spec.bands.index(one[0]))
     return Seen(
         slots=tuple(slot for slot, _ in used),
         positions=tuple(place for _, place in used),
@@ -107,19 +110,20 @@ def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: S
 
 
 def _slots(name: str, spec: Spec, chosen: Sequence[Band], wanted: Sequence) -> Sequence[str]:
-    """The network's inputs for bands chosen by hand."""
-    if spec.bands is None or len(chosen) < len(wanted):
+    """The network's inputs for bands chosen by hand: by name if it knows all of them, else in order."""
+    if spec.bands is None:
         return [band.common_name for band in chosen]
-    if len(wanted) == len(spec.bands):
-        return spec.bands
     takes = {**{slot: slot for slot in spec.bands}, **{other: slot for slot, other in spec.instead.items()}}
-    strange = [band.common_name for band in chosen if band.common_name not in takes]
-    if spec.needs is None or strange:
-        raise UserError(
-            f"{name} takes the bands {', '.join(spec.bands)}{'' if spec.needs is None else ' or some of them'}; its "
-            f"bands in params.yaml are {', '.join(map(str, wanted))}."
-        )
-    return [takes[band.common_name] for band in chosen]
+    named = [takes.get(band.common_name) for band in chosen]
+    whole = len(chosen) == len(spec.bands)
+    if None not in named and len(set(named)) == len(named) and (whole or spec.needs is not None):
+        return named
+    if whole:
+        return spec.bands
+    raise UserError(
+        f"{name} takes the bands {', '.join(spec.bands)}{'' if spec.needs is None else ' or some of them'}; its "
+        f"bands in params.yaml are {', '.join(map(str, wanted))}."
+    )
 
 
 def full_scale(units: str) -> float:

@@ -22,17 +22,18 @@ class Encoder:
     Args:
         inputs: what the backbone is given.
         network: its torch module.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or one of several, such as `cuda:1`.
         precision: of the forward: `float32`, or autocast to `bfloat16` or `float16`.
         compiled: by torch.compile.
         strides: input pixels per cell of each level, as declared; empty if they are not.
     """
 
     def __init__(self, inputs: Inputs, network, device: str, precision="float32", compiled=False, strides=()):
-        self.inputs, self.device, self.strides = inputs, device, strides
+        self.device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+        self.inputs, self.strides = inputs, strides
         self.precision = precision
         # Channels last is no slower on a CPU (benchmarks/choices.py), and what GPUs want in low precision.
-        self.network = convert_conv2d_weight_memory_format(network.to(device), torch.channels_last)
+        self.network = convert_conv2d_weight_memory_format(network.to(self.device), torch.channels_last)
         self._forward = torch.compile(self.network) if compiled else self.network
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:

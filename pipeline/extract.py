@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +35,20 @@ from pipeline.pyramid import Pyramid, Spec
 _BATCHES, _SHARDS = 3, 2
 
 
-def scratch_path(folder: Path, described: Mapping, extract: Extract) -> Path:
+def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool = True) -> Path:
     """The place in `folder` of one extraction before it is published, named by everything that decides its bytes.
 
-    The same inputs resume there after a kill; other inputs or other code start afresh, and what an earlier
-    extraction of other inputs left in `folder` is removed.
+    The same inputs resume there after a kill; other inputs or other code start afresh.
+
+    Args:
+        clear: remove what an earlier extraction of other inputs left in `folder`.
     """
     modules = (bands, encode, inputs, pyramid, views, schema, codecs, prepare, shard, statistics, write)
     code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
     decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     for old in folder.glob("[!.]*"):
-        if old != path:
+        if clear and old != path:
             shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -64,7 +67,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     for _ in range(_SHARDS):
         memory.put({})
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
-    with bar as progress, ThreadPoolExecutor(1) as disk:
+    with bar as progress, ThreadPoolExecutor(1) as disk, ExitStack() as stack:
 
         def store(number: int, filled: dict, copied) -> None:
             try:
@@ -78,7 +81,9 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
                 memory.put(filled)
 
         storing, filled = deque(), None
-        for number, rows, given in _ahead(_batches(images, encoder, writer, batch), encoder.device):
+        batches = stack.enter_context(closing(_ahead(_batches(images, encoder, writer, batch), encoder.device)))
+        stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
+        for number, rows, given in batches:
             first, last = layout.rows(number).start, layout.rows(number).stop
             if rows.start == first:
                 filled = memory.get()
@@ -130,7 +135,7 @@ def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, gi
             "mean": given.mean,
             "std": given.std,
         },
-        "place_and_time": given.context,
+        "place_and_time": list(given.context) or False,
         "input_size": backbone.input_size,
         "resampling": spec.resize,
         "precision": extract.precision,

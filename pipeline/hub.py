@@ -67,9 +67,10 @@ def _download(wanted: HubFile, place: Path) -> str:
     try:
         return hf_hub_download(wanted.repo, wanted.file, revision=wanted.revision)
     except Exception as error:  # the hub's client raises its own, requests' and the system's
+        reason = (str(error).splitlines() or ["no message"])[0][:150]
         size = f", {wanted.size / 1e9:.2f} GB" if wanted.size else ""
         raise UserError(
-            f"{wanted.file} could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0][:150]}). "
+            f"{wanted.file} could not be downloaded ({type(error).__name__}: {reason}). "
             f"Download {wanted.address}{size}, put it at {place} and run again; or set weights: random, which every "
             "report will say."
         ) from None

@@ -1,5 +1,6 @@
 """From stored images to the exact tensor that a backbone is given: bands → units → stretch → normalise → resize."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.params import Backbone
 from pipeline.pyramid import Seen, Spec
 
+_CONTEXT = {"place": ("lat", "lon"), "time": ("time",)}
 # Images read at once while their mean and standard deviation are taken.
 _STEP = 256
 
@@ -25,7 +27,7 @@ class Inputs:
         mean, std: per band, after scaling and stretching, or None.
         normalisation: `native` or `dataset`: whose they are.
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
-        context: latitude, longitude and time go in too.
+        context: what else goes in: `place` (latitude and longitude), `time`.
     """
 
     seen: Seen
@@ -35,7 +37,7 @@ class Inputs:
     std: tuple[float, ...] | None
     normalisation: str
     resize: str
-    context: bool
+    context: tuple[str, ...]
 
     def select(self, image: np.ndarray) -> np.ndarray:
         """The bands that are used, contiguous, in the images' own units and dtype: (batch, band, y, x)."""
@@ -69,17 +71,18 @@ class Inputs:
         return functional.interpolate(values, size=size, mode="bilinear", antialias=True)
 
     def where_and_when(self, images: xr.Dataset, rows: slice) -> dict[str, np.ndarray]:
-        """Where and when samples were taken, as Prithvi wants it, float32; empty if the backbone takes none.
+        """Where and when samples were taken, as Prithvi wants it, float32; nothing that is not known.
 
         Returns:
             `place` (sample, 2): latitude and longitude in degrees; `time` (sample, 1, 2): year, and its day from 0.
         """
-        if not self.context:
-            return {}
-        taken = images.time[rows].dt
-        place = np.stack([images.lat[rows].values, images.lon[rows].values], axis=1)
-        when = np.stack([taken.year.values, taken.dayofyear.values - 1], axis=1)[:, None]
-        return {"place": place.astype(np.float32), "time": when.astype(np.float32)}
+        found = {}
+        if "place" in self.context:
+            found["place"] = np.stack([images.lat[rows].values, images.lon[rows].values], axis=1)
+        if "time" in self.context:
+            taken = images.time[rows].dt
+            found["time"] = np.stack([taken.year.values, taken.dayofyear.values - 1], axis=1)[:, None]
+        return {name: values.astype(np.float32) for name, values in found.items()}
 
 
 def describe(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec) -> Inputs:
@@ -110,7 +113,7 @@ def describe(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec) -> I
         std=None,
         normalisation=backbone.normalisation,
         resize=spec.resize,
-        context=spec.context and all(_known(images, axis) for axis in ("lat", "lon", "time")),
+        context=tuple(name for name, axes in _CONTEXT.items() if spec.context and _known(images, axes)),
     )
     mean, std = (_of_inputs(spec, seen) if own else _moments(images, made)) if spec.mean or not own else (None, None)
     return Inputs(**{**vars(made), "mean": mean, "std": std})
@@ -122,8 +125,8 @@ def bands_of(images: xr.Dataset) -> list[Band]:
     return [Band(*one, gsd=images.attrs["gsd"]) for one in zip(*columns, strict=True)]
 
 
-def _known(images: xr.Dataset, axis: str) -> bool:
-    return axis in images.coords and bool(images[axis].notnull().all())
+def _known(images: xr.Dataset, axes: Sequence[str]) -> bool:
+    return all(axis in images.coords and bool(images[axis].notnull().all()) for axis in axes)
 
 
 def _of_inputs(spec: Spec, seen: Seen) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -17,8 +17,8 @@ from pipeline.pyramid import Pyramid
 
 # Images of the first look at a network on a CPU, where a batch may take minutes.
 _LOOK = 4
-# Batches if none is given: on a CPU, where larger ones gain nothing; at most, on a GPU; and the share of its memory.
-_CPU_BATCH, _LARGEST, _SHARE = 16, 512, 0.8
+# The batch if none is given, on a CPU, where larger ones gain nothing; and the share of a GPU's memory to use.
+_CPU_BATCH, _SHARE = 16, 0.8
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,43 @@ class Look:
 
 
 def look(images: xr.Dataset, encoder: Encoder, batch: int) -> Look:
-    """Encode the first images, in float32 too if the forward is in lower precision."""
+    """Encode the first images, a few of them in float32 too if the forward is in lower precision.
+
+    Raises:
+        UserError: features that are no numbers.
+    """
     rows = slice(0, min(batch if encoder.device != "cpu" else _LOOK, len(images.sample)))
     image, known = images.image[rows].values, encoder.inputs.where_and_when(images, rows)
     pyramid = encoder(image, known)
     begun = time.perf_counter()
     encoder(image, known)
     rate = len(image) / (time.perf_counter() - begun)
+    if not all(np.isfinite(level).all() for level in pyramid.levels):
+        raise UserError(
+            f"Features in {encoder.precision} are not finite numbers. Check the images, or set extract.precision to "
+            "float32 or bfloat16."
+        )
     if encoder.precision == "float32":
         return Look(pyramid, rate, {})
-    exact = Encoder(encoder.inputs, encoder.network, encoder.device, strides=encoder.strides)(image, known)
-    pairs = zip(pyramid.levels, exact.levels, strict=True)
+    few = {name: values[:_LOOK] for name, values in known.items()}
+    exact = Encoder(encoder.inputs, encoder.network, encoder.device, strides=encoder.strides)(image[:_LOOK], few)
+    pairs = zip((level[:_LOOK] for level in pyramid.levels), exact.levels, strict=True)
     errors = [float(np.linalg.norm(lower - level) / np.linalg.norm(level)) for lower, level in pairs]
     return Look(pyramid, rate, {f"level{index}": error for index, error in enumerate(errors)})
 
 
-def largest_batch(images: xr.Dataset, encoder: Encoder) -> int:
+def largest_batch(images: xr.Dataset, encoder: Encoder, most: int) -> int:
     """A batch for `extract.batch: 0`: on a GPU the largest power of two that its memory holds with room to spare."""
     if encoder.device == "cpu":
         return _CPU_BATCH
-    total = torch.cuda.mem_get_info(encoder.device)[1]
+    free = torch.cuda.mem_get_info(encoder.device)[0]
     batch = _CPU_BATCH
-    while batch < _LARGEST:
+    while 2 * batch <= most:
         torch.cuda.reset_peak_memory_stats(encoder.device)
         base = torch.cuda.memory_allocated(encoder.device)
         rows = np.zeros(batch, int)
         encoder(images.image[rows].values, encoder.inputs.where_and_when(images, rows))
-        if base + 2 * (torch.cuda.max_memory_allocated(encoder.device) - base) > _SHARE * total:
+        if 2 * (torch.cuda.max_memory_allocated(encoder.device) - base) > _SHARE * free:
             break
         batch *= 2
     return batch

@@ -24,9 +24,20 @@ def read(path: Path) -> dict:
         except SafetensorError as error:
             raise _unreadable(path, error) from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise _unreadable(path, error) from None
+    if not isinstance(held, Mapping):
+        raise _unreadable(path, TypeError(f"it holds a {type(held).__name__}, not tensors by name"))
+    return held
 
 
 def load_strictly(

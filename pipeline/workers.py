@@ -6,8 +6,10 @@ the shard it was at, another machine may join at any time, and the store does no
 
 import json
 import sys
+import threading
+import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +20,13 @@ from pipeline import images, inputs, preflight
 from pipeline.backbones import build, spec
 from pipeline.compute import device, nth
 from pipeline.encode import Encoder
+from pipeline.errors import UserError
 from pipeline.params import Backbone, Compute, Extract
 
-# A task whose worker died is given to another this often.
-_RETRIES = 3
+# Seconds between looks at which workers there are.
+_PATIENCE = 0.5
+# A process computes for one store at a time, also if its Dask worker has several threads.
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -48,61 +53,84 @@ class Extraction:
 
 
 def run(task: Extraction, compute: Compute) -> dict:
-    """Extract, wherever `compute` says; returns what the store says of itself, with its content digest."""
+    """Extract, wherever `compute` says; returns what the store says of itself, with its content digest.
+
+    Raises:
+        UserError: workers that may have different devices.
+    """
+    if compute.scheduler and task.device == "auto":
+        raise UserError("compute.device is 'auto', and the scheduler's workers may differ. Set it to cuda or cpu.")
+    if not compute.scheduler:
+        task = replace(task, device=device(task.device))
     if not compute.scheduler and not compute.workers:
-        return work(task)
-    with _client(compute) as (client, count):
-        futures = [client.submit(work, task, index, pure=False, retries=_RETRIES) for index in range(count)]
-        return client.gather(futures)[0]
+        return work(task, clear=True)
+    with _client(compute) as client:
+        return _first(client, task)
 
 
-def work(task: Extraction, index: int = 0) -> dict:
+def _first(client, task: Extraction) -> dict:
+    """Have every worker there is, and every one that joins, work at the store until one says that it is finished."""
+    given = {}
+    while True:
+        there = client.scheduler_info(n_workers=-1)["workers"]
+        for address, worker in there.items():
+            if address not in given:
+                beside = {given[other][1] for other in given if there.get(other, {}).get("host") == worker["host"]}
+                index = next(number for number in range(len(beside) + 1) if number not in beside)
+                future = client.submit(work, task, index, workers=[address], allow_other_workers=False, pure=False)
+                given[address] = future, index
+        futures = [future for address, (future, _) in given.items() if address in there]
+        if finished := [future for future in futures if future.status == "finished"]:
+            return finished[0].result()
+        if futures and all(future.status == "error" for future in futures):
+            raise futures[0].exception()
+        time.sleep(_PATIENCE)
+
+
+def work(task: Extraction, index: int = 0, clear: bool = False) -> dict:
     """Take shards until none is left, and finish the store.
 
     Args:
         index: of the GPU, on a machine with several.
+        clear: remove what extractions of other inputs left behind.
     """
+    with _ALONE:
+        return _work(task, index, clear)
+
+
+def _work(task: Extraction, index: int, clear: bool) -> dict:
     torch.set_num_threads(task.threads)  # Dask gives its workers one
     pictures, where = images.open_images(task.images), device(task.device)
     declared = spec(task.backbone)
     given = inputs.describe(pictures, task.name, task.backbone, declared)
     weights = json.loads((task.weights / "source.json").read_text())
     said = engine.provenance(pictures, task.name, task.backbone, declared, given, weights, task.extract, where)
-    scratch = engine.scratch_path(task.scratch, said, task.extract)
+    scratch = engine.scratch_path(task.scratch, said, task.extract, clear)
     if where == "cuda":
         torch.cuda.set_device(nth(where, index))
-    encoder = Encoder(
-        given,
-        build(task.backbone, declared, given.seen, task.weights),
-        nth(where, index),
-        task.extract.precision,
-        task.extract.compiled,
-        declared.strides,
-    )
-    batch = task.extract.batch or preflight.largest_batch(pictures, encoder)
+    network = build(task.backbone, declared, given.seen, task.weights)
+    encoder = Encoder(given, network, where, task.extract.precision, task.extract.compiled, declared.strides)
+    # A batch does not reach from one shard into the next.
+    largest = task.extract.shard
+    batch = min(task.extract.batch or preflight.largest_batch(pictures, encoder, largest), largest)
     seen = preflight.look(pictures, encoder, batch)
     layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
     print(preflight.announce(layout, seen.rate, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
     writer = Writer(scratch, layout, task.final, said)
-    try:
-        engine.extract(pictures, encoder, writer, batch)
-    finally:
-        writer.release()
+    engine.extract(pictures, encoder, writer, batch)
     measured = {"precision_error": seen.precision_error} if seen.precision_error else {}
     return {**said, **measured, "content_sha256": writer.finish(measured)}
 
 
 @contextmanager
 def _client(compute: Compute):
-    """A Dask client, and how many tasks to send."""
     from distributed import Client, LocalCluster
 
     if compute.scheduler:
         with Client(compute.scheduler) as client:
-            yield client, max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+            yield client
     else:
-        with (
-            LocalCluster(n_workers=compute.workers, threads_per_worker=1, dashboard_address=None) as cluster,
-            Client(cluster) as client,
-        ):
-            yield client, compute.workers
+        # Without a limit: Dask would kill a worker whose network and shards take more than its share.
+        size = {"n_workers": compute.workers, "threads_per_worker": 1, "memory_limit": 0}
+        with LocalCluster(**size, dashboard_address=None) as cluster, Client(cluster) as client:
+            yield client

@@ -49,7 +49,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
     import timm
     import torch
 
-    from pipeline.weights import read
+    from pipeline.weights import load_strictly, read
 
     class Maps(torch.nn.Module):
         def __init__(self, network):
@@ -61,17 +61,12 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:  # transformers are made for a size, convolutions for any
-            network = timm.create_model(variant, in_chans=len(seen.slots), img_size=seen.input_size)
-        except TypeError:
-            network = timm.create_model(variant, in_chans=len(seen.slots))
+        network = timm.create_model(variant, in_chans=len(seen.slots))
     if not hasattr(network, "forward_intermediates"):
         raise UserError(f"timm's '{variant}' does not give its inner maps. Choose another network.")
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
-        read(path)  # refuses what is not a checkpoint
-        try:  # timm's own loading fits position embeddings to the size
-            timm.models.load_checkpoint(network, str(path), strict=True, weights_only=True)
-        except RuntimeError as error:
-            raise UserError(f"{path} does not fit timm's {variant}: {' '.join(str(error).split())[:300]}") from None
+        load_strictly(network, read(path), path)
+    if hasattr(network, "set_input_size"):  # transformers are made for a size, convolutions for any
+        network.set_input_size(img_size=seen.input_size)
     return Maps(network)

@@ -61,7 +61,11 @@ def test_bands_chosen_by_hand_fill_the_networks_inputs():
     other = see("m", CSMASK, SENTINEL2, 64, ["B02", "B03", "B04", "B8A", "B11", "B12"])
     assert other.slots == CSMASK.bands
     assert names(other)[3] == "B8A"
-    few = see("m", PRITHVI, SENTINEL2, 64, ["red", "nir", "swir16"])
+    turned = see("m", CSMASK, SENTINEL2, 64, list(CSMASK.bands[::-1]))
+    assert turned == see("m", CSMASK, SENTINEL2, 64)  # known by name, whatever the order
+    same = see("m", efficientnet.VARIANTS["lite0"], SENTINEL2, 64, ["B11", "B11", "B11"])
+    assert (same.slots, same.positions) == (("red", "green", "blue"), (11, 11, 11))
+    few = see("m", PRITHVI, SENTINEL2, 64, ["swir16", "red", "nir"])
     assert few.slots == ("red", "nir08", "swir16")
     with pytest.raises(UserError, match="takes the bands blue, green, red, nir08, swir16, swir22 or some of them"):
         see("m", PRITHVI, SENTINEL2, 64, ["red", "cirrus"])

@@ -137,7 +137,7 @@ def test_a_picture_without_a_declared_stretch_is_refused(given, prepared, opened
 def test_place_and_time_are_latitude_first_and_days_from_0(given):
     made, opened = given("sample-landuse-seg", PRITHVI)
     known = made.where_and_when(opened, slice(0, 2))
-    assert made.context
+    assert made.context == ("place", "time")
     assert known["place"].shape == (2, 2)
     assert known["place"][0] == pytest.approx([52.5, 12.6], abs=0.15)  # Brandenburg: north, then east
     assert known["time"].tolist() == [[[2017.0, 46.0]]] * 2  # 16 February is the 47th day
@@ -153,4 +153,7 @@ def test_place_and_time_are_never_invented(prepared, opened, absent):
     made = dataclasses.replace(
         prepared("sample-landuse-seg"), **{absent: None}, **({"lon": None} if absent == "lat" else {})
     )
-    assert not inputs.describe(opened(made), "prithvi", PRITHVI, spec(PRITHVI)).context
+    left = {"lat": ("time",), "time": ("place",)}[absent]
+    given, images = inputs.describe(opened(made), "prithvi", PRITHVI, spec(PRITHVI)), opened(made)
+    assert given.context == left
+    assert tuple(given.where_and_when(images, slice(0, 1))) == left

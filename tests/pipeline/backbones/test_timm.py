@@ -36,7 +36,7 @@ def test_weights_of_timms_own_layout(opened, encoder_of, tmp_path):
         expected = theirs.forward_features(sealed.prepare(image))
     np.testing.assert_allclose(sealed(image).levels[3], expected, rtol=1e-4, atol=1e-4)
     torch.save({"fc.bias": torch.zeros(1000)}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match="does not fit timm's resnet18: .*Missing"):
+    with pytest.raises(UserError, match="does not fit the network: missing conv1.weight"):
         encoder_of(opened, "timm", "resnet18", 64, tmp_path, hub=hub)
 
 
