@@ -61,7 +61,8 @@ def run(task: Extraction, compute: Compute) -> dict:
     if compute.scheduler and task.device == "auto":
         raise UserError("compute.device is 'auto', and the scheduler's workers may differ. Set it to cuda or cpu.")
     if not compute.scheduler:
-        task = replace(task, device=device(task.device))
+        # More threads than cores would wait for one another.
+        task = replace(task, device=device(task.device), threads=max(1, task.threads // max(1, compute.workers)))
     if not compute.scheduler and not compute.workers:
         return work(task, clear=True)
     with _client(compute) as client:

@@ -25,9 +25,10 @@ def task(store, weights, tmp_path):
 
     def make(name):
         return workers.Extraction(
-            "csmask_b4", Backbone("efficientnet", "csmask_b4", "pretrained", 192), EXTRACT, "cpu",
+            "csmask_b4", Backbone("efficientnet", "csmask_b4", "pretrained", 128), EXTRACT, "cpu",
             images=store("sample-landuse-seg"), weights=weights("csmask_b4"),
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
+            threads=1,
         )  # fmt: skip
 
     return make
