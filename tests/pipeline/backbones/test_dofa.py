@@ -11,12 +11,6 @@ from pipeline.errors import UserError
 BASE = "dofa_base_patch16_224"
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Importing terratorch lowers torch's float32 precision for the whole process."""
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.fixture(scope="module")
 def official():
     """torchgeo's network, with position embeddings that are not nought."""

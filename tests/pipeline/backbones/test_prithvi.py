@@ -11,12 +11,6 @@ from pipeline.errors import UserError
 TINY = "prithvi_eo_v2_tiny_tl"
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Importing terratorch lowers torch's float32 precision for the whole process."""
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.fixture(scope="module")
 def official():
     """The masked autoencoder with four frames, as it is published: encoder and decoder."""

@@ -13,12 +13,6 @@ OPTIONS = {"model_bands": ["BLUE", "GREEN", "RED"], "out_indices": [1, 2, 3, 4]}
 DESCRIBED = {"bands": ("blue", "green", "red"), "eats": "reflectance", "normalisation": "dataset", "options": OPTIONS}
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    """Importing terratorch lowers torch's float32 precision for the whole process."""
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.fixture
 def opened(store):
     return images.open_images(store("sample-landuse-seg"))
