@@ -9,7 +9,6 @@ everything that decides the content:
     <scratch>/lock                held while the store is laid down and while it is finished
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from cache import checksums
 from cache import shard as shard_format
 from cache.codecs import NONE
 from cache.durable import building, publish, sync_folder, write_file
+from cache.locks import locked, take
 from cache.prepare import prepare
 from cache.read import Features
 from cache.schema import CONTRACT, Layout, StoreError, consolidate, create, put_array
@@ -59,7 +59,7 @@ class Writer:
         held = False
         while not held:  # a writer that finishes takes the folder away while this one is arriving
             self._records.mkdir(parents=True, exist_ok=True)
-            with _locked(self.scratch / "lock") as held:
+            with locked(self.scratch / "lock") as held:
                 if held and self.published() is None:
                     self._lay_down()
                 elif held:
@@ -93,7 +93,7 @@ class Writer:
                 for shard in open_ones:
                     if self._given_up:
                         return
-                    lock = _lock(self._records / f"{shard}.lock")
+                    lock = take(self._records / f"{shard}.lock")
                     if lock is None:
                         continue
                     if self._record(shard).exists() or not self._store.exists():
@@ -173,7 +173,7 @@ class Writer:
         Raises:
             StoreError: shards are missing.
         """
-        with _locked(self.scratch / "lock") as held:
+        with locked(self.scratch / "lock") as held:
             if held and self._store.exists():
                 return self._finish(measured or {})
         if (digest := self.published()) is None:
@@ -278,28 +278,3 @@ def _sha256(parts: Iterable[bytes | memoryview]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-@contextmanager
-def _locked(path: Path):
-    """Hold a lock that its holder's death releases; gives False if its folder is gone."""
-    lock = _lock(path, wait=True)
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(path: Path, wait: bool = False) -> int | None:
-    """A descriptor that holds the lock until it is closed; None if another has it or its folder is gone."""
-    try:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT)
-    except FileNotFoundError:
-        return None
-    with suppress(FileNotFoundError, BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.fstat(lock), path.stat()):  # not of a folder that was taken away meanwhile
-            return lock
-    os.close(lock)
-    return None
