@@ -4,10 +4,14 @@
 
 `lanes`: UPerNets trained a core a head, against each in turn on all cores.
 `upernet_channels_last`, `csmask_channels_last`: against contiguous tensors, for a training step and a forward.
+`lite0_large_pages`: a forward with torch's memory in large pages, against small ones.
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,6 +88,25 @@ def csmask_channels_last() -> float:
     return ratio(forward(torch.channels_last), forward(torch.contiguous_format))
 
 
+def lite0_large_pages() -> float:
+    def forward(large: str) -> float:
+        command = [sys.executable, "-c", "from benchmarks.choices import lite0; lite0()"]
+        extra = {"THP_MEM_ALLOC_ENABLE": large}
+        return float(subprocess.run(command, env=os.environ | extra, check=True, capture_output=True).stdout)
+
+    return statistics.median(forward("0") / forward("1") for _ in range(ROUNDS))
+
+
+def lite0() -> None:
+    """Print the seconds of a forward: torch decides once a process where its memory comes from."""
+    described = Backbone("efficientnet", "lite0", "random", 224)
+    network = build(described, spec(described), None, Path()).to(memory_format=torch.channels_last)
+    image = torch.randn(32, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        network(image)
+        print(statistics.median(seconds(lambda: network(image)) for _ in range(7)))
+
+
 if __name__ == "__main__":
-    measured = [lanes, upernet_channels_last, csmask_channels_last]
+    measured = [lanes, upernet_channels_last, csmask_channels_last, lite0_large_pages]
     print(json.dumps({work.__name__: round(work(), 2) for work in measured} | {"cores": torch.get_num_threads()}))

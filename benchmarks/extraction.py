@@ -36,9 +36,9 @@ from pipeline.images import open_images
 ALL_OF_GEO_BENCH = 104_000
 SCRATCH = FOLDER / "extracting"
 CPU = {  # backbone: (dataset, images, batch, rounds)
-    "lite0": ("sample-trees-seg", 256, 32, 5),
-    "csmask_b4": ("sample-landuse-seg", 72, 16, 5),
-    "dofa_300m": ("sample-landuse-seg", 32, 8, 3),
+    "lite0": ("sample-trees-seg", 1024, 32, 5),
+    "csmask_b4": ("sample-landuse-seg", 288, 16, 5),
+    "dofa_300m": ("sample-landuse-seg", 48, 8, 3),
 }
 GPU = dict.fromkeys(("hiera_200m", "prithvi_300m", "prithvi_600m", "dofa_300m"), ("sample-landuse-seg", 4096, 256, 3))
 MEMORY = ("sample-trees-seg", "lite0", 128)

@@ -49,14 +49,29 @@ def prepare(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Execu
         counts = np.array(list(pool.map(lambda rows: _block(values, rows, dtype, codec, prepared), blocks)))
     except ValueError as error:
         raise StoreError(f"{name} has {error}. Store this backbone with extract.codec: none.") from None
-    too_large, largest, faint, nonzero = (
-        *counts[:, 0].sum(keepdims=True),
-        counts[:, 1].max(),
-        *counts[:, 2:4].sum(axis=0),
-    )
+    prepared.error, prepared.size = judge(counts, name, dtype)
+    return prepared
+
+
+def judge(counts: np.ndarray, name: str, dtype: str) -> tuple[float, float]:
+    """Whether values survived being narrowed to `dtype`.
+
+    Args:
+        counts: (part, 6), of any parts of an array: finite values too large for the dtype, the largest magnitude
+            among them, values below its smallest normal number, values that are not zero; sums of squares of what
+            was lost and of what was given, over finite values. Both counts of small values may be of a sample.
+        name: the array's, for the message.
+
+    Returns:
+        Squares lost and given.
+
+    Raises:
+        StoreError: values that do not fit, or most of which would lose their digits.
+    """
+    too_large, _, faint, nonzero, error, size = counts.sum(axis=0).tolist()
     if too_large:
         raise StoreError(
-            f"{int(too_large)} values of {name} are too large for {dtype} (up to {largest:.4g}, limit "
+            f"{int(too_large)} values of {name} are too large for {dtype} (up to {counts[:, 1].max():.4g}, limit "
             f"{np.finfo(dtype).max:.5g}). Store this backbone with extract.dtype: float32."
         )
     if faint > _FAINT_SHARE * nonzero:
@@ -65,12 +80,11 @@ def prepare(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Execu
             f"number {np.finfo(dtype).tiny:.2g}, and would lose their digits. Store this backbone with "
             "extract.dtype: float32."
         )
-    prepared.error, prepared.size = counts[:, 4:].sum(axis=0).tolist()
-    return prepared
+    return error, size
 
 
 def _block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, into: Prepared) -> tuple[float, ...]:
-    """Store a few samples; counts: too large, the largest of them, faint, non-zero; squares: lost, given."""
+    """Store a few samples; what `judge` wants to know of them."""
     given = np.ascontiguousarray(values[rows])
     narrow = np.empty(given.shape, dtype) if codec.loses else into.stored[rows]
     with np.errstate(over="ignore"):

@@ -115,11 +115,13 @@ class Writer:
 
     __del__ = release
 
-    def write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
+    def write(self, shard: int, values: Mapping[str, np.ndarray], lost: Mapping | None = None) -> None:
         """Write one whole shard of every array, make it durable, and record it.
 
         Args:
             values: float arrays (rows of the shard, …) by array path; `Layout.shapes` has one sample's shape.
+            lost: of arrays that the caller narrowed to the store's dtype: the sums of squares that this lost, and of
+                what there was before.
 
         Raises:
             StoreError: no such shard; an array is missing or of the wrong shape, or holds values that the dtype
@@ -127,12 +129,12 @@ class Writer:
         """
         lock = self._held.pop(shard, None)
         try:
-            self._write(shard, values)
+            self._write(shard, values, lost or {})
         finally:
             if lock is not None:
                 os.close(lock)
 
-    def _write(self, shard: int, values: Mapping[str, np.ndarray]) -> None:
+    def _write(self, shard: int, values: Mapping[str, np.ndarray], lost: Mapping) -> None:
         if not 0 <= shard < self.layout.shards:
             raise StoreError(f"There is no shard {shard}; there are 0 to {self.layout.shards - 1}.")
         rows = self.layout.rows(shard)
@@ -145,7 +147,7 @@ class Writer:
             for name, array in values.items():
                 codec = self.layout.codec if name.endswith("/features") else NONE
                 prepared = prepare(np.asarray(array), name, self.layout.dtype, codec, pool)
-                loss[name] = [prepared.error, prepared.size]
+                loss[name] = lost.get(name) or [prepared.error, prepared.size]
                 # The disk works on this array while the processor prepares the next.
                 persisted[name] = disk.submit(self._persist, shard, name, prepared.stored, pool)
                 if prepared.scale is not None:

@@ -3,6 +3,7 @@
 Nothing else may call a backbone, so that no step can be forgotten or done twice.
 """
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 from pipeline.errors import UserError
 from pipeline.inputs import Inputs
 from pipeline.pyramid import Pyramid
+
+# On a CPU torch takes fresh memory for every layer's output; in large pages that costs less
+# (benchmarks/choices.py). torch reads this when it first makes a tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -24,12 +24,14 @@ from tqdm import tqdm
 from cache import codecs, prepare, schema, shard, statistics, write
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import bands, encode, inputs, pyramid, views
+from pipeline import bands, encode, inputs, narrow, pyramid, views
 from pipeline.archives import digest
+from pipeline.buffer import Buffer
 from pipeline.encode import Encoder
 from pipeline.inputs import Inputs
 from pipeline.params import Backbone, Extract
 from pipeline.pyramid import Pyramid, Spec
+from pipeline.transfer import Download, Upload, arrived
 
 # Batches read ahead, and shards in memory: one being filled, one being stored.
 _BATCHES, _SHARDS = 3, 2
@@ -43,7 +45,7 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool
     Args:
         clear: remove what an earlier extraction of other inputs left in `folder`.
     """
-    modules = (bands, encode, inputs, pyramid, views, schema, codecs, prepare, shard, statistics, write)
+    modules = (bands, encode, inputs, narrow, pyramid, views, schema, codecs, prepare, shard, statistics, write)
     code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
     decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -60,37 +62,36 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
         writer: which may have shards from an earlier run; nothing is pending in it at the end.
         batch: images per forward.
     """
-    layout = writer.layout
+    layout, download = writer.layout, Download(encoder.device)
     count = len(layout.sample)
     done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
     memory = queue.SimpleQueue()
     for _ in range(_SHARDS):
-        memory.put({})
+        memory.put(Buffer(layout, download))
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
     with bar as progress, ThreadPoolExecutor(1) as disk, ExitStack() as stack:
 
-        def store(number: int, filled: dict, copied) -> None:
+        def store(number: int, buffer: Buffer, copied) -> None:
             try:
                 if copied:
                     copied.synchronize()
                 rows = layout.rows(number)
-                length = rows.stop - rows.start
-                writer.write(number, {name: tensor[:length].numpy() for name, tensor in filled.items()})
-                progress.update(length)
+                writer.write(number, *buffer.take(rows.stop - rows.start))
+                progress.update(rows.stop - rows.start)
             finally:
-                memory.put(filled)
+                memory.put(buffer)
 
-        storing, filled = deque(), None
+        storing, buffer = deque(), None
         batches = stack.enter_context(closing(_ahead(_batches(images, encoder, writer, batch), encoder.device)))
         stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
         for number, rows, given in batches:
             first, last = layout.rows(number).start, layout.rows(number).stop
             if rows.start == first:
-                filled = memory.get()
-            _encode(encoder, given, layout, filled, slice(rows.start - first, rows.stop - first))
+                buffer = memory.get()
+            for name, values in _encode(encoder, given, layout).items():
+                buffer.put(slice(rows.start - first, rows.stop - first), name, values)
             if rows.stop == last:
-                copied = torch.cuda.current_stream().record_event() if encoder.device != "cpu" else None
-                storing.append(disk.submit(store, number, filled, copied))
+                storing.append(disk.submit(store, number, buffer, download.event()))
             while storing and (storing[0].done() or len(storing) == _SHARDS):
                 storing.popleft().result()
         for one in storing:
@@ -148,8 +149,12 @@ def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, gi
 
 
 def _batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> Iterator:
-    """(shard, rows, given): the next images as the device wants them, a tensor a view, and their context."""
-    pin = encoder.device != "cpu"
+    """(shard, rows, given): the next images as the device wants them, a tensor a view, and their context.
+
+    A batch does not reach from one shard into the next: features depend in their last digits on what else is in a
+    batch, and a run that resumes, or one of many workers, must make the same.
+    """
+    upload = Upload(encoder.device)
     seen = [views.VIEWS[view] for view in writer.layout.views] or [lambda image: image]
     for number in writer.shards():
         rows = writer.layout.rows(number)
@@ -160,24 +165,16 @@ def _batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -
             known = {
                 name: torch.from_numpy(each) for name, each in encoder.inputs.where_and_when(images, chosen).items()
             }
-            if pin:
-                tensors = [tensor.pin_memory() for tensor in tensors]
-                known = {name: tensor.pin_memory() for name, tensor in known.items()}
-            yield number, chosen, (tensors, known)
+            yield number, chosen, upload(tensors, known)
 
 
-def _encode(encoder: Encoder, given, layout: Layout, filled: dict, rows: slice) -> None:
-    """Encode a batch into rows of a shard's arrays; with views each array is (sample, view, …)."""
-    tensors, known = given
-    known = {name: tensor.to(encoder.device, non_blocking=True) for name, tensor in known.items()}
-    for view, tensor in enumerate(tensors):
-        pyramid = encoder.forward(encoder.inputs.tensor(tensor.to(encoder.device, non_blocking=True)), known)
-        for name, values in _kept(pyramid, layout).items():
-            if name not in filled:
-                shape = (min(layout.shard, len(layout.sample)), *layout.shapes()[name])
-                filled[name] = torch.empty(shape, pin_memory=encoder.device != "cpu")
-            place = filled[name][rows, view] if layout.views else filled[name][rows]
-            place.copy_(values, non_blocking=True)
+def _encode(encoder: Encoder, given: tuple, layout: Layout) -> dict[str, torch.Tensor]:
+    """What the layout keeps of a batch, by array path; with views each array is (sample, view, …)."""
+    tensors, known = arrived(given)
+    seen = [_kept(encoder.forward(encoder.inputs.tensor(tensor), known), layout) for tensor in tensors]
+    if not layout.views:
+        return seen[0]
+    return {name: torch.stack([one[name] for one in seen], dim=1) for name in seen[0]}
 
 
 def _kept(pyramid: Pyramid, layout: Layout) -> dict:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import xarray as xr
@@ -52,23 +53,18 @@ class Inputs:
         import torch
         from torch.nn import functional
 
-        values = selected.float() / self.scale
+        # In place from here on: fresh memory costs more than the arithmetic.
+        values = selected.to(torch.float32, copy=True).div_(self.scale)
         if self.display:
             low, high = self.display
-            values = ((values - low) / (high - low)).clamp(0, 1)
+            values.sub_(low).div_(high - low).clamp_(0, 1)
         if self.mean is not None:
-            mean, std = (
-                torch.tensor(each, dtype=torch.float32, device=values.device)[:, None, None]
-                for each in (self.mean, self.std)
-            )
-            values = (values - mean) / std
-        values = values.contiguous(memory_format=torch.channels_last)
+            values.sub_(_per_band(self.mean, values.device)).div_(_per_band(self.std, values.device))
         size = (self.seen.input_size,) * 2
-        if values.shape[-2:] == size:
-            return values
-        if self.resize == "nearest":
-            return functional.interpolate(values, size=size, mode="nearest-exact")
-        return functional.interpolate(values, size=size, mode="bilinear", antialias=True)
+        if values.shape[-2:] != size:
+            how = {"mode": "nearest-exact"} if self.resize == "nearest" else {"mode": "bilinear", "antialias": True}
+            values = functional.interpolate(values, size=size, **how)
+        return values.contiguous(memory_format=torch.channels_last)
 
     def where_and_when(self, images: xr.Dataset, rows: slice) -> dict[str, np.ndarray]:
         """Where and when samples were taken, as Prithvi wants it, float32; nothing that is not known.
@@ -83,6 +79,14 @@ class Inputs:
             taken = images.time[rows].dt
             found["time"] = np.stack([taken.year.values, taken.dayofyear.values - 1], axis=1)[:, None]
         return {name: values.astype(np.float32) for name, values in found.items()}
+
+
+@lru_cache
+def _per_band(values: tuple[float, ...], device):
+    """Float32 (band, 1, 1), kept on the device: bringing it there makes the processor wait for a GPU."""
+    import torch
+
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def describe(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec) -> Inputs:

@@ -1,0 +1,44 @@
+"""Narrowing features to the store's dtype where they are computed, so that half as many bytes leave the device.
+
+What it finds on the way is what `cache.prepare` finds of values that a writer narrows itself.
+"""
+
+import torch
+
+# Of every so many samples of a batch, one is looked at for values too small for the dtype.
+_EVERY = 8
+# Columns of a tally: `cache.prepare.judge`.
+_COLUMNS = 6
+
+
+def narrow(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values (sample, channel, …) in `dtype`, and float64 (sample, 6) of what that does to each sample.
+
+    Nothing here waits for a GPU.
+    """
+    low = values.to(dtype)
+    given = _flat(values).float()
+    lost = _flat(low).float().sub_(given)
+    size, error = (torch.linalg.vector_norm(each, dim=1) for each in (given, lost))
+    tally = torch.zeros(len(values), _COLUMNS, dtype=torch.float64, device=values.device)
+    # On a processor a look at the norms is cheap, and saves the passes below.
+    if values.is_cuda or not bool(torch.isfinite(size + error).all()):
+        finite = given.isfinite()
+        over = lost.isinf() & finite
+        tally[:, 0] = over.sum(dim=1)
+        tally[:, 1] = torch.where(over, given, 0).abs().amax(dim=1)
+        size, error = (
+            torch.linalg.vector_norm(torch.where(finite & ~over, each, 0), dim=1, dtype=torch.float64)
+            for each in (given, lost)
+        )
+    few = given[::_EVERY].abs()
+    zeros = (few == 0).sum(dim=1)
+    tally[::_EVERY, 2] = ((few < torch.finfo(dtype).tiny).sum(dim=1) - zeros).double()
+    tally[::_EVERY, 3] = (few.shape[1] - zeros).double()
+    tally[:, 4], tally[:, 5] = error.double().square(), size.double().square()
+    return low, tally
+
+
+def _flat(values: torch.Tensor) -> torch.Tensor:
+    """(sample, values), in the order in which they lie in memory where that is channels last."""
+    return (values if values.is_contiguous() else values.movedim(1, -1)).flatten(1)

@@ -1,0 +1,73 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from cache.codecs import NONE
+from cache.prepare import judge, prepare
+from cache.schema import Layout, Level, StoreError
+from pipeline.buffer import Buffer
+from pipeline.narrow import narrow
+from pipeline.transfer import Download
+
+
+@pytest.fixture
+def maps():
+    return torch.randn(16, 5, 6, 7, generator=torch.Generator().manual_seed(0)) * 10
+
+
+def by_the_writer(values: torch.Tensor):
+    with ThreadPoolExecutor(2) as pool:
+        return prepare(values.contiguous().numpy(), "level0/features", "float16", NONE, pool)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("odd", [None, float("nan"), float("inf")])
+def test_it_is_what_the_writer_would_have_done(maps, layout, odd):
+    if odd is not None:
+        maps[3, 2, 1, 0] = odd
+    maps = maps.contiguous(memory_format=layout)
+    low, tally = narrow(maps, torch.float16)
+    theirs = by_the_writer(maps)
+    np.testing.assert_array_equal(low.numpy(), theirs.stored)
+    error, size = judge(tally.numpy(), "level0/features", "float16")
+    assert error == pytest.approx(theirs.error, rel=1e-4)
+    assert size == pytest.approx(theirs.size, rel=1e-4)
+    assert 0 < error < 1e-6 * size
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e-9])
+def test_it_refuses_what_the_writer_refuses(maps, scale):
+    maps *= scale
+    _, tally = narrow(maps, torch.float16)
+    with pytest.raises(StoreError) as ours:
+        judge(tally.numpy(), "level0/features", "float16")
+    with pytest.raises(StoreError) as theirs:
+        by_the_writer(maps)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_zeros_are_not_small_values():
+    maps = torch.zeros(8, 3, 4, 4)
+    maps[:, 0] = 1.0
+    _, tally = narrow(maps, torch.float16)
+    assert judge(tally.numpy(), "level0/features", "float16") == (0.0, 8 * 16.0)
+
+
+def test_a_sample_is_counted_alike_in_any_batch(maps):
+    whole = narrow(maps, torch.float16)[1][8:, [0, 1, 4, 5]]
+    np.testing.assert_array_equal(narrow(maps[8:], torch.float16)[1][:, [0, 1, 4, 5]].numpy(), whole.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_buffer_is_filled_batch_by_batch_and_used_again(maps, dtype):
+    names = tuple(f"{index}" for index in range(16))
+    layout = Layout(names, ("train",) * 16, (Level(5, 6, 7, stride=4, layer="a"),), {}, dtype, shard=16)
+    buffer = Buffer(layout, Download("cpu"))
+    for factor in (1, 3):
+        for rows in (slice(0, 10), slice(10, 16)):
+            buffer.put(rows, "level0/features", factor * maps[rows])
+        values, lost = buffer.take(16)
+        np.testing.assert_array_equal(values["level0/features"], (factor * maps).numpy().astype(dtype))
+        assert list(lost) == (["level0/features"] if dtype == "float16" else [])
