@@ -79,23 +79,41 @@ def largest_batch(images: xr.Dataset, encoder: Encoder, most: int) -> int:
     return batch
 
 
-def announce(layout: Layout, rate: float, folder: Path, what: str) -> str:
-    """A line on what an extraction will take.
+def announce(layout: Layout, seen: Look, folder: Path, what: str) -> str:
+    """A line on what an extraction, or what is left of it, will take.
+
+    Args:
+        folder: where its writers share what they have of it.
 
     Raises:
         UserError: the disk of `folder` cannot hold it.
     """
-    needs = max(0, nbytes(layout) - _bytes_in(folder))  # a run that was broken off left some
+    needs = max(0, round(nbytes(layout) * _compressed(layout, seen.pyramid)) - _bytes_in(folder))
     place = next(one for one in (folder, *folder.parents) if one.exists())
     free = shutil.disk_usage(place).free
-    seconds = len(layout.sample) * max(1, len(layout.views)) / rate
+    safe = len(list(folder.glob("shards/*.json"))) * layout.shard
+    seconds = max(0, len(layout.sample) - safe) * max(1, len(layout.views)) / seen.rate
+    size = f"{needs / 1e9:.2f} GB" + ("" if layout.codec.name == "none" else f" as {layout.codec.label}")
     line = (
-        f"{what}: {len(layout.sample)} samples at {rate:.1f} images/s take about {seconds / 60:.1f} min and "
-        f"{needs / 1e9:.2f} GB uncompressed; {free / 1e9:.1f} GB are free"
+        f"{what}: {len(layout.sample)} samples at {seen.rate:.1f} images/s take this process about "
+        f"{seconds / 60:.1f} min and {size}; {free / 1e9:.1f} GB are free"
     )
-    if needs > free and layout.codec.name == "none":
+    if needs > free:
         raise UserError(f"The disk cannot hold it. {line} at {place}. Free some space, or choose an extract.codec.")
     return line
+
+
+def _compressed(layout: Layout, pyramid: Pyramid) -> float:
+    """The share of a level's bytes that the codec leaves, by the features of the first images."""
+    if layout.codec.name == "none" or not layout.levels:
+        return 1.0
+    before = after = 0
+    for level in pyramid.levels:
+        stored, scale = layout.codec.lose(np.ascontiguousarray(level[:_LOOK], dtype=layout.dtype))
+        before += stored.size * np.dtype(layout.dtype).itemsize
+        after += sum(len(layout.codec.compress(one)) for one in stored)
+        after += 0 if scale is None else scale.nbytes
+    return after / before
 
 
 def _bytes_in(folder: Path) -> int:
@@ -109,5 +127,4 @@ def _bytes_in(folder: Path) -> int:
 def nbytes(layout: Layout) -> int:
     """Bytes of a store's arrays before compression."""
     sizes = {name: int(np.prod(shape)) for name, shape in layout.shapes().items()}
-    widths = {name: 4 if name.startswith("pooled/") else np.dtype(layout.dtype).itemsize for name in sizes}
-    return len(layout.sample) * sum(size * widths[name] for name, size in sizes.items())
+    return len(layout.sample) * sum(sizes.values()) * np.dtype(layout.dtype).itemsize

@@ -116,7 +116,7 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
     batch = min(task.extract.batch or preflight.largest_batch(pictures, encoder, largest), largest)
     seen = preflight.look(pictures, encoder, batch)
     layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
-    print(preflight.announce(layout, seen.rate, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
+    print(preflight.announce(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
     writer = Writer(scratch, layout, task.final, said)
     engine.extract(pictures, encoder, writer, batch)
     measured = {"precision_error": seen.precision_error} if seen.precision_error else {}

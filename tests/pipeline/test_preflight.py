@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -27,24 +28,51 @@ def sealed(tiles, encoder_of):
     return encoder_of(tiles, "efficientnet", "lite0", 64)
 
 
-def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_written(tiles, sealed, monkeypatch, tmp_path):
-    seen = preflight.look(tiles, sealed, 4)
-    layout = engine.make_layout(tiles, spec(BACKBONE), seen.pyramid, 64, EXTRACT)
+@pytest.fixture
+def laid(tiles, sealed):
+    """The first look at the tiles, and their layout with a codec."""
+    seen = dataclasses.replace(preflight.look(tiles, sealed, 4), rate=10.0)
+
+    def lay(codec):
+        described = dataclasses.replace(EXTRACT, codec=codec)
+        return engine.make_layout(tiles, spec(BACKBONE), seen.pyramid, 64, described), seen
+
+    return lay
+
+
+@pytest.fixture
+def free(monkeypatch):
+    def leave(count):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=count))
+
+    return leave
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd", "int8"])
+def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_written(tiles, sealed, laid, free, tmp_path, codec):
+    layout, seen = laid(codec)
     writer = Writer(tmp_path / "scratch", layout, tmp_path / "store.zarr", {})
     engine.extract(tiles, sealed, writer, 10)
     writer.finish()
     stored = sum(path.stat().st_size for path in (tmp_path / "store.zarr").rglob("c.*"))
-    assert preflight.nbytes(layout) == pytest.approx(stored, rel=0.15)  # the last shard of vectors is padded
-    line = preflight.announce(layout, 10.0, tmp_path / "new", "tiles x lite0")
-    assert line.startswith("tiles x lite0: 72 samples at 10.0 images/s take about 0.2 min and 0.00 GB uncompressed")
-    monkeypatch.setattr(
-        preflight.shutil, "disk_usage", lambda place: SimpleNamespace(free=preflight.nbytes(layout) - 1)
-    )
+    line = preflight.announce(layout, seen, tmp_path / "new", "tiles x lite0")
+    assert line.startswith("tiles x lite0: 72 samples at 10.0 images/s take this process about 0.2 min and 0.0")
+    free(round(1.2 * stored))
+    preflight.announce(layout, seen, tmp_path / "new", "tiles x lite0")
+    free(round(0.8 * stored))
     with pytest.raises(UserError, match="The disk cannot hold it"):
-        preflight.announce(layout, 10.0, tmp_path / "new", "tiles x lite0")
+        preflight.announce(layout, seen, tmp_path / "new", "tiles x lite0")
     assert not (tmp_path / "new").exists()
-    # What an earlier run left is not needed twice.
-    assert "and 0.00 GB" in preflight.announce(layout, 10.0, tmp_path / "store.zarr", "tiles x lite0")
+
+
+def test_what_an_earlier_run_left_is_not_needed_twice(tiles, sealed, laid, free, tmp_path):
+    layout, seen = laid("none")
+    writer = Writer(tmp_path / "scratch", layout, tmp_path / "store.zarr", {})
+    whole = preflight.nbytes(layout)
+    engine.extract(tiles, sealed, writer, 10)
+    free(0.2 * whole)
+    line = preflight.announce(layout, seen, tmp_path / "scratch", "tiles x lite0")
+    assert "take this process about 0.0 min and 0.00 GB" in line
 
 
 def test_what_lower_precision_changes_is_measured(tiles, sealed):
