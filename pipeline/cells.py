@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xarray as xr
 
 from cache.read import Features, aligned
 from cache.schema import StoreError
@@ -47,12 +48,11 @@ class Cell:
         return fit.evaluate(group, part.inputs, part.label, self.task, self.batch)
 
 
-def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits: Sequence[str], device: str) -> Cell:
-    """Open the members' stores, check that they belong together, and bring the splits into memory.
+def opened(stores: Mapping[Path, str | None], pictures: Path) -> tuple[list[Features], xr.Dataset]:
+    """The members' stores and the images store they were made from, checked to belong together.
 
     Args:
         stores: the members' stores, and the content digests they must have; None leaves that unchecked.
-        splits: the splits to read; nothing is read of the others.
 
     Raises:
         StoreError: stores that differ in samples, were made from other images, or are not those resolved.
@@ -72,9 +72,28 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
             raise StoreError(f"{member.location} was made from other images than {pictures}. Run: dvc repro")
         if member.sample.tolist() != labelled.sample.values.tolist():
             raise StoreError(f"{member.location} lists its samples in another order than {pictures}. Run: dvc repro")
+    return members, labelled
+
+
+def task_of(labelled: xr.Dataset) -> fit.Task:
+    """What an images store asks."""
     kind = labelled.attrs["task"]
-    ignore = images.IGNORE if kind == "segmentation" else None
-    task = fit.Task(kind, len(labelled.attrs["classes"]), ignore)
+    return fit.Task(kind, len(labelled.attrs["classes"]), images.IGNORE if kind == "segmentation" else None)
+
+
+def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits: Sequence[str], device: str) -> Cell:
+    """Open the members' stores, check that they belong together, and bring the splits into memory.
+
+    Args:
+        stores, pictures: as for `opened`.
+        splits: the splits to read; nothing is read of the others.
+
+    Raises:
+        StoreError: as `opened` does.
+    """
+    members, labelled = opened(stores, pictures)
+    task = task_of(labelled)
+    kind = task.kind
     rows = {split: np.flatnonzero(members[0].split == split) for split in {*splits, "train"}}
     parts = {}
     for split in splits:

@@ -30,7 +30,7 @@ def pooled(
     """
     parts = []
     for store in stores:
-        for name in _chosen(store.pooled, which, tokens):
+        for name in chosen(store.pooled, which, tokens):
             reference = store.read(f"pooled/{name}", training).astype(np.float64)
             values = store.read(f"pooled/{name}", index)
             parts.append(_standardise(values, reference.mean(axis=0), reference.std(axis=0)))
@@ -62,7 +62,7 @@ def align(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     ]
 
 
-def _chosen(names: Sequence[str], which: str, tokens: str) -> list[str]:
+def chosen(names: Sequence[str], which: str, tokens: str) -> list[str]:
     """Names of pooled vectors: of one kind or both, all or the deepest of each kind."""
     kinds = [[name for name in names if name.startswith("cls_") == cls] for cls in (False, True)]
     means, classes = kinds if kinds[1] else (kinds[0], kinds[0])

@@ -141,6 +141,21 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Compose:
+    """The composition search.
+
+    Every ensemble of `backbones` (none named: all of the grid's but those with random weights, which are controls)
+    is probed on validation, and the `best` few are run by the full protocol. `probe` is `logistic` or `knn`;
+    segmentation sets are always probed by logistic regression on pixels. `greedy` also adds layers one by one.
+    """
+
+    backbones: tuple[str, ...]
+    probe: str
+    best: int
+    greedy: bool
+
+
+@dataclass(frozen=True)
 class Compute:
     """Where the backbones run.
 
@@ -163,6 +178,7 @@ class Params:
     heads: Heads
     search: Search
     train: Train
+    compose: Compose
     compute: Compute
 
     def dataset(self, name: str) -> Dataset:
@@ -170,6 +186,11 @@ class Params:
 
     def backbone(self, name: str) -> Backbone:
         return _named(self.backbones, name, "backbone", "backbones")
+
+    def composed(self) -> list[str]:
+        """Names of the backbones whose ensembles are searched."""
+        chosen = [name for name in self.grid.backbones if self.backbone(name).weights != "random"]
+        return list(self.compose.backbones) or chosen
 
     def members(self, model: str) -> list[str]:
         """Backbone names of a model such as `csmask_b4+lite0`."""
@@ -264,6 +285,7 @@ def _check(params: Params) -> None:
     _positive("search", trials=params.search.trials, parallel=params.search.parallel)
     _not_negative("search.seed", params.search.seed)
     _positive("train", seeds=params.train.seeds)
+    _check_compose(params)
     for head in ("linear", "upernet"):
         fields = dataclasses.asdict(getattr(params.heads, head))
         _positive(f"heads.{head}", **{k: v for k, v in fields.items() if isinstance(v, int)})
@@ -275,6 +297,22 @@ def _check(params: Params) -> None:
         bounds = getattr(params.search, key)
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
             raise UserError(f"search.{key} is {list(bounds)}; it must be [low, high] with 0 < low <= high.")
+
+
+def _check_compose(params: Params) -> None:
+    names = params.compose.backbones
+    for name in names:
+        params.backbone(name)
+        if name not in params.grid.backbones:
+            raise UserError(
+                f"compose.backbones has '{name}', which is not in grid.backbones "
+                f"({', '.join(params.grid.backbones)}), so nothing would extract its features. Add it there."
+            )
+    if len(set(names)) != len(names):
+        raise UserError(f"compose.backbones is {list(names)}; name each once.")
+    _one_of(params.compose.probe, ("logistic", "knn"), "compose.probe")
+    if params.compose.best < 0:
+        raise UserError(f"compose.best is {params.compose.best}; it must not be negative.")
 
 
 def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:

@@ -11,9 +11,8 @@ def tune(dataset: str, model: str) -> None:
     resolved = read_json(MODELS / dataset / f"{model}.json")
     result = {"dataset": dataset, "model": model, "left_out": resolved["left_out"]}
     if not resolved["left_out"]:
-        from pipeline import cells, metrics
+        from pipeline import cells, protocol
         from pipeline.compute import device
-        from pipeline.search import search
 
         stores = {
             FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]
@@ -21,17 +20,7 @@ def tune(dataset: str, model: str) -> None:
         }
         where = device(described.compute.device)
         cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val"), where)
-
-        def score(settings):
-            counts = cell.counts(cell.train(settings), "val")
-            scores = metrics.score(cell.task.kind, counts.sum(axis=1), cell.task.classes)
-            print(
-                f"{dataset} {model}: {len(settings)} trials, best on validation {scores.max():.4f}",
-                flush=True,
-            )
-            return scores
-
-        result |= search(score, described.search)
+        result |= protocol.tune(cell, described.search, f"{dataset} {model}")
     write_json(TUNED / dataset / f"{model}.json", result)
 
 

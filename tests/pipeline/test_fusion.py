@@ -106,6 +106,6 @@ def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
 )
 def test_class_tokens_where_there_are_any(which, tokens, expected):
     means, both = ["mean_level0", "mean_level1"], ["mean_level0", "mean_level1", "cls_level0", "cls_level1"]
-    assert fusion._chosen(both, which, tokens) == expected
-    assert fusion._chosen(means, which, tokens) == (means if which == "all" else means[-1:])
-    assert fusion._chosen(["mean_std"], which, tokens) == ["mean_std"]
+    assert fusion.chosen(both, which, tokens) == expected
+    assert fusion.chosen(means, which, tokens) == (means if which == "all" else means[-1:])
+    assert fusion.chosen(["mean_std"], which, tokens) == ["mean_std"]
