@@ -47,6 +47,10 @@ class Cell:
         part = self.parts[split]
         return fit.evaluate(group, part.inputs, part.label, self.task, self.batch)
 
+    def logits(self, group: torch.nn.Module, split: str) -> np.ndarray:
+        """What every head says of a split's chips, float32 (head, sample, class); for pooled vectors."""
+        return fit.logits(group, self.parts[split].inputs, self.batch)
+
 
 def opened(stores: Mapping[Path, str | None], pictures: Path) -> tuple[list[Features], xr.Dataset]:
     """The members' stores and the images store they were made from, checked to belong together.

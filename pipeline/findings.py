@@ -69,9 +69,10 @@ def chance(table: pd.DataFrame) -> str:
     """What so many comparisons may be worth."""
     told = table[table.verdict != "cannot be told"]
     return (
-        f"{len(table)} pairs are compared, each at 95 %: about {LEVEL * len(table):.0f} would seem to differ by chance "
-        f"if none did. {len(told)} differ; {int((told.holm < LEVEL).sum())} of them still do after Holm's correction "
-        "for the pairs of their data set. A difference that was not asked about beforehand should pass that too."
+        f"{len(table)} pairs are compared, each at 95 %: about {LEVEL * len(table):.0f} would seem to differ by "
+        f"chance if none did. {len(told)} differ; {int((told.holm < LEVEL).sum())} of them still do after Holm's "
+        "correction for the pairs of their data set. A difference that was not asked about beforehand should pass "
+        "that too."
     )
 
 
@@ -82,9 +83,8 @@ def _pair(table: pd.DataFrame, one: str, other: str, gap: Difference, adjusted: 
         "cannot be told": f"{one} and {other} cannot be told apart with this test set",
     }[gap.verdict]
     lost = gap.verdict != "cannot be told" and adjusted >= LEVEL
-    return (
-        f"{says}: {_figures(table.loc[one], gap)}{f'; no longer after correction for {count} pairs' if lost else ''}."
-    )
+    after = f"; no longer so after Holm's correction for {count} pairs" if lost else ""
+    return f"{says}: {_figures(table.loc[one], gap)}{after}."
 
 
 def _against(table: pd.DataFrame, drawn: Drawn, dataset: str, ours: str, theirs: str, what: str) -> str:
@@ -98,12 +98,10 @@ def _against(table: pd.DataFrame, drawn: Drawn, dataset: str, ours: str, theirs:
 
 
 def _figures(row: pd.Series, gap: Difference) -> str:
-    seeds = (
-        f"{_interval(gap.seeds)} over the {row.runs} seeds alone" if row.runs > 1 else "one seed, so no spread known"
-    )
+    seeds = f"the {row.runs} seeds alone {_interval(gap.seeds)}" if row.runs > 1 else "one seed, so no spread known"
     return (
-        f"{gap.mean:+.3f} {row.metric} (95 % interval {_interval(gap.both)}; {_interval(gap.samples)} over the "
-        f"{row.n_test} test samples alone, {seeds})"
+        f"{gap.mean:+.3f} {row.metric} (95 % interval {_interval(gap.both)}; the {row.n_test} test samples alone "
+        f"{_interval(gap.samples)}, {seeds})"
     )
 
 

@@ -145,6 +145,16 @@ def evaluate(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task, ba
     return np.concatenate(parts, axis=1)
 
 
+@torch.inference_mode()
+def logits(group: torch.nn.Module, inputs: torch.Tensor, batch: int) -> np.ndarray:
+    """Logits of every head on pooled vectors (sample, channel), float32 (head, sample, class)."""
+    heads, parts = len(group.heads), []
+    for start in range(0, len(inputs), batch):
+        rows = torch.arange(start, min(start + batch, len(inputs)), device=inputs.device)
+        parts.append(torch.cat([piece for _, piece in group.pieces(inputs, rows.expand(heads, -1))]).float().cpu())
+    return torch.cat(parts, dim=1).numpy()
+
+
 def _warm_cosine(steps: int) -> Callable[[int], float]:
     warm = max(1, round(WARM_UP * steps))
 

@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
-import torch
 
 from pipeline import metrics, params, predictions
 from pipeline.cells import Cell
@@ -46,8 +44,8 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> tu
     if task.kind == "segmentation":
         predicted = predictions.of_masks(part.sample, cell.counts(group, "test"))
     else:
-        logits = _logits(group, part.inputs, cell.batch)
-        predicted = predictions.of_samples(part.sample, part.label.cpu().numpy(), logits, task.kind)
+        label = part.label.cpu().numpy()
+        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.kind)
     _, counts = predictions.counts(predicted, task.kind, task.classes)
     tested = metrics.score(task.kind, counts.sum(axis=1), task.classes)
     runs = [
@@ -57,13 +55,3 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> tu
         for seed in range(seeds)
     ]  # fmt: skip
     return pd.DataFrame(runs), predicted
-
-
-@torch.inference_mode()
-def _logits(group: torch.nn.Module, inputs: torch.Tensor, batch: int) -> np.ndarray:
-    """(head, sample, class) of every head."""
-    heads, parts = len(group.heads), []
-    for start in range(0, len(inputs), batch):
-        rows = torch.arange(start, min(start + batch, len(inputs)), device=inputs.device)
-        parts.append(torch.cat([piece for _, piece in group.pieces(inputs, rows.expand(heads, -1))]).float().cpu())
-    return torch.cat(parts, dim=1).numpy()

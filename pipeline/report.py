@@ -5,7 +5,6 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from pipeline import aggregate, findings
@@ -58,7 +57,7 @@ def shown(summary: pd.DataFrame) -> pd.DataFrame:
             "model": summary.model,
             "kind": summary.kind,
             "metric": summary.metric,
-            "test score, mean ± std over seeds": [_score(row) for row in summary.itertuples()],
+            "test score, mean ± std over seeds": [score(row) for row in summary.itertuples()],
             "95 % interval": [f"{row.low:.3f}–{row.high:.3f}" for row in summary.itertuples()],
             "test samples": summary.n_test.astype(str),
             "protocol": summary.protocol,
@@ -131,7 +130,8 @@ def image(path: Path, what: str) -> str:
     return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{coded}">'
 
 
-def _score(row) -> str:
+def score(row) -> str:
+    """A row of the summary as its mean and spread over seeds."""
     return f"{row.mean:.3f} ± {f'{row.std:.3f}' if row.runs > 1 else '–'}"
 
 
@@ -164,8 +164,3 @@ def _aggregated(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
         "seeds alone: which data sets were picked, and which test samples, is not in them. A table has the models "
         "that ran on all of its data sets; figures of different tables are not to be compared.</p>" + "".join(texts)
     )
-
-
-def finite(value: float, form: str) -> str:
-    """A number as text, or a dash."""
-    return form.format(value) if np.isfinite(value) else "–"
