@@ -69,7 +69,7 @@ def chance(table: pd.DataFrame) -> str:
     """What so many comparisons may be worth."""
     told = table[table.verdict != "cannot be told"]
     return (
-        f"{len(table)} pairs are compared, each at 95 %: about {LEVEL * len(table):.0f} would seem to differ by "
+        f"{len(table)} pairs are compared, each at 95 %: about {LEVEL * len(table):.2g} would seem to differ by "
         f"chance if none did. {len(told)} differ; {int((told.holm < LEVEL).sum())} of them still do after Holm's "
         "correction for the pairs of their data set. A difference that was not asked about beforehand should pass "
         "that too."

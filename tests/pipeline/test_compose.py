@@ -7,87 +7,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cache.read import Features
-from cache.schema import Layout, Level
-from cache.write import Writer
 from pipeline import compose, images, metrics, points
-from pipeline.bands import Band
 from pipeline.params import Compose, Heads, LinearHead, UperNetHead
 from pipeline.points import Points
 from pipeline.probing import Probe, mask_scores
+from tests.pipeline.conftest import COUNT, SIDE, noise
 
 HEADS = Heads(LinearHead("all", "mean", 10, 10), UperNetHead(4, 4, 4))
 DESCRIBED = Compose((), "logistic", 2, False)
-COUNT, SIDE = 120, 16
 
 
-@pytest.fixture
-def labelled(opened):
-    """From a task to an images store of that task; two in four samples train, one is val and one test."""
-
-    def make(task):
-        generator = np.random.default_rng(0)
-        split = ["train", "val", "train", "test"] * (COUNT // 4)
-        mask = generator.integers(3, size=(COUNT, 4, 4)).repeat(4, axis=1).repeat(4, axis=2)
-        label = {
-            "classification": generator.integers(4, size=COUNT),
-            "multilabel": generator.integers(2, size=(COUNT, 2)),
-            "segmentation": np.where(generator.random(mask.shape) < 0.3, images.IGNORE, mask),
-        }[task]
-        classes = ["a", "b", "c", "d"][: {"classification": 4, "multilabel": 2, "segmentation": 3}[task]]
-        return opened(
-            images.Images(
-                np.zeros((COUNT, 1, SIDE, SIDE), np.uint8), label, [f"s{i:03d}" for i in range(COUNT)], split,
-                [Band("red", "red", 0.665, 1.0)], classes, task, "uint8", 1.0, "none", "made",
-            )
-        )  # fmt: skip
-
-    return make
-
-
-@pytest.fixture
-def member(tmp_path):
-    """From a name and values by array to a feature store of the images' samples."""
-
-    def write(name, values, like):
-        levels = [value for key, value in sorted(values.items()) if key.startswith("level")]
-        layout = Layout(
-            sample=tuple(like.sample.values.tolist()),
-            split=tuple(like.split.values.tolist()),
-            levels=tuple(Level(v.shape[1], *v.shape[2:], SIDE // v.shape[2], "x") for v in levels),
-            pooled={key[7:]: value.shape[1] for key, value in values.items() if key.startswith("pooled/")},
-            dtype="float32",
-            shard=64,
-        )
-        writer = Writer(tmp_path / f"scratch-{name}", layout, tmp_path / f"{name}.zarr", {})
-        for shard in writer.pending():
-            writer.write(shard, {key: value[layout.rows(shard)] for key, value in values.items()})
-        writer.finish()
-        return Features(tmp_path / f"{name}.zarr")
-
-    return write
-
-
-def noise(seed, *shape):
-    return np.random.default_rng(seed).normal(size=(COUNT, *shape)).astype(np.float32)
-
-
-@pytest.fixture
-def chips(labelled, member):
-    """Four classes; `high` knows their first bit, `low` their second, `none` and `copy`, the same, nothing."""
-    like = labelled("classification")
-    bits = np.stack([like.label.values // 2, like.label.values % 2], axis=1)
-    known = {
-        name: {"pooled/mean_level0": noise(i, 3), "pooled/mean_level1": noise(10 + i, 2) + 6 * bits[:, [i % 2]]}
-        for i, name in enumerate(["high", "low"])
-    }
-    nothing = {"pooled/mean_level0": noise(20, 3), "pooled/mean_level1": noise(21, 2)}
-    stores = {**known, "none": nothing, "copy": {key: 2 * value for key, value in nothing.items()}}
-    return {name: member(name, values, like) for name, values in stores.items()}, like
-
-
-def test_every_subset_and_the_one_that_knows_all_is_best(chips):
-    members, like = chips
+def test_every_subset_and_the_one_that_knows_all_is_best(known_chips):
+    members, like = known_chips
     found = compose.search(members, like, HEADS, DESCRIBED)
     table = found.subsets.set_index("model")
     assert len(table) == 15
@@ -103,8 +34,8 @@ def test_every_subset_and_the_one_that_knows_all_is_best(chips):
     assert table.channels["high+low"] == 10
 
 
-def test_neighbours_as_the_probe_and_the_deepest_vector_alone(chips):
-    members, like = chips
+def test_neighbours_as_the_probe_and_the_deepest_vector_alone(known_chips):
+    members, like = known_chips
     heads = dataclasses.replace(HEADS, linear=dataclasses.replace(HEADS.linear, pooled="last"))
     found = compose.search(members, like, heads, dataclasses.replace(DESCRIBED, probe="knn"))
     assert found.probe == "knn"
@@ -112,8 +43,8 @@ def test_neighbours_as_the_probe_and_the_deepest_vector_alone(chips):
     assert found.subsets.set_index("model").channels["high+low"] == 4
 
 
-def test_greedy_takes_the_layers_that_know_and_stops(chips):
-    members, like = chips
+def test_greedy_takes_the_layers_that_know_and_stops(known_chips):
+    members, like = known_chips
     found = compose.search(members, like, HEADS, dataclasses.replace(DESCRIBED, greedy=True))
     steps = found.greedy
     assert {(row.backbone, row.layer) for row in steps.head(2).itertuples()} == {
@@ -123,8 +54,8 @@ def test_greedy_takes_the_layers_that_know_and_stops(chips):
     assert len(steps) < 8
 
 
-def test_what_lies_in_the_test_split_changes_nothing(chips, member, labelled):
-    members, like = chips
+def test_what_lies_in_the_test_split_changes_nothing(known_chips, member, labelled):
+    members, like = known_chips
     test = like.split.values == "test"
     spoilt = {}
     for name, store in members.items():
@@ -149,22 +80,8 @@ def test_multilabel(labelled, member):
     assert table.score[0] > 0.95
 
 
-@pytest.fixture
-def maps(labelled, member):
-    """`knows` has the classes on a grid of four, `coarse` a blur of them on two, both in levels with noise."""
-    like = labelled("segmentation")
-    hot = np.random.default_rng(0).integers(3, size=(COUNT, 4, 4))  # the masks' own, before they were enlarged
-    hot = np.eye(3)[hot].transpose(0, 3, 1, 2).astype(np.float32)
-    half = hot.reshape(COUNT, 3, 2, 2, 2, 2).mean(axis=(3, 5))
-    knows = {"level0/features": 3 * hot + noise(0, 3, 4, 4), "level1/features": 5 + noise(1, 2, 2, 2)}
-    coarse = {"level0/features": noise(2, 4, 2, 2), "level1/features": 100 + 50 * half[:, :, :1, :1]}
-    for one in (knows, coarse):
-        one |= {f"pooled/mean_level{i}": one[f"level{i}/features"].mean((2, 3)) for i in range(2)}
-    return {name: member(name, one, like) for name, one in (("knows", knows), ("coarse", coarse))}, like
-
-
-def test_masks_are_scored_as_if_the_features_had_been_enlarged(maps):
-    members, like = maps
+def test_masks_are_scored_as_if_the_features_had_been_enlarged(known_masks):
+    members, like = known_masks
     rows = {split: members["knows"].rows(split) for split in ("train", "val")}
     masks = {split: like.label[index].values for split, index in rows.items()}
     train, val = (points.pixels(members, rows[split], masks[split], images.IGNORE, 0) for split in rows)
@@ -188,8 +105,8 @@ def test_masks_are_scored_as_if_the_features_had_been_enlarged(maps):
     assert ours > 0.5
 
 
-def test_segmentation_finds_who_knows(maps):
-    members, like = maps
+def test_segmentation_finds_who_knows(known_masks):
+    members, like = known_masks
     found = compose.search(members, like, HEADS, dataclasses.replace(DESCRIBED, probe="knn"))
     table = found.subsets.set_index("model")
     assert found.probe == "logistic"
@@ -197,8 +114,8 @@ def test_segmentation_finds_who_knows(maps):
     assert set(found.cka.level) == {"level0", "level1", "all"}
 
 
-def test_pixels_are_labelled_ones_and_features_those_beneath_them(maps, monkeypatch):
-    members, like = maps
+def test_pixels_are_labelled_ones_and_features_those_beneath_them(known_masks, monkeypatch):
+    members, like = known_masks
     monkeypatch.setattr(points, "POINTS", 600)
     rows = members["knows"].rows("train")
     masks = like.label[rows].values.copy()
