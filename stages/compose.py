@@ -14,6 +14,7 @@ def compose(dataset: str) -> None:
     A model that the grid has is chosen like any other, but run by tune and train alone.
     """
     described = params.load()
+    described.dataset(dataset)
     manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.composed()}
     stores = {
         name: (FEATURES / dataset / f"{name}.zarr", manifest["content_sha256"])
