@@ -48,12 +48,11 @@ def similarities(cka: pd.DataFrame, path: Path) -> None:
     Args:
         cka: dataset, level, one, other, cka.
     """
-    datasets, levels = list(cka.dataset.unique()), list(cka.level.unique())
-    levels = [*[level for level in levels if level != "all"], "all"]
+    datasets = list(cka.dataset.unique())
+    levels = ["all", *[level for level in cka.level.unique() if level != "all"]]
     side = 0.55 * cka.one.nunique() + 0.9
-    figure, axes = plt.subplots(
-        len(datasets), len(levels), figsize=(side * len(levels) + 1.2, (side + 0.35) * len(datasets)), squeeze=False
-    )
+    size = (side * len(levels) + 1.2, (side + 0.35) * len(datasets))
+    figure, axes = plt.subplots(len(datasets), len(levels), figsize=size, squeeze=False)
     for row, dataset in zip(axes, datasets, strict=True):
         for panel, level in zip(row, levels, strict=True):
             table = cka[(cka.dataset == dataset) & (cka.level == level)]
@@ -67,7 +66,7 @@ def similarities(cka: pd.DataFrame, path: Path) -> None:
                 panel.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
             panel.set_xticks(range(len(matrix)), matrix.columns, rotation=30, ha="right", fontsize=7)
             panel.set_yticks(range(len(matrix)), matrix.index, fontsize=7)
-            panel.set_title(f"{dataset}, {level}" if level == "all" else level, fontsize=8)
+            panel.set_title("all that a head reads" if level == "all" else level, fontsize=8)
         row[0].set_ylabel(dataset, fontsize=9)
     figure.suptitle("Linear CKA between frozen backbones (debiased, training split)", fontsize=11)
     figure.tight_layout()

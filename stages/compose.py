@@ -37,15 +37,14 @@ def compose(dataset: str) -> None:
             found = search.search(
                 dict(zip(stores, members, strict=True)), labelled, described.heads, described.compose
             )
-            told |= {"probe": found.probe, "chosen": search.best(found.subsets, described.compose.best)}
+            chosen = search.best(found.subsets, described.compose.best)
+            new = [model for model in chosen if not _of_grid(model, described)]
+            told |= {"probe": found.probe, "chosen": chosen, "run": new}
             for name in ("subsets", "cka", "greedy"):
                 getattr(found, name).to_csv(folder / f"{name}.csv", index=False)
-            print(
-                f"{dataset}: {len(found.subsets)} ensembles probed; the best: {', '.join(told['chosen']) or 'none'}"
-            )
-            for model in told["chosen"]:
-                if not _of_grid(model, described):
-                    _run(dataset, model, stores, manifests, described, folder / model)
+            print(f"{dataset}: {len(found.subsets)} ensembles probed; best: {', '.join(chosen)}", flush=True)
+            for model in new:
+                _run(dataset, model, stores, manifests, described, folder / model)
         write_json(folder / "compose.json", told)
 
 
