@@ -7,6 +7,7 @@ alone are read here; the test split chooses nothing.
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -63,10 +64,8 @@ def search(
         taken = {split: points.chips(members, rows[split], label[split]) for split in rows}
         probe = Probe(taken["train"], taken["val"], task, described.probe)
     wanted = {names: [layer for name in names for layer in layers[name]] for names in ensembles(list(members))}
-    # A core an ensemble. More threads on one small product are ten times slower where the cores are shared, and the
-    # last digits would depend on how many there are.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        fitted = dict(zip(wanted, pool.map(probe.fit, wanted.values()), strict=True))
+    with _side_by_side() as each:
+        fitted = dict(zip(wanted, each(probe.fit, wanted.values()), strict=True))
     if segmentation:
         linear = {names: (wanted[names], one) for names, (_, one) in fitted.items()}
         scores = mask_scores(linear, probe, members, rows["val"], label["val"])
@@ -139,13 +138,25 @@ def greedy(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
     """Add the layer that helps validation most, one after another, for as long as it helps: layer, score."""
     chosen, best, rows = [], -np.inf, []
     while left := [layer for layer in candidates if layer not in chosen]:
-        scores = [probe.fit([*chosen, layer])[0] for layer in left]
+        with _side_by_side() as each:
+            scores = [score for score, _ in each(probe.fit, [[*chosen, layer] for layer in left])]
         if max(scores) <= best:
             break
         best = max(scores)
         chosen.append(left[int(np.argmax(scores))])
         rows.append({"backbone": chosen[-1][0], "layer": chosen[-1][1], "score": best})
     return pd.DataFrame(rows, columns=["backbone", "layer", "score"])
+
+
+@contextmanager
+def _side_by_side():
+    """A `map` over probes, a core each.
+
+    Several threads on one small product are slower than one (benchmarks/probes.py), and the last digits would depend
+    on how many there are.
+    """
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool.map
 
 
 def _layers(name: str, store: Features, head: params.LinearHead, segmentation: bool) -> list[Layer]:
