@@ -11,6 +11,8 @@ import pandas as pd
 from pipeline import figures, report, similarity
 from pipeline.compare import LEVEL
 
+PROBES = {"logistic": "logistic regression", "knn": "nearest neighbours"}
+
 
 @dataclass(frozen=True)
 class Searched:
@@ -47,7 +49,7 @@ def section(searched: Mapping[str, Searched], summary: pd.DataFrame, folder: Pat
             parts.append(f"<p>{html.escape(f'{dataset}: nothing to compose. {why}')}</p>")
             continue
         tested = summary[(summary.dataset == dataset) & (summary.protocol == "frozen")]
-        caption = f"{dataset}: {len(one.subsets)} ensembles. Probe: {one.told['probe']}, frozen, validation."
+        caption = f"{dataset}: {len(one.subsets)} ensembles. Probe: {PROBES[one.told['probe']]}, frozen, validation."
         parts.append(report.as_html(_subsets(one.subsets, tested), caption))
         if len(one.greedy):
             steps = one.greedy.assign(score=one.greedy.score.map("{:.3f}".format))

@@ -91,10 +91,10 @@ def page(
 <html lang="en"><head><meta charset="utf-8"><title>eo-compose report</title>
 <style>{STYLE}</style></head><body>
 <h1>Which backbones, joined how, read these data best?</h1>
-<p>Protocol: <b>{" and ".join(summary.protocol.unique())}</b>. <i>frozen</i>: features cached once, heads trained on
-them; learning rate and weight decay searched on the validation split; every row is the test split, touched once per
-seed. A fine-tuned model is another protocol, and no table mixes the two unsaid. Random networks and the raw-band
-baseline are controls, not models to use.</p>
+<p>Protocol: <b>{" and ".join(summary.protocol.unique())}</b>. In the frozen protocol features are cached once and
+heads trained on them; learning rate and weight decay are searched on the validation split; every row is the test
+split, touched once per seed. A fine-tuned model is another protocol, and no table mixes the two unsaid. Random
+networks and the raw-band baseline are controls, not models to use.</p>
 {as_html(shown(summary))}
 <p>± is over seeds; the interval is the 95 % bootstrap of the mean over test samples, apart from the seeds.</p>
 {image(picture, "Box plots of test scores over seeds, one panel a dataset")}
