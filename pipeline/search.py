@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,7 @@ def search(score: Score, described: Search, study: Path | None = None, about: ob
         name: optuna.distributions.FloatDistribution(*getattr(described, name), log=True)
         for name in ("learning_rate", "weight_decay")
     }
-    key = hashlib.sha256(json.dumps([asdict(described), about], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([asdict(described), about, _code()], sort_keys=True).encode()).hexdigest()
     trials = _kept(study, key)
     while (left := described.trials - len(trials)) > 0:
         asked = _ask(trials, space, min(described.parallel, left), described)
@@ -58,6 +59,7 @@ def _ask(trials: Sequence[dict], space: dict, count: int, described: Search) -> 
     """A round's settings: the first half of all trials random, then by TPE from those before."""
     # A seed a round, since a sampler's state does not outlive its process.
     seed = int(np.random.SeedSequence([described.seed, len(trials)]).generate_state(1)[0])
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     sampler = optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=described.trials // 2, multivariate=True, constant_liar=True
     )
@@ -75,3 +77,9 @@ def _kept(study: Path | None, key: str) -> list[dict]:
     except (FileNotFoundError, json.JSONDecodeError):
         return []
     return found["trials"] if isinstance(found, dict) and found.get("key") == key else []
+
+
+def _code() -> str:
+    """Digest of what trains: trials of other code are not gone on with."""
+    folder = Path(__file__).parent
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()

@@ -1,7 +1,9 @@
 """tune: the search for a model's learning rate and weight decay, on train and validation alone."""
 
+from dataclasses import asdict
+
 from pipeline import params
-from stages.cli import FEATURES, IMAGES, MODELS, TUNED, read_json, run, write_json
+from stages.cli import FEATURES, IMAGES, MODELS, SCRATCH, TUNED, read_json, run, write_json
 
 
 def tune(dataset: str, model: str) -> None:
@@ -31,7 +33,8 @@ def tune(dataset: str, model: str) -> None:
             )
             return scores
 
-        result |= search(score, described.search)
+        study = SCRATCH / "studies" / f"{dataset}-{model}.json"
+        result |= search(score, described.search, study, [resolved, asdict(described.heads), where])
     write_json(TUNED / dataset / f"{model}.json", result)
 
 
