@@ -11,6 +11,7 @@ def tune(dataset: str, model: str) -> None:
     described = params.load()
     described.members(model)
     resolved = read_json(MODELS / dataset / f"{model}.json")
+    study = SCRATCH / "studies" / f"{dataset}-{model}.json"
     result = {"dataset": dataset, "model": model, "left_out": resolved["left_out"]}
     if not resolved["left_out"]:
         from pipeline import cells, metrics
@@ -33,9 +34,9 @@ def tune(dataset: str, model: str) -> None:
             )
             return scores
 
-        study = SCRATCH / "studies" / f"{dataset}-{model}.json"
         result |= search(score, described.search, study, [resolved, asdict(described.heads), where])
     write_json(TUNED / dataset / f"{model}.json", result)
+    study.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
