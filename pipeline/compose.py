@@ -40,6 +40,8 @@ def search(
 ) -> Found:
     """Probe every ensemble of `members` on the validation split, and measure how alike they are.
 
+    A probe reads its members' standardised features side by side, whatever `heads.fusion` is.
+
     Args:
         members: the backbones' stores, aligned.
         labelled: the images store they were made from.
@@ -53,7 +55,7 @@ def search(
     }
     label = {split: labelled.label[index].values for split, index in rows.items()}
     segmentation = task.kind == "segmentation"
-    layers = {name: _layers(name, store, heads.linear, segmentation) for name, store in members.items()}
+    layers = {name: _layers(name, store, heads, segmentation) for name, store in members.items()}
     if segmentation:
         taken = {
             split: points.pixels(members, rows[split], label[split], task.ignore, seed)
@@ -159,7 +161,10 @@ def _side_by_side():
         yield pool.map
 
 
-def _layers(name: str, store: Features, head: params.LinearHead, segmentation: bool) -> list[Layer]:
-    """What a head reads of a backbone: every level, or the pooled vectors that are its parameters."""
-    read = store.levels if segmentation else fusion.chosen(store.pooled, head.pooled, head.tokens)
-    return [(name, layer) for layer in read]
+def _layers(name: str, store: Features, heads: params.Heads, segmentation: bool) -> list[Layer]:
+    """What a head reads of a backbone: levels, or the pooled vectors that are its parameters."""
+    if segmentation:
+        fields = fusion.maps([store], heads.levels)[0]
+    else:
+        fields = fusion.vectors([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
+    return [(name, array.removeprefix("pooled/").removesuffix("/features")) for _, array in fields]

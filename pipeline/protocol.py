@@ -1,6 +1,7 @@
 """The paper's protocol on one cell, a data set seen through a model: search on validation, then seeds on test."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
@@ -13,11 +14,12 @@ from pipeline.search import search
 PROTOCOL = "frozen"
 
 
-def tune(cell: Cell, described: params.Search, name: str) -> dict:
-    """Search learning rate and weight decay on the validation split; see `search`.
+def tune(cell: Cell, described: params.Search, name: str, study: Path | None = None, about: object = None) -> dict:
+    """Search learning rate and weight decay on the validation split.
 
     Args:
         name: for the line that says how far it is.
+        study, about: as for `search`.
     """
 
     def score(settings):
@@ -26,7 +28,7 @@ def tune(cell: Cell, described: params.Search, name: str) -> dict:
         print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
         return scores
 
-    return search(score, described)
+    return search(score, described, study, about)
 
 
 def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:

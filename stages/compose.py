@@ -3,6 +3,8 @@
 Validation alone chooses; the test split is read once per seed of those chosen, as in train.
 """
 
+from dataclasses import asdict
+
 from cache.durable import building
 from pipeline import params
 from stages.cli import COMPOSED, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
@@ -63,7 +65,9 @@ def _run(dataset: str, model: str, stores: dict, manifests: dict, described: par
     cell = cells.load(
         dict(stores[name] for name in members), pictures, described.heads, ("train", "val", "test"), where
     )
-    tuned = protocol.tune(cell, described.search, f"{dataset} {model}")
+    study = SCRATCH / "studies" / f"{dataset}-{model}.json"
+    about = [[stores[name][1] for name in members], asdict(described.heads), where]
+    tuned = protocol.tune(cell, described.search, f"{dataset} {model}", study, about)
     weights = "+".join(str(manifests[name]["weights"]["weights"]) for name in members)
     told = {"dataset": dataset, "model": model, "weights": weights}
     runs, predicted = protocol.test(cell, tuned["best"], described.train.seeds, told)
@@ -71,6 +75,7 @@ def _run(dataset: str, model: str, stores: dict, manifests: dict, described: par
     write_json(folder / "tune.json", tuned)
     runs.to_csv(folder / "runs.csv", index=False)
     predicted.to_parquet(folder / "predictions.parquet")
+    study.unlink(missing_ok=True)
     print(f"{dataset} {model}: test {runs.score.mean():.4f}, the mean of {len(runs)} seeds", flush=True)
 
 

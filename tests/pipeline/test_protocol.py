@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 from sklearn.metrics import accuracy_score
 
 from pipeline import cells, metrics, predictions, protocol
+from pipeline.feed import Stream
 from pipeline.params import Heads, LinearHead, Search, UperNetHead
 
 HEADS = Heads(LinearHead("all", "mean", steps=100, batch=20), UperNetHead(channels=4, steps=10, batch=4))
@@ -13,10 +15,10 @@ SEARCH = Search(trials=4, parallel=2, seed=0, learning_rate=(1e-2, 1e-1), weight
 TOLD = {"dataset": "d", "model": "m", "weights": "none"}
 
 
-def load(given, names, splits=("train", "val", "test")):
+def load(given, names, splits=("train", "val", "test"), heads=HEADS):
     members, like = given
     stores = {members[name].location: None for name in names}
-    return cells.load(stores, Path(like.encoding["source"]), HEADS, splits, "cpu")
+    return cells.load(stores, Path(like.encoding["source"]), heads, splits, "cpu")
 
 
 def test_chips_searched_trained_and_kept(known_chips, capsys):
@@ -59,3 +61,13 @@ def test_masks_keep_their_confusion(known_masks):
     assert counts.sum() == 2 * (cell.parts["test"].label != 255).sum()
     assert metrics.score("segmentation", counts.sum(1), 3).tolist() == runs.score.tolist()
     assert not any(math.isnan(value) for value in runs.val_score)
+
+
+def test_streamed_chips_are_kept_as_those_in_memory(known_chips):
+    best = {"learning_rate": 0.05, "weight_decay": 0.01}
+    cell = load(known_chips, ["high", "low"], heads=dataclasses.replace(HEADS, memory=0.0))
+    assert isinstance(cell.parts["test"].inputs, Stream)
+    runs, kept = protocol.test(cell, best, 2, TOLD)
+    for seed, table in kept.groupby("seed"):
+        assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
+    assert runs.score.mean() > 0.9
