@@ -25,6 +25,8 @@ from pipeline.loss import Task
 STREAMED_SEED = 0
 # Samples in an evaluation's batch, where heads are one product.
 _MANY = 4096
+# Values in pooled vectors above which a product over all of them is worth every core.
+_LARGE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def fit(
     if isinstance(data.inputs, Stream):
         _streamed(lanes, data, recipe, checked)
     else:
-        with _side_by_side(data.label.device, group) as each:
+        with _side_by_side(data, group) as each:
             trained = each(lambda lane: _in_memory(lane, data, recipe, checked), lanes)
             for _ in tqdm(trained, total=len(lanes), unit="lane", mininterval=2, file=sys.stderr):
                 pass
@@ -107,7 +109,7 @@ def _in_memory(lane: Lane, data: Data, recipe: Recipe, validation: Data | None) 
 def _streamed(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Data | None) -> None:
     """Train all lanes batch by batch, each batch read and moved once."""
     rows, device = order(len(data.label), recipe, STREAMED_SEED), data.label.device
-    with _side_by_side(device, lanes[0].group) as each:
+    with _side_by_side(data, lanes[0].group) as each:
         for index, batch in zip(rows, data.inputs.batches(rows), strict=True):
             label, going = data.label[index.to(device)], [lane for lane in lanes if not lane.done]
             list(each(lambda lane, x=batch, y=label: lane.step(x, None, y.expand(len(lane.group), *y.shape)), going))
@@ -120,22 +122,25 @@ def _streamed(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Dat
 
 
 @contextmanager
-def _side_by_side(device: torch.device, group: torch.nn.Module):
+def _side_by_side(data: Data, group: torch.nn.Module):
     """A `map` over lanes: a core a lane, or one lane after the other where one lane keeps the device busy.
 
-    Small convolutions keep one core busy and not two: a core a lane is faster than every core on each lane in turn,
-    and a head's numbers depend neither on the others nor on how many cores there are.
+    Small convolutions and small products keep one core busy and not two: a core a lane is faster than every core on
+    each lane in turn, much faster where others use the machine too, since torch's threads wait for one another by
+    spinning; and a head's numbers depend neither on the others nor on how many cores there are.
     """
-    if device.type != "cpu" or group.stacked:
+    large = isinstance(data.inputs, torch.Tensor) and data.inputs.numel() > _LARGE
+    if data.label.device.type != "cpu" or (group.stacked and large):
         yield map
         return
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    cores = torch.get_num_threads()
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool.map
 
 
 def _evaluate(groups: Sequence[torch.nn.Module], data: Data, task: Task, batch: int) -> list[np.ndarray]:
     """Counts of each group; a stream is read once for all."""
-    with _side_by_side(data.label.device, groups[0]) as each:
+    with _side_by_side(data, groups[0]) as each:
         if not isinstance(data.inputs, Stream):
             return list(each(lambda group: _in_batches(group, data, task, batch), groups))
         parts, rows = [], torch.arange(len(data.label)).split(batch)

@@ -76,7 +76,7 @@ def test_streamed_features_are_those_in_memory(made, task):
         np.testing.assert_array_equal(held.counts(group, split), streamed.counts(group, split))
     together, alone = streamed.train(SETTINGS), streamed.train(SETTINGS[1:])
     for both, one in zip(together.lanes()[-1].parameters(), alone.lanes()[0].parameters(), strict=True):
-        torch.testing.assert_close(both[-1:] if alone.stacked else both, one, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both[-1:] if alone.stacked else both, one, rtol=1e-3, atol=1e-4)
 
 
 def test_streamed_batches_come_in_one_order_for_every_seed(made):
