@@ -25,4 +25,4 @@ lint: .venv/ready
 	ruff format .
 
 clean:
-	rm -rf .venv data results/runs results/tune results/report
+	rm -rf .venv data results/runs results/tune results/compose results/report

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 from pipeline import fit
 from pipeline.backbones import build, spec
-from pipeline.heads.upernet import UperNet, UperNetGroup
+from pipeline.heads.dense import DenseGroup
+from pipeline.heads.upernet import UperNet
 from pipeline.params import Backbone
 
 WIDTHS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
@@ -51,10 +52,10 @@ def lanes() -> float:
 
     def train(group):
         def make(seeds):
-            return UperNetGroup(WIDTHS, 16, 7, (128, 128), seeds)
+            return DenseGroup(lambda: UperNet(WIDTHS, 16, 7), (128, 128), seeds)
 
         for part in group:
-            fit.fit(make, inputs, label, task, part, steps=30, batch=4)
+            fit.fit(make, fit.Data(inputs, label), task, part, fit.Recipe(steps=30, batch=4))
 
     return ratio(lambda: train([settings]), lambda: train([[one] for one in settings]))
 

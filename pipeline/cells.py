@@ -1,28 +1,34 @@
 """One cell of the grid, a dataset seen through a model: its features, labels and heads, ready to train."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+import xarray as xr
 
 from cache.read import Features, aligned
 from cache.schema import StoreError
 from pipeline import fit, fusion, images
+from pipeline.errors import UserError
+from pipeline.feed import Stream, channels_last
+from pipeline.heads.dense import DenseGroup
+from pipeline.heads.fcn import Fcn
 from pipeline.heads.linear import LinearGroup
-from pipeline.heads.upernet import UperNetGroup
+from pipeline.heads.upernet import UperNet
+from pipeline.join import Join, Joined, mix, projected
 from pipeline.params import Heads
 
 
 @dataclass(frozen=True)
-class Part:
-    """Features and labels of one split."""
+class Part(fit.Data):
+    """Features and labels of one split, and its samples' names."""
 
     sample: list[str]
-    inputs: torch.Tensor | list[torch.Tensor]
-    label: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -43,16 +49,72 @@ class Cell:
 
     def counts(self, group: torch.nn.Module, split: str) -> np.ndarray:
         """Per-sample counts of every head on a split, (head, sample, cells)."""
-        part = self.parts[split]
-        return fit.evaluate(group, part.inputs, part.label, self.task, self.batch)
+        return fit.evaluate(group, self.parts[split], self.task, self.batch)
+
+    def logits(self, group: torch.nn.Module, split: str) -> np.ndarray:
+        """What every head says of a split's chips, float32 (head, sample, class); for pooled vectors."""
+        return fit.logits(group, self.parts[split].inputs)
 
 
 def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits: Sequence[str], device: str) -> Cell:
     """Open the members' stores, check that they belong together, and bring the splits into memory.
 
+    Splits that are larger than `heads.memory` together stay on disk and are streamed.
+
     Args:
         stores: the members' stores, and the content digests they must have; None leaves that unchecked.
-        splits: the splits to read; nothing is read of the others.
+        splits: the splits to read; nothing is read of the others, but validation where it decides when to stop.
+
+    Raises:
+        StoreError: stores that differ in samples, were made from other images, or are not those resolved.
+        UserError: parameters that do not fit the task.
+    """
+    members, labelled = opened(stores, pictures)
+    task = task_of(labelled)
+    kind, classes = task.kind, task.classes
+    dense = kind == "segmentation"
+    chosen = getattr(heads, heads.segmentation if dense else "linear")
+    recipe = fit.Recipe(chosen.steps, chosen.batch, chosen.patience, heads.checks)
+    wanted = dict.fromkeys([*splits, *(["val"] if chosen.patience else [])])
+    rows = {split: np.flatnonzero(members[0].split == split) for split in [*wanted, "train"]}
+
+    grouped = (
+        fusion.maps(members, heads.levels)
+        if dense
+        else fusion.vectors(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
+    )
+    fields = list(chain(*grouped))
+    by = [fusion.statistics(field, rows["train"]) for field in fields]
+    held = 4 * sum(len(rows[split]) for split in wanted) * sum(prod(_shape(field)) for field in fields)
+    parts = {}
+    for split in wanted:
+        if held > heads.memory * 1e9:
+            inputs = Stream(fields, by, rows[split], device, vectors=not dense)
+        else:
+            inputs = _in_memory(fields, by, rows[split], device, dense)
+        label = torch.from_numpy(labelled.label[rows[split]].values.astype(np.uint8 if dense else np.int64))
+        parts[split] = Part(inputs, label.to(device), members[0].sample[rows[split]].tolist())
+
+    if heads.class_weights == "balanced":
+        task = replace(task, weights=_balanced(labelled.label[rows["train"]].values, kind, classes))
+    shapes = [[_shape(field) for field in member] for member in grouped]
+    make = (
+        _dense(heads, shapes, classes, tuple(labelled.label.shape[1:]), device)
+        if dense
+        else _linear(heads, shapes, classes)
+    )
+
+    def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
+        return fit.fit(make, parts["train"], task, settings, recipe, parts.get("val"))
+
+    return Cell(parts, task, train, chosen.batch)
+
+
+def opened(stores: Mapping[Path, str | None], pictures: Path) -> tuple[list[Features], xr.Dataset]:
+    """The members' stores and the images store they were made from, checked to belong together.
+
+    Args:
+        stores: the members' stores, and the content digests they must have; None leaves that unchecked.
 
     Raises:
         StoreError: stores that differ in samples, were made from other images, or are not those resolved.
@@ -72,40 +134,59 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
             raise StoreError(f"{member.location} was made from other images than {pictures}. Run: dvc repro")
         if member.sample.tolist() != labelled.sample.values.tolist():
             raise StoreError(f"{member.location} lists its samples in another order than {pictures}. Run: dvc repro")
+    return members, labelled
+
+
+def task_of(labelled: xr.Dataset) -> fit.Task:
+    """What an images store asks."""
     kind = labelled.attrs["task"]
-    ignore = images.IGNORE if kind == "segmentation" else None
-    task = fit.Task(kind, len(labelled.attrs["classes"]), ignore)
-    rows = {split: np.flatnonzero(members[0].split == split) for split in {*splits, "train"}}
-    parts = {}
-    for split in splits:
-        if kind == "segmentation":
-            inputs = [
-                level.to(device, memory_format=torch.channels_last) for level in fusion.pyramid(members, rows[split])
-            ]
-        else:
-            inputs = fusion.pooled(members, heads.linear.pooled, heads.linear.tokens, rows[split], rows["train"]).to(
-                device
-            )
-        label = torch.from_numpy(labelled.label[rows[split]].values.astype(np.int64)).to(device)
-        parts[split] = Part(members[0].sample[rows[split]].tolist(), inputs, label)
+    return fit.Task(kind, len(labelled.attrs["classes"]), images.IGNORE if kind == "segmentation" else None)
 
-    example = parts[splits[0]]
-    if kind == "segmentation":
-        chosen, widths = heads.upernet, [level.shape[1] for level in example.inputs]
-        group = partial(UperNetGroup, widths, chosen.channels, task.classes, tuple(example.label.shape[1:]))
-    else:
-        chosen, group = heads.linear, partial(LinearGroup, example.inputs.shape[1], task.classes)
 
-    def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
-        part = parts["train"]
-        return fit.fit(
-            lambda seeds: group(seeds=seeds),
-            part.inputs,
-            part.label,
-            task,
-            settings,
-            chosen.steps,
-            chosen.batch,
+def _in_memory(fields: Sequence[fusion.Field], by, rows: np.ndarray, device: str, dense: bool):
+    read = (fusion.standardised(field, rows, each).to(device) for field, each in zip(fields, by, strict=True))
+    return [channels_last(level) for level in read] if dense else torch.cat(list(read), dim=1)
+
+
+def _shape(field: fusion.Field) -> tuple[int, ...]:
+    store, name = field
+    return tuple(store.array(name).shape)
+
+
+def _linear(heads: Heads, shapes, classes: int) -> Callable[[Sequence[int]], LinearGroup]:
+    """Makes a group from seeds; `shapes` are those of each member's vectors."""
+    widths = [sum(shape[0] for shape in member) for member in shapes]
+    return lambda seeds: LinearGroup(
+        widths, classes, seeds, projected(heads.fusion, widths), partial(mix, heads.fusion, dim=2)
+    )
+
+
+def _dense(
+    heads: Heads, shapes, classes: int, size: tuple[int, int], device: str
+) -> Callable[[Sequence[int]], DenseGroup]:
+    """Makes a group from seeds; `shapes` are those of each member's levels."""
+    automatic = "bfloat16" if device.startswith("cuda") else "float32"
+    precision = automatic if heads.precision == "auto" else heads.precision
+
+    def head(channels: Sequence[int]) -> torch.nn.Module:
+        if heads.segmentation == "fcn":
+            return Fcn(channels, classes)
+        return UperNet(channels, heads.upernet.channels, classes)
+
+    def make() -> Joined:
+        neck = heads.segmentation == "upernet" and heads.upernet.neck
+        return Joined(Join(shapes, heads.fusion, neck), head)
+
+    return lambda seeds: DenseGroup(make, size, seeds, precision)
+
+
+def _balanced(label: np.ndarray, kind: str, classes: int) -> tuple[float, ...]:
+    """A weight a class, inverse to how often it occurs in training; one for those that do not."""
+    if kind == "multilabel":
+        raise UserError(
+            "heads.class_weights is 'balanced', which is for one class a sample or a pixel; this set is multi-label. "
+            "Set it to 'none'."
         )
-
-    return Cell(parts, task, train, chosen.batch)
+    count = np.bincount(label[label != images.IGNORE] if kind == "segmentation" else label, minlength=classes)
+    present = count > 0
+    return tuple(np.where(present, count.sum() / (present.sum() * np.maximum(count, 1)), 1.0).tolist())

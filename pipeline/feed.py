@@ -11,6 +11,7 @@ import torch
 
 from cache.batches import Batches
 from cache.read import Features
+from pipeline.fusion import Field, Statistics, factors, standardise
 
 _STEP = 256
 
@@ -78,6 +79,42 @@ class Feed:
                 tensors[name][start : start + len(index)] = values
             start += len(index)
         return tensors
+
+
+class Stream:
+    """A split's features, standardised batch by batch as they come from the disk.
+
+    Args:
+        fields: arrays of aligned stores.
+        by: the mean and standard deviation of each.
+        rows: the split's rows.
+        device: where batches go.
+        vectors: the fields are pooled vectors, to be given side by side.
+    """
+
+    def __init__(
+        self, fields: Sequence[Field], by: Sequence[Statistics], rows: np.ndarray, device: str, vectors: bool
+    ):
+        named = {f"{place:03d}": [field] for place, field in enumerate(fields)}
+        self._feed, self._rows, self._vectors = Feed(named, rows, device=device), rows, vectors
+        self._by = [[torch.from_numpy(one).to(device) for one in factors(*each)] for each in by]
+        self.shapes = [tuple(store.array(name).shape) for store, name in fields]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batches(self, order: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | list[torch.Tensor]]:
+        """For every array of positions in the split: (batch, channel), or a list of maps (batch, channel, y, x)."""
+        for _, batch in self._feed.stream(self._rows[index.numpy()] for index in order):
+            parts = [
+                standardise(batch[name].to(torch.float32, copy=True), *self._by[place])
+                for place, name in enumerate(sorted(batch))
+            ]
+            yield torch.cat(parts, dim=1) if self._vectors else [channels_last(part) for part in parts]
+
+
+def channels_last(maps: torch.Tensor) -> torch.Tensor:
+    return maps.contiguous(memory_format=torch.channels_last)
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

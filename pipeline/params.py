@@ -97,28 +97,60 @@ class LinearHead:
     """`pooled` is `last` (the deepest vectors of each backbone) or `all` of them side by side.
 
     `tokens` is what they are of transformers: the `mean` of the patches, the `cls` token, or `both`.
-    `steps` of `batch` samples each, whatever the size of the dataset.
+    `steps` of `batch` samples each, whatever the size of the dataset. `patience` is how many checks on validation
+    may pass without a better score before a head stops, and then it ends as it was at its best; 0 for all steps.
     """
 
     pooled: str
     tokens: str
     steps: int
     batch: int
+    patience: int = 0
 
 
 @dataclass(frozen=True)
 class UperNetHead:
-    """`channels` is the decoder's width."""
+    """`channels` is the decoder's width.
+
+    `neck`: the levels of a transformer, all of one grid, are made a pyramid first, as terratorch does.
+    """
 
     channels: int
     steps: int
     batch: int
+    patience: int = 0
+    neck: bool = True
+
+
+@dataclass(frozen=True)
+class FcnHead:
+    """A linear score of each level's cells; the cheap probe of segmentation."""
+
+    steps: int = 400
+    batch: int = 8
+    patience: int = 0
 
 
 @dataclass(frozen=True)
 class Heads:
+    """`segmentation` is `upernet` or `fcn`.
+
+    `fusion` is how members are joined: `concat`, or `average`, `film`, `dot`. `levels` are the numbers of those used,
+    0 the finest, -1 the deepest; empty for all. `class_weights` is `none` or `balanced`; `checks` on validation in a
+    training, where a head has patience; `precision` of dense heads: `auto` is bfloat16 on a GPU, else float32.
+    Features of more than `memory` GB are streamed from the disk.
+    """
+
     linear: LinearHead
     upernet: UperNetHead
+    fcn: FcnHead = FcnHead()
+    segmentation: str = "upernet"
+    fusion: str = "concat"
+    levels: tuple[int, ...] = ()
+    class_weights: str = "none"
+    checks: int = 10
+    precision: str = "auto"
+    memory: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +170,21 @@ class Search:
 @dataclass(frozen=True)
 class Train:
     seeds: int
+
+
+@dataclass(frozen=True)
+class Compose:
+    """The composition search.
+
+    Every ensemble of `backbones` (none named: all of the grid's but those with random weights, which are controls)
+    is probed on validation, and the `best` few are run by the full protocol. `probe` is `logistic` or `knn`;
+    segmentation sets are always probed by logistic regression on pixels. `greedy` also adds layers one by one.
+    """
+
+    backbones: tuple[str, ...]
+    probe: str
+    best: int
+    greedy: bool
 
 
 @dataclass(frozen=True)
@@ -163,6 +210,7 @@ class Params:
     heads: Heads
     search: Search
     train: Train
+    compose: Compose
     compute: Compute
 
     def dataset(self, name: str) -> Dataset:
@@ -170,6 +218,11 @@ class Params:
 
     def backbone(self, name: str) -> Backbone:
         return _named(self.backbones, name, "backbone", "backbones")
+
+    def composed(self) -> list[str]:
+        """Names of the backbones whose ensembles are searched."""
+        chosen = [name for name in self.grid.backbones if self.backbone(name).weights != "random"]
+        return list(self.compose.backbones) or chosen
 
     def members(self, model: str) -> list[str]:
         """Backbone names of a model such as `csmask_b4+lite0`."""
@@ -254,8 +307,7 @@ def _check(params: Params) -> None:
         _one_of(view, tuple(VIEWS), "extract.views")
     if views[:1] != ("identity",) or len(set(views)) != len(views):
         raise UserError(f"extract.views is {list(views)}; it must begin with identity and name each view once.")
-    _one_of(params.heads.linear.pooled, ("last", "all"), "heads.linear.pooled")
-    _one_of(params.heads.linear.tokens, ("mean", "cls", "both"), "heads.linear.tokens")
+    _check_heads(params.heads)
     _one_of(params.compute.device, ("auto", "cpu", "cuda"), "compute.device")
     _positive("extract", shard=params.extract.shard)
     for key, value in (("extract.batch", params.extract.batch), ("compute.workers", params.compute.workers)):
@@ -264,17 +316,49 @@ def _check(params: Params) -> None:
     _positive("search", trials=params.search.trials, parallel=params.search.parallel)
     _not_negative("search.seed", params.search.seed)
     _positive("train", seeds=params.train.seeds)
-    for head in ("linear", "upernet"):
-        fields = dataclasses.asdict(getattr(params.heads, head))
-        _positive(f"heads.{head}", **{k: v for k, v in fields.items() if isinstance(v, int)})
-    if params.heads.upernet.batch < 2:
-        raise UserError(
-            "heads.upernet.batch is 1; it must be at least 2, since BatchNorm cannot train on one sample."
-        )
+    _check_compose(params)
     for key in ("learning_rate", "weight_decay"):
         bounds = getattr(params.search, key)
         if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
             raise UserError(f"search.{key} is {list(bounds)}; it must be [low, high] with 0 < low <= high.")
+
+
+def _check_compose(params: Params) -> None:
+    names = params.compose.backbones
+    for name in names:
+        params.backbone(name)
+        if name not in params.grid.backbones:
+            raise UserError(
+                f"compose.backbones has '{name}', which is not in grid.backbones "
+                f"({', '.join(params.grid.backbones)}), so nothing would extract its features. Add it there."
+            )
+    if len(set(names)) != len(names):
+        raise UserError(f"compose.backbones is {list(names)}; name each once.")
+    _one_of(params.compose.probe, ("logistic", "knn"), "compose.probe")
+    if params.compose.best < 0:
+        raise UserError(f"compose.best is {params.compose.best}; it must not be negative.")
+
+
+def _check_heads(heads: Heads) -> None:
+    _one_of(heads.linear.pooled, ("last", "all"), "heads.linear.pooled")
+    _one_of(heads.linear.tokens, ("mean", "cls", "both"), "heads.linear.tokens")
+    _one_of(heads.segmentation, ("upernet", "fcn"), "heads.segmentation")
+    _one_of(heads.fusion, ("concat", "average", "film", "dot"), "heads.fusion")
+    _one_of(heads.class_weights, ("none", "balanced"), "heads.class_weights")
+    _one_of(heads.precision, ("auto", "float32", "bfloat16"), "heads.precision")
+    _positive("heads", checks=heads.checks)
+    if heads.memory < 0:
+        raise UserError(f"heads.memory is {heads.memory}; it must not be negative. 0 streams every set.")
+    for name in ("linear", "upernet", "fcn"):
+        head = getattr(heads, name)
+        _positive(f"heads.{name}", steps=head.steps, batch=head.batch)
+        if head.patience < 0:
+            raise UserError(f"heads.{name}.patience is {head.patience}; it must not be negative. 0 trains all steps.")
+    _positive("heads.upernet", channels=heads.upernet.channels)
+    if heads.upernet.batch < 2:
+        raise UserError(
+            "heads.upernet.batch is 1; it must be at least 2, since BatchNorm cannot train on one sample."
+        )
 
 
 def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:

@@ -1,20 +1,18 @@
-"""The report: scores as a table, sentences on what they can tell, box plots, and one self-contained page."""
+"""The report: scores as a table, what they can tell, the composition search, and one self-contained page."""
 
 import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
-from pipeline.compare import bootstrap, difference, interval
+from pipeline import aggregate, findings
+from pipeline.compare import Draws, interval
 
-COLOURS = {"joined": "#d95f02", "pretrained": "#1b9e77", "random": "#aaaaaa", "baseline": "#7570b3"}
+STYLE = """body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;font-size:13px}td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left}
+img{max-width:100%}caption{text-align:left;padding:.3em 0;color:#444}summary{cursor:pointer;color:#05a}"""
 
 
 def kind(model: str, weights: str) -> str:
@@ -26,21 +24,21 @@ def kind(model: str, weights: str) -> str:
     return "joined" if "+" in model else "pretrained"
 
 
-def summarise(runs: pd.DataFrame, counts: Mapping[tuple[str, str], np.ndarray]) -> pd.DataFrame:
+def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], Draws]) -> pd.DataFrame:
     """One row a dataset and model.
 
     Args:
-        runs: one row a run, as the train stage writes them.
-        counts: (run, sample, cells) of each (dataset, model).
+        runs: one row a run, as `protocol.test` gives them.
+        drawn: of each (dataset, model).
 
     Returns:
-        mean, std (over seeds), low and high (95 % bootstrap of the mean, over seeds and test samples).
+        mean; std, over seeds; low and high, the 95 % bootstrap interval of the mean over test samples.
     """
     rows = []
     for (dataset, model), group in runs.groupby(["dataset", "model"], sort=False):
         first = group.iloc[0]
         spread = group.score.std(ddof=1) if len(group) > 1 else float("nan")
-        low, high = interval(bootstrap(first.task, counts[dataset, model], first.classes))
+        low, high = interval(drawn[dataset, model].samples)
         rows.append(
             {"dataset": dataset, "model": model, "kind": kind(model, first.weights), "protocol": first.protocol,
              "metric": first.metric, "mean": group.score.mean(), "std": spread,
@@ -51,118 +49,118 @@ def summarise(runs: pd.DataFrame, counts: Mapping[tuple[str, str], np.ndarray]) 
     return pd.DataFrame(rows)
 
 
-def findings(summary: pd.DataFrame, counts: Mapping[tuple[str, str], np.ndarray]) -> list[str]:
-    """Plain sentences, per dataset: joined against its best member, and everything against the controls.
+def shown(summary: pd.DataFrame) -> pd.DataFrame:
+    """The table of scores as a reader sees it, every cell text."""
+    return pd.DataFrame(
+        {
+            "dataset": summary.dataset,
+            "model": summary.model,
+            "kind": summary.kind,
+            "metric": summary.metric,
+            "test score, mean ± std over seeds": [score(row) for row in summary.itertuples()],
+            "95 % interval": [f"{row.low:.3f}–{row.high:.3f}" for row in summary.itertuples()],
+            "test samples": summary.n_test.astype(str),
+            "protocol": summary.protocol,
+        }
+    )
 
-    The best member is the one with the best validation score, so the test split chooses nothing.
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text, as the README shows it."""
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "".join(f"| {' | '.join(line)} |\n" if line[0] != "---" else f"|{'|'.join(line)}|\n" for line in lines)
+
+
+def page(
+    summary: pd.DataFrame,
+    runs: pd.DataFrame,
+    pairs: pd.DataFrame,
+    said: Sequence[str],
+    left_out: Sequence[str],
+    composition: str,
+    picture: Path,
+) -> str:
+    """One HTML page that needs no other file.
+
+    Args:
+        summary, pairs, said: of `summarise`, `findings.every_pair` and `findings.headlines`.
+        composition: HTML of the composition search (pipeline/composition.py).
     """
-    said = []
-    for dataset, table in summary.groupby("dataset", sort=False):
-        table = table.set_index("model")
-        for model in table[table.kind == "joined"].index:
-            members = model.split("+")
-            if absent := [name for name in members if name not in table.index]:
-                said.append(
-                    f"{dataset}: {model} is not compared with its members: {', '.join(absent)} not in the grid."
-                )
-            else:
-                best = table.loc[members].val_mean.idxmax()
-                said.append(_sentence(dataset, table, counts, model, best, "its best member by validation"))
-        for model in table[table.kind.isin(["joined", "pretrained"])].index:
-            for control in table[table.kind == "baseline"].index:
-                said.append(_sentence(dataset, table, counts, model, control, "the raw-band baseline"))
-            for control in table[table.kind == "random"].index:
-                if control.removesuffix("_random") == model:
-                    said.append(_sentence(dataset, table, counts, model, control, "the same network untrained"))
-    return said
-
-
-def _sentence(dataset, table, counts, ours: str, theirs: str, what: str) -> str:
-    row = table.loc[ours]
-    gap = difference(row.task, counts[dataset, ours], counts[dataset, theirs], row.classes)
-    spread = max(table.loc[[ours, theirs], "std"])
-    words = {
-        "better": "better",
-        "worse": "worse",
-        "cannot be told": "cannot be told apart by this test set",
-    }[gap.verdict]
-    return (
-        f"{dataset}: {ours} against {theirs}, {what}: {gap.mean:+.3f} {row.metric} "
-        f"(95 % interval {gap.low:+.3f} to {gap.high:+.3f} over {row.runs} seeds and {row.n_test} test samples; "
-        f"{f'seeds alone spread {spread:.3f}' if row.runs > 1 else 'one seed, so no spread is known'}): {words}."
-    )
-
-
-def boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
-    """Box plots over seeds, a panel a dataset, like the paper's Figure 2; a line is the interval of the mean."""
-    datasets = list(summary.dataset.unique())
-    columns = min(2, len(datasets))
-    rows = -(-len(datasets) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 3.9 * rows), squeeze=False)
-    for panel in axes.flat[len(datasets) :]:
-        panel.axis("off")
-    for panel, dataset in zip(axes.flat, datasets, strict=False):
-        table = summary[summary.dataset == dataset]
-        scores = [runs[(runs.dataset == dataset) & (runs.model == model)].score for model in table.model]
-        boxes = panel.boxplot(scores, patch_artist=True, widths=0.6, medianprops={"color": "black"})
-        for box, what in zip(boxes["boxes"], table.kind, strict=True):
-            box.set_facecolor(COLOURS[what])
-        places = np.arange(1, len(table) + 1) + 0.38
-        panel.vlines(places, table.low, table.high, color="0.35", linewidth=1)
-        panel.set_xticks(range(1, len(table) + 1), table.model, rotation=20, ha="right", fontsize=8)
-        panel.set_title(f"{dataset} (n = {table.n_test.iloc[0]})", fontsize=10)
-        panel.set_ylabel(f"test {table.metric.iloc[0]}")
-        panel.grid(axis="y", alpha=0.3)
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in COLOURS.values()]
-    figure.legend(handles, COLOURS, loc="lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
-    figure.suptitle(
-        "Frozen backbones: boxes over seeds; lines: 95 % interval of the mean over seeds and test samples",
-        fontsize=11,
-    )
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    # No creation date and version, so that the same scores give the same bytes.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def markdown(summary: pd.DataFrame) -> str:
-    """The table of scores, as the README shows it."""
-    lines = [
-        "| dataset | model | kind | metric | test score, mean ± std over seeds | 95 % interval | test samples |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in summary.itertuples():
-        spread = f"{row.std:.3f}" if row.runs > 1 else "–"
-        lines.append(
-            f"| {row.dataset} | {row.model} | {row.kind} | {row.metric} | {row.mean:.3f} ± {spread} | "
-            f"{row.low:.3f}–{row.high:.3f} | {row.n_test} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def page(summary: pd.DataFrame, said: Sequence[str], left_out: Sequence[str], picture: Path) -> str:
-    """One HTML page that needs no other file."""
-    image = base64.b64encode(picture.read_bytes()).decode()
-    shown = summary.drop(columns=["task", "classes"]).to_html(index=False, float_format=lambda value: f"{value:.4g}")
+    settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>eo-compose report</title>
-<style>body{{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse;font-size:13px}}td,th{{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left}}
-img{{max-width:100%}}</style></head><body>
+<style>{STYLE}</style></head><body>
 <h1>Which backbones, joined how, read these data best?</h1>
-<p>Protocol: <b>frozen</b> backbones, features cached once; learning rate and weight decay searched on the
-validation split; every row below is the test split, touched once per seed. A fine-tuned model would be another
-protocol and is never mixed in. Random networks and the raw-band baseline are controls, not models to use.</p>
-<img alt="Box plots of test scores over seeds, one panel a dataset" src="data:image/png;base64,{image}">
-<h2>What can be told</h2>{_list(said)}
-<h2>Scores</h2>
-<p>std is over seeds; low and high bound the 95 % bootstrap interval of the mean, over seeds and test samples.</p>
-{shown}
+<p>Protocol: <b>{" and ".join(summary.protocol.unique())}</b>. In the frozen protocol features are cached once and
+heads trained on them; learning rate and weight decay are searched on the validation split; every row is the test
+split, touched once per seed. A fine-tuned model is another protocol, and no table mixes the two unsaid. Random
+networks and the raw-band baseline are controls, not models to use.</p>
+{as_html(shown(summary))}
+<p>± is over seeds; the interval is the 95 % bootstrap of the mean over test samples, apart from the seeds.</p>
+{image(picture, "Box plots of test scores over seeds, one panel a dataset")}
+<h2>What can be told</h2>
+<p>Differences are paired: the same test samples are drawn for both models. A verdict goes by the interval over test
+samples and seeds together.</p>{items(said)}
+<h3>Every pair</h3><p>{html.escape(findings.chance(pairs))}</p>{_pairs(pairs)}
+<h2>Over the data sets</h2>{_aggregated(runs, summary)}
+{composition}
 <h2>Left out</h2>
-<p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{_list(left_out)}
+<p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{items(left_out)}
+<h2>Settings</h2>
+<details><summary>weights, chosen learning rates and weight decays, validation scores (protocol as stated)</summary>
+{settings.to_html(index=False, float_format=lambda value: f"{value:.4g}")}</details>
 </body></html>
 """
 
 
-def _list(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items or ["none"]) + "</ul>"
+def as_html(table: pd.DataFrame, caption: str = "") -> str:
+    """A table of text."""
+    text = table.to_html(index=False, na_rep="–")
+    return text.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1) if caption else text
+
+
+def items(texts: Sequence[str]) -> str:
+    """A list, or `none`."""
+    return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts or ["none"]) + "</ul>"
+
+
+def image(path: Path, what: str) -> str:
+    """A picture inside the page."""
+    coded = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{coded}">'
+
+
+def score(row) -> str:
+    """A row of the summary as its mean and spread over seeds."""
+    return f"{row.mean:.3f} ± {f'{row.std:.3f}' if row.runs > 1 else '–'}"
+
+
+def _pairs(pairs: pd.DataFrame) -> str:
+    return "".join(
+        f"<details><summary>{html.escape(dataset)}, {protocol}: {len(table)} pairs</summary>"
+        f"{items(table.sentence.tolist())}</details>"
+        for (dataset, protocol), table in pairs.groupby(["dataset", "protocol"], sort=False)
+    )
+
+
+def _aggregated(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
+    texts = []
+    for datasets in aggregate.coverages(runs):
+        table = aggregate.over_datasets(runs, datasets)
+        text = pd.DataFrame(
+            {
+                "model": table.model,
+                "interquartile mean": table.iqm.map("{:.3f}".format),
+                "95 % interval over seeds": [f"{row.low:.3f}–{row.high:.3f}" for row in table.itertuples()],
+                "protocol": " and ".join(summary.protocol.unique()),
+            }
+        )
+        texts.append(as_html(text, f"Over {', '.join(datasets)}"))
+    if not texts:
+        return "<p>No model ran on two data sets, so there is nothing to aggregate.</p>"
+    return (
+        "<p>As GEO-Bench does (arXiv 2306.03831): scores of a data set are scaled so that its worst run, controls "
+        "included, is 0 and its best is 1; then the mean of the middle half of all runs. The intervals are over "
+        "seeds alone: which data sets were picked, and which test samples, is not in them. A table has the models "
+        "that ran on all of its data sets; figures of different tables are not to be compared.</p>" + "".join(texts)
+    )

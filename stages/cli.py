@@ -25,6 +25,7 @@ MODELS = Path("data/models")
 SCRATCH = Path("data/scratch")
 TUNED = Path("results/tune")
 RUNS = Path("results/runs")
+COMPOSED = Path("results/compose")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 

@@ -1,49 +1,78 @@
-"""report: every run of the grid as one table, what it can tell, box plots and one page."""
+"""report: every run of the grid and of the composition search, what they can tell, pictures and one page."""
 
-import numpy as np
 import pandas as pd
 
 from cache.durable import building
-from pipeline import params, report
+from pipeline import composition, figures, findings, params, predictions, report
+from pipeline.compare import bootstrap
 from pipeline.errors import UserError
-from stages.cli import METRICS, REPORT, RUNS, SCRATCH, TUNED, read_json, run, write_json
+from stages.cli import COMPOSED, METRICS, REPORT, RUNS, SCRATCH, TUNED, read_json, run, write_json
 
 
 def make_report() -> None:
     """Write results/report and results/metrics.json from the grid's runs; other runs lying about are not read."""
     grid = params.load().grid
-    runs, counts, left_out = [], {}, []
+    folders, left_out = {}, []
+    searched = {dataset: _searched(dataset) for dataset in grid.datasets}
     for dataset in grid.datasets:
         for model in grid.models:
             if reason := read_json(TUNED / dataset / f"{model}.json")["left_out"]:
                 left_out.append(f"{dataset}, {model}: {reason}")
-                continue
-            folder = RUNS / dataset / model
-            runs.append(pd.read_csv(folder / "runs.csv"))
-            tested = pd.read_parquet(folder / "test_counts.parquet")
-            counts[dataset, model] = np.stack(
-                [np.stack(group.sort_values("sample").counts) for _, group in tested.groupby("seed")]
-            )
-    if not runs:
+            else:
+                folders[dataset, model] = RUNS / dataset / model
+        for model in searched[dataset].told["run"]:
+            folders[dataset, model] = COMPOSED / dataset / model
+    if not folders:
         raise UserError("Every model of the grid is left out: " + " ".join(left_out) + " Add one that fits.")
-    runs = pd.concat(runs, ignore_index=True)
-    summary = report.summarise(runs, counts)
-    said = report.findings(summary, counts)
+    runs = pd.concat([pd.read_csv(folder / "runs.csv") for folder in folders.values()], ignore_index=True)
+    drawn = _drawn(folders, runs)
+    summary = report.summarise(runs, drawn)
+    said, pairs = findings.headlines(summary, drawn), findings.every_pair(summary, drawn)
 
     with building(SCRATCH / "report", REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
-        (folder / "summary.md").write_text(report.markdown(summary))
+        pairs.to_csv(folder / "pairs.csv", index=False)
+        (folder / "summary.md").write_text(report.markdown(report.shown(summary)))
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in said))
-        report.boxplots(runs, summary, folder / "boxplots.png")
-        (folder / "index.html").write_text(report.page(summary, said, left_out, folder / "boxplots.png"))
+        figures.boxplots(runs, summary, folder / "boxplots.png")
+        composed = composition.section(searched, summary, folder)
+        text = report.page(summary, runs, pairs, said, left_out, composed, folder / "boxplots.png")
+        (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}
     for row in summary.itertuples():
         one = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
         scores.setdefault(row.dataset, {})[row.model] = one
     write_json(METRICS, scores)
-    print(report.markdown(summary), *said, *left_out, sep="\n")
+    print(report.markdown(report.shown(summary)), *said, *left_out, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")
+
+
+def _drawn(folders: dict, runs: pd.DataFrame) -> dict:
+    """Bootstrap draws of every (dataset, model).
+
+    Raises:
+        UserError: models of one data set were tested on different samples.
+    """
+    drawn, tested = {}, {}
+    for number, (key, folder) in enumerate(folders.items()):
+        first = runs[(runs.dataset == key[0]) & (runs.model == key[1])].iloc[0]
+        table = pd.read_parquet(folder / "predictions.parquet")
+        samples, counts = predictions.counts(table, first.task, first.classes)
+        if samples != tested.setdefault(key[0], samples):
+            raise UserError(f"{folder} was tested on other samples than the models before it. Run: dvc repro")
+        drawn[key] = bootstrap(first.task, counts, first.classes, stream=number)
+    return drawn
+
+
+def _searched(dataset: str) -> composition.Searched:
+    folder = COMPOSED / dataset
+    told = read_json(folder / "compose.json")
+    tables = [
+        pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").exists() else pd.DataFrame()
+        for name in ("subsets", "cka", "greedy")
+    ]
+    return composition.Searched(told, *tables)
 
 
 if __name__ == "__main__":

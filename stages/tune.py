@@ -1,7 +1,9 @@
 """tune: the search for a model's learning rate and weight decay, on train and validation alone."""
 
+from dataclasses import asdict
+
 from pipeline import params
-from stages.cli import FEATURES, IMAGES, MODELS, TUNED, read_json, run, write_json
+from stages.cli import FEATURES, IMAGES, MODELS, SCRATCH, TUNED, read_json, run, write_json
 
 
 def tune(dataset: str, model: str) -> None:
@@ -9,11 +11,11 @@ def tune(dataset: str, model: str) -> None:
     described = params.load()
     described.members(model)
     resolved = read_json(MODELS / dataset / f"{model}.json")
+    study = SCRATCH / "studies" / f"{dataset}-{model}.json"
     result = {"dataset": dataset, "model": model, "left_out": resolved["left_out"]}
     if not resolved["left_out"]:
-        from pipeline import cells, metrics
+        from pipeline import cells, protocol
         from pipeline.compute import device
-        from pipeline.search import search
 
         stores = {
             FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]
@@ -21,18 +23,10 @@ def tune(dataset: str, model: str) -> None:
         }
         where = device(described.compute.device)
         cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val"), where)
-
-        def score(settings):
-            counts = cell.counts(cell.train(settings), "val")
-            scores = metrics.score(cell.task.kind, counts.sum(axis=1), cell.task.classes)
-            print(
-                f"{dataset} {model}: {len(settings)} trials, best on validation {scores.max():.4f}",
-                flush=True,
-            )
-            return scores
-
-        result |= search(score, described.search)
+        about = [resolved, asdict(described.heads), where]
+        result |= protocol.tune(cell, described.search, f"{dataset} {model}", study, about)
     write_json(TUNED / dataset / f"{model}.json", result)
+    study.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cache.read import Features
-from cache.schema import Layout, Level
+from cache.schema import Layout, Level, StoreError
 from cache.write import Writer
 from pipeline import fusion
 
@@ -54,21 +54,24 @@ def test_last_takes_the_deepest_vector_of_each(stores):
     torch.testing.assert_close(last, every[:, [3, 4, 8, 9]])
 
 
-def test_pyramids_meet_on_the_finest_grid(stores):
-    levels = fusion.pyramid(stores, np.arange(30))
-    assert [tuple(level.shape) for level in levels] == [(30, 6, 8, 8), (30, 4, 4, 4)]
-    torch.testing.assert_close(levels[0][:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
-    assert (levels[0][:, [1, 4]] == 0).all()
+def test_levels_are_standardised_each_on_its_own_grid(stores):
+    members = fusion.maps(stores)
+    assert [[name for _, name in member] for member in members] == [["level0/features", "level1/features"]] * 2
+    rows = np.arange(30)
+    for (field, _), side in zip(members, (8, 4), strict=True):
+        level = fusion.standardised(field, rows, fusion.statistics(field, rows))
+        assert level.shape == (30, 3, side, side)
+        torch.testing.assert_close(level[:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
+        assert (level[:, 1] == 0).all(), "a dead channel"
 
 
-def test_bilinear_alignment_keeps_a_constant_and_a_place():
-    fine, coarse = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
-    coarse[..., 1, 2] = 1
-    aligned = fusion.align([fine, coarse])[1]
-    peak = divmod(int(aligned.argmax()), 8)
-    assert peak[0] in (2, 3)
-    assert peak[1] in (4, 5)
-    torch.testing.assert_close(fusion.align([fine, torch.ones(1, 1, 4, 4)])[1], torch.ones(1, 1, 8, 8))
+def test_some_levels_alone(stores):
+    names = [[name for _, name in member] for member in fusion.maps(stores, (-1,))]
+    assert names == [["level1/features"]] * 2
+    names = [[name for _, name in member] for member in fusion.vectors(stores, "all", "mean", (0,))]
+    assert names == [["pooled/mean_level0"]] * 2
+    with pytest.raises(StoreError, match="asks for level 2, and a member of this model has 2: level0, level1"):
+        fusion.maps(stores, (0, 2))
 
 
 def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
@@ -87,7 +90,8 @@ def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
         writer.write(shard, {key: values[layout.rows(shard)] for key, values in drawn.items()})
     writer.finish()
     store, index = Features(tmp_path / "v.zarr"), np.arange(20)
-    [level] = fusion.pyramid([store], index)
+    [[field]] = fusion.maps([store])
+    level = fusion.standardised(field, index, fusion.statistics(field, index))
     mean, std = (values[:, None, None] for values in store.statistics("level0"))
     np.testing.assert_allclose(level, (drawn["level0/features"][:, 0] - mean) / std, atol=1e-5)
     vector = drawn["pooled/mean_level0"][:, 0]

@@ -58,7 +58,20 @@ def test_numbers_in_either_yaml_dialect(tmp_path):
         (lambda c: c["grid"]["models"].append("raw"), ["each once"]),
         (lambda c: c["datasets"]["sample-trees"].update(seed=-1), ["must not be negative"]),
         (lambda c: c["heads"]["upernet"].update(batch=1), ["at least 2", "BatchNorm"]),
+        (lambda c: c["heads"].update(segmentation="unet"), ["heads.segmentation is 'unet'", "upernet, fcn"]),
+        (lambda c: c["heads"].update(fusion="sum"), ["heads.fusion is 'sum'", "concat, average, film, dot"]),
+        (lambda c: c["heads"].update(class_weights="rare"), ["heads.class_weights is 'rare'", "none, balanced"]),
+        (lambda c: c["heads"].update(precision="float16"), ["heads.precision is 'float16'", "bfloat16"]),
+        (lambda c: c["heads"].update(memory=-1), ["heads.memory is -1", "0 streams every set"]),
+        (lambda c: c["heads"].update(checks=0), ["heads.checks is 0"]),
+        (lambda c: c["heads"]["fcn"].update(steps=0), ["heads.fcn.steps is 0"]),
+        (lambda c: c["heads"]["linear"].update(patience=-1), ["heads.linear.patience is -1", "all steps"]),
         (lambda c: c.update(grid=[1]), ["must be a mapping"]),
+        (lambda c: c["compose"].update(backbones=["lite1"]), ["no backbone 'lite1'"]),
+        (lambda c: c["compose"].update(backbones=["dofa_300m"]), ["dofa_300m", "grid.backbones", "Add it there"]),
+        (lambda c: c["compose"].update(backbones=["raw", "raw"]), ["compose.backbones", "each once"]),
+        (lambda c: c["compose"].update(probe="svm"), ["compose.probe is 'svm'", "logistic, knn"]),
+        (lambda c: c["compose"].update(best=-1), ["compose.best is -1"]),
     ],
 )
 def test_a_mistake_names_what_was_given_and_what_exists(tmp_path, change, words):
@@ -74,6 +87,12 @@ def test_no_file_and_no_yaml(tmp_path):
     (tmp_path / "params.yaml").write_text("grid: [")
     with pytest.raises(UserError, match="not valid YAML"):
         params.load(tmp_path / "params.yaml")
+
+
+def test_random_controls_are_composed_only_if_named(described, tmp_path):
+    assert described.composed() == ["raw", "csmask_b4", "lite0"]
+    changed = load_with(tmp_path, lambda c: c["compose"].update(backbones=["lite0", "lite0_random"]))
+    assert changed.composed() == ["lite0", "lite0_random"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import metrics, report
+from pipeline import composition, figures, findings, metrics, report
+from pipeline.compare import bootstrap
 from tests.conftest import ROOT
 
 
@@ -10,7 +11,7 @@ from tests.conftest import ROOT
 def grid():
     """Models on one set: one knows, one less, one guesses, and a join knows as much as the first."""
     label = np.random.default_rng(0).integers(2, size=300)
-    runs, counts = [], {}
+    runs, drawn = [], {}
     for model, weights, right in (
         ("a", "pretrained", 0.9),
         ("b", "pretrained", 0.6),
@@ -20,21 +21,45 @@ def grid():
     ):
         generator = np.random.default_rng(sum(map(ord, model)))
         wrong = generator.random((3, 300)) > right
-        counts["d", model] = np.stack(
+        counts = np.stack(
             [metrics.counts("classification", np.where(w, 1 - label, label), label, 2, None) for w in wrong]
         )
-        for seed, score in enumerate(metrics.score("classification", counts["d", model].sum(1), 2)):
+        drawn["d", model] = bootstrap("classification", counts, 2, stream=len(drawn))
+        for seed, score in enumerate(metrics.score("classification", counts.sum(1), 2)):
             runs.append(
                 {"dataset": "d", "model": model, "weights": weights, "protocol": "frozen", "task": "classification",
                  "seed": seed, "metric": "accuracy", "score": score, "val_score": score, "n_test": 300, "classes": 2,
                  "learning_rate": 0.1, "weight_decay": 0.1}
             )  # fmt: skip
-    return pd.DataFrame(runs), counts
+    return pd.DataFrame(runs), drawn
 
 
-def test_summary_and_sentences(grid, tmp_path):
-    runs, counts = grid
-    summary = report.summarise(runs, counts).set_index("model")
+@pytest.fixture
+def searched():
+    """What the compose stage wrote of two sets, of which one has nothing to compose."""
+    cka = pd.DataFrame(
+        [
+            {"level": level, "one": one, "other": other, "cka": 1.0 if one == other else 0.25}
+            for level in ("level0", "all")
+            for one in "ab"
+            for other in "ab"
+        ]
+    )
+    subsets = pd.DataFrame(
+        {"model": ["b+a", "a", "b"], "members": [2, 1, 1], "channels": [9, 4, 5], "score": [0.9, 0.8, 0.7],
+         "gain": [0.1, np.nan, np.nan], "cka": [0.25, np.nan, np.nan]}
+    )  # fmt: skip
+    greedy = pd.DataFrame({"backbone": ["a"], "layer": ["level0"], "score": [0.8]})
+    nothing = pd.DataFrame()
+    return {
+        "d": composition.Searched({"probe": "logistic", "left_out": []}, subsets, cka, greedy),
+        "e": composition.Searched({"left_out": ["a needs <nir>."]}, nothing, nothing, nothing),
+    }
+
+
+def test_summary_and_sentences(grid):
+    runs, drawn = grid
+    summary = report.summarise(runs, drawn).set_index("model")
     assert summary.kind.to_dict() == {
         "a": "pretrained", "b": "pretrained", "a_random": "random", "a+b": "joined", "a+c": "joined",
     }  # fmt: skip
@@ -42,14 +67,84 @@ def test_summary_and_sentences(grid, tmp_path):
         scores = runs[runs.model == model].score
         assert (row["mean"], row["std"]) == pytest.approx((scores.mean(), scores.std()))
         assert row.low < row["mean"] < row.high
-    said = report.findings(summary.reset_index(), counts)
+    said = findings.headlines(summary.reset_index(), drawn)
     assert any("a against a_random, the same network untrained" in one and one.endswith("better.") for one in said)
     assert any("a+b against a, its best member" in one and "cannot be told apart" in one for one in said)
     assert any("a+c is not compared with its members: c not in the grid" in one for one in said)
-    report.boxplots(runs, summary.reset_index(), tmp_path / "p.png")
-    page = report.page(summary.reset_index(), said, ["<x>"], tmp_path / "p.png")
+
+
+def test_every_pair_has_its_sentence(grid):
+    runs, drawn = grid
+    pairs = findings.every_pair(report.summarise(runs, drawn), drawn)
+    assert len(pairs) == 10
+    told = pairs.set_index(["one", "other"])
+    assert told.verdict["a", "b"] == "better"
+    assert told.sentence["a", "b"].startswith("a is better than b: +0.")
+    assert told.sentence["b", "a+b"].startswith("b is worse than a+b: -0.")
+    assert told.sentence["a", "a+b"].startswith("a and a+b cannot be told apart with this test set: ")
+    assert "the 300 test samples alone" in told.sentence["a", "b"]
+    assert "the 3 seeds alone" in told.sentence["a", "b"]
+    assert (pairs.holm >= pairs.p).all()
+    differ = (pairs.verdict != "cannot be told").sum()
+    said = findings.chance(pairs)
+    assert said.startswith(
+        "10 pairs are compared, each at 95 %: about 0.5 would seem to differ by chance if none did."
+    )
+    assert f"{differ} differ; " in said
+
+
+def test_a_difference_that_does_not_outlast_the_others_says_so(grid, monkeypatch):
+    runs, drawn = grid
+    monkeypatch.setattr(findings, "holm", lambda p: np.ones(len(p)))
+    pairs = findings.every_pair(report.summarise(runs, drawn), drawn).set_index(["one", "other"])
+    assert pairs.sentence["a", "b"].endswith("; no longer so after Holm's correction for 10 pairs.")
+    assert "Holm" not in pairs.sentence["a", "a+b"]
+
+
+def test_protocols_are_not_mixed(grid):
+    """The same scores under another protocol: nothing is compared across, and every row says which it is."""
+    runs, drawn = grid
+    tuned = runs[runs.model == "b"].assign(protocol="fine-tuned", model="b, tuned")
+    drawn = drawn | {("d", "b, tuned"): drawn["d", "b"]}
+    summary = report.summarise(pd.concat([runs, tuned]), drawn)
+    assert not any("tuned" in pair for pair in findings.every_pair(summary, drawn).sentence)
+    assert report.shown(summary).protocol.tolist() == ["frozen"] * 5 + ["fine-tuned"]
+
+
+def test_the_page_is_whole_and_escapes(grid, searched, tmp_path):
+    runs, drawn = grid
+    summary = report.summarise(runs, drawn)
+    said, pairs = findings.headlines(summary, drawn), findings.every_pair(summary, drawn)
+    figures.boxplots(runs, summary, tmp_path / "p.png")
+    composed = composition.section(searched, summary, tmp_path)
+    page = report.page(summary, runs, pairs, said, ["<x>"], composed, tmp_path / "p.png")
     assert "&lt;x&gt;" in page
     assert "<x>" not in page
+    assert page.count("data:image/png;base64,") == 3
+    assert page.index("test score, mean ± std") < page.index("Box plots") < page.index("What can be told")
+    for table in page.split("<table")[1:]:
+        assert "frozen" in table.split("</table>")[0]
+
+
+def test_the_search_beside_the_full_protocol(grid, searched, tmp_path):
+    runs, drawn = grid
+    text = composition.section(searched, report.summarise(runs, drawn), tmp_path)
+    score = runs[runs.model == "a+b"].score
+    row = next(line for line in text.split("<tr>") if "b+a" in line)  # the grid's a+b, its members in another order
+    assert f"{score.mean():.3f} ± {score.std():.3f}" in row
+    assert "+0.100" in row
+    assert "e: nothing to compose. a needs &lt;nir&gt;." in text
+    assert "cannot be asked of 1 pairs of backbones on 1 data sets" in text
+    assert (tmp_path / "cka.png").stat().st_size > 1000
+
+
+def test_low_cka_that_foretells_gain_is_said_so(searched):
+    one = searched["d"]
+    alike = np.linspace(0.1, 0.9, 7)
+    pairs = pd.DataFrame({"model": "a+b", "members": 2, "cka": alike, "gain": -alike})
+    table, sentence = composition.foretold({"d": composition.Searched({}, pairs, one.cka, one.greedy)})
+    assert len(table) == 7
+    assert "correlation of CKA and gain is -1.00 (permutation p = 0.00): unlike gain more" in sentence
 
 
 def test_the_readme_shows_the_committed_scores():

@@ -1,4 +1,7 @@
+import json
 import math
+
+import pytest
 
 from pipeline.params import Search
 from pipeline.search import search
@@ -26,3 +29,59 @@ def test_bounds_hold_and_trials_differ_in_settings_alone():
     assert all(1e-4 <= one.learning_rate <= 1e-1 and 1e-6 <= one.weight_decay <= 1e-1 for one in seen)
     assert {one.seed for one in seen} == {0}
     assert len({one.learning_rate for one in seen}) == 16
+
+
+class Killed(Exception):
+    """Stands for a kill: the search gets no further."""
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_killed_search_goes_on_after_its_last_whole_round(tmp_path, rounds):
+    asked, study = [], tmp_path / "studies/one.json"
+
+    def until_killed(settings):
+        if len(asked) == rounds:
+            raise Killed
+        asked.append(settings)
+        return bump(settings)
+
+    with pytest.raises(Killed):
+        search(until_killed, DESCRIBED, study, about="lite0")
+    assert len(json.loads(study.read_text())["trials"]) == 4 * rounds
+    after = []
+    found = search(lambda settings: after.append(settings) or bump(settings), DESCRIBED, study, about="lite0")
+    unbroken = []
+    assert found == search(lambda settings: unbroken.append(settings) or bump(settings), DESCRIBED)
+    assert asked + after == unbroken
+    assert search(until_killed, DESCRIBED, study, about="lite0") == found, "a finished study asks for nothing"
+
+
+def test_a_study_of_something_else_or_a_torn_one_is_begun_anew(tmp_path):
+    study = tmp_path / "one.json"
+    found = search(bump, DESCRIBED, study, about="lite0")
+    calls = []
+
+    def counted(settings):
+        calls.append(settings)
+        return bump(settings)
+
+    search(counted, DESCRIBED, study, about="other features")
+    assert len(calls) == 4
+    study.write_bytes(study.read_bytes()[:40])
+    assert search(counted, DESCRIBED, study, about="lite0") == found
+    assert len(calls) == 8
+
+
+def test_a_diverged_head_is_the_worst():
+    def diverging(settings):
+        return [float("nan") if one.learning_rate > 1e-3 else 0.5 for one in settings]
+
+    found = search(diverging, DESCRIBED)
+    assert found["score"] == 0.5
+    assert found["best"]["learning_rate"] <= 1e-3
+
+
+def test_the_second_half_leans_on_the_first():
+    trials = search(bump, DESCRIBED)["trials"]
+    first, second = (sum(trial["score"] for trial in trials[half]) for half in (slice(8), slice(8, 16)))
+    assert second > first

@@ -19,7 +19,7 @@ SMALL = {
         "models": ["raw", "lite0", "csmask_b4+lite0"],
     },
     "heads": {"linear": {"steps": 20}, "upernet": {"steps": 4, "channels": 4}},
-    "search": {"trials": 2, "parallel": 2},
+    "search": {"trials": 2, "parallel": 1},
     "train": {"seeds": 2},
     "backbones": {"csmask_b4": {"input_size": 64}, "lite0": {"input_size": 64}, "raw": {"input_size": 64}},
 }

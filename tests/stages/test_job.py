@@ -13,6 +13,7 @@ import psutil
 import pytest
 import xarray as xr
 
+from pipeline import metrics
 from tests.stages.conftest import SMALL
 
 
@@ -23,27 +24,46 @@ def planned(job, *targets: str) -> list[str]:
 
 def test_every_cell_has_its_runs_and_the_report_stands(job):
     runs = pd.read_csv(job.folder / "results/report/runs.csv")
-    # Three models on the multispectral set, two on RGB, two seeds each.
-    assert len(runs) == (3 + 2) * 2
+    # Three models on the multispectral set, two on RGB, two seeds each; and what the composition search chose.
+    assert runs.model.isin(SMALL["grid"]["models"]).sum() == (3 + 2) * 2
+    assert set(runs[~runs.model.isin(SMALL["grid"]["models"])].dataset) == {"sample-landuse-seg", "sample-trees"}
     assert set(runs.protocol) == {"frozen"}
     assert runs.score.between(0, 1).all()
     assert runs.groupby("dataset").n_test.first().to_dict() == {"sample-landuse-seg": 16, "sample-trees": 267}
     scores = json.loads((job.folder / "results/metrics.json").read_text())
-    assert scores["sample-trees"].keys() == {"raw", "lite0"}
+    assert scores["sample-trees"].keys() == {"raw", "lite0", "raw+lite0"}
     page = (job.folder / "results/report/index.html").read_text()
     assert "csmask_b4 needs the bands nir, swir16, swir22" in page
-    assert "data:image/png;base64," in page
+    assert page.count("data:image/png;base64,") == 3
     assert not re.search(r"(src|href)=\"http", page)
 
 
-def test_the_report_recomputes_from_the_stored_counts(job):
-    from pipeline import metrics
+def test_every_score_recomputes_from_the_predictions_kept(job):
+    tested = {
+        "runs/sample-trees/lite0": lambda one: (one.predicted == one.label).mean(),
+        "compose/sample-trees/raw+lite0": lambda one: (np.stack(one.probability).argmax(1) == one.label).mean(),
+        "runs/sample-landuse-seg/lite0": lambda one: metrics.score("segmentation", np.stack(one.counts).sum(0), 7),
+    }
+    for folder, score in tested.items():
+        kept = pd.read_parquet(job.folder / "results" / folder / "predictions.parquet")
+        runs = pd.read_csv(job.folder / "results" / folder / "runs.csv").set_index("seed")
+        assert [score(kept[kept.seed == seed]) for seed in runs.index] == pytest.approx(runs.score.tolist())
 
-    folder = job.folder / "results/runs/sample-trees/lite0"
-    tested = pd.read_parquet(folder / "test_counts.parquet")
-    for seed, row in pd.read_csv(folder / "runs.csv").set_index("seed").iterrows():
-        counts = np.stack(tested[tested.seed == seed].counts)
-        assert metrics.score("classification", counts.sum(0), 2) == row.score
+
+def test_the_composition_search_probed_every_ensemble(job):
+    folder = job.folder / "results/compose/sample-landuse-seg"
+    subsets = pd.read_csv(folder / "subsets.csv")
+    told = json.loads((folder / "compose.json").read_text())
+    assert len(subsets) == 7
+    assert told["chosen"] == subsets[subsets.members > 1].model.head(2).tolist()
+    assert set(told["run"]) == set(told["chosen"]) - {"csmask_b4+lite0"}, "the grid's own is not run again"
+    cka = pd.read_csv(folder / "cka.csv")
+    assert set(cka.level) == {"level0", "level1", "level2", "level3", "all"}
+    page = (job.folder / "results/report/index.html").read_text()
+    assert all(model in page for model in subsets.model)
+    trees = json.loads((job.folder / "results/compose/sample-trees/compose.json").read_text())
+    assert trees["backbones"] == ["raw", "lite0"]
+    assert "csmask_b4 needs the bands" in trees["left_out"][0]
 
 
 def test_feature_stores_open_as_trees_with_their_images_samples(job):
@@ -67,7 +87,11 @@ def test_a_second_run_does_nothing_within_seconds(job):
 
 @pytest.mark.parametrize(
     ("change", "runs"),
-    [({"heads": {"linear": {"steps": 21}}}, {"tune", "train"}), ({"train": {"seeds": 3}}, {"train"})],
+    [
+        ({"heads": {"linear": {"steps": 21}}}, {"tune", "train", "compose"}),
+        ({"train": {"seeds": 3}}, {"train", "compose"}),
+        ({"compose": {"probe": "knn"}}, {"compose"}),
+    ],
 )
 def test_an_edited_head_extracts_nothing(job, change, runs):
     with job.changed(change):
@@ -101,7 +125,7 @@ def test_kill_9_in_every_stage_then_repro_ends_with_the_same_results(job):
     stages = {
         "fetch@sample-trees": 0.5, "prepare@sample-landuse-seg": 1.5, "extract@sample-trees-lite0": 6,
         "resolve@sample-trees": 0.3, "tune@sample-landuse-seg-lite0": 4, "train@sample-landuse-seg-lite0": 4,
-        "report": 2,
+        "compose@sample-trees": 6, "report": 2,
     }  # fmt: skip
     killed = 0
     for number, (stage, seconds) in enumerate(stages.items()):
@@ -128,7 +152,7 @@ def test_kill_9_in_every_stage_then_repro_ends_with_the_same_results(job):
 def test_an_experiment_with_other_seeds_models_and_input_size(job):
     before = (job.folder / "params.yaml").read_text()
     lock = (job.folder / "dvc.lock").read_text()
-    changes = ["train.seeds=3", "grid.models=[lite0]", "backbones.lite0.input_size=96"]
+    changes = ["train.seeds=3", "grid.models=[lite0]", "backbones.lite0.input_size=96", "compose.best=0"]
     job.run("dvc", "exp", "run", "-n", "three", *[word for change in changes for word in ("-S", change)])
     manifest = json.loads((job.folder / "data/manifests/sample-trees/lite0.json").read_text())
     assert manifest["input_size"] == 96

@@ -1,7 +1,8 @@
 import torch
 from terratorch.models.decoders.upernet_decoder import UperNetDecoder as TheirDecoder
 
-from pipeline.heads.upernet import UperNetDecoder, UperNetGroup
+from pipeline.heads.dense import DenseGroup
+from pipeline.heads.upernet import UperNet, UperNetDecoder
 
 
 def test_terratorchs_weights_give_terratorchs_output():
@@ -19,7 +20,7 @@ def test_terratorchs_weights_give_terratorchs_output():
 
 
 def test_logits_have_the_masks_size_and_seeds_their_own_start():
-    group = UperNetGroup([4, 6, 8, 10], 8, 3, (50, 60), seeds=(0, 1, 0))
+    group = DenseGroup(lambda: UperNet([4, 6, 8, 10], 8, 3), (50, 60), seeds=(0, 1, 0))
     levels = [torch.randn(5, width, side, side) for width, side in zip((4, 6, 8, 10), (16, 8, 4, 2), strict=True)]
     index = torch.arange(4).expand(3, -1)
     logits = [logits for _, logits in group.pieces(levels, index)]

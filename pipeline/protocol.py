@@ -1,0 +1,59 @@
+"""The paper's protocol on one cell, a data set seen through a model: search on validation, then seeds on test."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from pipeline import metrics, params, predictions
+from pipeline.cells import Cell
+from pipeline.fit import Setting
+from pipeline.search import search
+
+# Whose figures these are: backbones frozen, features from the cache. A fine-tuned model would be another protocol.
+PROTOCOL = "frozen"
+
+
+def tune(cell: Cell, described: params.Search, name: str, study: Path | None = None, about: object = None) -> dict:
+    """Search learning rate and weight decay on the validation split.
+
+    Args:
+        name: for the line that says how far it is.
+        study, about: as for `search`.
+    """
+
+    def score(settings):
+        counts = cell.counts(cell.train(settings), "val")
+        scores = metrics.score(cell.task.kind, counts.sum(axis=1), cell.task.classes)
+        print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
+        return scores
+
+    return search(score, described, study, about)
+
+
+def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Train `seeds` heads at the best setting and read the test split, once for each.
+
+    Args:
+        told: what else each run's row says, such as its data set and model.
+
+    Returns:
+        runs, one row a seed; and predictions, one row a seed and test sample (pipeline/predictions.py).
+    """
+    group = cell.train([Setting(**best, seed=seed) for seed in range(seeds)])
+    task, part = cell.task, cell.parts["test"]
+    validation = metrics.score(task.kind, cell.counts(group, "val").sum(axis=1), task.classes)
+    if task.kind == "segmentation":
+        predicted = predictions.of_masks(part.sample, cell.counts(group, "test"))
+    else:
+        label = part.label.cpu().numpy()
+        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.kind)
+    _, counts = predictions.counts(predicted, task.kind, task.classes)
+    tested = metrics.score(task.kind, counts.sum(axis=1), task.classes)
+    runs = [
+        {**told, "protocol": PROTOCOL, "task": task.kind, "seed": seed, "metric": metrics.METRICS[task.kind],
+         "score": tested[seed], "val_score": validation[seed], "n_test": len(part.sample), "classes": task.classes,
+         **best}
+        for seed in range(seeds)
+    ]  # fmt: skip
+    return pd.DataFrame(runs), predicted

@@ -1,0 +1,83 @@
+"""compose: every ensemble of a data set's backbones by a quick probe, and the full protocol on the best few.
+
+Validation alone chooses; the test split is read once per seed of those chosen, as in train.
+"""
+
+from dataclasses import asdict
+
+from cache.durable import building
+from pipeline import params
+from stages.cli import COMPOSED, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
+
+
+def compose(dataset: str) -> None:
+    """Write results/compose/<dataset>: compose.json, subsets.csv, cka.csv, greedy.csv, and a folder a model run.
+
+    A model that the grid has is chosen like any other, but run by tune and train alone.
+    """
+    described = params.load()
+    described.dataset(dataset)
+    manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.composed()}
+    stores = {
+        name: (FEATURES / dataset / f"{name}.zarr", manifest["content_sha256"])
+        for name, manifest in manifests.items()
+        if not manifest["left_out"]
+    }
+    told = {
+        "dataset": dataset,
+        "backbones": list(stores),
+        "left_out": [manifest["left_out"] for manifest in manifests.values() if manifest["left_out"]],
+        "chosen": [],
+        "run": [],
+    }
+    with building(SCRATCH / f"compose-{dataset}", COMPOSED / dataset) as folder:
+        if stores:
+            from pipeline import cells
+            from pipeline import compose as search
+
+            members, labelled = cells.opened(dict(stores.values()), IMAGES / f"{dataset}.zarr")
+            found = search.search(
+                dict(zip(stores, members, strict=True)), labelled, described.heads, described.compose
+            )
+            chosen = search.best(found.subsets, described.compose.best)
+            new = [model for model in chosen if not _of_grid(model, described)]
+            told |= {"probe": found.probe, "chosen": chosen, "run": new}
+            for name in ("subsets", "cka", "greedy"):
+                getattr(found, name).to_csv(folder / f"{name}.csv", index=False)
+            print(f"{dataset}: {len(found.subsets)} ensembles probed; best: {', '.join(chosen)}", flush=True)
+            for model in new:
+                _run(dataset, model, stores, manifests, described, folder / model)
+        write_json(folder / "compose.json", told)
+
+
+def _of_grid(model: str, described: params.Params) -> bool:
+    """Whether the grid has it, with its members in whatever order."""
+    return any(set(model.split("+")) == set(one.split("+")) for one in described.grid.models)
+
+
+def _run(dataset: str, model: str, stores: dict, manifests: dict, described: params.Params, folder) -> None:
+    """The full protocol on one model: tune.json, runs.csv, predictions.parquet."""
+    from pipeline import cells, protocol
+    from pipeline.compute import device
+
+    members = model.split("+")
+    where, pictures = device(described.compute.device), IMAGES / f"{dataset}.zarr"
+    cell = cells.load(
+        dict(stores[name] for name in members), pictures, described.heads, ("train", "val", "test"), where
+    )
+    study = SCRATCH / "studies" / f"{dataset}-{model}.json"
+    about = [[stores[name][1] for name in members], asdict(described.heads), where]
+    tuned = protocol.tune(cell, described.search, f"{dataset} {model}", study, about)
+    weights = "+".join(str(manifests[name]["weights"]["weights"]) for name in members)
+    told = {"dataset": dataset, "model": model, "weights": weights}
+    runs, predicted = protocol.test(cell, tuned["best"], described.train.seeds, told)
+    folder.mkdir()
+    write_json(folder / "tune.json", tuned)
+    runs.to_csv(folder / "runs.csv", index=False)
+    predicted.to_parquet(folder / "predictions.parquet")
+    study.unlink(missing_ok=True)
+    print(f"{dataset} {model}: test {runs.score.mean():.4f}, the mean of {len(runs)} seeds", flush=True)
+
+
+if __name__ == "__main__":
+    run(compose, "dataset")
