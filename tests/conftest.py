@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import archives, images, inputs, params
+from pipeline import archives, images, imagestore, inputs, params
 from pipeline.backbones import build, efficientnet, spec
 from pipeline.datasets import source
 from pipeline.encode import Encoder
@@ -64,7 +64,7 @@ def store(prepared, tmp_path_factory):
     def write(name: str) -> Path:
         if name not in made:
             made[name] = folder / f"{name}.zarr"
-            images.write(prepared(name), folder / "scratch", made[name])
+            imagestore.write(prepared(name), folder / "scratch", made[name])
         return made[name]
 
     return write
@@ -77,7 +77,7 @@ def opened(tmp_path):
 
     def write(one: images.Images):
         path = tmp_path / f"opened-{next(made)}.zarr"
-        images.write(one, tmp_path / "opened-scratch", path)
+        imagestore.write(one, tmp_path / "opened-scratch", path)
         return images.open_images(path)
 
     return write
