@@ -23,7 +23,17 @@ from tqdm import tqdm
 from cache.durable import building
 from cache.schema import consolidate, put_array
 from pipeline.errors import UserError
-from pipeline.images import IGNORE, Images, Sample, Stream, check, check_description, check_label, check_place, label_dims
+from pipeline.images import (
+    IGNORE,
+    Images,
+    Sample,
+    Stream,
+    check,
+    check_description,
+    check_label,
+    check_place,
+    label_dims,
+)
 
 # A chunk has at most so many samples, and about so many bytes: a few are in memory in each process.
 CHUNK, CHUNK_BYTES = 64, 32 << 20
@@ -42,7 +52,7 @@ _DESCRIBED = {
 
 @dataclass(frozen=True)
 class Piece:
-    """What is left to say of a chunk once it is on the disk: its digests, small values, sums, and what was damaged."""
+    """What is left to say of a chunk once it is on the disk: digests, small values, sums, and what was damaged."""
 
     digests: tuple[str, ...]
     label: np.ndarray | None

@@ -1,15 +1,20 @@
 """prepare: a dataset's raw files become one images store."""
 
+from dataclasses import replace
+
 from pipeline import imagestore, params
-from pipeline.datasets import source
+from pipeline.datasets import check, source
 from stages.cli import IMAGES, RAW, SCRATCH, run
 
 
 def prepare(dataset: str, skip_bad: bool) -> None:
     """Write data/images/<dataset>.zarr."""
     described = params.load().dataset(dataset)
+    if skip_bad:
+        described = replace(described, options={**described.options, "skip_bad": True})
+    check(dataset, described)
     prepared = source(described.source).prepare(RAW / dataset, described)
-    skip = skip_bad or bool(described.options.get("skip_bad"))
+    skip = bool(described.options.get("skip_bad"))
     written = imagestore.write(prepared, SCRATCH / f"images-{dataset}", IMAGES / f"{dataset}.zarr", skip_bad=skip)
     for name, reason in written.left_out.items():
         print(f"left out {name}: {reason}")

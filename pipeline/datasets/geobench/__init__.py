@@ -1,0 +1,216 @@
+"""GEO-Bench 1.0 (Lacoste et al. 2023, arXiv 2306.03831) as released: one HDF5 file a sample, twelve sets.
+
+The files were never regenerated, so every copy has the same faults; those of the bands' names, places and dates are
+put right unless `as_labelled` asks for them as they are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from pipeline.bands import Band
+from pipeline.datasets.geobench import classification, read, segmentation
+from pipeline.datasets.geobench.declare import GeoBenchSet
+from pipeline.datasets.geobench.download import find, locate
+from pipeline.errors import UserError
+from pipeline.images import Stream
+from pipeline.params import Dataset, Params
+from pipeline.records import build
+
+SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
+_SPLITS = {"train": "train", "valid": "val", "test": "test"}
+# By how many standard deviations a band's mean may differ from the published one: neighbouring bands differ by more,
+# other draws of pixels by less.
+_TOLERANCE = 0.2
+
+
+@dataclass(frozen=True)
+class Options:
+    """`options` of a block in params.yaml.
+
+    `set` is the set's name; `partition` is `default` or one with fewer labels, such as `0.01x_train`. `bands` keeps
+    some, by name, and in this order; none given keeps all. `as_labelled` reproduces the released labels of bands,
+    places and dates. `ignore_nodata` leaves pixels of the class "no data" out of loss and score, which GEO-Bench does
+    not. `skip_bad` leaves out samples that cannot be read. `check_means` compares the full set's bands with the
+    published means.
+    """
+
+    set: str
+    partition: str = "default"
+    bands: tuple[str, ...] = ()
+    as_labelled: bool = False
+    ignore_nodata: bool = False
+    skip_bad: bool = False
+    check_means: bool = True
+
+
+def check(options: Options, dataset: Dataset, where: str) -> None:
+    """Refuse options that no set has."""
+    if options.set not in SETS:
+        raise UserError(f"{where}: there is no set '{options.set}'. GEO-Bench has: {', '.join(SETS)}.")
+    declared = SETS[options.set]
+    _chosen(declared, options)
+    if options.ignore_nodata and declared.nodata is None:
+        raise UserError(f"{where}: {declared.name} has no class 'no data' to ignore.")
+
+
+def fetch(dataset: Dataset, params: Params) -> dict:
+    """Find the set in `geobench_dir`, or download it there; nothing is copied."""
+    options = build(Options, dataset.options, "options")
+    return locate(SETS[options.set], options.partition, Path(params.geobench_dir))
+
+
+def prepare(raw: Path, dataset: Dataset) -> Stream:
+    """The set as a stream of its samples, in the partition's order."""
+    options = build(Options, dataset.options, "options")
+    declared, folder = SETS[options.set], Path(json.loads((raw / "source.json").read_text())["folder"])
+    if not folder.is_dir():
+        raise UserError(f"{folder} is gone; it was there when the set was fetched. Run: dvc repro -f fetch")
+    names, splits, dropped = _partition(folder / f"{options.partition}_partition.json", options.skip_bad)
+    chosen = _chosen(declared, options)
+    stored = _stored(find(folder, names), declared, tuple(chosen))
+    dtype = np.result_type(*stored)
+    full = options.partition == "default" and tuple(splits.count(one) for one in _SPLITS.values()) == declared.counts
+    return Stream(
+        sample=names,
+        split=splits,
+        bands=tuple(chosen.values()),
+        classes=declared.classes,
+        task=declared.task,
+        units=declared.units,
+        gsd=declared.gsd,
+        licence=declared.licence,
+        source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
+        display=declared.display,
+        notes=_notes(declared, options, dropped),
+        read=read.Reader(
+            folder, declared, tuple(chosen), stored, np.dtype(np.float32) if dtype == np.float64 else dtype,
+            _labels(folder, declared), options.as_labelled, options.ignore_nodata,
+        ),
+        shape=(len(chosen), declared.size, declared.size),
+        dtype=np.dtype(np.float32) if dtype == np.float64 else dtype,
+        verify=Means(declared.name, _published(folder, declared, tuple(chosen)))
+        if full and options.check_means and not dropped
+        else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Means:
+    """Compares the means of all bands with published (mean, standard deviation) by key; None where there is none."""
+
+    name: str
+    published: Mapping[str, tuple[float, float] | None]
+
+    def __call__(self, mean: np.ndarray) -> None:
+        for found, (key, known) in zip(mean, self.published.items(), strict=True):
+            if known and abs(found - known[0]) > _TOLERANCE * known[1]:
+                raise UserError(
+                    f"{self.name}: the mean of '{key}' is {found:.6g}, and {known[0]:.6g} (standard deviation "
+                    f"{known[1]:.6g}) is published: these are not the released files, or their bands are in another "
+                    "order. If you know better, set check_means: false in the set's options."
+                )
+
+
+def _chosen(declared: GeoBenchSet, options: Options) -> dict[str, Band]:
+    """The bands to read by key, as they are in truth unless as labelled."""
+    bands = dict(declared.keys if options.as_labelled or not declared.true else declared.true)
+    if not options.bands:
+        return bands
+    known = {name: key for key, band in bands.items() for name in (band.name, band.common_name)}
+    if strange := [name for name in options.bands if name not in known]:
+        there = ", ".join(band.common_name for band in bands.values())
+        raise UserError(f"{declared.name} has no band {', '.join(strange)}. It has: {there}.")
+    return {known[name]: bands[known[name]] for name in options.bands}
+
+
+def _partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[str]]:
+    """Names and splits of a partition file's samples, and mentions that were dropped.
+
+    Raises:
+        UserError: no such partition, other splits, or a sample that is listed twice.
+    """
+    try:
+        listed = json.loads(path.read_text())
+    except FileNotFoundError:
+        there = ", ".join(
+            sorted(one.name.removesuffix("_partition.json") for one in path.parent.glob("*_partition.json"))
+        )
+        raise UserError(f"There is no {path}. Partitions there: {there or 'none'}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON file ({error}).") from None
+    if not isinstance(listed, dict) or set(listed) != set(_SPLITS):
+        raise UserError(f"{path} must list train, valid and test; it lists {', '.join(map(str, listed))}.")
+    home, dropped = {}, []
+    for split, names in listed.items():
+        for name in names:
+            if name in home and not skip_bad:
+                where = f"twice in {split}" if home[name] == split else f"in {home[name]} and in {split}"
+                raise UserError(f"{path} lists the sample {name} {where}; a sample may be in one split, once.")
+            if name in home:
+                dropped.append(f"{name} of {split}")
+            home.setdefault(name, split)
+    return list(home), [_SPLITS[split] for split in home.values()], dropped
+
+
+def _labels(folder: Path, declared: GeoBenchSet) -> dict | None:
+    """Labels by sample from label_map.json (samples by class) or label_stats.json (zeros and ones by sample)."""
+    if declared.task == "segmentation":
+        return None
+    path = folder / ("label_stats.json" if declared.task == "multilabel" else "label_map.json")
+    if not path.exists():
+        return None
+    try:
+        listed = json.loads(path.read_text())
+        if declared.task == "multilabel":
+            return {name: tuple(int(one) for one in values) for name, values in listed.items()}
+        # Keys are class indices; their order in the file means nothing.
+        pairs = [(name, int(label)) for label, names in listed.items() for name in names]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not laid out as GEO-Bench's ({error}).") from None
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(name for name, label in pairs if found[name] != label or pairs.count((name, label)) > 1)
+        raise UserError(f"{path} lists the sample {twice} more than once.")
+    return found
+
+
+def _stored(path: Path, declared: GeoBenchSet, keys: Sequence[str]) -> tuple[np.dtype, ...]:
+    """The dtypes of the bands in one file."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            there = read.keys_of(file, declared)
+            return tuple(file[there[key].decode()].dtype for key in keys)
+    except (OSError, UserError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _published(folder: Path, declared: GeoBenchSet, keys: Sequence[str]) -> dict[str, tuple[float, float] | None]:
+    """Published mean and standard deviation of each key, else those that come with the files."""
+    found = {}
+    if not declared.published and (folder / "band_stats.json").exists():
+        stats = json.loads((folder / "band_stats.json").read_text())
+        found = {key: (one["mean"], one["std"]) for key, one in stats.items() if {"mean", "std"} <= set(one)}
+    return {key: declared.published.get(key, found.get(key)) for key in keys}
+
+
+def _notes(declared: GeoBenchSet, options: Options, dropped: Sequence[str]) -> list[str]:
+    notes = list(declared.traps)
+    if declared.true and options.as_labelled:
+        notes.append("bands are named as in the released files, which is wrong for most of them (as_labelled)")
+    elif declared.true:
+        wrong = [(key, declared.true[key]) for key, band in declared.keys.items() if band != declared.true[key]]
+        notes.append(
+            "bands renamed, the released names are wrong: " + ", ".join(f"{k} is {b.name}" for k, b in wrong)
+        )
+    if declared.placeholders:
+        notes.append("placeholder dates kept (as_labelled)" if options.as_labelled else "placeholder dates left out")
+    notes += [f"'{key}' is not read: {reason}" for key, reason in declared.skipped.items()]
+    if declared.nodata is not None:
+        kept = "is ignored" if options.ignore_nodata else "counts as a class, as in GEO-Bench"
+        notes.append(f"'{declared.classes[declared.nodata]}' {kept}")
+    return notes + ([f"listed again and dropped: {', '.join(dropped)}"] if dropped else [])
