@@ -166,7 +166,7 @@ def _sample(name, number, scene, photo, mask, generator):
         "m-forestnet",
         "m-SA-crop-type",
     )
-    transform = rasterio.transform.from_origin(6.8, 51.2, 1e-4, 1e-4) if georeferenced else None
+    transform = rasterio.Affine(1e-4, 0, 6.8, 0, -1e-4, 51.2) if georeferenced else None
 
     def info(key: str) -> dict:
         kind = "Sentinel1" if key in S1 else "Sentinel2" if key in S2 else "SpectralBand"

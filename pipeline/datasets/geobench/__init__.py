@@ -74,6 +74,7 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     chosen = _chosen(declared, options)
     stored = _stored(find(folder, names), declared, tuple(chosen))
     dtype = np.result_type(*stored)
+    dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
     full = options.partition == "default" and tuple(splits.count(one) for one in _SPLITS.values()) == declared.counts
     return Stream(
         sample=names,
@@ -88,11 +89,11 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
         display=declared.display,
         notes=_notes(declared, options, dropped),
         read=read.Reader(
-            folder, declared, tuple(chosen), stored, np.dtype(np.float32) if dtype == np.float64 else dtype,
+            folder, declared, tuple(chosen), stored, dtype,
             _labels(folder, declared), options.as_labelled, options.ignore_nodata,
         ),
         shape=(len(chosen), declared.size, declared.size),
-        dtype=np.dtype(np.float32) if dtype == np.float64 else dtype,
+        dtype=dtype,
         verify=Means(declared.name, _published(folder, declared, tuple(chosen)))
         if full and options.check_means and not dropped
         else None,

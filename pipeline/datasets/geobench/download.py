@@ -94,8 +94,8 @@ def download(declared: GeoBenchSet, root: Path) -> Path:
         place = root / declared.kind / declared.folders[0]
         raise UserError(
             f"{declared.name} is not in {root}, and could not be downloaded from {REPO} ({type(error).__name__}: "
-            f"{reason}). Put its folder at {place}, or name yours as geobench_dir in params.yaml, and run again; what "
-            "was downloaded so far is kept."
+            f"{reason}). Put its folder at {place}, or name yours as geobench_dir in params.yaml, and run again; "
+            "what was downloaded so far is kept."
         ) from None
     wanted = SHA256.get(declared.name) or (archive.lfs.sha256 if archive.lfs else None)
     if wanted and (found := digest(path)) != wanted:
