@@ -86,7 +86,7 @@ def write(name: str, root: Path, scene: np.ndarray, photo: np.ndarray, mask: np.
 
 def dumps(attributes: dict) -> bytes:
     """A pickle as geobench wrote it: protocol 4, its classes under geobench.dataset, numpy under numpy.core."""
-    with _geobench() as module:
+    with classes() as module:
         made = {}
         for key, value in attributes.items():
             if isinstance(value, dict) and "band_info" in value:
@@ -111,8 +111,8 @@ def _as_numpy_1(data: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def _geobench():
-    """The module that the pickles name, for as long as they are written; readers must do without."""
+def classes():
+    """The module that the pickles name, for as long as they are written; our reader must do without."""
     package, module = types.ModuleType("geobench"), types.ModuleType("geobench.dataset")
     for kind in ("SpectralBand", "Sentinel1", "Sentinel2", "Landsat8", "CloudProbability", "ElevationBand",
                  "HyperSpectralBands", "SegmentationClasses"):  # fmt: skip
@@ -182,7 +182,7 @@ def _sample(name, number, scene, photo, mask, generator):
         if name == "m-NeonTree":
             drawn = (aerial[1] > aerial[1].mean()).astype(np.uint8)
         kind = {"m-chesapeake-landcover": np.int64, "m-cashew-plantation": np.int64, "m-SA-crop-type": np.int16}
-        return bands, info, None, (drawn.astype(kind.get(name, np.uint8)), date)
+        return bands, info, None, (drawn.astype(kind.get(name, np.uint8)), date if name == "m-nz-cattle" else "")
     if name == "m-bigearthnet":
         hot = np.zeros(classes, np.int64)
         hot[[5 * number % classes, *np.unique(area[area != 255])]] = 1
