@@ -93,10 +93,15 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, content) -> None:
     """Write JSON so that the file appears whole."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        scratch.write_text(text)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -13,16 +13,16 @@ import h5py
 import numpy as np
 
 from pipeline.bands import Band
-from pipeline.datasets.geobench import classification, read, segmentation
+from pipeline.datasets.geobench import classification, lists, read, segmentation
 from pipeline.datasets.geobench.declare import GeoBenchSet
-from pipeline.datasets.geobench.download import find, locate
+from pipeline.datasets.geobench.download import find, locate, there
 from pipeline.errors import UserError
 from pipeline.images import Stream
 from pipeline.params import Dataset, Params
+from pipeline.plan import Wanted
 from pipeline.records import build
 
 SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
-_SPLITS = {"train": "train", "valid": "val", "test": "test"}
 # By how many standard deviations a band's mean may differ from the published one: neighbouring bands differ by more,
 # other draws of pixels by less.
 _TOLERANCE = 0.2
@@ -70,12 +70,15 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     declared, folder = SETS[options.set], Path(json.loads((raw / "source.json").read_text())["folder"])
     if not folder.is_dir():
         raise UserError(f"{folder} is gone; it was there when the set was fetched. Run: dvc repro -f fetch")
-    names, splits, dropped = _partition(folder / f"{options.partition}_partition.json", options.skip_bad)
+    names, splits, dropped = lists.partition(folder / f"{options.partition}_partition.json", options.skip_bad)
     chosen = _chosen(declared, options)
     stored = _stored(find(folder, names), declared, tuple(chosen))
     dtype = np.result_type(*stored)
     dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
-    full = options.partition == "default" and tuple(splits.count(one) for one in _SPLITS.values()) == declared.counts
+    full = (
+        options.partition == "default"
+        and tuple(splits.count(one) for one in lists.SPLITS.values()) == declared.counts
+    )
     return Stream(
         sample=names,
         split=splits,
@@ -90,11 +93,11 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
         notes=_notes(declared, options, dropped),
         read=read.Reader(
             folder, declared, tuple(chosen), stored, dtype,
-            _labels(folder, declared), options.as_labelled, options.ignore_nodata,
+            lists.labels(folder, declared), options.as_labelled, options.ignore_nodata,
         ),
         shape=(len(chosen), declared.size, declared.size),
         dtype=dtype,
-        verify=Means(declared.name, _published(folder, declared, tuple(chosen)))
+        verify=Means(declared.name, lists.published(folder, declared, tuple(chosen)))
         if full and options.check_means and not dropped
         else None,
     )  # fmt: skip
@@ -129,57 +132,6 @@ def _chosen(declared: GeoBenchSet, options: Options) -> dict[str, Band]:
     return {known[name]: bands[known[name]] for name in options.bands}
 
 
-def _partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[str]]:
-    """Names and splits of a partition file's samples, and mentions that were dropped.
-
-    Raises:
-        UserError: no such partition, other splits, or a sample that is listed twice.
-    """
-    try:
-        listed = json.loads(path.read_text())
-    except FileNotFoundError:
-        there = ", ".join(
-            sorted(one.name.removesuffix("_partition.json") for one in path.parent.glob("*_partition.json"))
-        )
-        raise UserError(f"There is no {path}. Partitions there: {there or 'none'}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON file ({error}).") from None
-    if not isinstance(listed, dict) or set(listed) != set(_SPLITS):
-        raise UserError(f"{path} must list train, valid and test; it lists {', '.join(map(str, listed))}.")
-    home, dropped = {}, []
-    for split, names in listed.items():
-        for name in names:
-            if name in home and not skip_bad:
-                where = f"twice in {split}" if home[name] == split else f"in {home[name]} and in {split}"
-                raise UserError(f"{path} lists the sample {name} {where}; a sample may be in one split, once.")
-            if name in home:
-                dropped.append(f"{name} of {split}")
-            home.setdefault(name, split)
-    return list(home), [_SPLITS[split] for split in home.values()], dropped
-
-
-def _labels(folder: Path, declared: GeoBenchSet) -> dict | None:
-    """Labels by sample from label_map.json (samples by class) or label_stats.json (zeros and ones by sample)."""
-    if declared.task == "segmentation":
-        return None
-    path = folder / ("label_stats.json" if declared.task == "multilabel" else "label_map.json")
-    if not path.exists():
-        return None
-    try:
-        listed = json.loads(path.read_text())
-        if declared.task == "multilabel":
-            return {name: tuple(int(one) for one in values) for name, values in listed.items()}
-        # Keys are class indices; their order in the file means nothing.
-        pairs = [(name, int(label)) for label, names in listed.items() for name in names]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not laid out as GEO-Bench's ({error}).") from None
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(name for name, label in pairs if found[name] != label or pairs.count((name, label)) > 1)
-        raise UserError(f"{path} lists the sample {twice} more than once.")
-    return found
-
-
 def _stored(path: Path, declared: GeoBenchSet, keys: Sequence[str]) -> tuple[np.dtype, ...]:
     """The dtypes of the bands in one file."""
     try:
@@ -188,15 +140,6 @@ def _stored(path: Path, declared: GeoBenchSet, keys: Sequence[str]) -> tuple[np.
             return tuple(file[there[key].decode()].dtype for key in keys)
     except (OSError, UserError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _published(folder: Path, declared: GeoBenchSet, keys: Sequence[str]) -> dict[str, tuple[float, float] | None]:
-    """Published mean and standard deviation of each key, else those that come with the files."""
-    found = {}
-    if not declared.published and (folder / "band_stats.json").exists():
-        stats = json.loads((folder / "band_stats.json").read_text())
-        found = {key: (one["mean"], one["std"]) for key, one in stats.items() if {"mean", "std"} <= set(one)}
-    return {key: declared.published.get(key, found.get(key)) for key in keys}
 
 
 def _notes(declared: GeoBenchSet, options: Options, dropped: Sequence[str]) -> list[str]:
@@ -215,3 +158,20 @@ def _notes(declared: GeoBenchSet, options: Options, dropped: Sequence[str]) -> l
         kept = "is ignored" if options.ignore_nodata else "counts as a class, as in GEO-Bench"
         notes.append(f"'{declared.classes[declared.nodata]}' {kept}")
     return notes + ([f"listed again and dropped: {', '.join(dropped)}"] if dropped else [])
+
+
+def expect(dataset: Dataset, params: Params) -> tuple[Wanted, int]:
+    """What the set will be, before its files are read, and the bytes that are to be downloaded, roughly."""
+    options = build(Options, dataset.options, "options")
+    declared = SETS[options.set]
+    chosen, pixels = _chosen(declared, options), declared.size**2
+    mask = pixels if declared.task == "segmentation" else 0
+    share = float(options.partition.partition("x")[0]) if options.partition != "default" else 1.0
+    train = max(1, round(share * declared.counts[0]))
+    samples = train + sum(declared.counts[1:])
+    wanted = Wanted(
+        samples, train, declared.size, tuple(chosen.values()), declared.task, len(declared.classes),
+        pixels * declared.width * len(chosen) + mask,
+    )  # fmt: skip
+    missing = there(declared, Path(params.geobench_dir)) is None
+    return wanted, sum(declared.counts) * pixels * declared.width * len(declared.keys) if missing else 0

@@ -67,6 +67,11 @@ class GeoBenchSet:
     published: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
+    def width(self) -> int:
+        """Bytes of a value in the images store: 1 of pictures, else at most 4."""
+        return 1 if self.units == "uint8" else 4
+
+    @property
     def kind(self) -> str:
         """The folder, and zip, that it lies in."""
         return "segmentation_v1.0" if self.task == "segmentation" else "classification_v1.0"
