@@ -1,7 +1,7 @@
 """Preparing GEO-Bench against plain h5py reading the same files: python -m benchmarks.prepare
 
-Ours reads the pixels, reads the pickles without running them, checks, hashes and writes the images store; theirs reads
-the pixels. Ratios are samples a second of each core used, ours over theirs, medians over alternating rounds.
+Ours reads the pixels, reads the pickles without running them, checks, hashes and writes the images store; theirs
+reads the pixels. Ratios are samples a second of each core used, ours over theirs, medians over alternating rounds.
 """
 
 import argparse

@@ -21,7 +21,7 @@ import zarr
 from tqdm import tqdm
 
 from cache.durable import building
-from cache.schema import consolidate, put_array
+from cache.schema import CHUNK_KEYS, consolidate, put_array
 from pipeline.errors import UserError
 from pipeline.images import (
     IGNORE,
@@ -112,7 +112,7 @@ def _write(dataset: Images | Stream, scratch: Path, workers: int, skip_bad: bool
     for name, (inner, kind, attributes) in arrays.items():
         group.create_array(
             name, shape=(count, *inner), dtype=kind, chunks=(chunk, *inner), compressors=None, attributes=attributes,
-            dimension_names=("sample", *("band", "y", "x")[-len(inner) :]),
+            dimension_names=("sample", *("band", "y", "x")[-len(inner) :]), chunk_key_encoding=CHUNK_KEYS,
         )  # fmt: skip
         content.update(f"{name} {kind} {(count, *inner)} by {chunk}".encode())
     pieces = []
@@ -218,15 +218,9 @@ def _piece(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip
         time = np.full(count, "NaT", "datetime64[s]") if dataset.time is None else dataset.time[rows]
     else:
         image, label, lat, lon, time, bad = _read(dataset, rows, skip_bad)
-    root = zarr.open_group(scratch, mode="r+")
-    digests = []
-    for name, values in (("image", image), ("label", label)):
-        if name in root:
-            values = np.ascontiguousarray(values)
-            root[name][rows] = values
-            digests.append(hashlib.sha256(values).hexdigest())
+    stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
     return Piece(
-        digests=tuple(digests),
+        digests=tuple(_store(scratch / name, values, start // chunk, chunk) for name, values in stored.items()),
         label=None if dataset.task == "segmentation" else label,
         lat=np.asarray(lat, dtype=np.float64),
         lon=np.asarray(lon, dtype=np.float64),
@@ -234,6 +228,21 @@ def _piece(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip
         total=image[:, :, ::_THIN, ::_THIN].mean(axis=(2, 3), dtype=np.float64).sum(axis=0),
         bad=tuple(bad),
     )
+
+
+def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
+    """Write a chunk's file, as zarr does and several times faster, and return its SHA-256; publishing flushes it.
+
+    A chunk without compressor is its values, little-endian and in C order; the last is filled up.
+    """
+    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    name = CHUNK_KEYS["separator"].join(["c", str(number), *["0"] * (values.ndim - 1)])
+    with open(array / name, "wb", buffering=0) as file:
+        written, wanted = 0, memoryview(values).cast("B")
+        while written < len(wanted):
+            written += file.write(wanted[written:])
+        file.truncate(values[:1].nbytes * chunk)
+    return hashlib.sha256(values).hexdigest()
 
 
 def _read(stream: Stream, rows: slice, skip_bad: bool):
