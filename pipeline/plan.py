@@ -3,6 +3,7 @@
 Networks are built with random weights and looked at on blank images: sizes are exact, times are of this machine.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +20,19 @@ _WORD = {"float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Wanted:
-    """One dataset as far as it is known beforehand: `image` is the bytes of one image in its store."""
+    """One dataset as far as it is known beforehand.
+
+    Attributes:
+        image: bytes of one image and its mask in the store; 0 of one that is prepared already.
+        pace: images a second that one process reads; None where that is not known.
+    """
 
     samples: int
-    train: int
-    size: int
     bands: tuple[Band, ...]
     task: str
     classes: int
     image: int
+    pace: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ def plan(params: Params, sets: Mapping[str, Wanted], device: str) -> list[Line]:
     """Lines for prepare, extract and the heads of every dataset that is known."""
     lines, looked, stepped = [], {}, {}
     for name, wanted in sets.items():
-        lines.append(Line("prepare", name, wanted.samples, wanted.samples * wanted.image / 1e9, None))
+        hours = wanted.samples / wanted.pace / 3600 / len(os.sched_getaffinity(0)) if wanted.pace else None
+        lines.append(Line("prepare", name, wanted.samples, wanted.samples * wanted.image / 1e9, hours))
         dense = wanted.task == "segmentation"
         for backbone in params.grid.backbones:
             seen = _look(backbone, params.backbone(backbone), wanted.bands, device, looked)

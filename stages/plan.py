@@ -1,6 +1,5 @@
 """plan: what params.yaml's grid will take: sizes, disk and expected time of every stage, before any of it runs."""
 
-import math
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def plan() -> None:
         elif hasattr(module, "expect"):
             sets[name], there = module.expect(block, described)
             fetched += there
-            print(f"fetch  {name}: {there / 1e9:.2f} GB" + (" to download" if there else ", is there"))
+            print(f"fetch  {name}: " + (f"about {there / 1e9:.2f} GB to download" if there else "is there"))
         else:
             unknown.append(name)
 
@@ -45,13 +44,9 @@ def _stored(store: Path):
     from pipeline.plan import Wanted
 
     opened = images.open_images(store)
-    shape = opened.image.shape
-    mask = math.prod(shape[2:]) if opened.attrs["task"] == "segmentation" else 0
-    train = int((opened.split == "train").sum())
     return Wanted(
-        shape[0], train, shape[2], tuple(bands_of(opened)), opened.attrs["task"], len(opened.attrs["classes"]),
-        math.prod(shape[1:]) * opened.image.dtype.itemsize + mask,
-    )  # fmt: skip
+        opened.sizes["sample"], tuple(bands_of(opened)), opened.attrs["task"], len(opened.attrs["classes"]), 0
+    )
 
 
 if __name__ == "__main__":

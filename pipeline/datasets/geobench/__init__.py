@@ -5,6 +5,7 @@ put right unless `as_labelled` asks for them as they are.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
 # By how many standard deviations a band's mean may differ from the published one: neighbouring bands differ by more,
 # other draws of pixels by less.
 _TOLERANCE = 0.2
+# Samples that are read to see how fast that goes.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,14 @@ def fetch(dataset: Dataset, params: Params) -> dict:
 
 def prepare(raw: Path, dataset: Dataset) -> Stream:
     """The set as a stream of its samples, in the partition's order."""
-    options = build(Options, dataset.options, "options")
-    declared, folder = SETS[options.set], Path(json.loads((raw / "source.json").read_text())["folder"])
+    folder = Path(json.loads((raw / "source.json").read_text())["folder"])
     if not folder.is_dir():
         raise UserError(f"{folder} is gone; it was there when the set was fetched. Run: dvc repro -f fetch")
+    return _stream(folder, build(Options, dataset.options, "options"))
+
+
+def _stream(folder: Path, options: Options) -> Stream:
+    declared = SETS[options.set]
     names, splits, dropped = lists.partition(folder / f"{options.partition}_partition.json", options.skip_bad)
     chosen = _chosen(declared, options)
     stored = _stored(find(folder, names), declared, tuple(chosen))
@@ -168,10 +175,18 @@ def expect(dataset: Dataset, params: Params) -> tuple[Wanted, int]:
     mask = pixels if declared.task == "segmentation" else 0
     share = float(options.partition.partition("x")[0]) if options.partition != "default" else 1.0
     train = max(1, round(share * declared.counts[0]))
-    samples = train + sum(declared.counts[1:])
+    folder = there(declared, Path(params.geobench_dir))
     wanted = Wanted(
-        samples, train, declared.size, tuple(chosen.values()), declared.task, len(declared.classes),
-        pixels * declared.width * len(chosen) + mask,
+        train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task, len(declared.classes),
+        pixels * declared.width * len(chosen) + mask, _pace(_stream(folder, options)) if folder else None,
     )  # fmt: skip
-    missing = there(declared, Path(params.geobench_dir)) is None
-    return wanted, sum(declared.counts) * pixels * declared.width * len(declared.keys) if missing else 0
+    return wanted, 0 if folder else sum(declared.counts) * pixels * declared.width * len(declared.keys)
+
+
+def _pace(stream: Stream) -> float:
+    """Images a second that one process reads."""
+    few = stream.sample[:_FEW]
+    begun = time.perf_counter()
+    for name in few:
+        stream.read(name)
+    return len(few) / (time.perf_counter() - begun)
