@@ -79,12 +79,13 @@ def test_a_damaged_file_from_the_command_line(job, geobench_root, tmp_path):
 
 
 def test_the_papers_profile_is_planned_whole(fresh):
-    """`dvc repro --dry` of the whole grid, and the profile taken back."""
-    before = (fresh.folder / "params.yaml").read_text()
+    """`dvc repro --dry` of the whole grid; without --force DVC looks in its run cache for files yet to be made."""
+    shutil.copy(ROOT / "params.yaml", fresh.folder)
     fresh.run("python", "-m", "stages.profile", "--name", "paper")
-    planned = re.findall(r"Running stage '([^']+)'", fresh.run("dvc", "repro", "--dry", "resolve"))
-    counts = {verb: sum(name.split("@")[0] == verb for name in planned) for verb in ("fetch", "prepare", "extract")}
-    assert counts == {"fetch": 12, "prepare": 12, "extract": 48}
+    planned = re.findall(r"Running stage '([^']+)'", fresh.run("dvc", "repro", "--dry", "--force"))
+    verbs = [name.split("@")[0] for name in planned]
+    counted = {verb: verbs.count(verb) for verb in ("fetch", "fetch_weights", "prepare", "extract", "tune", "train")}
+    assert counted == {"fetch": 12, "fetch_weights": 4, "prepare": 12, "extract": 48, "tune": 96, "train": 96}
     described = params.load(fresh.folder / "params.yaml")
     assert (described.search.trials, described.train.seeds) == (16, 10)
     assert {described.backbone(name).input_size for name in described.grid.backbones} == {224}
@@ -93,7 +94,6 @@ def test_the_papers_profile_is_planned_whole(fresh):
     assert "There is no profile 'papre'. Profiles: paper" in fresh.run(
         "python", "-m", "stages.profile", "--name", "papre", fails=True
     )
-    assert before != (fresh.folder / "params.yaml").read_text()
 
 
 def test_the_papers_table_2(described):
