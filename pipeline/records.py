@@ -1,7 +1,6 @@
 """Plain data, as YAML gives it, into frozen records with the types that their fields declare."""
 
 import dataclasses
-import datetime
 import types
 import typing
 
@@ -51,8 +50,6 @@ def build(kind, raw, where: str):
             return float(raw)
         except (TypeError, ValueError):
             pass
-    if kind is str and isinstance(raw, datetime.date):
-        return raw.isoformat()  # YAML reads unquoted dates as dates
     if kind is object:
         return raw
     if not isinstance(raw, kind) or (kind is int and isinstance(raw, bool)):

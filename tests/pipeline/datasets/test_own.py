@@ -1,18 +1,22 @@
 """Data of one's own, made from the sample scene: three ways in, and what is refused."""
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import yaml
 from rasterio.windows import Window
 
 from pipeline import images, imagestore, maps
 from pipeline.datasets import check, landuse, own
 from pipeline.errors import UserError
 from pipeline.params import Dataset, Splits
+from pipeline.records import build
+from tests.conftest import ROOT
 
 BANDS = [
     {"name": one.name, "common_name": one.common_name, "wavelength": one.wavelength, "gsd": one.gsd}
@@ -251,3 +255,18 @@ def test_polygons_that_do_not_fit_are_refused(raw, tmp_path):
     chosen = prepared(scene_block(raw, options={"classes": ["water", "farm"]}), tmp_path)
     assert chosen.classes == ("water", "farm")
     assert chosen.notes[0].startswith("polygons of forest, grass, meadow")
+
+
+def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Your own data")[1]
+    blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
+    assert list(blocks) == ["my-scene", "my-tiles", "my-chips"]
+    made = {name: build(Dataset, block, name) for name, block in blocks.items()}
+    for name, block in made.items():
+        check(name, block)
+    scene = made["my-scene"]
+    scene = dataclasses.replace(scene, options={**scene.options, "folder": str(raw("landuse"))})
+    stream = prepared(scene, tmp_path)
+    assert stream.classes == ("farm", "forest", "meadow", "water")
+    assert stream.shape == (3, 128, 128)
+    assert {*stream.split} == {"train", "val", "test"}
