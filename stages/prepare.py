@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from pipeline import imagestore, params
 from pipeline.datasets import check, source
+from pipeline.errors import UserError
 from stages.cli import IMAGES, RAW, SCRATCH, run
 
 
@@ -11,6 +12,8 @@ def prepare(dataset: str, skip_bad: bool) -> None:
     """Write data/images/<dataset>.zarr."""
     described = params.load().dataset(dataset)
     if skip_bad:
+        if not hasattr(source(described.source), "Options"):
+            raise UserError(f"Source '{described.source}' reads its files at once; it has no samples to skip.")
         described = replace(described, options={**described.options, "skip_bad": True})
     check(dataset, described)
     prepared = source(described.source).prepare(RAW / dataset, described)
