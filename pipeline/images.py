@@ -86,14 +86,14 @@ class Stream(Described):
     """One prepared dataset that is read sample by sample, by several processes, since it may not fit into memory.
 
     Attributes:
-        read: from a sample's name to the sample; it is sent to other processes. It raises UserError for a sample
-            that is damaged.
+        read: from a sample's name, and memory that its image may be read into, to the sample; it is sent to other
+            processes. It raises UserError for a sample that is damaged.
         shape, dtype: of every image.
         verify: looks at the mean of each band over all samples (of every fourth pixel each way) and raises
             UserError if they cannot be those of this dataset; None where nothing is known of them.
     """
 
-    read: Callable[[str], Sample]
+    read: Callable[[str, np.ndarray], Sample]
     shape: tuple[int, int, int]
     dtype: np.dtype
     verify: Callable[[np.ndarray], None] | None = None

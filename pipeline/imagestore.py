@@ -5,6 +5,7 @@ wait for one another.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -40,7 +41,7 @@ CHUNK, CHUNK_BYTES = 64, 32 << 20
 # Means are taken of every so many pixels each way: bands differ by far more than that changes.
 _THIN = 4
 # Fewer chunks are written sooner by this process than others are started.
-_FEW = 3
+_FEW = 16
 _DESCRIBED = {
     "wavelength": {"units": "micrometre"},
     "lat": {"units": "degrees_north"},
@@ -245,10 +246,16 @@ def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
     return hashlib.sha256(values).hexdigest()
 
 
+@functools.lru_cache(maxsize=1)
+def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory of a chunk, used for one after another: fresh memory costs as much as reading into it."""
+    return np.zeros(shape, dtype)
+
+
 def _read(stream: Stream, rows: slice, skip_bad: bool):
     """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
     names = stream.sample[rows]
-    image = np.zeros((len(names), *stream.shape), stream.dtype)
+    image = _memory((len(names), *stream.shape), stream.dtype)
     kind, empty = {
         "classification": (np.int64, ()),
         "multilabel": (np.uint8, (len(stream.classes),)),
@@ -258,8 +265,10 @@ def _read(stream: Stream, rows: slice, skip_bad: bool):
     lat, lon, time, bad = [], [], [], []
     for place, name in enumerate(names):
         try:
-            sample = stream.read(name)
-            image[place], label[place] = _checked(sample, stream, name)
+            sample = stream.read(name, image[place])
+            found, label[place] = _checked(sample, stream, name)
+            if found is not sample.image or not np.shares_memory(found, image):
+                image[place] = found
         except UserError as error:
             if not skip_bad:
                 raise

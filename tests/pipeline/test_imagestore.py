@@ -15,7 +15,7 @@ from pipeline.images import Images, Sample, Stream
 NAMES = [f"s{number:02d}" for number in range(20)]
 
 
-def read(task: str, name: str) -> Sample:
+def read(task: str, name: str, out=None) -> Sample:
     number = int(name[1:])
     if number >= 90:
         raise UserError(f"{name}.tif is damaged")
@@ -37,6 +37,7 @@ def stream(task="classification", **changes) -> Stream:
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_other_processes_write_the_same_store(tmp_path, monkeypatch, task):
     monkeypatch.setattr(imagestore, "CHUNK", 3)
+    monkeypatch.setattr(imagestore, "_FEW", 2)
     digests = []
     for workers in (1, 2) if task == "segmentation" else (1,):
         imagestore.write(stream(task), tmp_path / "scratch", tmp_path / f"by-{workers}", workers=workers)
@@ -66,6 +67,7 @@ def test_other_processes_write_the_same_store(tmp_path, monkeypatch, task):
 
 def test_a_damaged_sample_in_another_process_is_named_or_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(imagestore, "CHUNK", 2)
+    monkeypatch.setattr(imagestore, "_FEW", 2)
     damaged = stream(sample=[*NAMES[:-1], "s90"])
     with pytest.raises(UserError, match="s90.tif is damaged"):
         imagestore.write(damaged, tmp_path / "scratch", tmp_path / "store", workers=2)

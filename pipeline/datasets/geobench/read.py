@@ -46,11 +46,12 @@ class Reader:
     as_labelled: bool = False
     ignore_nodata: bool = False
 
-    def __call__(self, name: str) -> Sample:
+    def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
+        """The sample of a name; its image is read into `out`, if that is given."""
         path = self.folder / f"{name}.hdf5"
         try:
             with h5py.File(path, "r", locking=False) as file:
-                return self._sample(file, name)
+                return self._sample(file, name, out)
         except FileNotFoundError:
             raise UserError(f"There is no {path}, though the partition lists it.") from None
         except UserError as error:
@@ -58,11 +59,11 @@ class Reader:
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
-    def _sample(self, file: h5py.File, name: str) -> Sample:
+    def _sample(self, file: h5py.File, name: str, out: np.ndarray | None) -> Sample:
         size, declared = self.declared.size, self.declared
         attributes = attributes_of(file)
         there = keys_of(file, declared)
-        image = np.empty((len(self.keys), size, size), self.dtype)
+        image = np.empty((len(self.keys), size, size), self.dtype) if out is None else out
         for place, (key, kind) in enumerate(zip(self.keys, self.stored, strict=True)):
             array = h5py.h5d.open(file.id, there[key])
             if array.shape == (size, size) and array.dtype == kind:

@@ -45,7 +45,7 @@ class Reader:
     purity: float
     mask: Callable[[Picture, Window], np.ndarray] | None
 
-    def __call__(self, name: str) -> Sample:
+    def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         chip = self.chips[name]
         lat, lon = chip.picture.latlon(*_centre(chip, self.size if self.mask else 0))
         time = np.datetime64(chip.time or "NaT", "s")
