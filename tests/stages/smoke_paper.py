@@ -29,9 +29,9 @@ SMALL = {
         "prithvi_600m": {"variant": "prithvi_eo_v2_100_tl", "weights": "random"},
         "dofa_300m": {"variant": "dofa_small_patch16_224", "weights": "random"},
     },
-    "heads": {"linear": {"steps": 20, "batch": 4}, "upernet": {"steps": 2, "channels": 8, "batch": 2}},
-    "search": {"trials": 2, "parallel": 2},
-    "train": {"seeds": 2},
+    "heads": {"linear": {"steps": 5, "batch": 4}, "upernet": {"steps": 1, "channels": 4, "batch": 2}},
+    "search": {"trials": 1, "parallel": 1},
+    "train": {"seeds": 1},
     "compute": {"device": "cpu"},
 }
 
