@@ -1,11 +1,17 @@
 # make run: the environment, then the whole default grid, ending in results/report/index.html
+# make paper: the paper's grid on GEO-Bench: params.yaml, what it will take, and the run
 # make test: the environment, then the tests
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: run test lint clean
+.PHONY: run paper test lint clean
 
 run: .venv/ready
+	dvc repro
+
+paper: .venv/ready
+	python -m stages.profile --name paper
+	python -m stages.plan
 	dvc repro
 
 test: .venv/ready

@@ -4,6 +4,7 @@ Wavelengths are Sentinel-2A's band centres from ESA's spectral response function
 those of the STAC electro-optical extension.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from pipeline.pyramid import Seen, Spec
 
 # Bands of the same name on two sensors differ by less than this, in micrometres; neighbours of one by more.
 _NEAR = 0.02
-# How many of a unit make 1.0: reflectance of 1, or full scale of an 8-bit camera.
-FULL_SCALE = {"dn": 10000.0, "reflectance": 1.0, "uint8": 255.0}
+# How many of a unit make 1.0: reflectance of 1, or full scale of an 8-bit camera, or of one scaled to [0, 1].
+FULL_SCALE = {"dn": 10000.0, "reflectance": 1.0, "uint8": 255.0, "display": 1.0}
+# Units that are a picture already: nothing is known of its reflectance, and nothing needs to be stretched.
+PICTURES = ("uint8", "display")
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,19 @@ class Band:
     Attributes:
         name: the sensor's own name, such as `B8A`.
         common_name: the field's name, such as `nir08`; what backbones ask for.
-        wavelength: centre in micrometres.
-        gsd: ground sampling distance at which it was taken, in metres.
+        wavelength: centre in micrometres; not a number for what is no optical band: radar, elevation, a cloud mask,
+            a rendered picture.
+        gsd: ground sampling distance at which it was taken, in metres; not a number where it is not known.
     """
 
     name: str
     common_name: str
-    wavelength: float
-    gsd: float
+    wavelength: float = math.nan
+    gsd: float = math.nan
+
+    @property
+    def optical(self) -> bool:
+        return not math.isnan(self.wavelength)
 
 
 SENTINEL2 = (
@@ -62,7 +70,7 @@ def find(wanted: str | float, bands: Sequence[Band]) -> int | None:
         if wanted in (band.common_name, band.name):
             return place
     try:
-        distances = [abs(band.wavelength - float(wanted)) for band in bands]
+        distances = [abs(band.wavelength - float(wanted)) if band.optical else math.inf for band in bands]
     except ValueError:
         return None
     return int(np.argmin(distances)) if min(distances) <= _NEAR else None
@@ -71,8 +79,8 @@ def find(wanted: str | float, bands: Sequence[Band]) -> int | None:
 def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: Sequence[str | float] = ()) -> Seen:
     """Which of the images' bands go into which of a backbone's inputs.
 
-    The rule: every band that it needs is there; a band that it can do without is left away; all bands go into one
-    that takes any.
+    The rule: every band that it needs is there; a band that it can do without is left away; all optical bands
+    go into one that takes any.
 
     Args:
         name: the backbone's, for the message.
@@ -89,7 +97,7 @@ def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: S
         needs = wanted
         slots = wanted if None in places else _slots(name, spec, [bands[place] for place in places], wanted)
     else:
-        slots = spec.bands or [band.common_name for band in bands]
+        slots = spec.bands or [band.common_name for band in bands if band.optical]
         needs = slots if spec.needs is None else spec.needs
         places = [find(slot, bands) for slot in slots]
         for at, slot in enumerate(slots):
@@ -104,7 +112,7 @@ def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: S
     return Seen(
         slots=tuple(slot for slot, _ in used),
         positions=tuple(place for _, place in used),
-        wavelengths=tuple(float(bands[place].wavelength) for _, place in used),
+        wavelengths=tuple(float(bands[place].wavelength) if bands[place].optical else None for _, place in used),
         input_size=input_size,
     )
 

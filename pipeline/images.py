@@ -4,48 +4,39 @@ A Zarr v3 group that opens with `xarray.open_zarr`:
 
     image   (sample, band, y, x)   the data's own units and size
     label   (sample) | (sample, class) | (sample, y, x)   class index, multi-hot, or mask
-    sample, split, band, wavelength, and lat, lon, time where known: coordinates
+    sample, split, band, wavelength, and lat, lon, time, crs, transform where known: coordinates
 
-Its attributes state task, classes, ignore value, units, ground sampling distance, licence, source,
-corrections, and the SHA-256 of the content, from which every later digest follows.
+Its attributes state task, classes, ignore value, units, ground sampling distance, licence, source, corrections,
+what was left out, and the SHA-256 of the content, from which every later digest follows.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
-import zarr
 
-from cache.durable import building
-from cache.schema import consolidate, put_array
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
 
 IGNORE = 255
-CHUNK = 64
 
 
-@dataclass(frozen=True)
-class Images:
-    """One prepared dataset in memory.
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What is known of a dataset before a pixel of it is read.
 
     Attributes:
-        image: (sample, band, y, x).
-        label: class index (sample,), multi-hot (sample, class) or mask (sample, y, x) with `IGNORE`.
         sample: unique, stable names.
         split: `train`, `val` or `test` of every sample.
-        lat, lon: chip centres in degrees (WGS 84), or None where unknown.
-        time: acquisition, UTC, datetime64[s], or None.
         display: for reflectances, the [low, high] that is stretched to [0, 1] for models trained on
             photographs; None for 8-bit colour, which is display already.
-        notes: what was merged, dropped or resampled on the way.
+        notes: what was corrected, merged, dropped or resampled on the way.
+        crs: coordinate reference system of every sample, as WKT or an authority's code; empty where unknown.
+        transform: (sample, 6), affine coefficients a to f from a pixel's column and row to its place in `crs`.
     """
 
-    image: np.ndarray
-    label: np.ndarray
     sample: Sequence[str]
     split: Sequence[str]
     bands: Sequence[Band]
@@ -56,66 +47,56 @@ class Images:
     licence: str
     source: str
     display: tuple[float, float] | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+    crs: Sequence[str] | None = None
+    transform: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Described):
+    """One prepared dataset in memory.
+
+    Attributes:
+        image: (sample, band, y, x).
+        label: class index (sample,), multi-hot (sample, class) or mask (sample, y, x) with `IGNORE`.
+        lat, lon: chip centres in degrees (WGS 84), or None where unknown.
+        time: acquisition, UTC, datetime64[s], or None.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
     lat: np.ndarray | None = None
     lon: np.ndarray | None = None
     time: np.ndarray | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
 
 
-def write(images: Images, scratch: Path, final: Path) -> None:
-    """Check the dataset and write it as an images store that appears at `final` in one step.
+@dataclass(frozen=True)
+class Sample:
+    """One sample as a stream's reader gives it: image (band, y, x), its label, and its place and time if known."""
 
-    Raises:
-        UserError: shapes, names, splits or labels that do not fit together.
+    image: np.ndarray
+    label: np.ndarray
+    lat: float = np.nan
+    lon: float = np.nan
+    time: np.datetime64 = field(default_factory=lambda: np.datetime64("NaT", "s"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream(Described):
+    """One prepared dataset that is read sample by sample, by several processes, since it may not fit into memory.
+
+    Attributes:
+        read: from a sample's name, and memory that its image may be read into, to the sample; it is sent to other
+            processes. It raises UserError for a sample that is damaged.
+        shape, dtype: of every image.
+        verify: looks at the mean of each band over all samples (of every fourth pixel each way) and raises
+            UserError if they cannot be those of this dataset; None where nothing is known of them.
     """
-    check(images)
-    names = [band.common_name for band in images.bands]
-    arrays = {
-        "image": (images.image, ("sample", "band", "y", "x")),
-        "label": (images.label, label_dims(images.task)),
-        "sample": (np.array(images.sample, dtype=object), ("sample",)),
-        "split": (np.array(images.split, dtype=object), ("sample",)),
-        "band": (np.array(names, dtype=object), ("band",)),
-        "band_name": (np.array([band.name for band in images.bands], dtype=object), ("band",)),
-        "wavelength": (np.array([band.wavelength for band in images.bands]), ("band",)),
-    }
-    for name in ("lat", "lon", "time"):
-        if (values := getattr(images, name)) is not None:
-            arrays[name] = (values, ("sample",))
-    described = {
-        "image": {"units": images.units},
-        "label": {"ignore_value": IGNORE} if images.task == "segmentation" else {},
-        "wavelength": {"units": "micrometre"},
-        "lat": {"units": "degrees_north"},
-        "lon": {"units": "degrees_east"},
-        "time": {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"},
-    }
-    with building(scratch, final):
-        group = zarr.open_group(scratch, mode="w", zarr_format=3)
-        content = hashlib.sha256()
-        for name, (values, dims) in arrays.items():
-            if name == "time":
-                values = values.astype("datetime64[s]").astype(np.int64)
-            chunks = (CHUNK if dims[0] == "sample" and values.ndim > 1 else len(values), *values.shape[1:])
-            put_array(group, name, values, dims, chunks=chunks, attributes=described.get(name, {}))
-            content.update(f"{name} {values.dtype} {values.shape}".encode())
-            content.update("\0".join(values).encode() if values.dtype == object else values.tobytes())
-        attributes = {
-            "task": images.task,
-            "classes": list(images.classes),
-            "units": images.units,
-            "gsd": images.gsd,
-            "gsd_units": "metre",
-            "display": list(images.display) if images.display else None,
-            "licence": images.licence,
-            "source": images.source,
-            "notes": list(images.notes),
-        }
-        content.update(repr(sorted(attributes.items())).encode())
-        group.attrs.update(
-            {**attributes, "content_sha256": content.hexdigest(), "coordinates": " ".join(list(arrays)[2:])}
-        )
-        consolidate(group)
+
+    read: Callable[[str, np.ndarray], Sample]
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    verify: Callable[[np.ndarray], None] | None = None
 
 
 def open_images(path: Path) -> xr.Dataset:
@@ -147,21 +128,43 @@ def check(images: Images) -> None:
         values = getattr(images, name)
         if values is not None and len(values) != count:
             raise UserError(f"There are {count} images but {len(values)} values of '{name}'.")
-    if len(set(images.sample)) != count:
+    check_description(images)
+    if images.label.ndim != len(label_dims(images.task)):
+        raise UserError(f"A {images.task} label has dimensions {label_dims(images.task)}, not {images.label.shape}.")
+    check_label(images.label, images)
+    if images.lat is not None:
+        check_place(images.lat, images.lon)
+
+
+def check_description(images: Described) -> None:
+    """Refuse names, splits and units that could not be a dataset's."""
+    if len(set(images.sample)) != len(images.sample):
         raise UserError("A sample's name appears twice; names must be unique.")
     if absent := {"train", "val", "test"} - set(images.split):
         raise UserError(f"The splits {', '.join(sorted(absent))} are empty. Use smaller blocks or more data.")
+    names = [band.common_name for band in images.bands]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"Two bands are called '{min(twice)}'; a band must be known by its name.")
     if images.units not in FULL_SCALE:
         raise UserError(f"Units '{images.units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
-    if images.label.ndim != len(label_dims(images.task)):
-        raise UserError(f"A {images.task} label has dimensions {label_dims(images.task)}, not {images.label.shape}.")
+    for name in ("crs", "transform"):
+        values = getattr(images, name)
+        if values is not None and len(values) != len(images.sample):
+            raise UserError(f"There are {len(images.sample)} samples but {len(values)} values of '{name}'.")
+
+
+def check_label(label: np.ndarray, images: Described) -> None:
+    """Refuse a label, or labels, outside the classes."""
     if images.task == "multilabel":
-        allowed = np.isin(images.label, (0, 1)).all() and images.label.shape[1] == len(images.classes)
+        allowed = np.isin(label, (0, 1)).all() and label.shape[-1] == len(images.classes)
     else:
-        known = np.arange(len(images.classes))
-        ignore = [IGNORE] if images.task == "segmentation" else []
-        allowed = np.isin(np.unique(images.label), [*known, *ignore]).all()
+        outside = (label < 0) | (label >= len(images.classes))
+        allowed = not (outside & (label != IGNORE) if images.task == "segmentation" else outside).any()
     if not allowed:
         raise UserError(f"A label lies outside the {len(images.classes)} classes {', '.join(images.classes)}.")
-    if images.lat is not None and (np.abs(images.lat).max() > 90 or np.abs(images.lon).max() > 180):
+
+
+def check_place(lat, lon) -> None:
+    """Refuse what is no place on Earth; not a number is one that is not known."""
+    if (np.abs(np.nan_to_num(lat)) > 90).any() or (np.abs(np.nan_to_num(lon)) > 180).any():
         raise UserError("A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?")

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import xarray as xr
 
-from pipeline.bands import Band, Unseen, full_scale, see
+from pipeline.bands import PICTURES, Band, Unseen, full_scale, see
 from pipeline.errors import UserError
 from pipeline.params import Backbone
 from pipeline.pyramid import Seen, Spec
@@ -98,12 +98,12 @@ def describe(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec) -> I
     """
     seen = see(name, spec, bands_of(images), backbone.input_size, backbone.bands)
     units, display, own = images.attrs["units"], images.attrs.get("display"), backbone.normalisation == "native"
-    if spec.eats == "reflectance" and units == "uint8" and own:
+    if spec.eats == "reflectance" and units in PICTURES and own:
         raise Unseen(
             f"{name} wants reflectance, and these images are 8-bit photographs; normalisation: dataset would let it "
             "see them as they are."
         )
-    stretched = spec.eats == "display" and units != "uint8"
+    stretched = spec.eats == "display" and units not in PICTURES
     if stretched and not display:
         raise UserError(
             f"{name} wants a picture, and the images are in '{units}' without a declared stretch. "

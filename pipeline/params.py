@@ -35,17 +35,20 @@ class Splits:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One images store: a source under pipeline/datasets cut into chips of `chip` pixels.
+    """One images store, made by a source under pipeline/datasets.
 
-    `block` is the side, in pixels, of the spatial blocks that are dealt to the splits whole.
+    Sources that cut chips take the `task`, `chip` (side in pixels), `block` (side, in pixels, of the spatial blocks
+    that are dealt to the splits whole), `splits` and `seed`; sources of finished sets have their own. `options` are
+    the source's, declared in its file.
     """
 
     source: str
-    task: str
-    chip: int
-    block: int
-    splits: Splits
-    seed: int
+    task: str = ""
+    chip: int = 0
+    block: int = 0
+    splits: Splits | None = None
+    seed: int = 0
+    options: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,7 @@ class Params:
     train: Train
     compose: Compose
     compute: Compute
+    geobench_dir: str = "data/geobench"
 
     def dataset(self, name: str) -> Dataset:
         return _named(self.datasets, name, "dataset", "datasets")
@@ -277,15 +281,15 @@ def _check(params: Params) -> None:
                     f"({', '.join(params.grid.backbones)}), so nothing would extract its features. Add it there."
                 )
     for name, dataset in params.datasets.items():
-        _one_of(dataset.task, TASKS, f"datasets.{name}.task")
-        fractions = dataclasses.astuple(dataset.splits)
+        _one_of(dataset.task, ("", *TASKS), f"datasets.{name}.task")
+        fractions = dataclasses.astuple(dataset.splits) if dataset.splits else (1,)
         if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
             raise UserError(
                 f"datasets.{name}.splits are {fractions}; train, val and test must be positive and sum to 1."
             )
-        _not_negative(f"datasets.{name}.seed", dataset.seed)
-        _positive(f"datasets.{name}", chip=dataset.chip, block=dataset.block)
-        if dataset.block % dataset.chip:
+        for key in ("seed", "chip", "block"):
+            _not_negative(f"datasets.{name}.{key}", getattr(dataset, key))
+        if dataset.chip and dataset.block % dataset.chip:
             raise UserError(
                 f"datasets.{name} has chip {dataset.chip} and block {dataset.block}; the block must be a "
                 "multiple of the chip, so that no chip reaches into another split's block."
@@ -374,4 +378,4 @@ def _positive(section: str, **values: int) -> None:
 
 def _not_negative(key: str, value: int) -> None:
     if value < 0:
-        raise UserError(f"{key} is {value}; a seed must not be negative.")
+        raise UserError(f"{key} is {value}; it must not be negative.")

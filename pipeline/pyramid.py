@@ -51,13 +51,13 @@ class Seen:
     Attributes:
         slots: the network's own names of its input bands, in order.
         positions: each one's place among the images' bands.
-        wavelengths: in micrometres.
+        wavelengths: in micrometres; None of a band that is not optical.
         input_size: side in pixels.
     """
 
     slots: tuple[str, ...]
     positions: tuple[int, ...]
-    wavelengths: tuple[float, ...]
+    wavelengths: tuple[float | None, ...]
     input_size: int
 
 

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from pipeline import params
+from pipeline import datasets, params
 from pipeline.backbones import spec
-from pipeline.datasets import source
 from stages.cli import run, write_json
 
 
 def check() -> None:
     """Check every key, name and value of params.yaml."""
     described = params.load()
-    for dataset in described.datasets.values():
-        source(dataset.source)
+    for name, dataset in described.datasets.items():
+        datasets.check(name, dataset)
     for backbone in described.backbones.values():
         spec(backbone)
     # The same content every time: later stages depend on this file's existence alone.

@@ -8,9 +8,10 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from cache.schema import StoreError
 from pipeline.errors import UserError
@@ -30,19 +31,22 @@ REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 
 
-def run(stage: Callable, *names: str, either: bool = False) -> None:
+def run(stage: Callable, *names: str, either: bool = False, flags: Mapping[str, str] = MappingProxyType({})) -> None:
     """Run a stage with its `--names`; a known failure ends in one paragraph and exit status 1.
 
     Args:
         either: exactly one of the names is given, instead of all.
+        flags: switches that may be given, with their help.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {stage.__module__}", description=stage.__doc__)
     options = parser.add_mutually_exclusive_group(required=True) if either else parser
     for name in names:
         options.add_argument(f"--{name}", **({} if either else {"required": True}))
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=text)
     arguments = vars(parser.parse_args())
     try:
-        with _alone("-".join([stage.__name__, *[value for value in arguments.values() if value]])):
+        with _alone("-".join([stage.__name__, *[arguments[name] for name in names if arguments[name]]])):
             stage(**arguments)
     except (UserError, StoreError) as error:
         sys.exit(f"error: {error}")
@@ -90,10 +94,15 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, content) -> None:
     """Write JSON so that the file appears whole."""
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        scratch.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        scratch.write_text(text)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -1,18 +1,29 @@
 """prepare: a dataset's raw files become one images store."""
 
-from pipeline import images, params
-from pipeline.datasets import source
+from dataclasses import replace
+
+from pipeline import imagestore, params
+from pipeline.datasets import check, source
+from pipeline.errors import UserError
 from stages.cli import IMAGES, RAW, SCRATCH, run
 
 
-def prepare(dataset: str) -> None:
+def prepare(dataset: str, skip_bad: bool) -> None:
     """Write data/images/<dataset>.zarr."""
     described = params.load().dataset(dataset)
+    if skip_bad:
+        if not hasattr(source(described.source), "Options"):
+            raise UserError(f"Source '{described.source}' reads its files at once; it has no samples to skip.")
+        described = replace(described, options={**described.options, "skip_bad": True})
+    check(dataset, described)
     prepared = source(described.source).prepare(RAW / dataset, described)
-    images.write(prepared, SCRATCH / f"images-{dataset}", IMAGES / f"{dataset}.zarr")
-    counts = {split: list(prepared.split).count(split) for split in ("train", "val", "test")}
-    print(f"{dataset}: {counts} of {prepared.image.shape[1:]}, classes {', '.join(prepared.classes)}")
+    skip = bool(described.options.get("skip_bad"))
+    written = imagestore.write(prepared, SCRATCH / f"images-{dataset}", IMAGES / f"{dataset}.zarr", skip_bad=skip)
+    for name, reason in written.left_out.items():
+        print(f"left out {name}: {reason}")
+    shape = getattr(prepared, "shape", None) or prepared.image.shape[1:]
+    print(f"{dataset}: {written.counts} of {shape}, classes {', '.join(prepared.classes)}")
 
 
 if __name__ == "__main__":
-    run(prepare, "dataset")
+    run(prepare, "dataset", flags={"skip_bad": "leave out samples that cannot be read, and list them"})

@@ -3,12 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from pipeline import archives, images, inputs, params
+from pipeline import archives, images, imagestore, inputs, params
 from pipeline.backbones import build, efficientnet, spec
-from pipeline.datasets import source
+from pipeline.datasets import landuse, source
 from pipeline.encode import Encoder
+from tests import geobench_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,10 +67,22 @@ def store(prepared, tmp_path_factory):
     def write(name: str) -> Path:
         if name not in made:
             made[name] = folder / f"{name}.zarr"
-            images.write(prepared(name), folder / "scratch", made[name])
+            imagestore.write(prepared(name), folder / "scratch", made[name])
         return made[name]
 
     return write
+
+
+@pytest.fixture(scope="session")
+def geobench_root(raw, tmp_path_factory):
+    """All twelve sets of GEO-Bench, small, laid out as released."""
+    root = tmp_path_factory.mktemp("geobench")
+    scene, transform, _ = landuse.read_scene(raw("landuse"))
+    mask = landuse.read_mask(raw("landuse"), transform, scene.shape[1:])
+    photo = np.asarray(Image.open(next(raw("trees").glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)
+    for name in (*geobench_files.CLASSIFICATION, *geobench_files.SEGMENTATION):
+        geobench_files.write(name, root, scene, photo, mask)
+    return root
 
 
 @pytest.fixture
@@ -77,7 +92,7 @@ def opened(tmp_path):
 
     def write(one: images.Images):
         path = tmp_path / f"opened-{next(made)}.zarr"
-        images.write(one, tmp_path / "opened-scratch", path)
+        imagestore.write(one, tmp_path / "opened-scratch", path)
         return images.open_images(path)
 
     return write

@@ -8,7 +8,7 @@ import torch
 
 from cache.schema import Layout, StoreError
 from cache.write import Writer
-from pipeline import cells, fit, images, metrics
+from pipeline import cells, fit, images, imagestore, metrics
 from pipeline.bands import Band
 from pipeline.datasets import landuse
 from pipeline.images import IGNORE
@@ -117,7 +117,7 @@ def test_unlabelled_is_ignored_and_never_a_class(prepared):
 def cell(prepared, tmp_path):
     """Land use with its bands' means as a backbone; `change` plants the mistake."""
     made = prepared("sample-landuse")
-    images.write(made, tmp_path / "scratch-images", tmp_path / "images.zarr")
+    imagestore.write(made, tmp_path / "scratch-images", tmp_path / "images.zarr")
     digest = images.open_images(tmp_path / "images.zarr").attrs["content_sha256"]
     means = np.concatenate([made.image.mean((2, 3)), made.image.std((2, 3))], axis=1) / 1000
 

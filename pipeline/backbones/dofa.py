@@ -7,6 +7,7 @@ inputs of its own: standardise by the dataset.
 
 from pathlib import Path
 
+from pipeline.errors import UserError
 from pipeline.hub import HubFile
 from pipeline.pyramid import Seen, Spec, of_tokens
 
@@ -82,6 +83,8 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             out_indices=list(OUTPUTS[variant]),
             img_size=seen.input_size,
         )
+    if None in seen.wavelengths:
+        raise UserError("DOFA knows bands by their wavelength, and one of its bands in params.yaml has none.")
     wrapper.wavelengths = list(seen.wavelengths)
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file

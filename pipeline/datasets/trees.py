@@ -29,6 +29,7 @@ ARCHIVE = Archive(
     licence="MIT (DeepForest contributors); imagery of the National Ecological Observatory Network",
     source="NEON site YELL, 2019, RGB camera mosaic, crops and boxes from deepforest 2.1.0",
 )
+NEEDS = ("task", "chip", "block", "splits")
 # A camera's bands are broad; these are the usual nominal centres.
 BANDS = (
     Band("R", "red", 0.665, 0.1),

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from cache.durable import sync_tree
-from pipeline import images
+from pipeline import images, imagestore
 from pipeline.errors import UserError
 
 
@@ -27,7 +27,7 @@ def test_a_store_opens_with_xarray_and_states_what_it_is(store, prepared, name):
 
 def test_two_writes_give_the_same_bytes(prepared, tmp_path):
     for name in ("a", "b"):
-        images.write(prepared("sample-landuse"), tmp_path / "scratch", tmp_path / name)
+        imagestore.write(prepared("sample-landuse"), tmp_path / "scratch", tmp_path / name)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
     assert len(files) > 10
     for file in files:
@@ -37,7 +37,7 @@ def test_two_writes_give_the_same_bytes(prepared, tmp_path):
 
 def test_the_digest_follows_the_content(prepared, tmp_path):
     def digest(changed):
-        images.write(changed, tmp_path / "scratch", tmp_path / "store")
+        imagestore.write(changed, tmp_path / "scratch", tmp_path / "store")
         return xr.open_zarr(tmp_path / "store").attrs["content_sha256"]
 
     made = prepared("sample-landuse")
@@ -64,7 +64,7 @@ def test_what_cannot_be_a_dataset_is_refused_and_nothing_written(prepared, tmp_p
     made = prepared("sample-landuse")
     broken = dataclasses.replace(made, **{key: value(made) for key, value in change.items()})
     with pytest.raises(UserError, match=words):
-        images.write(broken, tmp_path / "scratch", tmp_path / "store")
+        imagestore.write(broken, tmp_path / "scratch", tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,10 @@ def stage(job, name, *arguments) -> str:
         ({"grid": {"datasets": ["m-eurosta"]}}, ["no dataset 'm-eurosta'", "sample-landuse"]),
         ({"grid": {"backbones": ["hiera"]}}, ["no backbone 'hiera'", "lite0"]),
         ({"backbones": {"lite0": {"family": "vgg"}}}, ["no backbone family 'vgg'", "dofa, efficientnet, hiera"]),
-        ({"datasets": {"sample-trees": {"source": "bushes"}}}, ["no source 'bushes'", "landuse, trees"]),
+        (
+            {"datasets": {"sample-trees": {"source": "bushes"}}},
+            ["no source 'bushes'", "landuse, own, trees"],
+        ),
     ],
 )
 def test_a_mistake_in_params_stops_the_run_before_anything_else(fresh, change, words):

@@ -1,0 +1,192 @@
+"""GEO-Bench 1.0 (Lacoste et al. 2023, arXiv 2306.03831) as released: one HDF5 file a sample, twelve sets.
+
+The files were never regenerated, so every copy has the same faults; those of the bands' names, places and dates are
+put right unless `as_labelled` asks for them as they are.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from pipeline.bands import Band
+from pipeline.datasets.geobench import classification, lists, read, segmentation
+from pipeline.datasets.geobench.declare import GeoBenchSet
+from pipeline.datasets.geobench.download import find, locate, there
+from pipeline.errors import UserError
+from pipeline.images import Stream
+from pipeline.params import Dataset, Params
+from pipeline.plan import Wanted
+from pipeline.records import build
+
+SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
+# By how many standard deviations a band's mean may differ from the published one: neighbouring bands differ by more,
+# other draws of pixels by less.
+_TOLERANCE = 0.2
+# Samples that are read to see how fast that goes.
+_FEW = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """`options` of a block in params.yaml.
+
+    `set` is the set's name; `partition` is `default` or one with fewer labels, such as `0.01x_train`. `bands` keeps
+    some, by name, and in this order; none given keeps all. `as_labelled` reproduces the released labels of bands,
+    places and dates. `ignore_nodata` leaves pixels of the class "no data" out of loss and score, which GEO-Bench does
+    not. `skip_bad` leaves out samples that cannot be read. `check_means` compares the full set's bands with the
+    published means.
+    """
+
+    set: str
+    partition: str = "default"
+    bands: tuple[str, ...] = ()
+    as_labelled: bool = False
+    ignore_nodata: bool = False
+    skip_bad: bool = False
+    check_means: bool = True
+
+
+def check(options: Options, dataset: Dataset, where: str) -> None:
+    """Refuse options that no set has."""
+    if options.set not in SETS:
+        raise UserError(f"{where}: there is no set '{options.set}'. GEO-Bench has: {', '.join(SETS)}.")
+    declared = SETS[options.set]
+    _chosen(declared, options)
+    if options.ignore_nodata and declared.nodata is None:
+        raise UserError(f"{where}: {declared.name} has no class 'no data' to ignore.")
+
+
+def fetch(dataset: Dataset, params: Params) -> dict:
+    """Find the set in `geobench_dir`, or download it there; nothing is copied."""
+    options = build(Options, dataset.options, "options")
+    return locate(SETS[options.set], options.partition, Path(params.geobench_dir))
+
+
+def prepare(raw: Path, dataset: Dataset) -> Stream:
+    """The set as a stream of its samples, in the partition's order."""
+    folder = Path(json.loads((raw / "source.json").read_text())["folder"])
+    if not folder.is_dir():
+        raise UserError(f"{folder} is gone; it was there when the set was fetched. Run: dvc repro -f fetch")
+    return _stream(folder, build(Options, dataset.options, "options"))
+
+
+def _stream(folder: Path, options: Options) -> Stream:
+    declared = SETS[options.set]
+    names, splits, dropped = lists.partition(folder / f"{options.partition}_partition.json", options.skip_bad)
+    chosen = _chosen(declared, options)
+    stored = _stored(find(folder, names), declared, tuple(chosen))
+    dtype = np.result_type(*stored)
+    dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
+    full = (
+        options.partition == "default"
+        and tuple(splits.count(one) for one in lists.SPLITS.values()) == declared.counts
+    )
+    return Stream(
+        sample=names,
+        split=splits,
+        bands=tuple(chosen.values()),
+        classes=declared.classes,
+        task=declared.task,
+        units=declared.units,
+        gsd=declared.gsd,
+        licence=declared.licence,
+        source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
+        display=declared.display,
+        notes=_notes(declared, options, dropped),
+        read=read.Reader(
+            folder, declared, tuple(chosen), stored, dtype,
+            lists.labels(folder, declared), options.as_labelled, options.ignore_nodata,
+        ),
+        shape=(len(chosen), declared.size, declared.size),
+        dtype=dtype,
+        verify=Means(declared.name, lists.published(folder, declared, tuple(chosen)))
+        if full and options.check_means and not dropped
+        else None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Means:
+    """Compares the means of all bands with published (mean, standard deviation) by key; None where there is none."""
+
+    name: str
+    published: Mapping[str, tuple[float, float] | None]
+
+    def __call__(self, mean: np.ndarray) -> None:
+        for found, (key, known) in zip(mean, self.published.items(), strict=True):
+            if known and abs(found - known[0]) > _TOLERANCE * known[1]:
+                raise UserError(
+                    f"{self.name}: the mean of '{key}' is {found:.6g}, and {known[0]:.6g} (standard deviation "
+                    f"{known[1]:.6g}) is published: these are not the released files, or their bands are in another "
+                    "order. If you know better, set check_means: false in the set's options."
+                )
+
+
+def _chosen(declared: GeoBenchSet, options: Options) -> dict[str, Band]:
+    """The bands to read by key, as they are in truth unless as labelled."""
+    bands = dict(declared.keys if options.as_labelled or not declared.true else declared.true)
+    if not options.bands:
+        return bands
+    known = {name: key for key, band in bands.items() for name in (band.name, band.common_name)}
+    if strange := [name for name in options.bands if name not in known]:
+        there = ", ".join(band.common_name for band in bands.values())
+        raise UserError(f"{declared.name} has no band {', '.join(strange)}. It has: {there}.")
+    return {known[name]: bands[known[name]] for name in options.bands}
+
+
+def _stored(path: Path, declared: GeoBenchSet, keys: Sequence[str]) -> tuple[np.dtype, ...]:
+    """The dtypes of the bands in one file."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            there = read.keys_of(file, declared)
+            return tuple(file[there[key].decode()].dtype for key in keys)
+    except (OSError, UserError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _notes(declared: GeoBenchSet, options: Options, dropped: Sequence[str]) -> list[str]:
+    notes = list(declared.traps)
+    if declared.true and options.as_labelled:
+        notes.append("bands are named as in the released files, which is wrong for most of them (as_labelled)")
+    elif declared.true:
+        wrong = [(key, declared.true[key]) for key, band in declared.keys.items() if band != declared.true[key]]
+        notes.append(
+            "bands renamed, the released names are wrong: " + ", ".join(f"{k} is {b.name}" for k, b in wrong)
+        )
+    if declared.placeholders:
+        notes.append("placeholder dates kept (as_labelled)" if options.as_labelled else "placeholder dates left out")
+    notes += [f"'{key}' is not read: {reason}" for key, reason in declared.skipped.items()]
+    if declared.nodata is not None:
+        kept = "is ignored" if options.ignore_nodata else "counts as a class, as in GEO-Bench"
+        notes.append(f"'{declared.classes[declared.nodata]}' {kept}")
+    return notes + ([f"listed again and dropped: {', '.join(dropped)}"] if dropped else [])
+
+
+def expect(dataset: Dataset, params: Params) -> tuple[Wanted, int]:
+    """What the set will be, before its files are read, and the bytes that are to be downloaded, roughly."""
+    options = build(Options, dataset.options, "options")
+    declared = SETS[options.set]
+    chosen, pixels = _chosen(declared, options), declared.size**2
+    mask = pixels if declared.task == "segmentation" else 0
+    share = float(options.partition.partition("x")[0]) if options.partition != "default" else 1.0
+    train = max(1, round(share * declared.counts[0]))
+    folder = there(declared, Path(params.geobench_dir))
+    wanted = Wanted(
+        train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task, len(declared.classes),
+        pixels * declared.width * len(chosen) + mask, _pace(_stream(folder, options)) if folder else None,
+    )  # fmt: skip
+    return wanted, 0 if folder else sum(declared.counts) * pixels * declared.width * len(declared.keys)
+
+
+def _pace(stream: Stream) -> float:
+    """Images a second that one process reads."""
+    few = stream.sample[:_FEW]
+    begun = time.perf_counter()
+    for name in few:
+        stream.read(name)
+    return len(few) / (time.perf_counter() - begun)

@@ -1,0 +1,190 @@
+"""One file of GEO-Bench, read as data: pixels, label, place and date, with every fault named."""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from pipeline import safe_pickle
+from pipeline.datasets.geobench.declare import GeoBenchSet
+from pipeline.errors import UserError
+from pipeline.images import IGNORE, Sample
+
+_DATED = re.compile(r"(.+)_(\d{4}-\d{2}-\d{2})")
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_PLACES = {
+    "lat_lon_date": re.compile(rf"{_NUMBER}_{_NUMBER}_\d{{4}}_\d{{2}}_\d{{2}}$"),
+    "lat,lon": re.compile(rf"{_NUMBER},{_NUMBER}"),
+    "lon,lat": re.compile(rf".*_{_NUMBER},{_NUMBER}"),
+}
+_ALL = h5py.h5s.ALL
+
+
+@dataclass(frozen=True)
+class Reader:
+    """From a sample's name to the sample; sent to other processes.
+
+    Attributes:
+        keys: HDF5 keys that are read, without date, in order.
+        stored: the files' dtype of each of them.
+        dtype: of the image.
+        labels: label by name, from the folder's JSON; None if the files' attributes alone have them.
+        as_labelled: keep what the names say of place and time, also where it is known to be wrong.
+        ignore_nodata: pixels of the class "no data" do not count.
+    """
+
+    folder: Path
+    declared: GeoBenchSet
+    keys: tuple[str, ...]
+    stored: tuple[np.dtype, ...]
+    dtype: np.dtype
+    labels: Mapping[str, int | tuple[int, ...]] | None
+    as_labelled: bool = False
+    ignore_nodata: bool = False
+
+    def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
+        """The sample of a name; its image is read into `out`, if that is given."""
+        path = self.folder / f"{name}.hdf5"
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                return self._sample(file, name, out)
+        except FileNotFoundError:
+            raise UserError(f"There is no {path}, though the partition lists it.") from None
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+    def _sample(self, file: h5py.File, name: str, out: np.ndarray | None) -> Sample:
+        size, declared = self.declared.size, self.declared
+        attributes = attributes_of(file)
+        there = keys_of(file, declared)
+        image = np.empty((len(self.keys), size, size), self.dtype) if out is None else out
+        for place, (key, kind) in enumerate(zip(self.keys, self.stored, strict=True)):
+            array = h5py.h5d.open(file.id, there[key])
+            if array.shape == (size, size) and array.dtype == kind:
+                array.read(_ALL, _ALL, image[place])
+            else:
+                image[place] = _fitted(file[there[key].decode()], key, size, self.dtype, declared)
+        if declared.task == "segmentation":
+            label = self._mask(file[there["label"].decode()])
+        else:
+            label = self._label(attributes, name)
+        lat, lon = place_of(name, declared, self.as_labelled)
+        return Sample(image, label, lat, lon, self._time(name, there))
+
+    def _mask(self, array: h5py.Dataset) -> np.ndarray:
+        mask, size, count = array[()], self.declared.size, len(self.declared.classes)
+        mask = mask.reshape(mask.shape[:2])
+        if mask.shape != (size, size):
+            raise UserError(f"its label has the shape {array.shape}; {self.declared.name} has {size} x {size} px")
+        if mask.min() < 0 or mask.max() >= count or (mask.dtype.kind == "f" and (mask % 1).any()):
+            strange = sorted({value for value in np.unique(mask).tolist() if value not in range(count)})
+            raise UserError(f"its label has {strange[:5]}; {self.declared.name} has the classes 0 to {count - 1}")
+        mask = mask.astype(np.uint8)
+        if self.ignore_nodata:
+            mask[mask == self.declared.nodata] = IGNORE
+        return mask
+
+    def _label(self, attributes: Mapping, name: str) -> np.ndarray:
+        """The label in the folder's JSON, which the file's own must not contradict, or the file's own."""
+        own, count = attributes.get("label"), len(self.declared.classes)
+        listed = self.labels.get(name) if self.labels is not None else None
+        if own is None and listed is None:
+            raise UserError("it has no label: neither the folder's JSON files nor its attribute 'pickle' give one")
+        own, listed = (None if one is None else np.asarray(one).astype(np.int64) for one in (own, listed))
+        if own is not None and listed is not None and not np.array_equal(own, listed):
+            raise UserError(f"its label is {own.tolist()} in the file and {listed.tolist()} in the folder's JSON")
+        label = listed if own is None else own
+        if self.declared.task == "multilabel":
+            if label.shape != (count,) or not np.isin(label, (0, 1)).all():
+                raise UserError(f"its label is no list of {count} zeros and ones")
+            return label.astype(np.uint8)
+        if label.shape != () or not 0 <= label < count:
+            raise UserError(f"its label is {label.tolist()}; {self.declared.name} has the classes 0 to {count - 1}")
+        return label
+
+    def _time(self, name: str, there: Mapping[str, bytes]) -> np.datetime64:
+        said = ""
+        if self.declared.time == "name":
+            said = name[-10:].replace("_", "-")
+        elif self.declared.time == "key" and (dated := _DATED.fullmatch(there[self.keys[0]].decode())):
+            said = dated[2]
+        placeholder = self.declared.placeholders and said.endswith("-01-01") and not self.as_labelled
+        try:
+            return np.datetime64("NaT" if placeholder or not said else said, "s")
+        except ValueError:
+            return np.datetime64("NaT", "s")
+
+
+def attributes_of(file: h5py.File) -> Mapping:
+    """What a file says of itself, its pickle read without running it.
+
+    Raises:
+        UserError: it has none, or one that is damaged or refused.
+    """
+    text = file.attrs.get("pickle")
+    try:
+        data = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        data = None
+    if not isinstance(data, bytes):
+        raise UserError("it has no attribute 'pickle' that is the text of bytes, as GEO-Bench's files have")
+    attributes = safe_pickle.loads(data)
+    if not isinstance(attributes, dict):
+        raise UserError("its attribute 'pickle' is no dictionary")
+    return attributes
+
+
+def keys_of(file: h5py.File, declared: GeoBenchSet) -> dict[str, bytes]:
+    """The file's keys by their names without dates.
+
+    Raises:
+        UserError: a band is missing, strange or there for several dates.
+    """
+    there = {}
+    names = list(file.id)
+    for key in names:
+        dated = _DATED.fullmatch(key.decode())
+        base = dated[1] if dated else key.decode()
+        if base in there:
+            raise UserError(f"it has {base} for several dates; {declared.name} has one")
+        there[base] = key
+    wanted = {*declared.keys} | ({"label"} if declared.task == "segmentation" else set())
+    if gone := wanted - there.keys():
+        raise UserError(f"it lacks {', '.join(sorted(gone))}; it has {', '.join(sorted(there)) or 'nothing'}")
+    if strange := there.keys() - wanted - declared.skipped.keys() - {"label"}:
+        raise UserError(f"it has {', '.join(sorted(strange))}, which {declared.name} does not have")
+    return there
+
+
+def place_of(name: str, declared: GeoBenchSet, as_labelled: bool) -> tuple[float, float]:
+    """Latitude and longitude in a sample's name, in degrees; not a number where it says none."""
+    found = _PLACES[declared.place].match(name) if declared.place else None
+    if not found:
+        return np.nan, np.nan
+    first, second = float(found[1]), float(found[2])
+    if declared.place == "lon,lat" or (declared.place == "lat,lon" and first < second and not as_labelled):
+        first, second = second, first
+    return first, second
+
+
+def _fitted(array: h5py.Dataset, key: str, size: int, dtype: np.dtype, declared: GeoBenchSet) -> np.ndarray:
+    """A band of another dtype than the first file's, or, where the set has such, of a coarser grid."""
+    values = array[()]
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    coarse = declared.keys[key].gsd > declared.gsd
+    if coarse and values.ndim == 2 and values.shape[0] == values.shape[1] and size % values.shape[0] == 0:
+        repeat = size // values.shape[0]
+        values = values.repeat(repeat, axis=0).repeat(repeat, axis=1)
+    if values.shape != (size, size):
+        raise UserError(f"its {key} has the shape {array.shape}; {declared.name} has {size} x {size} px")
+    cast = values.astype(dtype)
+    if values.dtype.kind not in "f" and not np.array_equal(cast, values):
+        raise UserError(f"its {key} has {values.dtype} values that do not fit into {dtype}")
+    return cast

@@ -1,0 +1,114 @@
+"""Chips of one's own images: read one by one, and dealt to the splits."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from rasterio.windows import Window
+
+from pipeline.chips import SPLITS, assign_blocks
+from pipeline.datasets.own.rasters import Picture
+from pipeline.errors import UserError
+from pipeline.images import IGNORE, Sample
+from pipeline.params import Dataset
+
+# Deals of blocks that are tried, times their number: ten thousand blocks need no twenty thousand deals.
+_DEALS = 4_000_000
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A sample: a window of a picture, or all of it, with its label where a table gives it."""
+
+    picture: Picture
+    row: int = 0
+    column: int = 0
+    label: int | tuple[int, ...] | None = None
+    time: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """From a chip's name to its sample.
+
+    Attributes:
+        size: the chip's side in pixels; 0 for whole pictures as they are.
+        mask: labels of the pixels of a window, or None where chips have their own.
+    """
+
+    chips: dict[str, Chip]
+    size: int
+    task: str
+    classes: int
+    purity: float
+    mask: Callable[[Picture, Window], np.ndarray] | None
+
+    def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
+        chip = self.chips[name]
+        lat, lon = chip.picture.latlon(*_centre(chip, self.size if self.mask else 0))
+        time = np.datetime64(chip.time or "NaT", "s")
+        if not self.mask:
+            image, _ = chip.picture.read(size=self.size)
+            return Sample(image, np.array(chip.label), lat, lon, time)
+        image, valid = chip.picture.read(self.window(chip))
+        return Sample(image, self.label(chip, valid), lat, lon, time)
+
+    def window(self, chip: Chip) -> Window:
+        return Window(chip.column, chip.row, self.size, self.size)
+
+    def label(self, chip: Chip, valid: np.ndarray | None = None) -> np.ndarray:
+        """The label of a chip with a mask: that, the class that covers it, or the classes in it."""
+        mask = self.mask(chip.picture, self.window(chip))
+        if valid is not None:
+            mask = np.where(valid, mask, IGNORE).astype(np.uint8)
+        if self.task == "segmentation":
+            return mask
+        areas = np.bincount(mask[mask != IGNORE], minlength=self.classes)
+        return np.int64(areas.argmax()) if self.task == "classification" else (areas > 0).astype(np.uint8)
+
+    def areas(self, chip: Chip) -> np.ndarray:
+        """How much of each class a chip has; nothing for one that cannot be used."""
+        if not self.mask:
+            one = np.zeros(self.classes)
+            one[np.flatnonzero(chip.label) if self.task == "multilabel" else [chip.label]] = 1
+            return one
+        mask = self.mask(chip.picture, self.window(chip))
+        areas = np.bincount(mask[mask != IGNORE], minlength=self.classes).astype(float)
+        if self.task == "classification" and areas.max() < self.purity * mask.size:
+            return np.zeros(self.classes)
+        return areas
+
+
+def splits(chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], rule: str, dataset: Dataset) -> list[str]:
+    """The split of every chip, by a rule: `blocks` of ground, `random`, or its own `column`."""
+    if rule == "column":
+        for name, chip in chips.items():
+            if chip.split not in SPLITS:
+                raise UserError(f"The split of {name} is '{chip.split}'; it must be one of {', '.join(SPLITS)}.")
+        return [chip.split for chip in chips.values()]
+    homes = list(chips) if rule == "random" else [_home(chip, chips, dataset.block) for chip in chips.values()]
+    known, block = np.unique([str(home) for home in homes], return_inverse=True)
+    counts = np.zeros((len(known), len(next(iter(areas.values())))))
+    np.add.at(counts, block, np.stack([areas[name] for name in chips]))
+    draws = int(np.clip(_DEALS // len(known), 200, 20000))
+    deal = assign_blocks(counts, dataset.splits, dataset.seed, draws)
+    return [SPLITS[split] for split in deal[block]]
+
+
+def _home(chip: Chip, chips: Mapping[str, Chip], block: int) -> tuple:
+    """The block of ground that a chip lies in, on one grid for all pictures of a CRS."""
+    origin = next(one.picture for one in chips.values() if one.picture.crs == chip.picture.crs)
+    if not chip.picture.crs:
+        if chip.picture.height < 2 * block and chip.picture.width < 2 * block and len(chips) > 1:
+            return (chip.picture.name,)
+        return (chip.picture.name, chip.row // block, chip.column // block)
+    x, y = chip.picture.place(chip.row, chip.column)
+    a, _, left, _, e, top = origin.transform
+    return (chip.picture.crs, math.floor((x - left) / (a * block) + 1e-6), math.floor((y - top) / (e * block) + 1e-6))
+
+
+def _centre(chip: Chip, size: int) -> tuple[float, float]:
+    height, width = (size, size) if size else (chip.picture.height, chip.picture.width)
+    return chip.row + height / 2, chip.column + width / 2

@@ -1,0 +1,164 @@
+"""Images of one's own: any raster that rasterio reads, all bands in one file or a file a band, read by windows."""
+
+import functools
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from pyproj import CRS, Transformer
+from rasterio.enums import Resampling
+from rasterio.errors import RasterioError
+from rasterio.vrt import WarpedVRT
+from rasterio.windows import Window
+
+from pipeline.bands import Band
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image: its files, and the grid of the first or finest of them.
+
+    Attributes:
+        paths: one file with all bands, or one a band, in the bands' order.
+        transform: affine coefficients a to f; those of the identity where the file has no place.
+        crs: as WKT; empty where it has none.
+        dtype: that holds every band.
+        bands: how many.
+    """
+
+    paths: tuple[str, ...]
+    height: int
+    width: int
+    transform: tuple[float, ...]
+    crs: str
+    dtype: np.dtype
+    bands: int
+
+    @property
+    def name(self) -> str:
+        return Path(self.paths[0]).stem
+
+    def read(self, window: Window | None = None, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (band, y, x) of a window, or of all resampled to `size`, and which (y, x) of them hold data.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        shape = (size, size) if size else None
+        try:
+            if len(self.paths) == 1:
+                source = _opened(self.paths[0])
+                how = {"window": window, "resampling": Resampling.bilinear}
+                out = (self.bands, *shape) if shape else None
+                image, valid = source.read(out_shape=out, **how), source.dataset_mask(out_shape=shape, window=window)
+            else:
+                files = [_on_grid(path, self) for path in self.paths]
+                image = np.stack([file.read(1, window=window).astype(self.dtype) for file in files])
+                valid = files[0].dataset_mask(window=window)
+        except RasterioError as error:
+            raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
+        return image, valid > 0
+
+    def place(self, row: float, column: float) -> tuple[float, float]:
+        """x and y, in the picture's CRS, of a place in pixels from its upper left corner."""
+        return rasterio.Affine(*self.transform) @ (column, row)
+
+    def latlon(self, row: float, column: float) -> tuple[float, float]:
+        """Latitude and longitude of a place in pixels; not a number where the picture has none."""
+        if not self.crs:
+            return np.nan, np.nan
+        lon, lat = _to_latlon(self.crs).transform(*self.place(row, column))
+        return lat, lon
+
+    def window_transform(self, row: int, column: int) -> tuple[float, ...]:
+        """Affine coefficients of a window that begins at a pixel."""
+        return tuple(rasterio.Affine(*self.transform) @ rasterio.Affine.translation(column, row))[:6]
+
+
+def files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
+    """Files below a folder that fit a pattern, or several.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    found = sorted({Path(path) for one in wanted for path in glob.glob(str(folder / one), recursive=True)})
+    if not found:
+        there = sorted(one.name for one in folder.iterdir())[:8] if folder.is_dir() else []
+        raise UserError(f"{folder} has no file like {', '.join(wanted)}. It has: {', '.join(there) or 'nothing'}.")
+    return found
+
+
+def picture(path: Path, bands: Sequence[Band]) -> Picture:
+    """One file with all bands.
+
+    Raises:
+        UserError: it cannot be read, or has another number of bands.
+    """
+    try:
+        with rasterio.open(path) as file:
+            if file.count != len(bands):
+                raise UserError(f"{path} has {file.count} bands, and {len(bands)} are described.")
+            kind = np.result_type(*file.dtypes)
+            return _described((str(path),), file, kind, len(bands))
+    except RasterioError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
+    """One scene: a file with all bands, or a file a band, found by the band's name in the file's.
+
+    Raises:
+        UserError: files that are not those of the bands.
+    """
+    if len(paths) == 1:
+        return picture(paths[0], bands)
+    chosen = []
+    for band in bands:
+        fit = [path for path in paths if band.name in path.stem]
+        if len(fit) != 1:
+            names = ", ".join(path.name for path in (fit or paths)[:8])
+            raise UserError(f"Band {band.name} should be in the name of one file; it is in {len(fit)} of: {names}.")
+        chosen.append(fit[0])
+    try:
+        opened = [rasterio.open(path) for path in chosen]
+        finest = min(opened, key=lambda file: abs(file.transform.a))
+        made = _described(
+            tuple(map(str, chosen)), finest, np.result_type(*[file.dtypes[0] for file in opened]), len(bands)
+        )
+        for file in opened:
+            file.close()
+    except RasterioError as error:
+        raise UserError(f"A file of the scene cannot be read: {' '.join(str(error).split())}") from None
+    return made
+
+
+def _described(paths, file, dtype, bands: int) -> Picture:
+    crs = file.crs.to_wkt() if file.crs else ""
+    return Picture(paths, file.height, file.width, tuple(file.transform)[:6], crs, np.dtype(dtype), bands)
+
+
+@functools.lru_cache(maxsize=64)
+def _opened(path: str):
+    return rasterio.open(path)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_grid(path: str, grid: Picture):
+    """A band's file as if it were on the scene's grid, by nearest neighbour."""
+    file = rasterio.open(path)
+    if (file.height, file.width) == (grid.height, grid.width):
+        return file
+    return WarpedVRT(
+        file, crs=grid.crs or None, transform=rasterio.Affine(*grid.transform), height=grid.height, width=grid.width,
+        resampling=Resampling.nearest,
+    )  # fmt: skip
+
+
+@functools.cache
+def _to_latlon(crs: str) -> Transformer:
+    return Transformer.from_crs(CRS.from_wkt(crs), "EPSG:4326", always_xy=True)

@@ -1,0 +1,165 @@
+"""What a grid will take before any of it is run: bytes, images and, from a quick measurement here, hours.
+
+Networks are built with random weights and looked at on blank images: sizes are exact, times are of this machine.
+"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.backbones import build, spec
+from pipeline.bands import Band, Unseen, see
+from pipeline.params import Backbone, Params
+
+# Images of the measured forward, and head-steps measured, by device.
+_BATCH = {"cpu": 2, "cuda": 64}
+_WORD = {"float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One dataset as far as it is known beforehand.
+
+    Attributes:
+        image: bytes of one image and its mask in the store; 0 of one that is prepared already.
+        pace: images a second that one process reads; None where that is not known.
+    """
+
+    samples: int
+    bands: tuple[Band, ...]
+    task: str
+    classes: int
+    image: int
+    pace: float | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a network gives of an image of these bands: levels (channel, y, x), vectors, and images a second here."""
+
+    levels: tuple[tuple[int, int, int], ...]
+    pooled: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plan: what a stage does to a dataset; None where nothing is known."""
+
+    stage: str
+    what: str
+    images: int
+    gigabytes: float
+    hours: float | None
+
+
+def plan(params: Params, sets: Mapping[str, Wanted], device: str) -> list[Line]:
+    """Lines for prepare, extract and the heads of every dataset that is known."""
+    lines, looked, stepped = [], {}, {}
+    for name, wanted in sets.items():
+        hours = wanted.samples / wanted.pace / 3600 / len(os.sched_getaffinity(0)) if wanted.pace else None
+        lines.append(Line("prepare", name, wanted.samples, wanted.samples * wanted.image / 1e9, hours))
+        dense = wanted.task == "segmentation"
+        for backbone in params.grid.backbones:
+            seen = _look(backbone, params.backbone(backbone), wanted.bands, device, looked)
+            if seen is None:
+                lines.append(Line("extract", f"{name} x {backbone}: left out", 0, 0.0, 0.0))
+                continue
+            count = seen.pooled + (sum(c * y * x for c, y, x in seen.levels) if dense or params.extract.dense else 0)
+            copies = wanted.samples * len(params.extract.views)
+            size = copies * count * _WORD[params.extract.dtype] / 1e9
+            lines.append(Line("extract", f"{name} x {backbone}", copies, size, copies / seen.rate / 3600))
+        heads = params.search.trials + params.train.seeds
+        for model in params.grid.models:
+            members = [
+                _look(one, params.backbone(one), wanted.bands, device, looked) for one in params.members(model)
+            ]
+            if None in members:
+                continue
+            head = params.heads.upernet if dense else params.heads.linear
+            seconds = _step(params, members, dense, wanted.classes, device, stepped)
+            hours = heads * head.steps * seconds / 3600
+            lines.append(Line("tune, train", f"{name} x {model}", heads * head.steps * head.batch, 0.0, hours))
+    return lines
+
+
+def _look(name: str, backbone: Backbone, bands: Sequence[Band], device: str, looked: dict) -> Seen | None:
+    """Build and time a network; None if it cannot see these bands."""
+    import torch
+
+    declared = spec(backbone)
+    try:
+        seen = see(name, declared, bands, backbone.input_size, backbone.bands)
+    except Unseen:
+        return None
+    key = (name, seen.slots)
+    if key not in looked:
+        weights = "none" if backbone.weights == "none" else "random"
+        network = build(replace(backbone, weights=weights, hub=None), declared, seen, Path()).to(device)
+        image = torch.zeros(_BATCH[device], len(seen.slots), seen.input_size, seen.input_size, device=device)
+        with torch.inference_mode():
+            network(image)
+            _wait(device)
+            begun = time.perf_counter()
+            pyramid = network(image)
+            _wait(device)
+        rate = len(image) / (time.perf_counter() - begun)
+        pooled = sum(vector.shape[1] for vector in pyramid.pooled.values())
+        looked[key] = Seen(tuple(tuple(level.shape[1:]) for level in pyramid.levels), pooled, rate)
+    return looked[key]
+
+
+def _step(params: Params, members: Sequence[Seen], dense: bool, classes: int, device: str, stepped: dict) -> float:
+    """Seconds of one step of one head on these members' features."""
+    import torch
+
+    from pipeline.heads.upernet import UperNet
+
+    head = params.heads.upernet if dense else params.heads.linear
+    key = (tuple((one.levels, one.pooled) for one in members), dense, classes)
+    if key not in stepped:
+        batch = head.batch if device == "cuda" else min(2, head.batch) if dense else head.batch
+        if dense:
+            grids = [max(one.levels[place][1:] for one in members) for place in range(len(members[0].levels))]
+            widths = [sum(one.levels[place][0] for one in members) for place in range(len(grids))]
+            network = UperNet(widths, head.channels, classes).to(device)
+            given = [torch.randn(batch, *shape, device=device)
+                     for shape in ((width, *grid) for width, grid in zip(widths, grids, strict=True))]  # fmt: skip
+        else:
+            network = torch.nn.Linear(sum(one.pooled for one in members), classes).to(device)
+            given = torch.randn(batch, network.in_features, device=device)
+        for attempt in range(2):
+            _wait(device)
+            begun = time.perf_counter()
+            network(given).square().mean().backward()
+            _wait(device)
+            stepped[key] = (time.perf_counter() - begun) * head.batch / batch if attempt else 0.0
+    return stepped[key]
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines, and their sums by stage, as text."""
+    rows = [("stage", "what", "images", "GB", "hours")]
+    rows += [_row(line.stage, line.what, line.images, line.gigabytes, line.hours) for line in lines]
+    for stage in dict.fromkeys(line.stage for line in lines):
+        own = [line for line in lines if line.stage == stage]
+        known = [line.hours for line in own if line.hours is not None]
+        hours = sum(known) if known else None
+        rows.append(_row(stage, "in all", sum(x.images for x in own), sum(x.gigabytes for x in own), hours))
+    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _row(stage: str, what: str, images: int, gigabytes: float, hours: float | None) -> tuple[str, ...]:
+    return stage, what, str(images), f"{gigabytes:.2f}", "–" if hours is None else f"{hours:.2f}"

@@ -1,0 +1,313 @@
+"""GEO-Bench's twelve sets, on files laid out as released: what is read, what is put right, and what is refused."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+
+from pipeline import images, imagestore
+from pipeline.datasets import check, geobench
+from pipeline.datasets.geobench import download
+from pipeline.errors import UserError
+from pipeline.params import Dataset
+from tests import geobench_files
+
+ALL = (*geobench_files.CLASSIFICATION, *geobench_files.SEGMENTATION)
+
+
+def block(name: str, **options) -> Dataset:
+    return Dataset("geobench", options={"set": name, **options})
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """From a folder of sets, and options, to the set's stream."""
+
+    def make(root, name: str, **options) -> images.Stream:
+        declared = geobench.SETS[name]
+        record = geobench.locate(declared, "default", root)
+        (tmp_path / "source.json").write_text(json.dumps(record))
+        check(name, block(name, **options))
+        return geobench.prepare(tmp_path, block(name, **options))
+
+    return make
+
+
+@pytest.fixture
+def copied(geobench_root, tmp_path):
+    """From a set's name to a root with a copy of it alone, and its folder."""
+
+    def copy(name: str):
+        folder = download.there(geobench.SETS[name], geobench_root)
+        root = tmp_path / "copied"
+        shutil.copytree(folder, root / folder.relative_to(geobench_root))
+        return root, root / folder.relative_to(geobench_root)
+
+    return copy
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_set_is_read_as_it_is(geobench_root, stream, name):
+    declared, made = geobench.SETS[name], stream(geobench_root, name)
+    assert (declared.size, len(declared.classes)) == (geobench_files.SIZE[name], geobench_files.CLASSES[name])
+    assert made.task == ("segmentation" if name in geobench_files.SEGMENTATION else made.task)
+    assert [made.split.count(one) for one in ("train", "val", "test")] == [6, 4, 4]
+    folder = download.there(declared, geobench_root)
+    for sample in (made.sample[0], made.sample[-1]):
+        found = made.read(sample)
+        with h5py.File(folder / f"{sample}.hdf5") as file:
+            keys = sorted(key for key in file if not key.startswith("label") and key != "Neon")
+            for place, key in enumerate(keys):
+                values = file[key][...].squeeze()
+                values = values.astype(np.float32) if values.dtype == np.float64 else values
+                repeat = declared.size // len(values)
+                np.testing.assert_array_equal(found.image[place], values.repeat(repeat, 0).repeat(repeat, 1))
+            masks = [file[key][...] for key in file if key.startswith("label")]
+        if masks:
+            np.testing.assert_array_equal(found.label, masks[0])
+        assert found.image.shape == made.shape
+
+
+TRUE = {
+    "m-eurosat": ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A"],
+    "m-brick-kiln": ["B01", "B02", "B03", "B04", "B05", "B07", "B8A", "B08", "B11", "B12", "TCI_R", "TCI_G", "TCI_B"],
+}
+LABELLED = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
+
+
+@pytest.mark.parametrize("name", TRUE)
+def test_mislabelled_bands_are_put_right_unless_asked_for(geobench_root, stream, name):
+    right, labelled = stream(geobench_root, name), stream(geobench_root, name, as_labelled=True)
+    assert [band.name for band in right.bands] == TRUE[name]
+    assert [band.name for band in labelled.bands] == LABELLED
+    assert any("the released names are wrong" in note for note in right.notes)
+    assert any("as_labelled" in note for note in labelled.notes)
+    sample = right.sample[0]
+    np.testing.assert_array_equal(right.read(sample).image, labelled.read(sample).image)
+    # Prithvi's six, by name, lie under the keys that the facts say.
+    six = stream(geobench_root, name, bands=["B02", "B03", "B04", "B8A", "B11", "B12"])
+    keys = {"m-eurosat": [1, 2, 3, 12, 10, 11], "m-brick-kiln": [1, 2, 3, 6, 8, 9]}[name]
+    np.testing.assert_array_equal(six.read(sample).image, right.read(sample).image[keys])
+    assert [band.common_name for band in six.bands] == ["blue", "green", "red", "nir08", "swir16", "swir22"]
+
+
+def test_labels_come_from_the_lists_or_the_file_alone(copied, stream):
+    for name, lists in (("m-bigearthnet", "label_stats.json"), ("m-pv4ger", "label_map.json")):
+        root, folder = copied(name)
+        listed = stream(root, name)
+        with_lists = [listed.read(sample).label for sample in listed.sample]
+        (folder / lists).unlink()
+        alone = stream(root, name)
+        for sample, label in zip(alone.sample, with_lists, strict=True):
+            np.testing.assert_array_equal(alone.read(sample).label, label)
+        shutil.rmtree(root)
+    assert {int(label) for label in with_lists} == {0, 1}
+
+
+def test_a_list_that_contradicts_a_file_is_refused(copied, stream):
+    root, folder = copied("m-pv4ger")
+    listed = json.loads((folder / "label_map.json").read_text())
+    moved = listed["0"].pop()
+    listed["1"].append(moved)
+    (folder / "label_map.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match=f"{moved}.hdf5: its label is 0 in the file and 1 in the folder's JSON"):
+        stream(root, "m-pv4ger").read(moved)
+    listed["0"].append(moved)
+    (folder / "label_map.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="label_map.json lists the sample .* more than once"):
+        stream(root, "m-pv4ger")
+
+
+def test_places_and_dates(geobench_root, stream):
+    forest = stream(geobench_root, "m-forestnet")
+    first, second = (forest.read(sample) for sample in forest.sample[:2])
+    assert (first.lat, first.lon) == pytest.approx((-1.5, 113.25))
+    assert np.isnat(first.time), "1 January stands for a composite of a year"
+    assert second.time == np.datetime64("2014-06-02")
+    # Germany's latitude is larger than its longitude, whatever the name says.
+    solar = stream(geobench_root, "m-pv4ger")
+    assert solar.sample[1].startswith("6.8")
+    assert (solar.read(solar.sample[1]).lat, solar.read(solar.sample[1]).lon) == pytest.approx((51.201, 6.801))
+    released = stream(geobench_root, "m-pv4ger", as_labelled=True)
+    assert released.read(solar.sample[1]).lat == pytest.approx(6.801)
+    cattle = stream(geobench_root, "m-nz-cattle")
+    cow = cattle.read(cattle.sample[0])
+    assert (cow.lat, cow.lon) == pytest.approx((-38.1, 175.3))
+    assert np.isnat(cow.time)
+    as_released = stream(geobench_root, "m-nz-cattle", as_labelled=True)
+    assert as_released.read(cattle.sample[0]).time == np.datetime64("2019-01-01")
+    cashew = stream(geobench_root, "m-cashew-plantation")
+    assert cashew.read(cashew.sample[3]).time == np.datetime64("2020-02-04")
+    assert np.isnan(cashew.read(cashew.sample[3]).lat)
+
+
+def test_the_class_no_data_counts_unless_ignored(geobench_root, stream):
+    for name, index in (("m-SA-crop-type", 0), ("m-cashew-plantation", 0), ("m-chesapeake-landcover", 6)):
+        counted, ignored = (stream(geobench_root, name, ignore_nodata=one) for one in (False, True))
+        masks = [np.stack([one.read(sample).label for sample in one.sample]) for one in (counted, ignored)]
+        assert (masks[0] == index).any()
+        np.testing.assert_array_equal(np.where(masks[0] == index, images.IGNORE, masks[0]), masks[1])
+        assert any("counts as a class" in note for note in counted.notes)
+    with pytest.raises(UserError, match="m-NeonTree has no class 'no data'"):
+        check("m", block("m-NeonTree", ignore_nodata=True))
+
+
+def test_partitions_with_fewer_labels(geobench_root, stream):
+    fewer = stream(geobench_root, "m-so2sat", partition="0.50x_train")
+    assert [fewer.split.count(one) for one in ("train", "val", "test")] == [3, 4, 4]
+    with pytest.raises(UserError, match="Partitions there: 0.01x_train, .*default"):
+        stream(geobench_root, "m-so2sat", partition="0.03x_train")
+
+
+# Damage. Every message names the file.
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change(key=None, values=None, attribute=None):
+    def damage(path):
+        with h5py.File(path, "r+") as file:
+            if key:
+                del file[key]
+            if values is not None:
+                file[key] = values
+            if attribute is not None:
+                file.attrs["pickle"] = attribute
+
+    return damage
+
+
+def attack(path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {path.parent.parent / 'ran'}",)
+
+    change(attribute=str(pickle.dumps({"label": Attack()})))(path)
+
+
+DAMAGE = {
+    "truncated": (cut_short, "cannot be read"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
+    "gone": (lambda path: path.unlink(), "There is no .* though the partition lists it"),
+    "a band missing": (change("11 - SWIR"), "lacks 11 - SWIR; it has"),
+    "a wrong shape": (change("02 - Blue", np.zeros((32, 31), np.float32)), r"02 - Blue has the shape \(32, 31\)"),
+    "no numbers": (change("02 - Blue", np.full((32, 32), np.nan, np.float32)), "no finite numbers"),
+    "a label outside": (change(attribute=str(pickle.dumps({"label": 17}))), "label is 17; m-so2sat has .* 0 to 16"),
+    "no label": (change(attribute=str(pickle.dumps({}))), "it has no label"),
+    "an attack": (attack, "asks for posix.system, which is no part of such data"),
+    "no pickle": (change(attribute="open('x')"), "no attribute 'pickle' that is the text of bytes"),
+    "a torn pickle": (change(attribute=str(pickle.dumps({"label": 1})[:-4])), "pickle cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_is_named_or_left_out(copied, stream, tmp_path, what):
+    damage, words = DAMAGE[what]
+    root, folder = copied("m-so2sat")
+    damage(folder / "id_0007.hdf5")
+    made = stream(root, "m-so2sat")
+    with pytest.raises(UserError, match=words) as refused:
+        imagestore.write(made, tmp_path / "scratch", tmp_path / "store")
+    assert "id_0007" in str(refused.value)
+    assert not (tmp_path / "store").exists()
+    written = imagestore.write(made, tmp_path / "scratch", tmp_path / "store", skip_bad=True)
+    assert list(written.left_out) == ["id_0007"]
+    assert written.counts == {"train": 6, "val": 3, "test": 4}
+    store = images.open_images(tmp_path / "store")
+    assert "id_0007" in store.attrs["left_out"]
+    assert "id_0007" not in store.sample.values
+    np.testing.assert_array_equal(store.image[7], made.read("id_0008").image)
+    assert not (folder.parent / "ran").exists()
+
+
+def test_a_mask_with_strange_values_is_refused(copied, stream):
+    root, folder = copied("m-pv4ger-seg")
+    made = stream(root, "m-pv4ger-seg")
+    for value in (2, 255):
+        change("label", np.full((320, 320), value, np.uint8))(folder / f"{made.sample[0]}.hdf5")
+        with pytest.raises(UserError, match=rf"label has \[{value}\]; m-pv4ger-seg has the classes 0 to 1"):
+            made.read(made.sample[0])
+
+
+@pytest.mark.parametrize(("split", "words"), [("train", "twice in train"), ("test", "in train and in test")])
+def test_a_sample_listed_twice(copied, stream, split, words):
+    root, folder = copied("m-so2sat")
+    path = folder / "default_partition.json"
+    partition = json.loads(path.read_text())
+    partition[split].append("id_0000")
+    path.write_text(json.dumps(partition))
+    with pytest.raises(UserError, match=f"default_partition.json lists the sample id_0000 {words}"):
+        stream(root, "m-so2sat")
+    skipped = stream(root, "m-so2sat", skip_bad=True)
+    assert skipped.sample.count("id_0000") == 1
+    assert any(f"id_0000 of {split}" in note for note in skipped.notes)
+
+
+def test_bands_in_another_order_show_in_the_means(copied, stream, tmp_path, monkeypatch):
+    root, folder = copied("m-eurosat")
+
+    def full(published):
+        declared = dataclasses.replace(geobench.SETS["m-eurosat"], counts=(6, 4, 4), published=published)
+        monkeypatch.setitem(geobench.SETS, "m-eurosat", declared)
+        return stream(root, "m-eurosat")
+
+    made = full({})
+    pixels = np.stack([made.read(sample).image for sample in made.sample])[:, :, ::4, ::4].astype(float)
+    pairs = zip(pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3)), strict=True)
+    published = dict(zip(geobench_files.S2, pairs, strict=True))
+    imagestore.write(full(published), tmp_path / "scratch", tmp_path / "store")
+    for path in folder.glob("*.hdf5"):  # as if a copy had other bands under these keys
+        with h5py.File(path, "r+") as file:
+            file.move("08 - NIR", "away")
+            file.move("12 - SWIR", "08 - NIR")
+            file.move("03 - Green", "12 - SWIR")
+            file.move("away", "03 - Green")
+    with pytest.raises(UserError, match="the mean of '03 - Green' is .* or their bands are in another order"):
+        imagestore.write(full(published), tmp_path / "scratch", tmp_path / "again")
+    trusted = stream(root, "m-eurosat", check_means=False)
+    imagestore.write(trusted, tmp_path / "scratch", tmp_path / "again")
+    # Where nothing is declared, band_stats.json of the files themselves counts.
+    with pytest.raises(UserError, match="these are not the released files"):
+        imagestore.write(full({}), tmp_path / "scratch", tmp_path / "third")
+
+
+def test_published_means_tell_the_true_order(geobench_root):
+    """EuroSAT's own means of each band (torchgeo's, of all 27 000 images) stand beside those of the keys' truth."""
+    known = {"B09": 732, "B10": 12.1, "B11": 1819, "B12": 1119, "B8A": 2594}
+    declared = geobench.SETS["m-eurosat"]
+    for key, band in declared.true.items():
+        if band.name in known:
+            mean, std = declared.published[key]
+            assert abs(mean - known[band.name]) < 0.2 * std
+            assert abs(mean - known.get(declared.keys[key].name, 0)) > 0.2 * std
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"set": "m-eurosta"}, "no set 'm-eurosta'. GEO-Bench has: m-bigearthnet"),
+        ({"set": "m-so2sat", "bands": ["thermal"]}, "m-so2sat has no band thermal. It has: sar_vh_real"),
+        ({"set": "m-so2sat", "as_labeled": True}, "unknown key: as_labeled"),
+        ({}, "lacks: set"),
+    ],
+)
+def test_options_that_no_set_has(options, words):
+    with pytest.raises(UserError, match=words):
+        check("m", Dataset("geobench", options=options))
+
+
+def test_keys_of_params_that_the_source_does_not_take():
+    with pytest.raises(UserError, match="has chip, which source 'geobench' does not take"):
+        check("m", Dataset("geobench", chip=4, options={"set": "m-eurosat"}))
+    with pytest.raises(UserError, match="lacks: chip. Source 'landuse' needs task, chip, block, splits"):
+        check("m", Dataset("landuse", task="classification"))
+    with pytest.raises(UserError, match="source 'landuse' has none"):
+        check("m", dataclasses.replace(Dataset("landuse", options={"a": 1}), task="segmentation", chip=1, block=1,
+                                       splits=(1, 1, 1)))  # fmt: skip

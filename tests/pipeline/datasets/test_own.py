@@ -1,0 +1,272 @@
+"""Data of one's own, made from the sample scene: three ways in, and what is refused."""
+
+import dataclasses
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import yaml
+from rasterio.windows import Window
+
+from pipeline import images, imagestore, maps
+from pipeline.datasets import check, landuse, own
+from pipeline.errors import UserError
+from pipeline.params import Dataset, Splits
+from pipeline.records import build
+from tests.conftest import ROOT
+
+BANDS = [
+    {"name": one.name, "common_name": one.common_name, "wavelength": one.wavelength, "gsd": one.gsd}
+    for one in landuse.BANDS
+]
+THREE = [BANDS[place] for place in (1, 2, 3)]
+SPLITS = Splits(0.6, 0.2, 0.2)
+
+
+def scene_block(raw, **changes) -> Dataset:
+    options = {
+        "folder": str(raw("landuse")), "images": "*_B??.jp2", "labels": "*.gpkg", "label_column": "fclass",
+        "units": "dn", "bands": BANDS, "display": [0, 0.3], "time": "2017-02-16T10:21:01",
+    }  # fmt: skip
+    options |= changes.pop("options", {})
+    return Dataset(
+        "own", **{"task": "segmentation", "chip": 128, "block": 256, "splits": SPLITS} | changes, options=options
+    )
+
+
+@pytest.fixture(scope="session")
+def tiles(raw, tmp_path_factory):
+    """The scene's blue, green and red as 48 GeoTIFFs of 128 px with masks, in folders `images` and `masks`."""
+    folder = tmp_path_factory.mktemp("tiles")
+    scene, transform, crs = landuse.read_scene(raw("landuse"))
+    mask = landuse.read_mask(raw("landuse"), transform, scene.shape[1:])
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir()
+    for row in range(0, 768, 128):
+        for column in range(0, 1024, 128):
+            window = Window(column, row, 128, 128)
+            profile = {
+                "driver": "GTiff", "height": 128, "width": 128, "crs": crs,
+                "transform": rasterio.windows.transform(window, transform),
+            }  # fmt: skip
+            area = (slice(row, row + 128), slice(column, column + 128))
+            name = f"tile_{row:04d}_{column:04d}"
+            with rasterio.open(folder / f"images/{name}.tif", "w", count=3, dtype="uint16", **profile) as file:
+                file.write(scene[1:4][:, *area])
+            with rasterio.open(folder / f"masks/{name}_mask.tif", "w", count=1, dtype="uint8", **profile) as file:
+                file.write(mask[area], 1)
+    return folder
+
+
+def tile_block(folder, **changes) -> Dataset:
+    options = {
+        "folder": str(folder), "images": "images/*.tif", "labels": "masks/*.tif", "units": "dn", "bands": THREE,
+        "classes": list(landuse.CLASSES), "ignore": 255,
+    }  # fmt: skip
+    options |= changes.pop("options", {})
+    return Dataset(
+        "own", **{"task": "segmentation", "chip": 64, "block": 256, "splits": SPLITS} | changes, options=options
+    )
+
+
+def prepared(block: Dataset, tmp_path):
+    check("mine", block)
+    return own.prepare(tmp_path, block)
+
+
+def test_a_scene_with_polygons_is_what_the_sample_source_makes_of_it(raw, sample, tmp_path):
+    stream = prepared(scene_block(raw), tmp_path)
+    theirs = sample("sample-landuse-seg")
+    assert len(stream.sample) == len(theirs.sample) == 72
+    classes = {name: index for index, name in enumerate(theirs.classes)} | {"grass": theirs.classes.index("meadow")}
+    renumber = np.full(256, images.IGNORE)
+    renumber[: len(stream.classes)] = [classes[name] for name in stream.classes]
+    for number in (0, 30, 71):
+        one = stream.read(stream.sample[number])
+        np.testing.assert_array_equal(one.image, theirs.image[number])
+        np.testing.assert_array_equal(renumber[one.label], theirs.label[number])
+        assert (one.lat, one.lon) == pytest.approx((theirs.lat[number], theirs.lon[number]))
+        assert one.time == theirs.time[number]
+
+
+@pytest.fixture
+def sample(request):
+    return request.getfixturevalue("prepared")
+
+
+def test_blocks_of_ground_are_dealt_whole(raw, tiles, tmp_path):
+    for block in (scene_block(raw), tile_block(tiles)):
+        stream = prepared(block, tmp_path)
+        homes = {}
+        for (x, y), split in zip(stream.transform[:, [2, 5]], stream.split, strict=True):
+            west, north = stream.transform[:, 2].min(), stream.transform[:, 5].max()
+            homes.setdefault((int((x - west) // 2560), int((north - y) // 2560)), set()).add(split)
+        assert len(homes) > 6
+        assert all(len(splits) == 1 for splits in homes.values())
+        assert {*stream.split} == {"train", "val", "test"}
+
+
+def test_images_with_masks(tiles, tmp_path):
+    stream = prepared(tile_block(tiles), tmp_path)
+    assert stream.shape == (3, 64, 64)
+    name = next(name for name in stream.sample if name.startswith("tile_0128_0256") and name.endswith("c00064"))
+    one = stream.read(name)
+    with rasterio.open(tiles / "images/tile_0128_0256.tif") as file:
+        np.testing.assert_array_equal(one.image, file.read()[:, int(name[-11:-6]) :, 64:][:, :64])
+    with rasterio.open(tiles / "masks/tile_0128_0256_mask.tif") as file:
+        np.testing.assert_array_equal(one.label, file.read(1)[int(name[-11:-6]) :, 64:][:64])
+    classified = prepared(tile_block(tiles, task="classification", chip=32), tmp_path)
+    assert all((classified.read(name).label < 7).all() for name in classified.sample[:9])
+    assert "no class covers 60%" in classified.notes[0]
+    several = prepared(tile_block(tiles, task="multilabel"), tmp_path)
+    assert several.read(name).label.tolist() == [int((one.label == index).any()) for index in range(7)]
+
+
+def labelled(tiles, tmp_path, **columns):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiles / "images", folder / "images")
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    frame = pd.DataFrame({"file": names, "label": [("farm", "forest")[number % 2] for number in range(len(names))]})
+    frame.assign(**columns).to_csv(folder / "labels.csv", index=False)
+    return folder, {"folder": str(folder), "labels": "labels.csv", "classes": [], "ignore": None}
+
+
+def test_images_with_a_table(tiles, tmp_path):
+    folder, options = labelled(tiles, tmp_path)
+    stream = prepared(tile_block(tiles, task="classification", chip=0, block=128, options=options), tmp_path)
+    assert stream.classes == ("farm", "forest")
+    assert len(stream.sample) == 48
+    one = stream.read("images/tile_0000_0128")
+    assert one.label == 1
+    with rasterio.open(folder / "images/tile_0000_0128.tif") as file:
+        np.testing.assert_array_equal(one.image, file.read())
+    small = prepared(tile_block(tiles, task="classification", chip=64, block=128, options=options), tmp_path)
+    assert small.read("images/tile_0000_0128").image.shape == (3, 64, 64)
+    written = imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
+    assert sum(written.counts.values()) == 48
+
+
+def test_splits_and_several_labels_in_a_table(tiles, tmp_path):
+    splits = (["train"] * 4 + ["val", "test"]) * 8
+    _, options = labelled(tiles, tmp_path, split=splits, label=["farm|forest", "farm", ""] * 16)
+    block = tile_block(tiles, task="multilabel", chip=0, block=0, splits=None, options=options | {"split": "column"})
+    stream = prepared(block, tmp_path)
+    assert stream.split == splits
+    assert [stream.read(name).label.tolist() for name in stream.sample[:3]] == [[1, 1], [1, 0], [0, 0]]
+
+
+def test_predictions_go_back_on_the_map(raw, tmp_path):
+    imagestore.write(prepared(scene_block(raw), tmp_path), tmp_path / "scratch", tmp_path / "store", workers=1)
+    store = images.open_images(tmp_path / "store")
+    maps.geotiff(store, range(72), store.label.values, tmp_path / "map.tif")
+    with (
+        rasterio.open(tmp_path / "map.tif") as written,
+        rasterio.open(next(raw("landuse").glob("*_B02.jp2"))) as scene,
+    ):
+        assert written.crs == scene.crs
+        assert written.transform == scene.transform
+        drawn = written.read(1)
+    x, y = (int(store.sample[40].item()[place]) for place in (slice(7, 12), slice(1, 6)))
+    np.testing.assert_array_equal(drawn[y : y + 128, x : x + 128], store.label[40])
+    # Half as many cells are half as fine.
+    maps.geotiff(store, range(72), store.label.values[:, ::2, ::2], tmp_path / "coarse.tif")
+    with rasterio.open(tmp_path / "coarse.tif") as written:
+        assert written.res == (20, 20)
+    with pytest.raises(UserError, match="no place on a map"):
+        maps.geotiff(store.drop_vars(["crs"]), [0], store.label.values[:1], tmp_path / "x.tif")
+
+
+REFUSED = {
+    "units": ({"options": {"units": "dm"}}, "units 'dm' are not known"),
+    "an unknown option": ({"options": {"bandz": 1}}, "unknown key: bandz"),
+    "no such images": (
+        {"options": {"images": "images/*.tiff"}},
+        r"has no file like images/\*.tiff. It has: images, masks",
+    ),
+    "bands": ({"options": {"bands": BANDS}}, "has 3 bands, and 13 are described"),
+    "no classes": ({"options": {"classes": []}}, "list the classes"),
+    "values": ({"options": {"classes": ["farm"]}}, "has the value [1-6]; the classes are 0 to 0, and 255 is ignored"),
+    "no chip": ({"chip": 0}, "lacks: chip"),
+    "no block": ({"block": 0}, "lacks: block"),
+    "no splits": ({"splits": None}, "lacks: splits"),
+    "too large chips": ({"chip": 256}, "No image has 256 px on both sides"),
+    "too few blocks": ({"block": 1024}, "cannot fill three splits"),
+    "time": ({"options": {"time": "16.2.2017"}}, "time is '16.2.2017'"),
+    "a split rule": ({"options": {"split": "chips"}}, "it must be blocks, random or column"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused(tiles, tmp_path, what):
+    changes, words = REFUSED[what]
+    block = tile_block(tiles, **changes)
+    with pytest.raises(UserError, match=words):
+        prepared(block, tmp_path)
+
+
+def test_a_table_that_does_not_fit_is_refused(tiles, tmp_path):
+    folder, options = labelled(tiles, tmp_path)
+    block = tile_block(tiles, task="classification", chip=0, block=128, options=options)
+    table = pd.read_csv(folder / "labels.csv")
+    for change, words in (
+        ({"file": ["no.tif", *table.file[1:]]}, "lists no.tif, and there is no such image"),
+        ({"file": [table.file[1], *table.file[1:]]}, "lists tile_0000_0128.tif twice"),
+        ({"label": ["", *table.label[1:]]}, "tile_0000_0000.tif has no label"),
+    ):
+        table.assign(**change).to_csv(folder / "labels.csv", index=False)
+        with pytest.raises(UserError, match=words):
+            prepared(block, tmp_path)
+    table.drop(columns="label").to_csv(folder / "labels.csv", index=False)
+    with pytest.raises(UserError, match="has no column 'label'. It has: file"):
+        prepared(block, tmp_path)
+    with rasterio.open(folder / "images/tile_0000_0000.tif") as file:
+        small = file.read(window=Window(0, 0, 100, 100))
+        profile = {**file.profile, "height": 100, "width": 100}
+    with rasterio.open(folder / "images/tile_0000_0000.tif", "w", **profile) as file:
+        file.write(small)
+    table.to_csv(folder / "labels.csv", index=False)
+    with pytest.raises(UserError, match="Images differ in size: .* has 100 x 100 px.* Give a chip"):
+        prepared(block, tmp_path)
+    assert prepared(dataclasses.replace(block, chip=64), tmp_path).shape == (3, 64, 64)
+
+
+def test_a_damaged_image_is_named_or_left_out(tiles, tmp_path):
+    folder, options = labelled(tiles, tmp_path)
+    stream = prepared(tile_block(tiles, task="classification", chip=0, block=128, options=options), tmp_path)
+    path = folder / "images/tile_0000_0128.tif"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match="tile_0000_0128.tif cannot be read"):
+        imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
+    written = imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1, skip_bad=True)
+    assert list(written.left_out) == ["images/tile_0000_0128"]
+
+
+def test_polygons_that_do_not_fit_are_refused(raw, tmp_path):
+    for options, words in (
+        ({"label_column": "klass"}, "has no column 'klass'. It has: "),
+        ({"classes": ["farm", "glacier"]}, "has no polygon of glacier. Its 'fclass' has: farm, forest"),
+        ({"images": "*_B0[2-4].jp2"}, "Band B01 should be in the name of one file; it is in 0 of"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepared(scene_block(raw, options=options), tmp_path)
+    chosen = prepared(scene_block(raw, options={"classes": ["water", "farm"]}), tmp_path)
+    assert chosen.classes == ("water", "farm")
+    assert chosen.notes[0].startswith("polygons of forest, grass, meadow")
+
+
+def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path):
+    section = (ROOT / "README.md").read_text().split("## Your own data")[1]
+    blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
+    assert list(blocks) == ["my-scene", "my-tiles", "my-chips"]
+    made = {name: build(Dataset, block, name) for name, block in blocks.items()}
+    for name, block in made.items():
+        check(name, block)
+    scene = made["my-scene"]
+    scene = dataclasses.replace(scene, options={**scene.options, "folder": str(raw("landuse"))})
+    stream = prepared(scene, tmp_path)
+    assert stream.classes == ("farm", "forest", "meadow", "water")
+    assert stream.shape == (3, 128, 128)
+    assert {*stream.split} == {"train", "val", "test"}
