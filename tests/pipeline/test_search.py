@@ -85,3 +85,9 @@ def test_the_second_half_leans_on_the_first():
     trials = search(bump, DESCRIBED)["trials"]
     first, second = (sum(trial["score"] for trial in trials[half]) for half in (slice(8), slice(8, 16)))
     assert second > first
+
+
+def test_of_equals_the_one_that_decays_most():
+    found = search(lambda settings: [0.5] * len(settings), DESCRIBED)
+    decays = [trial["learning_rate"] * trial["weight_decay"] for trial in found["trials"]]
+    assert found["best"]["learning_rate"] * found["best"]["weight_decay"] == max(decays)
