@@ -14,18 +14,15 @@ class _Picked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(inputs: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return torch.stack([inputs[rows] @ weight.t() for rows, weight in zip(index, weights, strict=True)])
-
-    @staticmethod
-    def setup_context(context, arguments, output) -> None:
-        inputs, index, _ = arguments
-        context.save_for_backward(inputs, index)
+    def forward(context, inputs: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        picked = [inputs[rows] for rows in index]
+        context.save_for_backward(*picked)
+        return torch.stack([rows @ weight.t() for rows, weight in zip(picked, weights, strict=True)])
 
     @staticmethod
     def backward(context, gradient: torch.Tensor):
-        inputs, index = context.saved_tensors
-        return None, None, torch.stack([one.t() @ inputs[rows] for rows, one in zip(index, gradient, strict=True)])
+        pulled = [one.t() @ rows for rows, one in zip(context.saved_tensors, gradient, strict=True)]
+        return None, None, torch.stack(pulled)
 
 
 class LinearGroup(nn.Module):
