@@ -5,7 +5,6 @@ wait for one another.
 """
 
 import dataclasses
-import functools
 import hashlib
 import math
 import multiprocessing
@@ -24,22 +23,18 @@ from tqdm import tqdm
 from cache.durable import building
 from cache.schema import CHUNK_KEYS, consolidate, put_array
 from pipeline.errors import UserError
+from pipeline.imagechunk import Piece, bring
 from pipeline.images import (
     IGNORE,
     Images,
-    Sample,
     Stream,
     check,
     check_description,
-    check_label,
-    check_place,
     label_dims,
 )
 
 # A chunk has at most so many samples, and about so many bytes: a few are in memory in each process.
 CHUNK, CHUNK_BYTES = 64, 32 << 20
-# Means are taken of every so many pixels each way: bands differ by far more than that changes.
-_THIN = 4
 # Fewer chunks are written sooner by this process than others are started.
 _FEW = 16
 _DESCRIBED = {
@@ -49,19 +44,6 @@ _DESCRIBED = {
     "time": {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"},
     "transform": {"description": "affine coefficients a to f, from (column, row) of a pixel's corner to the crs"},
 }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is left to say of a chunk once it is on the disk: digests, small values, sums, and what was damaged."""
-
-    digests: tuple[str, ...]
-    label: np.ndarray | None
-    lat: np.ndarray
-    lon: np.ndarray
-    time: np.ndarray
-    total: np.ndarray
-    bad: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -179,7 +161,7 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     """Write all chunks, and yield what is to be said of each, in order."""
     if isinstance(dataset, Images) or workers == 1 or len(starts) <= _FEW:
         for start in starts:
-            yield _piece(dataset, scratch, start, chunk, skip_bad)
+            yield bring(dataset, scratch, start, chunk, skip_bad)
         return
     # Started afresh, not forked: zarr's threads would not survive it.
     context = multiprocessing.get_context("spawn")
@@ -206,102 +188,7 @@ def _begin(*given) -> None:
 
 def _next(start: int) -> Piece:
     dataset, scratch, chunk, skip_bad = _mine
-    return _piece(dataset, scratch, start, chunk, skip_bad)
-
-
-def _piece(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip_bad: bool) -> Piece:
-    """Bring a chunk of samples onto the disk."""
-    rows = slice(start, min(start + chunk, len(dataset.sample)))
-    if isinstance(dataset, Images):
-        count = rows.stop - rows.start
-        image, label, bad = dataset.image[rows], dataset.label[rows], ()
-        lat, lon = (np.full(count, np.nan) if axis is None else axis[rows] for axis in (dataset.lat, dataset.lon))
-        time = np.full(count, "NaT", "datetime64[s]") if dataset.time is None else dataset.time[rows]
-    else:
-        image, label, lat, lon, time, bad = _read(dataset, rows, skip_bad)
-    stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
-    return Piece(
-        digests=tuple(_store(scratch / name, values, start // chunk, chunk) for name, values in stored.items()),
-        label=None if dataset.task == "segmentation" else label,
-        lat=np.asarray(lat, dtype=np.float64),
-        lon=np.asarray(lon, dtype=np.float64),
-        time=np.asarray(time, dtype="datetime64[s]"),
-        total=image[:, :, ::_THIN, ::_THIN].mean(axis=(2, 3), dtype=np.float64).sum(axis=0),
-        bad=tuple(bad),
-    )
-
-
-def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
-    """Write a chunk's file, as zarr does and several times faster, and return its SHA-256; publishing flushes it.
-
-    A chunk without compressor is its values, little-endian and in C order; the last is filled up.
-    """
-    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-    name = CHUNK_KEYS["separator"].join(["c", str(number), *["0"] * (values.ndim - 1)])
-    with open(array / name, "wb", buffering=0) as file:
-        written, wanted = 0, memoryview(values).cast("B")
-        while written < len(wanted):
-            written += file.write(wanted[written:])
-        file.truncate(values[:1].nbytes * chunk)
-    return hashlib.sha256(values).hexdigest()
-
-
-@functools.lru_cache(maxsize=1)
-def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory of a chunk, used for one after another: fresh memory costs as much as reading into it."""
-    return np.zeros(shape, dtype)
-
-
-def _read(stream: Stream, rows: slice, skip_bad: bool):
-    """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
-    names = stream.sample[rows]
-    image = _memory((len(names), *stream.shape), stream.dtype)
-    kind, empty = {
-        "classification": (np.int64, ()),
-        "multilabel": (np.uint8, (len(stream.classes),)),
-        "segmentation": (np.uint8, stream.shape[1:]),
-    }[stream.task]
-    label = np.zeros((len(names), *empty), kind)
-    lat, lon, time, bad = [], [], [], []
-    for place, name in enumerate(names):
-        try:
-            sample = stream.read(name, image[place])
-            found, label[place] = _checked(sample, stream, name)
-            if found is not sample.image or not np.shares_memory(found, image):
-                image[place] = found
-        except UserError as error:
-            if not skip_bad:
-                raise
-            bad.append((name, str(error)))
-            sample = Sample(image[place], label[place])
-        lat.append(sample.lat)
-        lon.append(sample.lon)
-        time.append(sample.time)
-    return image, label, lat, lon, time, bad
-
-
-def _checked(sample: Sample, stream: Stream, name: str):
-    """A sample's image and label, if they fit the stream.
-
-    Raises:
-        UserError: another shape, pixels that are no numbers, a label outside the classes, a place not on Earth.
-    """
-    image = sample.image
-    if image.shape != stream.shape:
-        raise UserError(f"Sample {name} has the shape {image.shape} (band, y, x); the others have {stream.shape}.")
-    if image.dtype != stream.dtype:
-        cast = image.astype(stream.dtype)
-        if not np.array_equal(cast, image):
-            raise UserError(f"Sample {name} has {image.dtype} values that do not fit into {stream.dtype}.")
-        image = cast
-    if image.dtype.kind == "f" and not np.isfinite(image.sum()) and not np.isfinite(image).all():
-        raise UserError(f"Sample {name} has pixels that are no finite numbers.")
-    try:
-        check_label(np.asarray(sample.label), stream)
-        check_place(sample.lat, sample.lon)
-    except UserError as error:
-        raise UserError(f"Sample {name}: {error}") from None
-    return image, sample.label
+    return bring(dataset, scratch, start, chunk, skip_bad)
 
 
 def _without(stream: Stream, left_out: dict[str, str]) -> Stream:
