@@ -290,10 +290,13 @@ PARTS = {work.__name__: work for work in (linear, upernet, logistic, terratorch)
 def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; none for all")
     described = params.load()
     found = {"cores": os.cpu_count()}
-    for name in parser.parse_args().parts:
+    chosen = parser.parse_args().parts or list(PARTS)
+    if unknown := set(chosen) - set(PARTS):
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    for name in chosen:
         found |= PARTS[name](described)
     print(json.dumps(found))
 
