@@ -71,7 +71,7 @@ def find(wanted: str | float, bands: Sequence[Band]) -> int | None:
             return place
     try:
         distances = [abs(band.wavelength - float(wanted)) if band.optical else math.inf for band in bands]
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     return int(np.argmin(distances)) if min(distances) <= _NEAR else None
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from cache.prepare import judge
-from cache.schema import Layout
-from pipeline.narrow import narrow
+from cache.schema import Layout, StoreError
+from pipeline.narrow import look, narrow
 from pipeline.transfer import Download
 
 
@@ -26,19 +26,29 @@ class Buffer:
         """Begin to bring features (sample, …) or (sample, view, …) into rows of the shard."""
         if self._narrows(name):
             values, tally = narrow(values, getattr(torch, self._layout.dtype))
-            self._copy(self._tallies, name, rows, tally)
         else:
-            values = values.float()
+            values, tally = values.float(), look(values)
+        self._copy(self._tallies, name, rows, tally)
         self._copy(self._arrays, name, rows, values)
 
     def take(self, length: int) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, float]]]:
         """The first rows of every array, and what `Writer.write` wants to know of those that were narrowed.
 
         Raises:
-            StoreError: values that the store's dtype cannot hold.
+            StoreError: values that the store's dtype cannot hold, or that are no finite numbers.
         """
         tallies = {name: tally[:length].numpy() for name, tally in self._tallies.items()}
-        lost = {name: judge(tally, name, self._layout.dtype) for name, tally in tallies.items()}
+        for name, tally in tallies.items():
+            if count := int(tally[:, 6].sum()):
+                raise StoreError(
+                    f"{count} values of {name} are NaN or infinite. Check the images; if extract.precision is "
+                    "float16, set it to bfloat16 or float32."
+                )
+        lost = {
+            name: judge(tally[:, :6], name, self._layout.dtype)
+            for name, tally in tallies.items()
+            if self._narrows(name)
+        }
         return {name: array[:length].numpy() for name, array in self._arrays.items()}, lost
 
     def _narrows(self, name: str) -> bool:

@@ -24,9 +24,8 @@ from tqdm import tqdm
 from cache import codecs, prepare, schema, shard, statistics, write
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import bands, encode, inputs, narrow, pyramid, views
+from pipeline import bands, buffer, encode, inputs, narrow, pyramid, views
 from pipeline.archives import digest
-from pipeline.buffer import Buffer
 from pipeline.encode import Encoder
 from pipeline.inputs import Inputs
 from pipeline.params import Backbone, Extract
@@ -45,7 +44,21 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool
     Args:
         clear: remove what an earlier extraction of other inputs left in `folder`.
     """
-    modules = (bands, encode, inputs, narrow, pyramid, views, schema, codecs, prepare, shard, statistics, write)
+    modules = (
+        bands,
+        buffer,
+        encode,
+        inputs,
+        narrow,
+        pyramid,
+        views,
+        schema,
+        codecs,
+        prepare,
+        shard,
+        statistics,
+        write,
+    )
     code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
     decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
@@ -67,31 +80,31 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
     memory = queue.SimpleQueue()
     for _ in range(_SHARDS):
-        memory.put(Buffer(layout, download))
+        memory.put(buffer.Buffer(layout, download))
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
     with bar as progress, ThreadPoolExecutor(1) as disk, ExitStack() as stack:
 
-        def store(number: int, buffer: Buffer, copied) -> None:
+        def store(number: int, filled: buffer.Buffer, copied) -> None:
             try:
                 if copied:
                     copied.synchronize()
                 rows = layout.rows(number)
-                writer.write(number, *buffer.take(rows.stop - rows.start))
+                writer.write(number, *filled.take(rows.stop - rows.start))
                 progress.update(rows.stop - rows.start)
             finally:
-                memory.put(buffer)
+                memory.put(filled)
 
-        storing, buffer = deque(), None
+        storing, filled = deque(), None
         batches = stack.enter_context(closing(_ahead(_batches(images, encoder, writer, batch), encoder.device)))
         stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
         for number, rows, given in batches:
             first, last = layout.rows(number).start, layout.rows(number).stop
             if rows.start == first:
-                buffer = memory.get()
+                filled = memory.get()
             for name, values in _encode(encoder, given, layout).items():
-                buffer.put(slice(rows.start - first, rows.stop - first), name, values)
+                filled.put(slice(rows.start - first, rows.stop - first), name, values)
             if rows.stop == last:
-                storing.append(disk.submit(store, number, buffer, download.event()))
+                storing.append(disk.submit(store, number, filled, download.event()))
             while storing and (storing[0].done() or len(storing) == _SHARDS):
                 storing.popleft().result()
         for one in storing:

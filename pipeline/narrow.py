@@ -7,18 +7,19 @@ import torch
 
 # Of every so many samples of a batch, one is looked at for values too small for the dtype.
 _EVERY = 8
-# Columns of a tally: `cache.prepare.judge`.
-_COLUMNS = 6
+# Columns of a tally: those of `cache.prepare.judge`, and values that are no finite numbers.
+_COLUMNS = 7
 
 
 def narrow(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (sample, channel, …) in `dtype`, and float64 (sample, 6) of what that does to each sample.
+    """Values (sample, channel, …) in `dtype`, and float64 (sample, 7) of what that does to each sample.
 
     Nothing here waits for a GPU.
     """
     low = values.to(dtype)
-    given = _flat(values).float()
-    lost = _flat(low).float().sub_(given)
+    last = not values.is_contiguous()  # asked once: `low` may lie otherwise
+    given = _flat(values, last).float()
+    lost = _flat(low, last).float() - given
     size, error = (torch.linalg.vector_norm(each, dim=1) for each in (given, lost))
     tally = torch.zeros(len(values), _COLUMNS, dtype=torch.float64, device=values.device)
     # On a processor a look at the norms is cheap, and saves the passes below.
@@ -27,6 +28,7 @@ def narrow(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torc
         over = lost.isinf() & finite
         tally[:, 0] = over.sum(dim=1)
         tally[:, 1] = torch.where(over, given, 0).abs().amax(dim=1)
+        tally[:, 6] = (~finite).sum(dim=1)
         size, error = (
             torch.linalg.vector_norm(torch.where(finite & ~over, each, 0), dim=1, dtype=torch.float64)
             for each in (given, lost)
@@ -39,6 +41,13 @@ def narrow(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return low, tally
 
 
-def _flat(values: torch.Tensor) -> torch.Tensor:
-    """(sample, values), in the order in which they lie in memory where that is channels last."""
-    return (values if values.is_contiguous() else values.movedim(1, -1)).flatten(1)
+def look(values: torch.Tensor) -> torch.Tensor:
+    """The tally of values that stay as they are, of which only the last column says anything."""
+    tally = torch.zeros(len(values), _COLUMNS, dtype=torch.float64, device=values.device)
+    tally[:, 6] = (~values.isfinite()).flatten(1).sum(dim=1)
+    return tally
+
+
+def _flat(values: torch.Tensor, last: bool) -> torch.Tensor:
+    """(sample, values), channels last where they lie so in memory."""
+    return (values.movedim(1, -1) if last else values).flatten(1)

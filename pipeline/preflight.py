@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,19 +41,17 @@ def look(images: xr.Dataset, encoder: Encoder, batch: int) -> Look:
     """Encode the first images, a few of them in float32 too if the forward is in lower precision.
 
     Raises:
-        UserError: features that are no numbers.
+        UserError: features that are no numbers, or a network that these images do not fit.
     """
     rows = slice(0, min(batch if encoder.device != "cpu" else _LOOK, len(images.sample)))
     image, known = images.image[rows].values, encoder.inputs.where_and_when(images, rows)
-    pyramid = encoder(image, known)
+    pyramid = _first(encoder, image, known)
     begun = time.perf_counter()
     encoder(image, known)
     rate = len(image) / (time.perf_counter() - begun)
-    if not all(np.isfinite(level).all() for level in pyramid.levels):
-        raise UserError(
-            f"Features in {encoder.precision} are not finite numbers. Check the images, or set extract.precision to "
-            "float32 or bfloat16."
-        )
+    if not all(np.isfinite(each).all() for each in [*pyramid.levels, *pyramid.pooled.values()]):
+        other = "" if encoder.precision == "float32" else ", or set extract.precision to float32"
+        raise UserError(f"Features in {encoder.precision} are not finite numbers. Check the images{other}.")
     if encoder.precision == "float32":
         return Look(pyramid, rate, {})
     few = {name: values[:_LOOK] for name, values in known.items()}
@@ -62,12 +61,27 @@ def look(images: xr.Dataset, encoder: Encoder, batch: int) -> Look:
     return Look(pyramid, rate, {f"level{index}": error for index, error in enumerate(errors)})
 
 
+def _first(encoder: Encoder, image: np.ndarray, known: Mapping[str, np.ndarray]) -> Pyramid:
+    """The first forward, where a network shows what it does not take."""
+    try:
+        return encoder(image, known)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{encoder.device} has no memory for {len(image)} images; set extract.batch lower.") from None
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        seen = encoder.inputs.seen
+        raise UserError(
+            f"The network does not take {len(seen.slots)} bands ({', '.join(map(str, seen.slots))}) of "
+            f"{seen.input_size} px: {str(error).strip().splitlines()[0]}. Check the backbone's bands, input_size and "
+            "options in params.yaml."
+        ) from error
+
+
 def largest_batch(images: xr.Dataset, encoder: Encoder, most: int) -> int:
     """A batch for `extract.batch: 0`: on a GPU the largest power of two that its memory holds with room to spare."""
     if encoder.device == "cpu":
         return _CPU_BATCH
     free = torch.cuda.mem_get_info(encoder.device)[0]
-    batch = _CPU_BATCH
+    batch = 1
     while 2 * batch <= most:
         torch.cuda.reset_peak_memory_stats(encoder.device)
         base = torch.cuda.memory_allocated(encoder.device)
@@ -109,7 +123,8 @@ def _compressed(layout: Layout, pyramid: Pyramid) -> float:
         return 1.0
     before = after = 0
     for level in pyramid.levels:
-        stored, scale = layout.codec.lose(np.ascontiguousarray(level[:_LOOK], dtype=layout.dtype))
+        limit = np.finfo(layout.dtype).max  # what is beyond it is refused where it is stored
+        stored, scale = layout.codec.lose(np.clip(level[:_LOOK], -limit, limit).astype(layout.dtype, order="C"))
         before += stored.size * np.dtype(layout.dtype).itemsize
         after += sum(len(layout.codec.compress(one)) for one in stored)
         after += 0 if scale is None else scale.nbytes

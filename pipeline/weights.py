@@ -1,6 +1,7 @@
 """Checkpoints of tensors: read without running anything they hold, and loaded with every name accounted for."""
 
 import pickle
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,13 +30,15 @@ def read(path: Path) -> dict:
         pickle.UnpicklingError,
         RuntimeError,
         EOFError,
+        struct.error,
+        AssertionError,
         ValueError,
         LookupError,
         TypeError,
         AttributeError,
     ) as error:
         raise _unreadable(path, error) from None
-    if not isinstance(held, Mapping):
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
         raise _unreadable(path, TypeError(f"it holds a {type(held).__name__}, not tensors by name"))
     return held
 

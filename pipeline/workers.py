@@ -5,10 +5,11 @@ the shard it was at, another machine may join at any time, and the store does no
 """
 
 import json
+import os
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from pipeline.params import Backbone, Compute, Extract
 
 # Seconds between looks at which workers there are.
 _PATIENCE = 0.5
+# Workers that may die with no shard finished between them.
+_DEATHS = 4
 # A process computes for one store at a time, also if its Dask worker has several threads.
 _ALONE = threading.Lock()
 
@@ -56,7 +59,7 @@ def run(task: Extraction, compute: Compute) -> dict:
     """Extract, wherever `compute` says; returns what the store says of itself, with its content digest.
 
     Raises:
-        UserError: workers that may have different devices.
+        UserError: workers that may have different devices, or that all die.
     """
     if compute.scheduler and task.device == "auto":
         raise UserError("compute.device is 'auto', and the scheduler's workers may differ. Set it to cuda or cpu.")
@@ -71,9 +74,17 @@ def run(task: Extraction, compute: Compute) -> dict:
 
 def _first(client, task: Extraction) -> dict:
     """Have every worker there is, and every one that joins, work at the store until one says that it is finished."""
-    given = {}
+    given, before, died = {}, -1, 0
     while True:
         there = client.scheduler_info(n_workers=-1)["workers"]
+        gone, safe = len(given.keys() - there), len(list(task.scratch.glob("*/shards/*.json")))
+        if safe != before:
+            before, died = safe, gone
+        if gone - died >= _DEATHS:
+            raise UserError(
+                f"{_DEATHS} workers died one after another without finishing a shard. See their logs; where memory "
+                "ran out, set extract.batch or extract.shard lower."
+            )
         for address, worker in there.items():
             if address not in given:
                 beside = {given[other][1] for other in given if there.get(other, {}).get("host") == worker["host"]}
@@ -113,7 +124,8 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
     encoder = Encoder(given, network, where, task.extract.precision, task.extract.compiled, declared.strides)
     # A batch does not reach from one shard into the next.
     largest = task.extract.shard
-    batch = min(task.extract.batch or preflight.largest_batch(pictures, encoder, largest), largest)
+    batch = task.extract.batch or _agreed(scratch / "batch", preflight.largest_batch(pictures, encoder, largest))
+    batch = min(batch, largest)
     seen = preflight.look(pictures, encoder, batch)
     layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
     print(preflight.announce(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
@@ -121,6 +133,17 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
     engine.extract(pictures, encoder, writer, batch)
     measured = {"precision_error": seen.precision_error} if seen.precision_error else {}
     return {**said, **measured, "content_sha256": writer.finish(measured)}
+
+
+def _agreed(path: Path, found: int) -> int:
+    """The batch that the first worker of a store found: another would change the features' last digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    mine.write_text(str(found))
+    with suppress(FileExistsError):
+        os.link(mine, path)
+    mine.unlink()
+    return int(path.read_text())
 
 
 @contextmanager

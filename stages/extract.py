@@ -8,7 +8,7 @@ from cache.write import write_left_out
 from pipeline import images, inputs, params
 from pipeline.backbones import spec
 from pipeline.bands import Unseen
-from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, run, write_json
+from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, read_json, run, write_json
 
 
 def extract(dataset: str, backbone: str) -> None:
@@ -26,6 +26,7 @@ def extract(dataset: str, backbone: str) -> None:
         write_json(manifest, {"backbone": backbone, "left_out": str(reason)})
         return
 
+    read_json(WEIGHTS / backbone / "source.json")  # or say which stage writes it
     # torch is slow to import, and a left-out cell needs none.
     from pipeline import workers
 

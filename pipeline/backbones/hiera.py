@@ -4,6 +4,7 @@ A hierarchical network: four levels of strides 4 to 32. It was trained on photog
 larger inputs than 224. The neck behind the trunk drops the coarsest level, so the trunk is taken.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.hub import HubFile
@@ -79,5 +80,6 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
         held = read(path)
-        load_strictly(trunk, below(held.get("model", held), _PREFIX, path), path)
+        inner = held.get("model")
+        load_strictly(trunk, below(inner if isinstance(inner, Mapping) else held, _PREFIX, path), path)
     return Trunk(trunk)

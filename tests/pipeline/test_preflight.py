@@ -2,6 +2,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cache.write import Writer
 from pipeline import extract as engine
@@ -82,3 +83,15 @@ def test_what_lower_precision_changes_is_measured(tiles, sealed):
     lower = preflight.look(tiles, Encoder(sealed.inputs, sealed.network, "cpu", "bfloat16"), 4)
     assert list(lower.precision_error) == ["level0", "level1", "level2", "level3"]
     assert all(1e-4 < error < 0.3 for error in lower.precision_error.values())
+
+
+def test_a_network_that_does_not_take_the_images_says_so(tiles, sealed):
+    wrong = torch.nn.Conv2d(7, 3, 1)
+    with pytest.raises(UserError, match=r"does not take 3 bands \(red, green, blue\) of 64 px: .*expected input"):
+        preflight.look(tiles, Encoder(sealed.inputs, wrong, "cpu"), 4)
+
+
+def test_features_too_large_for_int8_in_float16_are_left_to_the_store(laid, tmp_path):
+    layout, seen = laid("int8")
+    seen.pyramid.levels[0] *= 1e9
+    preflight.announce(layout, seen, tmp_path, "tiles x lite0")

@@ -1,3 +1,6 @@
+from contextlib import suppress
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +44,23 @@ def test_names_are_accounted_for(tmp_path):
         weights.load_strictly(network, {**whole, **{f"b{i}": torch.ones(1) for i in range(1, 6)}}, tmp_path)
     with pytest.raises(UserError, match="size mismatch for bias"):
         weights.load_strictly(network, {**whole, "bias": torch.ones(4)}, tmp_path)
+
+
+def test_any_damage_to_an_old_file_is_refused_or_harmless(tmp_path):
+    """The format before zip archives has no checksums, and its reader fails in many ways."""
+    whole = tmp_path / "whole.pth"
+    torch.save({"a": torch.zeros(10), "b": torch.ones(3)}, whole, _use_new_zipfile_serialization=False)
+    good, random = whole.read_bytes(), np.random.default_rng(0)
+    for number in range(300):
+        bad = bytearray(good[: random.integers(len(good))] if number % 2 else good)
+        if bad:
+            bad[random.integers(len(bad))] = random.integers(256)
+        whole.write_bytes(bad)
+        with suppress(UserError):
+            weights.read(whole)
+
+
+def test_tensors_without_names_are_refused(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
+    with pytest.raises(UserError, match="not a checkpoint of tensors"):
+        weights.read(tmp_path / "numbered.pt")
