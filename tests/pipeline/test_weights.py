@@ -46,6 +46,7 @@ def test_names_are_accounted_for(tmp_path):
         weights.load_strictly(network, {**whole, "bias": torch.ones(4)}, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_any_damage_to_an_old_file_is_refused_or_harmless(tmp_path):
     """The format before zip archives has no checksums, and its reader fails in many ways."""
     whole = tmp_path / "whole.pth"
