@@ -32,8 +32,9 @@ def labelled(opened):
         classes = ["a", "b", "c", "d"][: {"classification": 4, "multilabel": 2, "segmentation": 3}[task]]
         return opened(
             images.Images(
-                np.zeros((COUNT, 1, SIDE, SIDE), np.uint8), label, [f"s{i:03d}" for i in range(COUNT)], split,
-                [Band("red", "red", 0.665, 1.0)], classes, task, "uint8", 1.0, "none", "made",
+                image=np.zeros((COUNT, 1, SIDE, SIDE), np.uint8), label=label,
+                sample=[f"s{i:03d}" for i in range(COUNT)], split=split, bands=[Band("red", "red", 0.665, 1.0)],
+                classes=classes, task=task, units="uint8", gsd=1.0, licence="none", source="made",
             )
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import torch
 
 from cache.schema import Layout, Level, StoreError
 from cache.write import Writer
-from pipeline import cells, fit, images, metrics
+from pipeline import cells, fit, images, imagestore, metrics
 from pipeline.errors import UserError
 from pipeline.feed import Stream
 from pipeline.fit import Setting
@@ -29,7 +29,7 @@ def made(prepared, tmp_path_factory):
         if task not in found:
             tiles = prepared("sample-landuse-seg", **({} if task == "segmentation" else {"task": task}))
             folder = tmp_path_factory.mktemp(task)
-            images.write(tiles, folder / "scratch", folder / "images.zarr")
+            imagestore.write(tiles, folder / "scratch", folder / "images.zarr")
             digest = images.open_images(folder / "images.zarr").attrs["content_sha256"]
             made = {name: store(folder, name, tiles, sides, digest) for name, sides in GRIDS.items()}
             found[task] = folder / "images.zarr", made

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline import archives
 from pipeline.datasets import geobench, landuse, trees
-from stages import extract, fetch, prepare, report, resolve, train, tune
+from stages import compose, extract, fetch, prepare, report, resolve, train, tune
 from tests import geobench_files
 from tests.conftest import ROOT
 from tests.stages.conftest import merge
@@ -66,6 +66,7 @@ def steps(grid: dict):
         for model in grid["models"]:
             yield f"results/tune/{name}/{model}.json", partial(tune.tune, name, model)
             yield f"results/runs/{name}/{model}", partial(train.train, name, model)
+        yield f"results/compose/{name}", partial(compose.compose, name)
     yield "results/report", report.make_report
 
 

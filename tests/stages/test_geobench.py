@@ -11,7 +11,7 @@ import yaml
 
 from pipeline import params
 from pipeline.datasets import geobench
-from stages import extract, fetch, prepare, report, resolve, train, tune
+from stages import compose, extract, fetch, prepare, report, resolve, train, tune
 from stages.plan import plan
 from tests.conftest import ROOT
 from tests.stages.conftest import merge
@@ -49,6 +49,7 @@ def test_all_twelve_sets_go_through_to_a_report(place, capsys):
         for model in SMALL["grid"]["models"]:
             tune.tune(name, model)
             train.train(name, model)
+        compose.compose(name)
     report.make_report()
     runs = pd.read_csv("results/report/runs.csv")
     assert len(runs) == len(SETS)
@@ -84,8 +85,19 @@ def test_the_papers_profile_is_planned_whole(fresh):
     fresh.run("python", "-m", "stages.profile", "--name", "paper")
     planned = re.findall(r"Running stage '([^']+)'", fresh.run("dvc", "repro", "--dry", "--force"))
     verbs = [name.split("@")[0] for name in planned]
-    counted = {verb: verbs.count(verb) for verb in ("fetch", "fetch_weights", "prepare", "extract", "tune", "train")}
-    assert counted == {"fetch": 12, "fetch_weights": 4, "prepare": 12, "extract": 48, "tune": 96, "train": 96}
+    counted = {
+        verb: verbs.count(verb)
+        for verb in ("fetch", "fetch_weights", "prepare", "extract", "tune", "train", "compose")
+    }
+    assert counted == {
+        "fetch": 12,
+        "fetch_weights": 4,
+        "prepare": 12,
+        "extract": 48,
+        "tune": 96,
+        "train": 96,
+        "compose": 12,
+    }
     described = params.load(fresh.folder / "params.yaml")
     assert (described.search.trials, described.train.seeds) == (16, 10)
     assert {described.backbone(name).input_size for name in described.grid.backbones} == {224}
