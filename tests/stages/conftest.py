@@ -34,7 +34,8 @@ def merge(base: dict, change: dict) -> dict:
 
 
 def pytest_collection_modifyitems(items):
-    """One process runs all that share the job."""
+    """One process runs all that share the job, from the beginning: they take as long as all others together."""
+    items.sort(key=lambda item: "job" not in getattr(item, "fixturenames", ()))
     for item in items:
         if "job" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("job"))
