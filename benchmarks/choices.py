@@ -12,12 +12,12 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 
+from benchmarks.timing import ratio, seconds
 from pipeline import fit
 from pipeline.backbones import build, spec
 from pipeline.heads.dense import DenseGroup
@@ -26,18 +26,6 @@ from pipeline.params import Backbone
 
 WIDTHS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
 ROUNDS = 5
-
-
-def seconds(work) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-def ratio(ours, theirs) -> float:
-    """How many times faster ours is, as the median over alternating rounds after one warm-up."""
-    ours(), theirs()
-    return statistics.median(seconds(theirs) / seconds(ours) for _ in range(ROUNDS))
 
 
 def levels(layout) -> list[torch.Tensor]:
@@ -57,7 +45,7 @@ def lanes() -> float:
         for part in group:
             fit.fit(make, fit.Data(inputs, label), task, part, fit.Recipe(steps=30, batch=4))
 
-    return ratio(lambda: train([settings]), lambda: train([[one] for one in settings]))
+    return ratio(lambda: train([settings]), lambda: train([[one] for one in settings]), ROUNDS)
 
 
 def upernet_channels_last() -> float:
@@ -71,7 +59,7 @@ def upernet_channels_last() -> float:
 
         return work
 
-    return ratio(step(torch.channels_last), step(torch.contiguous_format))
+    return ratio(step(torch.channels_last), step(torch.contiguous_format), ROUNDS)
 
 
 def csmask_channels_last() -> float:
@@ -86,7 +74,7 @@ def csmask_channels_last() -> float:
 
         return work
 
-    return ratio(forward(torch.channels_last), forward(torch.contiguous_format))
+    return ratio(forward(torch.channels_last), forward(torch.contiguous_format), ROUNDS)
 
 
 def lite0_large_pages() -> float:

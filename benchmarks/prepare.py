@@ -13,12 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from benchmarks.timing import seconds
 from pipeline import imagestore
 from pipeline.datasets import geobench
 from pipeline.params import Dataset
@@ -45,10 +45,10 @@ def main() -> None:
             files = geobench_files.write(name, root, scene, photo, mask, counts)
             paces: dict[str, list[float]] = {"theirs": [], "read": [], "prepare": [], "prepare_all_cores": []}
             for _ in range(ROUNDS):
-                paces["theirs"].append(samples / _seconds(_plain, files))
-                paces["read"].append(samples / _seconds(_read, root, name))
-                paces["prepare"].append(samples / _seconds(_prepare, root, name, 1))
-                paces["prepare_all_cores"].append(samples / _seconds(_prepare, root, name, cores) / cores)
+                paces["theirs"].append(samples / seconds(lambda: _plain(files)))
+                paces["read"].append(samples / seconds(lambda: _read(root, name)))
+                paces["prepare"].append(samples / seconds(lambda: _prepare(root, name, 1)))
+                paces["prepare_all_cores"].append(samples / seconds(lambda: _prepare(root, name, cores)) / cores)
             theirs = statistics.median(paces.pop("theirs"))
             found[name] = {f"{way}_vs_h5py": round(statistics.median(one) / theirs, 3) for way, one in paces.items()}
             found[name]["h5py_samples_a_second"] = round(theirs)
@@ -88,12 +88,6 @@ def _read(root: Path, name: str) -> None:
 def _prepare(root: Path, name: str, workers: int) -> None:
     imagestore.write(_stream(root, name), root / "scratch", root / "store.zarr", workers)
     shutil.rmtree(root / "store.zarr")
-
-
-def _seconds(work, *arguments) -> float:
-    begun = time.perf_counter()
-    work(*arguments)
-    return time.perf_counter() - begun
 
 
 _ALONE = """

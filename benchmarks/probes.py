@@ -9,13 +9,12 @@ validation accuracy over the seven. `biased_cka`, `cka`: of unrelated features, 
 
 import json
 import os
-import statistics
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from benchmarks.timing import ratio
 from pipeline.compose import ensembles
 from pipeline.fit import Task
 from pipeline.heads import probes
@@ -44,18 +43,6 @@ def probe() -> Probe:
     return Probe(train, val, Task("classification", CLASSES), "logistic")
 
 
-def seconds(work) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-def ratio(ours, theirs) -> float:
-    """How many times faster ours is, as the median over alternating rounds after one warm-up."""
-    ours(), theirs()
-    return statistics.median(seconds(theirs) / seconds(ours) for _ in range(ROUNDS))
-
-
 def main() -> None:
     made = probe()
     wanted = [[(name, "all") for name in names] for names in ensembles(list(WIDTHS))]
@@ -74,8 +61,8 @@ def main() -> None:
     one, other = np.random.default_rng(1).normal(size=(2, TRAIN, 496))
     norms = [np.linalg.norm(a.T @ b) ** 2 for a, b in ((one, other), (one, one), (other, other))]
     told = {
-        "one_thread": ratio(ours, lambda: [made.fit(layers) for layers in wanted]),
-        "tolerance": ratio(ours, exact),
+        "one_thread": ratio(ours, lambda: [made.fit(layers) for layers in wanted], ROUNDS),
+        "tolerance": ratio(ours, exact, ROUNDS),
         "tolerance_costs": max(abs(a - b) for a, b in zip(ours(), exact(), strict=True)),
         "biased_cka": norms[0] / (norms[1] * norms[2]) ** 0.5,
         "cka": linear_cka(lambda: [{"one": one, "other": other}])[1][0, 1],

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.features import FOLDER
+from benchmarks.timing import seconds
 from cache.read import Features
 from cache.schema import StoreError
 from cache.write import Writer
@@ -73,12 +74,6 @@ def protocol(described: params.Params, cell: cells.Cell) -> tuple[dict, np.ndarr
 
 def single(cell: cells.Cell) -> np.ndarray:
     return scores(cell, cell.train([Setting(1e-2, 1e-2, 0)]), "test")
-
-
-def seconds(work) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
 
 
 def classification(described: params.Params) -> list[tuple[str, str]]:
