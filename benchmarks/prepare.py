@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -45,10 +46,10 @@ def main() -> None:
             files = geobench_files.write(name, root, scene, photo, mask, counts)
             paces: dict[str, list[float]] = {"theirs": [], "read": [], "prepare": [], "prepare_all_cores": []}
             for _ in range(ROUNDS):
-                paces["theirs"].append(samples / seconds(lambda: _plain(files)))
-                paces["read"].append(samples / seconds(lambda: _read(root, name)))
-                paces["prepare"].append(samples / seconds(lambda: _prepare(root, name, 1)))
-                paces["prepare_all_cores"].append(samples / seconds(lambda: _prepare(root, name, cores)) / cores)
+                paces["theirs"].append(samples / seconds(partial(_plain, files)))
+                paces["read"].append(samples / seconds(partial(_read, root, name)))
+                paces["prepare"].append(samples / seconds(partial(_prepare, root, name, 1)))
+                paces["prepare_all_cores"].append(samples / seconds(partial(_prepare, root, name, cores)) / cores)
             theirs = statistics.median(paces.pop("theirs"))
             found[name] = {f"{way}_vs_h5py": round(statistics.median(one) / theirs, 3) for way, one in paces.items()}
             found[name]["h5py_samples_a_second"] = round(theirs)
