@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -14,13 +13,9 @@ import xarray as xr
 from cache.read import Features, aligned
 from cache.schema import StoreError
 from pipeline import fit, fusion, images
+from pipeline.blueprint import Blueprint
 from pipeline.errors import UserError
 from pipeline.feed import Stream, channels_last
-from pipeline.heads.dense import DenseGroup
-from pipeline.heads.fcn import Fcn
-from pipeline.heads.linear import LinearGroup
-from pipeline.heads.upernet import UperNet
-from pipeline.join import Join, Joined, mix, projected
 from pipeline.params import Heads
 
 
@@ -40,12 +35,20 @@ class Cell:
         task: what is asked.
         train: from settings to a trained group of heads.
         batch: samples per step.
+        names: of the classes.
+        fields: of each member, the names of the arrays that are read.
+        by: of each of these, `fusion.factors`.
+        blueprint: of the heads.
     """
 
     parts: dict[str, Part]
     task: fit.Task
     train: Callable[[Sequence[fit.Setting]], torch.nn.Module]
     batch: int
+    names: list[str]
+    fields: list[list[str]]
+    by: list[tuple[np.ndarray, np.ndarray]]
+    blueprint: Blueprint
 
     def counts(self, group: torch.nn.Module, split: str) -> np.ndarray:
         """Per-sample counts of every head on a split, (head, sample, cells)."""
@@ -97,17 +100,15 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
 
     if heads.class_weights == "balanced":
         task = replace(task, weights=_balanced(labelled.label[rows["train"]].values, kind, classes))
-    shapes = [[_shape(field) for field in member] for member in grouped]
-    make = (
-        _dense(heads, shapes, classes, tuple(labelled.label.shape[1:]), device)
-        if dense
-        else _linear(heads, shapes, classes)
-    )
+    shapes = tuple(tuple(_shape(field) for field in member) for member in grouped)
+    blueprint = _blueprint(heads, shapes, classes, tuple(labelled.label.shape[1:]), device if dense else None)
 
     def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
-        return fit.fit(make, parts["train"], task, settings, recipe, parts.get("val"))
+        return fit.fit(blueprint.group, parts["train"], task, settings, recipe, parts.get("val"))
 
-    return Cell(parts, task, train, chosen.batch)
+    names = [[name for _, name in member] for member in grouped]
+    factors = [fusion.factors(*each) for each in by]
+    return Cell(parts, task, train, chosen.batch, list(labelled.attrs["classes"]), names, factors, blueprint)
 
 
 def opened(stores: Mapping[Path, str | None], pictures: Path) -> tuple[list[Features], xr.Dataset]:
@@ -153,31 +154,16 @@ def _shape(field: fusion.Field) -> tuple[int, ...]:
     return tuple(store.array(name).shape)
 
 
-def _linear(heads: Heads, shapes, classes: int) -> Callable[[Sequence[int]], LinearGroup]:
-    """Makes a group from seeds; `shapes` are those of each member's vectors."""
-    widths = [sum(shape[0] for shape in member) for member in shapes]
-    return lambda seeds: LinearGroup(
-        widths, classes, seeds, projected(heads.fusion, widths), partial(mix, heads.fusion, dim=2)
-    )
-
-
-def _dense(
-    heads: Heads, shapes, classes: int, size: tuple[int, int], device: str
-) -> Callable[[Sequence[int]], DenseGroup]:
-    """Makes a group from seeds; `shapes` are those of each member's levels."""
+def _blueprint(heads: Heads, shapes, classes: int, size: tuple[int, ...], device: str | None) -> Blueprint:
+    """What `heads` asks for; `device` is that of dense heads, none of linear ones."""
+    if device is None:
+        return Blueprint("linear", heads.fusion, shapes, classes)
     automatic = "bfloat16" if device.startswith("cuda") else "float32"
     precision = automatic if heads.precision == "auto" else heads.precision
-
-    def head(channels: Sequence[int]) -> torch.nn.Module:
-        if heads.segmentation == "fcn":
-            return Fcn(channels, classes)
-        return UperNet(channels, heads.upernet.channels, classes)
-
-    def make() -> Joined:
-        neck = heads.segmentation == "upernet" and heads.upernet.neck
-        return Joined(Join(shapes, heads.fusion, neck), head)
-
-    return lambda seeds: DenseGroup(make, size, seeds, precision)
+    if heads.segmentation == "fcn":
+        return Blueprint("fcn", heads.fusion, shapes, classes, size, precision=precision)
+    channels, neck = heads.upernet.channels, heads.upernet.neck
+    return Blueprint("upernet", heads.fusion, shapes, classes, size, channels, neck, precision)
 
 
 def _balanced(label: np.ndarray, kind: str, classes: int) -> tuple[float, ...]:

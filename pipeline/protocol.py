@@ -1,9 +1,11 @@
 """The paper's protocol on one cell, a data set seen through a model: search on validation, then seeds on test."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from pipeline import metrics, params, predictions
 from pipeline.cells import Cell
@@ -12,6 +14,23 @@ from pipeline.search import search
 
 # Whose figures these are: backbones frozen, features from the cache. A fine-tuned model would be another protocol.
 PROTOCOL = "frozen"
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Seeds that were read on the test split.
+
+    Attributes:
+        runs: one row a seed.
+        predicted: one row a seed and test sample (pipeline/predictions.py).
+        group: the trained heads.
+        best: the place in it of the one with the best score on validation.
+    """
+
+    runs: pd.DataFrame
+    predicted: pd.DataFrame
+    group: torch.nn.Module
+    best: int
 
 
 def tune(cell: Cell, described: params.Search, name: str, study: Path | None = None, about: object = None) -> dict:
@@ -31,14 +50,14 @@ def tune(cell: Cell, described: params.Search, name: str, study: Path | None = N
     return search(score, described, study, about)
 
 
-def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> tuple[pd.DataFrame, pd.DataFrame]:
+def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Tested:
     """Train `seeds` heads at the best setting and read the test split, once for each.
 
     Args:
         told: what else each run's row says, such as its data set and model.
 
     Returns:
-        runs, one row a seed; and predictions, one row a seed and test sample (pipeline/predictions.py).
+        every run, what was predicted, and the heads.
     """
     group = cell.train([Setting(**best, seed=seed) for seed in range(seeds)])
     task, part = cell.task, cell.parts["test"]
@@ -56,4 +75,4 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> tu
          **best}
         for seed in range(seeds)
     ]  # fmt: skip
-    return pd.DataFrame(runs), predicted
+    return Tested(pd.DataFrame(runs), predicted, group, int(validation.argmax()))

@@ -56,8 +56,8 @@ def _of_grid(model: str, described: params.Params) -> bool:
 
 
 def _run(dataset: str, model: str, stores: dict, manifests: dict, described: params.Params, folder) -> None:
-    """The full protocol on one model: tune.json, runs.csv, predictions.parquet."""
-    from pipeline import cells, protocol
+    """The full protocol on one model: tune.json, runs.csv, predictions.parquet, head.pt."""
+    from pipeline import cells, kept, protocol
     from pipeline.compute import device
 
     members = model.split("+")
@@ -70,13 +70,14 @@ def _run(dataset: str, model: str, stores: dict, manifests: dict, described: par
     tuned = protocol.tune(cell, described.search, f"{dataset} {model}", study, about)
     weights = "+".join(str(manifests[name]["weights"]["weights"]) for name in members)
     told = {"dataset": dataset, "model": model, "weights": weights}
-    runs, predicted = protocol.test(cell, tuned["best"], described.train.seeds, told)
+    tested = protocol.test(cell, tuned["best"], described.train.seeds, told)
     folder.mkdir()
     write_json(folder / "tune.json", tuned)
-    runs.to_csv(folder / "runs.csv", index=False)
-    predicted.to_parquet(folder / "predictions.parquet")
+    tested.runs.to_csv(folder / "runs.csv", index=False)
+    tested.predicted.to_parquet(folder / "predictions.parquet")
+    kept.save(folder / "head.pt", model, cell, tested.group, tested.best)
     study.unlink(missing_ok=True)
-    print(f"{dataset} {model}: test {runs.score.mean():.4f}, the mean of {len(runs)} seeds", flush=True)
+    print(f"{dataset} {model}: test {tested.runs.score.mean():.4f}, the mean of {len(tested.runs)} seeds", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,18 @@ from stages.cli import FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED, read_json
 
 
 def train(dataset: str, model: str) -> None:
-    """Write runs.csv, one row a seed, and predictions.parquet, one row a seed and test sample."""
+    """Write runs.csv, one row a seed; predictions.parquet, one row a seed and test sample; and head.pt, one head."""
     described = params.load()
     described.members(model)
     resolved, tuned = (
         read_json(MODELS / dataset / f"{model}.json"),
         read_json(TUNED / dataset / f"{model}.json"),
     )
-    runs, predicted = pd.DataFrame(columns=["dataset", "model"]), pd.DataFrame(columns=["seed", "sample"])
-    if not resolved["left_out"]:
-        from pipeline import cells, protocol
+    with building(SCRATCH / f"runs-{dataset}-{model}", RUNS / dataset / model) as folder:
+        if resolved["left_out"]:
+            pd.DataFrame(columns=["dataset", "model"]).to_csv(folder / "runs.csv", index=False)
+            return
+        from pipeline import cells, kept, protocol
         from pipeline.compute import device
 
         stores = {
@@ -28,11 +30,11 @@ def train(dataset: str, model: str) -> None:
         cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val", "test"), where)
         weights = "+".join(str(member["weights"]) for member in resolved["members"])
         told = {"dataset": dataset, "model": model, "weights": weights}
-        runs, predicted = protocol.test(cell, tuned["best"], described.train.seeds, told)
-        print(f"{dataset} {model}: test {runs.score.mean():.4f}, the mean of {len(runs)} seeds")
-    with building(SCRATCH / f"runs-{dataset}-{model}", RUNS / dataset / model) as folder:
-        runs.to_csv(folder / "runs.csv", index=False)
-        predicted.to_parquet(folder / "predictions.parquet")
+        tested = protocol.test(cell, tuned["best"], described.train.seeds, told)
+        tested.runs.to_csv(folder / "runs.csv", index=False)
+        tested.predicted.to_parquet(folder / "predictions.parquet")
+        kept.save(folder / "head.pt", model, cell, tested.group, tested.best)
+        print(f"{dataset} {model}: test {tested.runs.score.mean():.4f}, the mean of {len(tested.runs)} seeds")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def test_chips_searched_trained_and_kept(known_chips, capsys):
     tuned = protocol.tune(cell, SEARCH, "d m")
     assert len(tuned["trials"]) == 4
     assert capsys.readouterr().out.count("d m: 2 trials, best on validation") == 2
-    runs, kept = protocol.test(load(known_chips, ["high", "low"]), tuned["best"], 3, TOLD)
+    tested = protocol.test(load(known_chips, ["high", "low"]), tuned["best"], 3, TOLD)
+    runs, kept = tested.runs, tested.predicted
     assert len(runs) == 3
     assert set(runs.protocol) == {"frozen"}
     assert runs.iloc[0].to_dict().items() >= {**TOLD, **tuned["best"], "metric": "accuracy", "n_test": 30}.items()
@@ -48,14 +49,15 @@ def test_the_kept_counts_are_those_of_the_evaluation(known_chips):
 
     cell = load(known_chips, ["high", "none"])
     group = cell.train([Setting(0.05, 0.01, seed) for seed in range(3)])
-    _, kept = protocol.test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD)
+    kept = protocol.test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
     _, counts = predictions.counts(kept, "classification", 4)
     np.testing.assert_array_equal(counts, cell.counts(group, "test"))
 
 
 def test_masks_keep_their_confusion(known_masks):
     cell = load(known_masks, ["knows", "coarse"])
-    runs, kept = protocol.test(cell, {"learning_rate": 0.01, "weight_decay": 0.01}, 2, TOLD)
+    tested = protocol.test(cell, {"learning_rate": 0.01, "weight_decay": 0.01}, 2, TOLD)
+    runs, kept = tested.runs, tested.predicted
     samples, counts = predictions.counts(kept, "segmentation", 3)
     assert samples == cell.parts["test"].sample
     assert counts.sum() == 2 * (cell.parts["test"].label != 255).sum()
@@ -67,7 +69,8 @@ def test_streamed_chips_are_kept_as_those_in_memory(known_chips):
     best = {"learning_rate": 0.05, "weight_decay": 0.01}
     cell = load(known_chips, ["high", "low"], heads=dataclasses.replace(HEADS, memory=0.0))
     assert isinstance(cell.parts["test"].inputs, Stream)
-    runs, kept = protocol.test(cell, best, 2, TOLD)
+    tested = protocol.test(cell, best, 2, TOLD)
+    runs, kept = tested.runs, tested.predicted
     for seed, table in kept.groupby("seed"):
         assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
     assert runs.score.mean() > 0.9
