@@ -91,9 +91,7 @@ def _network(shape: Shape) -> nn.Module:
         UserError: timm has no such network, it has no maps, or its input is too small.
     """
     if not timm.is_model(shape.architecture):
-        raise UserError(
-            f"timm has no network '{shape.architecture}'. `timm.list_models()` lists those it has."
-        )
+        raise UserError(f"timm has no network '{shape.architecture}'. `timm.list_models()` lists those it has.")
     failed = f"timm's '{shape.architecture}' cannot be a student of {shape.input_size} px and {shape.bands} bands"
     try:
         network = timm.create_model(
