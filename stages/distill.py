@@ -12,7 +12,10 @@ from stages.cli import DISTILLED, FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED
 
 
 def distill(dataset: str, student: str) -> None:
-    """Write results/distill/<dataset>/<student>: told.json, runs.csv, predictions.parquet, best/."""
+    """Write results/distill/<dataset>/<student>: told.json, runs.csv, best/ (the student to deploy), a folder a variant.
+
+    A variant's folder has its own runs.csv and predictions.parquet.
+    """
     described = params.load()
     described.dataset(dataset)
     described.student(student)
@@ -22,24 +25,22 @@ def distill(dataset: str, student: str) -> None:
     teacher, left_out = choose(described, tuned)
     with building(SCRATCH / f"distill-{dataset}-{student}", DISTILLED / dataset / student) as folder:
         told = {"dataset": dataset, "student": student, "teacher": teacher, "left_out": left_out}
-        runs, predicted = pd.DataFrame(columns=["dataset", "model"]), pd.DataFrame(columns=["seed", "sample"])
-        if not left_out:
-            more, runs, predicted = _taught(described, dataset, student, teacher, folder)
-            told |= more
-        else:
+        runs = pd.DataFrame(columns=["dataset", "model"])
+        if left_out:
             print(f"{dataset} {student}: left out: {left_out}")
+        else:
+            more, runs = _taught(described, dataset, student, teacher, folder)
+            told |= more
         write_json(folder / "told.json", told)
         runs.to_csv(folder / "runs.csv", index=False)
-        predicted.to_parquet(folder / "predictions.parquet")
 
 
 def _taught(described: params.Params, dataset: str, name: str, teacher: str, folder):
-    """All variants; what told.json says of them, their runs and predictions. Writes best/, the student to deploy."""
+    """All variants: what told.json says of them, and their runs. Writes best/ and the variants' folders."""
     from pipeline import kept, students
     from pipeline.compute import device
     from pipeline.distill import protocol, start
     from pipeline.distill.chips import Chips
-    from pipeline.distill.cost import of_student
     from pipeline.distill.describe import about, shape_of
     from pipeline.distill.teacher import Teacher
     from pipeline.distill.train import Lesson
@@ -63,14 +64,16 @@ def _taught(described: params.Params, dataset: str, name: str, teacher: str, fol
         study = SCRATCH / "studies" / f"distill-{dataset}-{name}-{variant}.json"
         row = {"dataset": dataset, "model": f"{name}/{variant}", "weights": weights}
         taught = protocol.teach(fresh, lesson, variant, row, study, key)
-        tables.append((taught.runs, taught.predicted))
+        tables.append(taught.runs)
+        (folder / variant).mkdir()
+        taught.runs.to_csv(folder / variant / "runs.csv", index=False)
+        taught.predicted.to_parquet(folder / variant / "predictions.parquet")
         variants[variant] = {**taught.tuned, "seed": taught.seed}
         if variant == "distilled":
             more = about(chips.store, dataset, variant, weights, teacher)
             students.save(folder / "best", taught.best, more)
-            cost = of_student(taught.best, chips.size)
-    runs, predicted = (pd.concat(each, ignore_index=True) for each in zip(*tables, strict=True))
-    return {"weights": weights, "variants": variants, "cost": cost}, runs, predicted
+        study.unlink(missing_ok=True)
+    return {"weights": weights, "variants": variants}, pd.concat(tables, ignore_index=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Taught:
     Attributes:
         tuned: of `search`.
         runs: one row a seed, as `pipeline.protocol.test` gives them.
-        predicted: one row a seed and test sample (pipeline/predictions.py), and the variant.
+        predicted: one row a seed and test sample (pipeline/predictions.py).
         best: the student of the seed that is best on validation; `seed` is its seed.
     """
 
@@ -78,7 +78,7 @@ def teach(
     ]  # fmt: skip
     best = int(np.argmax(valid))
     print(f"{name}: test {tested.mean():.4f}, the mean of {len(runs)} seeds", flush=True)
-    return Taught(tuned, pd.DataFrame(runs), predicted.assign(variant=variant), students[best], best)
+    return Taught(tuned, pd.DataFrame(runs), predicted, students[best], best)
 
 
 def _trained(make, lesson: Lesson, variant: str, settings: Sequence[Setting]) -> list[Student]:
