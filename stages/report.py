@@ -22,7 +22,7 @@ from stages.cli import (
 
 
 def make_report() -> None:
-    """Write results/report and results/metrics.json from the grid's runs and students; other runs lying about are not read."""
+    """Write results/report and results/metrics.json from the grid's runs; others lying about are not read."""
     grid = params.load().grid
     folders, left_out = {}, []
     searched = {dataset: _searched(dataset) for dataset in grid.datasets}
