@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cache.read import Features
 from cache.schema import Layout, Level
@@ -105,3 +106,12 @@ def made(tmp_path, opened):
         return Made(tmp_path, opened, task, [*split] * (COUNT // len(split)), views)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _one_core():
+    """Students so small train fastest on one core, above all beside other tests."""
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(cores)

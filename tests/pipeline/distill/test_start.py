@@ -34,7 +34,7 @@ def test_bands_keep_their_own_filters_in_any_order(weights):
         student = start.make(SHAPE, [0.0] * 3, [1.0] * 3, begun, 0).eval()
         with torch.inference_mode():
             maps.append(student.levels(image[:, order])[0])
-    torch.testing.assert_close(*maps)
+    torch.testing.assert_close(*maps, atol=1e-3, rtol=1e-3)
 
 
 def test_more_bands_keep_the_first_layers_size(weights):
