@@ -27,6 +27,8 @@ SCRATCH = Path("data/scratch")
 TUNED = Path("results/tune")
 RUNS = Path("results/runs")
 COMPOSED = Path("results/compose")
+DISTILLED = Path("results/distill")
+COST = Path("results/cost.csv")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 

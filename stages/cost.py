@@ -1,0 +1,48 @@
+"""cost: every student, and every frozen model beside it, used and timed on real chips of its data set."""
+
+import pandas as pd
+
+from pipeline import params
+from stages.cli import COST, DISTILLED, IMAGES, RUNS, TUNED, WEIGHTS, read_json, run, write_text
+
+
+def cost() -> None:
+    """Write results/cost.csv: a row a data set, model and device, of the data sets that have students."""
+    described = params.load()
+    tables = [_costs(described, dataset) for dataset in described.grid.datasets if described.grid.students]
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["dataset", "model"])
+    write_text(COST, table.to_csv(index=False))
+
+
+def _costs(described: params.Params, dataset: str) -> pd.DataFrame:
+    from pipeline import cost as costs
+    from pipeline import images
+    from pipeline.compute import device
+
+    chips, tables = images.open_images(IMAGES / f"{dataset}.zarr").image[: costs.BATCH].values, []
+    for where in dict.fromkeys(["cpu", device(described.compute.device)]):
+        tables.append(costs.measure(usable(described, dataset, where), chips, where))
+    return pd.concat(tables, ignore_index=True).assign(dataset=dataset)
+
+
+def usable(described: params.Params, dataset: str, where: str) -> dict:
+    """The students and models of the grid, by name, on a device; random controls cost what their likes do."""
+    from pipeline import cost as costs
+    from pipeline import images, kept, students
+
+    store, models = images.open_images(IMAGES / f"{dataset}.zarr"), {}
+    for name in described.grid.students:
+        if not read_json(DISTILLED / dataset / name / "told.json")["left_out"]:
+            one, _ = students.load(DISTILLED / dataset / name / "best")
+            models[name] = costs.student(one, where)
+    for model in described.grid.models:
+        backbones = {name: described.backbone(name) for name in described.members(model)}
+        random = any(one.weights == "random" for one in backbones.values())
+        if not random and not read_json(TUNED / dataset / f"{model}.json")["left_out"]:
+            head = kept.load(RUNS / dataset / model / "head.pt", where)
+            models[model] = costs.frozen(head, backbones, WEIGHTS, store, where)
+    return models
+
+
+if __name__ == "__main__":
+    run(cost)
