@@ -83,7 +83,7 @@ def _paths(path: Path, named: pd.Series, images: Sequence[Path]) -> list[str]:
         for key in {str(image), image.name, image.stem, *below}:
             known.setdefault(key, set()).add(image)
     if gone := [name for name in named if name not in known]:
-        raise UserError(f"{path} lists '{gone[0]}', and there is no such image ({len(images)} images are there).")
+        raise UserError(f"{path} lists {gone[0]}, and there is no such image ({len(images)} images are there).")
     for name in named:
         if len(known[name]) > 1:
             several = ", ".join(map(str, sorted(known[name])[:3]))

@@ -105,7 +105,6 @@ OPTIONS = {
     "a percentage": ({"purity": 60}, "purity is 60"),
     "a class twice": ({"classes": ["farm", "farm"]}, "classes name 'farm' twice"),
     "too many classes": ({"classes": [str(number) for number in range(256)]}, "256 classes; masks hold 255"),
-    "one class": ({"classes": ["farm"], "images": "images/tile_0000_0000.tif"}, "one class, farm"),
     "an absolute path": ({"images": "/tmp/*.tif"}, "is an absolute path; patterns are below the folder"),
 }
 
