@@ -6,7 +6,7 @@ Which of the three is told by what `labels` names: a CSV file, rasters, or anyth
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
         reader, notes, classes = _from_table(options, dataset, folder)
     else:
         reader, notes, classes = _from_masks(options, dataset, folder)
-    areas = {name: reader.areas(chip) for name, chip in reader.chips.items()}
+    areas = _each(reader.chips, lambda name: reader.areas(reader.chips[name]), options.skip_bad, notes)
     if len(classes) < 2 and dataset.task != "multilabel":
         raise UserError(
             f"There is one class, {', '.join(classes)}, and nothing to tell it from. Ground without a label does not "
@@ -112,6 +112,22 @@ def _absent(classes: Sequence[str], areas: np.ndarray, deal: np.ndarray) -> list
     return [f"the split {split} has nothing of {', '.join(names)}" for split, names in found.items()]
 
 
+def _each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
+    """What is read of each, without those that cannot be if they may be left out; the notes say which."""
+    found, wrong = {}, None
+    for name in names:
+        try:
+            found[name] = read(name)
+        except UserError as error:
+            if not skip_bad:
+                raise
+            wrong = error
+            notes += [f"left out: {error}"] if f"left out: {error}" not in notes else []
+    if wrong and not found:
+        raise wrong
+    return found
+
+
 def _from_table(options: Options, dataset: Dataset, folder: Path):
     images = files(folder, options.images)
     several = dataset.task == "multilabel"
@@ -123,8 +139,10 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
     needed = ("file", options.label_column, *(("split",) if options.split == "column" else ()))
     frame = table(paths[0], images, needed, options.classes, several)
     chips, sizes = {}, {}
-    for row in frame.to_dict("records"):
-        one = picture(Path(row["path"]), options.bands)
+    notes = [f"images resampled to {dataset.chip} px, bilinear"] if dataset.chip else []
+    pictures = _each(frame.path, lambda path: picture(Path(path), options.bands), options.skip_bad, notes)
+    for row in frame[frame.path.isin(pictures)].to_dict("records"):
+        one = pictures[row["path"]]
         sizes.setdefault((one.height, one.width), row["path"])
         name = str(Path(row["path"]).relative_to(folder).with_suffix(""))
         if name in chips:
@@ -137,7 +155,6 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
         said = ", ".join(f"{path} has {h} x {w} px" for (h, w), path in list(sizes.items())[:3])
         raise UserError(f"Images differ in size: {said}. Give a chip, in pixels, to which all are resampled.")
     classes = frame.attrs["classes"]
-    notes = [f"images resampled to {dataset.chip} px, bilinear"] if dataset.chip else []
     if "split" in frame and options.split != "column":
         notes.append(f"the table's column split is not used, since split is {options.split}")
     return Reader(chips, dataset.chip, dataset.task, len(classes), 0, None), notes, classes
@@ -148,8 +165,9 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
     if given[0].suffix.lower() in _RASTERS:
         if not options.classes:
             raise UserError("Masks have numbers and no names: list the classes, from the one of value 0.")
-        pictures = [picture(path, options.bands) for path in images]
         mask, notes = Masks(pair(images, given), options.classes, options.ignore), []
+        read = _each(images, lambda path: picture(path, options.bands), options.skip_bad, notes)
+        pictures = list(read.values())
         classes = options.classes
     else:
         pictures = [scene(images, options.bands)]

@@ -123,6 +123,31 @@ def test_units_that_the_pixels_cannot_have(tiles, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
+def test_damaged_headers_and_masks_are_left_out_if_asked_for(tiles, tmp_path):
+    folder, block = table_block(tiles, tmp_path)
+    (folder / "images/tile_0000_0000.tif").write_bytes(b"")
+    with pytest.raises(UserError, match="tile_0000_0000.tif cannot be read"):
+        prepared(block, tmp_path)
+    stream = prepared(
+        tile_block(tiles, task="classification", chip=0, block=128, options=block.options | {"skip_bad": True}),
+        tmp_path,
+    )
+    assert len(stream.sample) == 47
+    assert "left out: " in stream.notes[0]
+    masks = tmp_path / "masked"
+    shutil.copytree(tiles, masks)
+    for path in [*(masks / "images").iterdir()][:2]:
+        path.write_bytes(b"")
+    for path in [*(masks / "masks").iterdir()][-3:]:
+        path.write_bytes(path.read_bytes()[:600])
+    stream = prepared(tile_block(masks, options={"skip_bad": True}), tmp_path)
+    assert len([note for note in stream.notes if note.startswith("left out: ")]) == 5
+    for path in (masks / "images").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        prepared(tile_block(masks, options={"skip_bad": True}), tmp_path)
+
+
 def half(mask):
     return np.where(mask == 255, 255, 0.5).astype("float32")
 
