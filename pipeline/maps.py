@@ -20,8 +20,11 @@ def geotiff(images: xr.Dataset, rows: Sequence[int], values: np.ndarray, path: P
         values: classes, uint8 (chip, y, x), of any size: a cell of a chip may be larger than its pixels.
 
     Raises:
-        UserError: chips without a place, in several reference systems, or not on one grid.
+        UserError: values that are no classes of these chips, or chips without a place, in several reference systems,
+            or not on one grid.
     """
+    values = np.asarray(values)
+    _check(images, rows, values)
     if "transform" not in images.coords or "crs" not in images.coords:
         raise UserError("These images have no place on a map: their store keeps no 'crs' and 'transform'.")
     if len(systems := set(images.crs[rows].values.tolist())) != 1:
@@ -41,9 +44,24 @@ def geotiff(images: xr.Dataset, rows: Sequence[int], values: np.ndarray, path: P
     for line, column, value in zip(lines, columns, values, strict=True):
         mosaic[line : line + height, column : column + width] = value
     transform = rasterio.Affine(steps[0], 0, west, 0, steps[1], north)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with rasterio.open(
         path, "w", driver="GTiff", height=mosaic.shape[0], width=mosaic.shape[1], count=1, dtype="uint8",
         crs=systems.pop(), transform=transform, nodata=IGNORE, compress="deflate",
     ) as file:  # fmt: skip
         file.write(mosaic, 1)
         file.update_tags(classes=", ".join(images.attrs["classes"]))
+
+
+def _check(images: xr.Dataset, rows: Sequence[int], values: np.ndarray) -> None:
+    if values.ndim != 3 or len(values) != len(rows) or not len(rows):
+        raise UserError(
+            f"Values of the shape {values.shape} for {len(rows)} chips; a map takes a class a cell, (chip, y, x)."
+        )
+    classes = images.attrs["classes"]
+    if outside := sorted(set(np.unique(values).tolist()) - {*range(len(classes)), IGNORE})[:1]:
+        raise UserError(
+            f"Values have {outside[0]}; a map holds classes, 0 to {len(classes) - 1}, and {IGNORE} for none. "
+            "Take the argmax of logits first."
+        )

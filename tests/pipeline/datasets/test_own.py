@@ -175,6 +175,17 @@ def test_predictions_go_back_on_the_map(raw, tmp_path):
     maps.geotiff(store, range(72), store.label.values[:, ::2, ::2], tmp_path / "coarse.tif")
     with rasterio.open(tmp_path / "coarse.tif") as written:
         assert written.res == (20, 20)
+    label = store.label.values
+    for values, words in (
+        (label[:2], r"shape \(2, 128, 128\) for 3 chips"),
+        (np.array([1, 2, 3]), r"shape \(3,\) for 3 chips"),
+        (label[:3] + 0.5, "argmax of logits"),
+        (label[:3].astype(int) + 300, "a map holds classes, 0 to"),
+    ):
+        with pytest.raises(UserError, match=words):
+            maps.geotiff(store, range(3), values, tmp_path / "refused.tif")
+    assert not (tmp_path / "refused.tif").exists()
+    maps.geotiff(store, range(3), label[:3], tmp_path / "new" / "map.tif")
     with pytest.raises(UserError, match="no place on a map"):
         maps.geotiff(store.drop_vars(["crs"]), [0], store.label.values[:1], tmp_path / "x.tif")
 
