@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import datasets, params
 from pipeline.backbones import spec
-from stages.cli import run, write_json
+from stages.cli import FINETUNED, run, write_json
 
 
 def check() -> None:
@@ -16,6 +16,7 @@ def check() -> None:
         spec(backbone)
     # The same content every time: later stages depend on this file's existence alone.
     write_json(Path("data/params.checked"), {"params.yaml": "checked"})
+    write_json(FINETUNED / "models.json", list(described.grid.finetune))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ SCRATCH = Path("data/scratch")
 TUNED = Path("results/tune")
 RUNS = Path("results/runs")
 COMPOSED = Path("results/compose")
+FINETUNED = Path("results/finetune")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 
