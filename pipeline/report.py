@@ -9,14 +9,17 @@ import pandas as pd
 
 from pipeline import aggregate, findings
 from pipeline.compare import Draws, interval
+from pipeline.finetune import section as tuning
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left}
 img{max-width:100%}caption{text-align:left;padding:.3em 0;color:#444}summary{cursor:pointer;color:#05a}"""
 
 
-def kind(model: str, weights: str) -> str:
-    """What a model is: `joined`, `pretrained`, `random` (a control) or `baseline` (no network)."""
+def kind(model: str, weights: str, protocol: str = "frozen") -> str:
+    """What a model is: `joined`, `pretrained`, `random` (a control), `baseline` (no network) or `fine-tuned`."""
+    if protocol.startswith("fine-tuned"):
+        return "fine-tuned"
     if "random" in weights:
         return "random"
     if weights == "none":
@@ -40,8 +43,8 @@ def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], Draws]) -> pd.
         spread = group.score.std(ddof=1) if len(group) > 1 else float("nan")
         low, high = interval(drawn[dataset, model].samples)
         rows.append(
-            {"dataset": dataset, "model": model, "kind": kind(model, first.weights), "protocol": first.protocol,
-             "metric": first.metric, "mean": group.score.mean(), "std": spread,
+            {"dataset": dataset, "model": model, "kind": kind(model, first.weights, first.protocol),
+             "protocol": first.protocol, "metric": first.metric, "mean": group.score.mean(), "std": spread,
              "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
              "weights": first.weights, "learning_rate": first.learning_rate, "weight_decay": first.weight_decay,
              "task": first.task, "classes": first.classes}
@@ -102,8 +105,9 @@ networks and the raw-band baseline are controls, not models to use.</p>
 <p>Differences are paired: the same test samples are drawn for both models. A verdict goes by the interval over test
 samples and seeds together.</p>{items(said)}
 <h3>Every pair</h3><p>{html.escape(findings.chance(pairs))}</p>{_pairs(pairs)}
-<h2>Over the data sets</h2>{_aggregated(runs, summary)}
+<h2>Over the data sets</h2>{_aggregated(runs[runs.protocol == "frozen"])}
 {composition}
+{tuning.section(runs)}
 <h2>Left out</h2>
 <p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{items(left_out)}
 <h2>Settings</h2>
@@ -143,7 +147,7 @@ def _pairs(pairs: pd.DataFrame) -> str:
     )
 
 
-def _aggregated(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
+def _aggregated(runs: pd.DataFrame) -> str:
     texts = []
     for datasets in aggregate.coverages(runs):
         table = aggregate.over_datasets(runs, datasets)
@@ -152,7 +156,7 @@ def _aggregated(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
                 "model": table.model,
                 "interquartile mean": table.iqm.map("{:.3f}".format),
                 "95 % interval over seeds": [f"{row.low:.3f}–{row.high:.3f}" for row in table.itertuples()],
-                "protocol": " and ".join(summary.protocol.unique()),
+                "protocol": " and ".join(runs.protocol.unique()),
             }
         )
         texts.append(as_html(text, f"Over {', '.join(datasets)}"))

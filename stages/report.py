@@ -6,7 +6,7 @@ from cache.durable import building
 from pipeline import composition, figures, findings, params, predictions, report
 from pipeline.compare import bootstrap
 from pipeline.errors import UserError
-from stages.cli import COMPOSED, METRICS, REPORT, RUNS, SCRATCH, TUNED, read_json, run, write_json
+from stages.cli import COMPOSED, FINETUNED, METRICS, REPORT, RUNS, SCRATCH, TUNED, read_json, run, write_json
 
 
 def make_report() -> None:
@@ -20,11 +20,14 @@ def make_report() -> None:
                 left_out.append(f"{dataset}, {model}: {reason}")
             else:
                 folders[dataset, model] = RUNS / dataset / model
+                if model in grid.finetune:
+                    folders[dataset, model + findings.TUNED] = FINETUNED / dataset / model
         for model in searched[dataset].told["run"]:
             folders[dataset, model] = COMPOSED / dataset / model
     if not folders:
         raise UserError("Every model of the grid is left out: " + " ".join(left_out) + " Add one that fits.")
-    runs = pd.concat([pd.read_csv(folder / "runs.csv") for folder in folders.values()], ignore_index=True)
+    tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
+    runs = pd.concat(tables, ignore_index=True)
     drawn = _drawn(folders, runs)
     summary = report.summarise(runs, drawn)
     said, pairs = findings.headlines(summary, drawn), findings.every_pair(summary, drawn)
