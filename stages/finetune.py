@@ -26,6 +26,7 @@ def finetune(dataset: str, model: str) -> None:
         if resolved["left_out"]:
             pd.DataFrame(columns=["dataset", "model"]).to_csv(folder / "runs.csv", index=False)
             return
+        import numpy as np
         import torch
 
         from pipeline import images
@@ -54,7 +55,8 @@ def finetune(dataset: str, model: str) -> None:
         def make(seed: int) -> Tuned:
             return Tuned(opened, chosen, head, asked, seed, where, precision)
 
-        make(0)  # before anything takes long: whether head, images and network belong together
+        # Before anything takes long: whether head, images and networks belong together.
+        make(0).check(opened.image[:1].values, np.array([0]))
         checkpoints = protocol.scratch(SCRATCH / "finetune" / dataset / model, [*about, digest(head)])
         pictures = Pictures(opened, checkpoints / "images.npy")
         job = Job(pictures, protocol.task(opened, pictures, described.heads.class_weights), asked)

@@ -67,9 +67,10 @@ def check(described: FineTune) -> None:
     for key in ("rank", "steps", "batch", "checks", "seeds"):
         if getattr(described, key) < 1:
             raise UserError(f"finetune.{key} is {getattr(described, key)}; it must be at least 1.")
-    if not described.learning_rates or min(described.learning_rates) <= 0:
+    rates = described.learning_rates
+    if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
         raise UserError(
-            f"finetune.learning_rates is {list(described.learning_rates)}; it must name at least one, each above 0."
+            f"finetune.learning_rates is {list(rates)}; it must name at least one, each once and each above 0."
         )
     if not 0 < described.decay <= 1:
         raise UserError(f"finetune.decay is {described.decay}; it must be above 0 and at most 1.")

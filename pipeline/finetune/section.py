@@ -3,11 +3,11 @@
 import pandas as pd
 
 _SAID = (
-    "<h2>Fine-tuning</h2><p>The backbones themselves trained on, from the frozen model and the head of its best seed: "
-    "another protocol, whose scores stand in the first table, marked, and enter none of the frozen figures. The "
-    "learning rate and the step are chosen on validation, the frozen start included: step 0 says that training on never helped "
-    "there. Seeds differ in the order of images, not in the head's start, so that their spread is narrower than of "
-    "frozen heads.</p>"
+    "<h2>Fine-tuning</h2><p>The backbones themselves trained on, from the frozen model and its best seed's head: "
+    "another protocol whose scores stand in the first table, marked, and enter none of the frozen figures. The "
+    "learning rate and the step are chosen on validation, the frozen start included: step 0 says that training on "
+    "never helped there. Seeds differ in the order of images, not in the head's start, so their spread is narrower "
+    "than that of frozen heads.</p>"
 )
 
 

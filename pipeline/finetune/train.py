@@ -65,23 +65,21 @@ def train(tuned: Tuned, job: Job, setting: Setting, checkpoint: Path) -> Progres
     done = _read(checkpoint, tuned, optimiser)
     if done is None:
         done = Progress()
-        _check(done, tuned, job)
-        done.start = done.best
+        done.start = _check(done, tuned, job)
     with tqdm(total=steps, initial=done.step, unit="step", mininterval=2, file=sys.stderr) as bar:
         while not done.over:
             for group in optimiser.param_groups:
                 group["lr"] = group["rate"] * factor(done.step)
             draw = np.random.default_rng([setting.seed, done.step]) if job.described.augment else None
-            lost = _step(tuned, optimiser, job, batches[done.step], draw)
+            lost = update(tuned, optimiser, job, batches[done.step], draw)
             done.step += 1
             bar.update()
             if done.step % every == 0 or done.step == steps:
-                diverged = not bool(torch.isfinite(lost))
-                if not diverged:
-                    _check(done, tuned, job)
-                done.over = diverged or done.step == steps
+                finite = bool(torch.isfinite(lost))
+                says = f"{_check(done, tuned, job):.4f}" if finite else "diverged"
+                done.over = not finite or done.step == steps
                 _write(checkpoint, done, tuned, optimiser)
-                bar.set_postfix_str(f"validation {done.best:.4f} at step {done.at}" + ", diverged" * diverged)
+                bar.set_postfix_str(f"validation {says}, best {done.best:.4f} at step {done.at}")
     tuned.load(done.kept)
     return done
 
@@ -104,7 +102,7 @@ def counts(tuned: Tuned, job: Job, split: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _step(tuned: Tuned, optimiser, job: Job, rows: np.ndarray, draw: np.random.Generator | None) -> torch.Tensor:
+def update(tuned: Tuned, optimiser, job: Job, rows: np.ndarray, draw: np.random.Generator | None) -> torch.Tensor:
     """One update; the loss before it."""
     image, label = job.pictures.batch(rows, draw)
     optimiser.zero_grad(set_to_none=True)
@@ -115,12 +113,13 @@ def _step(tuned: Tuned, optimiser, job: Job, rows: np.ndarray, draw: np.random.G
     return lost.detach()
 
 
-def _check(done: Progress, tuned: Tuned, job: Job) -> None:
-    """The score on validation, and what is trained if it is the best."""
+def _check(done: Progress, tuned: Tuned, job: Job) -> float:
+    """The score on validation; what is trained is kept if it is the best."""
     score = float(metrics.score(job.task.kind, counts(tuned, job, "val").sum(axis=0), job.task.classes))
     if score >= done.best:
         done.best, done.at = score, done.step
         done.kept = {name: values.detach().cpu().clone() for name, values in tuned.trained().items()}
+    return score
 
 
 def _write(path: Path, done: Progress, tuned: Tuned, optimiser: torch.optim.Optimizer) -> None:

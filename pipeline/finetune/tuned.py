@@ -91,13 +91,25 @@ class Tuned(nn.Module):
         Args:
             rows: which samples of the store they are, for those backbones that want to know where and when.
         """
+        return self.kept.logits(self._features(image, rows))
+
+    def check(self, image: np.ndarray, rows: np.ndarray) -> None:
+        """Whether the backbones give what the head reads.
+
+        Raises:
+            UserError: other levels, or of other shapes.
+        """
+        with torch.no_grad():
+            _fits(self.kept, self._features(image, rows))
+
+    def _features(self, image: np.ndarray, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        """Of each backbone, by the names that arrays have in a store."""
         features = []
         for encoder, context in zip(self.encoders, self._context, strict=True):
             encoder.network.gradients = torch.is_grad_enabled()
             known = {name: torch.from_numpy(values[rows]).to(encoder.device) for name, values in context.items()}
             features.append(_named(encoder.forward(encoder.prepare(image), known)))
-        _fits(self.kept, features)
-        return self.kept.logits(features)
+        return features
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
