@@ -91,7 +91,7 @@ class Tuned(nn.Module):
         Args:
             rows: which samples of the store they are, for those backbones that want to know where and when.
         """
-        return self.kept.logits(self._features(image, rows))
+        return self.kept.logits(self.features(image, rows))
 
     def check(self, image: np.ndarray, rows: np.ndarray) -> None:
         """Whether the backbones give what the head reads.
@@ -100,10 +100,10 @@ class Tuned(nn.Module):
             UserError: other levels, or of other shapes.
         """
         with torch.no_grad():
-            _fits(self.kept, self._features(image, rows))
+            _fits(self.kept, self.features(image, rows))
 
-    def _features(self, image: np.ndarray, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
-        """Of each backbone, by the names that arrays have in a store."""
+    def features(self, image: np.ndarray, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
+        """What each backbone gives, by the names that its arrays have in a store; arguments as for `forward`."""
         features = []
         for encoder, context in zip(self.encoders, self._context, strict=True):
             encoder.network.gradients = torch.is_grad_enabled()
