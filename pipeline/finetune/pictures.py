@@ -28,11 +28,13 @@ class Pictures:
     """
 
     def __init__(self, opened: xr.Dataset, path: Path):
-        count = opened.sizes["sample"]
-        self.image = np.lib.format.open_memmap(path, "w+", dtype=opened.image.dtype, shape=opened.image.shape)
-        for start in range(0, count, _STEP):
-            some = slice(start, start + _STEP)
-            self.image[some] = opened.image[some].values
+        described = {"descr": opened.image.dtype.str, "fortran_order": False, "shape": opened.image.shape}
+        # Written, and only then mapped: a full disk is an error of a write, and a crash of a mapped one.
+        with open(path, "wb") as file:
+            np.lib.format.write_array_header_2_0(file, described)
+            for start in range(0, opened.sizes["sample"], _STEP):
+                file.write(np.ascontiguousarray(opened.image[start : start + _STEP].values))
+        self.image = np.load(path, mmap_mode="r")
         self.label = opened.label.values
         self.sample, self.split = opened.sample.values, opened.split.values
         square = self.image.shape[-1] == self.image.shape[-2]
