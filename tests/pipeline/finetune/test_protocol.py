@@ -74,18 +74,16 @@ def test_scores_recompute_from_predictions_and_the_kept_tensors(frozen, job, tmp
     assert np.array_equal(train.counts(again, asked, "test").sum(axis=0), counts[0].sum(axis=0))
 
 
-def test_it_learns_what_the_frozen_model_could_not(frozen, job, tmp_path):
-    """Labels of its own training images, which a head on frozen features of a random network fits less well."""
-    one = frozen("sample-landuse", "lite0")
-    asked = job(one, steps=60, checks=1, batch=6, augment=False, decay=1.0)
-    before = train.counts(one.tuned(), asked, "train")
-    optimiser = torch.optim.AdamW((tuned := one.tuned(decay=1.0)).groups(1e-3, 0.0))
+def test_a_backbone_learns_for_a_head_that_is_held_still(frozen, job):
+    """Other labels than the head was trained on, so that only a change of the features can tell them."""
+    one = frozen("sample-landuse", "prithvi")
+    asked, tuned = job(one), one.tuned(decay=1.0)
+    tuned.head.requires_grad_(False)
     rows = asked.pictures.rows("train")
-    lost = [train.update(tuned, optimiser, asked, rows, None).item() for _ in range(30)]
+    asked.pictures.label[rows] = (asked.pictures.label[rows] + 1) % asked.task.classes
+    optimiser = torch.optim.AdamW(tuned.groups(1e-3, 0.0))
+    lost = [train.update(tuned, optimiser, asked, rows, None).item() for _ in range(25)]
     assert lost[-1] < 0.2 * lost[0]
-    after = train.counts(tuned, asked, "train")
-    score = [metrics.score("classification", one.sum(axis=0), asked.task.classes) for one in (before, after)]
-    assert score[1] == 1.0 >= score[0]
 
 
 def test_a_run_that_diverges_ends_as_the_frozen_model(frozen, job, tmp_path):
