@@ -36,7 +36,6 @@ def finetune(dataset: str, model: str) -> None:
 
 def _run(dataset: str, model: str, resolved: dict, described: params.Params, folder: Path) -> Path:
     """Fill the folder; returns that of the checkpoints, which are needed no more once it is published."""
-    import numpy as np
     import torch
 
     from pipeline.archives import digest
@@ -56,8 +55,7 @@ def _run(dataset: str, model: str, resolved: dict, described: params.Params, fol
         return Tuned(opened, members, head, asked, seed, where, precision)
 
     with memory_hint():
-        # Before anything takes long: whether head, images and networks belong together.
-        make(0).check(opened.image[:1].values, np.array([0]))
+        make(0)  # before anything takes long: whether head, images and backbones belong together
         decides = [asdict(asked), resolved, where, precision, opened.attrs["content_sha256"], sources, digest(head)]
         decides += [[asdict(member.backbone) for member in members], described.heads.class_weights]
         checkpoints = protocol.scratch(SCRATCH / "finetune" / dataset / model, decides)

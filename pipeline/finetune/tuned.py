@@ -16,6 +16,7 @@ from pipeline.encode import Encoder
 from pipeline.errors import UserError
 from pipeline.finetune import blocks, lora
 from pipeline.finetune.described import FineTune
+from pipeline.finetune.fits import belongs, fits
 from pipeline.params import Backbone
 from pipeline.pyramid import Pyramid
 
@@ -60,7 +61,7 @@ class Tuned(nn.Module):
         device, precision: of the backbones, as for `Encoder`.
 
     Raises:
-        UserError: a head that does not belong to these images, or nothing to train.
+        UserError: a head that does not belong to these images or backbones, or nothing to train.
     """
 
     def __init__(
@@ -75,15 +76,19 @@ class Tuned(nn.Module):
     ):
         super().__init__()
         self.kept = kept.load(head, device)
-        _belongs(self.kept, head, [member.name for member in members], opened)
+        belongs(self.kept, head, [member.name for member in members], opened)
         self.encoders = [_encoder(member, opened, described, seed, device, precision) for member in members]
         self._context = [encoder.inputs.where_and_when(opened, slice(None)) for encoder in self.encoders]
         self._decay = 1.0 if described.what == "lora" else described.decay
         self.networks = nn.ModuleList(encoder.network for encoder in self.encoders)
         self.head = self.kept.network
-        if not any(values.requires_grad for values in self.networks.parameters()):
-            raise UserError(f"{self.kept.model} has no parameters to fine-tune. Name another model in grid.finetune.")
         self.eval()
+        self._leave_unused(opened.image[:1].values)
+        if not any(values.requires_grad for values in self.networks.parameters()):
+            raise UserError(
+                f"{self.kept.model} has no parameters to fine-tune: its head reads nothing of those that "
+                "finetune.what chooses. Name another model in grid.finetune, or choose all."
+            )
 
     def forward(self, image: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """Logits (batch, class), or (batch, class, y, x), of images (batch, band, y, x) in the store's units.
@@ -93,15 +98,6 @@ class Tuned(nn.Module):
         """
         return self.kept.logits(self.features(image, rows))
 
-    def check(self, image: np.ndarray, rows: np.ndarray) -> None:
-        """Whether the backbones give what the head reads.
-
-        Raises:
-            UserError: other levels, or of other shapes.
-        """
-        with torch.no_grad():
-            _fits(self.kept, self.features(image, rows))
-
     def features(self, image: np.ndarray, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
         """What each backbone gives, by the names that its arrays have in a store; arguments as for `forward`."""
         features = []
@@ -110,6 +106,16 @@ class Tuned(nn.Module):
             known = {name: torch.from_numpy(values[rows]).to(encoder.device) for name, values in context.items()}
             features.append(_named(encoder.forward(encoder.prepare(image), known)))
         return features
+
+    def _leave_unused(self, image: np.ndarray) -> None:
+        """Not to train, nor to count, what no logit depends on, such as a network's own classifier."""
+        with torch.enable_grad():
+            features = self.features(image, np.arange(len(image)))
+            fits(self.kept, features)
+            trained = list(self.trained().values())
+            pulled = torch.autograd.grad(self.kept.logits(features).sum(), trained, allow_unused=True)
+        for values, gradient in zip(trained, pulled, strict=True):
+            values.requires_grad_(gradient is not None)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
@@ -175,33 +181,3 @@ def _named(pyramid: Pyramid) -> dict[str, torch.Tensor]:
     """Features by the names that their arrays have in a store."""
     levels = {f"level{place}/features": level for place, level in enumerate(pyramid.levels)}
     return levels | {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}
-
-
-def _belongs(head: kept.Kept, path: Path, names: Sequence[str], opened: xr.Dataset) -> None:
-    classes, size = tuple(opened.attrs["classes"]), tuple(opened.label.shape[1:])
-    pairs = {
-        "of the model": (head.model, "+".join(names)),
-        "for the task": (head.task, opened.attrs["task"]),
-        "for the classes": (", ".join(head.classes), ", ".join(classes)),
-    }
-    if head.task == "segmentation":
-        pairs["for masks of"] = (head.blueprint.size, size)
-    for what, (its, wanted) in pairs.items():
-        if its != wanted:
-            raise UserError(
-                f"The head in {path} is {what} {its}, and {wanted} is asked for: it was trained on another data set "
-                "or model. Run: dvc repro train"
-            )
-
-
-def _fits(head: kept.Kept, features: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    for name, arrays, shapes, member in zip(
-        head.backbones, head.fields, head.blueprint.shapes, features, strict=True
-    ):
-        for array, shape in zip(arrays, shapes, strict=True):
-            given = tuple(member[array].shape[1:]) if array in member else "nothing"
-            if given != tuple(shape):
-                raise UserError(
-                    f"The head of {head.model} reads {array} of shape {tuple(shape)} from {name}, which gives "
-                    f"{given}: it was trained on features of other shapes. Run: dvc repro train"
-                )
