@@ -28,7 +28,7 @@ class FineTune:
 
     what: str = "all"
     rank: int = 8
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3)
+    learning_rates: tuple[float, ...] = (3e-5, 3e-4)
     decay: float = 0.75
     weight_decay: float = 0.05
     steps: int = 200

@@ -64,9 +64,14 @@ def job(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def full_precision():
-    """Importing terratorch lowers torch's float32 precision for the whole process."""
+def plain_torch():
+    """Float32 in full, which importing terratorch changes for the whole process, and one thread: networks are small,
+    and the tests beside these use the other core."""
+    threads = torch.get_num_threads()
     torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

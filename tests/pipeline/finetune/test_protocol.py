@@ -21,13 +21,16 @@ from tests.conftest import ROOT
 from tests.pipeline.finetune.conftest import FEW, HEADS
 from tests.pipeline.finetune.killed import MANY, TOLD, fine_tune
 
+# As the tests' own process computes: sums of floats depend on the number of threads.
+ALONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
 
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(frozen, tmp_path):
     one = frozen("sample-landuse", "lite0")
     pictures, broken = one.opened.encoding["source"], tmp_path / "broken"
     runs, best = fine_tune(pictures, one.head, tmp_path / "unbroken")
     command = [sys.executable, "-m", "tests.pipeline.finetune.killed", pictures, str(one.head), str(broken)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ALONE})
     while process.poll() is None and steps(broken) < 8:  # in the second of three trainings
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
