@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import datasets, params
 from pipeline.backbones import spec
-from stages.cli import DISTILLED, run, write_json
+from stages.cli import DISTILLED, FINETUNED, run, write_json
 
 
 def check() -> None:
@@ -18,6 +18,7 @@ def check() -> None:
     # One is where students will be, so that the folder that later stages read is there without any.
     for path in (Path("data/params.checked"), DISTILLED / "params.checked"):
         write_json(path, {"params.yaml": "checked"})
+    write_json(FINETUNED / "models.json", list(described.grid.finetune))
 
 
 if __name__ == "__main__":

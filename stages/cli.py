@@ -29,6 +29,7 @@ RUNS = Path("results/runs")
 COMPOSED = Path("results/compose")
 DISTILLED = Path("results/distill")
 COST = Path("results/cost.csv")
+FINETUNED = Path("results/finetune")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 
