@@ -115,7 +115,7 @@ networks and the raw-band baseline are controls, not models to use.</p>
 <p>Differences are paired: the same test samples are drawn for both models. A verdict goes by the interval over test
 samples and seeds together.</p>{items(said)}
 <h3>Every pair</h3><p>{html.escape(findings.chance(pairs))}</p>{_pairs(pairs)}
-<h2>Over the data sets</h2>{_aggregated(runs[runs.protocol == FROZEN], summary[summary.protocol == FROZEN])}
+<h2>Over the data sets</h2>{_aggregated(runs[runs.protocol == FROZEN])}
 {composition}
 {students}
 {tuning.section(runs)}
