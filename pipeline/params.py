@@ -1,6 +1,7 @@
 """params.yaml as frozen, typed records. An unknown key, a wrong type or an unknown name fails here."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -270,10 +271,16 @@ def _check(params: Params) -> None:
         names = getattr(params.grid, axis)
         if not names or len(set(names)) != len(names):
             raise UserError(f"grid.{axis} is {list(names)}; it must name at least one, and each once.")
+    for name in (*params.datasets, *params.backbones):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):  # it becomes a file's name, and one of a model's
+            raise UserError(f"'{name}' is no name here; one has letters, digits, '.', '_' and '-', and no others.")
     for name in params.grid.datasets:
         params.dataset(name)
     for name in params.grid.backbones:
         params.backbone(name)
+    same = [sorted(params.members(model)) for model in params.grid.models]
+    if twice := [model for model, members in zip(params.grid.models, same, strict=True) if same.count(members) > 1]:
+        raise UserError(f"grid.models has {' and '.join(twice)}, which are the same ensemble. Name each once.")
     for model in params.grid.models:
         for name in params.members(model):
             if name not in params.grid.backbones:

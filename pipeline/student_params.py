@@ -1,5 +1,6 @@
 """The sections `students`, `distill` and `search` of params.yaml as frozen, typed records."""
 
+import math
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
@@ -137,5 +138,5 @@ def check_search(section: str, search: Search) -> None:
             raise UserError(f"{section}.{key} is {value}; it {what}.")
     for key in ("learning_rate", "weight_decay"):
         bounds = getattr(search, key)
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
             raise UserError(f"{section}.{key} is {list(bounds)}; it must be [low, high] with 0 < low <= high.")

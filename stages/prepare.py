@@ -19,6 +19,8 @@ def prepare(dataset: str, skip_bad: bool) -> None:
     prepared = source(described.source).prepare(RAW / dataset, described)
     skip = bool(described.options.get("skip_bad"))
     written = imagestore.write(prepared, SCRATCH / f"images-{dataset}", IMAGES / f"{dataset}.zarr", skip_bad=skip)
+    for note in prepared.notes:
+        print(f"{dataset}: {note}")
     for name, reason in written.left_out.items():
         print(f"left out {name}: {reason}")
     shape = getattr(prepared, "shape", None) or prepared.image.shape[1:]

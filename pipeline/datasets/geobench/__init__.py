@@ -79,7 +79,7 @@ def _stream(folder: Path, options: Options) -> Stream:
     declared = SETS[options.set]
     names, splits, dropped = lists.partition(folder / f"{options.partition}_partition.json", options.skip_bad)
     chosen = _chosen(declared, options)
-    stored = _stored(find(folder, names), declared, tuple(chosen))
+    stored = _stored(find(folder, names), declared, tuple(chosen), options.skip_bad)
     dtype = np.result_type(*stored)
     dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
     full = (
@@ -139,13 +139,18 @@ def _chosen(declared: GeoBenchSet, options: Options) -> dict[str, Band]:
     return {known[name]: bands[known[name]] for name in options.bands}
 
 
-def _stored(path: Path, declared: GeoBenchSet, keys: Sequence[str]) -> tuple[np.dtype, ...]:
-    """The dtypes of the bands in one file."""
+def _stored(
+    paths: Sequence[Path], declared: GeoBenchSet, keys: Sequence[str], skip_bad: bool
+) -> tuple[np.dtype, ...]:
+    """The dtypes of the bands in the first file, or, if damaged ones may be left out, in the first that is whole."""
+    path, *others = paths
     try:
         with h5py.File(path, "r", locking=False) as file:
             there = read.keys_of(file, declared)
             return tuple(file[there[key].decode()].dtype for key in keys)
     except (OSError, UserError) as error:
+        if skip_bad and others:
+            return _stored(others, declared, keys, skip_bad)
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 

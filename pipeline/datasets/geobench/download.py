@@ -1,6 +1,7 @@
 """Where a set's files are: a folder that is there already, or the hub, from which one is filled once."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import zipfile
@@ -12,6 +13,8 @@ from pipeline.archives import digest
 from pipeline.datasets.geobench.declare import GeoBenchSet
 from pipeline.errors import UserError
 
+# Files that are looked into for what all have in common, where the first are damaged.
+_FEW = 100
 REPO = "recursix/geo-bench-1.0"
 # The revision and the SHA-256 of the classification sets are those that torchgeo-bench pins.
 REVISION = "1e5754337032f097396db62cc15a5ff88f4618e8"
@@ -58,16 +61,16 @@ def there(declared: GeoBenchSet, root: Path) -> Path | None:
     return next((place for place in places if any(place.glob("*_partition.json"))), None)
 
 
-def find(folder: Path, names: Sequence[str]) -> Path:
-    """The first sample's file that is there.
+def find(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The samples' files that are there; the first few, since one that can be read is enough.
 
     Raises:
         UserError: none is.
     """
-    for name in names:
-        if (path := folder / f"{name}.hdf5").exists():
-            return path
-    raise UserError(f"{folder} has none of the files that its partition lists.")
+    there = (path for name in names if (path := folder / f"{name}.hdf5").exists())
+    if not (found := list(itertools.islice(there, _FEW))):
+        raise UserError(f"{folder} has none of the files that its partition lists.")
+    return found
 
 
 def download(declared: GeoBenchSet, root: Path) -> Path:

@@ -3,83 +3,32 @@
 Which of the three is told by what `labels` names: a CSV file, rasters, or anything else that geopandas reads.
 """
 
+import functools
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.archives import digest
-from pipeline.bands import FULL_SCALE, Band
-from pipeline.chips import corners
-from pipeline.datasets.own import labels
+from pipeline.chips import SPLITS, corners
 from pipeline.datasets.own.chips import Chip, Reader, splits
+from pipeline.datasets.own.labels import polygons
+from pipeline.datasets.own.masks import Masks, pair
+from pipeline.datasets.own.options import Options, check, is_table, verify
 from pipeline.datasets.own.rasters import files, picture, scene
+from pipeline.datasets.own.table import table
 from pipeline.errors import UserError
 from pipeline.images import Stream
 from pipeline.params import Dataset, Params
 from pipeline.records import build
 
+__all__ = ["NEEDS", "TAKES", "Options", "check", "fetch", "prepare"]
+
 NEEDS = ("task",)
 TAKES = ("chip", "block", "splits")
 _RASTERS = (".tif", ".tiff", ".png", ".jp2", ".vrt", ".img")
-
-
-@dataclass(frozen=True)
-class Options:
-    """`options` of a block in params.yaml.
-
-    `images` and `labels` are patterns below `folder`: images are rasters, of all bands or one file a band; labels a
-    CSV file, masks, or polygons. `bands` are described in the files' order, wavelengths in micrometres; one without
-    is no optical band. `units` are dn (reflectance x 10000), reflectance, uint8 or display; `display` are the
-    reflectances shown as black and white. `split` is by `blocks` of ground, at `random`, or in the table's `column`
-    of that name. `ignore` is the masks' value that does not count; `purity` the share of a chip that its class must
-    cover, where chips are classified by masks or polygons. `time` is when all was taken.
-    """
-
-    folder: str
-    images: str
-    labels: str
-    bands: tuple[Band, ...]
-    units: str
-    classes: tuple[str, ...] = ()
-    label_column: str = "label"
-    gsd: float = math.nan
-    display: tuple[float, ...] = ()
-    split: str = "blocks"
-    ignore: int | None = None
-    purity: float = 0.6
-    time: str = ""
-    licence: str = "not stated"
-    source: str = "own data"
-    skip_bad: bool = False
-
-
-def check(options: Options, dataset: Dataset, where: str) -> None:
-    """Refuse what does not fit together, before any file is opened."""
-    if options.units not in FULL_SCALE:
-        raise UserError(f"{where}: units '{options.units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
-    if options.split not in ("blocks", "random", "column"):
-        raise UserError(f"{where}: split is '{options.split}'; it must be blocks, random or column.")
-    if options.split == "column" and not options.labels.endswith(".csv"):
-        raise UserError(f"{where}: split is column, and only a CSV of labels has columns.")
-    if options.split != "column" and not dataset.splits:
-        raise UserError(f"{where} lacks: splits. Give the shares of train, val and test.")
-    if options.split == "blocks" and not dataset.block:
-        raise UserError(
-            f"{where} lacks: block, the side in pixels of the squares of ground dealt to the splits whole."
-        )
-    if not options.labels.endswith(".csv") and not dataset.chip:
-        raise UserError(f"{where} lacks: chip, the side in pixels of the chips to cut.")
-    if options.display and len(options.display) != 2:
-        raise UserError(f"{where}: display is {list(options.display)}; it must be [low, high].")
-    try:
-        np.datetime64(options.time or "NaT")
-    except ValueError:
-        raise UserError(
-            f"{where}: time is '{options.time}'; write it as 2017-02-16 or 2017-02-16T10:21:01."
-        ) from None
 
 
 def fetch(dataset: Dataset, params: Params) -> dict:
@@ -103,11 +52,16 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     """The chips as a stream, split by blocks of ground unless another rule is given."""
     options = build(Options, dataset.options, "options")
     folder = Path(options.folder)
-    if options.labels.endswith(".csv"):
+    if is_table(options):
         reader, notes, classes = _from_table(options, dataset, folder)
     else:
         reader, notes, classes = _from_masks(options, dataset, folder)
-    areas = {name: reader.areas(chip) for name, chip in reader.chips.items()}
+    areas = _each(reader.chips, lambda name: reader.areas(reader.chips[name]), options.skip_bad, notes)
+    if len(classes) < 2 and dataset.task != "multilabel":
+        raise UserError(
+            f"There is one class, {', '.join(classes)}, and nothing to tell it from. Ground without a label does not "
+            "count: for a background, label some ground as such."
+        )
     kept = [name for name, area in areas.items() if area.any() or (not reader.mask and dataset.task == "multilabel")]
     if len(kept) < len(areas):
         why = f"where no class covers {options.purity:.0%}" if dataset.task == "classification" else "without a label"
@@ -116,7 +70,11 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
         raise UserError(
             f"No chip of {dataset.chip} px can be used ({notes[-1]}). Use smaller chips or another purity."
         )
-    deal = splits({name: reader.chips[name] for name in kept}, areas, options.split, dataset)
+    deal, shared = splits(
+        {name: reader.chips[name] for name in kept}, areas, reader.size if reader.mask else 0, options.split, dataset
+    )
+    notes += [shared] if shared else []
+    notes += _absent(classes, np.stack([areas[name] for name in kept]), np.array(deal))
     first = reader.chips[kept[0]].picture
     height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
     located = all(reader.chips[name].picture.crs for name in kept) and (reader.mask or not reader.size)
@@ -138,9 +96,36 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
              for name in kept]
         ) if located else None,
         read=reader,
+        verify=functools.partial(verify, options),
         shape=(len(options.bands), height, width),
         dtype=first.dtype,
     )  # fmt: skip
+
+
+def _absent(classes: Sequence[str], areas: np.ndarray, deal: np.ndarray) -> list[str]:
+    """What to say of classes that a split has none of."""
+    found = {}
+    for split in SPLITS:
+        for name, area in zip(classes, areas[deal == split].sum(axis=0), strict=True):
+            if not area:
+                found.setdefault(split, []).append(name)
+    return [f"the split {split} has nothing of {', '.join(names)}" for split, names in found.items()]
+
+
+def _each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
+    """What is read of each, without those that cannot be if they may be left out; the notes say which."""
+    found, wrong = {}, None
+    for name in names:
+        try:
+            found[name] = read(name)
+        except UserError as error:
+            if not skip_bad:
+                raise
+            wrong = error
+            notes += [f"left out: {error}"] if f"left out: {error}" not in notes else []
+    if wrong and not found:
+        raise wrong
+    return found
 
 
 def _from_table(options: Options, dataset: Dataset, folder: Path):
@@ -149,19 +134,29 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
     if dataset.task == "segmentation":
         raise UserError("A table gives a label an image; segmentation needs masks or polygons as labels.")
     paths = files(folder, options.labels)
-    frame = labels.table(paths[0], images, options.label_column, options.classes, several)
+    if len(paths) > 1:
+        raise UserError(f"labels fits {len(paths)} tables, {paths[0].name}, {paths[1].name}, ...; name one.")
+    needed = ("file", options.label_column, *(("split",) if options.split == "column" else ()))
+    frame = table(paths[0], images, needed, options.classes, several)
     chips, sizes = {}, {}
-    for row in frame.to_dict("records"):
-        one = picture(Path(row["path"]), options.bands)
+    notes = [f"images resampled to {dataset.chip} px, bilinear"] if dataset.chip else []
+    pictures = _each(frame.path, lambda path: picture(Path(path), options.bands), options.skip_bad, notes)
+    for row in frame[frame.path.isin(pictures)].to_dict("records"):
+        one = pictures[row["path"]]
         sizes.setdefault((one.height, one.width), row["path"])
         name = str(Path(row["path"]).relative_to(folder).with_suffix(""))
+        if name in chips:
+            raise UserError(
+                f"{row['path']} and {chips[name].picture.paths[0]} differ in their endings alone. Rename one."
+            )
         label = tuple(row["label"]) if several else row["label"]
         chips[name] = Chip(one, 0, 0, label, row.get("time") or options.time, row.get("split", ""))
     if len(sizes) > 1 and not dataset.chip:
         said = ", ".join(f"{path} has {h} x {w} px" for (h, w), path in list(sizes.items())[:3])
         raise UserError(f"Images differ in size: {said}. Give a chip, in pixels, to which all are resampled.")
     classes = frame.attrs["classes"]
-    notes = [f"images resampled to {dataset.chip} px, bilinear"] if dataset.chip else []
+    if "split" in frame and options.split != "column":
+        notes.append(f"the table's column split is not used, since split is {options.split}")
     return Reader(chips, dataset.chip, dataset.task, len(classes), 0, None), notes, classes
 
 
@@ -170,21 +165,26 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
     if given[0].suffix.lower() in _RASTERS:
         if not options.classes:
             raise UserError("Masks have numbers and no names: list the classes, from the one of value 0.")
-        pictures = [picture(path, options.bands) for path in images]
-        mask, notes = labels.Masks(labels.pair(images, given), options.classes, options.ignore), []
+        mask, notes = Masks(pair(images, given), options.classes, options.ignore), []
+        read = _each(images, lambda path: picture(path, options.bands), options.skip_bad, notes)
+        pictures = list(read.values())
         classes = options.classes
     else:
         pictures = [scene(images, options.bands)]
-        mask, notes = labels.polygons(given[0], pictures[0], options.label_column, options.classes)
+        if len({path.with_suffix("") for path in given}) > 1:
+            raise UserError(f"labels fits {len(given)} files, {given[0].name}, {given[1].name}, ...; name one.")
+        mask, notes = polygons(given[0], pictures[0], options.label_column, options.classes)
         notes.append("where polygons overlap the smaller one counts; where none lies, there is no label")
         if len(pictures[0].paths) > 1:
             notes.append("coarser bands brought to the finest grid by nearest neighbour")
         classes = mask.classes
     chips = {}
+    unique = len({one.name for one in pictures}) == len(pictures)
     for one in pictures:
+        whose = one.name if unique else str(Path(one.paths[0]).relative_to(folder).with_suffix(""))
         for row, column in corners(one.height, one.width, dataset.chip).tolist():
             name = f"r{row:05d}c{column:05d}"
-            chips[f"{one.name}_{name}" if len(pictures) > 1 else name] = Chip(one, row, column, time=options.time)
+            chips[f"{whose}_{name}" if len(pictures) > 1 else name] = Chip(one, row, column, time=options.time)
     if not chips:
         raise UserError(f"No image has {dataset.chip} px on both sides. Use smaller chips.")
     return Reader(chips, dataset.chip, dataset.task, len(classes), options.purity, mask), notes, classes

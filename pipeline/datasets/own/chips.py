@@ -8,6 +8,7 @@ import numpy as np
 from rasterio.windows import Window
 
 from pipeline.chips import SPLITS, assign_blocks
+from pipeline.datasets.own.ground import merged, overlapping
 from pipeline.datasets.own.rasters import Picture
 from pipeline.errors import UserError
 from pipeline.images import IGNORE, Sample
@@ -81,18 +82,47 @@ class Reader:
         return areas
 
 
-def splits(chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], rule: str, dataset: Dataset) -> list[str]:
-    """The split of every chip, by a rule: `blocks` of ground, `random`, or its own `column`."""
+def splits(
+    chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], size: int, rule: str, dataset: Dataset
+) -> tuple[list[str], str]:
+    """The split of every chip, by a rule: `blocks` of ground, `random`, or its own `column`; and what to say of it.
+
+    Blocks whose chips overlap, as those of overlapping images do, are dealt as one; the other rules say how many do.
+
+    Args:
+        size: a chip's side in pixels; 0 for whole pictures.
+    """
+    pairs = overlapping([_extent(chip, size) for chip in chips.values()])
+    deal = np.array(_deal(chips, areas, pairs, rule, dataset))
+    across = pairs[deal[pairs[:, 0]] != deal[pairs[:, 1]]]
+    names = list(chips)
+    said = f"{len(np.unique(across))} chips share ground with one of another split" if len(across) else ""
+    return deal.tolist(), f"{said}, such as {' and '.join(names[place] for place in across[0])}" if said else ""
+
+
+def _extent(chip: Chip, size: int) -> tuple[Picture, int, int, int, int]:
+    whole = (chip.picture.height, chip.picture.width)
+    return (chip.picture, chip.row, chip.column, *((size, size) if size else whole))
+
+
+def _deal(chips, areas, pairs: np.ndarray, rule: str, dataset: Dataset) -> list[str]:
     if rule == "column":
         for name, chip in chips.items():
             if chip.split not in SPLITS:
                 raise UserError(f"The split of {name} is '{chip.split}'; it must be one of {', '.join(SPLITS)}.")
         return [chip.split for chip in chips.values()]
     homes = list(chips) if rule == "random" else [_home(chip, chips, dataset.block) for chip in chips.values()]
-    known, block = np.unique([str(home) for home in homes], return_inverse=True)
-    counts = np.zeros((len(known), len(next(iter(areas.values())))))
+    block = merged([str(home) for home in homes], pairs if rule == "blocks" else pairs[:0])
+    count = block.max() + 1
+    if count < len(SPLITS) <= len(set(homes)):
+        raise UserError(
+            f"The images overlap so much that their ground hangs together in {count} of the {len(SPLITS)} pieces "
+            "that the splits need at least; a split would see another's ground. Take images that overlap less, state "
+            "their splits yourself (split: column, with a table of labels), or accept it (split: random)."
+        )
+    counts = np.zeros((count, len(next(iter(areas.values())))))
     np.add.at(counts, block, np.stack([areas[name] for name in chips]))
-    draws = int(np.clip(_DEALS // len(known), 200, 20000))
+    draws = int(np.clip(_DEALS // count, 200, 20000))
     deal = assign_blocks(counts, dataset.splits, dataset.seed, draws)
     return [SPLITS[split] for split in deal[block]]
 
@@ -102,8 +132,8 @@ def _home(chip: Chip, chips: Mapping[str, Chip], block: int) -> tuple:
     origin = next(one.picture for one in chips.values() if one.picture.crs == chip.picture.crs)
     if not chip.picture.crs:
         if chip.picture.height < 2 * block and chip.picture.width < 2 * block and len(chips) > 1:
-            return (chip.picture.name,)
-        return (chip.picture.name, chip.row // block, chip.column // block)
+            return (chip.picture.paths,)
+        return (chip.picture.paths, chip.row // block, chip.column // block)
     x, y = chip.picture.place(chip.row, chip.column)
     a, _, left, _, e, top = origin.transform
     return (chip.picture.crs, math.floor((x - left) / (a * block) + 1e-6), math.floor((y - top) / (e * block) + 1e-6))

@@ -1,7 +1,7 @@
-"""Labels of one's own: a table of images, masks beside them, or polygons over a scene."""
+"""Labels of one's own as polygons over a scene."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,42 +16,7 @@ from pipeline.datasets.own.rasters import Picture
 from pipeline.errors import UserError
 from pipeline.images import IGNORE
 
-_SEVERAL = "|"
-
-
-@dataclass(frozen=True)
-class Masks:
-    """A raster of class indices for each image.
-
-    Attributes:
-        paths: of the mask by that of the image.
-        ignore: the value that does not count, or None.
-    """
-
-    paths: Mapping[str, str]
-    classes: tuple[str, ...]
-    ignore: int | None
-
-    def __call__(self, picture: Picture, window: Window) -> np.ndarray:
-        path = self.paths[picture.paths[0]]
-        file = _mask_file(path)
-        if (file.height, file.width) != (picture.height, picture.width):
-            raise UserError(
-                f"{path} has {file.height} x {file.width} px, and its image {picture.height} x {picture.width}."
-            )
-        mask = file.read(1, window=window)
-        outside = (mask < 0) | (mask >= len(self.classes))
-        outside &= mask != self.ignore if self.ignore is not None else True
-        if outside.any():
-            raise UserError(
-                f"{path} has the value {mask[outside][0]}; the classes are 0 to {len(self.classes) - 1}"
-                f"{'' if self.ignore is None else f', and {self.ignore} is ignored'}."
-            )
-        return (
-            mask.astype(np.uint8)
-            if self.ignore is None
-            else np.where(mask == self.ignore, IGNORE, mask).astype("uint8")
-        )
+_AREAS = ("Polygon", "MultiPolygon")
 
 
 @dataclass(frozen=True)
@@ -84,87 +49,54 @@ def polygons(path: Path, picture: Picture, column: str, classes: Sequence[str]) 
     """Polygons of any format that geopandas reads, and notes on those that are not used.
 
     Raises:
-        UserError: no such column, no CRS, or no polygon of the classes.
+        UserError: no such column, no CRS, no polygon of the classes, or none where the scene lies.
     """
     try:
         frame = geopandas.read_file(path)
     except Exception as error:  # the drivers raise their own
         raise UserError(f"{path} cannot be read as polygons: {' '.join(str(error).split())}") from None
+    if not isinstance(frame, geopandas.GeoDataFrame) or not frame.geom_type.isin(_AREAS).any():
+        raise UserError(f"{path} has no polygons; labels of a scene are polygons, each with its class in a column.")
     if column not in frame:
-        raise UserError(f"{path} has no column '{column}'. It has: {', '.join(map(str, frame.columns))}.")
+        raise UserError(
+            f"{path} has no column '{column}'. It has: {', '.join(map(str, frame.columns))}. "
+            "Name the one with the classes as label_column."
+        )
     if frame.crs is None or not picture.crs:
         raise UserError(f"{path if frame.crs is None else picture.paths[0]} states no coordinate reference system.")
-    found = sorted(frame[column].dropna().astype(str).unique())
+    frame[column] = _names(frame[column])
+    found = sorted(frame[column].dropna().unique())
     if gone := [name for name in classes if name not in found]:
         raise UserError(f"{path} has no polygon of {', '.join(gone)}. Its '{column}' has: {', '.join(found)}.")
+    _meet(path, frame.to_crs(picture.crs).total_bounds, picture)
     unused = [name for name in found if classes and name not in classes]
     notes = [f"polygons of {', '.join(unused)} are not used"] if unused else []
+    if nameless := int(frame[column].isna().sum()):
+        notes.append(f"{nameless} of {len(frame)} polygons have no class, and are not used")
     return Polygons(str(path), picture.crs, column, tuple(classes or found)), notes
+
+
+def _meet(path: Path, bounds: np.ndarray, picture: Picture) -> None:
+    (west, south, east, north), (left, low, right, high) = bounds, picture.bounds
+    if not (west < right and east > left and south < high and north > low):
+        raise UserError(
+            f"{path} does not meet {picture.paths[0]}: in the scene's coordinates the polygons lie between "
+            f"({west:.8g}, {south:.8g}) and ({east:.8g}, {north:.8g}), the scene between ({left:.8g}, {low:.8g}) and "
+            f"({right:.8g}, {high:.8g}). Are x and y swapped, or is one's coordinate reference system wrong?"
+        )
+
+
+def _names(values: pd.Series) -> pd.Series:
+    """Names of classes, also of those that are numbers; drivers give whole ones as 1.0 where some are missing."""
+    if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
+        values = values.astype("Int64")
+    return values.astype(object).where(values.notna()).map(lambda value: str(value).strip(), na_action="ignore")
 
 
 @functools.lru_cache(maxsize=4)
 def _polygons(given: Polygons):
     frame = geopandas.read_file(given.path).to_crs(given.crs)
-    frame = frame[frame[given.column].isin(given.classes)]
+    frame[given.column] = _names(frame[given.column])
+    frame = frame[frame[given.column].isin(given.classes) & frame.geom_type.isin(_AREAS)]
     frame = frame.iloc[np.argsort(-frame.area.to_numpy(), kind="stable")].reset_index(drop=True)
     return frame.geometry, frame[given.column].map(given.classes.index).to_numpy()
-
-
-@functools.lru_cache(maxsize=64)
-def _mask_file(path: str):
-    return rasterio.open(path)
-
-
-def pair(images: Sequence[Path], masks: Sequence[Path]) -> dict[str, str]:
-    """The mask of each image: the file of the same name, or the one whose name contains the image's.
-
-    Raises:
-        UserError: an image without a mask, or with several.
-    """
-    exact, found = {path.stem: path for path in masks}, {}
-    for image in images:
-        fit = [exact[image.stem]] if image.stem in exact else [path for path in masks if image.stem in path.stem]
-        if len(fit) != 1:
-            names = ", ".join(path.name for path in fit[:4]) or "none"
-            raise UserError(
-                f"{image} has {len(fit)} masks ({names}); a mask has the name of its image, or one that contains it."
-            )
-        found[str(image)] = str(fit[0])
-    return found
-
-
-def table(path: Path, images: Sequence[Path], column: str, classes: Sequence[str], several: bool) -> pd.DataFrame:
-    """A CSV with one row an image: columns `file`, the label's, and, if they are there, `split` and `time`.
-
-    Args:
-        several: labels are class names joined by `|`.
-
-    Returns:
-        path, label (index, or list of zeros and ones), split and time, a row an image; the classes are in `attrs`.
-
-    Raises:
-        UserError: a column, file or class that is not there, or a file listed twice.
-    """
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for name in ("file", column):
-        if name not in frame:
-            raise UserError(f"{path} has no column '{name}'. It has: {', '.join(frame.columns)}.")
-    known = {key: image for image in images for key in (str(image), image.name, image.stem)}
-    known |= {str(image.relative_to(path.parent)): image for image in images if image.is_relative_to(path.parent)}
-    if gone := [name for name in frame.file if name not in known]:
-        raise UserError(f"{path} lists {gone[0]}, and there is no such image.")
-    frame["path"] = [str(known[name]) for name in frame.file]
-    if frame.path.duplicated().any():
-        raise UserError(f"{path} lists {frame.file[frame.path.duplicated()].iloc[0]} twice.")
-    said = [value.split(_SEVERAL) if several else [value] for value in frame[column]]
-    named = list(classes) or sorted({name for names in said for name in names if name})
-    if strange := {name for names in said for name in names if name} - set(named):
-        raise UserError(f"{path} has the label '{min(strange)}', and the classes are {', '.join(named)}.")
-    if several:
-        frame["label"] = [[int(name in names) for name in named] for names in said]
-    else:
-        if "" in frame[column].values:
-            raise UserError(f"{path}: {frame.file[frame[column] == ''].iloc[0]} has no label.")
-        frame["label"] = [named.index(names[0]) for names in said]
-    frame.attrs["classes"] = tuple(named)
-    return frame

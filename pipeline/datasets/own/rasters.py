@@ -2,6 +2,7 @@
 
 import functools
 import glob
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,12 @@ class Picture:
     def name(self) -> str:
         return Path(self.paths[0]).stem
 
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """West, south, east and north, in the picture's CRS."""
+        x, y = zip(*[self.place(row, column) for row in (0, self.height) for column in (0, self.width)], strict=True)
+        return min(x), min(y), max(x), max(y)
+
     def read(self, window: Window | None = None, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Pixels (band, y, x) of a window, or of all resampled to `size`, and which (y, x) of them hold data.
 
@@ -71,7 +78,7 @@ class Picture:
         """Latitude and longitude of a place in pixels; not a number where the picture has none."""
         if not self.crs:
             return np.nan, np.nan
-        lon, lat = _to_latlon(self.crs).transform(*self.place(row, column))
+        lon, lat = to_latlon(self.crs).transform(*self.place(row, column))
         return lat, lon
 
     def window_transform(self, row: int, column: int) -> tuple[float, ...]:
@@ -86,11 +93,19 @@ def files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
         UserError: nothing fits.
     """
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if absolute := [one for one in wanted if Path(one).is_absolute()]:
+        raise UserError(f"{absolute[0]} is an absolute path; patterns are below the folder, {folder}.")
     found = sorted({Path(path) for one in wanted for path in glob.glob(str(folder / one), recursive=True)})
     if not found:
         there = sorted(one.name for one in folder.iterdir())[:8] if folder.is_dir() else []
-        raise UserError(f"{folder} has no file like {', '.join(wanted)}. It has: {', '.join(there) or 'nothing'}.")
+        has = f"It has: {', '.join(there) or 'nothing'}." if folder.is_dir() else "There is no such folder."
+        raise UserError(f"{folder} has no file like {', '.join(wanted)}. {has}")
     return found
+
+
+def contains(text: str, name: str) -> bool:
+    """Whether a file's name has another, whole: tile_1_mask has tile_1, and tile_10_mask has not."""
+    return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
 def picture(path: Path, bands: Sequence[Band]) -> Picture:
@@ -119,10 +134,14 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
         return picture(paths[0], bands)
     chosen = []
     for band in bands:
-        fit = [path for path in paths if band.name in path.stem]
+        fit = [path for path in paths if contains(path.stem, band.name)]
+        fit = fit or [path for path in paths if band.name in path.stem]
         if len(fit) != 1:
             names = ", ".join(path.name for path in (fit or paths)[:8])
-            raise UserError(f"Band {band.name} should be in the name of one file; it is in {len(fit)} of: {names}.")
+            raise UserError(
+                f"Band {band.name} should be in the name of one file; it is in {len(fit)} of: {names}. "
+                "Polygons go with one scene: one file with all bands, or a file a band."
+            )
         chosen.append(fit[0])
     try:
         opened = [rasterio.open(path) for path in chosen]
@@ -160,5 +179,5 @@ def _on_grid(path: str, grid: Picture):
 
 
 @functools.cache
-def _to_latlon(crs: str) -> Transformer:
+def to_latlon(crs: str) -> Transformer:
     return Transformer.from_crs(CRS.from_wkt(crs), "EPSG:4326", always_xy=True)

@@ -227,6 +227,21 @@ def test_a_damaged_file_is_named_or_left_out(copied, stream, tmp_path, what):
     assert not (folder.parent / "ran").exists()
 
 
+def test_the_first_file_may_be_the_damaged_one(copied, stream, tmp_path):
+    root, folder = copied("m-so2sat")
+    for number in (0, 1):
+        cut_short(folder / f"id_000{number}.hdf5")
+    with pytest.raises(UserError, match="id_0000.hdf5 cannot be read"):
+        stream(root, "m-so2sat")
+    made = stream(root, "m-so2sat", skip_bad=True)
+    written = imagestore.write(made, tmp_path / "scratch", tmp_path / "store", skip_bad=True)
+    assert list(written.left_out) == ["id_0000", "id_0001"]
+    for path in folder.glob("*.hdf5"):
+        cut_short(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        stream(root, "m-so2sat", skip_bad=True)
+
+
 def test_a_mask_with_strange_values_is_refused(copied, stream):
     root, folder = copied("m-pv4ger-seg")
     made = stream(root, "m-pv4ger-seg")
