@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -13,8 +14,8 @@ WARM_UP = 0.1
 class HeadwiseAdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019) for parameters whose first dimension is the head.
 
-    Every head has its own learning rate and weight decay. The operations are those of `torch.optim.AdamW`, in their
-    order, so that each head's numbers are exactly torch's (a test compares), at the cost of one head.
+    Every head has its own learning rate and weight decay. The kernel is torch's fused one, so that each head's numbers
+    are exactly those of `torch.optim.AdamW` (a test compares); heads of the same setting are one call of it.
 
     Args:
         parameters: each (head, …), and whether it decays.
@@ -28,15 +29,15 @@ class HeadwiseAdamW:
         weight_decays: Sequence[float],
     ):
         self.parameters = list(parameters)
-        self.rates = torch.tensor(learning_rates, dtype=torch.float64)
-        self.decays = torch.tensor(weight_decays, dtype=torch.float64)
-        self.means = [torch.zeros_like(one) for one, _ in parameters]
-        self.squares = [torch.zeros_like(one) for one, _ in parameters]
-        self.steps = 0
+        self.settings = list(zip(learning_rates, weight_decays, strict=True))
+        self.moments = [(torch.zeros_like(one), torch.zeros_like(one)) for one, _ in parameters]
+        self.steps = torch.zeros((), device=self.parameters[0][0].device)
+        self._views = self._cut()
 
     def freeze(self, head: int) -> None:
         """A head that changes no more."""
-        self.rates[head] = 0
+        self.settings[head] = (0.0, 0.0)
+        self._views = self._cut()
 
     def zero_grad(self) -> None:
         for parameter, _ in self.parameters:
@@ -46,16 +47,28 @@ class HeadwiseAdamW:
     def step(self, factor: float) -> None:
         """One update, the learning rates times `factor`."""
         self.steps += 1
-        rates = self.rates * factor
-        first, second = (1 - beta**self.steps for beta in BETAS)
-        for (parameter, decays), mean, square in zip(self.parameters, self.means, self.squares, strict=True):
-            shape, gradient = (-1, *[1] * (parameter.ndim - 1)), parameter.grad
-            if decays:
-                parameter.mul_((1 - rates * self.decays).to(parameter).view(shape))
-            mean.lerp_(gradient, 1 - BETAS[0])
-            square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            scale = square.sqrt().div_(second**0.5).add_(EPSILON)
-            parameter.add_((mean * (-rates / first).to(parameter).view(shape)).div_(scale))
+        for (parameter, _), views in zip(self.parameters, self._views, strict=True):
+            for heads, rate, decay, values, mean, square in views:
+                torch._fused_adamw_(
+                    [values], [parameter.grad[heads]], [mean], [square], [], [self.steps],
+                    lr=rate * factor, beta1=BETAS[0], beta2=BETAS[1], weight_decay=decay, eps=EPSILON,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
+
+    def _cut(self) -> list[list[tuple]]:
+        """Of each parameter, the views that one call updates: heads side by side that have the same setting."""
+        starts = [place for place, one in enumerate(self.settings) if place == 0 or one != self.settings[place - 1]]
+        runs = [slice(*ends) for ends in pairwise([*starts, len(self.settings)])]
+        cut = []
+        for (parameter, decays), (mean, square) in zip(self.parameters, self.moments, strict=True):
+            values = parameter.detach()
+            cut.append(
+                [
+                    (heads, rate, decay if decays else 0.0, values[heads], mean[heads], square[heads])
+                    for heads, (rate, decay) in ((heads, self.settings[heads.start]) for heads in runs)
+                ]
+            )
+        return cut
 
 
 def parameter_groups(head: torch.nn.Module, learning_rate: float, weight_decay: float) -> list[dict]:

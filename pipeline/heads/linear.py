@@ -6,25 +6,6 @@ import torch
 from torch import nn
 
 
-class _Picked(torch.autograd.Function):
-    """The product of each head's own rows with its weights, (head, batch, class).
-
-    Rows are gathered and multiplied head by head, while they are in the core's cache: several times faster on a CPU
-    than torch's batched product, which is slow for few classes (LAB.md).
-    """
-
-    @staticmethod
-    def forward(context, inputs: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        picked = [inputs[rows] for rows in index]
-        context.save_for_backward(*picked)
-        return torch.stack([rows @ weight.t() for rows, weight in zip(picked, weights, strict=True)])
-
-    @staticmethod
-    def backward(context, gradient: torch.Tensor):
-        pulled = [one.t() @ rows for rows, one in zip(context.saved_tensors, gradient, strict=True)]
-        return None, None, torch.stack(pulled)
-
-
 class LinearGroup(nn.Module):
     """K linear classifiers, each initialised from its own seed.
 
@@ -74,21 +55,16 @@ class LinearGroup(nn.Module):
 
     def pieces(self, inputs: torch.Tensor, index: torch.Tensor | None):
         """Yield once: all heads and their logits (head, batch, class), from inputs (sample, channel)."""
-        if len(self.weights) > 1:
-            logits = self._mixed(inputs[None] if index is None else inputs[index])
-        elif index is None:
-            logits = self._every(inputs).transpose(0, 1)
-        elif len(inputs) <= index.numel():
-            # One product over all rows, which stay where they are, is less work than gathering each head's.
-            logits = self._every(inputs)[index, torch.arange(len(self), device=index.device)[:, None]]
-        else:
-            logits = _Picked.apply(inputs, index, self.weights[0]) + self.biases[0][:, None]
-        yield slice(None), logits
+        if index is None and len(self.weights) == 1:
+            yield slice(None), self._every(inputs)
+            return
+        rows = inputs[None] if index is None else self._picked(inputs, index)
+        yield slice(None), self._product(0, rows) if len(self.weights) == 1 else self._mixed(rows)
 
-    def _every(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(sample, head, class): every head on every row."""
-        logits = torch.addmm(self.biases[0].flatten(), inputs, self.weights[0].flatten(0, 1).t())
-        return logits.view(len(inputs), len(self), -1)
+    def _every(self, rows: torch.Tensor) -> torch.Tensor:
+        """Every head on the same rows, as one product."""
+        weights, biases = self.weights[0].flatten(0, 1), self.biases[0].flatten()
+        return torch.addmm(biases[:, None], weights, rows.t()).view(len(self), -1, len(rows)).transpose(1, 2)
 
     def _mixed(self, rows: torch.Tensor) -> torch.Tensor:
         first, *others = rows.expand(len(self), -1, -1).split(self.widths, dim=2)
@@ -96,4 +72,14 @@ class LinearGroup(nn.Module):
         return self._product(-1, self.mix(first, others))
 
     def _product(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.biases[layer][:, None], rows, self.weights[layer].transpose(1, 2))
+        """Each head on its own rows (head, batch, channel).
+
+        Weights come first: with few classes that is more than twice as fast on a CPU as rows first
+        (benchmarks/choices.py).
+        """
+        bias = self.biases[layer][:, :, None]
+        return torch.baddbmm(bias, self.weights[layer], rows.transpose(1, 2)).transpose(1, 2)
+
+    @staticmethod
+    def _picked(inputs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return inputs.index_select(0, index.flatten()).view(*index.shape, -1)

@@ -15,7 +15,9 @@ def test_each_heads_numbers_are_exactly_torchs():
     ours = HeadwiseAdamW([(weight, True), (bias, False)], RATES, DECAYS)
     factor = warm_cosine(50)
     optimisers = [
-        torch.optim.AdamW([{"params": [w], "weight_decay": decay}, {"params": [b], "weight_decay": 0}], lr=rate)
+        torch.optim.AdamW(
+            [{"params": [w], "weight_decay": decay}, {"params": [b], "weight_decay": 0}], lr=rate, fused=True
+        )
         for (w, b), rate, decay in zip(theirs, RATES, DECAYS, strict=True)
     ]
     for step in range(50):
