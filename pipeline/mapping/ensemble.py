@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,14 @@ from pipeline.params import Params
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where an ensemble's parts lie: its trained head, the images it was trained on, its backbones' stores of features
-    (which tell the normalisation) and their weights."""
+    """Where an ensemble's parts lie.
+
+    Attributes:
+        head: the trained one's file.
+        images: that it was trained on.
+        features: the folder of its backbones' stores, which tell how their inputs were made.
+        weights: the folder of the backbones' weights.
+    """
 
     head: Path
     images: xr.Dataset
@@ -38,8 +44,10 @@ def ensemble(described: Params, places: Places, device: str) -> Predictor:
         UserError: something that it consists of is not there, or was changed since the head was trained.
     """
     head = kept.load(places.head, device)
-    encoders = [_encoder(described, places, name, device) for name in head.backbones]
-    signature = _signature(head, places.images, encoders)
+    given = {name: _given(described, places, name) for name in head.backbones}
+    used = sorted({place for one in given.values() for place in one.seen.positions})
+    encoders = [_encoder(described, places, name, among(one, used), device) for name, one in given.items()]
+    signature = _signature(head, places.images, used, encoders)
 
     @torch.inference_mode()
     def logits(chips: np.ndarray, known: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -52,15 +60,25 @@ def ensemble(described: Params, places: Places, device: str) -> Predictor:
     return Predictor(head.model, _digest(places, head.backbones, encoders), signature, logits)
 
 
-def _encoder(described: Params, places: Places, name: str, device: str) -> Encoder:
-    backbone, folder = described.backbone(name), places.weights / name
+def among(given: inputs.Inputs, used: Sequence[int]) -> inputs.Inputs:
+    """The same inputs for images that have only the bands `used`, in that order."""
+    positions = tuple(used.index(place) for place in given.seen.positions)
+    return dataclasses.replace(given, seen=dataclasses.replace(given.seen, positions=positions))
+
+
+def _given(described: Params, places: Places, name: str) -> inputs.Inputs:
+    backbone = described.backbone(name)
+    given = inputs.describe(places.images, name, backbone, spec(backbone))
+    _unchanged(Features(places.features / f"{name}.zarr"), given, name)
+    return given
+
+
+def _encoder(described: Params, places: Places, name: str, given: inputs.Inputs, device: str) -> Encoder:
+    backbone, folder, extract = described.backbone(name), places.weights / name, described.extract
     declared = spec(backbone)
     if not (folder / "source.json").exists():
         raise UserError(f"There are no weights of {name} at {folder}. Run: dvc repro fetch_weights@{name}")
-    given = inputs.describe(places.images, name, backbone, declared)
-    _unchanged(Features(places.features / f"{name}.zarr"), given, name)
     network = build(backbone, declared, given.seen, folder)
-    extract = described.extract
     return Encoder(given, network, device, extract.precision, extract.compiled, strides=declared.strides)
 
 
@@ -76,11 +94,11 @@ def _unchanged(store: Features, given: inputs.Inputs, name: str) -> None:
         raise UserError(f"params.yaml describes {name} otherwise than when {store.location} was made. Run: dvc repro")
 
 
-def _signature(head: kept.Kept, images: xr.Dataset, encoders: list[Encoder]) -> Signature:
-    """Of an ensemble: the bands that any of its members sees, at their places among the images' bands."""
+def _signature(head: kept.Kept, images: xr.Dataset, used: Sequence[int], encoders: list[Encoder]) -> Signature:
+    """Of an ensemble: of the images' bands those that any of its members sees."""
     gsd = images.attrs["gsd"]
     return Signature(
-        head.task, head.classes, tuple(inputs.bands_of(images)), images.attrs["units"],
+        head.task, head.classes, tuple(inputs.bands_of(images)[place] for place in used), images.attrs["units"],
         math.nan if gsd is None else gsd, (images.sizes["y"], images.sizes["x"]),
         tuple(sorted({name for encoder in encoders for name in encoder.inputs.context})),
     )  # fmt: skip

@@ -85,8 +85,8 @@ def places(scene: Scene, wanted: Signature) -> list[int]:
     ratio = scene.gsd / wanted.gsd
     if not math.isnan(ratio) and not 1 / _OTHER_SCALE < ratio < _OTHER_SCALE:
         raise UserError(
-            f"{scene.name} has pixels of {scene.gsd:.3g} m, and the model was trained on {wanted.gsd:.3g} m. Resample "
-            "it first, for instance with gdalwarp -tr."
+            f"{scene.name} has pixels of {scene.gsd:.3g} m, and the model was trained on {wanted.gsd:.3g} m. "
+            "Resample it first, for instance with gdalwarp -tr."
         )
     return found
 

@@ -64,7 +64,7 @@ def signature_of(told: Mapping, where: str) -> Signature:
             tuple(int(side) for side in told["size"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where} does not say what it takes and gives ({error}). Export the student again.") from None
+        raise UserError(f"{where} does not say what it takes and gives ({error!r}). Export it again.") from None
     if made.task not in TASKS or len(made.size) != 2:
         raise UserError(f"{where} is for the task '{made.task}' on chips of {made.size}, which cannot be mapped.")
     return made

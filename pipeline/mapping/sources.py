@@ -117,9 +117,9 @@ def _from_zarr(path: Path) -> Scene:
     units = array.attrs.get("units", opened.attrs.get("units", ""))
     _check(units, str(path))
     waves = opened.wavelength.values if "wavelength" in opened.coords else np.full(array.sizes["band"], np.nan)
-    bands = tuple(Band(str(name), str(name), float(wave)) for name, wave in zip(array.band.values, waves, strict=True))
-    placed = RasterArray(array)
-    time = str(opened.attrs.get("time", ""))
+    names = map(str, array.band.values)
+    bands = tuple(Band(name, name, float(wave)) for name, wave in zip(names, waves, strict=True))
+    placed, described = RasterArray(array), Described(fit[0], units, bands, time=str(opened.attrs.get("time", "")))
 
     def read(window, chosen):
         row, column, height, width = window
@@ -128,7 +128,8 @@ def _from_zarr(path: Path) -> Scene:
 
     return Scene(
         str(path), array.sizes["y"], array.sizes["x"], tuple(placed.transform())[:6],
-        placed.crs.to_wkt() if placed.crs else "", bands, units, _time(time, str(path)), _state(path.rglob("*"), Described(fit[0], units, bands, time=time)), read,
+        placed.crs.to_wkt() if placed.crs else "", bands, units, _time(described.time, str(path)),
+        _state(path.rglob("*"), described), read,
     )  # fmt: skip
 
 
