@@ -13,6 +13,8 @@ from pipeline.mapping.tiles import Axis, Block, taper
 NODATA = 255
 # Chips that a model sees at once.
 BATCH = 32
+# Rows of pixels that are read at once, at least: GDAL decodes JPEG 2000 anew for every window.
+READ = 512
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,46 @@ def block(job: Job, part: Block, done: Callable[[int], None]) -> tuple[np.ndarra
     return classes, confidence
 
 
+class Strips:
+    """The scene's pixels for rows of tiles from the top down; several rows of tiles are read at once.
+
+    Attributes:
+        starts: columns of the tiles that reach into the block.
+    """
+
+    def __init__(self, job: Job, part: Block):
+        self.job, self.starts = job, job.columns.reaching(part.column, part.column + part.width)
+        self.first = self.last = -1
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (band, y, x) of a row of tiles, and where (y, x) they hold data.
+
+        Beyond a scene smaller than a tile they are mirrored.
+        """
+        tile, scene = self.job.rows.tile, self.job.scene
+        column, width = self.starts[0], self.starts[-1] + self.job.columns.tile - self.starts[0]
+        if row < self.first or min(row + tile, scene.height) > self.last:
+            self.first, self.last = row, min(row + max(READ, 2 * tile), scene.height)
+            window = (row, column, self.last - row, min(width, scene.width - column))
+            self.values, self.valid = scene.read(window, self.job.places)
+        some = slice(row - self.first, row - self.first + tile)
+        values, valid = self.values[:, some], self.valid[some]
+        beyond = ((0, tile - valid.shape[0]), (0, width - valid.shape[1]))
+        if any(after for _, after in beyond):
+            return np.pad(values, ((0, 0), *beyond), mode="symmetric"), np.pad(valid, beyond, mode="symmetric")
+        return values, valid
+
+
 def _rows(job: Job, part: Block, done: Callable[[int], None]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(first row, weighted sums of probabilities (class, y, x), where there is data (y, x)), from the top down.
 
     Only as many rows are in memory as a tile has.
     """
     tile, last = job.rows.tile, part.row + part.height
-    starts = job.rows.reaching(part.row, last)
+    starts, strips = job.rows.reaching(part.row, last), Strips(job, part)
     sums = np.zeros((len(job.predictor.signature.classes), tile, part.width), np.float32)
     for start, following in zip(starts, [*starts[1:], None], strict=True):
-        valid = _add_row(job, part, start, sums, done)
+        valid = _add_row(job, part, start, strips, sums, done)
         # Rows above the next tiles are complete.
         rows = tile if following is None else following - start
         first, end = max(start, part.row), min(start + rows, last)
@@ -72,11 +104,10 @@ def _rows(job: Job, part: Block, done: Callable[[int], None]) -> Iterator[tuple[
         sums = np.concatenate([sums[:, rows:], np.zeros_like(sums[:, :rows])], axis=1)
 
 
-def _add_row(job: Job, part: Block, start: int, sums: np.ndarray, done: Callable[[int], None]) -> np.ndarray:
+def _add_row(job, part: Block, start: int, strips: Strips, sums: np.ndarray, done) -> np.ndarray:
     """Add a row of tiles to the sums, and return where (y, x) the block has data in these rows."""
-    tile = job.columns.tile
-    starts = job.columns.reaching(part.column, part.column + part.width)
-    values, valid = _strip(job, start, starts[0], starts[-1] + tile - starts[0])
+    tile, starts = job.columns.tile, strips.starts
+    values, valid = strips.read(start)
     falling = np.outer(taper(job.rows.tile, job.rows.overlap), taper(tile, job.columns.overlap))
     full = [place for place in starts if valid[:, place - starts[0] : place - starts[0] + tile].any()]
     done(len(starts) - len(full))
@@ -92,21 +123,9 @@ def _add_row(job: Job, part: Block, start: int, sums: np.ndarray, done: Callable
     return valid[:, first : first + part.width]
 
 
-def _strip(job: Job, row: int, column: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scene's pixels of a row of tiles; beyond a scene smaller than a tile they are mirrored."""
-    height, scene = job.rows.tile, job.scene
-    within = min(height, scene.height - row), min(width, scene.width - column)
-    values, valid = scene.read((row, column, *within), job.places)
-    beyond = ((0, height - within[0]), (0, width - within[1]))
-    if any(after for _, after in beyond):
-        values = np.pad(values, ((0, 0), *beyond), mode="symmetric")
-        valid = np.pad(valid, beyond, mode="symmetric")
-    return values, valid
-
-
 def _filled(values: np.ndarray, valid: np.ndarray, column: int, tile: int) -> np.ndarray:
-    """A chip; where it has no data, each band's mean of where it has."""
-    chip, known = values[:, :, column : column + tile], valid[:, column : column + tile]
+    """A chip, float32; where it has no data, each band's mean of where it has."""
+    chip, known = values[:, :, column : column + tile].astype(np.float32), valid[:, column : column + tile]
     if known.all():
         return chip
     mean = chip.mean(axis=(1, 2), where=known, keepdims=True)

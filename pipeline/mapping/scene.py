@@ -31,8 +31,8 @@ class Scene:
         units: of its values (pipeline/bands.py).
         time: when it was taken, UTC; not a time where unknown.
         state: what tells this scene from any other, and from itself when it has changed.
-        read: from (row, column, height, width) and places of bands to their pixels (band, y, x), and where (y, x) all
-            of them hold data.
+        read: from (row, column, height, width) and places of bands to pixels (band, y, x) of any type, and where
+            (y, x) all of them hold data.
     """
 
     name: str

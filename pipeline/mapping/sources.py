@@ -20,9 +20,9 @@ import numpy as np
 import rasterio
 import xarray as xr
 import yaml
-from rasterio.errors import RasterioError
+from rasterio.errors import CRSError, RasterioError
 from rasterio.windows import Window
-from rioxarray.raster_array import RasterArray
+from rioxarray.exceptions import RioXarrayError
 
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.datasets.own import rasters
@@ -106,7 +106,7 @@ def _own_words(path: Path) -> Described:
 
 def _from_zarr(path: Path) -> Scene:
     """A variable (band, y, x) with a coordinate of the bands' common names, georeferenced as rioxarray does it."""
-    opened = xr.open_zarr(path, chunks=None)
+    opened = xr.open_zarr(path, chunks=None, decode_coords="all")
     fit = [name for name, one in opened.data_vars.items() if one.dims == ("band", "y", "x")]
     if len(fit) != 1 or "band" not in opened.coords:
         raise UserError(
@@ -119,7 +119,11 @@ def _from_zarr(path: Path) -> Scene:
     waves = opened.wavelength.values if "wavelength" in opened.coords else np.full(array.sizes["band"], np.nan)
     names = map(str, array.band.values)
     bands = tuple(Band(name, name, float(wave)) for name, wave in zip(names, waves, strict=True))
-    placed, described = RasterArray(array), Described(fit[0], units, bands, time=str(opened.attrs.get("time", "")))
+    try:
+        crs, transform = array.rio.crs, tuple(array.rio.transform())[:6]
+    except (RioXarrayError, CRSError) as error:
+        raise UserError(f"{path} does not say properly where it lies: {error}") from None
+    described = Described(fit[0], units, bands, time=str(opened.attrs.get("time", "")))
 
     def read(window, chosen):
         row, column, height, width = window
@@ -127,15 +131,14 @@ def _from_zarr(path: Path) -> Scene:
         return _finite(some, np.ones(some.shape[1:], bool))
 
     return Scene(
-        str(path), array.sizes["y"], array.sizes["x"], tuple(placed.transform())[:6],
-        placed.crs.to_wkt() if placed.crs else "", bands, units, _time(described.time, str(path)),
+        str(path), array.sizes["y"], array.sizes["x"], transform,
+        crs.to_wkt() if crs else "", bands, units, _time(described.time, str(path)),
         _state(path.rglob("*"), described), read,
     )  # fmt: skip
 
 
 def _finite(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values = values.astype(np.float32)
-    return values, valid & np.isfinite(values).all(axis=0)
+    return values, valid & np.isfinite(values).all(axis=0) if values.dtype.kind == "f" else valid
 
 
 def _check(units: str, where: str) -> None:

@@ -12,13 +12,13 @@ from pipeline.mapping.exported import KEY
 from pipeline.mapping.sources import Described, from_rasters
 
 BANDS = [band for band in SENTINEL2 if band.common_name in ("blue", "nir", "swir16")]
-# Three classes of three bands in DN, about as frequent as one another in the sample scene.
-WEIGHT = np.array([[2, -1, 0], [0, 1, -1], [-1, 0, 0.4]], np.float32) / 300
-BIAS = np.array([0.0, 1.0, 1.5], np.float32)
+# Three classes of three bands in DN, each frequent in the sample scene.
+WEIGHT = np.array([[4, -1, 0], [0, 1.5, -1], [-1, 0, 0.6]], np.float32) / 600
+BIAS = -WEIGHT @ np.array([1456, 1728, 1920], np.float32)
 
 
 def linear_model(path, tile, bands=BANDS, task="segmentation", units="dn", gsd=10.0, size=None):
-    """An ONNX file that gives each pixel (or the chip's mean, for other tasks) the logits `WEIGHT` @ bands + `BIAS`."""
+    """An ONNX file: logits `WEIGHT` @ bands + `BIAS` of each pixel, or of the chip's mean for other tasks."""
     weight = numpy_helper.from_array(WEIGHT[:, :, None, None], "weight")
     nodes = [helper.make_node("Conv", ["chips", "weight", "bias"], ["dense"])]
     shape = ["batch", len(BIAS), tile, tile]

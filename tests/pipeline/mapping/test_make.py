@@ -15,6 +15,7 @@ from pipeline.mapping import blend, make
 from pipeline.mapping.exported import exported
 from pipeline.mapping.signature import probabilities
 from pipeline.mapping.sources import open_scene
+from pipeline.mapping.tiles import blocks
 from tests.conftest import ROOT
 from tests.pipeline.mapping.conftest import BANDS, BIAS, WEIGHT
 
@@ -59,7 +60,7 @@ def test_a_map_of_the_real_scene_is_that_of_the_whole_scene_at_once(landuse_scen
     classes, profile, tags = read(tmp_path / "map", "class")
     percent, other, _ = read(tmp_path / "map", "confidence")
     clear = ranked[-1] - ranked[-2] > 1e-4  # not equal but for rounding
-    assert clear.mean() > 0.99
+    assert clear.mean() > 0.98
     assert (classes[0] == wanted)[clear].all()
     assert np.abs(percent[0] - 100 * sure).max() <= 0.51
     assert np.bincount(wanted.ravel(), minlength=3).min() > 0.02 * wanted.size, "a map of one class shows nothing"
@@ -80,7 +81,7 @@ def test_a_map_is_a_cloud_optimized_geotiff(landuse_scene, linear, tmp_path):
         with rasterio.open(tmp_path / f"map/{name}.tif") as file:
             assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
             assert file.block_shapes == [(512, 512)]
-            assert file.overviews(1) == [2]
+            assert file.overviews(1) == [2, 4]
             assert file.scales == ((1.0,) if name == "class" else (0.01,))
 
 
@@ -258,21 +259,20 @@ def test_what_another_model_left_is_not_used(geotiff, linear, tmp_path, monkeypa
             make.make(scene, exported(linear(32)), tmp_path / "map")
     (old,) = tmp_path.glob(".map.partial/*")
     (block,) = old.iterdir()
-    block.write_bytes(b"\x02" * block.stat().st_size)  # what the first model would have left
+    block.write_bytes(b"\x01" * block.stat().st_size)  # what the first model would have left
     make.make(scene, exported(linear(16)), tmp_path / "map")
-    assert (read(tmp_path / "map", "class")[0] != 2).all()
+    assert (read(tmp_path / "map", "class")[0] != 1).all()
     assert not old.exists()
 
 
-def test_memory_holds_as_many_rows_as_a_tile_has(landuse_scene, linear, monkeypatch):
+def test_a_block_is_read_by_parts(landuse_scene, linear, monkeypatch):
     asked = []
     landuse_scene = type(landuse_scene)(**{
         **vars(landuse_scene),
         "read": lambda window, places, inner=landuse_scene.read: asked.append(window) or inner(window, places),
     })  # fmt: skip
     made = make.job(landuse_scene, exported(linear(32)))
-    from pipeline.mapping.tiles import blocks
-
     blend.block(made, next(blocks(made.rows, made.columns)), lambda _: None)
-    assert max(height for _, _, height, _ in asked) == 32
+    assert max(height for _, _, height, _ in asked) == blend.READ
+    assert len(asked) == 2
     assert max(width for *_, width in asked) <= 512 + 2 * 32
