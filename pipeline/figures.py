@@ -95,6 +95,43 @@ def foretelling(pairs: pd.DataFrame, title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def costs(rows: pd.DataFrame, path: Path) -> None:
+    """Test score against operations a chip, a panel a data set; a line is the 95 % interval of the mean.
+
+    Args:
+        rows: dataset, shown (the model's name), role (student, teacher or member), mean, low, high, flops, metric.
+    """
+    rows = rows.drop_duplicates(["dataset", "shown"])
+    datasets = list(rows.dataset.unique())
+    columns = min(2, len(datasets))
+    size = (6.5 * columns, 3.6 * -(-len(datasets) // columns))
+    figure, axes = plt.subplots(-(-len(datasets) // columns), columns, figsize=size, squeeze=False)
+    colours = {"student": "#d95f02", "teacher": "#1b9e77", "member": "#7570b3"}
+    for panel in axes.flat[len(datasets) :]:
+        panel.axis("off")
+    for panel, dataset in zip(axes.flat, datasets, strict=False):
+        table = rows[(rows.dataset == dataset) & rows.flops.notna()]
+        for place, row in enumerate(table.itertuples()):
+            # A student's variants cost the same: a little apart, or their intervals would hide one another.
+            across = row.flops / 1e9 * 1.07**place
+            panel.vlines(across, row.low, row.high, color="0.7", linewidth=1)
+            panel.scatter(across, row.mean, color=colours[row.role], s=40, zorder=3)
+            panel.annotate(row.shown, (across, row.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
+        panel.set_xscale("log")
+        panel.set_title(dataset, fontsize=10)
+        panel.set_xlabel("GFLOP a chip (log scale)")
+        panel.set_ylabel(f"test {table.metric.iloc[0]}" if len(table) else "")
+        panel.margins(x=0.25, y=0.12)
+        panel.grid(alpha=0.3)
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours.values()]
+    figure.legend(handles, colours, loc="lower center", ncols=len(colours), frameon=False, fontsize=9)
+    figure.suptitle(
+        "Students against frozen models: score and cost. Lines: 95 % interval over test samples", fontsize=11
+    )
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

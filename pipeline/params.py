@@ -10,6 +10,8 @@ from cache import codecs
 from pipeline.errors import UserError
 from pipeline.hub import HubFile
 from pipeline.records import build
+from pipeline.student_params import Distill, Search, Student, check_search
+from pipeline.student_params import check as check_students
 from pipeline.views import VIEWS
 
 TASKS = ("classification", "multilabel", "segmentation")
@@ -17,11 +19,12 @@ TASKS = ("classification", "multilabel", "segmentation")
 
 @dataclass(frozen=True)
 class Grid:
-    """What is run: names of datasets and backbones, and models as backbone names joined by `+`."""
+    """What is run: names of datasets, backbones and students, and models as backbone names joined by `+`."""
 
     datasets: tuple[str, ...]
     backbones: tuple[str, ...]
     models: tuple[str, ...]
+    students: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,20 +160,6 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Search:
-    """`learning_rate` and `weight_decay` are [low, high], searched on a logarithmic scale.
-
-    `parallel` trials are asked for and trained together, in one pass over the features.
-    """
-
-    trials: int
-    parallel: int
-    seed: int
-    learning_rate: tuple[float, ...]
-    weight_decay: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Train:
     seeds: int
 
@@ -215,6 +204,8 @@ class Params:
     train: Train
     compose: Compose
     compute: Compute
+    students: dict[str, Student]
+    distill: Distill
     geobench_dir: str = "data/geobench"
 
     def dataset(self, name: str) -> Dataset:
@@ -222,6 +213,9 @@ class Params:
 
     def backbone(self, name: str) -> Backbone:
         return _named(self.backbones, name, "backbone", "backbones")
+
+    def student(self, name: str) -> Student:
+        return _named(self.students, name, "student", "students")
 
     def composed(self) -> list[str]:
         """Names of the backbones whose ensembles are searched."""
@@ -317,14 +311,10 @@ def _check(params: Params) -> None:
     for key, value in (("extract.batch", params.extract.batch), ("compute.workers", params.compute.workers)):
         if value < 0:
             raise UserError(f"{key} is {value}; it must not be negative.")
-    _positive("search", trials=params.search.trials, parallel=params.search.parallel)
-    _not_negative("search.seed", params.search.seed)
+    check_search("search", params.search)
+    check_students(params.students, params.distill, params.grid, params.backbones)
     _positive("train", seeds=params.train.seeds)
     _check_compose(params)
-    for key in ("learning_rate", "weight_decay"):
-        bounds = getattr(params.search, key)
-        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
-            raise UserError(f"search.{key} is {list(bounds)}; it must be [low, high] with 0 < low <= high.")
 
 
 def _check_compose(params: Params) -> None:

@@ -15,8 +15,14 @@ table{border-collapse:collapse;font-size:13px}td,th{padding:3px 8px;border-botto
 img{max-width:100%}caption{text-align:left;padding:.3em 0;color:#444}summary{cursor:pointer;color:#05a}"""
 
 
-def kind(model: str, weights: str) -> str:
-    """What a model is: `joined`, `pretrained`, `random` (a control) or `baseline` (no network)."""
+# The protocol of models whose backbones stay as they are (pipeline/protocol.py); all others are trained networks.
+FROZEN = "frozen"
+
+
+def kind(model: str, weights: str, protocol: str = FROZEN) -> str:
+    """What a model is: `student`, or, frozen, `joined`, `pretrained`, `random` (a control) or `baseline`."""
+    if protocol != FROZEN:
+        return "student"
     if "random" in weights:
         return "random"
     if weights == "none":
@@ -40,7 +46,7 @@ def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], Draws]) -> pd.
         spread = group.score.std(ddof=1) if len(group) > 1 else float("nan")
         low, high = interval(drawn[dataset, model].samples)
         rows.append(
-            {"dataset": dataset, "model": model, "kind": kind(model, first.weights), "protocol": first.protocol,
+            {"dataset": dataset, "model": model, "kind": kind(model, first.weights, first.protocol), "protocol": first.protocol,
              "metric": first.metric, "mean": group.score.mean(), "std": spread,
              "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
              "weights": first.weights, "learning_rate": first.learning_rate, "weight_decay": first.weight_decay,
@@ -79,12 +85,14 @@ def page(
     left_out: Sequence[str],
     composition: str,
     picture: Path,
+    students: str = "",
 ) -> str:
     """One HTML page that needs no other file.
 
     Args:
-        summary, pairs, said: of `summarise`, `findings.every_pair` and `findings.headlines`.
-        composition: HTML of the composition search (pipeline/composition.py).
+        summary: of `summarise`, all protocols.
+        runs, pairs, said: of frozen models alone, `findings.every_pair` and `findings.headlines`.
+        composition: HTML of the composition search (pipeline/composition.py); `students`: of pipeline/distillation.py.
     """
     settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"])
     return f"""<!doctype html>
@@ -93,7 +101,8 @@ def page(
 <h1>Which backbones, joined how, read these data best?</h1>
 <p>Protocol: <b>{" and ".join(summary.protocol.unique())}</b>. In the frozen protocol features are cached once and
 heads trained on them; learning rate and weight decay are searched on the validation split; every row is the test
-split, touched once per seed. A fine-tuned model is another protocol, and no table mixes the two unsaid. Random
+split, touched once per seed. A student, or a fine-tuned model, is a trained network and so another protocol: no
+statistic below mixes the two. Random
 networks and the raw-band baseline are controls, not models to use.</p>
 {as_html(shown(summary))}
 <p>± is over seeds; the interval is the 95 % bootstrap of the mean over test samples, apart from the seeds.</p>
@@ -102,8 +111,9 @@ networks and the raw-band baseline are controls, not models to use.</p>
 <p>Differences are paired: the same test samples are drawn for both models. A verdict goes by the interval over test
 samples and seeds together.</p>{items(said)}
 <h3>Every pair</h3><p>{html.escape(findings.chance(pairs))}</p>{_pairs(pairs)}
-<h2>Over the data sets</h2>{_aggregated(runs, summary)}
+<h2>Over the data sets</h2>{_aggregated(runs, summary[summary.protocol == FROZEN])}
 {composition}
+{students}
 <h2>Left out</h2>
 <p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{items(left_out)}
 <h2>Settings</h2>

@@ -31,6 +31,7 @@ COMPOSED = Path("results/compose")
 DISTILLED = Path("results/distill")
 EXPORTED = Path("results/export")
 MAPS = Path("results/map")
+COST = Path("results/cost.csv")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 

@@ -3,14 +3,26 @@
 import pandas as pd
 
 from cache.durable import building
-from pipeline import composition, figures, findings, params, predictions, report
+from pipeline import composition, distillation, figures, findings, params, predictions, report
 from pipeline.compare import bootstrap
 from pipeline.errors import UserError
-from stages.cli import COMPOSED, METRICS, REPORT, RUNS, SCRATCH, TUNED, read_json, run, write_json
+from stages.cli import (
+    COMPOSED,
+    COST,
+    DISTILLED,
+    METRICS,
+    REPORT,
+    RUNS,
+    SCRATCH,
+    TUNED,
+    read_json,
+    run,
+    write_json,
+)
 
 
 def make_report() -> None:
-    """Write results/report and results/metrics.json from the grid's runs; other runs lying about are not read."""
+    """Write results/report and results/metrics.json from the grid's runs and students; other runs lying about are not read."""
     grid = params.load().grid
     folders, left_out = {}, []
     searched = {dataset: _searched(dataset) for dataset in grid.datasets}
@@ -22,29 +34,37 @@ def make_report() -> None:
                 folders[dataset, model] = RUNS / dataset / model
         for model in searched[dataset].told["run"]:
             folders[dataset, model] = COMPOSED / dataset / model
+    learned = [_learned(dataset, student) for dataset in grid.datasets for student in grid.students]
+    folders |= {
+        (one.dataset, f"{one.name}/{variant}"): DISTILLED / one.dataset / one.name / variant
+        for one in learned
+        for variant in one.told.get("variants", [])
+    }
     if not folders:
         raise UserError("Every model of the grid is left out: " + " ".join(left_out) + " Add one that fits.")
     runs = pd.concat([pd.read_csv(folder / "runs.csv") for folder in folders.values()], ignore_index=True)
     drawn = _drawn(folders, runs)
     summary = report.summarise(runs, drawn)
-    said, pairs = findings.headlines(summary, drawn), findings.every_pair(summary, drawn)
+    frozen, fixed = summary[summary.protocol == report.FROZEN], runs[runs.protocol == report.FROZEN]
+    said, pairs = findings.headlines(frozen, drawn), findings.every_pair(frozen, drawn)
 
     with building(SCRATCH / "report", REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
         pairs.to_csv(folder / "pairs.csv", index=False)
         (folder / "summary.md").write_text(report.markdown(report.shown(summary)))
-        (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in said))
-        figures.boxplots(runs, summary, folder / "boxplots.png")
-        composed = composition.section(searched, summary, folder)
-        text = report.page(summary, runs, pairs, said, left_out, composed, folder / "boxplots.png")
+        figures.boxplots(fixed, frozen, folder / "boxplots.png")
+        composed = composition.section(searched, frozen, folder)
+        students, kept = distillation.section(learned, summary, drawn, pd.read_csv(COST), folder)
+        (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
+        text = report.page(summary, fixed, pairs, said, left_out, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}
     for row in summary.itertuples():
         one = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
         scores.setdefault(row.dataset, {})[row.model] = one
     write_json(METRICS, scores)
-    print(report.markdown(report.shown(summary)), *said, *left_out, sep="\n")
+    print(report.markdown(report.shown(summary)), *said, *kept, *left_out, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")
 
 
@@ -63,6 +83,10 @@ def _drawn(folders: dict, runs: pd.DataFrame) -> dict:
             raise UserError(f"{folder} was tested on other samples than the models before it. Run: dvc repro")
         drawn[key] = bootstrap(first.task, counts, first.classes, stream=number)
     return drawn
+
+
+def _learned(dataset: str, student: str) -> distillation.Learned:
+    return distillation.Learned(read_json(DISTILLED / dataset / student / "told.json"))
 
 
 def _searched(dataset: str) -> composition.Searched:

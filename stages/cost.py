@@ -1,0 +1,42 @@
+"""cost: every student, and every frozen model beside it, used and timed on real chips of its data set."""
+
+import pandas as pd
+
+from pipeline import params
+from stages.cli import COST, DISTILLED, IMAGES, RUNS, TUNED, WEIGHTS, read_json, run, write_text
+
+
+def cost() -> None:
+    """Write results/cost.csv: a row a data set, model and device, of the data sets that have students."""
+    described = params.load()
+    tables = [_costs(described, dataset) for dataset in described.grid.datasets if described.grid.students]
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["dataset", "model"])
+    write_text(COST, table.to_csv(index=False))
+
+
+def _costs(described: params.Params, dataset: str) -> pd.DataFrame:
+    """The students and the models of the grid; random controls cost what their likes do."""
+    from pipeline import cost as costs
+    from pipeline import images, kept, students
+    from pipeline.compute import device
+
+    store, tables = images.open_images(IMAGES / f"{dataset}.zarr"), []
+    chips = store.image[: costs.BATCH].values
+    for where in dict.fromkeys(["cpu", device(described.compute.device)]):
+        models = {}
+        for name in described.grid.students:
+            if not read_json(DISTILLED / dataset / name / "told.json")["left_out"]:
+                one, _ = students.load(DISTILLED / dataset / name / "best")
+                models[name] = costs.student(one, where)
+        for model in described.grid.models:
+            backbones = {name: described.backbone(name) for name in described.members(model)}
+            random = any(one.weights == "random" for one in backbones.values())
+            if not random and not read_json(TUNED / dataset / f"{model}.json")["left_out"]:
+                head = kept.load(RUNS / dataset / model / "head.pt", where)
+                models[model] = costs.frozen(head, backbones, WEIGHTS, store, where)
+        tables.append(costs.measure(models, chips, where))
+    return pd.concat(tables, ignore_index=True).assign(dataset=dataset)
+
+
+if __name__ == "__main__":
+    run(cost)
