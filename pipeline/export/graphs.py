@@ -32,7 +32,9 @@ def onnx_file(student: Student, told: Mapping, path: Path) -> None:
     for node in model.graph.node:  # where each was traced from: paths of this machine
         del node.metadata_props[:]
         node.doc_string = ""
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
+    # Shapes in between are inferred by whoever wants them; the exporter's are wrong after its own folding.
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         value.ClearField("doc_string")
         del value.metadata_props[:]
     del model.graph.metadata_props[:]
