@@ -71,7 +71,7 @@ def measure(models: Mapping[str, Usable], chips: np.ndarray, device: str) -> pd.
     """
     taken: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
-        for name, one in models.items():
+        for one in models.values():
             one.answer(chips)
         for _ in range(ROUNDS):
             for name, one in models.items():

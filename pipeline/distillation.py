@@ -86,8 +86,8 @@ def kept(one: Learned, drawn: Drawn) -> str:
         return f"{start} {effect} The teacher is worse than labels alone ({about}); there is no gain to keep."
     if gain.verdict != "better":
         return (
-            f"{start} {effect} How much of the teacher's gain it keeps cannot be told: with this test set the teacher "
-            f"itself cannot be told from the student from labels alone ({about})."
+            f"{start} {effect} How much of the teacher's gain it keeps cannot be told: the teacher itself cannot be "
+            f"told apart from labels alone with this test set ({about})."
         )
     share = did.mean / gain.mean
     low, high = interval((ours.both - control.both) / (teacher.both - control.both))

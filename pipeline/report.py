@@ -46,8 +46,8 @@ def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], Draws]) -> pd.
         spread = group.score.std(ddof=1) if len(group) > 1 else float("nan")
         low, high = interval(drawn[dataset, model].samples)
         rows.append(
-            {"dataset": dataset, "model": model, "kind": kind(model, first.weights, first.protocol), "protocol": first.protocol,
-             "metric": first.metric, "mean": group.score.mean(), "std": spread,
+            {"dataset": dataset, "model": model, "kind": kind(model, first.weights, first.protocol),
+             "protocol": first.protocol, "metric": first.metric, "mean": group.score.mean(), "std": spread,
              "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
              "weights": first.weights, "learning_rate": first.learning_rate, "weight_decay": first.weight_decay,
              "task": first.task, "classes": first.classes}
@@ -92,7 +92,7 @@ def page(
     Args:
         summary: of `summarise`, all protocols.
         runs, pairs, said: of frozen models alone, `findings.every_pair` and `findings.headlines`.
-        composition: HTML of the composition search (pipeline/composition.py); `students`: of pipeline/distillation.py.
+        composition, students: HTML of pipeline/composition.py and pipeline/distillation.py.
     """
     settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"])
     return f"""<!doctype html>

@@ -15,27 +15,33 @@ def cost() -> None:
 
 
 def _costs(described: params.Params, dataset: str) -> pd.DataFrame:
-    """The students and the models of the grid; random controls cost what their likes do."""
     from pipeline import cost as costs
-    from pipeline import images, kept, students
+    from pipeline import images
     from pipeline.compute import device
 
-    store, tables = images.open_images(IMAGES / f"{dataset}.zarr"), []
-    chips = store.image[: costs.BATCH].values
+    chips, tables = images.open_images(IMAGES / f"{dataset}.zarr").image[: costs.BATCH].values, []
     for where in dict.fromkeys(["cpu", device(described.compute.device)]):
-        models = {}
-        for name in described.grid.students:
-            if not read_json(DISTILLED / dataset / name / "told.json")["left_out"]:
-                one, _ = students.load(DISTILLED / dataset / name / "best")
-                models[name] = costs.student(one, where)
-        for model in described.grid.models:
-            backbones = {name: described.backbone(name) for name in described.members(model)}
-            random = any(one.weights == "random" for one in backbones.values())
-            if not random and not read_json(TUNED / dataset / f"{model}.json")["left_out"]:
-                head = kept.load(RUNS / dataset / model / "head.pt", where)
-                models[model] = costs.frozen(head, backbones, WEIGHTS, store, where)
-        tables.append(costs.measure(models, chips, where))
+        tables.append(costs.measure(usable(described, dataset, where), chips, where))
     return pd.concat(tables, ignore_index=True).assign(dataset=dataset)
+
+
+def usable(described: params.Params, dataset: str, where: str) -> dict:
+    """The students and models of the grid, by name, on a device; random controls cost what their likes do."""
+    from pipeline import cost as costs
+    from pipeline import images, kept, students
+
+    store, models = images.open_images(IMAGES / f"{dataset}.zarr"), {}
+    for name in described.grid.students:
+        if not read_json(DISTILLED / dataset / name / "told.json")["left_out"]:
+            one, _ = students.load(DISTILLED / dataset / name / "best")
+            models[name] = costs.student(one, where)
+    for model in described.grid.models:
+        backbones = {name: described.backbone(name) for name in described.members(model)}
+        random = any(one.weights == "random" for one in backbones.values())
+        if not random and not read_json(TUNED / dataset / f"{model}.json")["left_out"]:
+            head = kept.load(RUNS / dataset / model / "head.pt", where)
+            models[model] = costs.frozen(head, backbones, WEIGHTS, store, where)
+    return models
 
 
 if __name__ == "__main__":

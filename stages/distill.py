@@ -12,9 +12,9 @@ from stages.cli import DISTILLED, FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED
 
 
 def distill(dataset: str, student: str) -> None:
-    """Write results/distill/<dataset>/<student>: told.json, runs.csv, best/ (the student to deploy), a folder a variant.
+    """Write results/distill/<dataset>/<student>: told.json, runs.csv; best/, the student to deploy.
 
-    A variant's folder has its own runs.csv and predictions.parquet.
+    A folder a variant has its own runs.csv, and predictions.parquet.
     """
     described = params.load()
     described.dataset(dataset)

@@ -22,7 +22,7 @@ from stages.cli import (
 
 
 def make_report() -> None:
-    """Write results/report and results/metrics.json from the grid's runs and students; other runs lying about are not read."""
+    """Write results/report and results/metrics.json from the grid's runs; others lying about are not read."""
     grid = params.load().grid
     folders, left_out = {}, []
     searched = {dataset: _searched(dataset) for dataset in grid.datasets}
@@ -45,6 +45,7 @@ def make_report() -> None:
     runs = pd.concat([pd.read_csv(folder / "runs.csv") for folder in folders.values()], ignore_index=True)
     drawn = _drawn(folders, runs)
     summary = report.summarise(runs, drawn)
+    costs = pd.read_csv(COST) if learned else pd.DataFrame()
     frozen, fixed = summary[summary.protocol == report.FROZEN], runs[runs.protocol == report.FROZEN]
     said, pairs = findings.headlines(frozen, drawn), findings.every_pair(frozen, drawn)
 
@@ -55,7 +56,7 @@ def make_report() -> None:
         (folder / "summary.md").write_text(report.markdown(report.shown(summary)))
         figures.boxplots(fixed, frozen, folder / "boxplots.png")
         composed = composition.section(searched, frozen, folder)
-        students, kept = distillation.section(learned, summary, drawn, pd.read_csv(COST), folder)
+        students, kept = distillation.section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
         text = report.page(summary, fixed, pairs, said, left_out, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)

@@ -12,7 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from pipeline.errors import UserError
 
 # Channels of the decoder of masks.
-WIDTH = 64
+WIDTH = 32
 # Levels that a student has, the deepest ones of its network.
 LEVELS = 4
 

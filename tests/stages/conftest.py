@@ -21,6 +21,8 @@ SMALL = {
     "heads": {"linear": {"steps": 20}, "upernet": {"steps": 4, "channels": 4}},
     "search": {"trials": 2, "parallel": 1},
     "train": {"seeds": 2},
+    "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 64}},
+    "distill": {"chips": {"steps": 4}, "masks": {"steps": 2, "batch": 4}, "search": {"trials": 1}},
     "backbones": {"csmask_b4": {"input_size": 64}, "lite0": {"input_size": 64}, "raw": {"input_size": 64}},
 }
 

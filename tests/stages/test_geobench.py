@@ -11,7 +11,7 @@ import yaml
 
 from pipeline import params
 from pipeline.datasets import geobench
-from stages import compose, extract, fetch, prepare, report, resolve, train, tune
+from stages import compose, cost, distill, extract, fetch, prepare, report, resolve, train, tune
 from stages.plan import plan
 from tests.conftest import ROOT
 from tests.stages.conftest import merge
@@ -23,7 +23,12 @@ SMALL = {
     "heads": {"linear": {"steps": 5, "batch": 4}, "upernet": {"steps": 2, "channels": 4, "batch": 2}},
     "search": {"trials": 1, "parallel": 1},
     "train": {"seeds": 1},
-}
+    "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 32}},
+    "distill": {
+        "teacher": "raw", "chips": {"steps": 1, "batch": 4}, "masks": {"steps": 1, "batch": 2}, "seeds": 1,
+        "search": {"trials": 1},
+    },
+}  # fmt: skip
 PAPER = yaml.safe_load((ROOT / "profiles/paper.yaml").read_text())
 
 
@@ -50,9 +55,11 @@ def test_all_twelve_sets_go_through_to_a_report(place, capsys):
             tune.tune(name, model)
             train.train(name, model)
         compose.compose(name)
+        distill.distill(name, "small")
+    cost.cost()
     report.make_report()
     runs = pd.read_csv("results/report/runs.csv")
-    assert len(runs) == len(SETS)
+    assert len(runs) == 3 * len(SETS), "the baseline, the student it teaches, and the one from labels alone"
     assert runs.score.between(0, 1).all()
     metric = runs.groupby("dataset").metric.first().to_dict()
     assert metric["m-bigearthnet"] == "micro F1"

@@ -26,15 +26,17 @@ def test_every_cell_has_its_runs_and_the_report_stands(job):
     runs = pd.read_csv(job.folder / "results/report/runs.csv")
     # Three models on the multispectral set, two on RGB, two seeds each; and what the composition search chose.
     assert runs.model.isin(SMALL["grid"]["models"]).sum() == (3 + 2) * 2
-    assert set(runs[~runs.model.isin(SMALL["grid"]["models"])].dataset) == {"sample-landuse-seg", "sample-trees"}
-    assert set(runs.protocol) == {"frozen"}
+    frozen = runs[runs.protocol == "frozen"]
+    assert set(frozen[~frozen.model.isin(SMALL["grid"]["models"])].dataset) == {"sample-landuse-seg", "sample-trees"}
+    others = runs[runs.protocol != "frozen"].groupby("model").protocol.unique().map(list).to_dict()
+    assert others == {"small/distilled": ["distilled"], "small/labels": ["labels alone"]}
     assert runs.score.between(0, 1).all()
     assert runs.groupby("dataset").n_test.first().to_dict() == {"sample-landuse-seg": 16, "sample-trees": 267}
     scores = json.loads((job.folder / "results/metrics.json").read_text())
-    assert scores["sample-trees"].keys() == {"raw", "lite0", "raw+lite0"}
+    assert scores["sample-trees"].keys() == {"raw", "lite0", "raw+lite0", "small/distilled", "small/labels"}
     page = (job.folder / "results/report/index.html").read_text()
     assert "csmask_b4 needs the bands nir, swir16, swir22" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"(src|href)=\"http", page)
 
 
@@ -125,7 +127,7 @@ def test_kill_9_in_every_stage_then_repro_ends_with_the_same_results(job):
     stages = {
         "fetch@sample-trees": 0.5, "prepare@sample-landuse-seg": 1.5, "extract@sample-trees-lite0": 6,
         "resolve@sample-trees": 0.3, "tune@sample-landuse-seg-lite0": 4, "train@sample-landuse-seg-lite0": 4,
-        "compose@sample-trees": 6, "report": 2,
+        "compose@sample-trees": 6, "distill@sample-trees-small": 6, "report": 2,
     }  # fmt: skip
     killed = 0
     for number, (stage, seconds) in enumerate(stages.items()):
@@ -157,8 +159,8 @@ def test_an_experiment_with_other_seeds_models_and_input_size(job):
     manifest = json.loads((job.folder / "data/manifests/sample-trees/lite0.json").read_text())
     assert manifest["input_size"] == 96
     runs = pd.read_csv(job.folder / "results/report/runs.csv")
-    assert set(runs.model) == {"lite0"}
-    assert sorted(runs[runs.dataset == "sample-trees"].seed) == [0, 1, 2]
+    assert set(runs[runs.protocol == "frozen"].model) == {"lite0"}
+    assert sorted(runs[(runs.dataset == "sample-trees") & (runs.model == "lite0")].seed) == [0, 1, 2]
     shown = list(csv.DictReader(job.run("dvc", "exp", "show", "--csv", "--no-pager").splitlines()))
     experiment = next(row for row in shown if row["Experiment"] == "three")
     assert experiment["train.seeds"] == "3"

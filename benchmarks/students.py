@@ -1,0 +1,48 @@
+"""How much cheaper a student is to use than its teacher, after `make run`.
+
+    python -m benchmarks.students
+
+Of every data set and student: `faster`, how many times as many chips a second on this processor, as the median over
+alternating rounds; `smaller`, times fewer parameters; `fewer_operations`. Both take stored chips to logits.
+"""
+
+import json
+from functools import partial
+
+import torch
+
+from benchmarks.timing import ratio
+from pipeline import cost, images, params
+from stages.cli import DISTILLED, IMAGES, read_json
+from stages.cost import usable
+
+ROUNDS = 7
+
+
+def main() -> None:
+    described, found = params.load(), {"cores": torch.get_num_threads()}
+    for dataset in described.grid.datasets:
+        models = usable(described, dataset, "cpu")
+        chips = images.open_images(IMAGES / f"{dataset}.zarr").image[: cost.BATCH].values
+        for name in described.grid.students:
+            told = read_json(DISTILLED / dataset / name / "told.json")
+            if told["left_out"]:
+                continue
+            ours, theirs = models[name], models[told["teacher"]]
+            with torch.no_grad():
+                faster = ratio(partial(ours.answer, chips), partial(theirs.answer, chips), ROUNDS)
+            work = [cost.flops(partial(one.answer, chips[:1])) for one in (theirs, ours)]
+            found[f"{dataset} {name} against {told['teacher']}"] = {
+                "faster": round(faster, 2),
+                "smaller": round(_size(theirs) / _size(ours), 1),
+                "fewer_operations": round(work[0] / work[1], 1),
+            }
+    print(json.dumps(found, indent=1))
+
+
+def _size(one: cost.Usable) -> int:
+    return sum(tensor.numel() for module in one.modules for tensor in module.parameters())
+
+
+if __name__ == "__main__":
+    main()
