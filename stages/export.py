@@ -6,8 +6,7 @@ from pathlib import Path
 
 from cache.durable import building
 from pipeline import images
-from pipeline.errors import UserError
-from stages.cli import DISTILLED, EXPORTED, IMAGES, SCRATCH, run, write_json
+from stages.cli import DISTILLED, EXPORTED, IMAGES, SCRATCH, read_json, run, write_json
 
 # Chips of the validation split that files are scored on; each way of running them sees the same.
 CHIPS = 512
@@ -17,8 +16,11 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
     """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json, what each is worth."""
     folder = DISTILLED / dataset / student / "best" if dataset else Path(student)
     final = EXPORTED / dataset / student if dataset else folder / "export"
-    if not folder.exists():
-        raise UserError(f"There is no student at {folder}. Train one with: dvc repro distill")
+    if dataset and (reason := read_json(folder.parent / "told.json")["left_out"]):
+        with building(SCRATCH / f"export-{dataset}-{student}", final) as scratch:
+            write_json(scratch / "export.json", {"left_out": reason})
+        print(f"left out: {reason}")
+        return
     from pipeline import students
 
     made, told = students.load(folder)
@@ -27,6 +29,7 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
 
     with building(SCRATCH / f"export-{told['dataset']}-{made.shape.architecture}", final) as scratch:
         said = files.write(made, told, pictures, scratch, int8, CHIPS)
+        said["left_out"] = None
         said["machine"] = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}"
         write_json(scratch / "export.json", said)
     for name, one in said["files"].items():

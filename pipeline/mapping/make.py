@@ -115,6 +115,7 @@ def _publish(made: Job, finished: Path, folder: Path) -> dict:
     there = int(areas[0, :NODATA].sum())
     held = areas[:, 1] if several else areas[0, : len(wanted.classes)]
     told = {
+        "left_out": None,
         "scene": scene.name,
         "size": [scene.height, scene.width],
         "model": made.predictor.name,
