@@ -19,14 +19,12 @@ TASKS = ("classification", "multilabel", "segmentation")
 
 @dataclass(frozen=True)
 class Grid:
-    """What is run: names of datasets, backbones and students, models as backbone names joined by `+`, and datasets
-    whose scene is mapped."""
+    """What is run: names of datasets, backbones and students, and models as backbone names joined by `+`."""
 
     datasets: tuple[str, ...]
     backbones: tuple[str, ...]
     models: tuple[str, ...]
     students: tuple[str, ...] = ()
-    maps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -267,9 +265,6 @@ def _check(params: Params) -> None:
             raise UserError(f"grid.{axis} is {list(names)}; it must name at least one, and each once.")
     for name in params.grid.datasets:
         params.dataset(name)
-    for name in params.grid.maps:
-        if name not in params.grid.datasets:
-            raise UserError(f"grid.maps has '{name}', which is not in grid.datasets, so no student of it is trained.")
     for name in params.grid.backbones:
         params.backbone(name)
     for model in params.grid.models:

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from cache.durable import building
 from pipeline.errors import UserError
 from pipeline.mapping import make as maps
 from pipeline.mapping.sources import open_scene
-from stages.cli import FEATURES, IMAGES, RUNS, WEIGHTS, read_json, run, write_json
+from stages.cli import FEATURES, IMAGES, RUNS, WEIGHTS, run
 
 
 def make_map(scene: str, out: str, onnx: str | None, student: str | None, dataset: str | None,
@@ -20,12 +19,6 @@ def make_map(scene: str, out: str, onnx: str | None, student: str | None, datase
     given = [bool(onnx), bool(student), bool(dataset and model)]
     if sum(given) != 1 or bool(dataset) != bool(model):
         raise UserError("Say what maps: either --onnx FILE, or --student FOLDER, or both --dataset and --model.")
-    beside = Path(onnx).with_name("export.json") if onnx else None
-    if beside and not Path(onnx).exists() and beside.exists() and (reason := read_json(beside)["left_out"]):
-        with building(Path(out).with_name(f".{Path(out).name}.partial"), Path(out)) as folder:
-            write_json(folder / "map.json", {"left_out": reason})
-        print(f"left out: {reason}")
-        return
     opened = open_scene(Path(scene))
     told = maps.make(opened, _predictor(onnx, student, dataset, model), Path(out))
     print(f"{scene}: {maps.shares(told)}\n{Path(out) / 'class.tif'}")

@@ -1,6 +1,5 @@
 """report: every run of the grid and of the composition search, what they can tell, pictures and one page."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -63,7 +62,7 @@ def make_report() -> None:
         composed = composition.section(searched, frozen, folder)
         students, kept = distillation.section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
-        students += mapped.section(_cells(EXPORTED, grid.datasets, grid), _cells(MAPS, grid.maps, grid), folder)
+        students += mapped.section(_cells(EXPORTED, grid), _cells(MAPS, grid), folder)
         text = report.page(summary, fixed, pairs, said, left_out, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}
@@ -96,9 +95,9 @@ def _learned(dataset: str, student: str) -> distillation.Learned:
     return distillation.Learned(read_json(DISTILLED / dataset / student / "told.json"))
 
 
-def _cells(folder: Path, datasets: Sequence[str], grid: params.Grid) -> dict[tuple[str, str], Path]:
-    """Folders of what was made of every student of some datasets."""
-    return {(dataset, name): folder / dataset / name for dataset in datasets for name in grid.students}
+def _cells(folder: Path, grid: params.Grid) -> dict[tuple[str, str], Path]:
+    """Folders of what was made of every student."""
+    return {(dataset, name): folder / dataset / name for dataset in grid.datasets for name in grid.students}
 
 
 def _searched(dataset: str) -> composition.Searched:

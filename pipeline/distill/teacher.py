@@ -17,6 +17,8 @@ from pipeline.kept import Kept
 
 # Samples that the head is asked about at once.
 _STEP = 16
+# Of a float16, in which answers are kept.
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 class Teacher:
@@ -119,5 +121,5 @@ class Teacher:
                     shape = (len(rows), len(self.views), *said.shape[1:])
                     with TemporaryDirectory() as folder:  # what is mapped lives on without its name
                         answers = np.memmap(Path(folder, "answers"), np.float16, "w+", shape=shape)
-                answers[start : start + _STEP, copy] = said
+                answers[start : start + _STEP, copy] = said.clip(-_LARGEST, _LARGEST)
         return answers

@@ -32,7 +32,7 @@ from pipeline.mapping.tiles import Block, axis, blocks
 # Share of a tile by which neighbours overlap. A class of a whole chip is known only as finely as tiles overlap.
 OVERLAP = {"segmentation": 0.25, "classification": 0.5, "multilabel": 0.5}
 # Of GDAL, in megabytes; its own is a share of the machine's memory.
-CACHE = 64
+CACHE = 32
 
 
 def job(scene: Scene, predictor: Predictor) -> Job:
