@@ -100,11 +100,8 @@ def test_the_file_describes_itself(saved):
     folder, pictures, _ = saved("sample-landuse", 32)
     for name in ("student.onnx", "student-int8.onnx"):
         signature = exported(folder / "export" / name).signature
-        assert (
-            signature.bands
-            == tuple(type(band)(band.name, band.common_name, band.wavelength) for band in inputs.bands_of(pictures))
-            or [b.common_name for b in signature.bands] == pictures.band.values.tolist()
-        )
+        assert [band.common_name for band in signature.bands] == pictures.band.values.tolist()
+        assert [band.wavelength for band in signature.bands] == pictures.wavelength.values.tolist()
         assert (signature.task, signature.units, signature.gsd) == ("classification", "dn", 10.0)
         assert signature.size == (16, 16)
         assert signature.classes == tuple(pictures.attrs["classes"])
