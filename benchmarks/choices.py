@@ -4,6 +4,8 @@
 
 `lanes`: UPerNets trained a core a head, against each in turn on all cores.
 `upernet_channels_last`, `csmask_channels_last`: against contiguous tensors, for a training step and a forward.
+`weights_first`, `fused_adamw`: ten linear heads' products on rows of their own, and their optimiser's step, against
+rows first and against the same arithmetic in separate passes; on one core.
 `lite0_large_pages`: a forward with torch's memory in large pages, against small ones.
 """
 
@@ -77,6 +79,49 @@ def csmask_channels_last() -> float:
     return ratio(forward(torch.channels_last), forward(torch.contiguous_format), ROUNDS)
 
 
+def weights_first() -> float:
+    """A forward and the weights' gradient, 32 rows a head."""
+    rows, weights = torch.randn(10, 32, 1192), torch.randn(10, 7, 1192, requires_grad=True)
+
+    def product(first: bool):
+        def work():
+            for _ in range(200):
+                other = rows.transpose(1, 2)
+                out = torch.bmm(weights, other) if first else torch.bmm(rows, weights.transpose(1, 2))
+                torch.autograd.grad(out.sum(), weights)
+
+        return work
+
+    return _on_one_core(product(True), product(False))
+
+
+def fused_adamw() -> float:
+    """On weights of ten heads of one setting."""
+    values, gradient = torch.randn(10, 7, 1192), torch.randn(10, 7, 1192)
+
+    def steps(fused: bool):
+        value = values.clone().requires_grad_()
+        value.grad = gradient
+        optimiser = torch.optim.AdamW([value], fused=fused, foreach=False)
+
+        def work():
+            for _ in range(200):
+                optimiser.step()
+
+        return work
+
+    return _on_one_core(steps(True), steps(False))
+
+
+def _on_one_core(ours, theirs) -> float:
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return ratio(ours, theirs, ROUNDS)
+    finally:
+        torch.set_num_threads(cores)
+
+
 def lite0_large_pages() -> float:
     def forward(large: str) -> float:
         command = [sys.executable, "-c", "from benchmarks.choices import lite0; lite0()"]
@@ -97,5 +142,5 @@ def lite0() -> None:
 
 
 if __name__ == "__main__":
-    measured = [lanes, upernet_channels_last, csmask_channels_last, lite0_large_pages]
+    measured = [lanes, upernet_channels_last, csmask_channels_last, weights_first, fused_adamw, lite0_large_pages]
     print(json.dumps({work.__name__: round(work(), 2) for work in measured} | {"cores": torch.get_num_threads()}))

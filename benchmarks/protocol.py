@@ -1,6 +1,6 @@
 """The paper's protocol, 16 trials and 10 seeds, against one run of one head, and against terratorch.
 
-    python -m benchmarks.protocol [linear] [upernet] [logistic] [terratorch]     # all, or some of them
+    python -m benchmarks.protocol [linear] [upernet] [terratorch]     # all, or some of them
 
 From `make run`'s stores and params.yaml. Imports are left out of every time.
 
@@ -8,8 +8,6 @@ From `make run`'s stores and params.yaml. Imports are left out of every time.
   from the stores on disk to test scores, medians of alternating rounds; linear over all cells of the classification
   sets together. `…_training_vs_single` leaves out what both have once, reading the stores. UPerNet's single run is
   the faster of one core and all cores.
-- `logistic`: scikit-learn's logistic regression (L-BFGS) on the same pooled features, its C the best on validation
-  of as many values as the search has trials; points of test accuracy by which ours, the mean of seeds, is better.
 - `vs_terratorch`: wall time of terratorch's 26 runs over ours: one extraction, the search and the seeds.
   terratorch does a run as its users do: the frozen backbone in the loop, its own datamodule (GeoTIFFs, folders
   of classes), task and trainer. Two of its runs are timed in full, at our best setting with other seeds; the 26
@@ -151,32 +149,6 @@ def upernet(described: params.Params) -> dict:
     }
 
 
-def logistic(described: params.Params) -> dict:
-    """Points of test accuracy, ours less logistic regression's, by cell."""
-    from sklearn.linear_model import LogisticRegression
-
-    found = {}
-    for dataset, model in classification(described):
-        cell = load(described, dataset, model)
-        of = {split: (part.inputs.numpy(), part.label.numpy()) for split, part in cell.parts.items()}
-        tried = []
-        for strength in np.logspace(-5, 3, described.search.trials):
-            probe = LogisticRegression(C=strength, max_iter=5000).fit(*of["train"])
-            tried.append((probe.score(*of["val"]), probe.score(*of["test"])))
-        val, theirs = max(tried, key=lambda one: one[0])
-        ours, test = protocol(described, cell)
-        found.setdefault(dataset, {})[model] = {
-            "ours": round(float(test.mean()), 4), "seeds_std": round(float(test.std(ddof=1)), 4),
-            "theirs": round(theirs, 4), "points": round(100 * float(test.mean() - theirs), 2),
-            "val": [round(ours["score"], 4), round(val, 4)],
-        }  # fmt: skip
-    points = {dataset: [one["points"] for one in models.values()] for dataset, models in found.items()}
-    return {
-        "logistic": found,
-        "logistic_points_mean": {dataset: round(statistics.mean(one), 2) for dataset, one in points.items()},
-    }
-
-
 def terratorch(described: params.Params) -> dict:
     """Ours, from images to test scores, against terratorch's."""
     from pipeline import extract, inputs, preflight
@@ -279,7 +251,7 @@ def terratorch_run(folder: Path, network, best: dict, seed: int, epochs: int, ba
     return spent, found["test/Accuracy_Micro"]
 
 
-PARTS = {work.__name__: work for work in (linear, upernet, logistic, terratorch)}
+PARTS = {work.__name__: work for work in (linear, upernet, terratorch)}
 
 
 def main() -> None:

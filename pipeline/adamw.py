@@ -14,8 +14,8 @@ WARM_UP = 0.1
 class HeadwiseAdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019) for parameters whose first dimension is the head.
 
-    Every head has its own learning rate and weight decay. The kernel is torch's fused one, so that each head's numbers
-    are exactly those of `torch.optim.AdamW` (a test compares); heads of the same setting are one call of it.
+    Every head has its own learning rate and weight decay. The kernel is torch's fused one, so that each head's
+    numbers are exactly those of `torch.optim.AdamW` (a test compares); heads of the same setting are one call of it.
 
     Args:
         parameters: each (head, …), and whether it decays.

@@ -11,7 +11,7 @@ import queue
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -167,18 +167,33 @@ def _batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -
     A batch does not reach from one shard into the next: features depend in their last digits on what else is in a
     batch, and a run that resumes, or one of many workers, must make the same.
     """
-    upload = Upload(encoder.device)
+    upload, read = Upload(encoder.device), _reader(images)
     seen = [views.VIEWS[view] for view in writer.layout.views] or [lambda image: image]
     for number in writer.shards():
         rows = writer.layout.rows(number)
         for start in range(rows.start, rows.stop, batch):
             chosen = slice(start, min(start + batch, rows.stop))
-            image = encoder.inputs.select(images.image[chosen].values)
+            image = encoder.inputs.select(read(chosen))
             tensors = [torch.from_numpy(np.ascontiguousarray(view(image))) for view in seen]
             known = {
                 name: torch.from_numpy(each) for name, each in encoder.inputs.where_and_when(images, chosen).items()
             }
             yield number, chosen, upload(tensors, known)
+
+
+def _reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
+    """From rows to their images; keeps the chunk last read, since several batches may lie in one."""
+    size = images.image.encoding.get("preferred_chunks", {}).get("sample", 1)
+    held, begins = np.empty((0,)), 0
+
+    def read(rows: slice) -> np.ndarray:
+        nonlocal held, begins
+        if not begins <= rows.start <= rows.stop <= begins + len(held):
+            begins = rows.start // size * size
+            held = images.image[begins : -(-rows.stop // size) * size].values
+        return held[rows.start - begins : rows.stop - begins]
+
+    return read
 
 
 def _encode(encoder: Encoder, given: tuple, layout: Layout) -> dict[str, torch.Tensor]:

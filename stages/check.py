@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import datasets, params
 from pipeline.backbones import spec
-from stages.cli import DISTILLED, EXPORTED, MAPS, run, write_json
+from stages.cli import DISTILLED, EXPORTED, FINETUNED, MAPS, run, write_json
 
 
 def check() -> None:
@@ -18,6 +18,7 @@ def check() -> None:
     # Some are where students will be, so that the folders that later stages read are there without any.
     for folder in (Path("data"), DISTILLED, EXPORTED, MAPS):
         write_json(folder / "params.checked", {"params.yaml": "checked"})
+    write_json(FINETUNED / "models.json", list(described.grid.finetune))
 
 
 if __name__ == "__main__":

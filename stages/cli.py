@@ -32,6 +32,7 @@ DISTILLED = Path("results/distill")
 EXPORTED = Path("results/export")
 MAPS = Path("results/map")
 COST = Path("results/cost.csv")
+FINETUNED = Path("results/finetune")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 

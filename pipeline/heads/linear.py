@@ -74,7 +74,7 @@ class LinearGroup(nn.Module):
     def _product(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Each head on its own rows (head, batch, channel).
 
-        Weights come first: with few classes that is more than twice as fast on a CPU as rows first
+        Weights come first: with few classes that is faster on a CPU than rows first
         (benchmarks/choices.py).
         """
         bias = self.biases[layer][:, :, None]

@@ -1,0 +1,106 @@
+"""Our linear head's accuracy against scikit-learn's logistic regression on the same pooled features.
+
+    python -m benchmarks.yardstick [dataset …]     # none named: the grid's classification sets
+
+From `make run`'s stores and params.yaml. Test splits of 4 blocks of one scene say little, so the blocks are dealt
+anew `DEALS` times, as `prepare` deals them, with other seeds; each deal has its own statistics, search and test. Ours
+is the whole protocol, 16 trials and the mean of ten seeds; logistic regression (L-BFGS) has as many values of C, the
+best on validation. `points` is by how many points of test accuracy ours is better: its mean over deals, and its
+standard error. `val_points` is the same on validation, on which both chose.
+"""
+
+import argparse
+import json
+import re
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+from benchmarks.protocol import classification, protocol, stores
+from cache.read import Features
+from pipeline import cells, fit, fusion, images, params
+from pipeline.blueprint import Blueprint
+from pipeline.chips import SPLITS, assign_blocks
+
+DEALS = 10
+STRENGTHS = (-5, 1)
+
+
+def deal(labelled, described: params.Dataset, seed: int) -> np.ndarray:
+    """The split of every chip, whole blocks at a time."""
+    places = [re.fullmatch(r"(.*)r(\d+)c(\d+)", name).groups() for name in labelled.sample.values]
+    homes = [
+        f"{image} {int(row) // described.block} {int(column) // described.block}" for image, row, column in places
+    ]
+    names, block = np.unique(homes, return_inverse=True)
+    counts = np.zeros((len(names), len(labelled.attrs["classes"])))
+    np.add.at(counts, (block, labelled.label.values), 1)
+    return np.array(SPLITS)[assign_blocks(counts, described.splits, seed)[block]]
+
+
+def cell_of(described: params.Params, dataset: str, model: str, seed: int) -> cells.Cell:
+    """A cell whose blocks are dealt anew."""
+    members = [Features(path) for path in stores(dataset, model)]
+    labelled = images.open_images(Path(f"data/images/{dataset}.zarr"))
+    split = deal(labelled, described.dataset(dataset), seed)
+    rows = {name: np.flatnonzero(split == name) for name in SPLITS}
+    chosen, parts = described.heads.linear, {}
+    for name, index in rows.items():
+        inputs = fusion.pooled(members, chosen.pooled, chosen.tokens, index, rows["train"])
+        label = torch.from_numpy(labelled.label.values[index].astype(np.int64))
+        parts[name] = cells.Part(inputs, label, members[0].sample[index].tolist())
+    task, recipe = cells.task_of(labelled), fit.Recipe(chosen.steps, chosen.batch)
+    blueprint = Blueprint("linear", "concat", (((parts["train"].inputs.shape[1],),),), task.classes)
+
+    def train(settings):
+        return fit.fit(blueprint.group, parts["train"], task, settings, recipe)
+
+    return cells.Cell(parts, task, train, chosen.batch, [], [], [], blueprint)
+
+
+def compare(dataset: str, model: str, seed: int) -> tuple[float, float]:
+    """Points by which ours is better on test, and on validation."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    threadpool_limits(1)  # BLAS threads on products this small only wait for one another
+    described = params.load()
+    cell = cell_of(described, dataset, model, seed)
+    of = {split: (part.inputs.numpy(), part.label.numpy()) for split, part in cell.parts.items()}
+    tried, probe = [], LogisticRegression(max_iter=2000, warm_start=True)  # each C begins where the one before ended
+    for strength in np.logspace(*STRENGTHS, described.search.trials):
+        probe.set_params(C=strength).fit(*of["train"])
+        tried.append((probe.score(*of["val"]), probe.score(*of["test"])))
+    val, theirs = max(tried, key=lambda one: one[0])
+    found, test = protocol(described, cell)
+    return 100 * (float(test.mean()) - theirs), 100 * (found["score"] - val)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("datasets", nargs="*")
+    wanted = parser.parse_args().datasets
+    chosen = [one for one in classification(params.load()) if not wanted or one[0] in wanted]
+    found: dict[str, dict] = {}
+    with ProcessPoolExecutor() as pool:
+        tasks = {one: [pool.submit(compare, *one, seed) for seed in range(DEALS)] for one in chosen}
+        for (dataset, model), deals in tasks.items():
+            points = np.array([task.result() for task in deals])
+            error = points.std(axis=0, ddof=1) / np.sqrt(DEALS)
+            found.setdefault(dataset, {})[model] = {
+                "points": round(float(points[:, 0].mean()), 2), "error": round(float(error[0]), 2),
+                "val_points": round(float(points[:, 1].mean()), 2), "each": points[:, 0].round(2).tolist(),
+            }  # fmt: skip
+            print(dataset, model, found[dataset][model], flush=True)
+    means = {
+        name: round(float(np.mean([one["points"] for one in models.values()])), 2) for name, models in found.items()
+    }
+    print(json.dumps({"yardstick": found, "points_mean": means}))
+
+
+if __name__ == "__main__":
+    main()
