@@ -29,7 +29,11 @@ def exported(path: Path) -> Predictor:
             f"{path} does not say which bands and classes it has (metadata '{KEY}'): no student that stages.export "
             "has written."
         )
-    signature = signature_of(json.loads(said[KEY]), str(path))
+    try:
+        told = json.loads(said[KEY])
+    except ValueError:
+        told = None
+    signature = signature_of(told, str(path))
     (given,) = session.get_inputs()
 
     def logits(chips, known):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cache.durable import building, sync_folder, write_file
 from pipeline.errors import UserError
-from pipeline.mapping import blend, cog
+from pipeline.mapping import blend, cog, sources, tiles
 from pipeline.mapping import scene as scenes
 from pipeline.mapping.blend import NODATA, Job
 from pipeline.mapping.scene import Scene
@@ -149,7 +149,7 @@ def _path(finished: Path, part: Block) -> Path:
 def _fingerprint(made: Job) -> str:
     """Of all that decides a block's bytes."""
     wanted = made.predictor.signature
-    code = [Path(module.__file__).read_bytes() for module in (blend, scenes, sys.modules[__name__])]
+    code = [Path(module.__file__).read_bytes() for module in (blend, scenes, sources, tiles, sys.modules[__name__])]
     decides = [made.scene.state, made.predictor.digest, made.places, wanted.size, wanted.task, blend.BATCH,
                [hashlib.sha256(one).hexdigest() for one in code]]  # fmt: skip
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]

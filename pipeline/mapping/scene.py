@@ -49,10 +49,10 @@ class Scene:
     def latlon(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Latitude and longitude (…, 2) in degrees of places in pixels; not a number where the scene has none."""
         if not self.crs:
-            return np.full((*np.shape(row), 2), np.nan, np.float32)
+            return np.full((*np.shape(row), 2), np.nan)
         x, y = rasterio.Affine(*self.transform) @ (np.asarray(column, float), np.asarray(row, float))
         lon, lat = _to_latlon(self.crs).transform(x, y)
-        return np.stack([lat, lon], axis=-1).astype(np.float32)
+        return np.stack([lat, lon], axis=-1)
 
     @property
     def gsd(self) -> float:

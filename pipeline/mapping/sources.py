@@ -53,7 +53,11 @@ def open_scene(path: Path) -> Scene:
     if not path.exists():
         raise UserError(f"There is no scene at {path}.")
     if path.suffix in (".yaml", ".yml"):
-        described = build(Described, yaml.safe_load(path.read_text()), str(path))
+        try:
+            told = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        described = build(Described, told, str(path))
         found = rasters.files(path.parent / described.folder, described.images)
         return from_rasters(found, described)
     if (path / "zarr.json").exists() or (path / ".zgroup").exists():

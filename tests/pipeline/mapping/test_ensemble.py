@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from cache.read import Features
 from cache.write import Writer
-from pipeline import cells, extract, fit, images, kept, preflight
+from pipeline import cells, extract, fit, images, inputs, kept, preflight
 from pipeline.backbones import spec
 from pipeline.errors import UserError
+from pipeline.mapping import ensemble as ensembles
 from pipeline.mapping import make
 from pipeline.mapping.ensemble import Places, ensemble
 from pipeline.mapping.scene import places as bands_at
@@ -103,6 +105,20 @@ def _alone(parts, store, folder):
                       ("train", "val", "test"), "cpu")  # fmt: skip
     kept.save(folder / "alone.pt", "lite0_random", cell, cell.train([fit.Setting(1e-2, 1e-3, 0)]), 0)
     return folder / "alone.pt"
+
+
+def test_where_and_when_are_told_as_extraction_tells_them(store):
+    opened = images.open_images(store("sample-landuse"))
+    given = dataclasses.replace(
+        inputs.describe(opened, "raw", MEMBERS["raw"], spec(MEMBERS["raw"])), context=("place", "time")
+    )
+    known = {"place": np.stack([opened.lat[:3], opened.lon[:3]], axis=1), "time": opened.time[:3].values}
+    told = ensembles._told(SimpleNamespace(inputs=given, device="cpu"), known)
+    wanted = given.where_and_when(opened, slice(0, 3))
+    assert set(told) == set(wanted) == {"place", "time"}
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(told[name].numpy(), values)
+    assert told["time"][0, 0].tolist() == [2017, 46]  # 16 February, from 0
 
 
 def test_a_backbone_that_was_described_otherwise(parts):

@@ -91,6 +91,7 @@ def test_a_raster_that_says_nothing_of_itself(raw, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (("bands:", "bands: ]"), "is not valid YAML"),
         (("units: dn", "units: metres"), "units 'metres' are not known"),
         (("images:", "imgs:"), "unknown key: imgs"),
         (("*_B??.jp2", "*.tif"), "has no file like"),
@@ -110,6 +111,18 @@ def test_nothing_there(tmp_path):
     (tmp_path / "y.tif").write_bytes(b"II*\0 not a raster")
     with pytest.raises(UserError, match="cannot be read"):
         open_scene(tmp_path / "y.tif")
+
+
+def test_small_pixels_are_measured(tmp_path):
+    path = tmp_path / "trees.tif"
+    with rasterio.open(
+        path, "w", driver="GTiff", height=8, width=8, count=1, dtype="uint8", crs="EPSG:32612",
+        transform=rasterio.Affine(0.1, 0, 528000, 0, -0.1, 4978000),
+    ) as file:  # fmt: skip
+        file.write(np.ones((1, 8, 8), np.uint8))
+        file.descriptions = ["red"]
+        file.update_tags(units="uint8")
+    assert open_scene(path).gsd == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_band_of_the_same_name_and_another_wavelength_is_another_band(described_scene):
