@@ -1,16 +1,20 @@
 """report: every run of the grid and of the composition search, what they can tell, pictures and one page."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from cache.durable import building
-from pipeline import composition, distillation, figures, findings, params, predictions, report
+from pipeline import composition, distillation, figures, findings, mapped, params, predictions, report
 from pipeline.compare import bootstrap
 from pipeline.errors import UserError
 from stages.cli import (
     COMPOSED,
     COST,
     DISTILLED,
+    EXPORTED,
     FINETUNED,
+    MAPS,
     METRICS,
     REPORT,
     RUNS,
@@ -62,6 +66,7 @@ def make_report() -> None:
         composed = composition.section(searched, frozen, folder)
         students, kept = distillation.section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
+        students += mapped.section(_cells(EXPORTED, grid), _cells(MAPS, grid), folder)
         text = report.page(summary, runs, pairs, said, left_out, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}
@@ -92,6 +97,11 @@ def _drawn(folders: dict, runs: pd.DataFrame) -> dict:
 
 def _learned(dataset: str, student: str) -> distillation.Learned:
     return distillation.Learned(read_json(DISTILLED / dataset / student / "told.json"))
+
+
+def _cells(folder: Path, grid: params.Grid) -> dict[tuple[str, str], Path]:
+    """Folders of what was made of every student."""
+    return {(dataset, name): folder / dataset / name for dataset in grid.datasets for name in grid.students}
 
 
 def _searched(dataset: str) -> composition.Searched:
