@@ -62,17 +62,17 @@ def picture(path: Path, told: Mapping, title: str, final: Path) -> None:
     names = ["no " + told["classes"][0], told["classes"][0]] if several else told["classes"]
     colours = [plt.get_cmap("tab10" if len(names) <= 10 else "tab20")(number % 20) for number in range(len(names))]
     height, width = classes.shape
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, min(9, 1.2 + 6.2 * height / width)))
+    size = (13, min(9, 0.8 + 6 * height / width))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
     left.imshow(classes, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
     shown = right.imshow(sure, cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
-    figure.colorbar(shown, ax=right, shrink=0.8, label="probability of the class, percent")
+    figure.colorbar(shown, ax=[left, right], shrink=0.8, label="probability of the class, percent")
     there = [number for number in range(len(names)) if (classes == number).any()]
     handles = [Patch(color=colours[number], label=names[number]) for number in there]
     left.legend(handles=handles, fontsize=7, loc="upper right")
     for panel in (left, right):
         panel.set_axis_off()
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     figure.savefig(final, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
