@@ -31,4 +31,5 @@ lint: .venv/ready
 	ruff format .
 
 clean:
-	rm -rf .venv data results/runs results/tune results/compose results/distill results/cost.csv results/report
+	rm -rf .venv data results/runs results/tune results/compose results/distill results/export results/map \
+	  results/cost.csv results/report

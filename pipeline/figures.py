@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-COLOURS = {"joined": "#d95f02", "pretrained": "#1b9e77", "random": "#aaaaaa", "baseline": "#7570b3"}
+COLOURS = {"joined": "#d95f02", "pretrained": "#1b9e77", "random": "#aaaaaa", "baseline": "#7570b3",
+           "fine-tuned": "#e7298a"}  # fmt: skip
 
 
 def boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
@@ -32,8 +33,9 @@ def boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
         panel.set_title(f"{dataset} (n = {table.n_test.iloc[0]})", fontsize=10)
         panel.set_ylabel(f"test {table.metric.iloc[0]}")
         panel.grid(axis="y", alpha=0.3)
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=colour) for colour in COLOURS.values()]
-    figure.legend(handles, COLOURS, loc="lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
+    kinds = [what for what in COLOURS if what in set(summary.kind)]
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=COLOURS[what]) for what in kinds]
+    figure.legend(handles, kinds, loc="lower center", ncols=len(kinds), frameon=False, fontsize=9)
     protocols = " and ".join(summary.protocol.unique())
     figure.suptitle(
         f"Protocol: {protocols}. Boxes: over seeds; lines: 95 % interval of the mean over test samples", fontsize=11

@@ -8,10 +8,13 @@ import pandas as pd
 from pipeline.compare import LEVEL, Difference, Draws, difference, holm, pairs
 
 Drawn = Mapping[tuple[str, str], Draws]
+# What a fine-tuned model is called beside the frozen one.
+TUNED = ", fine-tuned"
 
 
 def headlines(summary: pd.DataFrame, drawn: Drawn) -> list[str]:
-    """Per data set: joined models against their best members, and all networks against the controls.
+    """Per data set: joined models against their best members, all networks against the controls, and fine-tuned
+    models against themselves frozen, which is the one comparison of two protocols.
 
     The best member is the one with the best validation score, so the test split chooses nothing.
 
@@ -38,6 +41,10 @@ def headlines(summary: pd.DataFrame, drawn: Drawn) -> list[str]:
             for control in table[table.kind == "random"].index:
                 if control.removesuffix("_random") == model:
                     said.append(_against(table, drawn, dataset, model, control, "the same network untrained"))
+        for model in table[table.kind == "fine-tuned"].index:
+            frozen = model.removesuffix(TUNED)
+            what = f"itself frozen ({table.loc[model].protocol}: another protocol)"
+            said.append(_against(table, drawn, dataset, model, frozen, what))
     return said
 
 

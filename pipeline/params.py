@@ -9,6 +9,8 @@ import yaml
 
 from cache import codecs
 from pipeline.errors import UserError
+from pipeline.finetune.described import FineTune
+from pipeline.finetune.described import check as check_finetune
 from pipeline.hub import HubFile
 from pipeline.records import build
 from pipeline.student_params import Distill, Search, Student, check_search
@@ -20,12 +22,16 @@ TASKS = ("classification", "multilabel", "segmentation")
 
 @dataclass(frozen=True)
 class Grid:
-    """What is run: names of datasets, backbones and students, and models as backbone names joined by `+`."""
+    """What is run: names of datasets, backbones and students, and models as backbone names joined by `+`.
+
+    `finetune` are those of the models whose backbones are trained too.
+    """
 
     datasets: tuple[str, ...]
     backbones: tuple[str, ...]
     models: tuple[str, ...]
     students: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,7 @@ class Params:
     students: dict[str, Student]
     distill: Distill
     geobench_dir: str = "data/geobench"
+    finetune: FineTune = field(default_factory=FineTune)
 
     def dataset(self, name: str) -> Dataset:
         return _named(self.datasets, name, "dataset", "datasets")
@@ -281,6 +288,13 @@ def _check(params: Params) -> None:
                     f"grid.models has '{model}', but its backbone '{name}' is not in grid.backbones "
                     f"({', '.join(params.grid.backbones)}), so nothing would extract its features. Add it there."
                 )
+    for model in params.grid.finetune:
+        if model not in params.grid.models or params.grid.finetune.count(model) > 1:
+            raise UserError(
+                f"grid.finetune is {list(params.grid.finetune)}; it must name models of grid.models "
+                f"({', '.join(params.grid.models)}), whose frozen heads are the start, and each once."
+            )
+    check_finetune(params.finetune)
     for name, dataset in params.datasets.items():
         _one_of(dataset.task, ("", *TASKS), f"datasets.{name}.task")
         fractions = dataclasses.astuple(dataset.splits) if dataset.splits else (1,)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from pipeline import aggregate, findings
 from pipeline.compare import Draws, interval
+from pipeline.finetune import section as tuning
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left}
@@ -20,7 +21,9 @@ FROZEN = "frozen"
 
 
 def kind(model: str, weights: str, protocol: str = FROZEN) -> str:
-    """What a model is: `student`, or, frozen, `joined`, `pretrained`, `random` (a control) or `baseline`."""
+    """What a model is: `student`, `fine-tuned`, or, frozen, `joined`, `pretrained`, `random` or `baseline`."""
+    if protocol.startswith("fine-tuned"):
+        return "fine-tuned"
     if protocol != FROZEN:
         return "student"
     if "random" in weights:
@@ -91,7 +94,8 @@ def page(
 
     Args:
         summary: of `summarise`, all protocols.
-        runs, pairs, said: of frozen models alone, `findings.every_pair` and `findings.headlines`.
+        runs: one row a run, of all protocols.
+        pairs, said: of `findings.every_pair` and `findings.headlines`.
         composition, students: HTML of pipeline/composition.py and pipeline/distillation.py.
     """
     settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"])
@@ -111,9 +115,10 @@ networks and the raw-band baseline are controls, not models to use.</p>
 <p>Differences are paired: the same test samples are drawn for both models. A verdict goes by the interval over test
 samples and seeds together.</p>{items(said)}
 <h3>Every pair</h3><p>{html.escape(findings.chance(pairs))}</p>{_pairs(pairs)}
-<h2>Over the data sets</h2>{_aggregated(runs, summary[summary.protocol == FROZEN])}
+<h2>Over the data sets</h2>{_aggregated(runs[runs.protocol == FROZEN])}
 {composition}
 {students}
+{tuning.section(runs)}
 <h2>Left out</h2>
 <p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{items(left_out)}
 <h2>Settings</h2>
@@ -153,7 +158,7 @@ def _pairs(pairs: pd.DataFrame) -> str:
     )
 
 
-def _aggregated(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
+def _aggregated(runs: pd.DataFrame) -> str:
     texts = []
     for datasets in aggregate.coverages(runs):
         table = aggregate.over_datasets(runs, datasets)
@@ -162,7 +167,7 @@ def _aggregated(runs: pd.DataFrame, summary: pd.DataFrame) -> str:
                 "model": table.model,
                 "interquartile mean": table.iqm.map("{:.3f}".format),
                 "95 % interval over seeds": [f"{row.low:.3f}–{row.high:.3f}" for row in table.itertuples()],
-                "protocol": " and ".join(summary.protocol.unique()),
+                "protocol": " and ".join(runs.protocol.unique()),
             }
         )
         texts.append(as_html(text, f"Over {', '.join(datasets)}"))

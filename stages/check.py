@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import datasets, params
 from pipeline.backbones import spec
-from stages.cli import DISTILLED, run, write_json
+from stages.cli import DISTILLED, EXPORTED, FINETUNED, MAPS, run, write_json
 
 
 def check() -> None:
@@ -15,9 +15,10 @@ def check() -> None:
     for backbone in described.backbones.values():
         spec(backbone)
     # The same content every time: later stages depend on this file's existence alone.
-    # One is where students will be, so that the folder that later stages read is there without any.
-    for path in (Path("data/params.checked"), DISTILLED / "params.checked"):
-        write_json(path, {"params.yaml": "checked"})
+    # Some are where students will be, so that the folders that later stages read are there without any.
+    for folder in (Path("data"), DISTILLED, EXPORTED, MAPS):
+        write_json(folder / "params.checked", {"params.yaml": "checked"})
+    write_json(FINETUNED / "models.json", list(described.grid.finetune))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -28,27 +29,40 @@ TUNED = Path("results/tune")
 RUNS = Path("results/runs")
 COMPOSED = Path("results/compose")
 DISTILLED = Path("results/distill")
+EXPORTED = Path("results/export")
+MAPS = Path("results/map")
 COST = Path("results/cost.csv")
+FINETUNED = Path("results/finetune")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 
 
-def run(stage: Callable, *names: str, either: bool = False, flags: Mapping[str, str] = MappingProxyType({})) -> None:
+def run(
+    stage: Callable,
+    *names: str,
+    either: bool = False,
+    flags: Mapping[str, str] = MappingProxyType({}),
+    options: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Run a stage with its `--names`; a known failure ends in one paragraph and exit status 1.
 
     Args:
         either: exactly one of the names is given, instead of all.
         flags: switches that may be given, with their help.
+        options: names that may be given, with their help; None if not.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {stage.__module__}", description=stage.__doc__)
-    options = parser.add_mutually_exclusive_group(required=True) if either else parser
+    required = parser.add_mutually_exclusive_group(required=True) if either else parser
     for name in names:
-        options.add_argument(f"--{name}", **({} if either else {"required": True}))
+        required.add_argument(f"--{name}", **({} if either else {"required": True}))
     for flag, text in flags.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=text)
+    for name, text in options.items():
+        parser.add_argument(f"--{name}", help=text)
     arguments = vars(parser.parse_args())
+    said = [arguments[name] for name in (*names, *options) if arguments[name]]
     try:
-        with _alone("-".join([stage.__name__, *[arguments[name] for name in names if arguments[name]]])):
+        with _alone("-".join([stage.__name__, *said]).replace(os.sep, "_")[-200:]):
             stage(**arguments)
     except (UserError, StoreError) as error:
         sys.exit(f"error: {error}")

@@ -1,15 +1,20 @@
 """report: every run of the grid and of the composition search, what they can tell, pictures and one page."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from cache.durable import building
-from pipeline import composition, distillation, figures, findings, params, predictions, report
+from pipeline import composition, distillation, figures, findings, mapped, params, predictions, report
 from pipeline.compare import bootstrap
 from pipeline.errors import UserError
 from stages.cli import (
     COMPOSED,
     COST,
     DISTILLED,
+    EXPORTED,
+    FINETUNED,
+    MAPS,
     METRICS,
     REPORT,
     RUNS,
@@ -32,6 +37,8 @@ def make_report() -> None:
                 left_out.append(f"{dataset}, {model}: {reason}")
             else:
                 folders[dataset, model] = RUNS / dataset / model
+                if model in grid.finetune:
+                    folders[dataset, model + findings.TUNED] = FINETUNED / dataset / model
         for model in searched[dataset].told["run"]:
             folders[dataset, model] = COMPOSED / dataset / model
     learned = [_learned(dataset, student) for dataset in grid.datasets for student in grid.students]
@@ -42,23 +49,25 @@ def make_report() -> None:
     }
     if not folders:
         raise UserError("Every model of the grid is left out: " + " ".join(left_out) + " Add one that fits.")
-    runs = pd.concat([pd.read_csv(folder / "runs.csv") for folder in folders.values()], ignore_index=True)
+    tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
+    runs = pd.concat(tables, ignore_index=True)
     drawn = _drawn(folders, runs)
     summary = report.summarise(runs, drawn)
     costs = pd.read_csv(COST) if learned else pd.DataFrame()
-    frozen, fixed = summary[summary.protocol == report.FROZEN], runs[runs.protocol == report.FROZEN]
-    said, pairs = findings.headlines(frozen, drawn), findings.every_pair(frozen, drawn)
+    frozen, large = summary[summary.protocol == report.FROZEN], summary[summary.kind != "student"]
+    said, pairs = findings.headlines(large, drawn), findings.every_pair(frozen, drawn)
 
     with building(SCRATCH / "report", REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
         pairs.to_csv(folder / "pairs.csv", index=False)
         (folder / "summary.md").write_text(report.markdown(report.shown(summary)))
-        figures.boxplots(fixed, frozen, folder / "boxplots.png")
+        figures.boxplots(runs[runs.model.isin(large.model)], large, folder / "boxplots.png")
         composed = composition.section(searched, frozen, folder)
         students, kept = distillation.section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
-        text = report.page(summary, fixed, pairs, said, left_out, composed, folder / "boxplots.png", students)
+        students += mapped.section(_cells(EXPORTED, grid), _cells(MAPS, grid), folder)
+        text = report.page(summary, runs, pairs, said, left_out, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}
     for row in summary.itertuples():
@@ -88,6 +97,11 @@ def _drawn(folders: dict, runs: pd.DataFrame) -> dict:
 
 def _learned(dataset: str, student: str) -> distillation.Learned:
     return distillation.Learned(read_json(DISTILLED / dataset / student / "told.json"))
+
+
+def _cells(folder: Path, grid: params.Grid) -> dict[tuple[str, str], Path]:
+    """Folders of what was made of every student."""
+    return {(dataset, name): folder / dataset / name for dataset in grid.datasets for name in grid.students}
 
 
 def _searched(dataset: str) -> composition.Searched:

@@ -46,7 +46,18 @@ def test_files_of_one_folder_do_not_import_one_another(folder):
 
 
 FAMILIES = [path.stem for path in FILES if path.parent.name == "backbones"]
-LIGHT = ["params", "bands", "images", "archives", "hub", "inputs", "pyramid"]
+LIGHT = [
+    "mapping/make",
+    "mapping/sources",
+    "mapping/exported",
+    "params",
+    "bands",
+    "images",
+    "archives",
+    "hub",
+    "inputs",
+    "pyramid",
+]
 
 
 @pytest.mark.parametrize("name", [*LIGHT, *[f"backbones/{family}" for family in FAMILIES]])

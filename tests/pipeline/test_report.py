@@ -111,6 +111,54 @@ def test_protocols_are_not_mixed(grid):
     assert report.shown(summary).protocol.tolist() == ["frozen"] * 5 + ["fine-tuned"]
 
 
+@pytest.fixture
+def tuned(grid):
+    """The grid with one of its models fine-tuned too, better than any of the frozen."""
+    runs, drawn = grid
+    label = np.random.default_rng(0).integers(2, size=300)
+    counts = np.stack([metrics.counts("classification", label, label, 2, None)] * 3)
+    more = runs[runs.model == "b"].assign(
+        protocol="fine-tuned (lora)", model="b" + findings.TUNED, score=1.0, val_score=0.9, learning_rate=1e-3,
+        frozen_val_score=0.6, best_step=40, trained_parameters=1234,
+    )  # fmt: skip
+    drawn = drawn | {("d", "b" + findings.TUNED): bootstrap("classification", counts, 2, stream=9)}
+    return pd.concat([runs, more], ignore_index=True), drawn
+
+
+def test_a_fine_tuned_model_is_compared_with_itself_frozen_and_nothing_else(grid, tuned):
+    frozen, both = (report.summarise(*one) for one in (grid, tuned))
+    assert both.set_index("model").kind["b, fine-tuned"] == "fine-tuned"
+    pd.testing.assert_frame_equal(both[both.protocol == "frozen"], frozen)
+    more = [one for one in findings.headlines(both, tuned[1]) if one not in findings.headlines(frozen, grid[1])]
+    assert len(more) == 1
+    assert more[0].startswith("d: b, fine-tuned against b, itself frozen (fine-tuned (lora): another protocol): +0.")
+    assert more[0].endswith(": better.")
+    assert findings.every_pair(both, tuned[1]).equals(findings.every_pair(frozen, grid[1]))
+
+
+def test_fine_tuned_scores_stand_in_the_page_and_enter_no_frozen_figure(grid, tuned, searched, tmp_path):
+    pages = {}
+    for name, (runs, drawn) in {"frozen": grid, "tuned": tuned}.items():
+        runs = pd.concat([runs, runs[runs.protocol == "frozen"].assign(dataset="e")])  # two sets, to aggregate over
+        drawn = drawn | {("e", model): one for (_, model), one in drawn.items()}
+        summary = report.summarise(runs, drawn)
+        said, pairs = findings.headlines(summary, drawn), findings.every_pair(summary, drawn)
+        figures.boxplots(runs, summary, tmp_path / "p.png")
+        composed = composition.section(searched, summary, tmp_path)
+        pages[name] = report.page(summary, runs, pairs, said, [], composed, tmp_path / "p.png")
+    over = [page.split("<h2>Over the data sets</h2>")[1].split("<h2>Composition")[0] for page in pages.values()]
+    assert "interquartile mean" in over[0]
+    assert over[0] == over[1]
+    assert "Fine-tuning</h2>" not in pages["frozen"]
+    table = pages["tuned"].split("Fine-tuning</h2>")[1].split("</table>")[0]
+    assert all(
+        word in table for word in ("b, fine-tuned", "fine-tuned (lora)", "1,234", "0.600", "0.900", "40, 40, 40")
+    )
+    row = next(line for line in pages["tuned"].split("<tr>") if "b, fine-tuned" in line)
+    assert "1.000 ± 0.000" in row
+    assert "fine-tuned (lora)" in row
+
+
 def test_the_page_is_whole_and_escapes(grid, searched, tmp_path):
     runs, drawn = grid
     summary = report.summarise(runs, drawn)

@@ -70,6 +70,22 @@ class Picture:
             raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
         return image, valid > 0
 
+    def bands_of(self, window: Window, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Some bands' pixels (band, y, x) of a window, and where (y, x) all of them hold data.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        try:
+            if len(self.paths) == 1:
+                source, indexes = _opened(self.paths[0]), [place + 1 for place in places]
+                return source.read(indexes, window=window), source.read_masks(indexes, window=window).all(axis=0)
+            files = [_on_grid(self.paths[place], self) for place in places]
+            image = np.stack([file.read(1, window=window).astype(self.dtype) for file in files])
+            return image, np.stack([file.read_masks(1, window=window) for file in files]).all(axis=0)
+        except RasterioError as error:
+            raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
+
     def place(self, row: float, column: float) -> tuple[float, float]:
         """x and y, in the picture's CRS, of a place in pixels from its upper left corner."""
         return rasterio.Affine(*self.transform) @ (column, row)

@@ -1,0 +1,98 @@
+"""All files of a student, and what each is worth."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from pipeline import inputs, metrics
+from pipeline.errors import UserError
+from pipeline.export import graphs, price, quantised
+from pipeline.mapping.exported import opened
+from pipeline.students import Student
+
+# Real chips on which a file is compared with torch.
+COMPARED = 16
+
+
+def write(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int8: bool, limit: int) -> dict:
+    """Write a student's files to a folder.
+
+    Args:
+        told: its student.json.
+        images: its data set, of whose validation split at most `limit` chips are scored.
+
+    Returns:
+        of torch and of every file: bytes, images a second, the score, and how far its logits are off.
+
+    Raises:
+        UserError: a file computes something else than the student, or the student is of other images.
+    """
+    _fits(told, images)
+    chips = price.validation(images, limit)
+    seen = chips.image[:COMPARED]
+    student = student.eval()
+    graphs.onnx_file(student, told, folder / "student.onnx")
+    graphs.torch_file(student, told, folder / "student.pt2")
+    said = {"torch": _worth(_torch(student), chips, told, _bytes(student), 0.0)}
+    for name in ("student.onnx", "student.pt2"):
+        found = graphs.check(student, folder / name, seen)
+        said[name] = _worth(_logits(folder / name), chips, told, (folder / name).stat().st_size, found)
+    if int8:
+        path = folder / "student-int8.onnx"
+        quantised.int8_file(folder / "student.onnx", path)
+        found = graphs.difference(student, path, seen)
+        said[path.name] = _worth(_logits(path), chips, told, path.stat().st_size, found)
+    return {
+        "dataset": told["dataset"], "task": told["task"], "metric": metrics.METRICS[told["task"]],
+        "architecture": told["architecture"], "chips": len(chips.image), "split": "val", "batch": price.BATCH,
+        "tolerance": graphs.TOLERANCE, "files": said,
+    }  # fmt: skip
+
+
+def _worth(logits: Callable, chips: price.Chips, told: Mapping, size: int, found: float) -> dict:
+    return {
+        "bytes": size,
+        "images_a_second": float(f"{price.rate(logits, chips.image):.3g}"),
+        "score": round(price.score(logits, chips, told), 6),
+        "difference": float(f"{found:.2g}"),
+    }
+
+
+def _torch(student: Student) -> Callable[[np.ndarray], np.ndarray]:
+    @torch.inference_mode()
+    def logits(chips: np.ndarray) -> np.ndarray:
+        return student(torch.from_numpy(chips)).numpy()
+
+    return logits
+
+
+def _logits(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    if path.suffix == ".pt2":
+        return _torch(torch.export.load(path).module())
+    session = opened(path)
+    return lambda chips: session.run(None, {"chips": chips})[0]
+
+
+def _bytes(student: Student) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in student.state_dict().values())
+
+
+def _fits(told: Mapping, images: xr.Dataset) -> None:
+    """Refuse images that are not those which the student was trained on, by what is known of both."""
+    there = {
+        "task": images.attrs["task"],
+        "classes": list(images.attrs["classes"]),
+        "units": images.attrs["units"],
+        "size": [images.sizes["y"], images.sizes["x"]],
+        "bands": [band.common_name for band in inputs.bands_of(images)],
+    }
+    said = {**told, "bands": [band["common_name"] for band in told["bands"]]}
+    for name, value in there.items():
+        if said[name] != value:
+            raise UserError(
+                f"The student has the {name} {said[name]}, and the images of {told['dataset']} have {value}. "
+                "Train it again with: dvc repro distill"
+            )

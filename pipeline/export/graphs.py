@@ -1,0 +1,109 @@
+"""A student's graph as ONNX and as a program of torch.export, for any number of chips at once."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+
+from pipeline.errors import UserError
+from pipeline.mapping.exported import KEY, opened
+from pipeline.students import Student
+
+# The greatest difference of any logit between the file and torch, as a share of the spread of torch's logits.
+TOLERANCE = 1e-3
+OPSET = 20
+# What metadata tells of a student.
+TOLD = ("dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "architecture", "variant", "weights",
+        "teacher", "parameters", "input_size")  # fmt: skip
+
+
+def onnx_file(student: Student, told: Mapping, path: Path) -> None:
+    """Write a student as ONNX: input `chips` (batch, band, y, x), output `logits`, and what it is as metadata."""
+    program = torch.onnx.export(
+        student, (_example(told),), dynamo=True, input_names=["chips"], output_names=["logits"],
+        dynamic_shapes=(_dynamic(),), opset_version=OPSET, verbose=False,
+    )  # fmt: skip
+    model = program.model_proto
+    onnx.helper.set_model_props(model, metadata(told))
+    model.doc_string = "A student of eo-compose; chips in the units and bands of the metadata"
+    for node in model.graph.node:  # where each was traced from: paths of this machine
+        del node.metadata_props[:]
+        node.doc_string = ""
+    # Shapes in between are inferred by whoever wants them; the exporter's are wrong after its own folding.
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        value.ClearField("doc_string")
+        del value.metadata_props[:]
+    del model.graph.metadata_props[:]
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
+
+
+def metadata(told: Mapping) -> dict[str, str]:
+    """What a file tells of its student, by name: all of it as JSON, and what a person looks for by itself."""
+    bands = [band["common_name"] for band in told["bands"]]
+    return {
+        KEY: json.dumps({name: told[name] for name in TOLD if name in told}, sort_keys=True),
+        "bands": ", ".join(bands),
+        "units": told["units"],
+        "classes": ", ".join(told["classes"]),
+        "size": "x".join(map(str, told["size"])),
+    }
+
+
+def torch_file(student: Student, told: Mapping, path: Path) -> None:
+    """Write a student as a program that torch.export.load reads; the metadata is in its `extra_files`."""
+    program = torch.export.export(student, (_example(told),), dynamic_shapes=(_dynamic(),))
+    torch.export.save(program, path, extra_files={f"{KEY}.json": metadata(told)[KEY]})
+
+
+def difference(student: Student, path: Path, chips: np.ndarray) -> float:
+    """The greatest difference of a logit between a student and its file, as a share of the spread of its logits.
+
+    Args:
+        chips: real ones, float32 (batch, band, y, x).
+    """
+    with torch.inference_mode():
+        wanted = student(torch.from_numpy(chips)).numpy()
+    given = program_logits(path, chips) if path.suffix == ".pt2" else onnx_logits(path, chips)
+    return float(np.abs(given - wanted).max() / max(wanted.std(), 1e-12))
+
+
+def check(student: Student, path: Path, chips: np.ndarray) -> float:
+    """The difference on real chips, one at a time and together, which must be below `TOLERANCE`.
+
+    Raises:
+        UserError: the file computes something else; it is removed.
+    """
+    found = max(difference(student, path, chips), difference(student, path, chips[:1]))
+    if not found <= TOLERANCE:
+        path.unlink()
+        raise UserError(
+            f"{path.name} differs from torch by {found:.2g} of the spread of the logits on real chips, more than "
+            f"{TOLERANCE:g} allows. This network cannot be exported by torch {torch.__version__}; choose another."
+        )
+    return found
+
+
+def onnx_logits(path: Path, chips: np.ndarray) -> np.ndarray:
+    return opened(path).run(None, {"chips": chips})[0]
+
+
+def program_logits(path: Path, chips: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return torch.export.load(path).module()(torch.from_numpy(chips)).numpy()
+
+
+def _example(told: Mapping) -> torch.Tensor:
+    # Of one chip the number of chips would be taken for a constant.
+    return torch.zeros(2, len(told["bands"]), *told["size"])
+
+
+def _dynamic() -> dict:
+    return {0: torch.export.Dim("batch", min=1, max=1 << 16)}
+
+
+__all__ = ["TOLERANCE", "check", "difference", "metadata", "onnx_file", "torch_file"]

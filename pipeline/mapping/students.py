@@ -1,0 +1,30 @@
+"""A student as it was trained, in torch, as a predictor."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from pipeline import students
+from pipeline.mapping.signature import Predictor, signature_of
+
+
+def trained(folder: Path, device: str) -> Predictor:
+    """The student that a folder holds.
+
+    Raises:
+        UserError: it holds none.
+    """
+    folder = Path(folder)
+    student, told = students.load(folder)
+    student = student.to(device).eval()
+
+    @torch.inference_mode()
+    def logits(chips, known):
+        return student(torch.from_numpy(chips).to(device)).float().cpu().numpy()
+
+    name = f"{told['dataset']}, {told['architecture']} ({told['variant']})"
+    digest = hashlib.sha256()
+    for file in ("student.pt", "student.json"):
+        digest.update((folder / file).read_bytes())
+    return Predictor(name, digest.hexdigest(), signature_of(told, str(folder)), logits)

@@ -1,0 +1,44 @@
+"""export: a student as ONNX and torch.export, checked on real chips; its int8 form, and what that costs."""
+
+import os
+import platform
+from pathlib import Path
+
+from cache.durable import building
+from pipeline import images
+from stages.cli import DISTILLED, EXPORTED, IMAGES, SCRATCH, read_json, run, write_json
+
+# Chips of the validation split that files are scored on; each way of running them sees the same.
+CHIPS = 512
+
+
+def export(student: str, dataset: str | None, int8: bool) -> None:
+    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json, what each is worth."""
+    folder = DISTILLED / dataset / student / "best" if dataset else Path(student)
+    final = EXPORTED / dataset / student if dataset else folder / "export"
+    if dataset and (reason := read_json(folder.parent / "told.json")["left_out"]):
+        with building(SCRATCH / f"export-{dataset}-{student}", final) as scratch:
+            write_json(scratch / "export.json", {"left_out": reason})
+        print(f"left out: {reason}")
+        return
+    from pipeline import students
+
+    made, told = students.load(folder)
+    pictures = images.open_images(IMAGES / f"{told['dataset']}.zarr")
+    from pipeline.export import files
+
+    with building(SCRATCH / f"export-{told['dataset']}-{made.shape.architecture}", final) as scratch:
+        said = files.write(made, told, pictures, scratch, int8, CHIPS)
+        said["left_out"] = None
+        said["machine"] = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}"
+        write_json(scratch / "export.json", said)
+    for name, one in said["files"].items():
+        worth = f"{said['metric']} {one['score']:.4f} on {said['chips']} validation chips"
+        print(f"{name}: {one['bytes'] / 1e6:.1f} MB, {one['images_a_second']} images/s, {worth}")
+
+
+if __name__ == "__main__":
+    run(
+        export, "student", flags={"int8": "also write it with int8 weights"},
+        options={"dataset": "that the student is of; without it --student is its folder"},
+    )  # fmt: skip

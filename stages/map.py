@@ -1,0 +1,59 @@
+"""map: a scene of any size becomes a map of classes and one of confidence, by a student or an ensemble."""
+
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.mapping import make as maps
+from pipeline.mapping.sources import open_scene
+from stages.cli import FEATURES, IMAGES, RUNS, WEIGHTS, run
+
+
+def make_map(scene: str, out: str, onnx: str | None, student: str | None, dataset: str | None,
+             model: str | None) -> None:  # fmt: skip
+    """Write class.tif, confidence.tif (Cloud Optimized GeoTIFFs on the scene's grid) and map.json to a folder.
+
+    What maps: --onnx FILE (an exported student, without torch), --student FOLDER (one as it was trained), or
+    --dataset and --model (an ensemble of frozen backbones with its trained head). --scene is a raster that names its
+    bands and units, a YAML file that describes one, or a Zarr store. A killed run goes on from its last block.
+    """
+    given = [bool(onnx), bool(student), bool(dataset and model)]
+    if sum(given) != 1 or bool(dataset) != bool(model):
+        raise UserError("Say what maps: either --onnx FILE, or --student FOLDER, or both --dataset and --model.")
+    opened = open_scene(Path(scene))
+    told = maps.make(opened, _predictor(onnx, student, dataset, model), Path(out))
+    print(f"{scene}: {maps.shares(told)}\n{Path(out) / 'class.tif'}")
+
+
+def _predictor(onnx: str | None, student: str | None, dataset: str | None, model: str | None):
+    """The predictor that was asked for; torch is imported for what needs it alone."""
+    if onnx:
+        from pipeline.mapping.exported import exported
+
+        return exported(Path(onnx))
+    from pipeline import images, params
+    from pipeline.compute import device
+
+    described = params.load()
+    where = device(described.compute.device)
+    if student:
+        from pipeline.mapping.students import trained
+
+        return trained(Path(student), where)
+    from pipeline.mapping.ensemble import Places, ensemble
+
+    described.members(model)
+    pictures = images.open_images(IMAGES / f"{dataset}.zarr")
+    places = Places(RUNS / dataset / model / "head.pt", pictures, FEATURES / dataset, WEIGHTS)
+    return ensemble(described, places, where)
+
+
+if __name__ == "__main__":
+    run(
+        make_map, "scene", "out",
+        options={
+            "onnx": "an exported student",
+            "student": "the folder of a trained student",
+            "dataset": "that --model was trained on",
+            "model": "backbones joined by +, as in params.yaml's grid",
+        },
+    )  # fmt: skip

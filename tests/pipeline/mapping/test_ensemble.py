@@ -1,0 +1,138 @@
+"""An ensemble maps a tile as its head was trained: the same features, in the same order, from other pixels."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+
+from cache.read import Features
+from cache.write import Writer
+from pipeline import cells, extract, fit, images, inputs, kept, preflight
+from pipeline.backbones import spec
+from pipeline.errors import UserError
+from pipeline.mapping import ensemble as ensembles
+from pipeline.mapping import make
+from pipeline.mapping.ensemble import Places, ensemble
+from pipeline.mapping.scene import places as bands_at
+from pipeline.mapping.sources import open_scene
+from pipeline.params import Backbone, Heads, LinearHead, UperNetHead
+
+MEMBERS = {
+    "raw": Backbone("raw", "mean_std", "none", 64),
+    "lite0_random": Backbone("efficientnet", "lite0", "random", 64),
+}
+HEADS = Heads(LinearHead("all", "mean", steps=30, batch=20), UperNetHead(channels=4, steps=6, batch=4))
+
+
+@pytest.fixture
+def parts(store, described, encoder_of, tmp_path):
+    """Two members' stores of the real land use masks, and a head trained on them."""
+    path = store("sample-landuse-seg")
+    opened = images.open_images(path)
+    described = dataclasses.replace(described, backbones={**described.backbones, **MEMBERS})
+    extracting = dataclasses.replace(described.extract, dtype="float32", shard=16)
+    (tmp_path / "weights").mkdir()
+    for name, one in MEMBERS.items():
+        encoder = encoder_of(opened, one.family, one.variant, 64, weights=one.weights)
+        given = encoder.inputs
+        look = preflight.look(opened, encoder, 4)
+        layout = extract.make_layout(opened, spec(one), look.pyramid, 64, extracting)
+        told = extract.provenance(opened, name, one, spec(one), given, {"weights": one.weights}, extracting, "cpu")
+        writer = Writer(tmp_path / "scratch", layout, tmp_path / f"features/{name}.zarr", told)
+        extract.extract(opened, encoder, writer, 16)
+        writer.finish()
+        (tmp_path / "weights" / name).mkdir()
+        (tmp_path / "weights" / name / "source.json").write_text(json.dumps({"weights": one.weights}))
+    stores = {tmp_path / f"features/{name}.zarr": None for name in MEMBERS}
+    cell = cells.load(stores, path, HEADS, ("train", "val", "test"), "cpu")
+    group = cell.train([fit.Setting(1e-2, 1e-3, 0)])
+    kept.save(tmp_path / "head.pt", "+".join(MEMBERS), cell, group, 0)
+    return described, Places(tmp_path / "head.pt", opened, tmp_path / "features", tmp_path / "weights")
+
+
+def test_logits_of_chips_are_those_of_the_stored_features(parts, tmp_path, raw):
+    described, places = parts
+    one = ensemble(described, places, "cpu")
+    head = kept.load(places.head)
+    rows = np.array([3, 0, 5])
+    stored = [
+        {
+            name: torch.from_numpy(Features(places.features / f"{member}.zarr").read(name, rows)).float()
+            for name in names
+        }
+        for member, names in zip(head.backbones, head.fields, strict=True)
+    ]
+    wanted = head.logits(stored).detach().numpy()
+    names = places.images.band.values.tolist()
+    chosen = [names.index(band.common_name) for band in one.signature.bands]
+    chips = places.images.image[rows].values[:, chosen].astype(np.float32)
+    given = one.logits(chips, {})
+    assert given.shape == wanted.shape == (3, 7, 128, 128)
+    np.testing.assert_allclose(given, wanted, atol=1e-3 * wanted.std())
+    assert not np.allclose(given, one.logits(chips[:, ::-1].copy(), {}), atol=1e-2 * wanted.std())
+
+
+def test_only_bands_that_a_member_sees_are_needed(parts, tmp_path, store):
+    described, places = parts
+    head = kept.load(places.head)
+    assert head.backbones == ["raw", "lite0_random"]
+    alone = dataclasses.replace(places, head=_alone(parts, store, tmp_path))
+    one = ensemble(described, alone, "cpu")
+    assert [band.common_name for band in one.signature.bands] == ["blue", "green", "red"]
+    chip = places.images.image[0].values
+    with rasterio.open(
+        tmp_path / "s.tif", "w", driver="GTiff", height=128, width=128, count=3, dtype="uint16", crs="EPSG:32633",
+        transform=rasterio.Affine(10, 0, 4e5, 0, -10, 58e5),
+    ) as file:  # fmt: skip
+        file.write(chip[[3, 2, 1]])
+        file.descriptions = ["red", "green", "blue"]
+        file.update_tags(units="dn")
+    scene = open_scene(tmp_path / "s.tif")
+    assert bands_at(scene, one.signature) == [2, 1, 0]
+    make.make(scene, one, tmp_path / "map")
+    wanted = one.logits(chip[None, [1, 2, 3]].astype(np.float32), {})[0].argmax(axis=0)
+    with rasterio.open(tmp_path / "map/class.tif") as file:
+        assert (file.read(1) == wanted).mean() > 0.999
+
+
+def _alone(parts, store, folder):
+    _, places = parts
+    cell = cells.load({places.features / "lite0_random.zarr": None}, store("sample-landuse-seg"), HEADS,
+                      ("train", "val", "test"), "cpu")  # fmt: skip
+    kept.save(folder / "alone.pt", "lite0_random", cell, cell.train([fit.Setting(1e-2, 1e-3, 0)]), 0)
+    return folder / "alone.pt"
+
+
+def test_where_and_when_are_told_as_extraction_tells_them(store):
+    opened = images.open_images(store("sample-landuse"))
+    given = dataclasses.replace(
+        inputs.describe(opened, "raw", MEMBERS["raw"], spec(MEMBERS["raw"])), context=("place", "time")
+    )
+    known = {"place": np.stack([opened.lat[:3], opened.lon[:3]], axis=1), "time": opened.time[:3].values}
+    told = ensembles._told(SimpleNamespace(inputs=given, device="cpu"), known)
+    wanted = given.where_and_when(opened, slice(0, 3))
+    assert set(told) == set(wanted) == {"place", "time"}
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(told[name].numpy(), values)
+    assert told["time"][0, 0].tolist() == [2017, 46]  # 16 February, from 0
+
+
+def test_a_backbone_that_was_described_otherwise(parts):
+    described, places = parts
+    larger = dataclasses.replace(MEMBERS["lite0_random"], input_size=96)
+    described = dataclasses.replace(described, backbones={**described.backbones, "lite0_random": larger})
+    with pytest.raises(UserError, match="describes lite0_random otherwise than when"):
+        ensemble(described, places, "cpu")
+
+
+def test_no_weights_and_no_head(parts, tmp_path):
+    described, places = parts
+    (places.weights / "raw/source.json").unlink()
+    with pytest.raises(UserError, match="fetch_weights@raw"):
+        ensemble(described, places, "cpu")
+    with pytest.raises(UserError, match="no trained head"):
+        ensemble(described, dataclasses.replace(places, head=tmp_path / "none.pt"), "cpu")
