@@ -85,6 +85,12 @@ def test_what_lower_precision_changes_is_measured(tiles, sealed):
     assert all(1e-4 < error < 0.3 for error in lower.precision_error.values())
 
 
+def test_features_that_lower_precision_spoils_are_refused(tiles, sealed, monkeypatch):
+    monkeypatch.setattr(preflight, "_WRONG", 1e-4)
+    with pytest.raises(UserError, match=r"in bfloat16 differ from those in float32 by \d+% on cpu"):
+        preflight.look(tiles, Encoder(sealed.inputs, sealed.network, "cpu", "bfloat16"), 4)
+
+
 def test_a_network_that_does_not_take_the_images_says_so(tiles, sealed):
     wrong = torch.nn.Conv2d(7, 3, 1)
     with pytest.raises(UserError, match=r"does not take 3 bands \(red, green, blue\) of 64 px: .*expected input"):
