@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.mapping import make as maps
 from pipeline.mapping.sources import open_scene
-from stages.cli import FEATURES, IMAGES, RUNS, WEIGHTS, run
+from stages.cli import COMPOSED, FEATURES, IMAGES, RUNS, WEIGHTS, run
 
 
 def make_map(scene: str, out: str, onnx: str | None, student: str | None, dataset: str | None,
@@ -43,7 +43,9 @@ def _predictor(onnx: str | None, student: str | None, dataset: str | None, model
 
     described.members(model)
     pictures = images.open_images(IMAGES / f"{dataset}.zarr")
-    places = Places(RUNS / dataset / model / "head.pt", pictures, FEATURES / dataset, WEIGHTS)
+    # A model that the composition search chose is kept with it.
+    folder = next((one for one in (RUNS, COMPOSED) if (one / dataset / model).exists()), RUNS)
+    places = Places(folder / dataset / model / "head.pt", pictures, FEATURES / dataset, WEIGHTS)
     return ensemble(described, places, where)
 
 
