@@ -22,6 +22,9 @@ from pipeline.mapping.sources import open_scene
 from pipeline.mapping.students import trained
 from tests.conftest import ROOT
 
+# An export takes seconds: one process makes those that all tests share.
+pytestmark = pytest.mark.xdist_group("export")
+
 
 def student_of(opened_images, side):
     """A network whose BatchNorm has seen real chips; its other weights are drawn."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,10 +29,13 @@ MEMBERS = {
 HEADS = Heads(LinearHead("all", "mean", steps=30, batch=20), UperNetHead(channels=4, steps=6, batch=4))
 
 
-@pytest.fixture
-def parts(store, described, encoder_of, tmp_path):
+pytestmark = pytest.mark.xdist_group("ensemble")
+
+
+@pytest.fixture(scope="module")
+def made(store, described, encoder_of, tmp_path_factory):
     """Two members' stores of the real land use masks, and a head trained on them."""
-    path = store("sample-landuse-seg")
+    path, tmp_path = store("sample-landuse-seg"), tmp_path_factory.mktemp("ensemble")
     opened = images.open_images(path)
     described = dataclasses.replace(described, backbones={**described.backbones, **MEMBERS})
     extracting = dataclasses.replace(described.extract, dtype="float32", shard=16)
@@ -51,6 +55,14 @@ def parts(store, described, encoder_of, tmp_path):
     cell = cells.load(stores, path, HEADS, ("train", "val", "test"), "cpu")
     group = cell.train([fit.Setting(1e-2, 1e-3, 0)])
     kept.save(tmp_path / "head.pt", "+".join(MEMBERS), cell, group, 0)
+    return described, opened, tmp_path
+
+
+@pytest.fixture
+def parts(made, tmp_path):
+    """A copy of them, to be spoilt."""
+    described, opened, folder = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return described, Places(tmp_path / "head.pt", opened, tmp_path / "features", tmp_path / "weights")
 
 
