@@ -1,6 +1,7 @@
 """Real data for every test: the pinned archives, fetched once, and small stores made from them."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,13 @@ from pipeline.encode import Encoder
 from tests import geobench_files
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """Float32 as it is: importing terratorch lets convolutions run in bfloat16 in the whole process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_float32_matmul_precision("highest")
 
 
 @pytest.fixture(scope="session")

@@ -121,13 +121,12 @@ def stages_of(process: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
-def test_kill_9_in_every_stage_then_repro_ends_with_the_same_results(job):
+def test_kill_9_in_stages_then_repro_ends_with_the_same_results(job):
     before = job.results()
     generator = np.random.default_rng(0)
     stages = {
-        "fetch@sample-trees": 0.5, "prepare@sample-landuse-seg": 1.5, "extract@sample-trees-lite0": 6,
-        "resolve@sample-trees": 0.3, "tune@sample-landuse-seg-lite0": 4, "train@sample-landuse-seg-lite0": 4,
-        "compose@sample-trees": 6, "distill@sample-trees-small": 6, "report": 2,
+        "prepare@sample-landuse-seg": 1.5, "extract@sample-trees-lite0": 6, "tune@sample-landuse-seg-lite0": 4,
+        "train@sample-landuse-seg-lite0": 4, "distill@sample-trees-small": 6, "report": 2,
     }  # fmt: skip
     killed = 0
     for number, (stage, seconds) in enumerate(stages.items()):
@@ -145,27 +144,23 @@ def test_kill_9_in_every_stage_then_repro_ends_with_the_same_results(job):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     orphan.kill()
         process.wait()
-    assert killed >= 4
+    assert killed >= 3
     job.run("dvc", "repro")
     assert job.results() == before
     assert not list((job.folder / "data/scratch").rglob("layout")), "an extraction was left unfinished"
 
 
-def test_an_experiment_with_other_seeds_models_and_input_size(job):
+def test_an_experiment_with_other_seeds_and_models(job):
     before = (job.folder / "params.yaml").read_text()
     lock = (job.folder / "dvc.lock").read_text()
-    changes = ["train.seeds=3", "grid.models=[lite0]", "backbones.lite0.input_size=96", "compose.best=0"]
-    changes.append("grid.students=[]")
+    changes = ["train.seeds=3", "grid.models=[lite0]", "compose.best=0", "grid.students=[]"]
     job.run("dvc", "exp", "run", "-n", "three", *[word for change in changes for word in ("-S", change)])
-    manifest = json.loads((job.folder / "data/manifests/sample-trees/lite0.json").read_text())
-    assert manifest["input_size"] == 96
     runs = pd.read_csv(job.folder / "results/report/runs.csv")
     assert set(runs.model) == {"lite0"}
     assert sorted(runs[(runs.dataset == "sample-trees") & (runs.model == "lite0")].seed) == [0, 1, 2]
     shown = list(csv.DictReader(job.run("dvc", "exp", "show", "--csv", "--no-pager").splitlines()))
     experiment = next(row for row in shown if row["Experiment"] == "three")
     assert experiment["train.seeds"] == "3"
-    assert experiment["backbones.lite0.input_size"] == "96"
     assert float(experiment["sample-trees.lite0.mean"]) > 0.4
     job.run("git", "checkout", "-q", ".")
     job.run("dvc", "checkout", "-q")

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import rasterio
 
 from pipeline.mapping.sources import open_scene
@@ -31,6 +32,7 @@ def test_what_the_grid_leaves(job):
     assert page.count("Map of the scene of sample-landuse-seg") == 1
 
 
+@pytest.mark.slow
 def test_an_ensemble_and_a_student_map_the_scene(job, tmp_path):
     scene = ["--scene", "scenes/sample-landuse-seg.yaml", "--out"]
     ensemble = ["--dataset", "sample-landuse-seg", "--model", "csmask_b4+lite0"]

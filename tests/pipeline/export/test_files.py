@@ -77,7 +77,9 @@ def saved(store, tmp_path_factory):
 
 
 # Chips of trees are shrunk inside the graph, with antialiasing; those of land use are enlarged.
-@pytest.mark.parametrize(("dataset", "side"), [("sample-trees-seg", 64), ("sample-landuse", 32)])
+@pytest.mark.parametrize(
+    ("dataset", "side"), [pytest.param("sample-trees-seg", 64, marks=pytest.mark.slow), ("sample-landuse", 32)]
+)
 def test_files_say_what_the_student_says(saved, dataset, side):
     folder, pictures, said = saved(dataset, side)
     student, _ = students.load(folder)
