@@ -121,6 +121,7 @@ def stages_of(process: subprocess.Popen) -> list[psutil.Process]:
         return []
 
 
+@pytest.mark.slow
 def test_kill_9_in_stages_then_repro_ends_with_the_same_results(job):
     before = job.results()
     generator = np.random.default_rng(0)
