@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import groupby
 
 import torch
 
@@ -15,7 +15,7 @@ class HeadwiseAdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019) for parameters whose first dimension is the head.
 
     Every head has its own learning rate and weight decay. The kernel is torch's fused one, so that each head's
-    numbers are exactly those of `torch.optim.AdamW` (a test compares); heads of the same setting are one call of it.
+    numbers are exactly those of `torch.optim.AdamW` (a test compares); heads of the same rate are one call of it.
 
     Args:
         parameters: each (head, …), and whether it decays.
@@ -32,12 +32,12 @@ class HeadwiseAdamW:
         self.settings = list(zip(learning_rates, weight_decays, strict=True))
         self.moments = [(torch.zeros_like(one), torch.zeros_like(one)) for one, _ in parameters]
         self.steps = torch.zeros((), device=self.parameters[0][0].device)
-        self._views = self._cut()
+        self._arrange()
 
     def freeze(self, head: int) -> None:
         """A head that changes no more."""
         self.settings[head] = (0.0, 0.0)
-        self._views = self._cut()
+        self._arrange()
 
     def zero_grad(self) -> None:
         for parameter, _ in self.parameters:
@@ -47,28 +47,32 @@ class HeadwiseAdamW:
     def step(self, factor: float) -> None:
         """One update, the learning rates times `factor`."""
         self.steps += 1
-        for (parameter, _), views in zip(self.parameters, self._views, strict=True):
-            for heads, rate, decay, values, mean, square in views:
-                torch._fused_adamw_(
-                    [values], [parameter.grad[heads]], [mean], [square], [], [self.steps],
-                    lr=rate * factor, beta1=BETAS[0], beta2=BETAS[1], weight_decay=decay, eps=EPSILON,
-                    amsgrad=False, maximize=False,
-                )  # fmt: skip
+        # All heads' decay at once, so that one call of the kernel serves weights and biases of a head.
+        left = (1 - self._shrinks * factor).to(self.parameters[0][0].dtype)
+        for parameter, decays in self.parameters:
+            if decays:
+                parameter.mul_(left.view(-1, *[1] * (parameter.ndim - 1)))
+        gradients = [parameter.grad.unbind() for parameter, _ in self.parameters]
+        for heads, rate, values, means, squares in self._calls:
+            torch._fused_adamw_(
+                values, [one[head] for head in heads for one in gradients], means, squares, [],
+                [self.steps] * len(values), lr=rate * factor, beta1=BETAS[0], beta2=BETAS[1], weight_decay=0.0,
+                eps=EPSILON, amsgrad=False, maximize=False,
+            )  # fmt: skip
 
-    def _cut(self) -> list[list[tuple]]:
-        """Of each parameter, the views that one call updates: heads side by side that have the same setting."""
-        starts = [place for place, one in enumerate(self.settings) if place == 0 or one != self.settings[place - 1]]
-        runs = [slice(*ends) for ends in pairwise([*starts, len(self.settings)])]
-        cut = []
-        for (parameter, decays), (mean, square) in zip(self.parameters, self.moments, strict=True):
-            values = parameter.detach()
-            cut.append(
-                [
-                    (heads, rate, decay if decays else 0.0, values[heads], mean[heads], square[heads])
-                    for heads, (rate, decay) in ((heads, self.settings[heads.start]) for heads in runs)
-                ]
-            )
-        return cut
+    def _arrange(self) -> None:
+        """What each call of the kernel updates: heads side by side that have the same rate.
+
+        Every head's tensors by themselves, since the kernel rounds what is left over at a tensor's end otherwise.
+        """
+        rates = [rate for rate, _ in self.settings]
+        shrinks = [rate * decay for rate, decay in self.settings]
+        self._shrinks = torch.tensor(shrinks, dtype=torch.float64, device=self.steps.device)
+        kinds = [[parameter.detach() for parameter, _ in self.parameters], *zip(*self.moments, strict=True)]
+        self._calls = []
+        for rate, run in groupby(range(len(rates)), key=lambda head: rates[head]):
+            heads = list(run)
+            self._calls.append((heads, rate, *([one[head] for head in heads for one in kind] for kind in kinds)))
 
 
 def parameter_groups(head: torch.nn.Module, learning_rate: float, weight_decay: float) -> list[dict]:

@@ -8,7 +8,7 @@ import torch
 
 from pipeline import metrics
 from pipeline.adamw import HeadwiseAdamW, TorchAdamW, warm_cosine
-from pipeline.loss import Task, loss
+from pipeline.loss import Task, loss, slope
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ class Lane:
     def step(self, inputs, index: torch.Tensor | None, label: torch.Tensor) -> None:
         """One update of every head, from the rows `index` (head, batch) of the inputs and their labels (head, …)."""
         self.optimiser.zero_grad()
-        for heads, logits in self.group.pieces(inputs, index):
-            loss(logits, label[heads], self.task).sum().backward()
+        if self.group.direct:
+            self.group.pull(inputs, index, lambda logits: slope(logits, label, self.task))
+        else:
+            for heads, logits in self.group.pieces(inputs, index):
+                loss(logits, label[heads], self.task).sum().backward()
         self.optimiser.step(self.factor(self.steps))
         self.steps += 1
 

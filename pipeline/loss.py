@@ -43,3 +43,19 @@ def loss(logits: torch.Tensor, label: torch.Tensor, task: Task) -> torch.Tensor:
     counted = label != ignore
     counted = counted * weights[label * counted] if weights is not None else counted
     return each.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp_min(1e-12)
+
+
+def slope(logits: torch.Tensor, label: torch.Tensor, task: Task) -> torch.Tensor:
+    """The gradient of the sum of `loss` by logits (head, batch, class), for labels a sample; the same shape.
+
+    Softmax or sigmoid less what is true, over what the mean is taken of (Bishop 2006, section 4.3.4).
+    """
+    if task.kind == "multilabel":
+        return torch.sigmoid(logits).sub_(label).div_(logits[0].numel())
+    label = label.long()
+    share = logits.new_full(label.shape, 1 / label.shape[1])
+    if task.weights is not None:
+        share = logits.new_tensor(task.weights)[label]
+        share /= share.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    steep = torch.softmax(logits, dim=2).mul_(share[:, :, None])
+    return steep.scatter_add_(2, label[:, :, None], -share[:, :, None])

@@ -18,9 +18,10 @@ class DenseGroup(nn.Module):
 
     Attributes:
         stacked: parameters do not hold several heads.
+        direct: gradients are autograd's.
     """
 
-    stacked = False
+    stacked = direct = False
 
     def __init__(
         self, make: Callable[[], nn.Module], size: tuple[int, int], seeds: Sequence[int], precision: str = "float32"

@@ -18,6 +18,7 @@ class LinearGroup(nn.Module):
 
     Attributes:
         stacked: parameters hold all heads, along their first dimension.
+        direct: one layer a head, whose gradients `pull` gives without autograd.
     """
 
     stacked = True
@@ -31,7 +32,7 @@ class LinearGroup(nn.Module):
         mix: Callable | None = None,
     ):
         super().__init__()
-        self.widths, self.mix = list(widths), mix
+        self.widths, self.mix, self.direct = list(widths), mix, not projected
         shapes = [*projected, (widths[0] if projected else sum(widths), classes)]
         made = []
         for seed in seeds:
@@ -55,16 +56,34 @@ class LinearGroup(nn.Module):
 
     def pieces(self, inputs: torch.Tensor, index: torch.Tensor | None):
         """Yield once: all heads and their logits (head, batch, class), from inputs (sample, channel)."""
-        if index is None and len(self.weights) == 1:
-            yield slice(None), self._every(inputs)
-            return
-        rows = inputs[None] if index is None else self._picked(inputs, index)
-        yield slice(None), self._product(0, rows) if len(self.weights) == 1 else self._mixed(rows)
+        rows = inputs if index is None else self._picked(inputs, index)
+        yield slice(None), self._logits(rows) if self.direct else self._mixed(rows)
 
-    def _every(self, rows: torch.Tensor) -> torch.Tensor:
-        """Every head on the same rows, as one product."""
-        weights, biases = self.weights[0].flatten(0, 1), self.biases[0].flatten()
-        return torch.addmm(biases[:, None], weights, rows.t()).view(len(self), -1, len(rows)).transpose(1, 2)
+    @torch.no_grad()
+    def pull(
+        self, inputs: torch.Tensor, index: torch.Tensor | None, slope: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Set the gradients of all heads' losses, by the product that they are; autograd takes longer to get there.
+
+        Args:
+            inputs, index: as for `pieces`.
+            slope: from logits to the losses' gradients by them, both (head, batch, class).
+        """
+        rows = inputs if index is None else self._picked(inputs, index)
+        steep = slope(self._logits(rows))
+        self.biases[0].grad = steep.sum(dim=1)
+        if rows.ndim == 3:
+            self.weights[0].grad = torch.bmm(steep.transpose(1, 2), rows)
+        else:
+            flat = steep.transpose(0, 1).flatten(1)
+            self.weights[0].grad = torch.mm(flat.t(), rows).view_as(self.weights[0])
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Each head on its own rows (head, batch, channel), or all on the same (batch, channel), as one product."""
+        if rows.ndim == 3:
+            return self._product(0, rows)
+        logits = torch.addmm(self.biases[0].flatten(), rows, self.weights[0].flatten(0, 1).t())
+        return logits.view(len(rows), len(self), -1).transpose(0, 1)
 
     def _mixed(self, rows: torch.Tensor) -> torch.Tensor:
         first, *others = rows.expand(len(self), -1, -1).split(self.widths, dim=2)

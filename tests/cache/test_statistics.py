@@ -24,11 +24,11 @@ def test_training_statistics(tmp_path, codec):
     training = features.read("level0/features", features.rows("train")).astype("float64")
     mean, std = features.statistics("level0")
     assert mean.dtype == std.dtype == np.float64
-    np.testing.assert_allclose(mean, training.mean(axis=(0, 2, 3)), atol=1e-7)
-    np.testing.assert_allclose(std, training.std(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(mean, training.mean(axis=(0, 2, 3)), atol=1e-13)
+    np.testing.assert_allclose(std, training.std(axis=(0, 2, 3)), rtol=1e-13)
     test = features.read("level0/features", features.rows("test")).astype("float64")
     np.testing.assert_allclose(
-        channel_statistics(features, "level0", "test")[0], test.mean(axis=(0, 2, 3)), atol=1e-7
+        channel_statistics(features, "level0", "test")[0], test.mean(axis=(0, 2, 3)), atol=1e-13
     )
 
 
@@ -57,9 +57,9 @@ def test_statistics_are_over_all_views(tmp_path):
     write(tmp_path, described)
     features = Features(tmp_path / "store.zarr")
     training = everything(described, "level0/features").astype("float16")[features.rows("train")].astype("float64")
-    np.testing.assert_allclose(features.statistics("level0")[0], training.mean(axis=(0, 1, 3, 4)), atol=1e-7)
+    np.testing.assert_allclose(features.statistics("level0")[0], training.mean(axis=(0, 1, 3, 4)), atol=1e-13)
     np.testing.assert_allclose(
-        channel_statistics(features, "level0", view="flip_x")[0], training[:, 1].mean(axis=(0, 2, 3)), atol=1e-7
+        channel_statistics(features, "level0", view="flip_x")[0], training[:, 1].mean(axis=(0, 2, 3)), atol=1e-13
     )
 
 
