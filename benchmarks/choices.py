@@ -20,11 +20,11 @@ import torch
 from torch.nn import functional
 
 from benchmarks.timing import ratio, seconds
-from pipeline import fit
 from pipeline.backbones import build, spec
 from pipeline.heads.dense import DenseGroup
 from pipeline.heads.upernet import UperNet
 from pipeline.params import Backbone
+from pipeline.training import fit
 
 WIDTHS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
 ROUNDS = 5

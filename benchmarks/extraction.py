@@ -27,11 +27,14 @@ import xarray as xr
 
 from benchmarks.features import FOLDER
 from cache.write import Writer
-from pipeline import extract as engine
-from pipeline import imagestore, inputs, params, preflight
+from pipeline import params
 from pipeline.backbones import build, spec
-from pipeline.encode import Encoder
-from pipeline.images import Images, open_images
+from pipeline.encoding import inputs
+from pipeline.encoding.encode import Encoder
+from pipeline.extraction import extract as engine
+from pipeline.extraction import preflight
+from pipeline.imagery import imagestore
+from pipeline.imagery.images import Images, open_images
 
 ALL_OF_GEO_BENCH = 104_000
 SCRATCH = FOLDER / "extracting"

@@ -14,10 +14,12 @@ from tqdm import tqdm
 from cache.read import Features
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import images, inputs, params
+from pipeline import params
 from pipeline.backbones import build, spec
-from pipeline.encode import Encoder
-from pipeline.views import VIEWS
+from pipeline.encoding import inputs
+from pipeline.encoding.encode import Encoder
+from pipeline.encoding.views import VIEWS
+from pipeline.imagery import images
 
 FOLDER = Path("data/benchmarks")
 BATCH = 64

@@ -20,8 +20,8 @@ import h5py
 import numpy as np
 
 from benchmarks.timing import seconds
-from pipeline import imagestore
 from pipeline.datasets import geobench
+from pipeline.imagery import imagestore
 from pipeline.params import Dataset
 from tests import geobench_files
 

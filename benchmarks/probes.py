@@ -15,12 +15,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import ratio
-from pipeline.compose import ensembles
-from pipeline.fit import Task
+from pipeline.composing.compose import ensembles
+from pipeline.composing.points import Points
+from pipeline.composing.probing import Probe
+from pipeline.composing.similarity import linear_cka
 from pipeline.heads import probes
-from pipeline.points import Points
-from pipeline.probing import Probe
-from pipeline.similarity import linear_cka
+from pipeline.training.fit import Task
 
 WIDTHS = {"a": 26, "b": 496, "c": 696}
 TRAIN, VAL, CLASSES, ROUNDS = 506, 197, 5, 3

@@ -39,12 +39,13 @@ from benchmarks.timing import seconds
 from cache.read import Features
 from cache.schema import StoreError
 from cache.write import Writer
-from pipeline import cells, fit, metrics, params
-from pipeline.adamw import warm_cosine
-from pipeline.fit import Setting
-from pipeline.images import open_images
-from pipeline.lane import Lane
-from pipeline.search import search
+from pipeline import metrics, params
+from pipeline.imagery.images import open_images
+from pipeline.training import cells, fit
+from pipeline.training.adamw import warm_cosine
+from pipeline.training.fit import Setting
+from pipeline.training.lane import Lane
+from pipeline.training.search import search
 
 ALL = ("train", "val", "test")
 ROUNDS = 3
@@ -179,9 +180,10 @@ def upernet(described: params.Params) -> dict:
 
 def terratorch(described: params.Params) -> dict:
     """Ours, from images to test scores, against terratorch's."""
-    from pipeline import extract, inputs, preflight
     from pipeline.backbones import build, spec
-    from pipeline.encode import Encoder
+    from pipeline.encoding import inputs
+    from pipeline.encoding.encode import Encoder
+    from pipeline.extraction import extract, preflight
 
     dataset, backbone = THEIRS
     recipe = dataclasses.replace(described.heads.linear, pooled="last", steps=STEPS)

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 
 from benchmarks.timing import ratio
-from pipeline import cost, images, params
+from pipeline import cost, params
+from pipeline.imagery import images
 from stages.cli import DISTILLED, IMAGES, read_json
 from stages.cost import usable
 

@@ -23,9 +23,11 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.protocol import classification, protocol, stores
 from cache.read import Features
-from pipeline import cells, fit, fusion, images, params
-from pipeline.blueprint import Blueprint
-from pipeline.chips import SPLITS, assign_blocks
+from pipeline import params
+from pipeline.imagery import images
+from pipeline.imagery.chips import SPLITS, assign_blocks
+from pipeline.training import cells, fit, fusion
+from pipeline.training.blueprint import Blueprint
 
 DEALS = 10
 STRENGTHS = (-5, 1)

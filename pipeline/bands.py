@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.encoding.pyramid import Seen, Spec
 from pipeline.errors import UserError
-from pipeline.pyramid import Seen, Spec
 
 # Bands of the same name on two sensors differ by less than this, in micrometres; neighbours of one by more.
 _NEAR = 0.02

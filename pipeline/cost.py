@@ -17,12 +17,12 @@ import xarray as xr
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.backbones import build, spec
-from pipeline.encode import Encoder
-from pipeline.inputs import describe
-from pipeline.kept import Kept
+from pipeline.encoding.encode import Encoder
+from pipeline.encoding.inputs import describe
+from pipeline.encoding.pyramid import Pyramid
 from pipeline.params import Backbone
-from pipeline.pyramid import Pyramid
 from pipeline.students import Student
+from pipeline.training.kept import Kept
 
 # Chips of one timed batch, and timed batches of each model.
 BATCH, ROUNDS = 16, 5

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from cache import codecs
+from pipeline.encoding.views import VIEWS
 from pipeline.errors import UserError
 from pipeline.finetune.described import FineTune
 from pipeline.finetune.described import check as check_finetune
@@ -15,7 +16,6 @@ from pipeline.hub import HubFile
 from pipeline.records import build
 from pipeline.student_params import Distill, Search, Student, check_search
 from pipeline.student_params import check as check_students
-from pipeline.views import VIEWS
 
 TASKS = ("classification", "multilabel", "segmentation")
 
@@ -69,7 +69,7 @@ class Backbone:
     is `native` (what it was trained with) or `dataset` (the training split's own). `bands` takes others than
     the backbone's own, by name or wavelength in micrometres, in the order of its inputs. `hub` is another file of
     weights. The rest is for the families timm and terratorch, whose members are described here alone: `eats` (as in
-    pipeline/pyramid.py), `layers` (which outputs) and `options` (of the constructor).
+    pipeline/encoding/pyramid.py), `layers` (which outputs) and `options` (of the constructor).
     """
 
     family: str
@@ -91,8 +91,8 @@ class Extract:
 
     `precision` is the forward's: float32, bfloat16 or float16; `compiled` is by torch.compile; `batch` is images per
     forward, 0 to find one. `dense` keeps the levels of classification sets too; `shard` is the unit of work and of
-    files; `codec` is a name of cache/codecs.py; `views` are names of pipeline/views.py, the first of which must be
-    `identity`, the copy that heads are trained on.
+    files; `codec` is a name of cache/codecs.py; `views` are names of pipeline/encoding/views.py, the first of
+    which must be `identity`, the copy that heads are trained on.
     """
 
     dtype: str

@@ -32,8 +32,8 @@ def compose(dataset: str) -> None:
     }
     with building(SCRATCH / f"compose-{dataset}", COMPOSED / dataset) as folder:
         if stores:
-            from pipeline import cells
-            from pipeline import compose as search
+            from pipeline.composing import compose as search
+            from pipeline.training import cells
 
             members, labelled = cells.opened(dict(stores.values()), IMAGES / f"{dataset}.zarr")
             found = search.search(
@@ -57,8 +57,8 @@ def _of_grid(model: str, described: params.Params) -> bool:
 
 def _run(dataset: str, model: str, stores: dict, manifests: dict, described: params.Params, folder) -> None:
     """The full protocol on one model: tune.json, runs.csv, predictions.parquet, head.pt."""
-    from pipeline import cells, kept, protocol
     from pipeline.compute import device
+    from pipeline.training import cells, kept, protocol
 
     members = model.split("+")
     where, pictures = device(described.compute.device), IMAGES / f"{dataset}.zarr"

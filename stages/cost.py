@@ -16,8 +16,8 @@ def cost() -> None:
 
 def _costs(described: params.Params, dataset: str) -> pd.DataFrame:
     from pipeline import cost as costs
-    from pipeline import images
     from pipeline.compute import device
+    from pipeline.imagery import images
 
     chips, tables = images.open_images(IMAGES / f"{dataset}.zarr").image[: costs.BATCH].values, []
     for where in dict.fromkeys(["cpu", device(described.compute.device)]):
@@ -28,7 +28,9 @@ def _costs(described: params.Params, dataset: str) -> pd.DataFrame:
 def usable(described: params.Params, dataset: str, where: str) -> dict:
     """The students and models of the grid, by name, on a device; random controls cost what their likes do."""
     from pipeline import cost as costs
-    from pipeline import images, kept, students
+    from pipeline import students
+    from pipeline.imagery import images
+    from pipeline.training import kept
 
     store, models = images.open_images(IMAGES / f"{dataset}.zarr"), {}
     for name in described.grid.students:

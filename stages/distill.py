@@ -37,13 +37,14 @@ def distill(dataset: str, student: str) -> None:
 
 def _taught(described: params.Params, dataset: str, name: str, teacher: str, folder):
     """All variants: what told.json says of them, and their runs. Writes best/ and the variants' folders."""
-    from pipeline import kept, students
+    from pipeline import students
     from pipeline.compute import device
     from pipeline.distill import protocol, start
     from pipeline.distill.chips import Chips
     from pipeline.distill.describe import about, shape_of
     from pipeline.distill.teacher import Teacher
     from pipeline.distill.train import Lesson
+    from pipeline.training import kept
 
     resolved, pictures = read_json(MODELS / dataset / f"{teacher}.json"), IMAGES / f"{dataset}.zarr"
     where, chosen = device(described.compute.device), described.student(name)

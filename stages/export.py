@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 
 from cache.durable import building
-from pipeline import images
+from pipeline.imagery import images
 from stages.cli import DISTILLED, EXPORTED, IMAGES, SCRATCH, read_json, run, write_json
 
 # Chips of the validation split that files are scored on; each way of running them sees the same.

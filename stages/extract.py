@@ -5,9 +5,11 @@ from pathlib import Path
 import zarr
 
 from cache.write import write_left_out
-from pipeline import images, inputs, params
+from pipeline import params
 from pipeline.backbones import spec
 from pipeline.bands import Unseen
+from pipeline.encoding import inputs
+from pipeline.imagery import images
 from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, read_json, run, write_json
 
 
@@ -28,7 +30,7 @@ def extract(dataset: str, backbone: str) -> None:
 
     read_json(WEIGHTS / backbone / "source.json")  # or say which stage writes it
     # torch is slow to import, and a left-out cell needs none.
-    from pipeline import workers
+    from pipeline.extraction import workers
 
     task = workers.Extraction(
         backbone, chosen, described.extract, described.compute.device,

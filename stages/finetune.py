@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from cache.durable import building
-from pipeline import images, params
+from pipeline import params
 from pipeline.errors import UserError
+from pipeline.imagery import images
 from stages.cli import FINETUNED, IMAGES, MODELS, RUNS, SCRATCH, WEIGHTS, read_json, run
 
 

@@ -30,8 +30,9 @@ def _predictor(onnx: str | None, student: str | None, dataset: str | None, model
         from pipeline.mapping.exported import exported
 
         return exported(Path(onnx))
-    from pipeline import images, params
+    from pipeline import params
     from pipeline.compute import device
+    from pipeline.imagery import images
 
     described = params.load()
     where = device(described.compute.device)

@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from pipeline import images, params
+from pipeline import params
 from pipeline.datasets import source
+from pipeline.imagery import images
 from stages.cli import IMAGES, run
 
 
@@ -40,7 +41,7 @@ def plan() -> None:
 
 
 def _stored(store: Path):
-    from pipeline.inputs import bands_of
+    from pipeline.encoding.inputs import bands_of
     from pipeline.plan import Wanted
 
     opened = images.open_images(store)

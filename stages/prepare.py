@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from pipeline import imagestore, params
+from pipeline import params
 from pipeline.datasets import check, source
 from pipeline.errors import UserError
+from pipeline.imagery import imagestore
 from stages.cli import IMAGES, RAW, SCRATCH, run
 
 

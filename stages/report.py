@@ -5,9 +5,11 @@ from pathlib import Path
 import pandas as pd
 
 from cache.durable import building
-from pipeline import composition, distillation, figures, findings, mapped, params, predictions, report
-from pipeline.compare import bootstrap
+from pipeline import params
 from pipeline.errors import UserError
+from pipeline.reporting import composition, distillation, figures, findings, mapped, report
+from pipeline.reporting.compare import bootstrap
+from pipeline.training import predictions
 from stages.cli import (
     COMPOSED,
     COST,

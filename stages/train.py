@@ -19,8 +19,8 @@ def train(dataset: str, model: str) -> None:
         if resolved["left_out"]:
             pd.DataFrame(columns=["dataset", "model"]).to_csv(folder / "runs.csv", index=False)
             return
-        from pipeline import cells, kept, protocol
         from pipeline.compute import device
+        from pipeline.training import cells, kept, protocol
 
         stores = {
             FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]

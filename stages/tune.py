@@ -14,8 +14,8 @@ def tune(dataset: str, model: str) -> None:
     study = SCRATCH / "studies" / f"{dataset}-{model}.json"
     result = {"dataset": dataset, "model": model, "left_out": resolved["left_out"]}
     if not resolved["left_out"]:
-        from pipeline import cells, protocol
         from pipeline.compute import device
+        from pipeline.training import cells, protocol
 
         stores = {
             FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]

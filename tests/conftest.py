@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import archives, images, imagestore, inputs, params
+from pipeline import archives, params
 from pipeline.backbones import build, efficientnet, spec
 from pipeline.datasets import landuse, source
-from pipeline.encode import Encoder
+from pipeline.encoding import inputs
+from pipeline.encoding.encode import Encoder
+from pipeline.imagery import images, imagestore
 from tests import geobench_files
 
 ROOT = Path(__file__).parents[1]

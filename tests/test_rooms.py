@@ -45,6 +45,32 @@ def test_files_of_one_folder_do_not_import_one_another(folder):
             )
 
 
+# What rooms of `pipeline` may import, besides its own files and those of no room.
+BEFORE = {
+    "imagery": set(),
+    "datasets": {"imagery"},
+    "encoding": set(),
+    "backbones": {"encoding"},
+    "extraction": {"imagery", "encoding", "backbones"},
+    "heads": set(),
+    "training": {"imagery", "heads"},
+    "composing": {"training", "heads"},
+    "students": set(),
+    "reporting": {"imagery", "composing"},
+}
+
+
+@pytest.mark.parametrize("room", BEFORE)
+def test_rooms_import_what_comes_before_them(room):
+    folder = ROOT / "pipeline" / room
+    others = {path.name for path in folder.parent.iterdir() if path.is_dir()} - {room, "__pycache__"}
+    paths = [path for path in FILES if folder in path.parents]
+    assert paths
+    for path in paths:
+        found = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
+        assert found & others <= BEFORE[room], path
+
+
 FAMILIES = [path.stem for path in FILES if path.parent.name == "backbones"]
 LIGHT = [
     "mapping/make",
@@ -52,11 +78,11 @@ LIGHT = [
     "mapping/exported",
     "params",
     "bands",
-    "images",
+    "imagery/images",
     "archives",
     "hub",
-    "inputs",
-    "pyramid",
+    "encoding/inputs",
+    "encoding/pyramid",
 ]
 
 

@@ -8,11 +8,13 @@ import torch
 
 from cache.schema import Layout, StoreError
 from cache.write import Writer
-from pipeline import cells, fit, images, imagestore, metrics
+from pipeline import metrics
 from pipeline.bands import Band
 from pipeline.datasets import landuse
-from pipeline.images import IGNORE
+from pipeline.imagery import images, imagestore
+from pipeline.imagery.images import IGNORE
 from pipeline.params import Heads, LinearHead, UperNetHead
+from pipeline.training import cells, fit
 
 SMALL = Heads(LinearHead("all", "mean", steps=200, batch=64), UperNetHead(channels=8, steps=5, batch=4))
 

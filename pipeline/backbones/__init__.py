@@ -10,9 +10,9 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+from pipeline.encoding.pyramid import Seen, Spec
 from pipeline.errors import UserError
 from pipeline.params import Backbone
-from pipeline.pyramid import Seen, Spec
 
 
 def family(name: str):

@@ -7,9 +7,9 @@ inputs of its own: standardise by the dataset.
 
 from pathlib import Path
 
+from pipeline.encoding.pyramid import Seen, Spec, of_tokens
 from pipeline.errors import UserError
 from pipeline.hub import HubFile
-from pipeline.pyramid import Seen, Spec, of_tokens
 
 _REVISION = "b8db318b64a90b9e085ec04ba8851233c5893666"
 OUTPUTS = {

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 from pipeline.archives import Archive
+from pipeline.encoding.pyramid import Seen, Spec, of_maps
 from pipeline.errors import UserError
-from pipeline.pyramid import Seen, Spec, of_maps
 
 STRIDES = (4, 8, 16, 32)
 

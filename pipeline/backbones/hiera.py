@@ -7,8 +7,8 @@ larger inputs than 224. The neck behind the trunk drops the coarsest level, so t
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.encoding.pyramid import Seen, Spec, of_maps
 from pipeline.hub import HubFile
-from pipeline.pyramid import Seen, Spec, of_maps
 
 _PREFIX = "image_encoder.trunk."
 

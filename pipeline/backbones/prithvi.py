@@ -6,8 +6,8 @@ those are kept. Only the last of its outputs is normalised, as in terratorch.
 
 from pathlib import Path
 
+from pipeline.encoding.pyramid import Seen, Spec, of_tokens
 from pipeline.hub import HubFile
-from pipeline.pyramid import Seen, Spec, of_tokens
 
 # terratorch's names of the bands, in the order of the pretrained patch embedding.
 BANDS = {

@@ -6,7 +6,7 @@ As a pyramid, each cell holds its own mean and standard deviation; pooled, the w
 
 from pathlib import Path
 
-from pipeline.pyramid import Pyramid, Seen, Spec
+from pipeline.encoding.pyramid import Pyramid, Seen, Spec
 
 VARIANTS = {
     "mean_std": Spec(

@@ -6,9 +6,9 @@ otherwise. Trained weights are a checkpoint of this very network, at the place t
 
 from pathlib import Path
 
+from pipeline.encoding.pyramid import Seen, Spec, of_maps, of_tokens
 from pipeline.errors import UserError
 from pipeline.params import Backbone
-from pipeline.pyramid import Seen, Spec, of_maps, of_tokens
 
 LEVELS = 4
 

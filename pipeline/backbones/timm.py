@@ -6,10 +6,10 @@ Its last four levels are taken. Trained weights are timm's own file on the hub, 
 import difflib
 from pathlib import Path
 
+from pipeline.encoding.pyramid import Seen, Spec, of_maps
 from pipeline.errors import UserError
 from pipeline.hub import HubFile
 from pipeline.params import Backbone
-from pipeline.pyramid import Seen, Spec, of_maps
 
 LEVELS = 4
 

@@ -14,9 +14,9 @@ from rasterio.features import rasterize
 
 from pipeline.archives import Archive
 from pipeline.bands import SENTINEL2
-from pipeline.chips import SPLITS, assign_blocks, corners, cut
 from pipeline.errors import UserError
-from pipeline.images import IGNORE, Images
+from pipeline.imagery.chips import SPLITS, assign_blocks, corners, cut
+from pipeline.imagery.images import IGNORE, Images
 from pipeline.params import Dataset
 
 ARCHIVE = Archive(

@@ -12,9 +12,9 @@ from PIL import Image
 
 from pipeline.archives import Archive
 from pipeline.bands import Band
-from pipeline.chips import SPLITS, assign_blocks, corners, cut
 from pipeline.errors import UserError
-from pipeline.images import Images
+from pipeline.imagery.chips import SPLITS, assign_blocks, corners, cut
+from pipeline.imagery.images import Images
 from pipeline.params import Dataset
 
 ARCHIVE = Archive(

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pipeline import images
-from pipeline.views import VIEWS
+from pipeline.encoding.views import VIEWS
+from pipeline.imagery import images
 
 # A split whose labels are not used: its chips teach what the teachers say of them.
 UNLABELLED = "unlabelled"
@@ -75,7 +75,7 @@ class Chips:
 
 
 def turned(arrays: np.ndarray, views: Sequence[str] | None) -> np.ndarray:
-    """Each of the arrays (batch, …, y, x) by its view (pipeline/views.py); None leaves them."""
+    """Each of the arrays (batch, …, y, x) by its view (pipeline/encoding/views.py); None leaves them."""
     if views is None:
         return arrays
     return np.stack([VIEWS[view](one) for view, one in zip(views, arrays, strict=True)])

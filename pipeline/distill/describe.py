@@ -2,7 +2,8 @@
 
 import xarray as xr
 
-from pipeline import images, student_params
+from pipeline import student_params
+from pipeline.imagery import images
 from pipeline.students import Shape
 
 

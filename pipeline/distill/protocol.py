@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline import metrics, predictions
+from pipeline import metrics
 from pipeline.distill.train import Lesson, answers, projectors_of, train
-from pipeline.fit import Setting
-from pipeline.search import search
 from pipeline.student_params import VARIANTS
 from pipeline.students import Student
+from pipeline.training import predictions
+from pipeline.training.fit import Setting
+from pipeline.training.search import search
 
 # The runs' `protocol`, by variant; frozen heads have another.
 PROTOCOLS = {
@@ -32,8 +33,8 @@ class Taught:
 
     Attributes:
         tuned: of `search`.
-        runs: one row a seed, as `pipeline.protocol.test` gives them.
-        predicted: one row a seed and test sample (pipeline/predictions.py).
+        runs: one row a seed, as `pipeline.training.protocol.test` gives them.
+        predicted: one row a seed and test sample (pipeline/training/predictions.py).
         best: the student of the seed that is best on validation; `seed` is its seed.
     """
 
@@ -82,7 +83,7 @@ def teach(
 
 
 def _trained(make, lesson: Lesson, variant: str, settings: Sequence[Setting]) -> list[Student]:
-    """A student for each setting; on a processor a core trains one, which costs least (see pipeline/fit.py)."""
+    """A student for each setting; on a processor a core trains one, as in pipeline/training/fit.py."""
     # Made one after the other: torch's generator of random numbers is the process's.
     fresh = [make(setting.seed) for setting in settings]
     taught = "features" in VARIANTS[variant]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline.encoding.pyramid import Spec
 from pipeline.errors import UserError
 from pipeline.params import Backbone
-from pipeline.pyramid import Spec
 from pipeline.students import Shape, Student
 from pipeline.weights import load_strictly, read
 

@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from pipeline import cells, fusion
 from pipeline.distill.chips import turned
 from pipeline.errors import UserError
-from pipeline.kept import Kept
+from pipeline.training import cells, fusion
+from pipeline.training.kept import Kept
 
 # Samples that the head is asked about at once.
 _STEP = 16

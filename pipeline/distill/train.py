@@ -5,16 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline import fit, metrics
-from pipeline.adamw import TorchAdamW, warm_cosine
-from pipeline.cells import task_of
+from pipeline import metrics
 from pipeline.distill import losses
 from pipeline.distill.chips import UNLABELLED, Chips
 from pipeline.distill.projectors import Projectors
 from pipeline.distill.teacher import Teacher
-from pipeline.loss import Task, loss
 from pipeline.student_params import VARIANTS, Distill
 from pipeline.students import Student
+from pipeline.training import fit
+from pipeline.training.adamw import TorchAdamW, warm_cosine
+from pipeline.training.cells import task_of
+from pipeline.training.loss import Task, loss
 
 # Chips in a batch that is predicted.
 _PREDICTED = 64

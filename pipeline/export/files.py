@@ -7,7 +7,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pipeline import inputs, metrics
+from pipeline import metrics
+from pipeline.encoding import inputs
 from pipeline.errors import UserError
 from pipeline.export import graphs, price, quantised
 from pipeline.mapping.exported import opened

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from pipeline import metrics
-from pipeline.images import IGNORE
+from pipeline.imagery.images import IGNORE
 
 # Chips that are scored and timed at once, and rounds of timing.
 BATCH, ROUNDS = 16, 5

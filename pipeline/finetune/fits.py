@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 
 from pipeline.errors import UserError
-from pipeline.kept import Kept
+from pipeline.training.kept import Kept
 
 
 def belongs(head: Kept, path: Path, names: Sequence[str], opened: xr.Dataset) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from pipeline.views import VIEWS
+from pipeline.encoding.views import VIEWS
 
 # Samples brought at once from the store.
 _STEP = 256

@@ -13,12 +13,13 @@ import torch
 import xarray as xr
 from sklearn.utils.class_weight import compute_class_weight
 
-from pipeline import cells, metrics, predictions
+from pipeline import metrics
 from pipeline.finetune import train
 from pipeline.finetune.pictures import Pictures
 from pipeline.finetune.train import Job, Progress
 from pipeline.finetune.tuned import Tuned
-from pipeline.fit import Setting, Task
+from pipeline.training import cells, predictions
+from pipeline.training.fit import Setting, Task
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Tested:
 
     Attributes:
         runs: one row a seed, with the columns of the frozen protocol and a few more.
-        predicted: one row a seed and test sample (pipeline/predictions.py).
+        predicted: one row a seed and test sample (pipeline/training/predictions.py).
         best: what was trained, by name, of the seed with the best score on validation.
     """
 

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from cache.durable import sync_file, sync_folder
 from pipeline import metrics
-from pipeline.adamw import BETAS, EPSILON, warm_cosine
 from pipeline.finetune.described import FineTune
 from pipeline.finetune.pictures import Pictures
 from pipeline.finetune.tuned import Tuned
-from pipeline.fit import Recipe, Setting, Task, order
-from pipeline.loss import loss
+from pipeline.training.adamw import BETAS, EPSILON, warm_cosine
+from pipeline.training.fit import Recipe, Setting, Task, order
+from pipeline.training.loss import loss
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ import torch
 import xarray as xr
 from torch import nn
 
-from pipeline import inputs, kept
 from pipeline.backbones import build, spec
-from pipeline.encode import Encoder
+from pipeline.encoding import inputs
+from pipeline.encoding.encode import Encoder
+from pipeline.encoding.pyramid import Pyramid
 from pipeline.errors import UserError
 from pipeline.finetune import blocks, lora
 from pipeline.finetune.described import FineTune
 from pipeline.finetune.fits import belongs, fits
 from pipeline.params import Backbone
-from pipeline.pyramid import Pyramid
+from pipeline.training import kept
 
 
 @dataclass(frozen=True)

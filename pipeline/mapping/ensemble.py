@@ -12,12 +12,13 @@ import torch
 import xarray as xr
 
 from cache.read import Features
-from pipeline import inputs, kept
 from pipeline.backbones import build, spec
-from pipeline.encode import Encoder
+from pipeline.encoding import inputs
+from pipeline.encoding.encode import Encoder
 from pipeline.errors import UserError
 from pipeline.mapping.signature import Predictor, Signature
 from pipeline.params import Params
+from pipeline.training import kept
 
 
 @dataclasses.dataclass(frozen=True)

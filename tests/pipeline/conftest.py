@@ -6,8 +6,8 @@ import pytest
 from cache.read import Features
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import images
 from pipeline.bands import Band
+from pipeline.imagery import images
 
 COUNT, SIDE = 120, 16
 

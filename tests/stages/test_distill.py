@@ -9,11 +9,17 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import images, metrics, students
+from pipeline import metrics, students
+from pipeline.imagery import images
 from tests.stages.conftest import Job
 
 # What a backbone would have to come through.
-FORBIDDEN = ["pipeline.encode", "pipeline.extract", "pipeline.backbones.efficientnet", "segmentation_models_pytorch"]
+FORBIDDEN = [
+    "pipeline.encoding.encode",
+    "pipeline.extraction.extract",
+    "pipeline.backbones.efficientnet",
+    "segmentation_models_pytorch",
+]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pipeline.datasets.geobench import classification, lists, read, segmentation
 from pipeline.datasets.geobench.declare import GeoBenchSet
 from pipeline.datasets.geobench.download import find, locate, there
 from pipeline.errors import UserError
-from pipeline.images import Stream
+from pipeline.imagery.images import Stream
 from pipeline.params import Dataset, Params
 from pipeline.plan import Wanted
 from pipeline.records import build

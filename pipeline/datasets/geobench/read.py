@@ -9,10 +9,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from pipeline import safe_pickle
 from pipeline.datasets.geobench.declare import GeoBenchSet
 from pipeline.errors import UserError
-from pipeline.images import IGNORE, Sample
+from pipeline.imagery import safe_pickle
+from pipeline.imagery.images import IGNORE, Sample
 
 _DATED = re.compile(r"(.+)_(\d{4}-\d{2}-\d{2})")
 _NUMBER = r"(-?\d+(?:\.\d+)?)"

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.archives import digest
-from pipeline.chips import SPLITS, corners
 from pipeline.datasets.own.chips import Chip, Reader, splits
 from pipeline.datasets.own.labels import polygons
 from pipeline.datasets.own.masks import Masks, pair
@@ -20,7 +19,8 @@ from pipeline.datasets.own.options import Options, check, is_table, verify
 from pipeline.datasets.own.rasters import files, picture, scene
 from pipeline.datasets.own.table import table
 from pipeline.errors import UserError
-from pipeline.images import Stream
+from pipeline.imagery.chips import SPLITS, corners
+from pipeline.imagery.images import Stream
 from pipeline.params import Dataset, Params
 from pipeline.records import build
 

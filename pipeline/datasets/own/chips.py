@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from rasterio.windows import Window
 
-from pipeline.chips import SPLITS, assign_blocks
 from pipeline.datasets.own.ground import merged, overlapping
 from pipeline.datasets.own.rasters import Picture
 from pipeline.errors import UserError
-from pipeline.images import IGNORE, Sample
+from pipeline.imagery.chips import SPLITS, assign_blocks
+from pipeline.imagery.images import IGNORE, Sample
 from pipeline.params import Dataset
 
 # Deals of blocks that are tried, times their number: ten thousand blocks need no twenty thousand deals.

@@ -14,7 +14,7 @@ from rasterio.windows import Window
 
 from pipeline.datasets.own.rasters import Picture
 from pipeline.errors import UserError
-from pipeline.images import IGNORE
+from pipeline.imagery.images import IGNORE
 
 _AREAS = ("Polygon", "MultiPolygon")
 

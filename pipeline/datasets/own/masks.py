@@ -13,7 +13,7 @@ from rasterio.windows import Window
 
 from pipeline.datasets.own.rasters import Picture, contains
 from pipeline.errors import UserError
-from pipeline.images import IGNORE
+from pipeline.imagery.images import IGNORE
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
-from pipeline.images import IGNORE
+from pipeline.imagery.images import IGNORE
 from pipeline.params import Dataset
 
 # More is no reflectance, and longer no optical wavelength in micrometres: each is another unit.

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import images
 from pipeline.backbones import dofa
 from pipeline.errors import UserError
+from pipeline.imagery import images
 
 BASE = "dofa_base_patch16_224"
 

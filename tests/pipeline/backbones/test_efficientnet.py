@@ -9,11 +9,12 @@ import pytest
 import torch
 from efficientnet_lite_pytorch import EfficientNet
 
-from pipeline import backbones, images
+from pipeline import backbones
 from pipeline.backbones import efficientnet, spec
+from pipeline.encoding.pyramid import Seen
 from pipeline.errors import UserError
+from pipeline.imagery import images
 from pipeline.params import Backbone
-from pipeline.pyramid import Seen
 
 
 def build(variant, weights, folder, seed=0):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import images
 from pipeline.backbones import hiera
 from pipeline.errors import UserError
+from pipeline.imagery import images
 
 TINY = "sam2.1_hiera_t"
 

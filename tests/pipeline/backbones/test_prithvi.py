@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import images
 from pipeline.backbones import prithvi
 from pipeline.errors import UserError
+from pipeline.imagery import images
 
 TINY = "prithvi_eo_v2_tiny_tl"
 

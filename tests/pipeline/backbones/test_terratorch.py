@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import images
 from pipeline.errors import UserError
 from pipeline.hub import HubFile
+from pipeline.imagery import images
 
 MOCO = "ssl4eos12_resnet18_sentinel2_all_moco"
 OPTIONS = {"model_bands": ["BLUE", "GREEN", "RED"], "out_indices": [1, 2, 3, 4]}

@@ -3,9 +3,9 @@ import pytest
 import timm
 import torch
 
-from pipeline import images
 from pipeline.errors import UserError
 from pipeline.hub import HubFile
+from pipeline.imagery import images
 
 
 @pytest.fixture

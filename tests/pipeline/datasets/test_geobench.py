@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline import images, imagestore
 from pipeline.datasets import check, geobench
 from pipeline.datasets.geobench import download
 from pipeline.errors import UserError
+from pipeline.imagery import images, imagestore
 from pipeline.params import Dataset
 from tests import geobench_files
 

@@ -5,7 +5,7 @@ from pyproj import Transformer
 
 from pipeline.datasets import landuse
 from pipeline.errors import UserError
-from pipeline.images import IGNORE
+from pipeline.imagery.images import IGNORE
 
 
 def test_counts(prepared):

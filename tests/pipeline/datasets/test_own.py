@@ -11,9 +11,9 @@ import rasterio
 import yaml
 from rasterio.windows import Window
 
-from pipeline import images, imagestore, maps
 from pipeline.datasets import check, landuse, own
 from pipeline.errors import UserError
+from pipeline.imagery import images, imagestore, maps
 from pipeline.params import Dataset, Splits
 from pipeline.records import build
 from tests.conftest import ROOT

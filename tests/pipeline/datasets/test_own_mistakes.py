@@ -10,11 +10,11 @@ import rasterio
 import shapely
 from rasterio.windows import Window
 
-from pipeline import imagestore
 from pipeline.datasets import landuse
 from pipeline.datasets.own.masks import pair
 from pipeline.datasets.own.rasters import contains
 from pipeline.errors import UserError
+from pipeline.imagery import imagestore
 from tests.pipeline.datasets.test_own import THREE, labelled, prepared, scene_block, tile_block, tiles
 
 __all__ = ["tiles"]

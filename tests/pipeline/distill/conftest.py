@@ -9,15 +9,16 @@ import torch
 from cache.read import Features
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import cells, images, kept
 from pipeline.bands import Band
 from pipeline.distill.chips import Chips
 from pipeline.distill.teacher import Teacher
 from pipeline.distill.train import Lesson
-from pipeline.fit import Setting
+from pipeline.encoding.views import VIEWS
+from pipeline.imagery import images
 from pipeline.params import Heads, LinearHead, UperNetHead
 from pipeline.student_params import Distill, Search, Steps
-from pipeline.views import VIEWS
+from pipeline.training import cells, kept
+from pipeline.training.fit import Setting
 
 COUNT, SIDE = 60, 32
 HEADS = Heads(LinearHead("all", "mean", steps=200, batch=20), UperNetHead(channels=8, steps=60, batch=4))

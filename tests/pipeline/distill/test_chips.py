@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from pipeline import images
 from pipeline.distill.chips import Chips
-from pipeline.views import VIEWS
+from pipeline.encoding.views import VIEWS
+from pipeline.imagery import images
 
 
 def test_a_mask_turns_with_its_chip(made):

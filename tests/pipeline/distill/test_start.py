@@ -6,9 +6,9 @@ import torch
 from pipeline import students
 from pipeline.backbones import build, spec
 from pipeline.distill import start
+from pipeline.encoding.pyramid import Seen
 from pipeline.errors import UserError
 from pipeline.params import Backbone
-from pipeline.pyramid import Seen
 
 LITE0 = Backbone("efficientnet", "lite0", "pretrained", 64)
 SHAPE = students.Shape("tf_efficientnet_lite0", 3, 4, "classification", 64)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from cache.schema import StoreError
-from pipeline import kept
 from pipeline.distill.chips import Chips
 from pipeline.distill.teacher import Teacher
+from pipeline.encoding.views import VIEWS
 from pipeline.errors import UserError
-from pipeline.views import VIEWS
+from pipeline.training import kept
 from tests.pipeline.distill.conftest import features_of
 
 ROWS = np.array([40, 3, 3, 21, 16])

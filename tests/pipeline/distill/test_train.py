@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import images, metrics
+from pipeline import metrics
 from pipeline.distill import losses, protocol, start, train
 from pipeline.distill.describe import about, shape_of
-from pipeline.fit import Setting
+from pipeline.imagery import images
 from pipeline.student_params import Student
+from pipeline.training.fit import Setting
 from tests.pipeline.distill.conftest import DISTILL
 
 SMALL = Student("test_resnet", "random", chip_size=32, mask_size=32)

@@ -12,9 +12,11 @@ import pytest
 import rasterio
 import torch
 
-from pipeline import images, inputs, students
+from pipeline import students
+from pipeline.encoding import inputs
 from pipeline.errors import UserError
 from pipeline.export import files, graphs
+from pipeline.imagery import images
 from pipeline.mapping import make
 from pipeline.mapping.exported import exported, opened
 from pipeline.mapping.signature import probabilities

@@ -10,14 +10,17 @@ import xarray as xr
 
 from cache.read import Features
 from cache.write import Writer
-from pipeline import cells, extract, fit, images, imagestore, inputs, kept
 from pipeline.backbones import build, spec
-from pipeline.encode import Encoder
+from pipeline.encoding import inputs
+from pipeline.encoding.encode import Encoder
+from pipeline.extraction import extract
 from pipeline.finetune.described import FineTune
 from pipeline.finetune.pictures import Pictures
 from pipeline.finetune.train import Job
 from pipeline.finetune.tuned import Member, Tuned
+from pipeline.imagery import images, imagestore
 from pipeline.params import Backbone, Extract, FcnHead, Heads, LinearHead, UperNetHead
+from pipeline.training import cells, fit, kept
 
 HEADS = Heads(
     LinearHead("all", "mean", steps=60, batch=20),

@@ -7,11 +7,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pipeline import cells, images
 from pipeline.finetune import protocol
 from pipeline.finetune.pictures import Pictures
 from pipeline.finetune.train import Job
 from pipeline.finetune.tuned import Member, Tuned
+from pipeline.imagery import images
+from pipeline.training import cells
 from tests.pipeline.finetune.conftest import BACKBONES, FEW
 
 # Checkpoints after every step, so that a kill falls between two.

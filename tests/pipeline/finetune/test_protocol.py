@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import metrics, predictions, protocol
+from pipeline import metrics
 from pipeline.finetune import protocol as finetuning
 from pipeline.finetune import train
 from pipeline.finetune.pictures import Pictures
-from pipeline.fit import Setting
 from pipeline.params import Heads
+from pipeline.training import predictions, protocol
+from pipeline.training.fit import Setting
 from tests.conftest import ROOT
 from tests.pipeline.finetune.conftest import FEW, HEADS
 from tests.pipeline.finetune.killed import MANY, TOLD, fine_tune
@@ -99,7 +100,7 @@ def test_a_run_that_diverges_ends_as_the_frozen_model(frozen, job, tmp_path):
 
 
 def test_images_and_masks_turn_together_and_the_store_stays_as_it_is(store, tmp_path):
-    from pipeline import images
+    from pipeline.imagery import images
 
     opened = images.open_images(store("sample-landuse-seg")).isel(sample=slice(0, 8)).load()
     opened["image"] = opened.image.copy(data=np.stack([opened.label.values] * opened.sizes["band"], axis=1))
@@ -116,7 +117,7 @@ def test_images_and_masks_turn_together_and_the_store_stays_as_it_is(store, tmp_
 
 
 def test_classes_are_weighted_as_for_frozen_heads(frozen, job):
-    from pipeline import cells
+    from pipeline.training import cells
 
     one = frozen("sample-landuse-seg", "prithvi")
     pictures = job(one).pictures

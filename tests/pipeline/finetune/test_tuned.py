@@ -9,7 +9,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.finetune import blocks, lora, train
 from pipeline.finetune.tuned import memory_hint
-from pipeline.loss import loss
+from pipeline.training.loss import loss
 
 CELLS = [
     ("sample-landuse", "lite0"), ("sample-landuse", "prithvi"), ("sample-landuse", "hiera"),

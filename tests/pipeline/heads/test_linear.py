@@ -1,7 +1,7 @@
 import torch
 
 from pipeline.heads.linear import LinearGroup
-from pipeline.join import mix, projected
+from pipeline.training.join import mix, projected
 
 
 def layer(group, head, inputs):

@@ -12,15 +12,18 @@ import torch
 
 from cache.read import Features
 from cache.write import Writer
-from pipeline import cells, extract, fit, images, inputs, kept, preflight
 from pipeline.backbones import spec
+from pipeline.encoding import inputs
 from pipeline.errors import UserError
+from pipeline.extraction import extract, preflight
+from pipeline.imagery import images
 from pipeline.mapping import ensemble as ensembles
 from pipeline.mapping import make
 from pipeline.mapping.ensemble import Places, ensemble
 from pipeline.mapping.scene import places as bands_at
 from pipeline.mapping.sources import open_scene
 from pipeline.params import Backbone, Heads, LinearHead, UperNetHead
+from pipeline.training import cells, fit, kept
 
 MEMBERS = {
     "raw": Backbone("raw", "mean_std", "none", 64),

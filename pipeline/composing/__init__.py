@@ -1,0 +1,1 @@
+"""Every ensemble by a quick probe, and how alike the backbones are."""

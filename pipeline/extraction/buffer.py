@@ -1,0 +1,63 @@
+"""One shard's features on their way from the device to the store."""
+
+import numpy as np
+import torch
+
+from cache.prepare import judge
+from cache.schema import Layout, StoreError
+from pipeline.extraction.narrow import look, narrow
+from pipeline.extraction.transfer import Download
+
+
+class Buffer:
+    """Memory of one shard of every array, used again and again.
+
+    Args:
+        layout: the store's.
+        download: how features come back from the device.
+    """
+
+    def __init__(self, layout: Layout, download: Download):
+        self._layout, self._download = layout, download
+        self._arrays: dict[str, torch.Tensor] = {}
+        self._tallies: dict[str, torch.Tensor] = {}
+
+    def put(self, rows: slice, name: str, values: torch.Tensor) -> None:
+        """Begin to bring features (sample, …) or (sample, view, …) into rows of the shard."""
+        if self._narrows(name):
+            values, tally = narrow(values, getattr(torch, self._layout.dtype))
+        else:
+            values, tally = values.float(), look(values)
+        self._copy(self._tallies, name, rows, tally)
+        self._copy(self._arrays, name, rows, values)
+
+    def take(self, length: int) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, float]]]:
+        """The first rows of every array, and what `Writer.write` wants to know of those that were narrowed.
+
+        Raises:
+            StoreError: values that the store's dtype cannot hold, or that are no finite numbers.
+        """
+        tallies = {name: tally[:length].numpy() for name, tally in self._tallies.items()}
+        for name, tally in tallies.items():
+            if count := int(tally[:, 6].sum()):
+                raise StoreError(
+                    f"{count} values of {name} are NaN or infinite. Check the images; if extract.precision is "
+                    "float16, set it to bfloat16 or float32."
+                )
+        lost = {
+            name: judge(tally[:, :6], name, self._layout.dtype)
+            for name, tally in tallies.items()
+            if self._narrows(name)
+        }
+        return {name: array[:length].numpy() for name, array in self._arrays.items()}, lost
+
+    def _narrows(self, name: str) -> bool:
+        # A codec that loses digits of its own measures both losses together, from float32.
+        lossy = self._layout.codec.loses and name.endswith("/features")
+        return self._layout.dtype != "float32" and not lossy
+
+    def _copy(self, held: dict, name: str, rows: slice, values: torch.Tensor) -> None:
+        if name not in held:
+            count = min(self._layout.shard, len(self._layout.sample))
+            held[name] = self._download.empty((count, *values.shape[1:]), values.dtype)
+        self._download.copy(held[name][rows], values)

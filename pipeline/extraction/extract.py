@@ -1,0 +1,226 @@
+"""The extraction engine: one pass of one frozen backbone over one images store, shard by shard.
+
+Three things happen at once: a thread reads the next images, the device computes, and a thread stores the shard
+before. Any number of processes may run it on one store (pipeline/extraction/workers.py).
+"""
+
+import dataclasses
+import hashlib
+import json
+import queue
+import shutil
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+from cache import codecs, prepare, schema, shard, statistics, write
+from cache.schema import Layout, Level
+from cache.write import Writer
+from pipeline import bands
+from pipeline.archives import digest
+from pipeline.encoding import encode, inputs, pyramid, views
+from pipeline.encoding.encode import Encoder
+from pipeline.encoding.inputs import Inputs
+from pipeline.encoding.pyramid import Pyramid, Spec
+from pipeline.extraction import buffer, narrow
+from pipeline.extraction.transfer import Download, Upload, arrived
+from pipeline.params import Backbone, Extract
+
+# Batches read ahead, and shards in memory: one being filled, one being stored.
+_BATCHES, _SHARDS = 3, 2
+
+
+def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool = True) -> Path:
+    """The place in `folder` of one extraction before it is published, named by everything that decides its bytes.
+
+    The same inputs resume there after a kill; other inputs or other code start afresh.
+
+    Args:
+        clear: remove what an earlier extraction of other inputs left in `folder`.
+    """
+    modules = (
+        bands,
+        buffer,
+        encode,
+        inputs,
+        narrow,
+        pyramid,
+        views,
+        schema,
+        codecs,
+        prepare,
+        shard,
+        statistics,
+        write,
+    )
+    code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
+    decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
+    path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    for old in folder.glob("[!.]*"):
+        if clear and old != path:
+            shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> None:
+    """Encode every sample that no other process encodes, once, and write what the layout keeps.
+
+    Args:
+        writer: which may have shards from an earlier run; nothing is pending in it at the end.
+        batch: images per forward.
+    """
+    layout, download = writer.layout, Download(encoder.device)
+    count = len(layout.sample)
+    done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
+    memory = queue.SimpleQueue()
+    for _ in range(_SHARDS):
+        memory.put(buffer.Buffer(layout, download))
+    bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
+    with bar as progress, ThreadPoolExecutor(1) as disk, ExitStack() as stack:
+
+        def store(number: int, filled: buffer.Buffer, copied) -> None:
+            try:
+                if copied:
+                    copied.synchronize()
+                rows = layout.rows(number)
+                writer.write(number, *filled.take(rows.stop - rows.start))
+                progress.update(rows.stop - rows.start)
+            finally:
+                memory.put(filled)
+
+        storing, filled = deque(), None
+        batches = stack.enter_context(closing(_ahead(_batches(images, encoder, writer, batch), encoder.device)))
+        stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
+        for number, rows, given in batches:
+            first, last = layout.rows(number).start, layout.rows(number).stop
+            if rows.start == first:
+                filled = memory.get()
+            for name, values in _encode(encoder, given, layout).items():
+                filled.put(slice(rows.start - first, rows.stop - first), name, values)
+            if rows.stop == last:
+                storing.append(disk.submit(store, number, filled, download.event()))
+            while storing and (storing[0].done() or len(storing) == _SHARDS):
+                storing.popleft().result()
+        for one in storing:
+            one.result()
+
+
+def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, input_size: int, extract: Extract) -> Layout:
+    """The store's layout; classification sets keep pooled vectors alone unless dense levels are asked for."""
+    dense = extract.dense or images.attrs["task"] == "segmentation"
+    levels = [
+        Level(*level.shape[1:], stride=input_size // level.shape[-1], layer=layer)
+        for level, layer in zip(pyramid.levels, spec.layers, strict=True)
+    ]
+    return Layout(
+        sample=tuple(images.sample.values.tolist()),
+        split=tuple(images.split.values.tolist()),
+        levels=tuple(levels) if dense else (),
+        pooled={name: vector.shape[1] for name, vector in pyramid.pooled.items()},
+        dtype=extract.dtype,
+        shard=extract.shard,
+        codec=codecs.parse(extract.codec, extract.dtype),
+        views=extract.views if len(extract.views) > 1 else (),
+    )
+
+
+def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, given: Inputs, weights: Mapping,
+               extract: Extract, device: str) -> dict:  # fmt: skip
+    """What the store says of itself: everything that decides its content, and no timestamp."""
+    return {
+        "backbone": name,
+        "family": backbone.family,
+        "variant": backbone.variant,
+        "weights": dict(weights),
+        "bands": [images.band.values.tolist()[place] for place in given.seen.positions],
+        "network_bands": list(given.seen.slots),
+        "wavelengths_micrometre": list(given.seen.wavelengths),
+        "normalisation": {
+            "eats": spec.eats,
+            "images_units": images.attrs["units"],
+            "display": given.display,
+            "of": given.normalisation,
+            "mean": given.mean,
+            "std": given.std,
+        },
+        "place_and_time": list(given.context) or False,
+        "input_size": backbone.input_size,
+        "resampling": spec.resize,
+        "precision": extract.precision,
+        "device": device,
+        "task": images.attrs["task"],
+        "classes": images.attrs["classes"],
+        "images_sha256": images.attrs["content_sha256"],
+        "licence": images.attrs["licence"],
+    }
+
+
+def _batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> Iterator:
+    """(shard, rows, given): the next images as the device wants them, a tensor a view, and their context.
+
+    A batch does not reach from one shard into the next: features depend in their last digits on what else is in a
+    batch, and a run that resumes, or one of many workers, must make the same.
+    """
+    upload, read = Upload(encoder.device), _reader(images)
+    seen = [views.VIEWS[view] for view in writer.layout.views] or [lambda image: image]
+    for number in writer.shards():
+        rows = writer.layout.rows(number)
+        for start in range(rows.start, rows.stop, batch):
+            chosen = slice(start, min(start + batch, rows.stop))
+            image = encoder.inputs.select(read(chosen))
+            tensors = [torch.from_numpy(np.ascontiguousarray(view(image))) for view in seen]
+            known = {
+                name: torch.from_numpy(each) for name, each in encoder.inputs.where_and_when(images, chosen).items()
+            }
+            yield number, chosen, upload(tensors, known)
+
+
+def _reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
+    """From rows to their images; keeps the chunk last read, since several batches may lie in one."""
+    size = images.image.encoding.get("preferred_chunks", {}).get("sample", 1)
+    held, begins = np.empty((0,)), 0
+
+    def read(rows: slice) -> np.ndarray:
+        nonlocal held, begins
+        if not begins <= rows.start <= rows.stop <= begins + len(held):
+            begins = rows.start // size * size
+            held = images.image[begins : -(-rows.stop // size) * size].values
+        return held[rows.start - begins : rows.stop - begins]
+
+    return read
+
+
+def _encode(encoder: Encoder, given: tuple, layout: Layout) -> dict[str, torch.Tensor]:
+    """What the layout keeps of a batch, by array path; with views each array is (sample, view, …)."""
+    tensors, known = arrived(given)
+    seen = [_kept(encoder.forward(encoder.inputs.tensor(tensor), known), layout) for tensor in tensors]
+    if not layout.views:
+        return seen[0]
+    return {name: torch.stack([one[name] for one in seen], dim=1) for name in seen[0]}
+
+
+def _kept(pyramid: Pyramid, layout: Layout) -> dict:
+    arrays = {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}
+    if layout.levels:
+        arrays |= {f"level{index}/features": level for index, level in enumerate(pyramid.levels)}
+    return arrays
+
+
+def _ahead(items: Iterator, device: str) -> Iterator:
+    """The same items, each made by a thread while those before are used."""
+    end = object()
+    # A thread begins at the first GPU, whichever its process uses.
+    own = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
+    with ThreadPoolExecutor(1, **own) as thread:
+        waiting = deque(thread.submit(next, items, end) for _ in range(_BATCHES))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, items, end))
+            yield item

@@ -1,0 +1,123 @@
+"""One chunk of an images store: its samples read, checked, written and hashed."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.schema import CHUNK_KEYS
+from pipeline.errors import UserError
+from pipeline.imagery.images import Images, Sample, Stream, check_label, check_place
+
+# Means are taken of every so many pixels each way: bands differ by far more than that changes.
+_THIN = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is left to say of a chunk once it is on the disk: digests, small values, sums, and what was damaged."""
+
+    digests: tuple[str, ...]
+    label: np.ndarray | None
+    lat: np.ndarray
+    lon: np.ndarray
+    time: np.ndarray
+    total: np.ndarray
+    bad: tuple[tuple[str, str], ...]
+
+
+def bring(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip_bad: bool) -> Piece:
+    """Bring a chunk of samples onto the disk."""
+    rows = slice(start, min(start + chunk, len(dataset.sample)))
+    if isinstance(dataset, Images):
+        count = rows.stop - rows.start
+        image, label, bad = dataset.image[rows], dataset.label[rows], ()
+        lat, lon = (np.full(count, np.nan) if axis is None else axis[rows] for axis in (dataset.lat, dataset.lon))
+        time = np.full(count, "NaT", "datetime64[s]") if dataset.time is None else dataset.time[rows]
+    else:
+        image, label, lat, lon, time, bad = _read(dataset, rows, skip_bad)
+    stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
+    return Piece(
+        digests=tuple(_store(scratch / name, values, start // chunk, chunk) for name, values in stored.items()),
+        label=None if dataset.task == "segmentation" else label,
+        lat=np.asarray(lat, dtype=np.float64),
+        lon=np.asarray(lon, dtype=np.float64),
+        time=np.asarray(time, dtype="datetime64[s]"),
+        total=image[:, :, ::_THIN, ::_THIN].mean(axis=(2, 3), dtype=np.float64).sum(axis=0),
+        bad=tuple(bad),
+    )
+
+
+def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
+    """Write a chunk's file, as zarr does and several times faster, and return its SHA-256; publishing flushes it.
+
+    A chunk without compressor is its values, little-endian and in C order; the last is filled up.
+    """
+    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    name = CHUNK_KEYS["separator"].join(["c", str(number), *["0"] * (values.ndim - 1)])
+    with open(array / name, "wb", buffering=0) as file:
+        written, wanted = 0, memoryview(values).cast("B")
+        while written < len(wanted):
+            written += file.write(wanted[written:])
+        file.truncate(values[:1].nbytes * chunk)
+    return hashlib.sha256(values).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory of a chunk, used for one after another: fresh memory costs as much as reading into it."""
+    return np.zeros(shape, dtype)
+
+
+def _read(stream: Stream, rows: slice, skip_bad: bool):
+    """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
+    names = stream.sample[rows]
+    image = _memory((len(names), *stream.shape), stream.dtype)
+    kind, empty = {
+        "classification": (np.int64, ()),
+        "multilabel": (np.uint8, (len(stream.classes),)),
+        "segmentation": (np.uint8, stream.shape[1:]),
+    }[stream.task]
+    label = np.zeros((len(names), *empty), kind)
+    lat, lon, time, bad = [], [], [], []
+    for place, name in enumerate(names):
+        try:
+            sample = stream.read(name, image[place])
+            found, label[place] = _checked(sample, stream, name)
+            if found is not sample.image or not np.shares_memory(found, image):
+                image[place] = found
+        except UserError as error:
+            if not skip_bad:
+                raise
+            bad.append((name, str(error)))
+            sample = Sample(image[place], label[place])
+        lat.append(sample.lat)
+        lon.append(sample.lon)
+        time.append(sample.time)
+    return image, label, lat, lon, time, bad
+
+
+def _checked(sample: Sample, stream: Stream, name: str):
+    """A sample's image and label, if they fit the stream.
+
+    Raises:
+        UserError: another shape, pixels that are no numbers, a label outside the classes, a place not on Earth.
+    """
+    image = sample.image
+    if image.shape != stream.shape:
+        raise UserError(f"Sample {name} has the shape {image.shape} (band, y, x); the others have {stream.shape}.")
+    if image.dtype != stream.dtype:
+        cast = image.astype(stream.dtype)
+        if not np.array_equal(cast, image):
+            raise UserError(f"Sample {name} has {image.dtype} values that do not fit into {stream.dtype}.")
+        image = cast
+    if image.dtype.kind == "f" and not np.isfinite(image.sum()) and not np.isfinite(image).all():
+        raise UserError(f"Sample {name} has pixels that are no finite numbers.")
+    try:
+        check_label(np.asarray(sample.label), stream)
+        check_place(sample.lat, sample.lon)
+    except UserError as error:
+        raise UserError(f"Sample {name}: {error}") from None
+    return image, sample.label

@@ -1,0 +1,201 @@
+"""Writing an images store: in chunks, by several processes, in memory that does not grow with the dataset.
+
+A chunk of samples is one file and the unit of work. Its digest is part of the content's, so that processes need not
+wait for one another.
+"""
+
+import dataclasses
+import hashlib
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+from tqdm import tqdm
+
+from cache.durable import building
+from cache.schema import CHUNK_KEYS, consolidate, put_array
+from pipeline.errors import UserError
+from pipeline.imagery.imagechunk import Piece, bring
+from pipeline.imagery.images import (
+    IGNORE,
+    Images,
+    Stream,
+    check,
+    check_description,
+    label_dims,
+)
+
+# A chunk has at most so many samples, and about so many bytes: a few are in memory in each process.
+CHUNK, CHUNK_BYTES = 64, 32 << 20
+# Fewer chunks are written sooner by this process than others are started.
+_FEW = 16
+_DESCRIBED = {
+    "wavelength": {"units": "micrometre"},
+    "lat": {"units": "degrees_north"},
+    "lon": {"units": "degrees_east"},
+    "time": {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"},
+    "transform": {"description": "affine coefficients a to f, from (column, row) of a pixel's corner to the crs"},
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Samples of each split that were written, and those that were left out, by name, with the reason."""
+
+    counts: dict[str, int]
+    left_out: dict[str, str]
+
+
+class _Damaged(Exception):
+    """Samples that are to be left out, by name, with the reason."""
+
+
+def write(dataset: Images | Stream, scratch: Path, final: Path, workers: int = 0, skip_bad: bool = False) -> Written:
+    """Write a dataset as an images store that appears at `final` in one step.
+
+    Args:
+        workers: processes that read and write a stream; 0 for as many as there are processors.
+        skip_bad: leave out samples of a stream that cannot be read, and say so in the store.
+
+    Raises:
+        UserError: shapes, names, splits or labels that do not fit together, or a sample that cannot be read.
+    """
+    left_out = {}
+    while True:
+        check(dataset) if isinstance(dataset, Images) else check_description(dataset)
+        try:
+            with building(scratch, final):
+                _write(dataset, scratch, workers or len(os.sched_getaffinity(0)), skip_bad, left_out)
+            counts = {split: list(dataset.split).count(split) for split in ("train", "val", "test")}
+            return Written(counts, left_out)
+        except _Damaged as damaged:  # a store has no holes: it is written again without these
+            left_out |= damaged.args[0]
+            dataset = _without(dataset, left_out)
+
+
+def _write(dataset: Images | Stream, scratch: Path, workers: int, skip_bad: bool, left_out: dict) -> None:
+    group = zarr.open_group(scratch, mode="w", zarr_format=3)
+    count = len(dataset.sample)
+    held = isinstance(dataset, Images)
+    shape, dtype = (dataset.image.shape[1:], dataset.image.dtype) if held else (dataset.shape, dataset.dtype)
+    chunk = min(count, max(1, min(CHUNK, CHUNK_BYTES // (math.prod(shape) * dtype.itemsize))))
+    arrays = {"image": (shape, dtype, {"units": dataset.units})}
+    if dataset.task == "segmentation":
+        mask = dataset.label.dtype if held else np.dtype("uint8")
+        arrays["label"] = (shape[1:], mask, {"ignore_value": IGNORE})
+    content = hashlib.sha256()
+    for name, (inner, kind, attributes) in arrays.items():
+        group.create_array(
+            name, shape=(count, *inner), dtype=kind, chunks=(chunk, *inner), compressors=None, attributes=attributes,
+            dimension_names=("sample", *("band", "y", "x")[-len(inner) :]), chunk_key_encoding=CHUNK_KEYS,
+        )  # fmt: skip
+        content.update(f"{name} {kind} {(count, *inner)} by {chunk}".encode())
+    pieces = []
+    starts = range(0, count, chunk)
+    with tqdm(total=count, unit="image", mininterval=2, file=sys.stderr, disable=held) as progress:
+        for piece in _pieces(dataset, scratch, starts, chunk, workers, skip_bad):
+            pieces.append(piece)
+            progress.update(len(piece.time))
+    if bad := dict(one for piece in pieces for one in piece.bad):
+        raise _Damaged(bad)
+    for piece in pieces:
+        content.update("".join(piece.digests).encode())
+    if not held and dataset.verify:
+        dataset.verify(sum(piece.total for piece in pieces) / count)
+    coordinates = []
+    for name, (values, dims) in _small(dataset, pieces).items():
+        extra = _DESCRIBED.get(name, {})
+        put_array(group, name, values, dims, chunks=(len(values), *values.shape[1:]), attributes=extra)
+        content.update(f"{name} {values.dtype} {values.shape}".encode())
+        content.update("\0".join(values).encode() if values.dtype == object else values.tobytes())
+        coordinates += [name] if name != "label" else []
+    attributes = {
+        "task": dataset.task,
+        "classes": list(dataset.classes),
+        "units": dataset.units,
+        "gsd": None if math.isnan(dataset.gsd) else dataset.gsd,
+        "gsd_units": "metre",
+        "display": list(dataset.display) if dataset.display else None,
+        "licence": dataset.licence,
+        "source": dataset.source,
+        "notes": list(dataset.notes),
+        "left_out": dict(sorted(left_out.items())),
+    }
+    content.update(repr(sorted(attributes.items())).encode())
+    group.attrs.update({**attributes, "content_sha256": content.hexdigest(), "coordinates": " ".join(coordinates)})
+    consolidate(group)
+
+
+def _small(dataset: Images | Stream, pieces: Sequence[Piece]) -> dict[str, tuple[np.ndarray, tuple[str, ...]]]:
+    """Everything but pixels and masks: values and dimensions by name."""
+    arrays = {}
+    if dataset.task != "segmentation":
+        arrays["label"] = (np.concatenate([piece.label for piece in pieces]), label_dims(dataset.task))
+    for name, values in (("sample", dataset.sample), ("split", dataset.split)):
+        arrays[name] = (np.array(values, dtype=object), ("sample",))
+    names = [band.common_name for band in dataset.bands]
+    arrays["band"] = (np.array(names, dtype=object), ("band",))
+    arrays["band_name"] = (np.array([band.name for band in dataset.bands], dtype=object), ("band",))
+    arrays["wavelength"] = (np.array([float(band.wavelength) for band in dataset.bands]), ("band",))
+    lat, lon, time = (np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("lat", "lon", "time"))
+    if not np.isnan(lat).all():
+        arrays |= {"lat": (lat, ("sample",)), "lon": (lon, ("sample",))}
+    if not np.isnat(time).all():
+        arrays["time"] = (time.astype("datetime64[s]").astype(np.int64), ("sample",))
+    if dataset.crs is not None:
+        arrays["crs"] = (np.array(dataset.crs, dtype=object), ("sample",))
+    if dataset.transform is not None:
+        arrays["transform"] = (np.asarray(dataset.transform, dtype=np.float64), ("sample", "coefficient"))
+    return arrays
+
+
+def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, skip_bad: bool):
+    """Write all chunks, and yield what is to be said of each, in order."""
+    if isinstance(dataset, Images) or workers == 1 or len(starts) <= _FEW:
+        for start in starts:
+            yield bring(dataset, scratch, start, chunk, skip_bad)
+        return
+    # Started afresh, not forked: zarr's threads would not survive it.
+    context = multiprocessing.get_context("spawn")
+    given = (dataset, scratch, chunk, skip_bad)
+    pool = ProcessPoolExecutor(min(workers, len(starts)), context, initializer=_begin, initargs=given)
+    try:
+        yield from pool.map(_next, starts)
+    except BrokenProcessPool:
+        raise UserError(
+            "A process that read images was killed, perhaps because memory ran out. Run the same command again; "
+            "with fewer processors (taskset) it needs less."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_mine: tuple = ()
+
+
+def _begin(*given) -> None:
+    global _mine
+    _mine = given
+
+
+def _next(start: int) -> Piece:
+    dataset, scratch, chunk, skip_bad = _mine
+    return bring(dataset, scratch, start, chunk, skip_bad)
+
+
+def _without(stream: Stream, left_out: dict[str, str]) -> Stream:
+    keep = [place for place, name in enumerate(stream.sample) if name not in left_out]
+    chosen = {
+        name: [values[place] for place in keep]
+        for name in ("sample", "split", "crs", "transform")
+        if (values := getattr(stream, name)) is not None
+    }
+    return dataclasses.replace(stream, **chosen)

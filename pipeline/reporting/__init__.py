@@ -1,0 +1,1 @@
+"""Scores compared, and the page that shows them."""

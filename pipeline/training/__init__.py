@@ -1,0 +1,1 @@
+"""Heads on cached features: what is joined, the only training loop, the search, and the paper's protocol."""

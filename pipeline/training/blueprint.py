@@ -1,0 +1,54 @@
+"""What a head is built from: enough to make groups of it, and one again from a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from pipeline.heads.dense import DenseGroup
+from pipeline.heads.fcn import Fcn
+from pipeline.heads.linear import LinearGroup
+from pipeline.heads.upernet import UperNet
+from pipeline.training.join import Join, Joined, mix, projected
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A head for a model's features.
+
+    Attributes:
+        head: `linear` on pooled vectors, `upernet` or `fcn` on levels.
+        fusion: how members are joined (pipeline/training/join.py).
+        shapes: of each member's arrays, (channel,) or (channel, y, x).
+        classes: how many.
+        size: of the masks, (y, x); none of pooled vectors.
+        channels: of a UPerNet's decoder.
+        neck: whether a transformer's levels become a pyramid first.
+        precision: of dense heads, float32 or bfloat16.
+    """
+
+    head: str
+    fusion: str
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+    classes: int
+    size: tuple[int, ...] = ()
+    channels: int = 0
+    neck: bool = False
+    precision: str = "float32"
+
+    def group(self, seeds: Sequence[int]) -> LinearGroup | DenseGroup:
+        """Heads, one a seed, not yet trained."""
+        if self.head == "linear":
+            widths = [sum(shape[0] for shape in member) for member in self.shapes]
+            mixed = partial(mix, self.fusion, dim=2)
+            return LinearGroup(widths, self.classes, seeds, projected(self.fusion, widths), mixed)
+        return DenseGroup(self._dense, self.size, seeds, self.precision)
+
+    def _dense(self) -> Joined:
+        return Joined(Join(self.shapes, self.fusion, self.neck), self._head)
+
+    def _head(self, channels: Sequence[int]) -> torch.nn.Module:
+        if self.head == "fcn":
+            return Fcn(channels, self.classes)
+        return UperNet(channels, self.channels, self.classes)

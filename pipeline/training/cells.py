@@ -1,0 +1,179 @@
+"""One cell of the grid, a dataset seen through a model: its features, labels and heads, ready to train."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+
+from cache.read import Features, aligned
+from cache.schema import StoreError
+from pipeline.errors import UserError
+from pipeline.imagery import images
+from pipeline.params import Heads
+from pipeline.training import fit, fusion
+from pipeline.training.blueprint import Blueprint
+from pipeline.training.feed import Stream, channels_last
+
+
+@dataclass(frozen=True)
+class Part(fit.Data):
+    """Features and labels of one split, and its samples' names."""
+
+    sample: list[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The splits asked for, and how to train on them.
+
+    Attributes:
+        parts: by split.
+        task: what is asked.
+        train: from settings to a trained group of heads.
+        batch: samples per step.
+        names: of the classes.
+        fields: of each member, the names of the arrays that are read.
+        by: of each of these, `fusion.factors`.
+        blueprint: of the heads.
+    """
+
+    parts: dict[str, Part]
+    task: fit.Task
+    train: Callable[[Sequence[fit.Setting]], torch.nn.Module]
+    batch: int
+    names: list[str]
+    fields: list[list[str]]
+    by: list[tuple[np.ndarray, np.ndarray]]
+    blueprint: Blueprint
+
+    def counts(self, group: torch.nn.Module, split: str) -> np.ndarray:
+        """Per-sample counts of every head on a split, (head, sample, cells)."""
+        return fit.evaluate(group, self.parts[split], self.task, self.batch)
+
+    def logits(self, group: torch.nn.Module, split: str) -> np.ndarray:
+        """What every head says of a split's chips, float32 (head, sample, class); for pooled vectors."""
+        return fit.logits(group, self.parts[split].inputs)
+
+
+def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits: Sequence[str], device: str) -> Cell:
+    """Open the members' stores, check that they belong together, and bring the splits into memory.
+
+    Splits that are larger than `heads.memory` together stay on disk and are streamed.
+
+    Args:
+        stores: the members' stores, and the content digests they must have; None leaves that unchecked.
+        splits: the splits to read; nothing is read of the others, but validation where it decides when to stop.
+
+    Raises:
+        StoreError: stores that differ in samples, were made from other images, or are not those resolved.
+        UserError: parameters that do not fit the task.
+    """
+    members, labelled = opened(stores, pictures)
+    task = task_of(labelled)
+    kind, classes = task.kind, task.classes
+    dense = kind == "segmentation"
+    chosen = getattr(heads, heads.segmentation if dense else "linear")
+    recipe = fit.Recipe(chosen.steps, chosen.batch, chosen.patience, heads.checks)
+    wanted = dict.fromkeys([*splits, *(["val"] if chosen.patience else [])])
+    rows = {split: np.flatnonzero(members[0].split == split) for split in [*wanted, "train"]}
+
+    grouped = (
+        fusion.maps(members, heads.levels)
+        if dense
+        else fusion.vectors(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
+    )
+    fields = list(chain(*grouped))
+    by = [fusion.statistics(field, rows["train"]) for field in fields]
+    held = 4 * sum(len(rows[split]) for split in wanted) * sum(prod(_shape(field)) for field in fields)
+    parts = {}
+    for split in wanted:
+        if held > heads.memory * 1e9:
+            inputs = Stream(fields, by, rows[split], device, vectors=not dense)
+        else:
+            inputs = _in_memory(fields, by, rows[split], device, dense)
+        label = torch.from_numpy(labelled.label[rows[split]].values.astype(np.uint8 if dense else np.int64))
+        parts[split] = Part(inputs, label.to(device), members[0].sample[rows[split]].tolist())
+
+    if heads.class_weights == "balanced":
+        task = replace(task, weights=_balanced(labelled.label[rows["train"]].values, kind, classes))
+    shapes = tuple(tuple(_shape(field) for field in member) for member in grouped)
+    blueprint = _blueprint(heads, shapes, classes, tuple(labelled.label.shape[1:]), device if dense else None)
+
+    def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
+        return fit.fit(blueprint.group, parts["train"], task, settings, recipe, parts.get("val"))
+
+    names = [[name for _, name in member] for member in grouped]
+    factors = [fusion.factors(*each) for each in by]
+    return Cell(parts, task, train, chosen.batch, list(labelled.attrs["classes"]), names, factors, blueprint)
+
+
+def opened(stores: Mapping[Path, str | None], pictures: Path) -> tuple[list[Features], xr.Dataset]:
+    """The members' stores and the images store they were made from, checked to belong together.
+
+    Args:
+        stores: the members' stores, and the content digests they must have; None leaves that unchecked.
+
+    Raises:
+        StoreError: stores that differ in samples, were made from other images, or are not those resolved.
+    """
+    for path in stores:
+        if not Path(path).exists():
+            raise StoreError(
+                f"There is no feature store at {path}. Run: dvc repro extract@{path.parent.name}-{path.stem}"
+            )
+    members = [Features(path) for path in stores]
+    aligned(members)
+    labelled = images.open_images(pictures)
+    for member in members:
+        if (wanted := stores[member.location]) and member.attributes["content_sha256"] != wanted:
+            raise StoreError(f"{member.location} is not the store that was resolved for this model. Run: dvc repro")
+        if member.attributes["images_sha256"] != labelled.attrs["content_sha256"]:
+            raise StoreError(f"{member.location} was made from other images than {pictures}. Run: dvc repro")
+        if member.sample.tolist() != labelled.sample.values.tolist():
+            raise StoreError(f"{member.location} lists its samples in another order than {pictures}. Run: dvc repro")
+    return members, labelled
+
+
+def task_of(labelled: xr.Dataset) -> fit.Task:
+    """What an images store asks."""
+    kind = labelled.attrs["task"]
+    return fit.Task(kind, len(labelled.attrs["classes"]), images.IGNORE if kind == "segmentation" else None)
+
+
+def _in_memory(fields: Sequence[fusion.Field], by, rows: np.ndarray, device: str, dense: bool):
+    read = (fusion.standardised(field, rows, each).to(device) for field, each in zip(fields, by, strict=True))
+    return [channels_last(level) for level in read] if dense else torch.cat(list(read), dim=1)
+
+
+def _shape(field: fusion.Field) -> tuple[int, ...]:
+    store, name = field
+    return tuple(store.array(name).shape)
+
+
+def _blueprint(heads: Heads, shapes, classes: int, size: tuple[int, ...], device: str | None) -> Blueprint:
+    """What `heads` asks for; `device` is that of dense heads, none of linear ones."""
+    if device is None:
+        return Blueprint("linear", heads.fusion, shapes, classes)
+    automatic = "bfloat16" if device.startswith("cuda") else "float32"
+    precision = automatic if heads.precision == "auto" else heads.precision
+    if heads.segmentation == "fcn":
+        return Blueprint("fcn", heads.fusion, shapes, classes, size, precision=precision)
+    channels, neck = heads.upernet.channels, heads.upernet.neck
+    return Blueprint("upernet", heads.fusion, shapes, classes, size, channels, neck, precision)
+
+
+def _balanced(label: np.ndarray, kind: str, classes: int) -> tuple[float, ...]:
+    """A weight a class, inverse to how often it occurs in training; one for those that do not."""
+    if kind == "multilabel":
+        raise UserError(
+            "heads.class_weights is 'balanced', which is for one class a sample or a pixel; this set is multi-label. "
+            "Set it to 'none'."
+        )
+    count = np.bincount(label[label != images.IGNORE] if kind == "segmentation" else label, minlength=classes)
+    present = count > 0
+    return tuple(np.where(present, count.sum() / (present.sum() * np.maximum(count, 1)), 1.0).tolist())

@@ -1,0 +1,79 @@
+"""The paper's protocol on one cell, a data set seen through a model: search on validation, then seeds on test."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from pipeline import metrics, params
+from pipeline.training import predictions
+from pipeline.training.cells import Cell
+from pipeline.training.fit import Setting
+from pipeline.training.search import search
+
+# Whose figures these are: backbones frozen, features from the cache. A fine-tuned model would be another protocol.
+PROTOCOL = "frozen"
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Seeds that were read on the test split.
+
+    Attributes:
+        runs: one row a seed.
+        predicted: one row a seed and test sample (pipeline/training/predictions.py).
+        group: the trained heads.
+        best: the place in it of the one with the best score on validation.
+    """
+
+    runs: pd.DataFrame
+    predicted: pd.DataFrame
+    group: torch.nn.Module
+    best: int
+
+
+def tune(cell: Cell, described: params.Search, name: str, study: Path | None = None, about: object = None) -> dict:
+    """Search learning rate and weight decay on the validation split.
+
+    Args:
+        name: for the line that says how far it is.
+        study, about: as for `search`.
+    """
+
+    def score(settings):
+        counts = cell.counts(cell.train(settings), "val")
+        scores = metrics.score(cell.task.kind, counts.sum(axis=1), cell.task.classes)
+        print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
+        return scores
+
+    return search(score, described, study, about)
+
+
+def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Tested:
+    """Train `seeds` heads at the best setting and read the test split, once for each.
+
+    Args:
+        told: what else each run's row says, such as its data set and model.
+
+    Returns:
+        every run, what was predicted, and the heads.
+    """
+    group = cell.train([Setting(**best, seed=seed) for seed in range(seeds)])
+    task, part = cell.task, cell.parts["test"]
+    validation = metrics.score(task.kind, cell.counts(group, "val").sum(axis=1), task.classes)
+    if task.kind == "segmentation":
+        predicted = predictions.of_masks(part.sample, cell.counts(group, "test"))
+    else:
+        label = part.label.cpu().numpy()
+        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.kind)
+    _, counts = predictions.counts(predicted, task.kind, task.classes)
+    tested = metrics.score(task.kind, counts.sum(axis=1), task.classes)
+    runs = [
+        {**told, "protocol": PROTOCOL, "task": task.kind, "seed": seed, "metric": metrics.METRICS[task.kind],
+         "score": tested[seed], "val_score": validation[seed], "n_test": len(part.sample), "classes": task.classes,
+         **best}
+        for seed in range(seeds)
+    ]  # fmt: skip
+    return Tested(pd.DataFrame(runs), predicted, group, int(validation.argmax()))

@@ -1,0 +1,86 @@
+"""The search over learning rate and weight decay: Optuna's TPE, asked for several trials at a time."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import optuna
+
+from cache.durable import write_file
+from pipeline.params import Search
+from pipeline.training.fit import Setting
+
+Score = Callable[[Sequence[Setting]], Sequence[float]]
+
+
+def search(score: Score, described: Search, study: Path | None = None, about: object = None) -> dict:
+    """Search for the setting with the best validation score.
+
+    A round of trials is asked for, trained together and told. What a round asks for depends on the rounds before it
+    and the seed alone, so a search that was killed goes on after its last whole round and ends as it would have.
+
+    Args:
+        score: validation scores of heads trained with the given settings, together.
+        described: numbers of trials and bounds.
+        study: where finished rounds are kept, to be gone on with; None to keep nothing.
+        about: what the scores depend on besides, as plain data; a study about something else is begun anew.
+
+    Returns:
+        `best`, the learning rate and weight decay; `score`, theirs on validation; and all `trials`.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {
+        name: optuna.distributions.FloatDistribution(*getattr(described, name), log=True)
+        for name in ("learning_rate", "weight_decay")
+    }
+    key = hashlib.sha256(json.dumps([asdict(described), about, _code()], sort_keys=True).encode()).hexdigest()
+    trials = _kept(study, key)
+    while (left := described.trials - len(trials)) > 0:
+        asked = _ask(trials, space, min(described.parallel, left), described)
+        # Every trial has the same seed, so that trials differ in their settings alone.
+        scores = score([Setting(**params, seed=described.seed) for params in asked])
+        # A head that diverged is the worst there is, and TPE is told so; NaN it would not take.
+        trials += [
+            {**params, "score": float(value) if np.isfinite(value) else 0.0}
+            for params, value in zip(asked, scores, strict=True)
+        ]
+        if study:
+            study.parent.mkdir(parents=True, exist_ok=True)
+            write_file(study, [json.dumps({"key": key, "trials": trials}).encode()])
+    # Of equals, and on a small validation split there are many, the one that AdamW shrinks most with each step.
+    best = max(trials, key=lambda trial: (trial["score"], trial["learning_rate"] * trial["weight_decay"]))
+    return {"best": {name: best[name] for name in space}, "score": best["score"], "trials": trials}
+
+
+def _ask(trials: Sequence[dict], space: dict, count: int, described: Search) -> list[dict]:
+    """A round's settings: the first half of all trials random, then by TPE from those before."""
+    # A seed a round, since a sampler's state does not outlive its process.
+    seed = int(np.random.SeedSequence([described.seed, len(trials)]).generate_state(1)[0])
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    sampler = optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=described.trials // 2, multivariate=True, constant_liar=True
+    )
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for trial in trials:
+        params = {name: trial[name] for name in space}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=trial["score"]))
+    return [study.ask(space).params for _ in range(count)]
+
+
+def _kept(study: Path | None, key: str) -> list[dict]:
+    """Trials of finished rounds; none if the study is not there, torn, or about something else."""
+    try:
+        found = json.loads(study.read_bytes()) if study else {}
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
+    return found["trials"] if isinstance(found, dict) and found.get("key") == key else []
+
+
+def _code() -> str:
+    """Digest of what trains: trials of other code are not gone on with."""
+    folder = Path(__file__).parents[1]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()

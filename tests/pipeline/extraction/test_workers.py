@@ -1,0 +1,85 @@
+"""Several processes on one store, with one killed in the middle."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from cache.read import Features
+from pipeline.extraction import workers
+from pipeline.params import Backbone, Compute, Extract
+
+EXTRACT = Extract(
+    dtype="float16", codec="none", precision="float32", compiled=False, batch=4, shard=4, dense=False,
+    views=("identity",),
+)  # fmt: skip
+
+
+@pytest.fixture
+def task(store, weights, tmp_path):
+    (weights("csmask_b4") / "source.json").write_text(json.dumps({"weights": "pretrained"}))
+
+    def make(name):
+        return workers.Extraction(
+            "csmask_b4", Backbone("efficientnet", "csmask_b4", "pretrained", 128), EXTRACT, "cpu",
+            images=store("sample-landuse-seg"), weights=weights("csmask_b4"),
+            scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
+            threads=1,
+        )  # fmt: skip
+
+    return make
+
+
+def bytes_of(store):
+    return {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+def kill_one_at_work(shards) -> int:
+    """Kill -9 a process that holds a shard, as soon as two shards are safe; returns the shard's number."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        time.sleep(0.02)
+        if len(list(shards().glob("*.json"))) < 2:
+            continue
+        for child in psutil.Process().children(recursive=True):
+            try:
+                held = [
+                    file.path
+                    for file in child.open_files()
+                    if file.path.endswith(".lock") and "/shards/" in file.path
+                ]
+            except psutil.Error:
+                continue
+            for lock in held:
+                if not os.path.exists(lock.replace(".lock", ".json")):
+                    os.kill(child.pid, signal.SIGKILL)
+                    return int(os.path.basename(lock).removesuffix(".lock"))
+    raise AssertionError("no worker was seen at work")
+
+
+def test_two_workers_one_killed_make_the_store_of_one_process(task):
+    alone = workers.run(task("alone"), Compute("cpu", workers=0, scheduler=""))
+    shared, together = task("shared"), {}
+    thread = threading.Thread(target=lambda: together.update(workers.run(shared, Compute("cpu", 2, ""))))
+    thread.start()
+    killed = kill_one_at_work(lambda: next(shared.scratch.glob("*/shards"), shared.scratch))
+    thread.join(timeout=240)
+    assert not thread.is_alive()
+    assert killed in range(18)
+    assert together == alone
+    assert bytes_of(shared.final) == bytes_of(task("alone").final)
+    assert not list(shared.scratch.iterdir())
+    assert len(Features(shared.final).sample) == 72
+
+
+def test_the_workers_of_a_scheduler(task):
+    from distributed import LocalCluster
+
+    alone = workers.run(task("alone"), Compute("cpu", workers=0, scheduler=""))
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        again = workers.run(task("again"), Compute("cpu", workers=0, scheduler=cluster.scheduler_address))
+    assert again == alone

@@ -1,0 +1,31 @@
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.imagery import chips
+from pipeline.params import Splits
+
+SPLITS = Splits(0.6, 0.2, 0.2)
+
+
+def test_chips_tile_without_overlap_and_stay_inside():
+    places = chips.corners(50, 70, 16)
+    assert len(places) == 3 * 4
+    image = np.arange(50 * 70).reshape(50, 70)
+    cut = np.stack([chips.cut(image, place, 16) for place in places])
+    assert cut.shape == (12, 16, 16)
+    assert len(np.unique(cut)) == cut.size
+
+
+def test_blocks_are_dealt_in_the_wanted_numbers_and_shares():
+    counts = np.random.default_rng(0).poisson(30, size=(20, 4)).astype(float)
+    deal = chips.assign_blocks(counts, SPLITS, seed=0)
+    assert np.bincount(deal).tolist() == [12, 4, 4]
+    shares = counts[deal == 0].sum(axis=0) / counts.sum(axis=0)
+    assert np.abs(shares - 0.6).max() < 0.06
+    assert (chips.assign_blocks(counts, SPLITS, seed=0) == deal).all()
+
+
+def test_too_few_blocks():
+    with pytest.raises(UserError, match="cannot fill three splits"):
+        chips.assign_blocks(np.ones((2, 2)), SPLITS, seed=0)

@@ -1,0 +1,99 @@
+"""Streams of samples become the same store whoever writes it."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from pipeline.bands import Band
+from pipeline.errors import UserError
+from pipeline.imagery import imagestore
+from pipeline.imagery.images import Images, Sample, Stream
+
+NAMES = [f"s{number:02d}" for number in range(20)]
+
+
+def read(task: str, name: str, out=None) -> Sample:
+    number = int(name[1:])
+    if number >= 90:
+        raise UserError(f"{name}.tif is damaged")
+    image = np.random.default_rng(number).integers(0, 200, (2, 8, 8)).astype(np.uint8)
+    label = {"classification": np.int64(number % 3), "segmentation": image[0] % 3}[task]
+    return Sample(image, label, lat=number / 10, lon=-number / 10, time=np.datetime64("2020-01-01", "s") + number)
+
+
+def stream(task="classification", **changes) -> Stream:
+    described = {
+        "sample": NAMES, "split": (["train"] * 2 + ["val", "test"]) * 5,
+        "bands": (Band("a", "red", 0.66, 1), Band("h", "height")), "classes": ("x", "y", "z"), "task": task,
+        "units": "uint8", "gsd": float("nan"), "licence": "none", "source": "made up",
+        "read": partial(read, task), "shape": (2, 8, 8), "dtype": np.dtype("uint8"),
+    }  # fmt: skip
+    return Stream(**described | changes)
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_other_processes_write_the_same_store(tmp_path, monkeypatch, task):
+    monkeypatch.setattr(imagestore, "CHUNK", 3)
+    monkeypatch.setattr(imagestore, "_FEW", 2)
+    digests = []
+    for workers in (1, 2) if task == "segmentation" else (1,):
+        imagestore.write(stream(task), tmp_path / "scratch", tmp_path / f"by-{workers}", workers=workers)
+        opened = xr.open_zarr(tmp_path / f"by-{workers}")
+        digests.append(opened.attrs["content_sha256"])
+        for number, name in enumerate(NAMES):
+            one = read(task, name)
+            np.testing.assert_array_equal(opened.image[number], one.image)
+            np.testing.assert_array_equal(opened.label[number], one.label)
+        assert opened.lat[3] == 0.3
+        assert opened.time[3].values == np.datetime64("2020-01-01T00:00:03")
+        assert opened.attrs["gsd"] is None
+        assert np.isnan(opened.wavelength[1])
+    assert len(set(digests)) == 1
+    # The same in memory is the same store.
+    samples = [read(task, name) for name in NAMES]
+    described = {field.name: getattr(stream(task), field.name) for field in dataclasses.fields(Images)
+                 if hasattr(stream(task), field.name)}  # fmt: skip
+    held = Images(
+        **described,
+        image=np.stack([one.image for one in samples]), label=np.stack([one.label for one in samples]),
+        **{key: np.array([getattr(one, key) for one in samples]) for key in ("lat", "lon", "time")},
+    )  # fmt: skip
+    imagestore.write(held, tmp_path / "scratch", tmp_path / "held")
+    assert xr.open_zarr(tmp_path / "held").attrs["content_sha256"] == digests[0]
+
+
+def test_a_damaged_sample_in_another_process_is_named_or_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagestore, "CHUNK", 2)
+    monkeypatch.setattr(imagestore, "_FEW", 2)
+    damaged = stream(sample=[*NAMES[:-1], "s90"])
+    with pytest.raises(UserError, match="s90.tif is damaged"):
+        imagestore.write(damaged, tmp_path / "scratch", tmp_path / "store", workers=2)
+    assert list(tmp_path.iterdir()) == []
+    written = imagestore.write(damaged, tmp_path / "scratch", tmp_path / "store", workers=1, skip_bad=True)
+    assert written.left_out == {"s90": "s90.tif is damaged"}
+    assert xr.open_zarr(tmp_path / "store").sizes["sample"] == 19
+
+
+def test_a_chunk_has_a_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagestore, "CHUNK_BYTES", 5 * 128)
+    imagestore.write(stream(), tmp_path / "scratch", tmp_path / "store", workers=1)
+    assert xr.open_zarr(tmp_path / "store").image.encoding["chunks"] == (5, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"shape": (2, 8, 9)}, r"Sample s00 has the shape \(2, 8, 8\)"),
+        ({"dtype": np.dtype("bool")}, "do not fit into bool"),
+        ({"classes": ("x", "y")}, "Sample s02: A label lies outside the 2 classes"),
+        ({"sample": ["s01", *NAMES[1:]]}, "name appears twice"),
+        ({"bands": (Band("a", "red"), Band("b", "red"))}, "Two bands are called 'red'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, given, words):
+    with pytest.raises(UserError, match=words):
+        imagestore.write(stream(**given), tmp_path / "scratch", tmp_path / "store", workers=1)
+    assert list(tmp_path.iterdir()) == []

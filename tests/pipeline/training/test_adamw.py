@@ -1,0 +1,51 @@
+"""K heads' AdamW against torch's own, on the same gradients."""
+
+import pytest
+import torch
+
+from pipeline.training.adamw import HeadwiseAdamW, warm_cosine
+
+RATES, DECAYS = [1e-2, 3e-1, 1e-4], [1e-2, 0.0, 30.0]
+
+
+def test_each_heads_numbers_are_exactly_torchs():
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(3, 5, 7, generator=generator), torch.randn(3, 5, generator=generator)
+    theirs = [[one[head].clone().requires_grad_() for one in (weight, bias)] for head in range(3)]
+    ours = HeadwiseAdamW([(weight, True), (bias, False)], RATES, DECAYS)
+    factor = warm_cosine(50)
+    optimisers = [
+        torch.optim.AdamW(
+            [{"params": [w], "weight_decay": decay}, {"params": [b], "weight_decay": 0}], lr=rate, fused=True
+        )
+        for (w, b), rate, decay in zip(theirs, RATES, DECAYS, strict=True)
+    ]
+    for step in range(50):
+        weight.grad, bias.grad = torch.randn(weight.shape, generator=generator), torch.randn(bias.shape)
+        for optimiser, rate, (w, b), head in zip(optimisers, RATES, theirs, range(3), strict=True):
+            w.grad, b.grad = weight.grad[head].clone(), bias.grad[head].clone()
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor(step)
+            optimiser.step()
+        ours.step(factor(step))
+        for head, (w, b) in enumerate(theirs):
+            assert torch.equal(weight[head], w)
+            assert torch.equal(bias[head], b)
+
+
+def test_a_frozen_head_stays_and_others_go_on():
+    weight = torch.ones(2, 3, 3)
+    optimiser = HeadwiseAdamW([(weight, True)], [0.1, 0.1], [1.0, 1.0])
+    optimiser.freeze(0)
+    weight.grad = torch.ones_like(weight)
+    optimiser.step(1.0)
+    assert (weight[0] == 1).all()
+    assert (weight[1] < 0.9).all()
+
+
+def test_the_rate_rises_then_falls_as_a_cosine():
+    factors = [warm_cosine(100)(step) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[99] < 0.001

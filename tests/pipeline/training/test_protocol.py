@@ -1,0 +1,77 @@
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score
+
+from pipeline import metrics
+from pipeline.params import Heads, LinearHead, Search, UperNetHead
+from pipeline.training import cells, predictions, protocol
+from pipeline.training.feed import Stream
+
+HEADS = Heads(LinearHead("all", "mean", steps=100, batch=20), UperNetHead(channels=4, steps=10, batch=4))
+SEARCH = Search(trials=4, parallel=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
+TOLD = {"dataset": "d", "model": "m", "weights": "none"}
+
+
+def load(given, names, splits=("train", "val", "test"), heads=HEADS):
+    members, like = given
+    stores = {members[name].location: None for name in names}
+    return cells.load(stores, Path(like.encoding["source"]), heads, splits, "cpu")
+
+
+def test_chips_searched_trained_and_kept(known_chips, capsys):
+    cell = load(known_chips, ["high", "low"], ("train", "val"))
+    tuned = protocol.tune(cell, SEARCH, "d m")
+    assert len(tuned["trials"]) == 4
+    assert capsys.readouterr().out.count("d m: 2 trials, best on validation") == 2
+    tested = protocol.test(load(known_chips, ["high", "low"]), tuned["best"], 3, TOLD)
+    runs, kept = tested.runs, tested.predicted
+    assert len(runs) == 3
+    assert set(runs.protocol) == {"frozen"}
+    assert runs.iloc[0].to_dict().items() >= {**TOLD, **tuned["best"], "metric": "accuracy", "n_test": 30}.items()
+    like = known_chips[1]
+    names = like.sample.values[like.split.values == "test"].tolist()
+    for seed, table in kept.groupby("seed"):
+        assert table["sample"].tolist() == names
+        assert table.label.tolist() == like.label.values[like.split.values == "test"].tolist()
+        assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
+        chances = np.stack(table.probability)
+        np.testing.assert_allclose(chances.sum(1), 1, rtol=1e-5)
+        assert (chances.argmax(1) == table.predicted).all()
+    assert runs.score.mean() > 0.9
+
+
+def test_the_kept_counts_are_those_of_the_evaluation(known_chips):
+    """Predictions are made apart from `Cell.counts`; both must say the same."""
+    from pipeline.training.fit import Setting
+
+    cell = load(known_chips, ["high", "none"])
+    group = cell.train([Setting(0.05, 0.01, seed) for seed in range(3)])
+    kept = protocol.test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
+    _, counts = predictions.counts(kept, "classification", 4)
+    np.testing.assert_array_equal(counts, cell.counts(group, "test"))
+
+
+def test_masks_keep_their_confusion(known_masks):
+    cell = load(known_masks, ["knows", "coarse"])
+    tested = protocol.test(cell, {"learning_rate": 0.01, "weight_decay": 0.01}, 2, TOLD)
+    runs, kept = tested.runs, tested.predicted
+    samples, counts = predictions.counts(kept, "segmentation", 3)
+    assert samples == cell.parts["test"].sample
+    assert counts.sum() == 2 * (cell.parts["test"].label != 255).sum()
+    assert metrics.score("segmentation", counts.sum(1), 3).tolist() == runs.score.tolist()
+    assert not any(math.isnan(value) for value in runs.val_score)
+
+
+def test_streamed_chips_are_kept_as_those_in_memory(known_chips):
+    best = {"learning_rate": 0.05, "weight_decay": 0.01}
+    cell = load(known_chips, ["high", "low"], heads=dataclasses.replace(HEADS, memory=0.0))
+    assert isinstance(cell.parts["test"].inputs, Stream)
+    tested = protocol.test(cell, best, 2, TOLD)
+    runs, kept = tested.runs, tested.predicted
+    for seed, table in kept.groupby("seed"):
+        assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
+    assert runs.score.mean() > 0.9
