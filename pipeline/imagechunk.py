@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,18 @@ from pipeline.images import Images, Sample, Stream, check_label, check_place
 
 # Means are taken of every so many pixels each way: bands differ by far more than that changes.
 _THIN = 4
+# So many samples are fetched from the disk while others are worked on: enough to hide what a disk takes to answer.
+_AHEAD = 16
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is left to say of a chunk once it is on the disk: digests, small values, sums, and what was damaged."""
+    """What is left to say of a chunk once it is on the disk: digests, small values, sums, and what was damaged.
 
+    `start` is its first sample's place.
+    """
+
+    start: int
     digests: tuple[str, ...]
     label: np.ndarray | None
     lat: np.ndarray
@@ -40,6 +47,7 @@ def bring(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip_
         image, label, lat, lon, time, bad = _read(dataset, rows, skip_bad)
     stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
     return Piece(
+        start=start,
         digests=tuple(_store(scratch / name, values, start // chunk, chunk) for name, values in stored.items()),
         label=None if dataset.task == "segmentation" else label,
         lat=np.asarray(lat, dtype=np.float64),
@@ -62,6 +70,8 @@ def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
         while written < len(wanted):
             written += file.write(wanted[written:])
         file.truncate(values[:1].nbytes * chunk)
+        # Linux begins to write what the system holds of a file that is called not needed: beside the next chunk.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return hashlib.sha256(values).hexdigest()
 
 
@@ -82,7 +92,11 @@ def _read(stream: Stream, rows: slice, skip_bad: bool):
     }[stream.task]
     label = np.zeros((len(names), *empty), kind)
     lat, lon, time, bad = [], [], [], []
+    ahead = stream.ahead or (lambda names: None)
+    ahead(stream.sample[rows.start : rows.start + _AHEAD])
     for place, name in enumerate(names):
+        soon = rows.start + place + _AHEAD
+        ahead(stream.sample[soon : soon + 1])
         try:
             sample = stream.read(name, image[place])
             found, label[place] = _checked(sample, stream, name)

@@ -91,12 +91,15 @@ class Stream(Described):
         shape, dtype: of every image.
         verify: looks at the mean of each band over all samples (of every fourth pixel each way) and raises
             UserError if they cannot be those of this dataset; None where nothing is known of them.
+        ahead: given names of samples that will be read soon, has the system fetch their files meanwhile; None where
+            nothing can be fetched.
     """
 
     read: Callable[[str, np.ndarray], Sample]
     shape: tuple[int, int, int]
     dtype: np.dtype
     verify: Callable[[np.ndarray], None] | None = None
+    ahead: Callable[[Sequence[str]], None] | None = None
 
 
 def open_images(path: Path) -> xr.Dataset:
@@ -156,7 +159,7 @@ def check_description(images: Described) -> None:
 def check_label(label: np.ndarray, images: Described) -> None:
     """Refuse a label, or labels, outside the classes."""
     if images.task == "multilabel":
-        allowed = np.isin(label, (0, 1)).all() and label.shape[-1] == len(images.classes)
+        allowed = ((label == 0) | (label == 1)).all() and label.shape[-1] == len(images.classes)
     else:
         outside = (label < 0) | (label >= len(images.classes))
         allowed = not (outside & (label != IGNORE) if images.task == "segmentation" else outside).any()
