@@ -44,7 +44,7 @@ def bring(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip_
         lat, lon = (np.full(count, np.nan) if axis is None else axis[rows] for axis in (dataset.lat, dataset.lon))
         time = np.full(count, "NaT", "datetime64[s]") if dataset.time is None else dataset.time[rows]
     else:
-        image, label, lat, lon, time, bad = _read(dataset, rows, skip_bad)
+        image, label, lat, lon, time, bad = _read(dataset, rows, chunk, skip_bad)
     stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
     return Piece(
         start=start,
@@ -77,14 +77,14 @@ def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory of a chunk, used for one after another: fresh memory costs as much as reading into it."""
+    """Memory of a whole chunk, used for one after another: fresh memory costs as much as reading into it."""
     return np.zeros(shape, dtype)
 
 
-def _read(stream: Stream, rows: slice, skip_bad: bool):
+def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
     """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
     names = stream.sample[rows]
-    image = _memory((len(names), *stream.shape), stream.dtype)
+    image = _memory((chunk, *stream.shape), stream.dtype)[: len(names)]
     kind, empty = {
         "classification": (np.int64, ()),
         "multilabel": (np.uint8, (len(stream.classes),)),

@@ -169,5 +169,5 @@ def check_label(label: np.ndarray, images: Described) -> None:
 
 def check_place(lat, lon) -> None:
     """Refuse what is no place on Earth; not a number is one that is not known."""
-    if (np.abs(np.nan_to_num(lat)) > 90).any() or (np.abs(np.nan_to_num(lon)) > 180).any():
+    if (np.abs(lat) > 90).any() or (np.abs(lon) > 180).any():
         raise UserError("A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?")

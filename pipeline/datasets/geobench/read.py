@@ -97,14 +97,15 @@ class Reader:
             else:
                 image[place] = _fitted(h5py.Dataset(array), key, size, self.dtype, declared)
         if declared.task == "segmentation":
-            label = self._mask(h5py.Dataset(h5d.open(file, there["label"])))
+            label = self._mask(h5d.open(file, there["label"]))
         else:
             label = self._label(attributes, name)
         lat, lon = place_of(name, declared, self.as_labelled)
         return Sample(image, label, lat, lon, self._time(name, there))
 
-    def _mask(self, array: h5py.Dataset) -> np.ndarray:
-        mask, size, count = array[()], self.declared.size, len(self.declared.classes)
+    def _mask(self, array: h5d.DatasetID) -> np.ndarray:
+        mask, size, count = np.empty(array.shape, array.dtype), self.declared.size, len(self.declared.classes)
+        array.read(_ALL, _ALL, mask)
         mask = mask.reshape(mask.shape[:2])
         if mask.shape != (size, size):
             raise UserError(f"its label has the shape {array.shape}; {self.declared.name} has {size} x {size} px")
