@@ -13,12 +13,15 @@ what was left out, and the SHA-256 of the content, from which every later digest
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 IGNORE = 255
 
@@ -102,7 +105,7 @@ class Stream(Described):
     ahead: Callable[[Sequence[str]], None] | None = None
 
 
-def open_images(path: Path) -> xr.Dataset:
+def open_images(path: Path) -> "xr.Dataset":
     """The images store as a lazy xarray dataset.
 
     Raises:
@@ -110,6 +113,8 @@ def open_images(path: Path) -> xr.Dataset:
     """
     if not (Path(path) / "zarr.json").exists():
         raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{Path(path).stem}")
+    import xarray as xr  # takes half a second, which processes that only write would wait for
+
     return xr.open_zarr(path, chunks=None)
 
 
