@@ -56,7 +56,7 @@ class Line:
 
 
 def plan(params: Params, sets: Mapping[str, Wanted], device: str) -> list[Line]:
-    """Lines for prepare, extract and the heads of every dataset that is known."""
+    """Lines for prepare, extract, the heads and the students of every dataset that is known."""
     lines, looked, stepped = [], {}, {}
     for name, wanted in sets.items():
         hours = wanted.samples / wanted.pace / 3600 / len(os.sched_getaffinity(0)) if wanted.pace else None
@@ -71,17 +71,20 @@ def plan(params: Params, sets: Mapping[str, Wanted], device: str) -> list[Line]:
             copies = wanted.samples * len(params.extract.views)
             size = copies * count * _WORD[params.extract.dtype] / 1e9
             lines.append(Line("extract", f"{name} x {backbone}", copies, size, copies / seen.rate / 3600))
-        heads = params.search.trials + params.train.seeds
+        heads, teachers = params.search.trials + params.train.seeds, 0
         for model in params.grid.models:
             members = [
                 _look(one, params.backbone(one), wanted.bands, device, looked) for one in params.members(model)
             ]
             if None in members:
                 continue
+            teachers += 1
             head = params.heads.upernet if dense else params.heads.linear
             seconds = _step(params, members, dense, wanted.classes, device, stepped)
             hours = heads * head.steps * seconds / 3600
             lines.append(Line("tune, train", f"{name} x {model}", heads * head.steps * head.batch, 0.0, hours))
+        if teachers:
+            lines += [_taught(params, name, wanted, student, device) for student in params.grid.students]
     return lines
 
 
@@ -137,6 +140,33 @@ def _step(params: Params, members: Sequence[Seen], dense: bool, classes: int, de
             _wait(device)
             stepped[key] = (time.perf_counter() - begun) * head.batch / batch if attempt else 0.0
     return stepped[key]
+
+
+def _taught(params: Params, name: str, wanted: Wanted, student: str, device: str) -> Line:
+    """The line of a student: every variant, its search and its seeds; what its teacher says is not timed.
+
+    Disk is for the best one's tensors and its two exports, which are as large.
+    """
+    import torch
+
+    from pipeline.students import Shape, Student
+
+    dense, chosen, distill = wanted.task == "segmentation", params.student(student), params.distill
+    side, recipe = (chosen.mask_size, distill.masks) if dense else (chosen.chip_size, distill.chips)
+    bands = len(wanted.bands)
+    network = Student(
+        Shape(chosen.network, bands, wanted.classes, wanted.task, side), [0.0] * bands, [1.0] * bands
+    ).to(device)
+    chips = torch.zeros(recipe.batch, bands, side, side, device=device)
+    for _ in range(2):  # the first is slower
+        _wait(device)
+        begun = time.perf_counter()
+        network(chips).square().mean().backward()
+        _wait(device)
+        seconds = time.perf_counter() - begun
+    steps = len(distill.variants) * (distill.search.trials + distill.seeds) * recipe.steps
+    size = 3 * 4 * sum(one.numel() for one in network.parameters()) / 1e9
+    return Line("distill, export", f"{name} x {student}", steps * recipe.batch, size, steps * seconds / 3600)
 
 
 def _wait(device: str) -> None:

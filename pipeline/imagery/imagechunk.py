@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,18 @@ from pipeline.imagery.images import Images, Sample, Stream, check_label, check_p
 
 # Means are taken of every so many pixels each way: bands differ by far more than that changes.
 _THIN = 4
+# So many samples are fetched from the disk while others are worked on: enough to hide what a disk takes to answer.
+_AHEAD = 16
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is left to say of a chunk once it is on the disk: digests, small values, sums, and what was damaged."""
+    """What is left to say of a chunk once it is on the disk: digests, small values, sums, and what was damaged.
 
+    `start` is its first sample's place.
+    """
+
+    start: int
     digests: tuple[str, ...]
     label: np.ndarray | None
     lat: np.ndarray
@@ -37,9 +44,10 @@ def bring(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip_
         lat, lon = (np.full(count, np.nan) if axis is None else axis[rows] for axis in (dataset.lat, dataset.lon))
         time = np.full(count, "NaT", "datetime64[s]") if dataset.time is None else dataset.time[rows]
     else:
-        image, label, lat, lon, time, bad = _read(dataset, rows, skip_bad)
+        image, label, lat, lon, time, bad = _read(dataset, rows, chunk, skip_bad)
     stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
     return Piece(
+        start=start,
         digests=tuple(_store(scratch / name, values, start // chunk, chunk) for name, values in stored.items()),
         label=None if dataset.task == "segmentation" else label,
         lat=np.asarray(lat, dtype=np.float64),
@@ -62,19 +70,21 @@ def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
         while written < len(wanted):
             written += file.write(wanted[written:])
         file.truncate(values[:1].nbytes * chunk)
+        # Linux begins to write what the system holds of a file that is called not needed: beside the next chunk.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return hashlib.sha256(values).hexdigest()
 
 
 @functools.lru_cache(maxsize=1)
 def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory of a chunk, used for one after another: fresh memory costs as much as reading into it."""
+    """Memory of a whole chunk, used for one after another: fresh memory costs as much as reading into it."""
     return np.zeros(shape, dtype)
 
 
-def _read(stream: Stream, rows: slice, skip_bad: bool):
+def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
     """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
     names = stream.sample[rows]
-    image = _memory((len(names), *stream.shape), stream.dtype)
+    image = _memory((chunk, *stream.shape), stream.dtype)[: len(names)]
     kind, empty = {
         "classification": (np.int64, ()),
         "multilabel": (np.uint8, (len(stream.classes),)),
@@ -82,7 +92,11 @@ def _read(stream: Stream, rows: slice, skip_bad: bool):
     }[stream.task]
     label = np.zeros((len(names), *empty), kind)
     lat, lon, time, bad = [], [], [], []
+    ahead = stream.ahead or (lambda names: None)
+    ahead(stream.sample[rows.start : rows.start + _AHEAD])
     for place, name in enumerate(names):
+        soon = rows.start + place + _AHEAD
+        ahead(stream.sample[soon : soon + 1])
         try:
             sample = stream.read(name, image[place])
             found, label[place] = _checked(sample, stream, name)

@@ -13,12 +13,15 @@ what was left out, and the SHA-256 of the content, from which every later digest
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 IGNORE = 255
 
@@ -91,15 +94,18 @@ class Stream(Described):
         shape, dtype: of every image.
         verify: looks at the mean of each band over all samples (of every fourth pixel each way) and raises
             UserError if they cannot be those of this dataset; None where nothing is known of them.
+        ahead: given names of samples that will be read soon, has the system fetch their files meanwhile; None where
+            nothing can be fetched.
     """
 
     read: Callable[[str, np.ndarray], Sample]
     shape: tuple[int, int, int]
     dtype: np.dtype
     verify: Callable[[np.ndarray], None] | None = None
+    ahead: Callable[[Sequence[str]], None] | None = None
 
 
-def open_images(path: Path) -> xr.Dataset:
+def open_images(path: Path) -> "xr.Dataset":
     """The images store as a lazy xarray dataset.
 
     Raises:
@@ -107,6 +113,8 @@ def open_images(path: Path) -> xr.Dataset:
     """
     if not (Path(path) / "zarr.json").exists():
         raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{Path(path).stem}")
+    import xarray as xr  # takes half a second, which processes that only write would wait for
+
     return xr.open_zarr(path, chunks=None)
 
 
@@ -156,7 +164,7 @@ def check_description(images: Described) -> None:
 def check_label(label: np.ndarray, images: Described) -> None:
     """Refuse a label, or labels, outside the classes."""
     if images.task == "multilabel":
-        allowed = np.isin(label, (0, 1)).all() and label.shape[-1] == len(images.classes)
+        allowed = ((label == 0) | (label == 1)).all() and label.shape[-1] == len(images.classes)
     else:
         outside = (label < 0) | (label >= len(images.classes))
         allowed = not (outside & (label != IGNORE) if images.task == "segmentation" else outside).any()
@@ -166,5 +174,5 @@ def check_label(label: np.ndarray, images: Described) -> None:
 
 def check_place(lat, lon) -> None:
     """Refuse what is no place on Earth; not a number is one that is not known."""
-    if (np.abs(np.nan_to_num(lat)) > 90).any() or (np.abs(np.nan_to_num(lon)) > 180).any():
+    if (np.abs(lat) > 90).any() or (np.abs(lon) > 180).any():
         raise UserError("A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?")

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,7 @@ def _write(dataset: Images | Stream, scratch: Path, workers: int, skip_bad: bool
         for piece in _pieces(dataset, scratch, starts, chunk, workers, skip_bad):
             pieces.append(piece)
             progress.update(len(piece.time))
+    pieces.sort(key=lambda piece: piece.start)
     if bad := dict(one for piece in pieces for one in piece.bad):
         raise _Damaged(bad)
     for piece in pieces:
@@ -158,17 +159,27 @@ def _small(dataset: Images | Stream, pieces: Sequence[Piece]) -> dict[str, tuple
 
 
 def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, skip_bad: bool):
-    """Write all chunks, and yield what is to be said of each, in order."""
-    if isinstance(dataset, Images) or workers == 1 or len(starts) <= _FEW:
-        for start in starts:
-            yield bring(dataset, scratch, start, chunk, skip_bad)
-        return
-    # Started afresh, not forked: zarr's threads would not survive it.
-    context = multiprocessing.get_context("spawn")
+    """Write all chunks, and yield what is to be said of each, in any order."""
     given = (dataset, scratch, chunk, skip_bad)
-    pool = ProcessPoolExecutor(min(workers, len(starts)), context, initializer=_begin, initargs=given)
+    others = 0 if isinstance(dataset, Images) or len(starts) <= _FEW else min(workers, len(starts)) - 1
+    if not others:
+        yield from (bring(dataset, scratch, start, chunk, skip_bad) for start in starts)
+        return
+    # Started afresh, not forked: zarr's threads would not survive it. That takes a second: this process works too.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(others, context, initializer=_begin, initargs=given)
+    here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
+    idle, busy = [here, *[pool] * others], {}
     try:
-        yield from pool.map(_next, starts)
+        for start in starts:
+            if not idle:
+                wait(busy, return_when=FIRST_COMPLETED)
+            for done in [one for one in busy if one.done()]:
+                idle.append(busy.pop(done))
+                yield done.result()
+            place = idle.pop(0)
+            busy[place.submit(_next, start)] = place
+        yield from (done.result() for done in as_completed(busy))
     except BrokenProcessPool:
         raise UserError(
             "A process that read images was killed, perhaps because memory ran out. Run the same command again; "
@@ -176,6 +187,7 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+        here.shutdown(cancel_futures=True)
 
 
 _mine: tuple = ()

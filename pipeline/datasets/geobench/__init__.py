@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
+from h5py import h5d
 
 from pipeline.bands import Band
 from pipeline.datasets.geobench import classification, lists, read, segmentation
@@ -86,6 +86,10 @@ def _stream(folder: Path, options: Options) -> Stream:
         options.partition == "default"
         and tuple(splits.count(one) for one in lists.SPLITS.values()) == declared.counts
     )
+    reader = read.Reader(
+        folder, declared, tuple(chosen), stored, dtype,
+        lists.labels(folder, declared), options.as_labelled, options.ignore_nodata,
+    )  # fmt: skip
     return Stream(
         sample=names,
         split=splits,
@@ -98,16 +102,14 @@ def _stream(folder: Path, options: Options) -> Stream:
         source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
         display=declared.display,
         notes=_notes(declared, options, dropped),
-        read=read.Reader(
-            folder, declared, tuple(chosen), stored, dtype,
-            lists.labels(folder, declared), options.as_labelled, options.ignore_nodata,
-        ),
+        read=reader,
         shape=(len(chosen), declared.size, declared.size),
         dtype=dtype,
         verify=Means(declared.name, lists.published(folder, declared, tuple(chosen)))
         if full and options.check_means and not dropped
         else None,
-    )  # fmt: skip
+        ahead=reader.ahead,
+    )
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,9 @@ def _stored(
     """The dtypes of the bands in the first file, or, if damaged ones may be left out, in the first that is whole."""
     path, *others = paths
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with read.opened(path) as file:
             there = read.keys_of(file, declared)
-            return tuple(file[there[key].decode()].dtype for key in keys)
+            return tuple(h5d.open(file, there[key]).dtype for key in keys)
     except (OSError, UserError) as error:
         if skip_bad and others:
             return _stored(others, declared, keys, skip_bad)

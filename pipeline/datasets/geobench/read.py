@@ -1,13 +1,17 @@
 """One file of GEO-Bench, read as data: pixels, label, place and date, with every fault named."""
 
 import ast
+import contextlib
+import functools
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
+from h5py import h5a, h5d, h5f, h5p, h5s, h5t
 
 from pipeline.datasets.geobench.declare import GeoBenchSet
 from pipeline.errors import UserError
@@ -21,7 +25,19 @@ _PLACES = {
     "lat,lon": re.compile(rf"{_NUMBER},{_NUMBER}"),
     "lon,lat": re.compile(rf".*_{_NUMBER},{_NUMBER}"),
 }
-_ALL = h5py.h5s.ALL
+_ALL = h5s.ALL
+
+
+def _access() -> h5p.PropFAID:
+    access = h5p.create(h5p.FILE_ACCESS)
+    access.set_file_locking(False, True)  # folders that cannot be written, and disks that know no locks
+    access.set_fclose_degree(h5f.CLOSE_STRONG)
+    return access
+
+
+# h5py's low-level calls throughout: its files and datasets as objects take several times as long as the reading.
+_ACCESS = _access()
+_type = functools.cache(h5t.py_create)
 
 
 @dataclass(frozen=True)
@@ -50,35 +66,46 @@ class Reader:
         """The sample of a name; its image is read into `out`, if that is given."""
         path = self.folder / f"{name}.hdf5"
         try:
-            with h5py.File(path, "r", locking=False) as file:
+            with opened(path) as file:
                 return self._sample(file, name, out)
         except FileNotFoundError:
             raise UserError(f"There is no {path}, though the partition lists it.") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
-    def _sample(self, file: h5py.File, name: str, out: np.ndarray | None) -> Sample:
+    def ahead(self, names: Sequence[str]) -> None:
+        """Have the system read files that will be wanted next, beside what is done until then."""
+        for name in names:
+            with contextlib.suppress(OSError):  # whoever reads it will say what is wrong with it
+                descriptor = os.open(f"{self.folder}/{name}.hdf5", os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
+
+    def _sample(self, file: h5f.FileID, name: str, out: np.ndarray | None) -> Sample:
         size, declared = self.declared.size, self.declared
         attributes = attributes_of(file)
         there = keys_of(file, declared)
         image = np.empty((len(self.keys), size, size), self.dtype) if out is None else out
         for place, (key, kind) in enumerate(zip(self.keys, self.stored, strict=True)):
-            array = h5py.h5d.open(file.id, there[key])
-            if array.shape == (size, size) and array.dtype == kind:
-                array.read(_ALL, _ALL, image[place])
+            array = h5d.open(file, there[key])
+            if array.shape == (size, size) and array.get_type() == _type(kind):
+                array.read(_ALL, _ALL, image[place], _type(self.dtype))
             else:
-                image[place] = _fitted(file[there[key].decode()], key, size, self.dtype, declared)
+                image[place] = _fitted(h5py.Dataset(array), key, size, self.dtype, declared)
         if declared.task == "segmentation":
-            label = self._mask(file[there["label"].decode()])
+            label = self._mask(h5d.open(file, there["label"]))
         else:
             label = self._label(attributes, name)
         lat, lon = place_of(name, declared, self.as_labelled)
         return Sample(image, label, lat, lon, self._time(name, there))
 
-    def _mask(self, array: h5py.Dataset) -> np.ndarray:
-        mask, size, count = array[()], self.declared.size, len(self.declared.classes)
+    def _mask(self, array: h5d.DatasetID) -> np.ndarray:
+        mask, size, count = np.empty(array.shape, array.dtype), self.declared.size, len(self.declared.classes)
+        array.read(_ALL, _ALL, mask)
         mask = mask.reshape(mask.shape[:2])
         if mask.shape != (size, size):
             raise UserError(f"its label has the shape {array.shape}; {self.declared.name} has {size} x {size} px")
@@ -101,7 +128,7 @@ class Reader:
             raise UserError(f"its label is {own.tolist()} in the file and {listed.tolist()} in the folder's JSON")
         label = listed if own is None else own
         if self.declared.task == "multilabel":
-            if label.shape != (count,) or not np.isin(label, (0, 1)).all():
+            if label.shape != (count,) or not ((label == 0) | (label == 1)).all():
                 raise UserError(f"its label is no list of {count} zeros and ones")
             return label.astype(np.uint8)
         if label.shape != () or not 0 <= label < count:
@@ -121,15 +148,24 @@ class Reader:
             return np.datetime64("NaT", "s")
 
 
-def attributes_of(file: h5py.File) -> Mapping:
+@contextlib.contextmanager
+def opened(path: Path):
+    """A file, open for reading, as h5py's low-level calls take it."""
+    file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _ACCESS)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def attributes_of(file: h5f.FileID) -> Mapping:
     """What a file says of itself, its pickle read without running it.
 
     Raises:
         UserError: it has none, or one that is damaged or refused.
     """
-    text = file.attrs.get("pickle")
     try:
-        data = ast.literal_eval(text)
+        data = ast.literal_eval(_text(file))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         data = None
     if not isinstance(data, bytes):
@@ -140,14 +176,27 @@ def attributes_of(file: h5py.File) -> Mapping:
     return attributes
 
 
-def keys_of(file: h5py.File, declared: GeoBenchSet) -> dict[str, bytes]:
+def _text(file: h5f.FileID) -> str | None:
+    """The attribute 'pickle', if there is one and it is one text."""
+    try:
+        attribute = h5a.open(file, b"pickle")
+    except KeyError:
+        return None
+    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
+        return None
+    text = np.empty((), attribute.dtype)
+    attribute.read(text)
+    return text[()].decode(errors="surrogateescape")
+
+
+def keys_of(file: h5f.FileID, declared: GeoBenchSet) -> dict[str, bytes]:
     """The file's keys by their names without dates.
 
     Raises:
         UserError: a band is missing, strange or there for several dates.
     """
-    there = {}
-    names = list(file.id)
+    there, names = {}, []
+    file.links.iterate(names.append)
     for key in names:
         dated = _DATED.fullmatch(key.decode())
         base = dated[1] if dated else key.decode()

@@ -203,6 +203,10 @@ DAMAGE = {
     "no label": (change(attribute=str(pickle.dumps({}))), "it has no label"),
     "an attack": (attack, "asks for posix.system, which is no part of such data"),
     "no pickle": (change(attribute="open('x')"), "no attribute 'pickle' that is the text of bytes"),
+    "a pickle of numbers": (change(attribute=np.zeros(3)), "no attribute 'pickle' that is the text of bytes"),
+    "a torn text": (change(attribute=np.bytes_(b"b'x")), "no attribute 'pickle' that is the text of bytes"),
+    "a band of as many pixels": (change("02 - Blue", np.zeros((16, 64), np.float32)), r"the shape \(16, 64\)"),
+    "a band of records": (change("02 - Blue", np.zeros((32, 32), [("a", "f4"), ("b", "f4")])), "cannot be read"),
     "a torn pickle": (change(attribute=str(pickle.dumps({"label": 1})[:-4])), "pickle cannot be read"),
 }
 
@@ -225,6 +229,33 @@ def test_a_damaged_file_is_named_or_left_out(copied, stream, tmp_path, what):
     assert "id_0007" not in store.sample.values
     np.testing.assert_array_equal(store.image[7], made.read("id_0008").image)
     assert not (folder.parent / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"chunks": (8, 8), "compression": "gzip"}, {"dtype": ">f4"}, {"dtype": "f8"}, {"chunks": (32, 32)}],
+)
+def test_pixels_are_the_same_however_a_file_lays_them_down(copied, stream, way):
+    root, folder = copied("m-so2sat")
+    made = stream(root, "m-so2sat")
+    before = made.read("id_0003").image.copy()
+    with h5py.File(folder / "id_0003.hdf5", "r+") as file:
+        for key in ("02 - Blue", "12 - SWIR"):
+            values = file[key][()]
+            del file[key]
+            file.create_dataset(key, data=values, **way)
+    into = np.zeros(made.shape, made.dtype)
+    assert made.read("id_0003", into).image is into
+    np.testing.assert_array_equal(into, before)
+
+
+def test_files_are_fetched_ahead_without_a_word(copied, stream):
+    root, folder = copied("m-so2sat")
+    made = stream(root, "m-so2sat")
+    (folder / "id_0000.hdf5").unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    made.ahead(["id_0000", "id_0001", "never"])
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_first_file_may_be_the_damaged_one(copied, stream, tmp_path):

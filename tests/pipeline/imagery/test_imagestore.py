@@ -9,7 +9,7 @@ import xarray as xr
 
 from pipeline.bands import Band
 from pipeline.errors import UserError
-from pipeline.imagery import imagestore
+from pipeline.imagery import imagechunk, imagestore
 from pipeline.imagery.images import Images, Sample, Stream
 
 NAMES = [f"s{number:02d}" for number in range(20)]
@@ -75,6 +75,21 @@ def test_a_damaged_sample_in_another_process_is_named_or_left_out(tmp_path, monk
     written = imagestore.write(damaged, tmp_path / "scratch", tmp_path / "store", workers=1, skip_bad=True)
     assert written.left_out == {"s90": "s90.tif is damaged"}
     assert xr.open_zarr(tmp_path / "store").sizes["sample"] == 19
+
+
+def test_every_sample_is_fetched_before_it_is_read_and_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagestore, "CHUNK", 7)
+    monkeypatch.setattr(imagechunk, "_AHEAD", 3)
+    asked, waiting = [], []
+
+    def noted(name, out=None):
+        assert name in asked
+        waiting.append(len(set(asked)) - NAMES.index(name))
+        return read("classification", name)
+
+    imagestore.write(stream(read=noted, ahead=asked.extend), tmp_path / "scratch", tmp_path / "store", workers=1)
+    assert set(asked) == set(NAMES)
+    assert max(waiting) == 4, "this one and three more"
 
 
 def test_a_chunk_has_a_bounded_size(tmp_path, monkeypatch):
