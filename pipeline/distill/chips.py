@@ -10,8 +10,6 @@ import xarray as xr
 from pipeline.encoding.views import VIEWS
 from pipeline.imagery import images
 
-# A split whose labels are not used: its chips teach what the teachers say of them.
-UNLABELLED = "unlabelled"
 # Views that keep the shape of a chip that is not square.
 _FLIPS = ("identity", "flip_x", "flip_y", "rot180")
 _STEP = 256
@@ -47,7 +45,7 @@ class Chips:
 
     def taught(self) -> np.ndarray:
         """Samples that a student may learn from."""
-        return self.rows("train", UNLABELLED)
+        return self.rows("train", images.UNLABELLED)
 
     def image(self, rows: np.ndarray, views: Sequence[str] | None = None) -> torch.Tensor:
         """Float32 (batch, band, y, x), each chip turned by its view; channels last."""

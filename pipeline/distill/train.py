@@ -7,9 +7,10 @@ import torch
 
 from pipeline import metrics
 from pipeline.distill import losses
-from pipeline.distill.chips import UNLABELLED, Chips
+from pipeline.distill.chips import Chips
 from pipeline.distill.projectors import Projectors
 from pipeline.distill.teacher import Teacher
+from pipeline.imagery.images import UNLABELLED
 from pipeline.student_params import VARIANTS, Distill
 from pipeline.students import Student
 from pipeline.training import fit

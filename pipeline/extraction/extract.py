@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from pipeline.encoding.inputs import Inputs
 from pipeline.encoding.pyramid import Pyramid, Spec
 from pipeline.extraction import buffer, narrow
 from pipeline.extraction.transfer import Download, Upload, arrived
+from pipeline.imagery.images import UNLABELLED
 from pipeline.params import Backbone, Extract
 
 # Batches read ahead, and shards in memory: one being filled, one being stored.
@@ -167,20 +169,27 @@ def _batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -
     """(shard, rows, given): the next images as the device wants them, a tensor a view, and their context.
 
     A batch does not reach from one shard into the next: features depend in their last digits on what else is in a
-    batch, and a run that resumes, or one of many workers, must make the same.
+    batch, and a run that resumes, or one of many workers, must make the same. Nor do samples without labels share
+    one with others, so that these have the same features, and heads the same scores, whether they are there or not.
     """
     upload, read = Upload(encoder.device), _reader(images)
     seen = [views.VIEWS[view] for view in writer.layout.views] or [lambda image: image]
     for number in writer.shards():
-        rows = writer.layout.rows(number)
-        for start in range(rows.start, rows.stop, batch):
-            chosen = slice(start, min(start + batch, rows.stop))
+        for chosen in _cut(writer.layout.rows(number), batch, images.split.values == UNLABELLED):
             image = encoder.inputs.select(read(chosen))
             tensors = [torch.from_numpy(np.ascontiguousarray(view(image))) for view in seen]
             known = {
                 name: torch.from_numpy(each) for name, each in encoder.inputs.where_and_when(images, chosen).items()
             }
             yield number, chosen, upload(tensors, known)
+
+
+def _cut(rows: slice, batch: int, apart: np.ndarray) -> Iterator[slice]:
+    """A shard's rows in batches, each of samples that are all `apart` (bool, of all samples) or none."""
+    edges = np.flatnonzero(np.diff(apart[rows])) + rows.start + 1
+    for first, last in pairwise([rows.start, *edges.tolist(), rows.stop]):
+        for start in range(first, last, batch):
+            yield slice(start, min(start + batch, last))
 
 
 def _reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from pipeline.encoding.views import VIEWS
+from pipeline.imagery.images import UNLABELLED
 
 # Samples brought at once from the store.
 _STEP = 256
@@ -28,15 +29,18 @@ class Pictures:
     """
 
     def __init__(self, opened: xr.Dataset, path: Path):
-        described = {"descr": opened.image.dtype.str, "fortran_order": False, "shape": opened.image.shape}
+        # Nothing is asked of images without labels, which come last and may be most.
+        count = int(np.flatnonzero(opened.split.values != UNLABELLED)[-1]) + 1
+        shape = (count, *opened.image.shape[1:])
+        described = {"descr": opened.image.dtype.str, "fortran_order": False, "shape": shape}
         # Written, and only then mapped: a full disk is an error of a write, and a crash of a mapped one.
         with open(path, "wb") as file:
             np.lib.format.write_array_header_2_0(file, described)
-            for start in range(0, opened.sizes["sample"], _STEP):
-                file.write(np.ascontiguousarray(opened.image[start : start + _STEP].values))
+            for start in range(0, count, _STEP):
+                file.write(np.ascontiguousarray(opened.image[start : min(start + _STEP, count)].values))
         self.image = np.load(path, mmap_mode="r")
-        self.label = opened.label.values
-        self.sample, self.split = opened.sample.values, opened.split.values
+        self.label = opened.label[:count].values
+        self.sample, self.split = opened.sample.values[:count], opened.split.values[:count]
         square = self.image.shape[-1] == self.image.shape[-2]
         self._views = [VIEWS[name] for name in VIEWS if square or name in ("identity", "flip_x", "flip_y", "rot180")]
 

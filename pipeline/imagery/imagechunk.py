@@ -10,7 +10,7 @@ import numpy as np
 
 from cache.schema import CHUNK_KEYS
 from pipeline.errors import UserError
-from pipeline.imagery.images import Images, Sample, Stream, check_label, check_place
+from pipeline.imagery.images import UNLABELLED, Images, Sample, Stream, check_label, check_no_label, check_place
 
 # Means are taken of every so many pixels each way: bands differ by far more than that changes.
 _THIN = 4
@@ -83,7 +83,7 @@ def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
     """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
-    names = stream.sample[rows]
+    names, splits = stream.sample[rows], stream.split[rows]
     image = _memory((chunk, *stream.shape), stream.dtype)[: len(names)]
     kind, empty = {
         "classification": (np.int64, ()),
@@ -99,7 +99,7 @@ def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
         ahead(stream.sample[soon : soon + 1])
         try:
             sample = stream.read(name, image[place])
-            found, label[place] = _checked(sample, stream, name)
+            found, label[place] = _checked(sample, stream, name, splits[place])
             if found is not sample.image or not np.shares_memory(found, image):
                 image[place] = found
         except UserError as error:
@@ -113,11 +113,12 @@ def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
     return image, label, lat, lon, time, bad
 
 
-def _checked(sample: Sample, stream: Stream, name: str):
+def _checked(sample: Sample, stream: Stream, name: str, split: str):
     """A sample's image and label, if they fit the stream.
 
     Raises:
-        UserError: another shape, pixels that are no numbers, a label outside the classes, a place not on Earth.
+        UserError: another shape, pixels that are no numbers, a label outside the classes, or one in the split without
+            labels, a place not on Earth.
     """
     image = sample.image
     if image.shape != stream.shape:
@@ -130,7 +131,10 @@ def _checked(sample: Sample, stream: Stream, name: str):
     if image.dtype.kind == "f" and not np.isfinite(image.sum()) and not np.isfinite(image).all():
         raise UserError(f"Sample {name} has pixels that are no finite numbers.")
     try:
-        check_label(np.asarray(sample.label), stream)
+        if split == UNLABELLED:
+            check_no_label(np.asarray(sample.label), stream.task)
+        else:
+            check_label(np.asarray(sample.label), stream)
         check_place(sample.lat, sample.lon)
     except UserError as error:
         raise UserError(f"Sample {name}: {error}") from None

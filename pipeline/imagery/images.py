@@ -3,7 +3,7 @@
 A Zarr v3 group that opens with `xarray.open_zarr`:
 
     image   (sample, band, y, x)   the data's own units and size
-    label   (sample) | (sample, class) | (sample, y, x)   class index, multi-hot, or mask
+    label   (sample) | (sample, class) | (sample, y, x)   class index, multi-hot, or mask; `no_label` if unlabelled
     sample, split, band, wavelength, and lat, lon, time, crs, transform where known: coordinates
 
 Its attributes state task, classes, ignore value, units, ground sampling distance, licence, source, corrections,
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     import xarray as xr
 
 IGNORE = 255
+# A split of images without labels: backbones encode them, and students learn what their teachers say of them.
+UNLABELLED = "unlabelled"
+# In place of a class index. Losses, counts and indexing raise on it; -1 would be the last class to an index, and to
+# counts, as 255, a class of another sample.
+NO_CLASS = -(2**31)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class Described:
 
     Attributes:
         sample: unique, stable names.
-        split: `train`, `val` or `test` of every sample.
+        split: `train`, `val`, `test` or `unlabelled` of every sample.
         display: for reflectances, the [low, high] that is stretched to [0, 1] for models trained on
             photographs; None for 8-bit colour, which is display already.
         notes: what was corrected, merged, dropped or resampled on the way.
@@ -127,6 +132,20 @@ def label_dims(task: str) -> tuple[str, ...]:
     }[task]
 
 
+def no_label(task: str, classes: int, size: tuple[int, ...]) -> np.ndarray:
+    """What stands in the label's place of a sample of the split `unlabelled`.
+
+    Args:
+        size: (y, x) of the image.
+
+    Returns:
+        `NO_CLASS`, int64 (), or `IGNORE` everywhere, which is in no multi-hot label either, uint8 (class,) or (y, x).
+    """
+    if task == "classification":
+        return np.array(NO_CLASS)
+    return np.full(size if task == "segmentation" else classes, IGNORE, np.uint8)
+
+
 def check(images: Images) -> None:
     """Refuse what could not be a dataset; every message names what is wrong."""
     count = len(images.image)
@@ -139,7 +158,9 @@ def check(images: Images) -> None:
     check_description(images)
     if images.label.ndim != len(label_dims(images.task)):
         raise UserError(f"A {images.task} label has dimensions {label_dims(images.task)}, not {images.label.shape}.")
-    check_label(images.label, images)
+    bare = np.asarray(images.split) == UNLABELLED
+    check_label(images.label[~bare], images)
+    check_no_label(images.label[bare], images.task)
     if images.lat is not None:
         check_place(images.lat, images.lon)
 
@@ -170,6 +191,12 @@ def check_label(label: np.ndarray, images: Described) -> None:
         allowed = not (outside & (label != IGNORE) if images.task == "segmentation" else outside).any()
     if not allowed:
         raise UserError(f"A label lies outside the {len(images.classes)} classes {', '.join(images.classes)}.")
+
+
+def check_no_label(label: np.ndarray, task: str) -> None:
+    """Refuse labels in the split `unlabelled`, where nothing would use them, and something might by mistake."""
+    if (label != (NO_CLASS if task == "classification" else IGNORE)).any():
+        raise UserError(f"A sample of the split {UNLABELLED} has a label. Give it another split, or no label.")
 
 
 def check_place(lat, lon) -> None:

@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.imagery.imagechunk import Piece, bring
 from pipeline.imagery.images import (
     IGNORE,
+    UNLABELLED,
     Images,
     Stream,
     check,
@@ -74,7 +75,8 @@ def write(dataset: Images | Stream, scratch: Path, final: Path, workers: int = 0
         try:
             with building(scratch, final):
                 _write(dataset, scratch, workers or len(os.sched_getaffinity(0)), skip_bad, left_out)
-            counts = {split: list(dataset.split).count(split) for split in ("train", "val", "test")}
+            splits = ("train", "val", "test", *({UNLABELLED} & set(dataset.split)))
+            counts = {split: list(dataset.split).count(split) for split in splits}
             return Written(counts, left_out)
         except _Damaged as damaged:  # a store has no holes: it is written again without these
             left_out |= damaged.args[0]

@@ -6,21 +6,23 @@ Which of the three is told by what `labels` names: a CSV file, rasters, or anyth
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.archives import digest
-from pipeline.datasets.own.chips import Chip, Reader, splits
+from pipeline.datasets.own.chips import Chip, Reader, each, splits
 from pipeline.datasets.own.labels import polygons
 from pipeline.datasets.own.masks import Masks, pair
 from pipeline.datasets.own.options import Options, check, is_table, verify
 from pipeline.datasets.own.rasters import files, picture, scene
 from pipeline.datasets.own.table import table
+from pipeline.datasets.own.unlabelled import further, without_labels
 from pipeline.errors import UserError
 from pipeline.imagery.chips import SPLITS, corners
-from pipeline.imagery.images import Stream
+from pipeline.imagery.images import UNLABELLED, Stream
 from pipeline.params import Dataset, Params
 from pipeline.records import build
 
@@ -35,7 +37,7 @@ def fetch(dataset: Dataset, params: Params) -> dict:
     """A digest of all files; they stay where they are."""
     options = build(Options, dataset.options, "options")
     folder = Path(options.folder)
-    found = [*files(folder, options.images), *files(folder, options.labels)]
+    found = [*files(folder, options.images), *files(folder, options.labels), *further(options, folder)]
     total = hashlib.sha256()
     for path in found:
         total.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
@@ -49,14 +51,14 @@ def fetch(dataset: Dataset, params: Params) -> dict:
 
 
 def prepare(raw: Path, dataset: Dataset) -> Stream:
-    """The chips as a stream, split by blocks of ground unless another rule is given."""
+    """The chips as a stream, split by blocks of ground unless another rule is given; the unlabelled come last."""
     options = build(Options, dataset.options, "options")
     folder = Path(options.folder)
     if is_table(options):
         reader, notes, classes = _from_table(options, dataset, folder)
     else:
         reader, notes, classes = _from_masks(options, dataset, folder)
-    areas = _each(reader.chips, lambda name: reader.areas(reader.chips[name]), options.skip_bad, notes)
+    areas = each(reader.chips, lambda name: reader.areas(reader.chips[name]), options.skip_bad, notes)
     if len(classes) < 2 and dataset.task != "multilabel":
         raise UserError(
             f"There is one class, {', '.join(classes)}, and nothing to tell it from. Ground without a label does not "
@@ -75,12 +77,18 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     )
     notes += [shared] if shared else []
     notes += _absent(classes, np.stack([areas[name] for name in kept]), np.array(deal))
-    first = reader.chips[kept[0]].picture
+    more = {}
+    if options.unlabelled:
+        more, said = without_labels(options, folder, reader, dict(zip(kept, deal, strict=True)))
+        notes += said
+    reader = replace(reader, chips={name: reader.chips[name] for name in kept} | more)
+    chips = list(reader.chips.values())
+    first = chips[0].picture
     height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
-    located = all(reader.chips[name].picture.crs for name in kept) and (reader.mask or not reader.size)
+    located = all(chip.picture.crs for chip in chips) and (reader.mask or not reader.size)
     return Stream(
-        sample=kept,
-        split=deal,
+        sample=list(reader.chips),
+        split=[*deal, *[UNLABELLED] * len(more)],
         bands=options.bands,
         classes=classes,
         task=dataset.task,
@@ -90,10 +98,9 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
         source=options.source,
         display=options.display or None,
         notes=notes,
-        crs=[reader.chips[name].picture.crs for name in kept] if located else None,
+        crs=[chip.picture.crs for chip in chips] if located else None,
         transform=np.array(
-            [reader.chips[name].picture.window_transform(reader.chips[name].row, reader.chips[name].column)
-             for name in kept]
+            [chip.picture.window_transform(chip.row, chip.column) for chip in chips]
         ) if located else None,
         read=reader,
         verify=functools.partial(verify, options),
@@ -112,22 +119,6 @@ def _absent(classes: Sequence[str], areas: np.ndarray, deal: np.ndarray) -> list
     return [f"the split {split} has nothing of {', '.join(names)}" for split, names in found.items()]
 
 
-def _each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
-    """What is read of each, without those that cannot be if they may be left out; the notes say which."""
-    found, wrong = {}, None
-    for name in names:
-        try:
-            found[name] = read(name)
-        except UserError as error:
-            if not skip_bad:
-                raise
-            wrong = error
-            notes += [f"left out: {error}"] if f"left out: {error}" not in notes else []
-    if wrong and not found:
-        raise wrong
-    return found
-
-
 def _from_table(options: Options, dataset: Dataset, folder: Path):
     images = files(folder, options.images)
     several = dataset.task == "multilabel"
@@ -140,7 +131,7 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
     frame = table(paths[0], images, needed, options.classes, several)
     chips, sizes = {}, {}
     notes = [f"images resampled to {dataset.chip} px, bilinear"] if dataset.chip else []
-    pictures = _each(frame.path, lambda path: picture(Path(path), options.bands), options.skip_bad, notes)
+    pictures = each(frame.path, lambda path: picture(Path(path), options.bands), options.skip_bad, notes)
     for row in frame[frame.path.isin(pictures)].to_dict("records"):
         one = pictures[row["path"]]
         sizes.setdefault((one.height, one.width), row["path"])
@@ -166,7 +157,7 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
         if not options.classes:
             raise UserError("Masks have numbers and no names: list the classes, from the one of value 0.")
         mask, notes = Masks(pair(images, given), options.classes, options.ignore), []
-        read = _each(images, lambda path: picture(path, options.bands), options.skip_bad, notes)
+        read = each(images, lambda path: picture(path, options.bands), options.skip_bad, notes)
         pictures = list(read.values())
         classes = options.classes
     else:

@@ -1,17 +1,17 @@
 """Chips of one's own images: read one by one, and dealt to the splits."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from rasterio.windows import Window
 
-from pipeline.datasets.own.ground import merged, overlapping
+from pipeline.datasets.own.ground import Place, merged, overlapping
 from pipeline.datasets.own.rasters import Picture
 from pipeline.errors import UserError
 from pipeline.imagery.chips import SPLITS, assign_blocks
-from pipeline.imagery.images import IGNORE, Sample
+from pipeline.imagery.images import IGNORE, Sample, no_label
 from pipeline.params import Dataset
 
 # Deals of blocks that are tried, times their number: ten thousand blocks need no twenty thousand deals.
@@ -20,7 +20,12 @@ _DEALS = 4_000_000
 
 @dataclass(frozen=True)
 class Chip:
-    """A sample: a window of a picture, or all of it, with its label where a table gives it."""
+    """A sample: a window of a picture, or all of it, with its label where a table gives it.
+
+    Attributes:
+        split: by the table.
+        labelled: whether it has a label at all, of the table or of a mask.
+    """
 
     picture: Picture
     row: int = 0
@@ -28,6 +33,7 @@ class Chip:
     label: int | tuple[int, ...] | None = None
     time: str = ""
     split: str = ""
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,12 @@ class Reader:
         chip = self.chips[name]
         lat, lon = chip.picture.latlon(*_centre(chip, self.size if self.mask else 0))
         time = np.datetime64(chip.time or "NaT", "s")
-        if not self.mask:
-            image, _ = chip.picture.read(size=self.size)
-            return Sample(image, np.array(chip.label), lat, lon, time)
-        image, valid = chip.picture.read(self.window(chip))
-        return Sample(image, self.label(chip, valid), lat, lon, time)
+        image, valid = chip.picture.read(self.window(chip)) if self.mask else chip.picture.read(size=self.size)
+        if not chip.labelled:
+            label = no_label(self.task, self.classes, image.shape[1:])
+        else:
+            label = self.label(chip, valid) if self.mask else np.array(chip.label)
+        return Sample(image, label, lat, lon, time)
 
     def window(self, chip: Chip) -> Window:
         return Window(chip.column, chip.row, self.size, self.size)
@@ -82,6 +89,22 @@ class Reader:
         return areas
 
 
+def each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
+    """What is read of each, without those that cannot be if they may be left out; the notes say which."""
+    found, wrong = {}, None
+    for name in names:
+        try:
+            found[name] = read(name)
+        except UserError as error:
+            if not skip_bad:
+                raise
+            wrong = error
+            notes += [f"left out: {error}"] if f"left out: {error}" not in notes else []
+    if wrong and not found:
+        raise wrong
+    return found
+
+
 def splits(
     chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], size: int, rule: str, dataset: Dataset
 ) -> tuple[list[str], str]:
@@ -92,7 +115,7 @@ def splits(
     Args:
         size: a chip's side in pixels; 0 for whole pictures.
     """
-    pairs = overlapping([_extent(chip, size) for chip in chips.values()])
+    pairs = overlapping([extent(chip, size) for chip in chips.values()])
     deal = np.array(_deal(chips, areas, pairs, rule, dataset))
     across = pairs[deal[pairs[:, 0]] != deal[pairs[:, 1]]]
     names = list(chips)
@@ -100,7 +123,8 @@ def splits(
     return deal.tolist(), f"{said}, such as {' and '.join(names[place] for place in across[0])}" if said else ""
 
 
-def _extent(chip: Chip, size: int) -> tuple[Picture, int, int, int, int]:
+def extent(chip: Chip, size: int) -> Place:
+    """Where a chip lies; of a whole picture `size` is 0."""
     whole = (chip.picture.height, chip.picture.width)
     return (chip.picture, chip.row, chip.column, *((size, size) if size else whole))
 

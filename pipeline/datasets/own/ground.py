@@ -13,23 +13,39 @@ from pipeline.datasets.own.rasters import Picture, to_latlon
 _SHARED = 0.01
 
 
-def overlapping(places: Sequence[tuple[Picture, int, int, int, int]]) -> np.ndarray:
-    """Pairs of chips of different pictures that lie on the same ground, as int (pair, 2).
+# Of a chip its picture, first row and column, height and width in pixels.
+Place = tuple[Picture, int, int, int, int]
 
-    Args:
-        places: of each chip its picture, first row and column, height and width in pixels.
-    """
-    known = [number for number, (picture, *_) in enumerate(places) if picture.crs]
-    if len({places[number][0].paths for number in known}) < 2:
+
+def overlapping(places: Sequence[Place]) -> np.ndarray:
+    """Pairs of chips of different pictures that lie on the same ground, as int (pair, 2)."""
+    if len({picture.paths for picture, *_ in places if picture.crs}) < 2:
         return np.empty((0, 2), int)
-    prints = shapely.polygons(np.stack([_corners(*places[number]) for number in known]))
-    one, other = shapely.STRtree(prints).query(prints, predicate="intersects")
-    one, other = one[one < other], other[one < other]
-    area = shapely.area(prints)
-    share = shapely.area(shapely.intersection(prints[one], prints[other])) / np.minimum(area[one], area[other])
-    picture = np.unique([str(places[number][0].paths) for number in known], return_inverse=True)[1]
-    found = (share > _SHARED) & (picture[one] != picture[other])
-    return np.array(known)[np.stack([one[found], other[found]], axis=1)]
+    pairs = shared(places, places)
+    return pairs[pairs[:, 0] < pairs[:, 1]]
+
+
+def shared(places: Sequence[Place], others: Sequence[Place]) -> np.ndarray:
+    """Pairs of one chip each of two lists, of different pictures, that lie on the same ground, as int (pair, 2)."""
+    (mine, prints), (theirs, more) = _prints(places), _prints(others)
+    if not len(mine) or not len(theirs):
+        return np.empty((0, 2), int)
+    one, other = shapely.STRtree(more).query(prints, predicate="intersects")
+    called = [np.array([str(each[number][0].paths) for number in some]) for each, some in
+              ((places, mine), (others, theirs))]  # fmt: skip
+    apart = called[0][one] != called[1][other]
+    one, other = one[apart], other[apart]
+    smaller = np.minimum(shapely.area(prints[one]), shapely.area(more[other]))
+    found = shapely.area(shapely.intersection(prints[one], more[other])) > _SHARED * smaller
+    return np.stack([mine[one[found]], theirs[other[found]]], axis=1)
+
+
+def _prints(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the chips that have a place, and their footprints."""
+    known = np.array([number for number, (picture, *_) in enumerate(places) if picture.crs], int)
+    if not len(known):
+        return known, np.empty(0, object)
+    return known, shapely.polygons(np.stack([_corners(*places[number]) for number in known]))
 
 
 def merged(homes: Sequence[str], pairs: np.ndarray) -> np.ndarray:

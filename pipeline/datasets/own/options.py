@@ -20,8 +20,9 @@ class Options:
     """`options` of a block in params.yaml.
 
     `images` and `labels` are patterns below `folder`: images are rasters, of all bands or one file a band; labels a
-    CSV file, masks, or polygons. `bands` are described in the files' order, wavelengths in micrometres; one without
-    is no optical band. `units` are dn (reflectance x 10000), reflectance, uint8 or display; `display` are the
+    CSV file, masks, or polygons. `unlabelled` is a pattern of further images of the same bands and units, without
+    labels: students alone learn from them. `bands` are described in the files' order, wavelengths in micrometres; one
+    without is no optical band. `units` are dn (reflectance x 10000), reflectance, uint8 or display; `display` are the
     reflectances shown as black and white. `split` is by `blocks` of ground, at `random`, or in the table's `column`
     of that name. `ignore` is the masks' value that does not count; `purity` the share of a chip that its class must
     cover, where chips are classified by masks or polygons. `time` is when all was taken.
@@ -32,6 +33,7 @@ class Options:
     labels: str
     bands: tuple[Band, ...]
     units: str
+    unlabelled: str = ""
     classes: tuple[str, ...] = ()
     label_column: str = "label"
     gsd: float = math.nan

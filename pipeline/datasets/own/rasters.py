@@ -61,14 +61,25 @@ class Picture:
                 source = _opened(self.paths[0])
                 how = {"window": window, "resampling": Resampling.bilinear}
                 out = (self.bands, *shape) if shape else None
-                image, valid = source.read(out_shape=out, **how), source.dataset_mask(out_shape=shape, window=window)
+                image = source.read(out_shape=out, **how)
             else:
                 files = [_on_grid(path, self) for path in self.paths]
                 image = np.stack([file.read(1, window=window).astype(self.dtype) for file in files])
-                valid = files[0].dataset_mask(window=window)
         except RasterioError as error:
             raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
-        return image, valid > 0
+        return image, self.valid(window, shape)
+
+    def valid(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """Which pixels (y, x) of a window, or of all resampled to a shape, hold data.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        try:
+            file = _opened(self.paths[0]) if len(self.paths) == 1 else _on_grid(self.paths[0], self)
+            return file.dataset_mask(out_shape=shape, window=window) > 0
+        except RasterioError as error:
+            raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
 
     def bands_of(self, window: Window, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Some bands' pixels (band, y, x) of a window, and where (y, x) all of them hold data.
@@ -156,7 +167,8 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
             names = ", ".join(path.name for path in (fit or paths)[:8])
             raise UserError(
                 f"Band {band.name} should be in the name of one file; it is in {len(fit)} of: {names}. "
-                "Polygons go with one scene: one file with all bands, or a file a band."
+                "Polygons go with one scene: one file with all bands, or a file a band. Unlabelled scenes of a "
+                "file a band lie in a folder each."
             )
         chosen.append(fit[0])
     try:

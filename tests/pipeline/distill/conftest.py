@@ -56,6 +56,7 @@ class Made:
             "segmentation": np.where(np.arange(SIDE) < 4, images.IGNORE, mask),
         }[task]
         classes = ["a", "b", "c"][: 2 if task == "multilabel" else 3]
+        label[np.array(split) == images.UNLABELLED] = images.no_label(task, len(classes), (SIDE, SIDE))
         self.image, self.mask, self.folder, self.task = image, mask, folder, task
         self.like = opened(
             images.Images(
