@@ -8,6 +8,9 @@ from cache.schema import Layout, StoreError
 from pipeline.narrow import look, narrow
 from pipeline.transfer import Download
 
+# Values that are narrowed at once on a processor.
+_BLOCK = 2**18
+
 
 class Buffer:
     """Memory of one shard of every array, used again and again.
@@ -24,8 +27,16 @@ class Buffer:
 
     def put(self, rows: slice, name: str, values: torch.Tensor) -> None:
         """Begin to bring features (sample, …) or (sample, view, …) into rows of the shard."""
+        # A GPU is given everything at once; a processor what its cache keeps from one pass to the next.
+        step = len(values) if values.is_cuda else max(1, _BLOCK // max(1, values[:1].numel()))
+        for first in range(0, len(values), step):
+            some = values[first : first + step]
+            start = rows.start + first
+            self._put(slice(start, start + len(some)), name, some, first)
+
+    def _put(self, rows: slice, name: str, values: torch.Tensor, first: int) -> None:
         if self._narrows(name):
-            values, tally = narrow(values, getattr(torch, self._layout.dtype))
+            values, tally = narrow(values, getattr(torch, self._layout.dtype), first)
         else:
             values, tally = values.float(), look(values)
         self._copy(self._tallies, name, rows, tally)

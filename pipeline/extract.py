@@ -21,10 +21,10 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from cache import codecs, prepare, schema, shard, statistics, write
+from cache import codecs, moments, prepare, schema, shard, write
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import bands, buffer, encode, inputs, narrow, pyramid, views
+from pipeline import bands, buffer, encode, inputs, narrow, pyramid, resize, views
 from pipeline.archives import digest
 from pipeline.encode import Encoder
 from pipeline.inputs import Inputs
@@ -51,12 +51,13 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool
         inputs,
         narrow,
         pyramid,
+        resize,
         views,
         schema,
         codecs,
         prepare,
+        moments,
         shard,
-        statistics,
         write,
     )
     code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
