@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Values in a piece: few enough that, as float64, they stay in a core's own cache from one step to the next.
-_PIECE = 2**16
+# Values in a piece: few enough that, as float64, they stay in a processor's cache from one step to the next.
+_PIECE = 2**17
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def of(maps: np.ndarray) -> Moments | None:
     Values that are NaN or infinite make their channel's moments so.
     """
     flat = maps.reshape(*maps.shape[:2], math.prod(maps.shape[2:]))
-    return merged(_of(flat[rows]) for rows in pieces(len(flat), math.prod(flat.shape[1:])))
+    cut = pieces(len(flat), math.prod(flat.shape[1:]))
+    memory = np.empty(flat[cut[0]].shape) if cut else None  # fresh memory costs more than the sums
+    return merged(_of(part, memory[: len(part)]) for part in map(flat.__getitem__, cut))
 
 
 def merged(parts: Iterable[Moments]) -> Moments | None:
@@ -71,16 +73,18 @@ def _two(one: Moments, other: Moments) -> Moments:
     return Moments(count, mean, squares)
 
 
-def _of(maps: np.ndarray) -> Moments:
-    """Of a few maps (map, channel, cell)."""
-    # About a value of each map's own: a channel whose spread is small beside its mean would lose it otherwise.
-    about, count = maps[:, :, :1].astype(np.float64), maps.shape[2]
+def _of(maps: np.ndarray, away: np.ndarray) -> Moments:
+    """Of a few maps (map, channel, cell); `away` is memory of their shape, float64."""
+    # About a value of each channel's own: one whose spread is small beside its mean would lose it otherwise.
+    about, count = maps[0, :, 0].astype(np.float64), len(maps) * maps.shape[2]
     with np.errstate(invalid="ignore"):  # infinities among them
-        away = np.subtract(maps, about, dtype=np.float64)
-        totals = away.sum(axis=2)
-        # Not a dot product of BLAS, whose last digits depend on its threads.
-        squares = np.square(away, out=away).sum(axis=2) - totals * totals / count
-        means = about[:, :, 0] + totals / count
-        mean = means.mean(axis=0)
-        squares = np.maximum(squares, 0).sum(axis=0) + count * np.square(means - mean).sum(axis=0)
-    return Moments(len(maps) * count, mean, squares)
+        np.subtract(maps, about[:, None], out=away)
+        total = _sums(away)
+        squares = _sums(np.square(away, out=away)) - total * total / count
+    return Moments(count, about + total / count, np.maximum(squares, 0))
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    """Sums of each channel of (map, channel, cell); not by BLAS, whose last digits depend on its threads."""
+    # Map upon map first: maps may be so small that a sum over each is slow.
+    return (values[0] if len(values) == 1 else values.sum(axis=0)).sum(axis=1)

@@ -1,7 +1,7 @@
 """The extraction engine: one pass of one frozen backbone over one images store, shard by shard.
 
-Three things happen at once: a thread reads the next images, the device computes, and a thread stores the shard
-before. Any number of processes may run it on one store (pipeline/workers.py).
+Three things happen at once: a thread reads the next images, the device computes (a processor two batches side by
+side), and a thread stores the shard before. Any number of processes may run it on one store (pipeline/workers.py).
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from tqdm import tqdm
 from cache import codecs, moments, prepare, schema, shard, write
 from cache.schema import Layout, Level
 from cache.write import Writer
-from pipeline import bands, buffer, encode, inputs, narrow, pyramid, resize, views
+from pipeline import bands, buffer, encode, inputs, lanes, narrow, pyramid, resize, views
 from pipeline.archives import digest
 from pipeline.encode import Encoder
 from pipeline.inputs import Inputs
+from pipeline.lanes import Lanes
 from pipeline.params import Backbone, Extract
 from pipeline.pyramid import Pyramid, Spec
 from pipeline.transfer import Download, Upload, arrived
@@ -49,6 +50,7 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool
         buffer,
         encode,
         inputs,
+        lanes,
         narrow,
         pyramid,
         resize,
@@ -83,29 +85,34 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     for _ in range(_SHARDS):
         memory.put(buffer.Buffer(layout, download))
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
-    with bar as progress, ThreadPoolExecutor(1) as disk, ExitStack() as stack:
+    with bar as progress, ThreadPoolExecutor(1) as disk, Lanes(encoder) as beside, ExitStack() as stack:
 
-        def store(number: int, filled: buffer.Buffer, copied) -> None:
+        def encode(own: Encoder, given: tuple, filled: buffer.Buffer, rows: slice):
+            for name, values in _encode(own, given, layout).items():
+                filled.put(rows, name, values)
+            return download.event()
+
+        def store(number: int, filled: buffer.Buffer, encoded: list) -> None:
             try:
-                if copied:
-                    copied.synchronize()
+                for copied in [one.result() for one in encoded]:
+                    if copied:
+                        copied.synchronize()
                 rows = layout.rows(number)
                 writer.write(number, *filled.take(rows.stop - rows.start))
                 progress.update(rows.stop - rows.start)
             finally:
                 memory.put(filled)
 
-        storing, filled = deque(), None
+        storing, encoding, filled = deque(), [], None
         batches = stack.enter_context(closing(_ahead(_batches(images, encoder, writer, batch), encoder.device)))
         stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
         for number, rows, given in batches:
             first, last = layout.rows(number).start, layout.rows(number).stop
             if rows.start == first:
-                filled = memory.get()
-            for name, values in _encode(encoder, given, layout).items():
-                filled.put(slice(rows.start - first, rows.stop - first), name, values)
+                filled, encoding = memory.get(), []
+            encoding.append(beside.submit(encode, given, filled, slice(rows.start - first, rows.stop - first)))
             if rows.stop == last:
-                storing.append(disk.submit(store, number, filled, download.event()))
+                storing.append(disk.submit(store, number, filled, encoding))
             while storing and (storing[0].done() or len(storing) == _SHARDS):
                 storing.popleft().result()
         for one in storing:

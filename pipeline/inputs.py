@@ -44,7 +44,7 @@ class Inputs:
 
     def select(self, image: np.ndarray) -> np.ndarray:
         """The bands that are used, contiguous, in the images' own units and dtype: (batch, band, y, x)."""
-        return np.ascontiguousarray(image[:, list(self.seen.positions)])
+        return np.take(image, self.seen.positions, axis=1)  # faster than indexing
 
     def tensor(self, selected):
         """The tensor that reaches the network, float32 (batch, band, input_size, input_size), channels last.
