@@ -13,7 +13,7 @@ _BLOCK = 2**18
 
 
 class Buffer:
-    """Memory of one shard of every array, used again and again.
+    """Memory of one shard of every array, used again and again; several threads may put rows into it.
 
     Args:
         layout: the store's.
@@ -70,5 +70,6 @@ class Buffer:
     def _copy(self, held: dict, name: str, rows: slice, values: torch.Tensor) -> None:
         if name not in held:
             count = min(self._layout.shard, len(self._layout.sample))
-            held[name] = self._download.empty((count, *values.shape[1:]), values.dtype)
+            # Of two threads that find nothing, the first decides.
+            held.setdefault(name, self._download.empty((count, *values.shape[1:]), values.dtype))
         self._download.copy(held[name][rows], values)

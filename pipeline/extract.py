@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -94,6 +94,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
 
         def store(number: int, filled: buffer.Buffer, encoded: list) -> None:
             try:
+                wait(encoded)  # all, also if one failed: this memory is used again
                 for copied in [one.result() for one in encoded]:
                     if copied:
                         copied.synchronize()

@@ -1,3 +1,4 @@
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -112,3 +113,21 @@ def test_a_processor_takes_a_few_samples_at_a_time_and_finds_the_same(monkeypatc
     buffer.put(slice(0, 16), "level0/features", maps * 1e-9)
     with pytest.raises(StoreError, match=r"Most values of level0/features \(100%\) are too small"):
         buffer.take(16)
+
+
+def test_two_threads_fill_one_buffer(maps):
+    class Slow(Download):
+        """Memory that takes its time, so that both threads find none."""
+
+        def empty(self, shape, dtype):
+            made = super().empty(shape, dtype)
+            meet.wait(timeout=60)
+            return made
+
+    meet = threading.Barrier(2)
+    names = tuple(f"{index}" for index in range(16))
+    layout = Layout(names, ("train",) * 16, (Level(5, 6, 7, stride=4, layer="a"),), {}, "float16", shard=16)
+    buffer = Buffer(layout, Slow("cpu"))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rows: buffer.put(rows, "level0/features", maps[rows]), (slice(0, 8), slice(8, 16))))
+    np.testing.assert_array_equal(buffer.take(16)[0]["level0/features"], maps.half().numpy())
