@@ -33,6 +33,7 @@ from pipeline.encoding import inputs
 from pipeline.encoding.encode import Encoder
 from pipeline.extraction import extract as engine
 from pipeline.extraction import preflight
+from pipeline.extraction.lanes import Lanes
 from pipeline.imagery import imagestore
 from pipeline.imagery.images import Images, open_images
 
@@ -97,8 +98,8 @@ class Case:
         writer.finish()
         return len(layout.sample) / (time.perf_counter() - begun)
 
-    def forward(self) -> float:
-        """Images a second of the network alone."""
+    def forward(self, side_by_side: bool = False) -> float:
+        """Images a second of the network alone: batch after batch, or as many at once as the engine has."""
         image = self.images.image[: self.batch].values
         batch = self.encoder.prepare(image)
         known = self.encoder.inputs.where_and_when(self.images, slice(0, self.batch))
@@ -106,8 +107,13 @@ class Case:
         times = max(1, len(self.images.sample) // self.batch)
         self._wait()
         begun = time.perf_counter()
-        for _ in range(times):
-            self.encoder.forward(batch, known)
+        if side_by_side:
+            with Lanes(self.encoder) as lanes:
+                for one in [lanes.submit(Encoder.forward, batch, known) for _ in range(times)]:
+                    one.result()
+        else:
+            for _ in range(times):
+                self.encoder.forward(batch, known)
         self._wait()
         return times * self.batch / (time.perf_counter() - begun)
 
@@ -126,17 +132,25 @@ class Case:
 
 def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, device: str, precision: str) -> dict:
     case = Case(backbone, dataset, count, batch, device, precision)
-    pairs = [(case.engine(), case.forward()) for _ in range(rounds + 1)][1:]  # the first warms up
+    side_by_side = device == "cpu"
+    turns = [(case.engine(), case.forward(), case.forward(True) if side_by_side else 0.0) for _ in range(rounds + 1)][
+        1:
+    ]  # the first warms up
     shutil.rmtree(SCRATCH, ignore_errors=True)
-    ours, bare = (statistics.median(each) for each in zip(*pairs, strict=True))
+    ours, bare, beside = (statistics.median(each) for each in zip(*turns, strict=True))
     found = {
         "images": count,
         "batch": batch,
         "precision": precision,
         "images_a_second": round(ours, 2),
         "forward_images_a_second": round(bare, 2),
-        "vs_forward": round(statistics.median(mine / theirs for mine, theirs in pairs), 3),
+        "vs_forward": round(statistics.median(mine / theirs for mine, theirs, _ in turns), 3),
     }
+    if side_by_side:
+        found |= {
+            "side_by_side_images_a_second": round(beside, 2),
+            "vs_side_by_side": round(statistics.median(mine / theirs for mine, _, theirs in turns), 3),
+        }
     if device != "cpu":
         found |= {
             "share_of_measured_matrix_rate": round(ours * case.flops() / matrix_rate(), 3),

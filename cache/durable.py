@@ -4,11 +4,14 @@ import asyncio
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from zarr.core.sync import sync
 
+# Files flushed at once.
+_FLUSHES = 16
 # Parts that one call may write.
 _VECTOR = os.sysconf("SC_IOV_MAX")
 
@@ -24,10 +27,14 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Flush every file and folder below `path`, the deepest first."""
-    for folder, _, files in os.walk(path, topdown=False):
-        for name in files:
-            sync_file(Path(folder, name))
+    """Flush every file and folder below `path`, the deepest first.
+
+    Files side by side: a disk flushes many in the time of one.
+    """
+    walked = list(os.walk(path, topdown=False))
+    with ThreadPoolExecutor(_FLUSHES) as pool:
+        list(pool.map(sync_file, (Path(folder, name) for folder, _, names in walked for name in names)))
+    for folder, _, _ in walked:
         sync_folder(Path(folder))
 
 

@@ -1,4 +1,4 @@
-"""Statistics over a store of any size: channel moments by dask, principal components by scikit-learn."""
+"""Statistics over a finished store of any size: channel moments by dask, principal components by scikit-learn."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,11 @@ import dask
 import numpy as np
 from sklearn.decomposition import IncrementalPCA
 
+from cache import moments
 from cache.read import Features
 from cache.schema import StoreError
 
-# Values that a task turns into float64 at once.
+# Values that a task reads at once.
 _BLOCK = 1 << 22
 
 
@@ -25,8 +26,6 @@ def channel_statistics(
         features: the store; never more than a block for each core of it is in memory.
         level: such as `level0`.
         view: None for every view of a sample.
-
-    Source: Chan, Golub, LeVeque 1983, doi:10.1080/00031305.1983.10483115, for merging moments.
     """
     views = [view] if view or not features.view else features.view
     parts = [
@@ -34,14 +33,8 @@ def channel_statistics(
         for index in _blocks(features, level, split)
         for one in views
     ]
-    count, mean, squares = 0, 0.0, 0.0
-    for size, part_mean, part_squares in dask.compute(*parts, scheduler="threads"):
-        total = count + size
-        away = part_mean - mean
-        mean = mean + away * (size / total)
-        squares = squares + part_squares + away**2 * (count * size / total)
-        count = total
-    return mean, np.sqrt(squares / count)
+    whole = moments.merged(dask.compute(*parts, scheduler="threads"))
+    return whole.mean, whole.std()
 
 
 def principal_components(features: Features, level: str, components: int = 3, split: str = "train") -> IncrementalPCA:
@@ -95,21 +88,5 @@ def _blocks(features: Features, level: str, split: str) -> Iterator[np.ndarray]:
         yield index[start : start + step]
 
 
-def _moments(
-    features: Features, name: str, index: np.ndarray, view: str | None
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """Values a channel, their mean, and the sum of squares about it.
-
-    Of float16 the sums over one map are float32, many times faster and good to six digits; all further sums are
-    float64.
-    """
-    values = features.read(name, index, view)
-    maps = values.reshape(*values.shape[:2], -1).astype("float32" if values.dtype == "float16" else "float64")
-    centre = maps.mean(axis=2)
-    maps -= centre[:, :, None]
-    squares = np.einsum("sci,sci->sc", maps, maps, dtype=maps.dtype).astype(np.float64)
-    # The mean as rounded is off by a little, which the maps without it still know.
-    means = centre.astype(np.float64) + maps.mean(axis=2)
-    mean = means.mean(axis=0)
-    squares = squares.sum(axis=0) + maps.shape[2] * np.square(means - mean).sum(axis=0)
-    return maps.size // len(mean), mean, squares
+def _moments(features: Features, name: str, index: np.ndarray, view: str | None) -> moments.Moments:
+    return moments.of(features.read(name, index, view))

@@ -4,7 +4,8 @@ Writers, of which there may be many on many machines, share a scratch folder tha
 everything that decides the content:
 
     <scratch>/store.zarr          the store, at full size, filled shard by shard
-    <scratch>/shards/<k>.json     exists once shard k is safe: the SHA-256 of its files, and what was lost
+    <scratch>/shards/<k>.json     exists once shard k is safe: the SHA-256 of its files, what was lost, and the
+                                  moments of its training samples
     <scratch>/shards/<k>.lock     held by the writer at work on shard k; a killed writer lets go
     <scratch>/lock                held while the store is laid down and while it is finished
 """
@@ -22,18 +23,18 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from cache import checksums
+from cache import checksums, moments
 from cache import shard as shard_format
-from cache.codecs import NONE
+from cache.codecs import NONE, restore
 from cache.durable import building, publish, sync_folder, write_file
 from cache.locks import locked, take
-from cache.prepare import prepare
-from cache.read import Features
+from cache.prepare import Prepared, prepare
 from cache.schema import CONTRACT, Layout, StoreError, consolidate, create, put_array
-from cache.statistics import channel_statistics
 
 # Seconds between looks at shards that others have in hand.
 _PATIENCE = 0.2
+# Values in a task that sums them.
+_BLOCK = 2**20
 
 
 class Writer:
@@ -143,7 +144,7 @@ class Writer:
         if given != shapes:
             raise StoreError(f"Shard {shard} has the arrays {given}; wanted {shapes}.")
         with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(4) as disk:
-            persisted, loss = {}, {}
+            persisted, loss, measured = {}, {}, {}
             for name, array in values.items():
                 codec = self.layout.codec if name.endswith("/features") else NONE
                 prepared = prepare(np.asarray(array), name, self.layout.dtype, codec, pool)
@@ -153,10 +154,12 @@ class Writer:
                 if prepared.scale is not None:
                     scale = name.replace("features", "scale")
                     persisted[scale] = disk.submit(self._persist, shard, scale, prepared.scale, pool)
+                if name.endswith("/features"):
+                    measured[name] = self._moments(rows, prepared, pool)
             digests = dict(file.result() for file in persisted.values())
         for name in persisted:
             sync_folder(self._store / name)
-        record = {"sha256": digests, "loss": loss}
+        record = {"sha256": digests, "loss": loss, "moments": measured}
         write_file(self._record(shard), [json.dumps(record, sort_keys=True).encode()])
         with suppress(FileNotFoundError):  # another writer saw the record, finished the store and tidied up
             sync_folder(self._records)
@@ -202,19 +205,18 @@ class Writer:
     def _finish(self, measured: Mapping) -> str:
         if pending := self.pending():
             raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
-        records = [json.loads(self._record(shard).read_text()) for shard in range(self.layout.shards)]
+        shards, found = self._gathered()
         for torn in [*self._store.rglob("*.partial"), self._store / checksums.NAME]:
             torn.unlink(missing_ok=True)
         root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
         for index in range(len(self.layout.levels)):
-            self._describe_level(root[f"level{index}"], f"level{index}", records)
+            self._describe_level(root[f"level{index}"], *found[f"level{index}/features"])
         described = {
             **self._provenance,
             "contract": CONTRACT,
             "dtype": self.layout.dtype,
             "codec": self.layout.codec.label,
         }
-        shards = {file: digest for record in records for file, digest in record["sha256"].items()}
         content = checksums.content(described, shards)
         root.attrs.update(
             {**measured, **described, "content_sha256": content, "coordinates": "split", "complete": True}
@@ -249,17 +251,42 @@ class Writer:
         chunks = [self.layout.codec.compress(one) for one in maps]
         return shard_format.encode(chunks, full * (len(maps) // len(array)))
 
-    def _describe_level(self, group: zarr.Group, name: str, records: list[dict]) -> None:
+    def _moments(self, rows: slice, prepared: Prepared, pool: Executor) -> list | None:
+        """Of a shard's training samples, all views, as a reader gets them; None if it has none."""
+        training = np.flatnonzero(np.array(self.layout.split[rows]) == "train")
+
+        def of(some: np.ndarray) -> moments.Moments:
+            maps = prepared.stored[some]
+            if prepared.scale is not None:
+                steps, maps = maps, np.empty(maps.shape, self.layout.dtype)
+                restore(steps, prepared.scale[some], maps)
+            return moments.of(maps.reshape(-1, *maps.shape[-3:]))
+
+        blocks = [training[some] for some in moments.pieces(len(training), prepared.stored[0].size, _BLOCK)]
+        whole = moments.merged(pool.map(of, blocks))
+        return whole and whole.record()
+
+    def _gathered(self) -> tuple[dict[str, str], dict[str, tuple]]:
+        """From the records, one after another: every file's SHA-256, and each level's moments and losses."""
+        digests, found = {}, {}
+        for shard in range(self.layout.shards):
+            record = json.loads(self._record(shard).read_text())
+            digests |= record["sha256"]
+            for name, part in record["moments"].items():
+                whole, losses = found.get(name, (None, []))
+                parts = [one for one in (whole, part and moments.Moments.read(part)) if one]
+                found[name] = moments.merged(parts), [*losses, record["loss"][name]]
+        return digests, found
+
+    def _describe_level(self, group: zarr.Group, training: moments.Moments | None, losses: list) -> None:
         """Training statistics of a level (NaN without training samples), and the relative error of storing it."""
-        features = Features.unfinished(self._store)
-        statistics = [np.full(group.attrs["channels"], np.nan)] * 2
-        if "train" in self.layout.split:
-            statistics = channel_statistics(features, name)
-        for key, values in zip(("mean", "std"), statistics, strict=True):
+        nothing = np.full(group.attrs["channels"], np.nan)
+        mean, std = (training.mean, training.std()) if training else (nothing, nothing)
+        for key, values in (("mean", mean), ("std", std)):
             if key in group:
                 del group[key]
             put_array(group, key, values, ("channel",))
-        error, size = np.array([record["loss"][f"{name}/features"] for record in records]).sum(axis=0)
+        error, size = np.array(losses).sum(axis=0)
         group.attrs["relative_error"] = float(np.sqrt(error / size)) if size else 0.0
 
     def _record(self, shard: int) -> Path:

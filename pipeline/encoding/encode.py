@@ -3,6 +3,7 @@
 Nothing else may call a backbone, so that no step can be forgotten or done twice.
 """
 
+import copy
 import os
 from collections.abc import Mapping
 
@@ -39,7 +40,18 @@ class Encoder:
         self.precision = precision
         # Channels last is no slower on a CPU (benchmarks/choices.py), and what GPUs want in low precision.
         self.network = convert_conv2d_weight_memory_format(network.to(self.device), torch.channels_last)
+        self._compiled = compiled
         self._forward = torch.compile(self.network) if compiled else self.network
+
+    def twin(self) -> "Encoder":
+        """Another encoder of the same weights, for a forward beside this one's.
+
+        Some networks keep things in themselves while they compute (timm's feature hooks do), which two forwards
+        through one network would mix up without an error.
+        """
+        shared = {id(each): each for each in [*self.network.parameters(), *self.network.buffers()]}
+        network = copy.deepcopy(self.network, shared)
+        return Encoder(self.inputs, network, self.device, self.precision, self._compiled, self.strides)
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
         """The exact tensor that reaches the network: float32 (batch, band, input_size, input_size).

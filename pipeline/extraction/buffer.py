@@ -8,9 +8,12 @@ from cache.schema import Layout, StoreError
 from pipeline.extraction.narrow import look, narrow
 from pipeline.extraction.transfer import Download
 
+# Values that are narrowed at once on a processor.
+_BLOCK = 2**18
+
 
 class Buffer:
-    """Memory of one shard of every array, used again and again.
+    """Memory of one shard of every array, used again and again; several threads may put rows into it.
 
     Args:
         layout: the store's.
@@ -24,8 +27,16 @@ class Buffer:
 
     def put(self, rows: slice, name: str, values: torch.Tensor) -> None:
         """Begin to bring features (sample, …) or (sample, view, …) into rows of the shard."""
+        # A GPU is given everything at once; a processor what its cache keeps from one pass to the next.
+        step = len(values) if values.is_cuda else max(1, _BLOCK // max(1, values[:1].numel()))
+        for first in range(0, len(values), step):
+            some = values[first : first + step]
+            start = rows.start + first
+            self._put(slice(start, start + len(some)), name, some, first)
+
+    def _put(self, rows: slice, name: str, values: torch.Tensor, first: int) -> None:
         if self._narrows(name):
-            values, tally = narrow(values, getattr(torch, self._layout.dtype))
+            values, tally = narrow(values, getattr(torch, self._layout.dtype), first)
         else:
             values, tally = values.float(), look(values)
         self._copy(self._tallies, name, rows, tally)
@@ -59,5 +70,6 @@ class Buffer:
     def _copy(self, held: dict, name: str, rows: slice, values: torch.Tensor) -> None:
         if name not in held:
             count = min(self._layout.shard, len(self._layout.sample))
-            held[name] = self._download.empty((count, *values.shape[1:]), values.dtype)
+            # Of two threads that find nothing, the first decides.
+            held.setdefault(name, self._download.empty((count, *values.shape[1:]), values.dtype))
         self._download.copy(held[name][rows], values)

@@ -1,7 +1,8 @@
 """The extraction engine: one pass of one frozen backbone over one images store, shard by shard.
 
-Three things happen at once: a thread reads the next images, the device computes, and a thread stores the shard
-before. Any number of processes may run it on one store (pipeline/extraction/workers.py).
+Three things happen at once: a thread reads the next images, the device computes (a processor two batches side by
+side), and a thread stores the shard before. Any number of processes may run it on one store
+(pipeline/extraction/workers.py).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from itertools import pairwise
 from pathlib import Path
@@ -22,16 +23,17 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from cache import codecs, prepare, schema, shard, statistics, write
+from cache import codecs, moments, prepare, schema, shard, write
 from cache.schema import Layout, Level
 from cache.write import Writer
 from pipeline import bands
 from pipeline.archives import digest
-from pipeline.encoding import encode, inputs, pyramid, views
+from pipeline.encoding import encode, inputs, pyramid, resize, views
 from pipeline.encoding.encode import Encoder
 from pipeline.encoding.inputs import Inputs
 from pipeline.encoding.pyramid import Pyramid, Spec
-from pipeline.extraction import buffer, narrow
+from pipeline.extraction import buffer, lanes, narrow
+from pipeline.extraction.lanes import Lanes
 from pipeline.extraction.transfer import Download, Upload, arrived
 from pipeline.imagery.images import UNLABELLED
 from pipeline.params import Backbone, Extract
@@ -53,14 +55,16 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool
         buffer,
         encode,
         inputs,
+        lanes,
         narrow,
         pyramid,
+        resize,
         views,
         schema,
         codecs,
         prepare,
+        moments,
         shard,
-        statistics,
         write,
     )
     code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
@@ -86,29 +90,35 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     for _ in range(_SHARDS):
         memory.put(buffer.Buffer(layout, download))
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
-    with bar as progress, ThreadPoolExecutor(1) as disk, ExitStack() as stack:
+    with bar as progress, ThreadPoolExecutor(1) as disk, Lanes(encoder) as beside, ExitStack() as stack:
 
-        def store(number: int, filled: buffer.Buffer, copied) -> None:
+        def encode(own: Encoder, given: tuple, filled: buffer.Buffer, rows: slice):
+            for name, values in _encode(own, given, layout).items():
+                filled.put(rows, name, values)
+            return download.event()
+
+        def store(number: int, filled: buffer.Buffer, encoded: list) -> None:
             try:
-                if copied:
-                    copied.synchronize()
+                wait(encoded)  # all, also if one failed: this memory is used again
+                for copied in [one.result() for one in encoded]:
+                    if copied:
+                        copied.synchronize()
                 rows = layout.rows(number)
                 writer.write(number, *filled.take(rows.stop - rows.start))
                 progress.update(rows.stop - rows.start)
             finally:
                 memory.put(filled)
 
-        storing, filled = deque(), None
+        storing, encoding, filled = deque(), [], None
         batches = stack.enter_context(closing(_ahead(_batches(images, encoder, writer, batch), encoder.device)))
         stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
         for number, rows, given in batches:
             first, last = layout.rows(number).start, layout.rows(number).stop
             if rows.start == first:
-                filled = memory.get()
-            for name, values in _encode(encoder, given, layout).items():
-                filled.put(slice(rows.start - first, rows.stop - first), name, values)
+                filled, encoding = memory.get(), []
+            encoding.append(beside.submit(encode, given, filled, slice(rows.start - first, rows.stop - first)))
             if rows.stop == last:
-                storing.append(disk.submit(store, number, filled, download.event()))
+                storing.append(disk.submit(store, number, filled, encoding))
             while storing and (storing[0].done() or len(storing) == _SHARDS):
                 storing.popleft().result()
         for one in storing:

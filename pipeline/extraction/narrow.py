@@ -11,15 +11,18 @@ _EVERY = 8
 _COLUMNS = 7
 
 
-def narrow(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def narrow(values: torch.Tensor, dtype: torch.dtype, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Values (sample, channel, …) in `dtype`, and float64 (sample, 7) of what that does to each sample.
 
     Nothing here waits for a GPU.
+
+    Args:
+        first: the first sample's number in its batch.
     """
     low = values.to(dtype)
     last = not values.is_contiguous()  # asked once: `low` may lie otherwise
     given = _flat(values, last).float()
-    lost = _flat(low, last).float() - given
+    lost = _flat(low, last).to(torch.float32, copy=True).sub_(given)
     size, error = (torch.linalg.vector_norm(each, dim=1) for each in (given, lost))
     tally = torch.zeros(len(values), _COLUMNS, dtype=torch.float64, device=values.device)
     # On a processor a look at the norms is cheap, and saves the passes below.
@@ -33,10 +36,11 @@ def narrow(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torc
             torch.linalg.vector_norm(torch.where(finite & ~over, each, 0), dim=1, dtype=torch.float64)
             for each in (given, lost)
         )
-    few = given[::_EVERY].abs()
-    zeros = (few == 0).sum(dim=1)
-    tally[::_EVERY, 2] = ((few < torch.finfo(dtype).tiny).sum(dim=1) - zeros).double()
-    tally[::_EVERY, 3] = (few.shape[1] - zeros).double()
+    some = slice(-first % _EVERY, None, _EVERY)
+    if len(few := given[some].abs()):
+        zeros = (few == 0).sum(dim=1)
+        tally[some, 2] = ((few < torch.finfo(dtype).tiny).sum(dim=1) - zeros).double()
+        tally[some, 3] = (few.shape[1] - zeros).double()
     tally[:, 4], tally[:, 5] = error.double().square(), size.double().square()
     return low, tally
 

@@ -1,5 +1,7 @@
 """Moments and principal components against numpy and scikit-learn on everything at once."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
@@ -30,6 +32,20 @@ def test_training_statistics(tmp_path, codec):
     np.testing.assert_allclose(
         channel_statistics(features, "level0", "test")[0], test.mean(axis=(0, 2, 3)), atol=1e-13
     )
+
+
+@pytest.mark.parametrize("codec", ["none", "bitround4", "int8"])
+@pytest.mark.parametrize("views", [(), ("identity", "flip_x")])
+def test_what_passes_the_writer_has_the_statistics_of_what_is_stored(tmp_path, codec, views):
+    described = layout(codec=codec, views=views, shard=16)
+    # Shards without a training sample, and with one.
+    split = ("test",) * 32 + ("train",) + ("val",) * 40 + described.split[73:]
+    write(tmp_path, dataclasses.replace(described, split=split))
+    features = Features(tmp_path / "store.zarr")
+    for level in ("level0", "level1"):
+        mean, std = channel_statistics(features, level)
+        np.testing.assert_allclose(features.statistics(level)[0], mean, rtol=0, atol=1e-13)
+        np.testing.assert_allclose(features.statistics(level)[1], std, rtol=1e-13)
 
 
 @pytest.mark.usefixtures("block")

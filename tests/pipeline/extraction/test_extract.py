@@ -1,7 +1,10 @@
+import copy
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
+import torch
 
 from cache.read import Features
 from cache.write import Writer
@@ -22,12 +25,21 @@ class Counting:
 
     def __init__(self, encoder, limit=10**9):
         self.encoder, self.inputs, self.device = encoder, encoder.inputs, "cpu"
-        self.seen, self.limit = 0, limit
+        self.seen, self.limit, self.lock = 0, limit, threading.Lock()
+
+    def twin(self):
+        twin = copy.copy(self)
+        twin.encoder, twin.count = self.encoder.twin(), self.count
+        return twin
+
+    def count(self, images):
+        with self.lock:
+            if self.seen >= self.limit:
+                raise KeyboardInterrupt
+            self.seen += images
 
     def forward(self, batch, context):
-        if self.seen >= self.limit:
-            raise KeyboardInterrupt
-        self.seen += len(batch)
+        self.count(len(batch))
         return self.encoder.forward(batch, context)
 
 
@@ -74,15 +86,46 @@ def test_every_sample_lands_in_its_own_row(run):
     assert features.split.tolist() == run.images.split.values.tolist()
 
 
-def test_a_broken_extraction_goes_on_where_it_stopped(run):
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_broken_extraction_goes_on_where_it_stopped(run, threads):
+    threads(2)
     whole, seen = run("a")
     assert seen == 72
+    threads(1)  # batch after batch, so that it is known which was the last
     with pytest.raises(KeyboardInterrupt):
         run("b", limit=40)
+    threads(2)
     assert not (run.folder / "b/store.zarr").exists()
     resumed, seen = run("b")
     assert resumed == whole
     assert seen == 72 - 32  # two shards of 16 were safe
+
+
+def test_a_kill_while_two_batches_are_encoded_changes_no_byte(run, threads):
+    threads(2)
+    whole, _ = run("a")
+    with pytest.raises(KeyboardInterrupt):
+        run("b", limit=40)
+    resumed, seen = run("b")
+    assert resumed == whole
+    assert seen < 72
+
+
+def test_one_thread_or_two_give_the_same_bytes(run, threads):
+    """Two encode two batches side by side, each by itself."""
+    digests = set()
+    for count in (1, 2):
+        threads(count)
+        digests.add(run(f"{count}")[0])
+        assert torch.get_num_threads() == count
+    assert len(digests) == 1
 
 
 def test_other_inputs_start_afresh_and_clear_the_old_scratch(run):

@@ -1,3 +1,4 @@
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -94,3 +95,39 @@ def test_the_loss_of_maps_that_are_cut_out_of_larger_ones(maps, cut, layout):
     error, size = narrow(part, torch.float16)[1].numpy()[:, 4:6].sum(axis=0)
     whole, whole_size = narrow(part.contiguous(), torch.float16)[1].numpy()[:, 4:6].sum(axis=0)
     assert (error, size) == (pytest.approx(whole, rel=1e-5), pytest.approx(whole_size, rel=1e-5))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("block", [1, 3 * 210, 2**18])
+def test_a_processor_takes_a_few_samples_at_a_time_and_finds_the_same(monkeypatch, maps, layout, block):
+    monkeypatch.setattr("pipeline.extraction.buffer._BLOCK", block)
+    maps[9:, 1:3] *= 1e-7  # too small for float16, and seen only where the samples looked at are the same
+    names = tuple(f"{index}" for index in range(16))
+    described = Layout(names, ("train",) * 16, (Level(5, 6, 7, stride=4, layer="a"),), {}, "float16", shard=16)
+    buffer = Buffer(described, Download("cpu"))
+    buffer.put(slice(0, 16), "level0/features", maps.contiguous(memory_format=layout))
+    low, tally = narrow(maps.contiguous(memory_format=layout), torch.float16)
+    np.testing.assert_array_equal(buffer.take(16)[0]["level0/features"], low.numpy())
+    np.testing.assert_array_equal(buffer._tallies["level0/features"][:, [0, 1, 2, 3, 6]], tally[:, [0, 1, 2, 3, 6]])
+    np.testing.assert_allclose(buffer._tallies["level0/features"][:, 4:6], tally[:, 4:6], rtol=1e-5)
+    buffer.put(slice(0, 16), "level0/features", maps * 1e-9)
+    with pytest.raises(StoreError, match=r"Most values of level0/features \(100%\) are too small"):
+        buffer.take(16)
+
+
+def test_two_threads_fill_one_buffer(maps):
+    class Slow(Download):
+        """Memory that takes its time, so that both threads find none."""
+
+        def empty(self, shape, dtype):
+            made = super().empty(shape, dtype)
+            meet.wait(timeout=60)
+            return made
+
+    meet = threading.Barrier(2)
+    names = tuple(f"{index}" for index in range(16))
+    layout = Layout(names, ("train",) * 16, (Level(5, 6, 7, stride=4, layer="a"),), {}, "float16", shard=16)
+    buffer = Buffer(layout, Slow("cpu"))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rows: buffer.put(rows, "level0/features", maps[rows]), (slice(0, 8), slice(8, 16))))
+    np.testing.assert_array_equal(buffer.take(16)[0]["level0/features"], maps.half().numpy())
