@@ -72,7 +72,8 @@ def write_student(path: Path) -> None:
         "bands": [{"name": b.name, "common_name": b.common_name, "wavelength": b.wavelength} for b in bands],
         "units": "dn", "gsd": 10.0, "size": [128, 128],
     }  # fmt: skip
-    graphs.onnx_file(Student(shape, [1500.0] * len(bands), [400.0] * len(bands)).eval(), told, path)
+    student = Student(shape, [1500.0] * len(bands), [400.0] * len(bands)).eval()
+    graphs.onnx_file(graphs.program_of(student, told), told, path)
 
 
 def peak(scene: Path, way: str) -> tuple[float, float]:

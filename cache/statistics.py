@@ -1,14 +1,17 @@
 """Statistics over a finished store of any size: channel moments by dask, principal components by scikit-learn."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import dask
 import numpy as np
-from sklearn.decomposition import IncrementalPCA
 
 from cache import moments
 from cache.read import Features
 from cache.schema import StoreError
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import IncrementalPCA
 
 # Values that a task reads at once.
 _BLOCK = 1 << 22
@@ -37,7 +40,9 @@ def channel_statistics(
     return whole.mean, whole.std()
 
 
-def principal_components(features: Features, level: str, components: int = 3, split: str = "train") -> IncrementalPCA:
+def principal_components(
+    features: Features, level: str, components: int = 3, split: str = "train"
+) -> "IncrementalPCA":
     """PCA of a level's cells over a split, for pictures and for reduced features.
 
     Args:
@@ -58,6 +63,9 @@ def principal_components(features: Features, level: str, components: int = 3, sp
             f"{components} components were asked for of {channels} channels in {cells} cells of split '{split}'; "
             "there can be as many as the fewer of them."
         )
+    # As slow to import as torch, and whoever writes a store imports this file.
+    from sklearn.decomposition import IncrementalPCA
+
     pca = IncrementalPCA(components)
     waiting: list[np.ndarray] = []
     for index in _blocks(features, level, split):
@@ -70,7 +78,7 @@ def principal_components(features: Features, level: str, components: int = 3, sp
     return pca
 
 
-def project(pca: IncrementalPCA, maps: np.ndarray) -> np.ndarray:
+def project(pca: "IncrementalPCA", maps: np.ndarray) -> np.ndarray:
     """Maps (sample, channel, y, x) as their principal components, float32 (sample, component, y, x)."""
     cells = pca.transform(_cells(maps)).astype(np.float32)
     sample, _, height, width = maps.shape

@@ -3,15 +3,12 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
 import xarray as xr
 
 from pipeline import metrics
 from pipeline.encoding import inputs
 from pipeline.errors import UserError
 from pipeline.export import graphs, price, quantised
-from pipeline.mapping.exported import opened
 from pipeline.students import Student
 
 # Real chips on which a file is compared with torch.
@@ -35,17 +32,18 @@ def write(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int
     chips = price.validation(images, limit)
     seen = chips.image[:COMPARED]
     student = student.eval()
-    graphs.onnx_file(student, told, folder / "student.onnx")
-    graphs.torch_file(student, told, folder / "student.pt2")
-    said = {"torch": _worth(_torch(student), chips, told, _bytes(student), 0.0)}
+    program = graphs.program_of(student, told)
+    graphs.onnx_file(program, told, folder / "student.onnx")
+    graphs.torch_file(program, told, folder / "student.pt2")
+    said = {"torch": _worth(graphs.torch_logits(student), chips, told, _bytes(student), 0.0)}
     for name in ("student.onnx", "student.pt2"):
-        found = graphs.check(student, folder / name, seen)
-        said[name] = _worth(_logits(folder / name), chips, told, (folder / name).stat().st_size, found)
+        path, file = folder / name, graphs.logits(folder / name)
+        said[name] = _worth(file, chips, told, path.stat().st_size, graphs.check(student, path, file, seen))
     if int8:
         path = folder / "student-int8.onnx"
         quantised.int8_file(folder / "student.onnx", path)
-        found = graphs.difference(student, path, seen)
-        said[path.name] = _worth(_logits(path), chips, told, path.stat().st_size, found)
+        file = graphs.logits(path)
+        said[path.name] = _worth(file, chips, told, path.stat().st_size, graphs.difference(student, file, seen))
     return {
         "dataset": told["dataset"], "task": told["task"], "metric": metrics.METRICS[told["task"]],
         "architecture": told["architecture"], "chips": len(chips.image), "split": "val", "batch": price.BATCH,
@@ -60,21 +58,6 @@ def _worth(logits: Callable, chips: price.Chips, told: Mapping, size: int, found
         "score": round(price.score(logits, chips, told), 6),
         "difference": float(f"{found:.2g}"),
     }
-
-
-def _torch(student: Student) -> Callable[[np.ndarray], np.ndarray]:
-    @torch.inference_mode()
-    def logits(chips: np.ndarray) -> np.ndarray:
-        return student(torch.from_numpy(chips)).numpy()
-
-    return logits
-
-
-def _logits(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    if path.suffix == ".pt2":
-        return _torch(torch.export.load(path).module())
-    session = opened(path)
-    return lambda chips: session.run(None, {"chips": chips})[0]
 
 
 def _bytes(student: Student) -> int:

@@ -1,7 +1,7 @@
 """A student's graph as ONNX and as a program of torch.export, for any number of chips at once."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,20 @@ TOLD = ("dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size",
         "teacher", "parameters", "input_size")  # fmt: skip
 
 
-def onnx_file(student: Student, told: Mapping, path: Path) -> None:
+def program_of(student: Student, told: Mapping) -> torch.export.ExportedProgram:
+    """A student's graph, traced once for all files."""
+    # Of one chip the number of chips would be taken for a constant.
+    example = torch.zeros(2, len(told["bands"]), *told["size"])
+    many = torch.export.Dim("batch", min=1, max=1 << 16)
+    return torch.export.export(student, (example,), dynamic_shapes=({0: many},))
+
+
+def onnx_file(program: torch.export.ExportedProgram, told: Mapping, path: Path) -> None:
     """Write a student as ONNX: input `chips` (batch, band, y, x), output `logits`, and what it is as metadata."""
-    program = torch.onnx.export(
-        student, (_example(told),), dynamo=True, input_names=["chips"], output_names=["logits"],
-        dynamic_shapes=(_dynamic(),), opset_version=OPSET, verbose=False,
-    )  # fmt: skip
-    model = program.model_proto
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=["chips"], output_names=["logits"], opset_version=OPSET, verbose=False
+    )
+    model = exported.model_proto
     onnx.helper.set_model_props(model, metadata(told))
     model.doc_string = "A student of eo-compose; chips in the units and bands of the metadata"
     for node in model.graph.node:  # where each was traced from: paths of this machine
@@ -54,33 +61,49 @@ def metadata(told: Mapping) -> dict[str, str]:
     }
 
 
-def torch_file(student: Student, told: Mapping, path: Path) -> None:
+def torch_file(program: torch.export.ExportedProgram, told: Mapping, path: Path) -> None:
     """Write a student as a program that torch.export.load reads; the metadata is in its `extra_files`."""
-    program = torch.export.export(student, (_example(told),), dynamic_shapes=(_dynamic(),))
     torch.export.save(program, path, extra_files={f"{KEY}.json": metadata(told)[KEY]})
 
 
-def difference(student: Student, path: Path, chips: np.ndarray) -> float:
+def logits(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """A file, loaded: from chips, float32 (batch, band, y, x), to what it says of them."""
+    if path.suffix == ".pt2":
+        return torch_logits(torch.export.load(path).module())
+    session = opened(path)
+    return lambda chips: session.run(None, {"chips": chips})[0]
+
+
+def torch_logits(network: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+    """The same of a network in torch."""
+
+    @torch.inference_mode()
+    def said(chips: np.ndarray) -> np.ndarray:
+        return network(torch.from_numpy(chips)).numpy()
+
+    return said
+
+
+def difference(student: Student, file: Callable[[np.ndarray], np.ndarray], chips: np.ndarray) -> float:
     """The greatest difference of a logit between a student and its file, as a share of the spread of its logits.
 
     Args:
+        file: as `logits` loads it.
         chips: real ones, float32 (batch, band, y, x).
     """
     # Importing terratorch 1.2 lets convolutions run in bfloat16 in the whole process.
     torch.set_float32_matmul_precision("highest")
-    with torch.inference_mode():
-        wanted = student(torch.from_numpy(chips)).numpy()
-    given = program_logits(path, chips) if path.suffix == ".pt2" else onnx_logits(path, chips)
-    return float(np.abs(given - wanted).max() / max(wanted.std(), 1e-12))
+    wanted = torch_logits(student)(chips)
+    return float(np.abs(file(chips) - wanted).max() / max(wanted.std(), 1e-12))
 
 
-def check(student: Student, path: Path, chips: np.ndarray) -> float:
+def check(student: Student, path: Path, file: Callable[[np.ndarray], np.ndarray], chips: np.ndarray) -> float:
     """The difference on real chips, one at a time and together, which must be below `TOLERANCE`.
 
     Raises:
         UserError: the file computes something else; it is removed.
     """
-    found = max(difference(student, path, chips), difference(student, path, chips[:1]))
+    found = max(difference(student, file, chips), difference(student, file, chips[:1]))
     if not found <= TOLERANCE:
         path.unlink()
         raise UserError(
@@ -88,24 +111,3 @@ def check(student: Student, path: Path, chips: np.ndarray) -> float:
             f"{TOLERANCE:g} allows. This network cannot be exported by torch {torch.__version__}; choose another."
         )
     return found
-
-
-def onnx_logits(path: Path, chips: np.ndarray) -> np.ndarray:
-    return opened(path).run(None, {"chips": chips})[0]
-
-
-def program_logits(path: Path, chips: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return torch.export.load(path).module()(torch.from_numpy(chips)).numpy()
-
-
-def _example(told: Mapping) -> torch.Tensor:
-    # Of one chip the number of chips would be taken for a constant.
-    return torch.zeros(2, len(told["bands"]), *told["size"])
-
-
-def _dynamic() -> dict:
-    return {0: torch.export.Dim("batch", min=1, max=1 << 16)}
-
-
-__all__ = ["TOLERANCE", "check", "difference", "metadata", "onnx_file", "torch_file"]

@@ -1,10 +1,12 @@
 """The program itself in a fresh folder: committed files, a small grid, DVC, real data and weights."""
 
+import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,7 @@ def merge(base: dict, change: dict) -> dict:
     }
 
 
+@pytest.hookimpl(tryfirst=True)  # or xdist reads the groups before, when tests/stages alone is asked for
 def pytest_collection_modifyitems(items):
     """One process runs all that share the job, from the beginning: they take as long as all others together."""
     items.sort(key=lambda item: "job" not in getattr(item, "fixturenames", ()))
@@ -70,6 +73,19 @@ class Job:
         )
         assert (done.returncode != 0) == fails, done.stdout[-3000:]
         return done.stdout
+
+    def stage(self, name: str, *arguments: str, fails: bool = False) -> str:
+        """The output of a stage's file run as `python -m` runs it, but in this process, where imports are done."""
+        said, ended = io.StringIO(), None
+        with pytest.MonkeyPatch.context() as patched, redirect_stdout(said), redirect_stderr(said):
+            patched.chdir(self.folder)
+            patched.setattr(sys, "argv", [f"stages/{name}.py", *arguments])
+            try:
+                runpy.run_path(str(ROOT / f"stages/{name}.py"), run_name="__main__")
+            except SystemExit as end:
+                ended = end.code
+        assert isinstance(ended, str) == fails, ended or said.getvalue()[-3000:]
+        return said.getvalue() + (ended or "")
 
     def start(self, *command: str) -> subprocess.Popen:
         """A command in a process group of its own, to be killed whole."""

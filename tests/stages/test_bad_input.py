@@ -14,7 +14,7 @@ def last_paragraph(output: str) -> str:
 
 
 def stage(job, name, *arguments) -> str:
-    return last_paragraph(job.run("python", "-m", f"stages.{name}", *arguments, fails=True))
+    return last_paragraph(job.stage(name, *arguments, fails=True))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,8 @@ def test_unknown_names_on_the_command_line(job):
 def test_a_gpu_asked_for_and_absent(job):
     job.environment["CUDA_VISIBLE_DEVICES"] = ""
     with job.changed({"compute": {"device": "cuda"}}):
-        said = stage(job, "extract", "--dataset", "sample-trees", "--backbone", "lite0")
+        command = ["python", "-m", "stages.extract", "--dataset", "sample-trees", "--backbone", "lite0"]
+        said = last_paragraph(job.run(*command, fails=True))
     assert "'cuda', but torch sees no CUDA device" in said
     assert "'auto' or 'cpu'" in said
 

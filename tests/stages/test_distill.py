@@ -35,7 +35,7 @@ def without_teachers(job, tmp_path) -> Job:
 
 
 def distill(job: Job, dataset="sample-trees", student="small", **given) -> str:
-    return job.run(sys.executable, "-m", "stages.distill", "--dataset", dataset, "--student", student, **given)
+    return job.stage("distill", "--dataset", dataset, "--student", student, **given)
 
 
 def test_no_teacher_is_loaded(without_teachers, job):

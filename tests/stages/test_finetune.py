@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pandas as pd
 import pytest
@@ -75,7 +74,7 @@ def test_what_cannot_be_fine_tuned(job):
 
 def test_a_model_that_was_left_out_is_left_out_again(job):
     with job.changed({"grid": {"finetune": ["csmask_b4+lite0"]}}):
-        job.run(sys.executable, "-m", "stages.finetune", "--dataset", "sample-trees", "--model", "csmask_b4+lite0")
+        job.stage("finetune", "--dataset", "sample-trees", "--model", "csmask_b4+lite0")
         folder = job.folder / "results/finetune/sample-trees"
         assert pd.read_csv(folder / "csmask_b4+lite0/runs.csv").empty
         (folder / "csmask_b4+lite0/runs.csv").unlink()

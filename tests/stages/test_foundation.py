@@ -42,8 +42,7 @@ def fetch(job, **given) -> str:
 
 def test_from_a_folder_of_weights_to_a_store_that_names_them(job, described):
     fetch(job)
-    cell = ["--dataset", "sample-landuse-seg", "--backbone", NAME]
-    said = job.run(sys.executable, "-m", "stages.extract", *cell)
+    said = job.stage("extract", "--dataset", "sample-landuse-seg", "--backbone", NAME)
     assert "sample-landuse-seg x prithvi_tiny: 72 samples at" in said
     root = zarr.open_group(job.folder / "data/features/sample-landuse-seg" / f"{NAME}.zarr", mode="r")
     weights = root.attrs["weights"]

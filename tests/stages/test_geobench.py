@@ -83,11 +83,11 @@ def test_a_damaged_file_from_the_command_line(job, geobench_root, tmp_path):
     shutil.copytree(geobench_root / "classification_v1.0/m-so2sat", tmp_path / "m-so2sat")
     (tmp_path / "m-so2sat/id_0003.hdf5").write_bytes(b"nothing")
     with job.changed({"geobench_dir": str(tmp_path)}):
-        job.run("python", "-m", "stages.fetch", "--dataset", "m-so2sat")
-        said = job.run("python", "-m", "stages.prepare", "--dataset", "m-so2sat", fails=True)
+        job.stage("fetch", "--dataset", "m-so2sat")
+        said = job.stage("prepare", "--dataset", "m-so2sat", fails=True)
         assert f"error: {tmp_path}/m-so2sat/id_0003.hdf5 cannot be read" in said
         assert "Traceback" not in said
-        said = job.run("python", "-m", "stages.prepare", "--dataset", "m-so2sat", "--skip-bad")
+        said = job.stage("prepare", "--dataset", "m-so2sat", "--skip-bad")
         assert "left out id_0003" in said
         assert "{'train': 5, 'val': 4, 'test': 4}" in said
 
@@ -95,7 +95,7 @@ def test_a_damaged_file_from_the_command_line(job, geobench_root, tmp_path):
 def test_the_papers_profile_is_planned_whole(fresh):
     """`dvc repro --dry` of the whole grid; without --force DVC looks in its run cache for files yet to be made."""
     shutil.copy(ROOT / "params.yaml", fresh.folder)
-    fresh.run("python", "-m", "stages.profile", "--name", "paper")
+    fresh.stage("profile", "--name", "paper")
     planned = re.findall(r"Running stage '([^']+)'", fresh.run("dvc", "repro", "--dry", "--force"))
     verbs = [name.split("@")[0] for name in planned]
     counted = {
@@ -116,9 +116,7 @@ def test_the_papers_profile_is_planned_whole(fresh):
     assert {described.backbone(name).input_size for name in described.grid.backbones} == {224}
     assert set(described.grid.datasets) == set(SETS)
     assert "# family: a file in pipeline/backbones" in (fresh.folder / "params.yaml").read_text(), "comments stay"
-    assert "There is no profile 'papre'. Profiles: paper" in fresh.run(
-        "python", "-m", "stages.profile", "--name", "papre", fails=True
-    )
+    assert "There is no profile 'papre'. Profiles: paper" in fresh.stage("profile", "--name", "papre", fails=True)
 
 
 def test_the_papers_table_2(described):

@@ -28,12 +28,16 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.xdist_group("export")
 
 
-def student_of(opened_images, side):
+# The default student's kind, whose export takes long, and a network of a few layers.
+MOBILENET, SMALL = "mobilenetv3_small_050", "test_efficientnet"
+
+
+def student_of(opened_images, side, network):
     """A network whose BatchNorm has seen real chips; its other weights are drawn."""
     chips = opened_images.image[:16].values.astype(np.float32)
     mean, std = chips.mean(axis=(0, 2, 3)), chips.std(axis=(0, 2, 3))
     shape = students.Shape(
-        "mobilenetv3_small_050",
+        network,
         chips.shape[1],
         len(opened_images.attrs["classes"]),
         opened_images.attrs["task"],
@@ -64,16 +68,16 @@ def saved(store, tmp_path_factory):
     """From a data set's name to the folder of a student of it, and its exported files."""
     made = {}
 
-    def save(dataset, side):
-        if dataset not in made:
+    def save(dataset, side, network=MOBILENET):
+        if (dataset, network) not in made:
             folder = tmp_path_factory.mktemp(dataset)
             pictures = images.open_images(store(dataset))
-            students.save(folder, student_of(pictures, side), told_of(pictures, dataset))
+            students.save(folder, student_of(pictures, side, network), told_of(pictures, dataset))
             student, told = students.load(folder)
             (folder / "export").mkdir()
             said = files.write(student, told, pictures, folder / "export", int8=True, limit=16)
-            made[dataset] = folder, pictures, said
-        return made[dataset]
+            made[dataset, network] = folder, pictures, said
+        return made[dataset, network]
 
     return save
 
@@ -93,7 +97,7 @@ def test_files_say_what_the_student_says(saved, dataset, side):
         given = opened(folder / "export/student.onnx").run(None, {"chips": chips[:count]})[0]
         assert given.shape == wanted[:count].shape
         assert np.abs(given - wanted[:count]).max() < graphs.TOLERANCE * wanted.std()
-    assert graphs.difference(student, folder / "export/student.pt2", chips) < graphs.TOLERANCE
+    assert graphs.difference(student, graphs.logits(folder / "export/student.pt2"), chips) < graphs.TOLERANCE
     for name in ("student.onnx", "student.pt2", "student-int8.onnx"):
         assert said["files"][name]["bytes"] == (folder / "export" / name).stat().st_size
         assert said["files"][name]["images_a_second"] > 0
@@ -128,8 +132,10 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
     last.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(last) + 0.1, last.name))
     onnx.save(model, tmp_path / "student.onnx")
     student, _ = students.load(folder)
+    path, chips = tmp_path / "student.onnx", pictures.image[:4].values.astype(np.float32)
+    file = graphs.logits(path)
     with pytest.raises(UserError, match=r"student.onnx differs from torch by .* more than 0.001 allows"):
-        graphs.check(student, tmp_path / "student.onnx", pictures.image[:4].values.astype(np.float32))
+        graphs.check(student, path, file, chips)
     assert not (tmp_path / "student.onnx").exists()
 
 
@@ -181,7 +187,7 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw):
 
 
 def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw):
-    folder, _, _ = saved("sample-trees-seg", 64)
+    folder, _, _ = saved("sample-trees-seg", 64, SMALL)
     picture = sorted(raw("trees").glob("*crop.png"))[-1]
     with rasterio.open(picture) as file:
         crop = file.read()[:3, :300, :500]

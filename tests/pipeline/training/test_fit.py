@@ -18,6 +18,15 @@ SETTINGS = [Setting(1e-2, 1e-4, 0), Setting(1e-3, 1e-1, 1), Setting(3e-2, 1e-6, 
 
 
 @pytest.fixture
+def side_by_side():
+    """Two cores for the lanes, whatever share of the machine this process has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def points():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(300, 12, generator=generator)
@@ -79,6 +88,7 @@ def test_ignored_pixels_do_not_pull(maps):
     torch.testing.assert_close(loss(logits, label[None], task)[0], alone)
 
 
+@pytest.mark.usefixtures("side_by_side")
 def test_a_head_among_others_is_the_head_alone(points, maps):
     together = linear(*points, SETTINGS)
     for head, setting in enumerate(SETTINGS):
@@ -100,6 +110,7 @@ def test_heads_of_one_seed_share_batches_and_others_have_their_own(points, rows)
     assert not torch.equal(fit.order(rows, Recipe(9, 4), 7), fit.order(rows, Recipe(9, 4), 8))
 
 
+@pytest.mark.usefixtures("side_by_side")
 def test_the_same_seed_gives_the_same_bytes(points, maps):
     for first, second in ([linear(*points, SETTINGS) for _ in "ab"], [upernet(*maps, SETTINGS)[0] for _ in "ab"]):
         assert all(torch.equal(weights(first, head), weights(second, head)) for head in range(3))
