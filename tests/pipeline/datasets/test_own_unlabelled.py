@@ -1,6 +1,7 @@
 """Images without labels: from files to a store, heads that cannot tell that they are there, and students that can."""
 
 import dataclasses
+import functools
 import shutil
 
 import numpy as np
@@ -39,9 +40,12 @@ BEST = {"learning_rate": 0.02, "weight_decay": 0.01}
 TOLD = {"dataset": "mine", "model": "lite0", "weights": "random"}
 
 
+read_scene = functools.cache(landuse.read_scene)
+
+
 def more(raw, folder, places, name="more", bands=slice(1, 4), **profile):
     """Windows of 128 px of the scene, (row, column), as GeoTIFFs of all bands in a folder below this one."""
-    scene, transform, crs = landuse.read_scene(raw("landuse"))
+    scene, transform, crs = read_scene(raw("landuse"))
     (folder / name).mkdir(parents=True, exist_ok=True)
     for row, column in places:
         values = scene[bands][:, row : row + 128, column : column + 128]
