@@ -76,6 +76,7 @@ def both(block):
 
 def scene_of_bands(raw, tmp_path):
     """One scene, a file a band, in a folder, and two further ones in others."""
+    tmp_path.mkdir()
     for path in raw("landuse").iterdir():
         if path.suffix in (".jp2", ".gpkg"):
             shutil.copy(path, tmp_path)
