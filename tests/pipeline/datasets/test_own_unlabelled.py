@@ -164,7 +164,7 @@ def test_heads_cannot_tell_and_students_learn(raw, tiles, tmp_path, way):
     assert (two.label[count:].values == wanted).all()
     assert (two.image[count:].values != 0).any(axis=(1, 2, 3)).all()
     assert one.attrs["classes"] == two.attrs["classes"]
-    assert any("share ground with val or test" in note for note in two.attrs["notes"])
+    assert way == "a scene" or any("share ground with val or test" in note for note in two.attrs["notes"])
 
     before, after = (Features(tmp_path / name / "lite0.zarr") for name in ("plain", "wide"))
     assert (after.rows(NONE) == np.arange(count, count + COUNTS[way])).all()
