@@ -54,6 +54,7 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     """The chips as a stream, split by blocks of ground unless another rule is given; the unlabelled come last."""
     options = build(Options, dataset.options, "options")
     folder = Path(options.folder)
+    paths = further(options, folder)
     if is_table(options):
         reader, notes, classes = _from_table(options, dataset, folder)
     else:
@@ -78,8 +79,8 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     notes += [shared] if shared else []
     notes += _absent(classes, np.stack([areas[name] for name in kept]), np.array(deal))
     more = {}
-    if options.unlabelled:
-        more, said = without_labels(options, folder, reader, dict(zip(kept, deal, strict=True)))
+    if paths:
+        more, said = without_labels(paths, options, reader, dict(zip(kept, deal, strict=True)))
         notes += said
     reader = replace(reader, chips={name: reader.chips[name] for name in kept} | more)
     chips = list(reader.chips.values())

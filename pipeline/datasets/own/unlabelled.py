@@ -34,11 +34,12 @@ def further(options: Options, folder: Path) -> list[Path]:
 
 
 def without_labels(
-    options: Options, folder: Path, reader: Reader, deal: Mapping[str, str]
+    paths: Sequence[Path], options: Options, reader: Reader, deal: Mapping[str, str]
 ) -> tuple[dict[str, Chip], list[str]]:
     """Chips of the unlabelled images, cut as the labelled ones are, by names that no labelled one has; and notes.
 
     Args:
+        paths: what `further` found.
         reader: of the labelled chips.
         deal: by name, the split of those that are used.
 
@@ -46,12 +47,12 @@ def without_labels(
         UserError: images that cannot be read, that differ from the labelled ones, or of which no chip can be cut.
     """
     labelled, notes = [reader.chips[name] for name in deal], []
-    pictures = _pictures(further(options, folder), options, len(labelled[0].picture.paths), notes)
+    pictures = _pictures(paths, options, len(labelled[0].picture.paths), notes)
     _as_known(pictures, labelled, options)
     chips = {}
     for one in pictures:
         # With its ending, which no labelled image's name has.
-        name = str(Path(one.paths[0]).relative_to(folder))
+        name = str(Path(one.paths[0]).relative_to(options.folder))
         if reader.mask:
             for row, column in corners(one.height, one.width, reader.size).tolist():
                 chips[f"{name}_r{row:05d}c{column:05d}"] = Chip(one, row, column, None, options.time, labelled=False)
