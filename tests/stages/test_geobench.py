@@ -143,7 +143,7 @@ def test_the_plan_says_what_a_grid_takes(place, capsys):
     assert "fetch  m-so2sat: is there" in said
     rows = [re.split(r"  +", line) for line in said.splitlines()]
     totals = {row[0]: row for row in rows if "in all" in row}
-    assert set(totals) == {"prepare", "extract", "tune, train"}
+    assert set(totals) == {"prepare", "extract", "tune, train", "distill, export"}
     # 21 964 images of m-so2sat: six bands of 32 px in four bytes.
     row = next(row for row in rows if row[:2] == ["prepare", "m-so2sat"])
     assert row[2:4] == ["21964", f"{21964 * 6 * 32 * 32 * 4 / 1e9:.2f}"]
