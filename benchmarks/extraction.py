@@ -1,6 +1,6 @@
 """The extract stage against the bare forward of the same network, and its memory for four times the images.
 
-    python -m benchmarks.extraction [--device cuda]
+    python -m benchmarks.extraction [--device cuda] [lite0] [csmask_b4] [memory] …     # all, or some of them
 
 `vs_forward`: images a second of the engine, from the images store on disk to the published feature store with its
 statistics, over those of the network alone on a prepared batch that already is on the device; same batch, same
@@ -40,8 +40,8 @@ from pipeline.imagery.images import Images, open_images
 ALL_OF_GEO_BENCH = 104_000
 SCRATCH = FOLDER / "extracting"
 CPU = {  # backbone: (dataset, images, batch, rounds)
-    "lite0": ("sample-trees-seg", 1024, 32, 5),
-    "csmask_b4": ("sample-landuse-seg", 288, 16, 5),
+    "lite0": ("sample-trees-seg", 1024, 32, 3),
+    "csmask_b4": ("sample-landuse-seg", 288, 16, 3),
     "dofa_300m": ("sample-landuse-seg", 48, 8, 3),
 }
 GPU = dict.fromkeys(("hiera_200m", "prithvi_300m", "prithvi_600m", "dofa_300m"), ("sample-landuse-seg", 4096, 256, 3))
@@ -133,9 +133,8 @@ class Case:
 def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, device: str, precision: str) -> dict:
     case = Case(backbone, dataset, count, batch, device, precision)
     side_by_side = device == "cpu"
-    turns = [(case.engine(), case.forward(), case.forward(True) if side_by_side else 0.0) for _ in range(rounds + 1)][
-        1:
-    ]  # the first warms up
+    turns = [(case.engine(), case.forward(), case.forward(True) if side_by_side else 0.0) for _ in range(rounds + 1)]
+    turns = turns[1:]  # the first warms up
     shutil.rmtree(SCRATCH, ignore_errors=True)
     ours, bare, beside = (statistics.median(each) for each in zip(*turns, strict=True))
     found = {
@@ -183,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("parts", nargs="*", metavar="part", help="backbones, or memory; none for all")
     arguments = parser.parse_args()
     if arguments.memory:
         dataset, backbone, _ = MEMORY
@@ -192,17 +192,29 @@ def main() -> None:
         return
     cases = CPU if arguments.device == "cpu" else GPU
     precision = "float32" if arguments.device == "cpu" else "bfloat16"
-    found = {name: measure(name, *case, arguments.device, precision) for name, case in cases.items()}
-    few = MEMORY[2]
-    for count in (few, 4 * few):  # not in the processes that are measured
-        repeated(MEMORY[0], count)
-    peaks = [peak(few), peak(4 * few)]
-    shutil.rmtree(SCRATCH, ignore_errors=True)
+    known = [*cases, "memory"]
+    if unknown := set(arguments.parts) - set(known):
+        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = arguments.parts or known
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    print(json.dumps({
-        "machine": f"{os.cpu_count()} cores, {where}", **found, "memory_images": [few, 4 * few],
-        "peak_megabytes": [round(one) for one in peaks], "rss_growth": round(peaks[1] / peaks[0], 3),
-    }))  # fmt: skip
+    found = {"machine": f"{os.cpu_count()} cores, {where}"}
+    for name in chosen:
+        found |= memory() if name == "memory" else {name: measure(name, *cases[name], arguments.device, precision)}
+    print(json.dumps(found))
+
+
+def memory() -> dict:
+    """Peak memory for some images and for four times as many."""
+    counts = [MEMORY[2], 4 * MEMORY[2]]
+    for count in counts:  # not in the processes that are measured
+        repeated(MEMORY[0], count)
+    peaks = [peak(count) for count in counts]
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    return {
+        "memory_images": counts,
+        "peak_megabytes": [round(one) for one in peaks],
+        "rss_growth": round(peaks[1] / peaks[0], 3),
+    }
 
 
 if __name__ == "__main__":
