@@ -20,14 +20,14 @@ def counts(task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ig
     if task == "multilabel":
         hit, said, true = predicted & label, predicted & ~label & 1, label & ~predicted & 1
         return np.stack([hit, said, true], axis=1).reshape(count, -1).astype(np.int64)
-    predicted, label = (
-        predicted.reshape(count, -1).astype(np.int64),
-        label.reshape(count, -1).astype(np.int64),
-    )
-    valid = label != ignore if ignore is not None else np.ones_like(label, dtype=bool)
     cells = classes * classes
-    keys = np.arange(count)[:, None] * cells + label * classes + predicted
-    return np.bincount(keys[valid], minlength=count * cells).reshape(count, cells)
+    # Pixels that do not count get a cell of their own, which is then left out.
+    keys = np.arange(count)[:, None] * (cells + 1) + predicted.reshape(count, -1)
+    keys += label.reshape(count, -1).astype(np.int64) * classes
+    if ignore is not None:
+        left_out = np.broadcast_to(np.arange(1, count + 1)[:, None] * (cells + 1) - 1, keys.shape)
+        np.copyto(keys, left_out, where=label.reshape(count, -1) == ignore)
+    return np.bincount(keys.ravel(), minlength=count * (cells + 1)).reshape(count, -1)[:, :cells]
 
 
 def score(task: str, total: np.ndarray, classes: int) -> np.ndarray:

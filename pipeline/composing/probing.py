@@ -108,7 +108,7 @@ def mask_scores(
             for layer, weight in weights.items():
                 coarse = torch.einsum("kc,ncyx->nkyx", torch.from_numpy(weight), maps[layer])
                 logits = logits + functional.interpolate(coarse, size=masks.shape[1:], mode="bilinear")
-            predicted = logits.argmax(dim=1).numpy()
+            predicted = logits.max(dim=1).indices.numpy()
             counts = metrics.counts(task.kind, predicted, masks[some], task.classes, task.ignore)
             totals[name] = totals.get(name, 0) + counts.sum(axis=0)
     return {name: float(metrics.score(task.kind, total, task.classes)) for name, total in totals.items()}

@@ -143,7 +143,7 @@ def answers(student: Student, lesson: Lesson, split: str) -> np.ndarray:
         said = student(lesson.chips.image(some).to(lesson.device)).float().cpu()
         if lesson.chips.dense:
             label = lesson.chips.label(some).numpy()
-            parts.append(metrics.counts(task.kind, said.argmax(dim=1).numpy(), label, task.classes, task.ignore))
+            parts.append(metrics.counts(task.kind, said.max(dim=1).indices.numpy(), label, task.classes, task.ignore))
         else:
             parts.append(said.numpy())
     return np.concatenate(parts)

@@ -97,7 +97,7 @@ def counts(tuned: Tuned, job: Job, split: str) -> np.ndarray:
     """Per-sample counts of a split, int64 (sample, cells); see pipeline/metrics."""
     task, parts = job.task, []
     for said, label in logits(tuned, job, split):
-        predicted = ((said > 0).long() if task.kind == "multilabel" else said.argmax(dim=1)).cpu().numpy()
+        predicted = ((said > 0).long() if task.kind == "multilabel" else said.max(dim=1).indices).cpu().numpy()
         parts.append(metrics.counts(task.kind, predicted, label.astype(np.int64), task.classes, task.ignore))
     return np.concatenate(parts)
 

@@ -61,16 +61,16 @@ class LinearGroup(nn.Module):
 
     @torch.no_grad()
     def pull(
-        self, inputs: torch.Tensor, index: torch.Tensor | None, slope: Callable[[torch.Tensor], torch.Tensor]
+        self, inputs: torch.Tensor, index: torch.Tensor | None, slope: Callable[[torch.Tensor, slice], torch.Tensor]
     ) -> None:
         """Set the gradients of all heads' losses, by the product that they are; autograd takes longer to get there.
 
         Args:
             inputs, index: as for `pieces`.
-            slope: from logits to the losses' gradients by them, both (head, batch, class).
+            slope: from logits (head, batch, class), and whose they are, to the losses' gradients by them.
         """
         rows = inputs if index is None else self._picked(inputs, index)
-        steep = slope(self._logits(rows))
+        steep = slope(self._logits(rows), slice(None))
         self.biases[0].grad = steep.sum(dim=1)
         if rows.ndim == 3:
             self.weights[0].grad = torch.bmm(steep.transpose(1, 2), rows)

@@ -179,7 +179,7 @@ def _counts(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task) -> 
     group.eval()
     logits = torch.cat([piece for _, piece in group.pieces(inputs, None)])
     group.train(training)
-    predicted = ((logits > 0).long() if task.kind == "multilabel" else logits.argmax(dim=2)).cpu().numpy()
+    predicted = ((logits > 0).long() if task.kind == "multilabel" else logits.max(dim=2).indices).cpu().numpy()
     true = label.long().cpu().numpy()
     return np.stack([metrics.counts(task.kind, one, true, task.classes, task.ignore) for one in predicted])
 

@@ -62,7 +62,7 @@ class Lane:
         """One update of every head, from the rows `index` (head, batch) of the inputs and their labels (head, …)."""
         self.optimiser.zero_grad()
         if self.group.direct:
-            self.group.pull(inputs, index, lambda logits: slope(logits, label, self.task))
+            self.group.pull(inputs, index, lambda logits, heads: slope(logits, label[heads], self.task))
         else:
             for heads, logits in self.group.pieces(inputs, index):
                 loss(logits, label[heads], self.task).sum().backward()

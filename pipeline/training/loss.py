@@ -46,16 +46,25 @@ def loss(logits: torch.Tensor, label: torch.Tensor, task: Task) -> torch.Tensor:
 
 
 def slope(logits: torch.Tensor, label: torch.Tensor, task: Task) -> torch.Tensor:
-    """The gradient of the sum of `loss` by logits (head, batch, class), for labels a sample; the same shape.
+    """The gradient of the sum of `loss` by logits (head, batch, class, …); the same shape.
 
     Softmax or sigmoid less what is true, over what the mean is taken of (Bishop 2006, section 4.3.4).
     """
     if task.kind == "multilabel":
         return torch.sigmoid(logits).sub_(label).div_(logits[0].numel())
-    label = label.long()
-    share = logits.new_full(label.shape, 1 / label.shape[1])
-    if task.weights is not None:
-        share = logits.new_tensor(task.weights)[label]
-        share /= share.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    steep = torch.softmax(logits, dim=2).mul_(share[:, :, None])
-    return steep.scatter_add_(2, label[:, :, None], -share[:, :, None])
+    label, counted = label.long(), None
+    if task.ignore is not None:
+        counted = label != task.ignore
+        label = label * counted
+    share = _share(label, counted, task, logits)
+    steep = torch.softmax(logits, dim=2).mul_(share.unsqueeze(2))
+    return steep.scatter_add_(2, label.unsqueeze(2), share.neg_().unsqueeze(2))
+
+
+def _share(label: torch.Tensor, counted: torch.Tensor | None, task: Task, logits: torch.Tensor) -> torch.Tensor:
+    """What each label counts for in its head's mean, (head, batch, …)."""
+    if counted is None and task.weights is None:
+        return logits.new_full(label.shape, 1 / label[0].numel())
+    weight = logits.new_ones(()) if task.weights is None else logits.new_tensor(task.weights)[label]
+    share = weight if counted is None else weight * counted
+    return share / share.flatten(1).sum(dim=1).clamp_min(1e-12).view(-1, *[1] * (label.ndim - 1))

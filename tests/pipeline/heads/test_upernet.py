@@ -27,3 +27,6 @@ def test_logits_have_the_masks_size_and_seeds_their_own_start():
     assert [tuple(one.shape) for one in logits] == [(1, 4, 3, 50, 60)] * 3
     assert torch.equal(logits[0], logits[2])
     assert not torch.equal(logits[0], logits[1])
+    alone = group.heads[1]([level[:4] for level in levels])
+    theirs = torch.nn.functional.interpolate(alone, (50, 60), mode="bilinear")
+    torch.testing.assert_close(logits[1][0], theirs, rtol=1e-5, atol=1e-5)

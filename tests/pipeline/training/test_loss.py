@@ -1,9 +1,11 @@
-"""The slope that linear heads descend, against autograd's of the loss."""
+"""The slope that heads descend, against autograd's of the loss."""
 
 import pytest
 import torch
 
+from pipeline.heads.dense import DenseGroup
 from pipeline.heads.linear import LinearGroup
+from pipeline.heads.upernet import UperNet
 from pipeline.training.loss import Task, loss, slope
 
 TASKS = {
@@ -37,6 +39,40 @@ def test_linear_heads_pull_as_autograd_does(name, own):
     rows = inputs if own else inputs[:8]
     ((_, logits),) = group.pieces(rows, index)
     wanted = torch.autograd.grad(loss(logits, label, task).sum(), list(group.parameters()))
-    group.pull(rows, index, lambda logits: slope(logits, label, task))
+    group.pull(rows, index, lambda logits, heads: slope(logits, label[heads], task))
     for parameter, theirs in zip(group.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, theirs)
+
+
+MASKS = {
+    "all pixels": Task("segmentation", 4),
+    "some ignored": Task("segmentation", 4, ignore=255),
+    "some ignored, others weighted": Task("segmentation", 4, ignore=255, weights=(0.2, 1.0, 4.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("size", [(24, 40), (8, 8), (5, 3)], ids=["finer masks", "the same grid", "coarser masks"])
+@pytest.mark.parametrize("name", MASKS)
+def test_dense_heads_pull_as_autograd_does_through_torchs_resize(name, size):
+    """Two heads, each with its own rows; one mask is ignored whole."""
+    task, generator = MASKS[name], torch.Generator().manual_seed(0)
+    levels = [torch.randn(6, 5, side, side, generator=generator) for side in (8, 4, 2)]
+    label = torch.randint(4, (2, 3, *size), generator=generator).to(torch.uint8)
+    if task.ignore is not None:
+        label[:, 0], label[:, 1, :2] = 255, 255
+    group, index = DenseGroup(lambda: UperNet([5, 5, 5], 6, 4), size, (0, 1)), torch.tensor([[0, 1, 2], [5, 3, 2]])
+    wanted = []
+    for head, rows, true in zip(group.heads, index, label, strict=True):
+        resized = torch.nn.functional.interpolate(head([one[rows] for one in levels]), size, mode="bilinear")
+        wanted += torch.autograd.grad(loss(resized[None], true[None], task).sum(), list(head.parameters()))
+    group.pull(levels, index, lambda logits, heads: slope(logits, label[heads], task))
+    for parameter, theirs in zip(group.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, theirs, rtol=1e-4, atol=1e-6)
+    assert max(one.abs().max() for one in wanted) > 0.01
+
+
+def test_masks_without_a_label_pull_nowhere():
+    logits, label = torch.randn(1, 2, 4, 5, 5), torch.full((1, 2, 5, 5), 255, dtype=torch.uint8)
+    assert slope(logits, label, MASKS["some ignored"]).abs().max() == 0
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        slope(logits, label, MASKS["all pixels"])
