@@ -333,6 +333,8 @@ def _check(params: Params) -> None:
         if value < 0:
             raise UserError(f"{key} is {value}; it must not be negative.")
     check_search("search", params.search)
+    for name in params.distill.datasets:
+        params.dataset(name)
     check_students(params.students, params.distill, params.grid, params.backbones)
     _positive("train", seeds=params.train.seeds)
     _check_compose(params)

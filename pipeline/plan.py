@@ -83,7 +83,7 @@ def plan(params: Params, sets: Mapping[str, Wanted], device: str) -> list[Line]:
             seconds = _step(params, members, dense, wanted.classes, device, stepped)
             hours = heads * head.steps * seconds / 3600
             lines.append(Line("tune, train", f"{name} x {model}", heads * head.steps * head.batch, 0.0, hours))
-        if teachers:
+        if teachers and params.distill.teaches(name):
             lines += [_taught(params, name, wanted, student, device) for student in params.grid.students]
     return lines
 

@@ -55,12 +55,14 @@ class Search:
 class Distill:
     """How students are trained.
 
-    `teacher` is a model of the grid, or `best`: the one with the best validation score. `labels`, `features` and
+    `datasets` are those of the grid's that students learn, or none for all. `teacher` is a model of the grid, or
+    `best`: the one with the best validation score. `labels`, `features` and
     `logits` are the weights of the three losses, `temperature` that of the logits. `ablation` names variants that are
     trained besides the student that learns from everything and the one that learns from labels alone: `features`,
     `logits`, which is labels and that. `chips` and `masks` are how long to train, by what a label is of.
     """
 
+    datasets: tuple[str, ...]
     teacher: str
     labels: float
     features: float
@@ -71,6 +73,10 @@ class Distill:
     masks: Steps
     seeds: int
     search: Search
+
+    def teaches(self, dataset: str) -> bool:
+        """Whether students learn a data set."""
+        return not self.datasets or dataset in self.datasets
 
     @property
     def variants(self) -> list[str]:

@@ -9,7 +9,8 @@ from stages.cli import COST, DISTILLED, IMAGES, RUNS, TUNED, WEIGHTS, read_json,
 def cost() -> None:
     """Write results/cost.csv: a row a data set, model and device, of the data sets that have students."""
     described = params.load()
-    tables = [_costs(described, dataset) for dataset in described.grid.datasets if described.grid.students]
+    taught = filter(described.distill.teaches, described.grid.datasets if described.grid.students else ())
+    tables = [_costs(described, dataset) for dataset in taught]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["dataset", "model"])
     write_text(COST, table.to_csv(index=False))
 

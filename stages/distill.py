@@ -22,7 +22,7 @@ def distill(dataset: str, student: str) -> None:
     from pipeline.distill.choose import teacher as choose
 
     tuned = {model: read_json(TUNED / dataset / f"{model}.json") for model in described.grid.models}
-    teacher, left_out = choose(described, tuned)
+    teacher, left_out = choose(described, dataset, tuned)
     with building(SCRATCH / f"distill-{dataset}-{student}", DISTILLED / dataset / student) as folder:
         told = {"dataset": dataset, "student": student, "teacher": teacher, "left_out": left_out}
         runs = pd.DataFrame(columns=["dataset", "model"])

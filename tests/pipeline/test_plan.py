@@ -24,7 +24,7 @@ def described():
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_students_are_counted(described, task):
-    distill = dataclasses.replace(described.distill, ablation=("logits",))
+    distill = dataclasses.replace(described.distill, ablation=("logits",), datasets=("here",))
     wanted = Wanted(100, RGB, task, 4, 3 * 128 * 128)
     lines = plan.plan(dataclasses.replace(described, distill=distill), {"here": wanted}, "cpu")
     (line,) = [one for one in lines if one.stage == "distill, export"]
@@ -43,6 +43,9 @@ def test_no_students_no_teachers_no_lines(described):
     grid = dataclasses.replace(described.grid, students=())
     wanted = Wanted(100, RGB, "classification", 4, 0)
     lines = plan.plan(dataclasses.replace(described, grid=grid), {"here": wanted}, "cpu")
+    assert [line.stage for line in lines] == ["prepare", "extract", "tune, train"]
+    elsewhere = dataclasses.replace(described.distill, datasets=("sample-trees",))
+    lines = plan.plan(dataclasses.replace(described, distill=elsewhere), {"here": wanted}, "cpu")
     assert [line.stage for line in lines] == ["prepare", "extract", "tune, train"]
     # A teacher that cannot see the bands teaches nobody.
     unseen = dataclasses.replace(described.grid, backbones=("lite0",), models=("lite0",), students=("small",))

@@ -15,6 +15,7 @@ from tests.stages.conftest import merge
     ("change", "says"),
     [
         ({"grid": {"students": ["tiny"]}}, "no student 'tiny'"),
+        ({"distill": {"datasets": ["sample-tree"]}}, "no dataset 'sample-tree'"),
         ({"grid": {"students": ["small", "small"]}}, "name each once"),
         (
             {"students": {"small": {"weights": "imagenet"}}},

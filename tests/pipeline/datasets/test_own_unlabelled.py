@@ -201,7 +201,7 @@ def learns(folder, count):
     """With a teacher a student learns from chips without labels, and the control does not."""
     steps = Steps(4, 8)
     search = Search(trials=1, parallel=1, seed=0, learning_rate=(1e-3, 1e-2), weight_decay=(1e-3, 1e-2))
-    described = Distill("best", 1.0, 1.0, 1.0, 2.0, (), chips=steps, masks=steps, seeds=1, search=search)
+    described = Distill((), "best", 1.0, 1.0, 1.0, 2.0, (), chips=steps, masks=steps, seeds=1, search=search)
     chips = Chips(folder / "mine.zarr", 1.0)
     teacher = Teacher(
         {folder / "lite0.zarr": None}, folder / "mine.zarr", kept.load(folder / "head.pt"), chips.taught()

@@ -24,7 +24,7 @@ COUNT, SIDE = 60, 32
 HEADS = Heads(LinearHead("all", "mean", steps=200, batch=20), UperNetHead(channels=8, steps=60, batch=4))
 SEARCH = Search(trials=2, parallel=2, seed=0, learning_rate=(5e-3, 1e-2), weight_decay=(1e-3, 1e-2))
 DISTILL = Distill(
-    "best", 1.0, 1.0, 1.0, 2.0, (), chips=Steps(30, 16), masks=Steps(20, 8), seeds=2, search=SEARCH
+    (), "best", 1.0, 1.0, 1.0, 2.0, (), chips=Steps(30, 16), masks=Steps(20, 8), seeds=2, search=SEARCH
 )  # fmt: skip
 
 
