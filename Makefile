@@ -1,4 +1,4 @@
-# make run: the environment, then the whole default grid, ending in results/report/index.html
+# make run: the environment, then the whole default grid as by `dvc repro`, ending in results/report/index.html
 # make paper: the paper's grid on GEO-Bench: params.yaml, what it will take, and the run
 # make test: the environment, then the tests
 PYTHON ?= python3
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: run paper test lint clean
 
 run: .venv/ready
-	dvc repro
+	python -m stages.repro
 
 paper: .venv/ready
 	python -m stages.profile --name paper
