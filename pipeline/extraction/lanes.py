@@ -1,5 +1,7 @@
 """Batches encoded side by side on a processor, each by threads of its own; one after another on a GPU."""
 
+import ctypes
+import platform
 import queue
 from collections import deque
 from collections.abc import Callable
@@ -11,6 +13,10 @@ from pipeline.encoding.encode import Encoder
 
 # Batches at once on a processor, each of which takes memory.
 _LANES = 2
+# Bytes from which glibc is to map memory of its own and give it back at once, and free ones that it may keep: its
+# mallopt's numbers (malloc.h) and our values.
+_M_MMAP_THRESHOLD, _MAPPED = -3, 4 * 2**20
+_M_TRIM_THRESHOLD, _KEPT = -1, 16 * 2**20
 
 
 class Lanes:
@@ -27,6 +33,8 @@ class Lanes:
         self._threads, self._pool, self._running = torch.get_num_threads(), None, deque()
         self._count = min(_LANES, self._threads) if encoder.device == "cpu" else 1
         self._beside = self._count > 1
+        if encoder.device == "cpu":
+            _give_back()
         self._free = queue.SimpleQueue()
         for number in range(self._count):
             self._free.put(encoder.twin() if number else encoder)
@@ -59,3 +67,15 @@ class Lanes:
             return call(encoder, *given)
         finally:
             self._free.put(encoder)
+
+
+def _give_back() -> None:
+    """Have glibc give layers' outputs back when they are freed, for the rest of the process.
+
+    By itself it soon cuts blocks of up to 32 MB from heaps, one a thread, which keep what others lie beside: memory
+    grows by hundreds of megabytes with the number of batches, until the heaps have settled.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)
