@@ -81,7 +81,8 @@ class Student(nn.Module):
         if not self.dense:
             return self.head(torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1))
         finest = self.pyramid({str(place): level for place, level in enumerate(levels)})["0"]
-        return functional.interpolate(self.head(finest), size=tuple(size), mode="bilinear")
+        # Of few channels, channels last is slow to resize, and all that follows.
+        return functional.interpolate(self.head(finest).contiguous(), size=tuple(size), mode="bilinear")
 
 
 def _network(shape: Shape) -> nn.Module:

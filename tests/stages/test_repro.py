@@ -1,0 +1,35 @@
+"""Data sets side by side, as `make run` has them: the job is made so."""
+
+import sys
+
+from pipeline import params
+from stages.repro import cells
+
+
+def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
+    grid = params.load(job.folder / "params.yaml").grid
+    listed = set(job.run("dvc", "stage", "list", "--name-only").split())
+    mine = [name for dataset in grid.datasets for name in cells(grid, dataset)]
+    assert len(mine) == len(set(mine))
+    left = {name.split("@")[0] for name in listed - set(mine)}
+    assert set(mine) < listed
+    assert left == {"check", "fetch_weights", "export", "map", "cost", "report"}
+
+
+def test_a_stage_comes_after_those_that_it_depends_on(job):
+    grid = params.load(job.folder / "params.yaml").grid
+    for dataset in grid.datasets:
+        order = cells(grid, dataset)
+        lines = job.run("dvc", "dag", "--dot", order[-1]).splitlines()
+        edges = [line.strip().rstrip(";").replace('"', "").split(" -> ") for line in lines if "->" in line]
+        within = [(one, two) for one, two in edges if one in order and two in order]
+        assert within
+        assert all(order.index(one) < order.index(two) for one, two in within)
+
+
+def test_nothing_is_left_to_do_and_a_mistake_ends_in_one_paragraph(job):
+    assert "Data and pipelines are up to date" in job.run("dvc", "repro")
+    with job.changed({"grid": {"models": ["nope"]}}):
+        said = job.run(sys.executable, "-m", "stages.repro", fails=True)
+    assert said.startswith("error: ")
+    assert "nope" in said
