@@ -1,8 +1,13 @@
 """One chunk of an images store: its samples read, checked, written and hashed."""
 
+import contextlib
+import fcntl
 import functools
 import hashlib
+import io
+import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +21,8 @@ from pipeline.imagery.images import UNLABELLED, Images, Sample, Stream, check_la
 _THIN = 4
 # So many samples are fetched from the disk while others are worked on: enough to hide what a disk takes to answer.
 _AHEAD = 16
+# Bytes. What is written past the system's cache begins and ends at multiples of it; no common disk has larger blocks.
+_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -65,20 +72,40 @@ def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
     """
     values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     name = CHUNK_KEYS["separator"].join(["c", str(number), *["0"] * (values.ndim - 1)])
-    with open(array / name, "wb", buffering=0) as file:
-        written, wanted = 0, memoryview(values).cast("B")
-        while written < len(wanted):
-            written += file.write(wanted[written:])
+    with open(array / name, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+        filled = beside.submit(_fill, file, memoryview(values).cast("B"))  # computes nothing: it waits for the disk
+        digest = hashlib.sha256(values).hexdigest()
+        filled.result()
         file.truncate(values[:1].nbytes * chunk)
-        # Linux begins to write what the system holds of a file that is called not needed: beside the next chunk.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return hashlib.sha256(values).hexdigest()
+    return digest
 
 
-@functools.lru_cache(maxsize=1)
+def _fill(file: io.FileIO, wanted: memoryview) -> None:
+    """Write bytes past the system's cache, which would cost new pages and a copy into them: as much as the hashing.
+
+    What the disk or the memory's place does not allow so, and the rest of the last block, goes through the cache.
+    """
+    written, blocks = 0, len(wanted) - len(wanted) % _BLOCK
+    with contextlib.suppress(OSError):  # a full or broken disk says so again below
+        fcntl.fcntl(file, fcntl.F_SETFL, os.O_DIRECT)
+        while written < blocks:
+            written += file.write(wanted[written:blocks])
+    fcntl.fcntl(file, fcntl.F_SETFL, 0)
+    while written < len(wanted):
+        written += file.write(wanted[written:])
+    # Linux begins to write what the system holds of a file that is called not needed: beside the next chunk.
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@functools.lru_cache(maxsize=2)
 def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory of a whole chunk, used for one after another: fresh memory costs as much as reading into it."""
-    return np.zeros(shape, dtype)
+    """Memory of a whole chunk, used for one after another: fresh memory costs as much as reading into it.
+
+    It begins at a multiple of a block, as it must to be written past the system's cache.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + _BLOCK, np.uint8)
+    return raw[-raw.ctypes.data % _BLOCK :][:size].view(dtype).reshape(shape)
 
 
 def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
@@ -90,7 +117,10 @@ def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
         "multilabel": (np.uint8, (len(stream.classes),)),
         "segmentation": (np.uint8, stream.shape[1:]),
     }[stream.task]
-    label = np.zeros((len(names), *empty), kind)
+    if stream.task == "segmentation":  # masks are written and forgotten, as images are; other labels are kept
+        label = _memory((chunk, *empty), np.dtype(kind))[: len(names)]
+    else:
+        label = np.zeros((len(names), *empty), kind)
     lat, lon, time, bad = [], [], [], []
     ahead = stream.ahead or (lambda names: None)
     ahead(stream.sample[rows.start : rows.start + _AHEAD])

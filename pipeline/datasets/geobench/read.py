@@ -104,7 +104,7 @@ class Reader:
         return Sample(image, label, lat, lon, self._time(name, there))
 
     def _mask(self, array: h5d.DatasetID) -> np.ndarray:
-        mask, size, count = np.empty(array.shape, array.dtype), self.declared.size, len(self.declared.classes)
+        mask, size, count = _memory(array.shape, array.dtype), self.declared.size, len(self.declared.classes)
         array.read(_ALL, _ALL, mask)
         mask = mask.reshape(mask.shape[:2])
         if mask.shape != (size, size):
@@ -146,6 +146,12 @@ class Reader:
             return np.datetime64("NaT" if placeholder or not said else said, "s")
         except ValueError:
             return np.datetime64("NaT", "s")
+
+
+@functools.lru_cache(maxsize=1)
+def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that one mask after another is read into: for so much, the system would be asked again each time."""
+    return np.empty(shape, dtype)
 
 
 @contextlib.contextmanager

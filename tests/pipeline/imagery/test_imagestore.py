@@ -1,6 +1,8 @@
 """Streams of samples become the same store whoever writes it."""
 
 import dataclasses
+import errno
+import io
 from functools import partial
 
 import numpy as np
@@ -112,3 +114,35 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, given, words
     with pytest.raises(UserError, match=words):
         imagestore.write(stream(**given), tmp_path / "scratch", tmp_path / "store", workers=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def refused(*_):
+    raise OSError(errno.EINVAL, "this disk cannot be written past the cache")
+
+
+@pytest.mark.parametrize("start", [0, 8], ids=["at a block", "off a block"])
+@pytest.mark.parametrize("size", [100, 3 * 4096, 3 * 4096 + 100])
+@pytest.mark.parametrize("how", ["as it can", "refused", "a little at a time"])
+def test_bytes_are_whole_however_the_disk_takes_them(tmp_path, monkeypatch, start, size, how):
+    if how == "refused":
+        flags = imagechunk.fcntl.fcntl
+        monkeypatch.setattr(imagechunk.fcntl, "fcntl", lambda *given: refused() if given[-1] else flags(*given))
+    memory = imagechunk._memory((16384,), np.dtype("uint8"))
+    assert memory.ctypes.data % 4096 == 0
+    memory[:] = np.random.default_rng(0).integers(0, 256, len(memory))
+    kind = Little if how == "a little at a time" else io.FileIO
+    with kind(tmp_path / "file", "wb") as file:
+        imagechunk._fill(file, memoryview(memory)[start : start + size])
+    assert (tmp_path / "file").read_bytes() == memory[start : start + size].tobytes()
+
+
+class Little(io.FileIO):
+    """A file that takes few bytes at once, and no whole blocks."""
+
+    def write(self, data):
+        return super().write(data[:5000])
+
+
+def test_a_full_disk_is_an_error():
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        imagechunk._fill(file, memoryview(bytes(8192)))
