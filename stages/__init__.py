@@ -1,1 +1,9 @@
 """The verbs: one screen each, one per DVC stage, run as `python -m stages.<stage>`."""
+
+import os
+import sys
+
+if "EO_COMPOSE_WARM" in os.environ and sys.orig_argv[1:2] == ["-m"]:  # before a stage imports anything
+    from stages import warm
+
+    warm.hand_over()

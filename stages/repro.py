@@ -1,6 +1,6 @@
-"""repro: `dvc repro` with two data sets at a time.
+"""repro: `dvc repro` with two data sets at a time, and with stages whose imports are done (stages/warm.py).
 
-DVC runs one stage after the other, and while a stage imports torch, or DVC keeps its books, a core has nothing to do.
+DVC runs one stage after the other, and while it keeps its books, and in much of a stage, a core has nothing to do.
 Data sets do not meet before the report: each has a `dvc repro` of its own here, and what is left, exports and maps,
 costs and the report, is done by the last one, which also ends as a plain `dvc repro` would if anything failed.
 """
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import params
 from pipeline.params import Grid
+from stages import warm
 from stages.cli import run
 
 # Data sets at once. Heads of one keep two cores busy for half of the time.
@@ -21,22 +22,23 @@ _AT_ONCE = 2
 def repro() -> None:
     """Run everything in params.yaml's grid; exits as `dvc repro` does."""
     grid = params.load().grid
-    if _dvc("check", "fetch_weights") == 0:
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            # One by one: a DVC that walks upstream would want to write what the other reads.
-            list(pool.map(lambda dataset: _dvc("--single-item", *cells(grid, dataset)), grid.datasets))
-    if code := _dvc():
-        sys.exit(code)
+    # torch's threads wait for one another by spinning, which takes the core that another stage needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with warm.waiting() as place:
+        os.environ.update(place)
+        if _dvc("check") == 0:
+            _side_by_side(["fetch_weights"], ["fetch", "prepare"])
+            _side_by_side(*(cells(grid, dataset) for dataset in grid.datasets))
+        if code := _dvc():
+            sys.exit(code)
 
 
 def cells(grid: Grid, dataset: str) -> list[str]:
-    """DVC's names of a data set's stages, each after those that it depends on.
+    """DVC's names of a data set's stages from extraction on, each after those that it depends on.
 
     Not of export and map, whose times, which are reported, other work beside them would spoil.
     """
     return [
-        f"fetch@{dataset}",
-        f"prepare@{dataset}",
         *(f"extract@{dataset}-{backbone}" for backbone in grid.backbones),
         f"resolve@{dataset}",
         *(f"tune@{dataset}-{model}" for model in grid.models),
@@ -46,10 +48,14 @@ def cells(grid: Grid, dataset: str) -> list[str]:
     ]
 
 
+def _side_by_side(*runs: list[str]) -> None:
+    """Stages one by one: a DVC that walked upstream would want to write what another reads."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(lambda targets: _dvc("--single-item", *targets), runs))
+
+
 def _dvc(*targets: str) -> int:
-    # torch's threads wait for one another by spinning, which takes the core that another stage needs.
-    calm = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets], env=calm).returncode
+    return subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]).returncode
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
     assert len(mine) == len(set(mine))
     left = {name.split("@")[0] for name in listed - set(mine)}
     assert set(mine) < listed
-    assert left == {"check", "fetch_weights", "export", "map", "cost", "report"}
+    assert left == {"check", "fetch_weights", "fetch", "prepare", "export", "map", "cost", "report"}
 
 
 def test_a_stage_comes_after_those_that_it_depends_on(job):
