@@ -8,6 +8,7 @@ from stages.cli import MANIFESTS, MODELS, SCRATCH, read_json, run, write_json
 def resolve(dataset: str) -> None:
     """Write data/models/<dataset>/<model>.json for every model of the grid."""
     described = params.load()
+    described.dataset(dataset)
     with building(SCRATCH / f"models-{dataset}", MODELS / dataset) as folder:
         for model in described.grid.models:
             manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.members(model)}

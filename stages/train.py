@@ -10,6 +10,7 @@ from stages.cli import FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED, read_json
 def train(dataset: str, model: str) -> None:
     """Write runs.csv, one row a seed; predictions.parquet, one row a seed and test sample; and head.pt, one head."""
     described = params.load()
+    described.dataset(dataset)
     described.members(model)
     resolved, tuned = (
         read_json(MODELS / dataset / f"{model}.json"),

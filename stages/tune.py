@@ -9,6 +9,7 @@ from stages.cli import FEATURES, IMAGES, MODELS, SCRATCH, TUNED, read_json, run,
 def tune(dataset: str, model: str) -> None:
     """Write results/tune/<dataset>/<model>.json."""
     described = params.load()
+    described.dataset(dataset)
     described.members(model)
     resolved = read_json(MODELS / dataset / f"{model}.json")
     study = SCRATCH / "studies" / f"{dataset}-{model}.json"

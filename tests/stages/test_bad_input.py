@@ -43,6 +43,9 @@ def test_unknown_names_on_the_command_line(job):
     assert "no backbone 'y'" in stage(job, "extract", "--dataset", "sample-trees", "--backbone", "y")
     assert "no backbone 'z'" in stage(job, "tune", "--dataset", "sample-trees", "--model", "lite0+z")
     assert "no dataset 'x'" in stage(job, "compose", "--dataset", "x")
+    assert "no dataset 'x'" in stage(job, "resolve", "--dataset", "x")
+    for name in ("tune", "train"):
+        assert "no dataset 'x'" in stage(job, name, "--dataset", "x", "--model", "lite0")
 
 
 def test_a_gpu_asked_for_and_absent(job):
