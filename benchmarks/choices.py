@@ -6,6 +6,8 @@
 `upernet_channels_last`, `csmask_channels_last`: against contiguous tensors, for a training step and a forward.
 `weights_first`, `fused_adamw`: ten linear heads' products on rows of their own, and their optimiser's step, against
 rows first and against the same arithmetic in separate passes; on one core.
+`dense_pull`, `classes_by_max`: a UPerNet's training step on masks of 256 px, its gradients by the logits told directly,
+against autograd through torch's resize and cross-entropy; and its predicted classes, by `max` against `argmax`; one core.
 `lite0_large_pages`: a forward with torch's memory in large pages, against small ones.
 """
 
@@ -25,6 +27,7 @@ from pipeline.heads.dense import DenseGroup
 from pipeline.heads.upernet import UperNet
 from pipeline.params import Backbone
 from pipeline.training import fit
+from pipeline.training.loss import loss, slope
 
 WIDTHS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
 ROUNDS = 5
@@ -113,6 +116,28 @@ def fused_adamw() -> float:
     return _on_one_core(steps(True), steps(False))
 
 
+def dense_pull() -> float:
+    inputs, task = [level[:4] for level in levels(torch.channels_last)], fit.Task("segmentation", 2, ignore=255)
+    label = torch.randint(2, (1, 4, 256, 256), dtype=torch.uint8)
+    group = DenseGroup(lambda: UperNet(WIDTHS, 16, 2), (256, 256), (0,))
+
+    def pulled():
+        for _ in range(5):
+            group.pull(inputs, None, lambda logits, heads: slope(logits, label[heads], task))
+
+    def pushed():
+        for _ in range(5):
+            logits = functional.interpolate(group.heads[0](inputs), size=(256, 256), mode="bilinear")
+            loss(logits[None], label, task).sum().backward()
+
+    return _on_one_core(pulled, pushed)
+
+
+def classes_by_max() -> float:
+    logits = torch.randn(1, 4, 2, 256, 256)
+    return _on_one_core(lambda: logits.max(dim=2).indices, lambda: logits.argmax(dim=2))
+
+
 def _on_one_core(ours, theirs) -> float:
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -142,5 +167,8 @@ def lite0() -> None:
 
 
 if __name__ == "__main__":
-    measured = [lanes, upernet_channels_last, csmask_channels_last, weights_first, fused_adamw, lite0_large_pages]
+    measured = [
+        lanes, upernet_channels_last, csmask_channels_last, weights_first, fused_adamw, dense_pull, classes_by_max,
+        lite0_large_pages,
+    ]  # fmt: skip
     print(json.dumps({work.__name__: round(work(), 2) for work in measured} | {"cores": torch.get_num_threads()}))
