@@ -6,8 +6,8 @@
 `upernet_channels_last`, `csmask_channels_last`: against contiguous tensors, for a training step and a forward.
 `weights_first`, `fused_adamw`: ten linear heads' products on rows of their own, and their optimiser's step, against
 rows first and against the same arithmetic in separate passes; on one core.
-`dense_pull`, `classes_by_max`: a UPerNet's training step on masks of 256 px, its gradients by the logits told directly,
-against autograd through torch's resize and cross-entropy; and its predicted classes, by `max` against `argmax`; one core.
+`dense_pull`: a UPerNet's training step on masks of 256 px, gradients by its logits told directly, against autograd
+through torch's resize and cross-entropy; `classes_by_max`: their classes, by `max` against `argmax`; on one core.
 `lite0_large_pages`: a forward with torch's memory in large pages, against small ones.
 """
 
