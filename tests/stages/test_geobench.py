@@ -25,7 +25,7 @@ SMALL = {
     "train": {"seeds": 1},
     "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 32}},
     "distill": {
-        "teacher": "raw", "chips": {"steps": 1, "batch": 4}, "masks": {"steps": 1, "batch": 2}, "seeds": 1,
+        "datasets": [], "teacher": "raw", "chips": {"steps": 1, "batch": 4}, "masks": {"steps": 1, "batch": 2}, "seeds": 1,
         "search": {"trials": 1},
     },
 }  # fmt: skip
