@@ -25,8 +25,8 @@ SMALL = {
     "train": {"seeds": 1},
     "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 32}},
     "distill": {
-        "datasets": [], "teacher": "raw", "chips": {"steps": 1, "batch": 4}, "masks": {"steps": 1, "batch": 2}, "seeds": 1,
-        "search": {"trials": 1},
+        "datasets": [], "teacher": "raw", "chips": {"steps": 1, "batch": 4}, "masks": {"steps": 1, "batch": 2},
+        "seeds": 1, "search": {"trials": 1},
     },
 }  # fmt: skip
 PAPER = yaml.safe_load((ROOT / "profiles/paper.yaml").read_text())
