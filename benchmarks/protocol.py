@@ -1,6 +1,7 @@
 """The paper's protocol, 16 trials and 10 seeds, against one run of one head, and against terratorch.
 
     python -m benchmarks.protocol [linear] [upernet] [terratorch]     # all, or some of them
+    python -m benchmarks.protocol --device cuda linear upernet        # heads on a GPU
 
 From `make run`'s stores and params.yaml. Imports are left out of every time.
 
@@ -60,8 +61,8 @@ def stores(dataset: str, model: str) -> dict:
 
 
 def load(described: params.Params, dataset: str, model: str, given: dict | None = None) -> cells.Cell:
-    pictures = Path(f"data/images/{dataset}.zarr")
-    return cells.load(given or stores(dataset, model), pictures, described.heads, ALL, "cpu")
+    pictures, where = Path(f"data/images/{dataset}.zarr"), described.compute.device
+    return cells.load(given or stores(dataset, model), pictures, described.heads, ALL, where)
 
 
 def scores(cell: cells.Cell, group, split: str) -> np.ndarray:
@@ -98,10 +99,10 @@ def plain(cell: cells.Cell, recipe: fit.Recipe, threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     begun = time.perf_counter()
-    head = torch.nn.Linear(part.inputs.shape[1], cell.task.classes)
+    head = torch.nn.Linear(part.inputs.shape[1], cell.task.classes).to(part.inputs.device)
     optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(recipe.steps))
-    for index in fit.order(len(part.label), recipe, 0):
+    for index in fit.order(len(part.label), recipe, 0).to(part.inputs.device):
         optimiser.zero_grad()
         functional.cross_entropy(head(part.inputs[index]), part.label[index]).backward()
         optimiser.step()
@@ -165,9 +166,9 @@ def upernet(described: params.Params) -> dict:
         cell = load(described, *UPERNET)
         read = time.perf_counter() - begun
         single(cell)  # warms up
-        one = min(
-            statistics.median(seconds(lambda c=cell: single(c)) for _ in range(ROUNDS)), all_cores(described, cell)
-        )
+        one = statistics.median(seconds(lambda c=cell: single(c)) for _ in range(ROUNDS))
+        if described.compute.device == "cpu":
+            one = min(one, all_cores(described, cell))
         many = seconds(lambda c=cell: protocol(described, c))
         rounds.append((many + read, one + read, many, one))
     whole, training = (statistics.mean(r[i] / r[i + 1] for r in rounds) for i in (0, 2))
@@ -288,9 +289,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; none for all")
-    described = params.load()
-    found = {"cores": os.cpu_count()}
-    chosen = parser.parse_args().parts or list(PARTS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our heads and of plain torch's")
+    arguments, described = parser.parse_args(), params.load()
+    described = dataclasses.replace(
+        described, compute=dataclasses.replace(described.compute, device=arguments.device)
+    )
+    found = {"cores": os.cpu_count(), "device": arguments.device}
+    chosen = arguments.parts or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     for name in chosen:

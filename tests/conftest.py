@@ -27,6 +27,16 @@ def exact():
 
 
 @pytest.fixture(scope="session")
+def gpu() -> str:
+    """The device of tests that need a GPU; without one they are skipped."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
+    return "cuda"
+
+
+@pytest.fixture(scope="session")
 def described() -> params.Params:
     """The committed params.yaml."""
     return params.load(ROOT / "params.yaml")

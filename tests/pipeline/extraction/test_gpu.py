@@ -1,0 +1,83 @@
+"""The engine on a GPU: the processor's features, the same bytes each time, and what mixed precision changes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from cache.read import Features
+from pipeline.extraction import workers
+from pipeline.params import Backbone, Compute, Extract
+
+EXTRACT = Extract(
+    dtype="float32", codec="none", precision="float32", compiled=False, batch=10, shard=16, dense=False,
+    views=("identity",),
+)  # fmt: skip
+LITE0 = Backbone("efficientnet", "lite0", "random", 64)
+
+
+@pytest.fixture
+def run(gpu, store, tmp_path):
+    """Extract tiles with an untrained network; returns the store and what it says of itself."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/source.json").write_text(json.dumps({"weights": "random"}))
+
+    def extract(name: str, device: str = gpu, backbone: Backbone = LITE0, processes: int = 0, **changes):
+        task = workers.Extraction(
+            "lite0", backbone, dataclasses.replace(EXTRACT, **changes), device,
+            images=store("sample-landuse-seg"), weights=tmp_path / "weights",
+            scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
+        )  # fmt: skip
+        said = workers.run(task, Compute(device, processes, ""))
+        return Features(task.final), said
+
+    return extract
+
+
+def levels(features: Features) -> dict[str, np.ndarray]:
+    rows = np.arange(len(features.sample))
+    names = [f"{level}/features" for level in features.levels] + [f"pooled/{name}" for name in features.pooled]
+    return {name: features.read(name, rows).astype(np.float64) for name in names}
+
+
+def apart(one: Features, other: Features) -> float:
+    """The largest relative root mean square difference of an array."""
+    pairs = zip(levels(one).values(), levels(other).values(), strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
+
+
+def test_a_gpu_gives_the_processors_features(run):
+    assert apart(run("cpu", "cpu")[0], run("gpu")[0]) < 1e-4
+
+
+@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_mixed_precision_differs_by_what_it_says(run, precision, most):
+    exact, (lower, said) = run("exact")[0], run("lower", precision=precision)
+    assert 1e-5 < apart(exact, lower) < most
+    assert all(0 < error < most for error in said["precision_error"].values())
+
+
+def test_the_same_bytes_each_time_and_by_two_processes(run):
+    once, again, beside = run("once")[1], run("again")[1], run("beside", processes=2)[1]
+    assert once["content_sha256"] == again["content_sha256"] == beside["content_sha256"]
+
+
+def test_a_batch_is_found(run):
+    found, given = run("found", batch=0, shard=32)[0], run("given", batch=32, shard=32)[0]
+    assert apart(given, found) < 1e-4
+
+
+def test_a_compiled_network_gives_the_same_features(run):
+    assert apart(run("plain")[0], run("compiled", compiled=True)[0]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("hiera", "sam2.1_hiera_t"), ("prithvi", "prithvi_eo_v2_tiny_tl"), ("dofa", "dofa_small_patch16_224")],
+)
+def test_the_foundation_models_small_kin(run, family, variant):
+    backbone = Backbone(family, variant, "random", 224, normalisation="dataset")
+    exact = run("cpu", "cpu", backbone)[0]
+    assert apart(exact, run("gpu", backbone=backbone)[0]) < 1e-3
+    assert apart(exact, run("lower", backbone=backbone, precision="bfloat16")[0]) < 0.05
