@@ -30,7 +30,7 @@ import xarray as xr
 
 from benchmarks.features import FOLDER
 from cache.write import Writer
-from pipeline import params
+from pipeline import compute, params
 from pipeline.backbones import build, spec
 from pipeline.encoding import inputs
 from pipeline.encoding.encode import Encoder
@@ -47,7 +47,8 @@ CPU = {  # backbone: (dataset, images, batch, rounds)
     "csmask_b4": ("sample-landuse-seg", 288, 16, 3),
     "dofa_300m": ("sample-landuse-seg", 48, 8, 3),
 }
-GPU = dict.fromkeys(("hiera_200m", "prithvi_300m", "prithvi_600m", "dofa_300m"), ("sample-landuse-seg", 2048, 256, 3))
+GPU = dict.fromkeys(("hiera_200m", "prithvi_300m", "prithvi_600m", "dofa_300m"), ("sample-landuse-seg", 8192, 256, 3))
+DENSE = 2048  # of them with the levels, which are many bytes
 # The dataset, the backbone, and n: so many that every buffer of the engine is in use.
 MEMORY = ("sample-trees-seg", "lite0", 256)
 PEAKS = 5
@@ -93,14 +94,41 @@ class Case:
         )
         self.look = preflight.look(self.images, self.encoder, 4)
 
-    def engine(self, dense: bool = True) -> float:
-        """Images a second from store to store, with the levels or with pooled vectors alone."""
+    def layout(self, images: xr.Dataset):
+        return engine.make_layout(images, self.declared, self.look.pyramid, 224, self.extract)
+
+    def engine(self) -> float:
+        """Images a second from store to store, with the levels."""
+        return self._stored(self.images, self.layout(self.images))
+
+    def engine_pooled(self) -> float:
+        """The same with pooled vectors alone."""
+        return self._stored(self.images, dataclasses.replace(self.layout(self.images), levels=()))
+
+    def engine_few(self) -> float:
+        """With the levels, of the first images."""
+        few = self.images.isel(sample=slice(0, DENSE))
+        return self._stored(few, self.layout(few))
+
+    def plain_write(self) -> float:
+        """Images a second that the disk takes as plain files of as many bytes a shard, each flushed."""
         shutil.rmtree(SCRATCH, ignore_errors=True)
-        layout = engine.make_layout(self.images, self.declared, self.look.pyramid, 224, self.extract)
-        layout = layout if dense else dataclasses.replace(layout, levels=())
+        SCRATCH.mkdir(parents=True)
+        layout = self.layout(self.images.isel(sample=slice(0, DENSE)))
+        block = np.random.default_rng(0).bytes(preflight.nbytes(layout) // DENSE * layout.shard)
+        begun = time.perf_counter()
+        for number in range(DENSE // layout.shard):
+            with open(SCRATCH / f"{number}", "wb") as file:
+                file.write(block)
+                file.flush()
+                os.fsync(file.fileno())
+        return DENSE / (time.perf_counter() - begun)
+
+    def _stored(self, images: xr.Dataset, layout) -> float:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
         begun = time.perf_counter()
         writer = Writer(SCRATCH / "scratch", layout, SCRATCH / "store.zarr", {})
-        engine.extract(self.images, self.encoder, writer, self.batch)
+        engine.extract(images, self.encoder, writer, self.batch)
         writer.finish()
         return len(layout.sample) / (time.perf_counter() - begun)
 
@@ -137,10 +165,10 @@ class Case:
 
 
 def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, device: str, precision: str) -> dict:
-    case = Case(backbone, dataset, count, batch, device, precision)
+    case = Case(backbone, dataset, count, batch, compute.device(device), precision)
     on_cpu = device == "cpu"
-    works = [lambda: case.engine(dense=on_cpu), case.forward]
-    works += [lambda: case.forward(True)] if on_cpu else [case.engine, lambda: plain_write(count, case)]
+    works = [case.engine, case.forward, lambda: case.forward(True)]
+    works = works if on_cpu else [case.engine_pooled, case.forward, case.engine_few, case.plain_write]
     turns = [[work() for work in works] for _ in range(rounds + 1)][1:]  # the first warms up
     shutil.rmtree(SCRATCH, ignore_errors=True)
     ours, bare, *others = (statistics.median(each) for each in zip(*turns, strict=True))
@@ -169,21 +197,6 @@ def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, de
         "minutes_for_all_of_geo_bench": round(ALL_OF_GEO_BENCH / ours / 60, 1),
         "precision_error": {name: round(error, 5) for name, error in case.look.precision_error.items()},
     }
-
-
-def plain_write(count: int, case: Case) -> float:
-    """Images a second that the disk takes as plain files of as many bytes a shard, each flushed."""
-    shutil.rmtree(SCRATCH, ignore_errors=True)
-    SCRATCH.mkdir(parents=True)
-    layout = engine.make_layout(case.images, case.declared, case.look.pyramid, 224, case.extract)
-    block = np.random.default_rng(0).bytes(preflight.nbytes(layout) // count * layout.shard)
-    begun = time.perf_counter()
-    for number in range(count // layout.shard):
-        with open(SCRATCH / f"{number}", "wb") as file:
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-    return count / (time.perf_counter() - begun)
 
 
 def matrix_rate(side: int = 8192) -> float:

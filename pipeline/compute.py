@@ -1,5 +1,7 @@
 """Which device to compute on."""
 
+import os
+
 from pipeline.errors import UserError
 
 
@@ -17,7 +19,23 @@ def device(wanted: str) -> str:
             "compute.device is 'cuda', but torch sees no CUDA device here. "
             "Set compute.device to 'auto' or 'cpu', or run where `nvidia-smi` lists a GPU."
         )
-    return "cuda" if present and wanted != "cpu" else "cpu"
+    if not present or wanted == "cpu":
+        return "cpu"
+    _exact()
+    return "cuda"
+
+
+def _exact() -> None:
+    """Have a GPU give the same numbers each time, and float32 where float32 is asked for.
+
+    By default convolutions of float32 keep ten bits of the mantissa, and sums are taken in whatever order.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS's own condition, read when it first starts
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a guard against bugs that costs a pass over memory
 
 
 def nth(device: str, index: int) -> str:

@@ -31,9 +31,11 @@ def gpu() -> str:
     """The device of tests that need a GPU; without one they are skipped."""
     import torch
 
+    from pipeline.compute import device
+
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU here")
-    return "cuda"
+    return device("cuda")
 
 
 @pytest.fixture(scope="session")

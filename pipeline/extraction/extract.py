@@ -1,8 +1,8 @@
 """The extraction engine: one pass of one frozen backbone over one images store, shard by shard.
 
-Three things happen at once: a thread reads the next images, the device computes (a processor two batches side by
-side), and a thread stores the shard before. Any number of processes may run it on one store
-(pipeline/extraction/workers.py).
+Three things happen at once: a thread reads the next images (for a GPU, another one picks their bands and sends them
+there), the device computes (a processor two batches side by side), and a thread stores the shard before. Any number
+of processes may run it on one store (pipeline/extraction/workers.py).
 """
 
 import dataclasses
@@ -110,7 +110,10 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
                 memory.put(filled)
 
         storing, encoding, filled = deque(), [], None
-        batches = stack.enter_context(closing(_ahead(_batches(images, encoder, writer, batch), encoder.device)))
+        read = _batches(images, writer, batch)
+        if encoder.device != "cpu":
+            read = _ahead(read, encoder.device)
+        batches = stack.enter_context(closing(_ahead(_given(read, images, encoder, layout), encoder.device)))
         stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
         for number, rows, given in batches:
             first, last = layout.rows(number).start, layout.rows(number).stop
@@ -175,23 +178,28 @@ def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, gi
     }
 
 
-def _batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> Iterator:
-    """(shard, rows, given): the next images as the device wants them, a tensor a view, and their context.
+def _batches(images: xr.Dataset, writer: Writer, batch: int) -> Iterator[tuple[int, slice, np.ndarray]]:
+    """(shard, rows, images): the next of the images.
 
     A batch does not reach from one shard into the next: features depend in their last digits on what else is in a
     batch, and a run that resumes, or one of many workers, must make the same. Nor do samples without labels share
     one with others, so that these have the same features, and heads the same scores, whether they are there or not.
     """
-    upload, read = Upload(encoder.device), _reader(images)
-    seen = [views.VIEWS[view] for view in writer.layout.views] or [lambda image: image]
+    read = _reader(images)
     for number in writer.shards():
-        for chosen in _cut(writer.layout.rows(number), batch, images.split.values == UNLABELLED):
-            image = encoder.inputs.select(read(chosen))
-            tensors = [torch.from_numpy(np.ascontiguousarray(view(image))) for view in seen]
-            known = {
-                name: torch.from_numpy(each) for name, each in encoder.inputs.where_and_when(images, chosen).items()
-            }
-            yield number, chosen, upload(tensors, known)
+        for rows in _cut(writer.layout.rows(number), batch, images.split.values == UNLABELLED):
+            yield number, rows, read(rows)
+
+
+def _given(batches: Iterator, images: xr.Dataset, encoder: Encoder, layout: Layout) -> Iterator:
+    """(shard, rows, given): batches as the device wants them, a tensor a view, and their context."""
+    upload, seen = Upload(encoder.device), [views.VIEWS[view] for view in layout.views] or [lambda image: image]
+    with closing(batches):
+        for number, rows, image in batches:
+            selected = encoder.inputs.select(image)
+            tensors = [torch.from_numpy(np.ascontiguousarray(view(selected))) for view in seen]
+            known = encoder.inputs.where_and_when(images, rows)
+            yield number, rows, upload(tensors, {name: torch.from_numpy(each) for name, each in known.items()})
 
 
 def _cut(rows: slice, batch: int, apart: np.ndarray) -> Iterator[slice]:

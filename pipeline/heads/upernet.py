@@ -6,6 +6,7 @@ terratorch takes 6 to 10 s in every training stage.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -30,6 +31,29 @@ def _resize(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
+class _Averages(nn.Module):
+    """`nn.AdaptiveAvgPool2d(scale)` as two products, whose gradient a GPU takes in the same order each time."""
+
+    def __init__(self, scale: int):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        rows, columns = (_shares(side, self.scale, maps.device) for side in maps.shape[-2:])
+        with torch.autocast(maps.device.type, enabled=False):
+            return (rows @ (maps.float() @ columns.t())).to(maps.dtype)
+
+
+@lru_cache
+def _shares(side: int, scale: int, device: torch.device) -> torch.Tensor:
+    """What each of `side` cells gives to each of `scale` averages, float32 (scale, side)."""
+    weights = torch.zeros(scale, side)
+    for place in range(scale):
+        first, last = place * side // scale, -(-(place + 1) * side // scale)
+        weights[place, first:last] = 1 / (last - first)
+    return weights.to(device)
+
+
 class UperNetDecoder(nn.Module):
     """Pyramid pooling on the deepest level, lateral and top-down convolutions, one fused map.
 
@@ -41,8 +65,7 @@ class UperNetDecoder(nn.Module):
     def __init__(self, channels_in: Sequence[int], channels: int):
         super().__init__()
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), _convolution(channels_in[-1], channels, 1))
-            for scale in POOL_SCALES
+            nn.Sequential(_Averages(scale), _convolution(channels_in[-1], channels, 1)) for scale in POOL_SCALES
         )
         self.bottleneck = _convolution(channels_in[-1] + len(POOL_SCALES) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(_convolution(width, channels, 1) for width in channels_in[:-1])

@@ -25,6 +25,8 @@ from pipeline.training.loss import Task
 STREAMED_SEED = 0
 # Samples in an evaluation's batch, where heads are one product.
 _MANY = 4096
+# Dense heads at once on a GPU, which waits for Python to launch the kernels of one.
+_STREAMS = 4
 # Values in pooled vectors above which a product over all of them is worth every core.
 _LARGE = 1 << 23
 
@@ -125,17 +127,30 @@ def _streamed(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Dat
 def _side_by_side(data: Data, group: torch.nn.Module):
     """A `map` over lanes: a core a lane, or one lane after the other where one lane keeps the device busy.
 
+    On a GPU a lane of dense heads has a stream of its own, and a few go on at once.
+
     Small convolutions and small products keep one core busy and not two: a core a lane is faster than every core on
     each lane in turn, much faster where others use the machine too, since torch's threads wait for one another by
     spinning; and a head's numbers depend neither on the others nor on how many cores there are.
     """
     large = isinstance(data.inputs, torch.Tensor) and data.inputs.numel() > _LARGE
-    if data.label.device.type != "cpu" or (group.stacked and large):
+    on_gpu = data.label.device.type != "cpu"
+    if group.stacked and (on_gpu or large):
         yield map
+        return
+    if on_gpu:
+        torch.cuda.synchronize()  # what streams of other threads are about to read is there
+        with ThreadPoolExecutor(_STREAMS, initializer=_own_stream, initargs=(data.label.device,)) as pool:
+            yield pool.map
+        torch.cuda.synchronize()
         return
     cores = torch.get_num_threads()
     with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool.map
+
+
+def _own_stream(device: torch.device) -> None:
+    torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _evaluate(groups: Sequence[torch.nn.Module], data: Data, task: Task, batch: int) -> list[np.ndarray]:

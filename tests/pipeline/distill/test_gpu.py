@@ -17,7 +17,7 @@ def test_a_gpu_teaches_the_processors_student(gpu, made, task):
     on_gpu = dataclasses.replace(lesson, device=gpu)
     (ours, _), (theirs, _) = trained(lesson, "distilled"), trained(on_gpu, "distilled")
     scores = [protocol._scores([one], each, "val")[0] for one, each in ((ours, lesson), (theirs, on_gpu))]
-    assert scores[0] == pytest.approx(scores[1], abs=0.1)
+    assert scores[0] == pytest.approx(scores[1], abs=0.2)
 
 
 def test_the_whole_protocol(gpu, made, tmp_path):

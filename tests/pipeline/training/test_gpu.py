@@ -28,7 +28,7 @@ def test_a_gpu_trains_the_processors_heads(groups, kind):
     both = [groups(kind, SETTINGS, device, steps=10) for device in ("cpu", "cuda")]
     for place in range(len(SETTINGS)):
         ours, theirs = (weights(group, place).cpu() for group in both)
-        assert (ours - theirs).norm() / ours.norm() < 0.02
+        assert (ours - theirs).norm() / ours.norm() < 0.03
 
 
 @pytest.mark.parametrize("kind", ["linear", "upernet"])
@@ -36,7 +36,7 @@ def test_a_head_among_others_is_the_head_alone(groups, kind):
     among = groups(kind, SETTINGS, steps=10)
     for place, setting in enumerate(SETTINGS):
         alone = weights(groups(kind, [setting], steps=10), 0)
-        assert (alone - weights(among, place)).norm() / alone.norm() < 1e-3
+        assert (alone - weights(among, place)).norm() / alone.norm() < (1e-4 if kind == "linear" else 1e-7)
 
 
 def test_patience_on_a_gpu(groups, maps):
