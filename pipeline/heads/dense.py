@@ -1,10 +1,11 @@
 """Heads on pyramids, each its own network: K of them as lanes that share the features."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import nn
+
+from pipeline.grids import bilinear
 
 
 class DenseGroup(nn.Module):
@@ -90,11 +91,3 @@ class DenseGroup(nn.Module):
     def _weights(self, coarse: torch.Tensor) -> list[torch.Tensor]:
         grid = zip(coarse.shape[-2:], self.size, strict=True)
         return [bilinear(old, new, coarse.device) for old, new in grid]
-
-
-@lru_cache
-def bilinear(old: int, new: int, device: torch.device) -> torch.Tensor:
-    """Weights of old rows in new ones, float32 (new, old), as of torch's `interpolate` without aligned corners."""
-    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * old / new - 0.5).clamp(0, old - 1)
-    weights = (1 - (place[:, None] - torch.arange(old)).abs()).clamp_min(0)
-    return weights.float().to(device)

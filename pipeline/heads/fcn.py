@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from pipeline.grids import resized
 
 
 class Fcn(nn.Module):
@@ -26,5 +27,5 @@ class Fcn(nn.Module):
         """Levels (batch, channel, y, x), finest first, to logits (batch, class, y, x) of the finest size."""
         finest, *others = (score(level) for score, level in zip(self.scores, levels, strict=True))
         for other in others:
-            finest = finest + functional.interpolate(other, size=finest.shape[-2:], mode="bilinear")
+            finest = finest + resized(other, finest.shape[-2:])
         return finest

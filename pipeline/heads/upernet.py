@@ -10,7 +10,8 @@ from functools import lru_cache
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from pipeline.grids import resized
 
 POOL_SCALES = (1, 2, 3, 6)
 
@@ -25,10 +26,6 @@ def _convolution(inputs: int, outputs: int, size: int) -> nn.Sequential:
     for name, layer in layers.items():
         block.add_module(name, layer)
     return block
-
-
-def _resize(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    return functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class _Averages(nn.Module):
@@ -75,14 +72,14 @@ class UperNetDecoder(nn.Module):
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
         """Levels (batch, channel, y, x), finest first, to one map (batch, channels, y, x) of the finest size."""
         deepest = levels[-1]
-        contexts = [_resize(module(deepest), deepest.shape[-2:]) for module in self.psp_modules]
+        contexts = [resized(module(deepest), deepest.shape[-2:], corners=True) for module in self.psp_modules]
         maps = [lateral(level) for lateral, level in zip(self.lateral_convs, levels[:-1], strict=True)]
         maps.append(self.bottleneck(torch.cat([deepest, *contexts], dim=1)))
         for index in range(len(maps) - 1, 0, -1):
-            maps[index - 1] = maps[index - 1] + _resize(maps[index], maps[index - 1].shape[-2:])
+            maps[index - 1] = maps[index - 1] + resized(maps[index], maps[index - 1].shape[-2:], corners=True)
         smoothed = [conv(level) for conv, level in zip(self.fpn_convs, maps[:-1], strict=True)] + maps[-1:]
         finest = smoothed[0].shape[-2:]
-        joined = torch.cat([smoothed[0], *[_resize(level, finest) for level in smoothed[1:]]], dim=1)
+        joined = torch.cat([smoothed[0], *[resized(level, finest, corners=True) for level in smoothed[1:]]], dim=1)
         return self.fpn_bottleneck(joined)
 
 

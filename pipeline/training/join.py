@@ -12,8 +12,8 @@ from math import log2, prod
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from pipeline.grids import resized
 from pipeline.training.neck import LEVELS, LearnedPyramid
 
 METHODS = ("concat", "average", "film", "dot")
@@ -24,10 +24,7 @@ Shape = tuple[int, int, int]
 def align(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Bring maps (sample, channel, y, x) to the finest of their grids, bilinearly."""
     finest = max((part.shape[-2:] for part in parts), key=prod)
-    return [
-        part if part.shape[-2:] == finest else functional.interpolate(part, size=finest, mode="bilinear")
-        for part in parts
-    ]
+    return [part if part.shape[-2:] == finest else resized(part, finest) for part in parts]
 
 
 def pairs(shapes: Sequence[Sequence[Shape]]) -> list[list[int]]:
