@@ -140,7 +140,11 @@ def _side_by_side(data: Data, group: torch.nn.Module):
         return
     if on_gpu:
         torch.cuda.synchronize()  # what streams of other threads are about to read is there
-        with ThreadPoolExecutor(_STREAMS, initializer=_own_stream, initargs=(data.label.device,)) as pool:
+        # A head's numbers are the same each time. (cuDNN 9 has no such way for convolutions of a channel each, which
+        # students and backbones have, and fails.)
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        own = {"initializer": _own_stream, "initargs": (data.label.device,)}
+        with exact, ThreadPoolExecutor(_STREAMS, **own) as pool:
             yield pool.map
         torch.cuda.synchronize()
         return
