@@ -24,7 +24,7 @@ def device(wanted: str) -> str:
 
 
 def _exact() -> None:
-    """Have a GPU compute float32 where float32 is asked for: by default convolutions keep ten bits of the mantissa."""
+    """Have a GPU compute float32 where it is asked for: by default convolutions keep ten bits of the mantissa."""
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
