@@ -47,8 +47,9 @@ CPU = {  # backbone: (dataset, images, batch, rounds)
     "csmask_b4": ("sample-landuse-seg", 288, 16, 3),
     "dofa_300m": ("sample-landuse-seg", 48, 8, 3),
 }
-GPU = dict.fromkeys(("hiera_200m", "prithvi_300m", "prithvi_600m", "dofa_300m"), ("sample-landuse-seg", 8192, 256, 3))
-DENSE = 2048  # of them with the levels, which are many bytes
+GPU = {name: ("sample-landuse-seg", 8192, 256, 2) for name in ("hiera_200m", "prithvi_300m", "dofa_300m")}
+GPU["prithvi_600m"] = ("sample-landuse-seg", 4096, 256, 2)
+DENSE = 1024  # of them with the levels, which are many bytes
 # The dataset, the backbone, and n: so many that every buffer of the engine is in use.
 MEMORY = ("sample-trees-seg", "lite0", 256)
 PEAKS = 5

@@ -28,3 +28,10 @@ def _exact() -> None:
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
+
+
+def nth(device: str, index: int) -> str:
+    """The device of one of several workers: with several GPUs in sight, each its own."""
+    import torch
+
+    return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device

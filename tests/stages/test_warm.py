@@ -83,13 +83,15 @@ def test_without_one_a_stage_imports_for_itself(folder, tmp_path):
 
 def test_it_ends_with_whoever_started_it(folder):
     code = (
-        "import time; from stages import warm\nwith warm.waiting() as place: print(place, flush=True); time.sleep(99)"
+        "import time; from stages import warm\n"
+        "with warm.waiting() as place: print(place[warm.PLACE], flush=True); time.sleep(99)"
     )
     with subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdout=subprocess.PIPE, text=True) as starter:
         place = Path(starter.stdout.readline().strip())
         until = time.monotonic() + 120
         while not place.exists() and time.monotonic() < until:
             time.sleep(0.1)
+        assert place.exists()
         starter.send_signal(signal.SIGKILL)
     until = time.monotonic() + 20
     while time.monotonic() < until and subprocess.run(["pgrep", "-f", str(place)], capture_output=True).stdout:
