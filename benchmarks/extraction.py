@@ -47,7 +47,7 @@ CPU = {  # backbone: (dataset, images, batch, rounds)
     "csmask_b4": ("sample-landuse-seg", 288, 16, 3),
     "dofa_300m": ("sample-landuse-seg", 48, 8, 3),
 }
-GPU = {name: ("sample-landuse-seg", 8192, 256, 2) for name in ("hiera_200m", "prithvi_300m", "dofa_300m")}
+GPU = dict.fromkeys(("hiera_200m", "prithvi_300m", "dofa_300m"), ("sample-landuse-seg", 8192, 256, 2))
 GPU["prithvi_600m"] = ("sample-landuse-seg", 4096, 256, 2)
 DENSE = 1024  # of them with the levels, which are many bytes
 # The dataset, the backbone, and n: so many that every buffer of the engine is in use.
