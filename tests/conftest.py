@@ -17,6 +17,18 @@ from pipeline.imagery import images, imagestore
 from tests import geobench_files
 
 ROOT = Path(__file__).parents[1]
+# Tests that import terratorch, which takes 10 s, or share extractions made with it: one process runs them.
+TERRATORCH = (
+    "backbones/test_dofa", "backbones/test_families", "backbones/test_prithvi", "backbones/test_terratorch",
+    "datasets/test_geobench_terratorch", "finetune/", "heads/test_upernet", "training/test_neck",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if any(str(item.path.relative_to(ROOT / "tests")).startswith(f"pipeline/{name}") for name in TERRATORCH):
+            item.add_marker(pytest.mark.xdist_group("terratorch"))
 
 
 @pytest.fixture(autouse=True)

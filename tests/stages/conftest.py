@@ -40,10 +40,13 @@ def merge(base: dict, change: dict) -> dict:
 @pytest.hookimpl(tryfirst=True)  # or xdist reads the groups before, when tests/stages alone is asked for
 def pytest_collection_modifyitems(items):
     """One process runs all that share the job, from the beginning: they take as long as all others together."""
-    items.sort(key=lambda item: "job" not in getattr(item, "fixturenames", ()))
-    for item in items:
-        if "job" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("job"))
+
+    def shares(item) -> bool:  # fine-tuning's tests have a fixture of this name too
+        return item.path.parent == Path(__file__).parent and "job" in getattr(item, "fixturenames", ())
+
+    items.sort(key=lambda item: not shares(item))
+    for item in filter(shares, items):
+        item.add_marker(pytest.mark.xdist_group("job"))
 
 
 class Job:

@@ -156,7 +156,13 @@ def on_held_ground(store):
     return int(((across > 1) & (down > 1)).any(axis=1)[split == NONE].sum())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[pytest.mark.slow] * (way in ("masks, classified", "masks, multi-label")))
+        for way in WAYS
+    ],
+)
 def test_heads_cannot_tell_and_students_learn(raw, tiles, tmp_path, way):
     plain, wide = WAYS[way](raw, tiles, tmp_path / "files")
     (tmp_path / "plain").mkdir()

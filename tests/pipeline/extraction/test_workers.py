@@ -76,6 +76,7 @@ def test_two_workers_one_killed_make_the_store_of_one_process(task):
     assert len(Features(shared.final).sample) == 72
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_scheduler(task):
     from distributed import LocalCluster
 
