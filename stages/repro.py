@@ -1,4 +1,4 @@
-"""repro: `dvc repro` with three data sets at a time, and with stages whose imports are done (stages/warm.py).
+"""repro: `dvc repro` with two data sets at a time, and with stages whose imports are done (stages/warm.py).
 
 DVC runs one stage after the other, and while it keeps its books, and in much of a stage, a core has nothing to do.
 Data sets do not meet before the report: each has a `dvc repro` of its own here, and what is left, exports and maps,
@@ -15,23 +15,20 @@ from pipeline.params import Grid
 from stages import warm
 from stages.cli import run
 
-# Data sets at once, on two cores: heads of one keep both busy for half of the time, and the rest waits for DVC.
-_AT_ONCE = 3
+# Data sets at once. Heads of one keep two cores busy for half of the time; three are no faster (LAB.md).
+_AT_ONCE = 2
 
 
 def repro() -> None:
     """Run everything in params.yaml's grid; exits as `dvc repro` does."""
-    described = params.load()
-    grid = described.grid
-    # Those with dense heads first: they take longest.
-    longest = sorted(grid.datasets, key=lambda name: described.dataset(name).task != "segmentation")
+    grid = params.load().grid
     # torch's threads wait for one another by spinning, which takes the core that another stage needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with warm.waiting() as place:
         os.environ.update(place)
         if _dvc("check") == 0:
             _side_by_side(["fetch_weights"], ["fetch", "prepare"])
-            _side_by_side(*(cells(grid, dataset) for dataset in longest))
+            _side_by_side(*(cells(grid, dataset) for dataset in grid.datasets))
         if code := _dvc():
             sys.exit(code)
 
