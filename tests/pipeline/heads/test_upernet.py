@@ -1,8 +1,9 @@
+import pytest
 import torch
 from terratorch.models.decoders.upernet_decoder import UperNetDecoder as TheirDecoder
 
 from pipeline.heads.dense import DenseGroup
-from pipeline.heads.upernet import UperNet, UperNetDecoder
+from pipeline.heads.upernet import UperNet, UperNetDecoder, _shares
 
 
 def test_terratorchs_weights_give_terratorchs_output():
@@ -30,3 +31,10 @@ def test_logits_have_the_masks_size_and_seeds_their_own_start():
     alone = group.heads[1]([level[:4] for level in levels])
     theirs = torch.nn.functional.interpolate(alone, (50, 60), mode="bilinear")
     torch.testing.assert_close(logits[1][0], theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "scale"), [(4, 1), (4, 3), (4, 6), (7, 6), (14, 6)])
+def test_averages_as_products_are_those_of_torch(side, scale):
+    maps, shares = torch.randn(2, 3, side, side), _shares(side, scale, torch.device("cpu"))
+    wanted = torch.nn.functional.adaptive_avg_pool2d(maps, scale)
+    torch.testing.assert_close(shares @ maps @ shares.t(), wanted)

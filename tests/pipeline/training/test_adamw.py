@@ -1,9 +1,11 @@
 """K heads' AdamW against torch's own, on the same gradients."""
 
+import copy
+
 import pytest
 import torch
 
-from pipeline.training.adamw import HeadwiseAdamW, warm_cosine
+from pipeline.training.adamw import HeadwiseAdamW, TorchAdamW, parameter_groups, warm_cosine
 
 RATES, DECAYS = [1e-2, 3e-1, 1e-4], [1e-2, 0.0, 30.0]
 
@@ -31,6 +33,29 @@ def test_each_heads_numbers_are_exactly_torchs():
         for head, (w, b) in enumerate(theirs):
             assert torch.equal(weight[head], w)
             assert torch.equal(bias[head], b)
+
+
+def test_one_networks_numbers_are_exactly_torchs():
+    ours = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 5, 1)
+    )
+    ours = ours.to(memory_format=torch.channels_last)
+    ours.unused = torch.nn.Linear(2, 2)
+    theirs = copy.deepcopy(ours)
+    mine = TorchAdamW(ours, 1e-2, 0.3)
+    optimiser = torch.optim.AdamW(parameter_groups(theirs, 1e-2, 0.3), fused=True)
+    factor = warm_cosine(30)
+    for step in range(30):
+        image = torch.randn(4, 3, 9, 9)
+        for network, one in ((ours, mine), (theirs, optimiser)):
+            one.zero_grad()
+            network[:4](image).square().mean().backward()
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-2 * factor(step)
+        optimiser.step()
+        mine.step(factor(step))
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_a_frozen_head_stays_and_others_go_on():
