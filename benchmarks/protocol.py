@@ -40,7 +40,7 @@ from benchmarks.timing import seconds
 from cache.read import Features
 from cache.schema import StoreError
 from cache.write import Writer
-from pipeline import metrics, params
+from pipeline import compute, metrics, params
 from pipeline.imagery.images import open_images
 from pipeline.training import cells, fit
 from pipeline.training.adamw import warm_cosine
@@ -292,12 +292,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our heads and of plain torch's")
     arguments, described = parser.parse_args(), params.load()
     described = dataclasses.replace(
-        described, compute=dataclasses.replace(described.compute, device=arguments.device)
+        described, compute=dataclasses.replace(described.compute, device=compute.device(arguments.device))
     )
     found = {"cores": os.cpu_count(), "device": arguments.device}
     chosen = arguments.parts or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if arguments.device != "cpu" and "terratorch" in chosen:
+        parser.error("terratorch's runs are on the CPU; name the parts that a GPU is to run: linear, upernet")
     for name in chosen:
         found |= PARTS[name](described)
     print(json.dumps(found))

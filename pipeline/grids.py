@@ -18,14 +18,13 @@ def resized(maps: torch.Tensor, size: Sequence[int], corners: bool = False) -> t
     """
     if not maps.is_cuda:
         return functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=corners)
-    rows, columns = (
-        bilinear(old, new, maps.device, corners).to(maps.dtype)
-        for old, new in zip(maps.shape[-2:], size, strict=True)
-    )
-    return rows @ (maps @ columns.t())
+    rows, columns = (bilinear(old, new, maps.device, corners) for old, new in zip(maps.shape[-2:], size, strict=True))
+    with torch.autocast(maps.device.type, enabled=False):  # bfloat16 weights would not add up to one
+        return (rows @ (maps.float() @ columns.t())).to(maps.dtype)
 
 
 @lru_cache
+@torch.inference_mode(False)  # or a tensor first made while predicting could not be trained through
 def bilinear(old: int, new: int, device: torch.device, corners: bool = False) -> torch.Tensor:
     """Weights of old rows in new ones, float32 (new, old); `corners` as for `resized`."""
     place = torch.arange(new, dtype=torch.float64)

@@ -83,7 +83,8 @@ class Inputs:
             return functional.interpolate(values, size=size, mode="nearest-exact")
         if values.is_cuda:
             # Enlarged, it is the same with and without, and faster without.
-            return functional.interpolate(values, size=size, mode="bilinear", antialias=values.shape[-1] > size[0])
+            shrinks = max(values.shape[-2:]) > size[0]
+            return functional.interpolate(values, size=size, mode="bilinear", antialias=shrinks)
         from pipeline.encoding.resize import bilinear
 
         return bilinear(values, self.seen.input_size)

@@ -112,7 +112,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
         storing, encoding, filled = deque(), [], None
         read = _batches(images, writer, batch)
         if encoder.device != "cpu":
-            read = _ahead(read, encoder.device)
+            read = _ahead(read, encoder.device, 1)
         batches = stack.enter_context(closing(_ahead(_given(read, images, encoder, layout), encoder.device)))
         stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
         for number, rows, given in batches:
@@ -241,13 +241,13 @@ def _kept(pyramid: Pyramid, layout: Layout) -> dict:
     return arrays
 
 
-def _ahead(items: Iterator, device: str) -> Iterator:
-    """The same items, each made by a thread while those before are used."""
+def _ahead(items: Iterator, device: str, count: int = _BATCHES) -> Iterator:
+    """The same items, each made by a thread while those before are used; so many are ready or being made."""
     end = object()
     # A thread begins at the first GPU, whichever its process uses.
     own = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
     with ThreadPoolExecutor(1, **own) as thread:
-        waiting = deque(thread.submit(next, items, end) for _ in range(_BATCHES))
+        waiting = deque(thread.submit(next, items, end) for _ in range(count))
         while (item := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, items, end))
             yield item

@@ -9,7 +9,7 @@ import torch
 
 
 class Upload:
-    """Batches on their way to the device; made and called by the thread that reads.
+    """Batches on their way to the device; called by one thread.
 
     Args:
         device: `cpu`, or one GPU such as `cuda:1`.

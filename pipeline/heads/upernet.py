@@ -48,6 +48,7 @@ class _Averages(nn.Module):
 
 
 @lru_cache
+@torch.inference_mode(False)  # or a tensor first made while predicting could not be trained through
 def _shares(side: int, scale: int, device: torch.device) -> torch.Tensor:
     """What each of `side` cells gives to each of `scale` averages, float32 (scale, side)."""
     weights = torch.zeros(scale, side)

@@ -6,11 +6,13 @@ streamed from the disk come in one order, the same for all heads and settings. E
 the numbers that it gives alone.
 """
 
+import queue
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -127,7 +129,7 @@ def _streamed(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Dat
 def _side_by_side(data: Data, group: torch.nn.Module):
     """A `map` over lanes: a core a lane, or one lane after the other where one lane keeps the device busy.
 
-    On a GPU a lane of dense heads has a stream of its own, and a few go on at once.
+    On a GPU a lane of dense heads has a stream of its own, and a few go on at once, if features are kept there.
 
     Small convolutions and small products keep one core busy and not two: a core a lane is faster than every core on
     each lane in turn, much faster where others use the machine too, since torch's threads wait for one another by
@@ -138,12 +140,19 @@ def _side_by_side(data: Data, group: torch.nn.Module):
     if group.stacked and (on_gpu or large):
         yield map
         return
+    # A head's numbers are the same each time. (cuDNN 9 has no such way for convolutions of a channel each, which
+    # students and backbones have, and fails.)
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+    if on_gpu and isinstance(data.inputs, Stream):  # batches come through one stream, which all lanes share
+        with exact:
+            yield map
+        return
     if on_gpu:
         torch.cuda.synchronize()  # what streams of other threads are about to read is there
-        # A head's numbers are the same each time. (cuDNN 9 has no such way for convolutions of a channel each, which
-        # students and backbones have, and fails.)
-        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-        own = {"initializer": _own_stream, "initargs": (data.label.device,)}
+        free = queue.SimpleQueue()
+        for stream in _streams(data.label.device):
+            free.put(stream)
+        own = {"initializer": lambda: torch.cuda.set_stream(free.get())}
         with exact, ThreadPoolExecutor(_STREAMS, **own) as pool:
             yield pool.map
         torch.cuda.synchronize()
@@ -153,8 +162,10 @@ def _side_by_side(data: Data, group: torch.nn.Module):
         yield pool.map
 
 
-def _own_stream(device: torch.device) -> None:
-    torch.cuda.set_stream(torch.cuda.Stream(device))
+@lru_cache
+def _streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """A GPU's streams for heads, always the same: memory that one has freed is its own."""
+    return [torch.cuda.Stream(device) for _ in range(_STREAMS)]
 
 
 def _evaluate(groups: Sequence[torch.nn.Module], data: Data, task: Task, batch: int) -> list[np.ndarray]:

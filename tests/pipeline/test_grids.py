@@ -16,6 +16,14 @@ def test_the_weights_are_those_of_torch(old, new, corners):
     torch.testing.assert_close(weights @ (maps @ weights.t()), theirs)
 
 
+def test_weights_first_made_while_predicting_can_be_trained_through():
+    with torch.inference_mode():
+        weights = bilinear(5, 13, torch.device("cpu"))
+    maps = torch.randn(2, 3, 5, 5, requires_grad=True)
+    (weights @ maps).sum().backward()
+    assert maps.grad is not None
+
+
 def test_a_gpu_gives_the_same_and_the_same_gradient(gpu):
     maps = torch.randn(2, 3, 5, 6, requires_grad=True)
     there = maps.detach().to(gpu).requires_grad_()

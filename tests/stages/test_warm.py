@@ -91,8 +91,8 @@ def test_it_ends_with_whoever_started_it(folder):
         until = time.monotonic() + 120
         while not place.exists() and time.monotonic() < until:
             time.sleep(0.1)
-        assert place.exists()
         starter.send_signal(signal.SIGKILL)
+        assert place.exists()
     until = time.monotonic() + 20
     while time.monotonic() < until and subprocess.run(["pgrep", "-f", str(place)], capture_output=True).stdout:
         time.sleep(0.1)

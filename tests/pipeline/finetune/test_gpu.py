@@ -1,4 +1,4 @@
-"""Fine-tuning on a GPU: it starts as the frozen model, learns in bfloat16, and goes on after a kill."""
+"""Fine-tuning on a GPU: it starts as the frozen model, and ends with finite weights and scores."""
 
 import dataclasses
 
