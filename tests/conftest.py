@@ -40,7 +40,11 @@ def exact():
 
 @pytest.fixture(scope="session")
 def gpu() -> str:
-    """The device of tests that need a GPU; without one they are skipped."""
+    """The device of tests that need a GPU; without one they are skipped.
+
+    Nothing of theirs can be run there: streams, pinned memory and kernels are the device's. The same paths are tested
+    on a processor beside each of them; the README says what was last seen on a GPU.
+    """
     import torch
 
     from pipeline.compute import device
