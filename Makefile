@@ -19,13 +19,15 @@ test: .venv/ready
 	ruff format --check .
 	pytest
 
-# The pip that comes with Python 3.11 takes twice as long to fetch a large wheel as a new one. pip byte-compiles on one
-# core; compileall does it on all, and every stage starts twice as fast for it. What is left out, a third of all
-# source, is hardly ever imported, and is compiled by whoever imports it.
+# uv installs on all cores, from pip's index; where it cannot be had or cannot reach one, pip does it. compileall
+# compiles on all cores too, and every stage starts twice as fast for it. What is left out, a third of all source, is
+# hardly ever imported, and is compiled by whoever imports it.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	pip install --quiet --disable-pip-version-check --upgrade pip
-	pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
+	pip install --quiet --disable-pip-version-check -c constraints.txt uv && \
+	  UV_DEFAULT_INDEX="$${PIP_INDEX_URL:-$$(pip config get global.index-url 2> /dev/null)}" \
+	  uv pip install --quiet --python .venv -c constraints.txt -e ".[test]" || \
+	  pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
 	python -m compileall -q -j 0 -x 'site-packages/(.*/tests?/|transformers/models/|diffusers/pipelines/)' .venv/lib \
 	  > .venv/compile.log || true
 	touch $@

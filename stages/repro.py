@@ -11,8 +11,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import params
-from pipeline.params import Grid
-from stages import warm
+from pipeline.params import Params
+from stages import lockfile, warm
 from stages.cli import run
 
 # Data sets at once. Heads of one keep two cores busy for half of the time; three are no faster (LAB.md).
@@ -21,30 +21,33 @@ _AT_ONCE = 2
 
 def repro() -> None:
     """Run everything in params.yaml's grid; exits as `dvc repro` does."""
-    grid = params.load().grid
+    described = params.load()
     # torch's threads wait for one another by spinning, which takes the core that another stage needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with warm.waiting() as place:
         os.environ.update(place)
+        lockfile.drop_absent()
         if _dvc("check") == 0:
             _side_by_side(["fetch_weights"], ["fetch", "prepare"])
-            _side_by_side(*(cells(grid, dataset) for dataset in grid.datasets))
+            _side_by_side(*(cells(described, dataset) for dataset in described.grid.datasets))
         if code := _dvc():
             sys.exit(code)
 
 
-def cells(grid: Grid, dataset: str) -> list[str]:
+def cells(described: Params, dataset: str) -> list[str]:
     """DVC's names of a data set's stages from extraction on, each after those that it depends on.
 
-    Not of export and map, whose times, which are reported, other work beside them would spoil.
+    Not of export and map where something is exported: their times, which are reported, other work would spoil.
     """
+    grid = described.grid
+    last = ["distill"] if described.distill.teaches(dataset) else ["distill", "export", "map"]
     return [
         *(f"extract@{dataset}-{backbone}" for backbone in grid.backbones),
         f"resolve@{dataset}",
         *(f"tune@{dataset}-{model}" for model in grid.models),
         *(f"train@{dataset}-{model}" for model in grid.models),
         f"compose@{dataset}",
-        *(f"distill@{dataset}-{student}" for student in grid.students),
+        *(f"{stage}@{dataset}-{student}" for student in grid.students for stage in last),
     ]
 
 

@@ -70,10 +70,6 @@ class Probe:
 
         return similarity.linear_cka(batches)
 
-    def _standardised(self, points: Points) -> Points:
-        scaled = {layer: self.scalers[layer].transform(values) for layer, values in points.features.items()}
-        return Points(scaled, points.label)
-
     def _score(self, predicted: np.ndarray) -> float:
         counts = metrics.counts(self.task.kind, predicted, self._val.label, self.task.classes, self.task.ignore)
         return float(metrics.score(self.task.kind, counts.sum(axis=0), self.task.classes))

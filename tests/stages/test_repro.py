@@ -7,9 +7,9 @@ from stages.repro import cells
 
 
 def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
-    grid = params.load(job.folder / "params.yaml").grid
+    described = params.load(job.folder / "params.yaml")
     listed = set(job.run("dvc", "stage", "list", "--name-only").split())
-    mine = [name for dataset in grid.datasets for name in cells(grid, dataset)]
+    mine = [name for dataset in described.grid.datasets for name in cells(described, dataset)]
     assert len(mine) == len(set(mine))
     left = {name.split("@")[0] for name in listed - set(mine)}
     assert set(mine) < listed
@@ -17,9 +17,9 @@ def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
 
 
 def test_a_stage_comes_after_those_that_it_depends_on(job):
-    grid = params.load(job.folder / "params.yaml").grid
-    for dataset in grid.datasets:
-        order = cells(grid, dataset)
+    described = params.load(job.folder / "params.yaml")
+    for dataset in described.grid.datasets:
+        order = cells(described, dataset)
         lines = job.run("dvc", "dag", "--dot", order[-1]).splitlines()
         edges = [line.strip().rstrip(";").replace('"', "").split(" -> ") for line in lines if "->" in line]
         within = [(one, two) for one, two in edges if one in order and two in order]
