@@ -51,12 +51,13 @@ def search(
     """
     task = task_of(labelled)
     first = next(iter(members.values()))
+    segmentation = task.kind == "segmentation"
+    most = points.PIXELS if segmentation else points.CHIPS
     rows = {
-        "train": first.rows("train", min(1.0, points.POINTS / len(first.rows("train")))),
+        "train": first.rows("train", min(1.0, most / len(first.rows("train")))),
         "val": first.rows("val"),
     }
     label = {split: labelled.label[index].values for split, index in rows.items()}
-    segmentation = task.kind == "segmentation"
     layers = {name: _layers(name, store, heads, segmentation) for name, store in members.items()}
     if segmentation:
         taken = {

@@ -118,7 +118,7 @@ def test_segmentation_finds_who_knows(known_masks):
 
 def test_pixels_are_labelled_ones_and_features_those_beneath_them(known_masks, monkeypatch):
     members, like = known_masks
-    monkeypatch.setattr(points, "POINTS", 600)
+    monkeypatch.setattr(points, "PIXELS", 600)
     rows = members["knows"].rows("train")
     masks = like.label[rows].values.copy()
     masks[0] = images.IGNORE
