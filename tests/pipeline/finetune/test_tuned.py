@@ -17,11 +17,11 @@ CELLS = [
 ]  # fmt: skip
 
 
-def one_step(tuned, asked) -> set[str]:
+def one_step(tuned, asked, count=4) -> set[str]:
     """Names of what an update changes, buffers too."""
     before = {name: values.clone() for name, values in tuned.state_dict().items()}
     optimiser = torch.optim.AdamW(tuned.groups(1e-3, 0.05))
-    train.update(tuned, optimiser, asked, asked.pictures.rows("train")[:4], None)
+    train.update(tuned, optimiser, asked, asked.pictures.rows("train")[:count], None)
     return {name for name, values in tuned.state_dict().items() if not torch.equal(values, before[name])}
 
 
@@ -115,14 +115,14 @@ def test_mixed_precision_is_near_and_learns(frozen, job):
     # Not with Prithvi: torch 2.15's bfloat16 Conv3d of its patches is wrong on some processors.
     one = frozen("sample-landuse", "hiera")
     asked = job(one)
-    rows = asked.pictures.rows("test")
+    rows = asked.pictures.rows("test")[:4]  # a processor without bfloat16 takes its time
     image, _ = asked.pictures.batch(rows)
     with torch.no_grad():
         exact, mixed = (one.tuned(device_precision=name).features(image, rows) for name in ("float32", "bfloat16"))
     for name, values in exact[0].items():
         lost = (mixed[0][name].float() - values).norm() / values.norm()
         assert 1e-4 < lost < 0.03, (name, lost)
-    moved = one_step(one.tuned(device_precision="bfloat16"), asked)
+    moved = one_step(one.tuned(device_precision="bfloat16"), asked, 1)
     assert any("blocks.0." in name for name in moved)
 
 
