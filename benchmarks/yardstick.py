@@ -26,7 +26,7 @@ from cache.read import Features
 from pipeline import params
 from pipeline.imagery import images
 from pipeline.imagery.chips import SPLITS, assign_blocks
-from pipeline.training import cells, fit, fusion
+from pipeline.training import axes, cells, fit, fusion
 from pipeline.training.blueprint import Blueprint
 
 DEALS = 10
@@ -52,16 +52,16 @@ def cell_of(described: params.Params, dataset: str, model: str, seed: int) -> ce
     split = deal(labelled, described.dataset(dataset), seed)
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     chosen, parts = described.heads.linear, {}
+    fields = [field for member in fusion.vectors(members, chosen.pooled, chosen.tokens) for field in member]
+    by = [fusion.statistics(field, rows["train"]) for field in fields]
     for name, index in rows.items():
         inputs = fusion.pooled(members, chosen.pooled, chosen.tokens, index, rows["train"])
         label = torch.from_numpy(labelled.label.values[index].astype(np.int64))
         parts[name] = cells.Part(inputs, label, members[0].sample[index].tolist())
     task, recipe = cells.task_of(labelled), fit.Recipe(chosen.steps, chosen.batch)
     blueprint = Blueprint("linear", "concat", (((parts["train"].inputs.shape[1],),),), task.classes)
-
-    def train(settings):
-        return fit.fit(blueprint.group, parts["train"], task, settings, recipe)
-
+    turns = [axes.principal(*each, rows["train"]) for each in zip(fields, by, strict=True)]
+    train = cells.trainer(parts, task, recipe, blueprint, turns)
     return cells.Cell(parts, task, train, chosen.batch, [], [], [], blueprint)
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from cache.read import Features
 
-# How many points are looked at: chips, or pixels, spread evenly over a split's masks. Half of the pixels cost half of the
-# time and move a probe's mean IoU by .01 (LAB.md).
+# How many points are looked at: chips, or pixels, spread evenly over a split's masks. Twice as many pixels cost twice
+# the time and move a probe's mean IoU by .01 (LAB.md).
 CHIPS, PIXELS = 8192, 4096
 # Samples read at once.
 _STEP = 32

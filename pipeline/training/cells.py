@@ -15,7 +15,7 @@ from cache.schema import StoreError
 from pipeline.errors import UserError
 from pipeline.imagery import images
 from pipeline.params import Heads
-from pipeline.training import fit, fusion
+from pipeline.training import axes, fit, fusion
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.feed import Stream, channels_last
 
@@ -89,7 +89,12 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
     )
     fields = list(chain(*grouped))
     by = [fusion.statistics(field, rows["train"]) for field in fields]
-    held = 4 * sum(len(rows[split]) for split in wanted) * sum(prod(_shape(field)) for field in fields)
+    straight = dense or heads.fusion != "concat"  # what mixes members channel by channel needs their channels
+    found = [] if straight else [axes.principal(*each, rows["train"]) for each in zip(fields, by, strict=True)]
+    turns = [one.to(device) for one in found]
+    # Linear heads are trained on a turned copy.
+    count = sum(len(rows[split]) for split in wanted) + (len(rows["train"]) if turns else 0)
+    held = 4 * count * sum(prod(_shape(field)) for field in fields)
     parts = {}
     for split in wanted:
         if held > heads.memory * 1e9:
@@ -103,13 +108,28 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
         task = replace(task, weights=_balanced(labelled.label[rows["train"]].values, kind, classes))
     shapes = tuple(tuple(_shape(field) for field in member) for member in grouped)
     blueprint = _blueprint(heads, shapes, classes, tuple(labelled.label.shape[1:]), device if dense else None)
-
-    def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
-        return fit.fit(blueprint.group, parts["train"], task, settings, recipe, parts.get("val"))
-
+    train = trainer(parts, task, recipe, blueprint, turns)
     names = [[name for _, name in member] for member in grouped]
     factors = [fusion.factors(*each) for each in by]
     return Cell(parts, task, train, chosen.batch, list(labelled.attrs["classes"]), names, factors, blueprint)
+
+
+def trainer(
+    parts: Mapping[str, Part], task: fit.Task, recipe: fit.Recipe, blueprint: Blueprint, turns: Sequence[torch.Tensor]
+) -> Callable[[Sequence[fit.Setting]], torch.nn.Module]:
+    """`Cell.train`: heads trained in the axes `turns` of their arrays, if there are any, and turned back."""
+
+    def turned(part: Part) -> Part:
+        return replace(part, inputs=axes.turned(part.inputs, turns)) if turns else part
+
+    def train(settings: Sequence[fit.Setting]) -> torch.nn.Module:
+        validation = turned(parts["val"]) if recipe.patience else None
+        group = fit.fit(blueprint.group, turned(parts["train"]), task, settings, recipe, validation)
+        if turns:
+            axes.turn_back(group, turns)
+        return group
+
+    return train
 
 
 def opened(stores: Mapping[Path, str | None], pictures: Path) -> tuple[list[Features], xr.Dataset]:

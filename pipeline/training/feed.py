@@ -5,6 +5,7 @@ tensors kept on the device; the caller need not know which.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -99,9 +100,16 @@ class Stream:
         self._feed, self._rows, self._vectors = Feed(named, rows, device=device), rows, vectors
         self._by = [[torch.from_numpy(one).to(device) for one in factors(*each)] for each in by]
         self.shapes = [tuple(store.array(name).shape) for store, name in fields]
+        self._axes: Sequence[torch.Tensor] = ()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def turned(self, axes: Sequence[torch.Tensor]) -> "Stream":
+        """The same with each pooled vector in axes of its own, (channel, axis)."""
+        other = copy(self)
+        other._axes = axes
+        return other
 
     def batches(self, order: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | list[torch.Tensor]]:
         """For every array of positions in the split: (batch, channel), or a list of maps (batch, channel, y, x)."""
@@ -110,6 +118,8 @@ class Stream:
                 standardise(batch[name].to(torch.float32, copy=True), *self._by[place])
                 for place, name in enumerate(sorted(batch))
             ]
+            if self._axes:
+                parts = [part @ axes for part, axes in zip(parts, self._axes, strict=True)]
             yield torch.cat(parts, dim=1) if self._vectors else [channels_last(part) for part in parts]
 
 

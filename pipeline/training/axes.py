@@ -1,0 +1,49 @@
+"""Principal axes of pooled vectors, in which linear heads are trained.
+
+AdamW scales every weight by itself, which is slow where channels are correlated, as those of neighbouring bands and
+of a backbone are. In the principal axes of the training split they are not. Each array is turned by itself, so that
+the price grows with its width and not with the number of members. A rotation changes neither what a linear head can
+say nor its sum of squared weights; a trained head is turned back, and reads features as they are stored. Adam in an
+eigenbasis is from SOAP (Vyas et al. 2024, arXiv 2409.11321), which finds the basis of the gradients instead.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pipeline.heads.linear import LinearGroup
+from pipeline.training.feed import Stream
+from pipeline.training.fusion import Field, Statistics, standardised
+
+# Axes along which features vary less than this share of a channel's variance are left at zero: AdamW would make as
+# much of what rounding to float16 left there as of any other.
+FLAT = 1e-3
+_STEP = 4096
+
+
+def principal(field: Field, by: Statistics, training: np.ndarray) -> torch.Tensor:
+    """Principal axes of an array's standardised channels over the training rows, float32 (channel, axis).
+
+    An axis that is `FLAT` is a column of zeros.
+    """
+    parts = (training[start : start + _STEP] for start in range(0, len(training), _STEP))
+    values = (standardised(field, part, by).double() for part in parts)
+    variance, found = torch.linalg.eigh(sum(part.T @ part for part in values) / len(training))
+    return (found * (variance > FLAT)).float()
+
+
+def turned(inputs: torch.Tensor | Stream, axes: Sequence[torch.Tensor]) -> torch.Tensor | Stream:
+    """Arrays side by side, (sample, channel), each in its axes."""
+    if isinstance(inputs, Stream):
+        return inputs.turned(axes)
+    each = inputs.split([len(one) for one in axes], dim=1)
+    return torch.cat([part @ one for part, one in zip(each, axes, strict=True)], dim=1)
+
+
+@torch.no_grad()
+def turn_back(group: LinearGroup, axes: Sequence[torch.Tensor]) -> None:
+    """Make heads that were trained on `turned` inputs say the same of the inputs themselves."""
+    (weight,) = group.weights  # (head, class, channel)
+    each = weight.split([len(one) for one in axes], dim=2)
+    weight.copy_(torch.cat([part @ one.T for part, one in zip(each, axes, strict=True)], dim=2))

@@ -1,0 +1,103 @@
+"""Linear heads in principal axes: uncorrelated there, the same outside, and better where channels go together."""
+
+import numpy as np
+import pytest
+import torch
+
+from cache.read import Features
+from cache.schema import Layout
+from cache.write import Writer
+from pipeline.heads.linear import LinearGroup
+from pipeline.training import axes, cells, fit, fusion
+from pipeline.training.blueprint import Blueprint
+from pipeline.training.feed import Stream
+from pipeline.training.fit import Setting
+
+TRAINING = np.arange(300)
+TASK = fit.Task("classification", 2, None)
+
+
+@pytest.fixture(scope="module")
+def bands(prepared, tmp_path_factory):
+    """Chips' mean spectra, which are strongly correlated, with one band twice, as a store of 400 vectors."""
+    image = prepared("sample-landuse").image[:400].astype(np.float32)
+    spectra = image.mean(axis=(2, 3))
+    spectra = np.concatenate([spectra, spectra[:, :1]], axis=1)
+    folder = tmp_path_factory.mktemp("bands")
+    splits = ["train" if place in TRAINING else "val" for place in range(len(spectra))]
+    layout = Layout(
+        tuple(f"{place:03d}" for place in range(len(spectra))), tuple(splits), (),
+        {"mean_first": 4, "mean_rest": spectra.shape[1] - 4}, "float32", 100,
+    )  # fmt: skip
+    writer = Writer(folder / "scratch", layout, folder / "bands.zarr", {})
+    drawn = {"pooled/mean_first": spectra[:, :4], "pooled/mean_rest": spectra[:, 4:]}
+    for shard in writer.shards():
+        writer.write(shard, {name: values[layout.rows(shard)] for name, values in drawn.items()})
+    writer.finish()
+    store = Features(folder / "bands.zarr")
+    fields = [(store, name) for name in drawn]
+    return fields, [fusion.statistics(field, TRAINING) for field in fields]
+
+
+def inputs_of(bands, rows=TRAINING) -> torch.Tensor:
+    fields, by = bands
+    return torch.cat([fusion.standardised(field, rows, each) for field, each in zip(fields, by, strict=True)], dim=1)
+
+
+def turns_of(bands) -> list[torch.Tensor]:
+    return [axes.principal(*each, TRAINING) for each in zip(*bands, strict=True)]
+
+
+def test_features_are_uncorrelated_in_their_axes_and_flat_ones_are_zero(bands):
+    turns = turns_of(bands)
+    plain = inputs_of(bands).split([4, len(turns[1])], dim=1)
+    for values, one in zip(plain, turns, strict=True):
+        kept = one.abs().sum(dim=0) > 0
+        torch.testing.assert_close(one[:, kept].T @ one[:, kept], torch.eye(int(kept.sum())), atol=1e-5, rtol=0)
+        moved = (values @ one)[:, kept].double()
+        apart = moved.T @ moved / len(moved)
+        assert (apart - apart.diag().diag()).abs().max() < 1e-4 * apart.diag().max()
+        assert (apart.diag() > axes.FLAT).all()
+        before = values.double().T @ values.double() / len(values)
+        assert (before - before.diag().diag()).abs().max() > 0.5, "or there was nothing to turn"
+    assert not turns[1][:, 0].any(), "the spectra's thirteen bands do not differ in as many ways"
+
+
+def test_a_head_turned_back_says_the_same(bands):
+    turns, plain = turns_of(bands), inputs_of(bands)
+    group = LinearGroup([plain.shape[1]], 5, [0, 1])
+    ((_, wanted),) = group.pieces(axes.turned(plain, turns), None)
+    wanted = wanted.detach().clone()
+    axes.turn_back(group, turns)
+    ((_, said),) = group.pieces(plain, None)
+    torch.testing.assert_close(said, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_streamed_vectors_are_turned_like_those_in_memory(bands):
+    fields, by = bands
+    turns = turns_of(bands)
+    stream = Stream(fields, by, TRAINING, "cpu", vectors=True)
+    rows = torch.arange(len(TRAINING)).split(64)
+    said = torch.cat([batch.clone() for batch in axes.turned(stream, turns).batches(rows)])
+    torch.testing.assert_close(said, axes.turned(inputs_of(bands), turns))
+    plain = torch.cat([batch.clone() for batch in stream.batches(rows)])
+    assert torch.equal(plain, inputs_of(bands)), "the stream itself is not turned"
+
+
+def test_a_small_difference_of_two_bands_is_learnt_sooner(bands):
+    """What tells the classes apart is how two neighbouring bands differ: little of what either varies."""
+    plain = inputs_of(bands)
+    difference = plain[:, 5] - plain[:, 4]
+    assert difference.var() < 0.1 * plain[:, 5].var()
+    label = (difference > difference.median()).long()
+    names = [f"{place}" for place in TRAINING]
+    part = cells.Part(plain, label, names)
+    blueprint = Blueprint("linear", "concat", (((plain.shape[1],),),), 2)
+    right = []
+    for turns in ((), turns_of(bands)):
+        train = cells.trainer({"train": part}, TASK, fit.Recipe(200, 32), blueprint, turns)
+        group = train([Setting(rate, 1e-2, 0) for rate in (1e-3, 1e-2, 1e-1)])
+        counts = fit.evaluate(group, part, TASK, 32)
+        right.append((fit.logits(group, plain).argmax(axis=2) == label.numpy()).mean(axis=1).max())
+        assert counts.shape[:2] == (3, len(plain))
+    assert right[1] > right[0] + 0.02
