@@ -38,4 +38,4 @@ lint: .venv/ready
 
 clean:
 	rm -rf .venv data results/runs results/tune results/compose results/distill results/export results/map \
-	  results/cost.csv results/report
+	  results/cost.csv results/rates.csv results/report

@@ -1,18 +1,24 @@
-"""cost: every student, and every frozen model beside it, used and timed on real chips of its data set."""
+"""cost: every student, its files, and every frozen model beside it, used and timed on real chips of its data set."""
 
 import pandas as pd
 
 from pipeline import params
-from stages.cli import COST, DISTILLED, IMAGES, RUNS, TUNED, WEIGHTS, read_json, run, write_text
+from stages.cli import COST, DISTILLED, EXPORTED, IMAGES, RATES, RUNS, TUNED, WEIGHTS, read_json, run, write_text
 
 
 def cost() -> None:
-    """Write results/cost.csv: a row a data set, model and device, of the data sets that have students."""
+    """Write results/cost.csv, a row a data set, model and device, of the data sets that have students.
+
+    And results/rates.csv, a row a data set, student and exported file.
+    """
     described = params.load()
-    taught = filter(described.distill.teaches, described.grid.datasets if described.grid.students else ())
+    taught = list(filter(described.distill.teaches, described.grid.datasets if described.grid.students else ()))
     tables = [_costs(described, dataset) for dataset in taught]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["dataset", "model"])
     write_text(COST, table.to_csv(index=False))
+    rates = [row for dataset in taught for row in _rates(described, dataset)]
+    columns = ["dataset", "student", "file", "images_a_second"]
+    write_text(RATES, pd.DataFrame(rates, columns=columns).to_csv(index=False))
 
 
 def _costs(described: params.Params, dataset: str) -> pd.DataFrame:
@@ -24,6 +30,20 @@ def _costs(described: params.Params, dataset: str) -> pd.DataFrame:
     for where in dict.fromkeys(["cpu", device(described.compute.device)]):
         tables.append(costs.measure(usable(described, dataset, where), chips, where))
     return pd.concat(tables, ignore_index=True).assign(dataset=dataset)
+
+
+def _rates(described: params.Params, dataset: str) -> list[tuple]:
+    from pipeline import students
+    from pipeline.export import files, price
+    from pipeline.imagery import images
+
+    chips, rows = images.open_images(IMAGES / f"{dataset}.zarr").image[: price.BATCH].values, []
+    for name in described.grid.students:
+        if not read_json(EXPORTED / dataset / name / "export.json")["left_out"]:
+            one, _ = students.load(DISTILLED / dataset / name / "best")
+            found = files.rates(one, EXPORTED / dataset / name, chips)
+            rows += [(dataset, name, file, rate) for file, rate in found.items()]
+    return rows
 
 
 def usable(described: params.Params, dataset: str, where: str) -> dict:

@@ -1,7 +1,5 @@
 """export: a student as ONNX and torch.export, checked on real chips; its int8 form, and what that costs."""
 
-import os
-import platform
 from pathlib import Path
 
 from cache.durable import building
@@ -13,7 +11,10 @@ CHIPS = 512
 
 
 def export(student: str, dataset: str | None, int8: bool) -> None:
-    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json, what each is worth."""
+    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json, what each is worth.
+
+    How fast they are is measured by `cost` when nothing else runs, or here if the student is not of the grid.
+    """
     folder = DISTILLED / dataset / student / "best" if dataset else Path(student)
     final = EXPORTED / dataset / student if dataset else folder / "export"
     if dataset and (reason := read_json(folder.parent / "told.json")["left_out"]):
@@ -25,16 +26,17 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
 
     made, told = students.load(folder)
     pictures = images.open_images(IMAGES / f"{told['dataset']}.zarr")
-    from pipeline.export import files
+    from pipeline.export import files, price
 
     with building(SCRATCH / f"export-{told['dataset']}-{made.shape.architecture}", final) as scratch:
         said = files.write(made, told, pictures, scratch, int8, CHIPS)
         said["left_out"] = None
-        said["machine"] = f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}"
         write_json(scratch / "export.json", said)
+    rates = {} if dataset else files.rates(made, final, pictures.image[: price.BATCH].values)
     for name, one in said["files"].items():
         worth = f"{said['metric']} {one['score']:.4f} on {said['chips']} validation chips"
-        print(f"{name}: {one['bytes'] / 1e6:.1f} MB, {one['images_a_second']} images/s, {worth}")
+        rate = f", {rates[name]} images/s" if name in rates else ""
+        print(f"{name}: {one['bytes'] / 1e6:.1f} MB{rate}, {worth}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from stages.cli import (
     FINETUNED,
     MAPS,
     METRICS,
+    RATES,
     REPORT,
     RUNS,
     SCRATCH,
@@ -68,7 +69,7 @@ def make_report() -> None:
         composed = composition.section(searched, frozen, folder)
         students, kept = distillation.section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
-        students += mapped.section(_cells(EXPORTED, grid), _cells(MAPS, grid), folder)
+        students += mapped.section(_cells(EXPORTED, grid), pd.read_csv(RATES), _cells(MAPS, grid), folder)
         text = report.page(summary, runs, pairs, said, left_out, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}

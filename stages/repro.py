@@ -1,8 +1,9 @@
 """repro: `dvc repro` with two data sets at a time, and with stages whose imports are done (stages/warm.py).
 
 DVC runs one stage after the other, and while it keeps its books, and in much of a stage, a core has nothing to do.
-Data sets do not meet before the report: each has a `dvc repro` of its own here, and what is left, exports and maps,
-costs and the report, is done by the last one, which also ends as a plain `dvc repro` would if anything failed.
+Data sets do not meet before the report: each has a `dvc repro` of its own here, and what is left, costs, which are
+measured with nothing beside them, and the report, is done by the last one, which also ends as a plain `dvc repro`
+would if anything failed.
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline import params
-from pipeline.params import Params
+from pipeline.params import Grid
 from stages import lockfile, warm
 from stages.cli import run
 
@@ -21,7 +22,7 @@ _AT_ONCE = 2
 
 def repro() -> None:
     """Run everything in params.yaml's grid; exits as `dvc repro` does."""
-    described = params.load()
+    grid = params.load().grid
     # torch's threads wait for one another by spinning, which takes the core that another stage needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with warm.waiting() as place:
@@ -29,25 +30,20 @@ def repro() -> None:
         lockfile.drop_absent()
         if _dvc("check") == 0:
             _side_by_side(["fetch_weights"], ["fetch", "prepare"])
-            _side_by_side(*(cells(described, dataset) for dataset in described.grid.datasets))
+            _side_by_side(*(cells(grid, dataset) for dataset in grid.datasets))
         if code := _dvc():
             sys.exit(code)
 
 
-def cells(described: Params, dataset: str) -> list[str]:
-    """DVC's names of a data set's stages from extraction on, each after those that it depends on.
-
-    Not of export and map where something is exported: their times, which are reported, other work would spoil.
-    """
-    grid = described.grid
-    last = ["distill"] if described.distill.teaches(dataset) else ["distill", "export", "map"]
+def cells(grid: Grid, dataset: str) -> list[str]:
+    """DVC's names of a data set's stages from extraction to maps, each after those that it depends on."""
     return [
         *(f"extract@{dataset}-{backbone}" for backbone in grid.backbones),
         f"resolve@{dataset}",
         *(f"tune@{dataset}-{model}" for model in grid.models),
         *(f"train@{dataset}-{model}" for model in grid.models),
         f"compose@{dataset}",
-        *(f"{stage}@{dataset}-{student}" for student in grid.students for stage in last),
+        *(f"{stage}@{dataset}-{student}" for student in grid.students for stage in ("distill", "export", "map")),
     ]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
 from pipeline import metrics
@@ -23,7 +24,7 @@ def write(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int
         images: its data set, of whose validation split at most `limit` chips are scored.
 
     Returns:
-        of torch and of every file: bytes, images a second, the score, and how far its logits are off.
+        of torch and of every file: bytes, the score, and how far its logits are off.
 
     Raises:
         UserError: a file computes something else than the student, or the student is of other images.
@@ -51,10 +52,20 @@ def write(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int
     }  # fmt: skip
 
 
+def rates(student: Student, folder: Path, image: np.ndarray) -> dict[str, float]:
+    """Images a second of a student in torch and of each of its files in a folder, on this machine's processor.
+
+    Args:
+        image: real chips, (sample, band, y, x).
+    """
+    ways = {"torch": graphs.torch_logits(student.eval())}
+    ways |= {path.name: graphs.logits(path) for path in sorted(folder.iterdir()) if path.suffix in (".onnx", ".pt2")}
+    return {name: float(f"{price.rate(logits, image.astype(np.float32)):.3g}") for name, logits in ways.items()}
+
+
 def _worth(logits: Callable, chips: price.Chips, told: Mapping, size: int, found: float) -> dict:
     return {
         "bytes": size,
-        "images_a_second": float(f"{price.rate(logits, chips.image):.3g}"),
         "score": round(price.score(logits, chips, told), 6),
         "difference": float(f"{found:.2g}"),
     }

@@ -75,6 +75,12 @@ def test_the_student_that_is_left_has_the_scores_that_are_told(job):
 
 def test_costs_are_of_every_model_that_can_be_used(job):
     costs = pd.read_csv(job.folder / "results/cost.csv").set_index(["dataset", "model"])
+    rates = pd.read_csv(job.folder / "results/rates.csv").set_index(["dataset", "student", "file"]).images_a_second
+    files = {"torch", "student.onnx", "student.pt2", "student-int8.onnx"}
+    assert set(rates.index) == {
+        (name, "small", file) for name in ("sample-trees", "sample-landuse-seg") for file in files
+    }
+    assert (rates > 0).all()
     seg = costs.loc["sample-landuse-seg"]
     assert set(seg.index) == {"small", "raw", "lite0", "csmask_b4+lite0"}
     assert set(costs.loc["sample-trees"].index) == {"small", "raw", "lite0"}

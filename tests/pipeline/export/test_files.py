@@ -100,7 +100,9 @@ def test_files_say_what_the_student_says(saved, dataset, side):
     assert graphs.difference(student, graphs.logits(folder / "export/student.pt2"), chips) < graphs.TOLERANCE
     for name in ("student.onnx", "student.pt2", "student-int8.onnx"):
         assert said["files"][name]["bytes"] == (folder / "export" / name).stat().st_size
-        assert said["files"][name]["images_a_second"] > 0
+    rates = files.rates(student, folder / "export", pictures.image[:4].values)
+    assert rates.keys() == said["files"].keys()
+    assert min(rates.values()) > 0
     assert said["files"]["student.onnx"]["score"] == said["files"]["torch"]["score"]
     small = said["files"]["student-int8.onnx"]
     assert small["bytes"] < 0.5 * said["files"]["student.onnx"]["bytes"]

@@ -1,16 +1,21 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 
 from pipeline.reporting import mapped
 
+RATES = pd.DataFrame(
+    [("lakes", "small", "student.onnx", 75.5)], columns=["dataset", "student", "file", "images_a_second"]
+)
+
 
 @pytest.fixture
 def folders(tmp_path):
     """An exported student, its map, and a cell that was left out of both."""
-    files = {"student.onnx": {"bytes": 3_800_000, "images_a_second": 75.5, "score": 0.5, "difference": 4e-6}}
+    files = {"student.onnx": {"bytes": 3_800_000, "score": 0.5, "difference": 4e-6}}
     told = {"left_out": None, "files": files, "metric": "mean IoU", "chips": 18}
     for name in ("export", "map", "left"):
         (tmp_path / name).mkdir()
@@ -32,16 +37,17 @@ def folders(tmp_path):
 def test_files_and_maps_are_shown_but_what_was_left_out(folders, tmp_path):
     exported = {("lakes", "small"): folders / "export", ("woods", "small"): folders / "left"}
     maps = {("lakes", "small"): folders / "map", ("woods", "small"): folders / "left"}
-    text = mapped.section(exported, maps, tmp_path)
+    text = mapped.section(exported, RATES, maps, tmp_path)
     assert "<td>student.onnx</td>" in text
     assert "mean IoU 0.500 (n = 18)" in text
+    assert "<td>75.5</td>" in text
     assert text.count("<img") == 1
     assert "woods" not in text
     first = (tmp_path / "map-lakes-small.png").read_bytes()
-    mapped.section(exported, maps, tmp_path)
+    mapped.section(exported, RATES, maps, tmp_path)
     assert (tmp_path / "map-lakes-small.png").read_bytes() == first
-    assert mapped.section({}, {}, tmp_path) == ""
-    assert mapped.section({("woods", "small"): folders / "left"}, {}, tmp_path) == ""
+    assert mapped.section({}, RATES, {}, tmp_path) == ""
+    assert mapped.section({("woods", "small"): folders / "left"}, RATES, {}, tmp_path) == ""
 
 
 def test_a_large_map_is_read_coarser_and_no_data_is_masked(folders):
