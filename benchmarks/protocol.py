@@ -15,7 +15,7 @@ From `make run`'s stores and params.yaml. Imports are left out of every time.
   terratorch does a run as its users do: the frozen backbone in the loop, its own datamodule (GeoTIFFs, folders
   of classes), task and trainer. Two of its runs are timed in full, at our best setting with other seeds; the 26
   are 26 times their mean, since every trial and seed has as many epochs, ours rounded up. Both train for 100 steps
-  instead of params.yaml's 2400, which favours terratorch: our extraction does not shrink with them. Both classify
+  instead of params.yaml's 1200, which favours terratorch: our extraction does not shrink with them. Both classify
   the deepest level's mean; the backbone is `lite0`, the set `sample-trees`. Its BatchNorm is kept in evaluation mode,
   as a frozen backbone's should be (terratorch only stops the gradients), so that both see the same features.
 """
