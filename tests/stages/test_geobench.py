@@ -11,7 +11,7 @@ import yaml
 
 from pipeline import params
 from pipeline.datasets import geobench
-from stages import compose, cost, distill, extract, fetch, prepare, report, resolve, train, tune
+from stages import compose, cost, distill, export, extract, fetch, prepare, report, resolve, train, tune
 from stages.plan import plan
 from tests.conftest import ROOT
 from tests.stages.conftest import merge
@@ -61,8 +61,9 @@ def test_all_twelve_sets_go_through_to_a_report(place, capsys):
         taught = pd.read_csv(f"results/distill/{name}/small/runs.csv")
         assert taught.model.tolist() == ["small/distilled", "small/labels"]
         assert taught.score.between(0, 1).all()
+        export.export("small", name, False)
     cost.cost()
-    # Exports of twelve students would take minutes; the small grid has some (test_map.py).
+    # The report also wants maps; the small grid has some (test_map.py).
     content = yaml.safe_load(Path("params.yaml").read_text())
     Path("params.yaml").write_text(yaml.safe_dump(merge(content, {"grid": {"students": []}})))
     report.make_report()
