@@ -36,11 +36,13 @@ import torch
 from torch.nn import functional
 
 from benchmarks.features import FOLDER
+from benchmarks.terratorch_runs import terratorch_run, write_tiffs
 from benchmarks.timing import seconds
 from cache.read import Features
 from cache.schema import StoreError
 from cache.write import Writer
 from pipeline import compute, metrics, params
+from pipeline.imagery.chips import SPLITS
 from pipeline.imagery.images import open_images
 from pipeline.training import cells, fit
 from pipeline.training.adamw import warm_cosine
@@ -48,7 +50,6 @@ from pipeline.training.fit import Setting
 from pipeline.training.lane import Lane
 from pipeline.training.search import search
 
-ALL = ("train", "val", "test")
 ROUNDS = 3
 UPERNET = ("sample-landuse-seg", "csmask_b4+lite0")
 THEIRS = ("sample-trees", "lite0")
@@ -62,7 +63,7 @@ def stores(dataset: str, model: str) -> dict:
 
 def load(described: params.Params, dataset: str, model: str, given: dict | None = None) -> cells.Cell:
     pictures, where = Path(f"data/images/{dataset}.zarr"), described.compute.device
-    return cells.load(given or stores(dataset, model), pictures, described.heads, ALL, where)
+    return cells.load(given or stores(dataset, model), pictures, described.heads, SPLITS, where)
 
 
 def scores(cell: cells.Cell, group, split: str) -> np.ndarray:
@@ -223,63 +224,6 @@ def terratorch(described: params.Params) -> dict:
         "ours_accuracy": [round(float(ours.mean()), 4), round(float(ours.std(ddof=1)), 4)],
         "terratorch_accuracy": [round(one, 4) for one in theirs],
     }  # fmt: skip
-
-
-def write_tiffs(images, folder: Path) -> None:
-    """The same chips as GeoTIFFs in folders of splits and classes."""
-    import rasterio
-
-    for place, (name, split) in enumerate(zip(images.sample.values, images.split.values, strict=True)):
-        chip = images.image[place].values
-        path = folder / str(split) / f"{int(images.label[place])}" / f"{name}.tif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bands, height, width = chip.shape
-        with rasterio.open(path, "w", "GTiff", width, height, bands, dtype=chip.dtype) as file:
-            file.write(chip)
-
-
-def terratorch_run(folder: Path, network, best: dict, seed: int, epochs: int, batch: int) -> tuple[float, float]:
-    """Seconds of one run with its test, and the test accuracy."""
-    import albumentations
-    import lightning
-    from albumentations.pytorch import ToTensorV2
-    from terratorch.datamodules import GenericNonGeoClassificationDataModule
-    from terratorch.tasks import ClassificationTask
-
-    class Frozen(torch.nn.Module):
-        """Our network as terratorch takes one: a list of maps, and their channels."""
-
-        def __init__(self):
-            super().__init__()
-            self.network, self.out_channels = network, [24, 40, 112, 320]
-
-        def forward(self, image):
-            return list(self.network(image).levels)
-
-        def train(self, mode: bool = True):
-            return super().train(False)
-
-    transform = [albumentations.Resize(128, 128), ToTensorV2()]
-    # As our own inputs are made: unit scale, then the network's mean and deviation.
-    data = GenericNonGeoClassificationDataModule(
-        batch, 0, *[folder / split for split in ALL], means=[0.498 * 255] * 3, stds=[0.502 * 255] * 3, num_classes=2,
-        train_transform=transform, val_transform=transform, test_transform=transform, drop_last=False,
-    )  # fmt: skip
-    lightning.seed_everything(seed, verbose=False)
-    task = ClassificationTask(
-        {"backbone": Frozen(), "decoder": "IdentityDecoder", "num_classes": 2}, "EncoderDecoderFactory",
-        lr=best["learning_rate"], optimizer="AdamW", optimizer_hparams={"weight_decay": best["weight_decay"]},
-        scheduler="CosineAnnealingLR", scheduler_hparams={"T_max": epochs}, freeze_backbone=True,
-    )  # fmt: skip
-    trainer = lightning.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    begun = time.perf_counter()
-    trainer.fit(task, datamodule=data)
-    found = trainer.test(task, datamodule=data, verbose=False)[0]
-    spent = time.perf_counter() - begun
-    return spent, found["test/Accuracy_Micro"]
 
 
 PARTS = {work.__name__: work for work in (linear, upernet, terratorch)}

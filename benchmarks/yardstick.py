@@ -60,7 +60,7 @@ def cell_of(described: params.Params, dataset: str, model: str, seed: int) -> ce
         parts[name] = cells.Part(inputs, label, members[0].sample[index].tolist())
     task, recipe = cells.task_of(labelled), fit.Recipe(chosen.steps, chosen.batch)
     blueprint = Blueprint("linear", "concat", (((parts["train"].inputs.shape[1],),),), task.classes)
-    turns = [axes.principal(*each, rows["train"]) for each in zip(fields, by, strict=True)]
+    turns = axes.principal(fields, by, rows["train"])
     train = cells.trainer(parts, task, recipe, blueprint, turns)
     return cells.Cell(parts, task, train, chosen.batch, [], [], [], blueprint)
 

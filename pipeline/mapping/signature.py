@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.bands import Band
 from pipeline.errors import UserError
-from pipeline.params import TASKS
+from pipeline.param_checks import TASKS
 
 
 @dataclass(frozen=True)

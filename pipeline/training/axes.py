@@ -11,26 +11,31 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from pipeline.heads.linear import LinearGroup
 from pipeline.training.feed import Stream
-from pipeline.training.fusion import Field, Statistics, standardised
+from pipeline.training.fusion import STEP, Field, Statistics, standardised
 
 # Axes along which features vary less than this share of a channel's variance are left at zero: AdamW would make as
 # much of what rounding to float16 left there as of any other.
 FLAT = 1e-3
-_STEP = 4096
 
 
-def principal(field: Field, by: Statistics, training: np.ndarray) -> torch.Tensor:
-    """Principal axes of an array's standardised channels over the training rows, float32 (channel, axis).
+def principal(fields: Sequence[Field], by: Sequence[Statistics], training: np.ndarray) -> list[torch.Tensor]:
+    """Principal axes of each array's standardised channels over the training rows, float32 (channel, axis).
 
-    An axis that is `FLAT` is a column of zeros.
+    An axis that is `FLAT` is a column of zeros. By one thread, or the last digits would depend on the number of cores.
     """
-    parts = (training[start : start + _STEP] for start in range(0, len(training), _STEP))
-    values = (standardised(field, part, by).double() for part in parts)
-    variance, found = torch.linalg.eigh(sum(part.T @ part for part in values) / len(training))
-    return (found * (variance > FLAT)).float()
+    with threadpool_limits(1):
+        return [_axes(field, each, training) for field, each in zip(fields, by, strict=True)]
+
+
+def _axes(field: Field, by: Statistics, training: np.ndarray) -> torch.Tensor:
+    rows = (training[start : start + STEP] for start in range(0, len(training), STEP))
+    values = (standardised(field, part, by).numpy().astype(np.float64) for part in rows)
+    variance, found = np.linalg.eigh(sum(part.T @ part for part in values) / len(training))
+    return torch.from_numpy(found * (variance > FLAT)).float()
 
 
 def turned(inputs: torch.Tensor | Stream, axes: Sequence[torch.Tensor]) -> torch.Tensor | Stream:

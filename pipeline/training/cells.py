@@ -90,8 +90,7 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
     fields = list(chain(*grouped))
     by = [fusion.statistics(field, rows["train"]) for field in fields]
     straight = dense or heads.fusion != "concat"  # what mixes members channel by channel needs their channels
-    found = [] if straight else [axes.principal(*each, rows["train"]) for each in zip(fields, by, strict=True)]
-    turns = [one.to(device) for one in found]
+    turns = [] if straight else [one.to(device) for one in axes.principal(fields, by, rows["train"])]
     # Linear heads are trained on a turned copy.
     count = sum(len(rows[split]) for split in wanted) + (len(rows["train"]) if turns else 0)
     held = 4 * count * sum(prod(_shape(field)) for field in fields)

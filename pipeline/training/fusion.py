@@ -16,7 +16,7 @@ from cache.schema import StoreError
 # A channel that varies less than this share of its mean in training is a dead unit and is left at zero.
 DEAD = 1e-5
 # Rows read at once for statistics.
-_STEP = 4096
+STEP = 4096
 
 # An array of a store.
 Field = tuple[Features, str]
@@ -55,7 +55,7 @@ def statistics(field: Field, training: np.ndarray) -> Statistics:
     store, name = field
     if not name.startswith("pooled/"):  # the writer has computed them from the same rows
         return store.statistics(name.removesuffix("/features"))
-    parts = [training[start : start + _STEP] for start in range(0, len(training), _STEP)]
+    parts = [training[start : start + STEP] for start in range(0, len(training), STEP)]
     mean = sum(store.read(name, part).sum(axis=0, dtype=np.float64) for part in parts) / len(training)
     square = sum(((store.read(name, part).astype(np.float64) - mean) ** 2).sum(axis=0) for part in parts)
     return mean, np.sqrt(square / len(training))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 
 from cache.read import Features
 from cache.schema import Layout
@@ -45,7 +46,7 @@ def inputs_of(bands, rows=TRAINING) -> torch.Tensor:
 
 
 def turns_of(bands) -> list[torch.Tensor]:
-    return [axes.principal(*each, TRAINING) for each in zip(*bands, strict=True)]
+    return axes.principal(*bands, TRAINING)
 
 
 def test_features_are_uncorrelated_in_their_axes_and_flat_ones_are_zero(bands):
@@ -61,6 +62,12 @@ def test_features_are_uncorrelated_in_their_axes_and_flat_ones_are_zero(bands):
         before = values.double().T @ values.double() / len(values)
         assert (before - before.diag().diag()).abs().max() > 0.5, "or there was nothing to turn"
     assert not turns[1][:, 0].any(), "the spectra's thirteen bands do not differ in as many ways"
+
+
+def test_axes_do_not_depend_on_how_many_threads_there_are(bands):
+    one = turns_of(bands)
+    with threadpool_limits(2):
+        assert all(torch.equal(*pair) for pair in zip(one, turns_of(bands), strict=True))
 
 
 def test_a_head_turned_back_says_the_same(bands):
