@@ -5,11 +5,14 @@ DVC reads and writes all of dvc.lock after every stage, 2 s of a processor where
 it for ever. Those stages run whether it names them or not, and are entered as they end.
 """
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from dvc.utils.serialize import dump_yaml, load_yaml
+from dvc.utils.serialize import dumps_yaml, load_yaml
+
+from stages.cli import write_text
 
 LOCK = Path("dvc.lock")
 
@@ -17,19 +20,25 @@ LOCK = Path("dvc.lock")
 def drop_absent() -> None:
     """Leave in dvc.lock the stages that have an output in this folder or in DVC's cache.
 
-    Nothing is dropped where a DVC remote is set: `dvc pull` reads there what to fetch.
+    Nothing is dropped where a DVC remote is set: `dvc pull` reads there what to fetch. A file that DVC cannot read is
+    left to DVC, which says what is wrong with it.
     """
-    with Repo(_wait_for_lock=True) as repo, repo.lock:
-        if repo.config["remote"] or not LOCK.exists():
-            return
-        told = load_yaml(LOCK)
-        cached = repo.cache.local.exists
-        kept = {name: entry for name, entry in told["stages"].items() if _here(entry, cached)}
-        if len(kept) < len(told["stages"]):
-            scratch = LOCK.with_suffix(".lock.scratch")
-            dump_yaml(scratch, {**told, "stages": kept})
-            os.replace(scratch, LOCK)
+    try:
+        with Repo(_wait_for_lock=True) as repo, repo.lock:
+            if LOCK.exists() and not repo.config["remote"]:
+                _drop(load_yaml(LOCK), repo.cache.local.exists)
+    except DvcException:
+        return
 
 
-def _here(entry: dict, cached) -> bool:
-    return any(Path(out["path"]).exists() or cached(out["md5"]) for out in entry.get("outs", ()))
+def _drop(told: dict, cached: Callable[[str], bool]) -> None:
+    stages = told.get("stages") if isinstance(told, dict) else None
+    if not isinstance(stages, dict):
+        return
+    kept = {name: entry for name, entry in stages.items() if _here(entry, cached)}
+    if len(kept) < len(stages):
+        write_text(LOCK, dumps_yaml({**told, "stages": kept}))
+
+
+def _here(entry: dict, cached: Callable[[str], bool]) -> bool:
+    return any(Path(out["path"]).exists() or cached(out.get("md5", "")) for out in entry.get("outs", ()))

@@ -25,7 +25,7 @@ FLAT = 1e-3
 def principal(fields: Sequence[Field], by: Sequence[Statistics], training: np.ndarray) -> list[torch.Tensor]:
     """Principal axes of each array's standardised channels over the training rows, float32 (channel, axis).
 
-    An axis that is `FLAT` is a column of zeros. By one thread, or the last digits would depend on the number of cores.
+    An axis that is `FLAT` is a column of zeros. One thread: last digits depend on how many there are.
     """
     with threadpool_limits(1):
         return [_axes(field, each, training) for field, each in zip(fields, by, strict=True)]

@@ -81,3 +81,17 @@ def test_without_a_lock_there_is_nothing_to_do(ran):
     Path("dvc.lock").unlink()
     lockfile.drop_absent()
     assert not Path("dvc.lock").exists()
+
+
+@pytest.mark.parametrize("text", ["", "stages:\n  one: {\n", "<<<<<<< ours\n", "- a list\n", "schema: '2.0'\n"])
+def test_what_dvc_cannot_read_is_left_to_dvc(ran, text):
+    Path("dvc.lock").write_text(text)
+    lockfile.drop_absent()
+    assert Path("dvc.lock").read_text() == text
+
+
+def test_outside_of_a_dvc_repository_nothing_happens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    lockfile.drop_absent()
+    assert Path("dvc.lock").read_text() == "schema: '2.0'\nstages: {}\n"
