@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -122,8 +123,10 @@ def _check_heads(heads: Heads) -> None:
     _one_of(heads.class_weights, ("none", "balanced"), "heads.class_weights")
     _one_of(heads.precision, ("auto", "float32", "bfloat16"), "heads.precision")
     _positive("heads", checks=heads.checks)
-    if heads.memory < 0:
-        raise UserError(f"heads.memory is {heads.memory}; it must not be negative. 0 streams every set.")
+    if not 0 <= heads.memory < math.inf:
+        raise UserError(
+            f"heads.memory is {heads.memory}; it must not be negative, and a number. 0 streams every set."
+        )
     for name in ("linear", "upernet", "fcn"):
         head = getattr(heads, name)
         _positive(f"heads.{name}", steps=head.steps, batch=head.batch)

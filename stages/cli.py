@@ -86,10 +86,12 @@ def run(
 def _alone(name: str):
     """Run with no other living process in the same cell, waiting for one to end.
 
-    A killed `dvc repro` leaves its stage running; the next one must not write beside it.
+    A killed `dvc repro` leaves its stage running; the next one must not write beside it. Processes that are given
+    this one's open files (`subprocess.run(..., close_fds=False)`) are waited for too.
     """
     SCRATCH.mkdir(parents=True, exist_ok=True)
     with open(SCRATCH / f"{name}.lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,9 +106,18 @@ def read_json(path: Path) -> dict:
     Raises:
         UserError: it is not there.
     """
+    return json.loads(there(path).read_text())
+
+
+def there(path: Path) -> Path:
+    """The path itself.
+
+    Raises:
+        UserError: an earlier stage has not written it.
+    """
     if not path.exists():
         raise UserError(f"There is no {path}; an earlier stage writes it. Run: dvc repro")
-    return json.loads(path.read_text())
+    return path
 
 
 def write_json(path: Path, content) -> None:

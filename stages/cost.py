@@ -15,9 +15,9 @@ def cost() -> None:
     taught = list(filter(described.distill.teaches, described.grid.datasets if described.grid.students else ()))
     tables = [_costs(described, dataset) for dataset in taught]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["dataset", "model"])
-    write_text(COST, table.to_csv(index=False))
     rates = [row for dataset in taught for row in _rates(described, dataset)]
     columns = ["dataset", "student", "file", "images_a_second"]
+    write_text(COST, table.to_csv(index=False))
     write_text(RATES, pd.DataFrame(rates, columns=columns).to_csv(index=False))
 
 

@@ -28,7 +28,7 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
     pictures = images.open_images(IMAGES / f"{told['dataset']}.zarr")
     from pipeline.export import files, price
 
-    with building(SCRATCH / f"export-{told['dataset']}-{made.shape.architecture}", final) as scratch:
+    with building(SCRATCH / "-".join(["export", *final.resolve().parts[1:]])[-200:], final) as scratch:
         said = files.write(made, told, pictures, scratch, int8, CHIPS)
         said["left_out"] = None
         write_json(scratch / "export.json", said)

@@ -20,14 +20,14 @@ LOCK = Path("dvc.lock")
 def drop_absent() -> None:
     """Leave in dvc.lock the stages that have an output in this folder or in DVC's cache.
 
-    Nothing is dropped where a DVC remote is set: `dvc pull` reads there what to fetch. A file that DVC cannot read is
-    left to DVC, which says what is wrong with it.
+    Nothing is dropped where a DVC remote is set: `dvc pull` reads there what to fetch. A file that cannot be read
+    or written is left to DVC, which says what is wrong with it.
     """
     try:
         with Repo(_wait_for_lock=True) as repo, repo.lock:
             if LOCK.exists() and not repo.config["remote"]:
                 _drop(load_yaml(LOCK), repo.cache.local.exists)
-    except DvcException:
+    except (DvcException, OSError):
         return
 
 
@@ -40,5 +40,7 @@ def _drop(told: dict, cached: Callable[[str], bool]) -> None:
         write_text(LOCK, dumps_yaml({**told, "stages": kept}))
 
 
-def _here(entry: dict, cached: Callable[[str], bool]) -> bool:
-    return any(Path(out["path"]).exists() or cached(out.get("md5", "")) for out in entry.get("outs", ()))
+def _here(entry: dict | None, cached: Callable[[str], bool]) -> bool:
+    """Whether an output is here; of a stage without outputs, or with others than DVC's own, nobody can tell."""
+    outs = (entry or {}).get("outs") or ()
+    return not outs or any("md5" not in out or Path(out["path"]).exists() or cached(out["md5"]) for out in outs)

@@ -25,6 +25,7 @@ from stages.cli import (
     TUNED,
     read_json,
     run,
+    there,
     write_json,
 )
 
@@ -56,7 +57,7 @@ def make_report() -> None:
     runs = pd.concat(tables, ignore_index=True)
     drawn = _drawn(folders, runs)
     summary = report.summarise(runs, drawn)
-    costs = pd.read_csv(COST) if learned else pd.DataFrame()
+    costs = pd.read_csv(there(COST)) if learned else pd.DataFrame()
     frozen, large = summary[summary.protocol == report.FROZEN], summary[summary.kind != "student"]
     said, pairs = findings.headlines(large, drawn), findings.every_pair(frozen, drawn)
 
@@ -69,7 +70,7 @@ def make_report() -> None:
         composed = composition.section(searched, frozen, folder)
         students, kept = distillation.section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
-        students += mapped.section(_cells(EXPORTED, grid), pd.read_csv(RATES), _cells(MAPS, grid), folder)
+        students += mapped.section(_cells(EXPORTED, grid), pd.read_csv(there(RATES)), _cells(MAPS, grid), folder)
         text = report.page(summary, runs, pairs, said, left_out, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}

@@ -54,7 +54,9 @@ def _side_by_side(*runs: list[str]) -> None:
 
 
 def _dvc(*targets: str) -> int:
-    return subprocess.run([sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]).returncode
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
+    # It goes on if this process is killed; with this process's lock in hand it is waited for (stages/cli.py).
+    return subprocess.run(command, close_fds=False).returncode
 
 
 if __name__ == "__main__":

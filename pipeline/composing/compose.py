@@ -18,9 +18,10 @@ from threadpoolctl import threadpool_limits
 
 from cache.read import Features
 from pipeline import params
-from pipeline.composing import points
+from pipeline.composing import points, similarity
 from pipeline.composing.points import Layer
 from pipeline.composing.probing import Probe, mask_scores
+from pipeline.errors import UserError
 from pipeline.training import fusion
 from pipeline.training.cells import task_of
 
@@ -64,10 +65,10 @@ def search(
             split: points.pixels(members, rows[split], label[split], task.ignore, seed)
             for seed, split in enumerate(rows)
         }
-        probe = Probe(taken["train"], taken["val"], task, "logistic")
     else:
         taken = {split: points.chips(members, rows[split], label[split]) for split in rows}
-        probe = Probe(taken["train"], taken["val"], task, described.probe)
+    _enough({split: len(one.label) for split, one in taken.items()}, "labelled pixels" if segmentation else "samples")
+    probe = Probe(taken["train"], taken["val"], task, "logistic" if segmentation else described.probe)
     wanted = {names: [layer for name in names for layer in layers[name]] for names in ensembles(list(members))}
     with _side_by_side() as each:
         fitted = dict(zip(wanted, each(probe.fit, wanted.values()), strict=True))
@@ -79,6 +80,16 @@ def search(
     cka = similarities(probe, layers)
     widths = {name: sum(probe.width(layer) for layer in layers[name]) for name in members}
     return Found(table(scores, cka, widths), cka, greedy(probe, probe.layers if described.greedy else []), probe.kind)
+
+
+def _enough(counts: Mapping[str, int], what: str) -> None:
+    """Refuse splits that nothing can be fitted on, or compared by, or scored on."""
+    for split, least in (("train", similarity.FEWEST), ("val", 1)):
+        if counts[split] < least:
+            raise UserError(
+                f"The split {split} has {counts[split]} {what}, and the composition search needs at least {least}. "
+                "Deal the splits otherwise (splits, seed and block of the data set in params.yaml), or add labels."
+            )
 
 
 def ensembles(backbones: Sequence[str]) -> list[tuple[str, ...]]:

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from scipy.stats import permutation_test, rankdata
 
+# Samples that CKA without bias needs.
+FEWEST = 4
+
 
 def linear_cka(batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> tuple[list[str], np.ndarray]:
     """Debiased linear CKA between every two of several sets of features of the same samples.
@@ -31,8 +34,8 @@ def linear_cka(batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> tup
         count += len(next(iter(batch.values())))
         for name, values in batch.items():
             sums[name] = sums.get(name, 0) + values.sum(axis=0, dtype=np.float64)
-    if count < 4:
-        raise ValueError(f"CKA without bias needs at least 4 samples; there are {count}.")
+    if count < FEWEST:
+        raise ValueError(f"CKA without bias needs at least {FEWEST} samples; there are {count}.")
     names = list(sums)
     cross: dict[tuple[int, int], np.ndarray] = {}
     norms, products = np.zeros(len(names)), np.zeros((len(names), len(names)))

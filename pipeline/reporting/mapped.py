@@ -96,7 +96,7 @@ def _files(cell: Cell, path: Path, fast: pd.Series) -> list[dict[str, str]]:
             "student": cell[1],
             "file": name,
             "MB": f"{one['bytes'] / 1e6:.1f}",
-            "images/s": f"{fast[(*cell, name)]:g}",
+            "images/s": f"{fast[(*cell, name)]:g}" if (*cell, name) in fast else "not timed",
             "score on validation": f"{told['metric']} {one['score']:.3f} (n = {told['chips']})",
             "largest difference from torch, of the logits' spread": f"{one['difference']:.1g}",
         }

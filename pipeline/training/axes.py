@@ -3,8 +3,9 @@
 AdamW scales every weight by itself, which is slow where channels are correlated, as those of neighbouring bands and
 of a backbone are. In the principal axes of the training split they are not. Each array is turned by itself, so that
 the price grows with its width and not with the number of members. A rotation changes neither what a linear head can
-say nor its sum of squared weights; a trained head is turned back, and reads features as they are stored. Adam in an
-eigenbasis is from SOAP (Vyas et al. 2024, arXiv 2409.11321), which finds the basis of the gradients instead.
+say nor its sum of squared weights; a trained head is turned back, and reads features as they are stored. What is said
+only by axes along which features hardly vary is lost (`FLAT`). Adam in an eigenbasis is from SOAP (Vyas et al. 2024,
+arXiv 2409.11321), which finds the basis of the gradients instead.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from pipeline.training.fusion import STEP, Field, Statistics, standardised
 
 # Axes along which features vary less than this share of a channel's variance are left at zero: AdamW would make as
 # much of what rounding to float16 left there as of any other.
-FLAT = 1e-3
+FLAT = 1e-5
 
 
 def principal(fields: Sequence[Field], by: Sequence[Statistics], training: np.ndarray) -> list[torch.Tensor]:

@@ -83,7 +83,12 @@ def test_without_a_lock_there_is_nothing_to_do(ran):
     assert not Path("dvc.lock").exists()
 
 
-@pytest.mark.parametrize("text", ["", "stages:\n  one: {\n", "<<<<<<< ours\n", "- a list\n", "schema: '2.0'\n"])
+UNREADABLE = [
+    "", "stages:\n", "stages:\n  one:\n", "stages:\n  one: {\n", "<<<<<<< ours\n", "- a list\n", "schema: '2.0'\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
 def test_what_dvc_cannot_read_is_left_to_dvc(ran, text):
     Path("dvc.lock").write_text(text)
     lockfile.drop_absent()

@@ -1,9 +1,14 @@
 """Data sets side by side, as `make run` has them: the job is made so."""
 
 import sys
+import time
+
+import pandas as pd
+import pytest
 
 from pipeline import params
 from stages.repro import cells
+from tests.stages.test_job import stages_of
 
 
 def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
@@ -33,3 +38,19 @@ def test_nothing_is_left_to_do_and_a_mistake_ends_in_one_paragraph(job):
         said = job.run(sys.executable, "-m", "stages.repro", fails=True)
     assert said.startswith("error: ")
     assert "nope" in said
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_waited_for_by_the_next(job):
+    """Only the first process is killed: DVC and the stage that it runs go on, and hold what they write."""
+    with job.changed({"train": {"seeds": 3}}):
+        process = job.start(sys.executable, "-m", "stages.repro")
+        while process.poll() is None and not any("stages.train" in one.cmdline() for one in stages_of(process)):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() < 0
+        said = job.run(sys.executable, "-m", "stages.repro")
+        assert "waiting for another process that runs repro" in said
+        runs = pd.read_csv(job.folder / "results/runs/sample-trees/lite0/runs.csv")
+        assert sorted(runs.seed) == [0, 1, 2]
+    job.run(sys.executable, "-m", "stages.repro")

@@ -11,6 +11,7 @@ from pipeline import metrics
 from pipeline.composing import compose, points
 from pipeline.composing.points import Points
 from pipeline.composing.probing import Probe, mask_scores
+from pipeline.errors import UserError
 from pipeline.imagery import images
 from pipeline.params import Compose, Heads, LinearHead, UperNetHead
 from tests.pipeline.conftest import COUNT, SIDE, noise
@@ -114,6 +115,17 @@ def test_segmentation_finds_who_knows(known_masks):
     assert found.probe == "logistic"
     assert table.score["knows"] > table.score["coarse"] + 0.2
     assert set(found.cka.level) == {"level0", "level1", "all"}
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 0), ("train", 3), ("val", 0)])
+def test_too_few_labels_are_refused(known_masks, split, count):
+    members, like = known_masks
+    masks = like.label.values.copy()
+    rows = members["knows"].rows(split)
+    masks[rows] = images.IGNORE
+    masks[rows[0], 5, :count] = 1
+    with pytest.raises(UserError, match=f"The split {split} has {count} labelled pixels"):
+        compose.search(members, like.assign(label=(like.label.dims, masks)), HEADS, DESCRIBED)
 
 
 def test_pixels_are_labelled_ones_and_features_those_beneath_them(known_masks, monkeypatch):

@@ -41,6 +41,7 @@ def test_files_and_maps_are_shown_but_what_was_left_out(folders, tmp_path):
     assert "<td>student.onnx</td>" in text
     assert "mean IoU 0.500 (n = 18)" in text
     assert "<td>75.5</td>" in text
+    assert "<td>not timed</td>" in mapped.section(exported, RATES[:0], {}, tmp_path)
     assert text.count("<img") == 1
     assert "woods" not in text
     first = (tmp_path / "map-lakes-small.png").read_bytes()
