@@ -30,18 +30,29 @@ def entered() -> list[str]:
     return sorted(yaml.safe_load(Path("dvc.lock").read_text())["stages"])
 
 
-@pytest.fixture
-def ran(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
     """A pipeline of two stages that ran; the output of the second is nowhere any more."""
-    monkeypatch.chdir(tmp_path)
-    dvc("init", "-q", "--no-scm")
-    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
-    Path("given.txt").write_text("given")
-    dvc("repro")
-    (out,) = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["two"]["outs"]
-    Path(".dvc/cache/files/md5", out["md5"][:2], out["md5"][2:]).unlink()
-    shutil.rmtree(".dvc/cache/runs")
-    Path("two.txt").unlink()
+    folder = tmp_path_factory.mktemp("ran")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        dvc("init", "-q", "--no-scm")
+        Path("dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
+        Path("given.txt").write_text("given")
+        dvc("repro")
+        (out,) = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["two"]["outs"]
+        Path(".dvc/cache/files/md5", out["md5"][:2], out["md5"][2:]).unlink()
+        shutil.rmtree(".dvc/cache/runs")
+        Path("two.txt").unlink()
+    return folder
+
+
+@pytest.fixture
+def ran(once, tmp_path, monkeypatch):
+    """A copy of it, to be in."""
+    shutil.copytree(once, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    assert entered() == ["one", "two"]
 
 
 def test_a_stage_of_which_nothing_is_here_is_dropped_and_runs(ran):
