@@ -30,7 +30,7 @@ from pipeline.params import Dataset
 from tests import geobench_files
 
 ROUNDS = 3
-SETS = {"m-eurosat": 2000, "m-bigearthnet": 1600, "m-chesapeake-landcover": 1000}
+SETS = {"m-eurosat": 2000, "m-bigearthnet": 1600, "m-chesapeake-landcover": 5000}
 
 
 def main() -> None:

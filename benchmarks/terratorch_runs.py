@@ -1,6 +1,7 @@
 """terratorch's side of benchmarks/protocol.py: a run of a frozen backbone as its users do it."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +22,17 @@ def write_tiffs(images, folder: Path) -> None:
             file.write(chip)
 
 
-def terratorch_run(folder: Path, network, best: dict, seed: int, epochs: int, batch: int) -> tuple[float, float]:
-    """Seconds of one run with its test, and the test accuracy."""
+@dataclass(frozen=True)
+class Run:
+    """One run of terratorch: its wall time with the test, and the accuracy after its last epoch, as fractions."""
+
+    seconds: float
+    val: float
+    test: float
+
+
+def terratorch_run(folder: Path, network, rate: float, decay: float, seed: int, epochs: int, batch: int) -> Run:
+    """Train a linear head on the frozen network by terratorch's datamodule, task and trainer."""
     import albumentations
     import lightning
     from albumentations.pytorch import ToTensorV2
@@ -51,7 +61,7 @@ def terratorch_run(folder: Path, network, best: dict, seed: int, epochs: int, ba
     lightning.seed_everything(seed, verbose=False)
     task = ClassificationTask(
         {"backbone": Frozen(), "decoder": "IdentityDecoder", "num_classes": 2}, "EncoderDecoderFactory",
-        lr=best["learning_rate"], optimizer="AdamW", optimizer_hparams={"weight_decay": best["weight_decay"]},
+        lr=rate, optimizer="AdamW", optimizer_hparams={"weight_decay": decay},
         scheduler="CosineAnnealingLR", scheduler_hparams={"T_max": epochs}, freeze_backbone=True,
     )  # fmt: skip
     trainer = lightning.Trainer(
@@ -60,6 +70,6 @@ def terratorch_run(folder: Path, network, best: dict, seed: int, epochs: int, ba
     )  # fmt: skip
     begun = time.perf_counter()
     trainer.fit(task, datamodule=data)
+    val = trainer.callback_metrics["val/Accuracy_Micro"].item()
     found = trainer.test(task, datamodule=data, verbose=False)[0]
-    spent = time.perf_counter() - begun
-    return spent, found["test/Accuracy_Micro"]
+    return Run(time.perf_counter() - begun, val, found["test/Accuracy_Micro"])

@@ -171,7 +171,7 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(others, context, initializer=_begin, initargs=given)
     here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
-    idle, busy = [here, *[pool] * others], {}
+    idle, busy = [here, *[pool] * others] * 2, {}
     try:
         for start in starts:
             if not idle:
