@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cache.durable import building
+from pipeline import params
 from pipeline.imagery import images
 from stages.cli import DISTILLED, EXPORTED, IMAGES, SCRATCH, read_json, run, write_json
 
@@ -15,6 +16,8 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
 
     How fast they are is measured by `cost` when nothing else runs, or here if the student is not of the grid.
     """
+    if dataset:
+        params.load().dataset(dataset)  # or what it lacks would seem to be a run of an earlier stage
     folder = DISTILLED / dataset / student / "best" if dataset else Path(student)
     final = EXPORTED / dataset / student if dataset else folder / "export"
     if dataset and (reason := read_json(folder.parent / "told.json")["left_out"]):

@@ -66,4 +66,5 @@ def test_mistakes(job, tmp_path):
     assert "no trained head at results/runs" in stage(job, "map", *scene, *out, *model)
     assert "no scene at nowhere.tif" in stage(job, "map", "--scene", "nowhere.tif", *out, *onnx)
     assert "There is no results/distill" in stage(job, "export", "--dataset", "sample-trees", "--student", "x")
+    assert "There is no dataset 'x'" in stage(job, "export", "--dataset", "x", "--student", "small")
     assert not (tmp_path / "map").exists()
