@@ -25,7 +25,7 @@ def task(store, weights, tmp_path):
 
     def make(name):
         return workers.Extraction(
-            "csmask_b4", Backbone("efficientnet", "csmask_b4", "pretrained", 128), EXTRACT, "cpu",
+            "csmask_b4", Backbone("efficientnet", "csmask_b4", "pretrained", 64), EXTRACT, "cpu",
             images=store("sample-landuse-seg"), weights=weights("csmask_b4"),
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
             threads=1,
