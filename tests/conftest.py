@@ -23,13 +23,27 @@ TERRATORCH = (
     "backbones/test_dofa", "backbones/test_families", "backbones/test_prithvi", "backbones/test_terratorch",
     "datasets/test_geobench_terratorch", "finetune/", "heads/test_upernet", "training/test_neck",
 )  # fmt: skip
+# They take long: begun last, they would leave the other processes with nothing to do.
+LONG = ("cache/test_kills", "pipeline/extraction/test_workers", "stages/test_geobench")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
+    """A group runs in one process: a file, unless more than that share something, and the longest groups first."""
     for item in items:
-        if any(str(item.path.relative_to(ROOT / "tests")).startswith(f"pipeline/{name}") for name in TERRATORCH):
+        file = str(item.path.relative_to(ROOT / "tests"))
+        if any(file.startswith(f"pipeline/{name}") for name in TERRATORCH):
             item.add_marker(pytest.mark.xdist_group("terratorch"))
+        # What a file's tests share is made once; tests/stages/conftest.py groups those that share its job.
+        elif not (item.get_closest_marker("xdist_group") or "job" in getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(file))
+
+    def place(item) -> int:
+        marker, file = item.get_closest_marker("xdist_group"), str(item.path.relative_to(ROOT / "tests"))
+        shared = marker is None or marker.args == ("job",)  # marked by tests/stages/conftest.py, before or after this
+        return 0 if shared else 1 if marker.args == ("terratorch",) else 2 if file.startswith(LONG) else 3
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
