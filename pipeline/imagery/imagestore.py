@@ -171,6 +171,7 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(others, context, initializer=_begin, initargs=given)
     here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
+    # Twice: each has a next chunk when it ends one, and does not wait until this thread hands it out.
     idle, busy = [here, *[pool] * others] * 2, {}
     try:
         for start in starts:
