@@ -127,7 +127,7 @@ def linear(described: params.Params) -> dict:
             begun = time.perf_counter()
             cell = load(described, dataset, model)
             read = time.perf_counter() - begun
-            torchs = min(plain(cell, recipe, threads) for threads in {1, torch.get_num_threads()})
+            torchs = min(plain(cell, recipe, threads) for threads in _threads(described))
             own, many = seconds(lambda c=cell: single(c)), seconds(lambda c=cell: protocol(described, c))
             times += (read, many, torchs, own)
         rounds.append(times)
@@ -144,6 +144,11 @@ def linear(described: params.Params) -> dict:
         "linear_seconds": {name: round(statistics.median(values), 2) for name, values in spent.items()},
         "linear_cells": len(chosen),
     }
+
+
+def _threads(described: params.Params) -> set[int]:
+    """How many threads to try a single run with; a GPU's waits for one, whatever there are."""
+    return {1} if described.compute.device == "cuda" else {1, torch.get_num_threads()}
 
 
 def all_cores(described: params.Params, cell: cells.Cell) -> float:
