@@ -50,7 +50,7 @@ CPU = {  # backbone: (dataset, images, batch, rounds)
 }
 # As many images as m-bigearthnet has, of GEO-Bench's two largest sets.
 FULL_SIZE = ("hiera_200m", "prithvi_300m", "dofa_300m", "prithvi_600m")
-GPU = dict.fromkeys(FULL_SIZE, ("sample-landuse-seg", 22_000, 256, 2))
+GPU = dict.fromkeys(FULL_SIZE, ("sample-landuse-seg", 22_000, 256, 1))
 FEW = 1024  # of them with the levels, which are many bytes
 BARE = 4096  # at most so many through the network alone: its rate does not depend on their number
 # The dataset, the backbone, and n: so many that every buffer of the engine is in use.
@@ -177,7 +177,7 @@ def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, de
     else:
         average = ALL_OF_GEO_BENCH // SETS
         some = [case.forward, lambda: case.engine_pooled(average), case.engine_few, case.plain_write]
-        works, warm_up = [case.engine_pooled, *some], some
+        works, warm_up = [case.engine_pooled, *some], [case.forward, case.engine_few]
     [work() for work in warm_up]
     turns = [[work() for work in works] for _ in range(rounds)]
     shutil.rmtree(SCRATCH, ignore_errors=True)
@@ -249,10 +249,10 @@ def main() -> None:
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = arguments.parts or known
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    found = {"machine": f"{os.cpu_count()} cores, {where}"}
+    print(json.dumps({"machine": f"{os.cpu_count()} cores, {where}"}))
     for name in chosen:
-        found |= memory() if name == "memory" else {name: measure(name, *cases[name], arguments.device, precision)}
-    print(json.dumps(found))
+        found = memory() if name == "memory" else {name: measure(name, *cases[name], arguments.device, precision)}
+        print(json.dumps(found), flush=True)
 
 
 def memory() -> dict:

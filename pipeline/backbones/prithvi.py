@@ -99,6 +99,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
     from terratorch.models.backbones.prithvi_vit import checkpoint_filter_fn_vit
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
+    from pipeline.backbones.patches import Patches
     from pipeline.weights import below, load_strictly, read
 
     class Prithvi(torch.nn.Module):
@@ -107,6 +108,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             self.network = network
             for name in ("temporal_embed_enc", "location_embed_enc"):
                 _in_float32(getattr(network, name))
+            network.patch_embed.proj.__class__ = Patches  # a Conv3d with the same weights and names
 
         def forward(self, image, place=None, time=None):
             return of_tokens(self.network(image, temporal_coords=time, location_coords=place))
