@@ -2,6 +2,7 @@
 
     python -m benchmarks.protocol [linear] [upernet] [terratorch]     # all, or some of them
     python -m benchmarks.protocol --device cuda linear upernet        # heads on a GPU
+    python -m benchmarks.protocol --deal 1 terratorch                 # blocks dealt to the splits by another seed
 
 From `make run`'s stores and params.yaml. Imports are left out of every time.
 
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from benchmarks import deals
 from benchmarks.features import FOLDER
 from benchmarks.terratorch_runs import Run, terratorch_run, write_tiffs
 from benchmarks.timing import seconds
@@ -63,9 +65,9 @@ def stores(dataset: str, model: str) -> dict:
     return {Path(f"data/features/{dataset}/{name}.zarr"): None for name in model.split("+")}
 
 
-def load(described: params.Params, dataset: str, model: str, given: dict | None = None) -> cells.Cell:
+def load(described: params.Params, dataset: str, model: str) -> cells.Cell:
     pictures, where = Path(f"data/images/{dataset}.zarr"), described.compute.device
-    return cells.load(given or stores(dataset, model), pictures, described.heads, SPLITS, where)
+    return cells.load(stores(dataset, model), pictures, described.heads, SPLITS, where)
 
 
 def scores(cell: cells.Cell, group, split: str) -> np.ndarray:
@@ -187,8 +189,12 @@ def upernet(described: params.Params) -> dict:
     }
 
 
-def terratorch(described: params.Params) -> dict:
-    """Ours, from images to test scores, against terratorch's."""
+def terratorch(described: params.Params, dealt: int | None = None) -> dict:
+    """Ours, from images to test scores, against terratorch's.
+
+    Args:
+        dealt: a seed to deal the blocks to the splits by, in place of params.yaml's.
+    """
     from pipeline.backbones import build, spec
     from pipeline.encoding import inputs
     from pipeline.encoding.encode import Encoder
@@ -197,7 +203,10 @@ def terratorch(described: params.Params) -> dict:
     dataset, backbone = THEIRS
     recipe = dataclasses.replace(described.heads.linear, pooled="last", steps=STEPS)
     described = dataclasses.replace(described, heads=dataclasses.replace(described.heads, linear=recipe))
-    images, chosen = open_images(Path(f"data/images/{dataset}.zarr")), described.backbone(backbone)
+    pictures = Path(f"data/images/{dataset}.zarr")
+    if dealt is not None:
+        pictures = deals.store(dataset, described.dataset(dataset), dealt)
+    images, chosen = open_images(pictures), described.backbone(backbone)
     declared = spec(chosen)
     given = inputs.describe(images, backbone, chosen, declared)
     network = build(chosen, declared, given.seen, Path(f"data/weights/{backbone}"))
@@ -211,7 +220,7 @@ def terratorch(described: params.Params) -> dict:
     writer = Writer(scratch / "scratch", layout, scratch / "store.zarr", provenance)
     extract.extract(images, encoder, writer, described.extract.batch)
     writer.finish()
-    cell = load(described, dataset, backbone, {scratch / "store.zarr": None})
+    cell = cells.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")
     found, ours = protocol(described, cell)
     spent = time.perf_counter() - begun
     shutil.rmtree(scratch)
@@ -249,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; none for all")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our heads and of plain torch's")
+    parser.add_argument("--deal", type=int, help="terratorch's set with its blocks dealt by this seed")
     arguments, described = parser.parse_args(), params.load()
     described = dataclasses.replace(
         described, compute=dataclasses.replace(described.compute, device=compute.device(arguments.device))
@@ -260,7 +270,7 @@ def main() -> None:
     if arguments.device != "cpu" and "terratorch" in chosen:
         parser.error("terratorch's runs are on the CPU; name the parts that a GPU is to run: linear, upernet")
     for name in chosen:
-        found |= PARTS[name](described)
+        found |= terratorch(described, arguments.deal) if name == "terratorch" else PARTS[name](described)
     print(json.dumps(found))
 
 

@@ -11,7 +11,6 @@ standard error. `val_points` is the same on validation, on which both chose.
 
 import argparse
 import json
-import re
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -21,28 +20,17 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from benchmarks.deals import deal
 from benchmarks.protocol import classification, protocol, stores
 from cache.read import Features
 from pipeline import params
 from pipeline.imagery import images
-from pipeline.imagery.chips import SPLITS, assign_blocks
+from pipeline.imagery.chips import SPLITS
 from pipeline.training import axes, cells, fit, fusion
 from pipeline.training.blueprint import Blueprint
 
 DEALS = 10
 STRENGTHS = (-5, 1)
-
-
-def deal(labelled, described: params.Dataset, seed: int) -> np.ndarray:
-    """The split of every chip, whole blocks at a time."""
-    places = [re.fullmatch(r"(.*)r(\d+)c(\d+)", name).groups() for name in labelled.sample.values]
-    homes = [
-        f"{image} {int(row) // described.block} {int(column) // described.block}" for image, row, column in places
-    ]
-    names, block = np.unique(homes, return_inverse=True)
-    counts = np.zeros((len(names), len(labelled.attrs["classes"])))
-    np.add.at(counts, (block, labelled.label.values), 1)
-    return np.array(SPLITS)[assign_blocks(counts, described.splits, seed)[block]]
 
 
 def cell_of(described: params.Params, dataset: str, model: str, seed: int) -> cells.Cell:

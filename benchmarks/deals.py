@@ -1,0 +1,45 @@
+"""The sample sets with their spatial blocks dealt to the splits anew, as `prepare` deals them, by another seed."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.features import FOLDER
+from pipeline import params
+from pipeline.encoding import inputs
+from pipeline.imagery import imagestore
+from pipeline.imagery.chips import SPLITS, assign_blocks
+from pipeline.imagery.images import Images, open_images
+
+
+def deal(labelled, described: params.Dataset, seed: int) -> np.ndarray:
+    """The split of every chip, whole blocks at a time."""
+    places = [re.fullmatch(r"(.*)r(\d+)c(\d+)", name).groups() for name in labelled.sample.values]
+    homes = [
+        f"{image} {int(row) // described.block} {int(column) // described.block}" for image, row, column in places
+    ]
+    names, block = np.unique(homes, return_inverse=True)
+    counts = np.zeros((len(names), len(labelled.attrs["classes"])))
+    np.add.at(counts, (block, labelled.label.values), 1)
+    return np.array(SPLITS)[assign_blocks(counts, described.splits, seed)[block]]
+
+
+def store(dataset: str, described: params.Dataset, seed: int) -> Path:
+    """An images store of the same chips in other splits."""
+    path = FOLDER / f"{dataset}-deal{seed}-images.zarr"
+    if not path.exists():
+        opened = open_images(Path(f"data/images/{dataset}.zarr"))
+        known = [name for name in ("lat", "lon", "time") if name in opened.variables]
+        told = ("classes", "task", "units", "gsd", "licence", "source", "display")
+        made = Images(
+            image=opened.image.values,
+            label=opened.label.values,
+            sample=opened.sample.values.tolist(),
+            split=deal(opened, described, seed).tolist(),
+            bands=inputs.bands_of(opened),
+            **{name: opened[name].values for name in known},
+            **{name: opened.attrs[name] for name in told if name in opened.attrs},
+        )
+        imagestore.write(made, FOLDER / "scratch-images", path)
+    return path
