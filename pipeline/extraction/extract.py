@@ -1,8 +1,8 @@
 """The extraction engine: one pass of one frozen backbone over one images store, shard by shard.
 
-Three things happen at once: a thread reads the next images (for a GPU, another one picks their bands and sends them
-there), the device computes (a processor two batches side by side), and a thread stores the shard before. Any number
-of processes may run it on one store (pipeline/extraction/workers.py).
+Three things happen at once: the next images are read, by one thread or for a GPU by several
+(pipeline/extraction/feed.py), the device computes (a processor two batches side by side), and a thread stores the
+shard before. Any number of processes may run it on one store (pipeline/extraction/workers.py).
 """
 
 import dataclasses
@@ -12,13 +12,11 @@ import queue
 import shutil
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, closing
-from itertools import pairwise
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import torch
 import xarray as xr
 from tqdm import tqdm
@@ -32,14 +30,13 @@ from pipeline.encoding import encode, inputs, pyramid, resize, views
 from pipeline.encoding.encode import Encoder
 from pipeline.encoding.inputs import Inputs
 from pipeline.encoding.pyramid import Pyramid, Spec
-from pipeline.extraction import buffer, lanes, narrow
+from pipeline.extraction import buffer, feed, lanes, narrow
 from pipeline.extraction.lanes import Lanes
-from pipeline.extraction.transfer import Download, Upload, arrived
-from pipeline.imagery.images import UNLABELLED
+from pipeline.extraction.transfer import Download, arrived
 from pipeline.params import Backbone, Extract
 
-# Batches read ahead, and shards in memory: one being filled, one being stored.
-_BATCHES, _SHARDS = 3, 2
+# Shards in memory: one being filled, one being stored.
+_SHARDS = 2
 
 
 def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool = True) -> Path:
@@ -54,6 +51,7 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool
         bands,
         buffer,
         encode,
+        feed,
         inputs,
         lanes,
         narrow,
@@ -110,10 +108,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
                 memory.put(filled)
 
         storing, encoding, filled = deque(), [], None
-        read = _batches(images, writer, batch)
-        if encoder.device != "cpu":
-            read = _ahead(read, encoder.device, 1)
-        batches = stack.enter_context(closing(_ahead(_given(read, images, encoder, layout), encoder.device)))
+        batches = stack.enter_context(feed.batches(images, encoder, writer, batch))
         stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
         for number, rows, given in batches:
             first, last = layout.rows(number).start, layout.rows(number).stop
@@ -178,53 +173,6 @@ def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, gi
     }
 
 
-def _batches(images: xr.Dataset, writer: Writer, batch: int) -> Iterator[tuple[int, slice, np.ndarray]]:
-    """(shard, rows, images): the next of the images.
-
-    A batch does not reach from one shard into the next: features depend in their last digits on what else is in a
-    batch, and a run that resumes, or one of many workers, must make the same. Nor do samples without labels share
-    one with others, so that these have the same features, and heads the same scores, whether they are there or not.
-    """
-    read = _reader(images)
-    for number in writer.shards():
-        for rows in _cut(writer.layout.rows(number), batch, images.split.values == UNLABELLED):
-            yield number, rows, read(rows)
-
-
-def _given(batches: Iterator, images: xr.Dataset, encoder: Encoder, layout: Layout) -> Iterator:
-    """(shard, rows, given): batches as the device wants them, a tensor a view, and their context."""
-    upload, seen = Upload(encoder.device), [views.VIEWS[view] for view in layout.views] or [lambda image: image]
-    with closing(batches):
-        for number, rows, image in batches:
-            selected = encoder.inputs.select(image)
-            tensors = [torch.from_numpy(np.ascontiguousarray(view(selected))) for view in seen]
-            known = encoder.inputs.where_and_when(images, rows)
-            yield number, rows, upload(tensors, {name: torch.from_numpy(each) for name, each in known.items()})
-
-
-def _cut(rows: slice, batch: int, apart: np.ndarray) -> Iterator[slice]:
-    """A shard's rows in batches, each of samples that are all `apart` (bool, of all samples) or none."""
-    edges = np.flatnonzero(np.diff(apart[rows])) + rows.start + 1
-    for first, last in pairwise([rows.start, *edges.tolist(), rows.stop]):
-        for start in range(first, last, batch):
-            yield slice(start, min(start + batch, last))
-
-
-def _reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
-    """From rows to their images; keeps the chunk last read, since several batches may lie in one."""
-    size = images.image.encoding.get("preferred_chunks", {}).get("sample", 1)
-    held, begins = np.empty((0,)), 0
-
-    def read(rows: slice) -> np.ndarray:
-        nonlocal held, begins
-        if not begins <= rows.start <= rows.stop <= begins + len(held):
-            begins = rows.start // size * size
-            held = images.image[begins : -(-rows.stop // size) * size].values
-        return held[rows.start - begins : rows.stop - begins]
-
-    return read
-
-
 def _encode(encoder: Encoder, given: tuple, layout: Layout) -> dict[str, torch.Tensor]:
     """What the layout keeps of a batch, by array path; with views each array is (sample, view, …)."""
     tensors, known = arrived(given)
@@ -239,15 +187,3 @@ def _kept(pyramid: Pyramid, layout: Layout) -> dict:
     if layout.levels:
         arrays |= {f"level{index}/features": level for index, level in enumerate(pyramid.levels)}
     return arrays
-
-
-def _ahead(items: Iterator, device: str, count: int = _BATCHES) -> Iterator:
-    """The same items, each made by a thread while those before are used; so many are ready or being made."""
-    end = object()
-    # A thread begins at the first GPU, whichever its process uses.
-    own = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
-    with ThreadPoolExecutor(1, **own) as thread:
-        waiting = deque(thread.submit(next, items, end) for _ in range(count))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(thread.submit(next, items, end))
-            yield item

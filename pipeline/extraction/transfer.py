@@ -19,6 +19,10 @@ class Upload:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device != "cpu" else None
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the processor that a GPU copies from without another copy."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
+
     def __call__(self, tensors: Sequence[torch.Tensor], known: Mapping[str, torch.Tensor]) -> tuple:
         """(tensors, known, event): on the device once the event has passed, which `arrived` waits for."""
         if self._stream is None:
