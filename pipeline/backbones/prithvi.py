@@ -99,7 +99,6 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
     from terratorch.models.backbones.prithvi_vit import checkpoint_filter_fn_vit
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-    from pipeline.backbones.patches import Patches
     from pipeline.weights import below, load_strictly, read
 
     class Prithvi(torch.nn.Module):
@@ -108,7 +107,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             self.network = network
             for name in ("temporal_embed_enc", "location_embed_enc"):
                 _in_float32(getattr(network, name))
-            network.patch_embed.proj.__class__ = Patches  # a Conv3d with the same weights and names
+            network.patch_embed.proj.__class__ = patches()  # a Conv3d with the same weights and names
 
         def forward(self, image, place=None, time=None):
             return of_tokens(self.network(image, temporal_coords=time, location_coords=place))
@@ -127,6 +126,31 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
         fitting = checkpoint_filter_fn_vit(tensors, network, [HLSBands[name] for name in BANDS.values()], used)
         load_strictly(network, fitting, path)
     return Prithvi(network)
+
+
+def patches() -> type:
+    """A Conv3d whose stride is its kernel, on a GPU by a matrix product: the same numbers, to rounding.
+
+    cuDNN has no fast kernel for all of them: one of 256 images in bfloat16 did not end in half a minute on an H100
+    (torch 2.11).
+    """
+    import torch
+    from torch.nn import functional
+
+    class Patches(torch.nn.Conv3d):
+        def forward(self, image):
+            return self.product(image) if image.is_cuda else super().forward(image)
+
+        def product(self, image):
+            """(batch, band, time, y, x) → (batch, channel, time, y, x); a rest at the far edges is left out."""
+            for axis, size in enumerate(self.kernel_size, start=2):
+                image = image.narrow(axis, 0, image.shape[axis] // size * size)
+            for axis, size in reversed(list(enumerate(self.kernel_size, start=2))):
+                image = image.unflatten(axis, (-1, size))
+            cubes = image.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+            return functional.linear(cubes, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+    return Patches
 
 
 def _in_float32(module) -> None:
