@@ -42,7 +42,7 @@ def kill_one_at_work(shards) -> int:
     """Kill -9 a process that holds a shard, as soon as two shards are safe; returns the shard's number."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
-        time.sleep(0.02)
+        time.sleep(0.05)
         if len(list(shards().glob("*.json"))) < 2:
             continue
         for child in psutil.Process().children(recursive=True):

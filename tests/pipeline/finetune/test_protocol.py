@@ -33,7 +33,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(frozen, tmp_path):
     command = [sys.executable, "-m", "tests.pipeline.finetune.killed", pictures, str(one.head), str(broken)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ALONE})
     while process.poll() is None and steps(broken) < 8:  # in the second of three trainings
-        time.sleep(0.01)
+        time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 8 <= steps(broken) < 18
