@@ -20,7 +20,7 @@ test: .venv/ready
 	pytest
 
 # uv installs on all cores, from pip's index; where it cannot be had or cannot reach one, pip does it. compileall
-# compiles on all cores too, and every stage starts twice as fast for it. What is left out, nearly half of all source,
+# compiles on all cores too, and every stage starts twice as fast for it. What is left out, two fifths of all source,
 # is hardly ever imported, and is compiled by whoever imports it.
 RARE = .*/tests?/|transformers/models/|diffusers/pipelines/|torch/(testing|_inductor|_vendor)/|sqlalchemy/|fontTools/|pygments/|setuptools/|skimage/
 .venv/ready: pyproject.toml constraints.txt

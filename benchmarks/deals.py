@@ -1,4 +1,7 @@
-"""The sample sets with their spatial blocks dealt to the splits anew, as `prepare` deals them, by another seed."""
+"""The sample sets of chips with their spatial blocks dealt to the splits anew, whole, by another seed.
+
+By the classes of the chips that are there, where `prepare` counts all that a block has: seed 0 is not its deal.
+"""
 
 import re
 from pathlib import Path
@@ -26,20 +29,19 @@ def deal(labelled, described: params.Dataset, seed: int) -> np.ndarray:
 
 
 def store(dataset: str, described: params.Dataset, seed: int) -> Path:
-    """An images store of the same chips in other splits."""
-    path = FOLDER / f"{dataset}-deal{seed}-images.zarr"
-    if not path.exists():
-        opened = open_images(Path(f"data/images/{dataset}.zarr"))
-        known = [name for name in ("lat", "lon", "time") if name in opened.variables]
-        told = ("classes", "task", "units", "gsd", "licence", "source", "display")
-        made = Images(
-            image=opened.image.values,
-            label=opened.label.values,
-            sample=opened.sample.values.tolist(),
-            split=deal(opened, described, seed).tolist(),
-            bands=inputs.bands_of(opened),
-            **{name: opened[name].values for name in known},
-            **{name: opened.attrs[name] for name in told if name in opened.attrs},
-        )
-        imagestore.write(made, FOLDER / "scratch-images", path)
+    """Write an images store of the same chips in other splits."""
+    path = FOLDER / f"{dataset}-dealt-images.zarr"
+    opened = open_images(Path(f"data/images/{dataset}.zarr"))
+    known = [name for name in ("lat", "lon", "time") if name in opened.variables]
+    told = ("classes", "task", "units", "gsd", "licence", "source", "display")
+    made = Images(
+        image=opened.image.values,
+        label=opened.label.values,
+        sample=opened.sample.values.tolist(),
+        split=deal(opened, described, seed).tolist(),
+        bands=inputs.bands_of(opened),
+        **{name: opened[name].values for name in known},
+        **{name: opened.attrs[name] for name in told if name in opened.attrs},
+    )
+    imagestore.write(made, FOLDER / "scratch-images", path)
     return path

@@ -264,11 +264,15 @@ def main() -> None:
         described, compute=dataclasses.replace(described.compute, device=compute.device(arguments.device))
     )
     found = {"cores": os.cpu_count(), "device": arguments.device}
+    if arguments.deal is not None:
+        found["deal"] = arguments.deal
     chosen = arguments.parts or list(PARTS)
     if unknown := set(chosen) - set(PARTS):
         parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if arguments.device != "cpu" and "terratorch" in chosen:
         parser.error("terratorch's runs are on the CPU; name the parts that a GPU is to run: linear, upernet")
+    if arguments.deal is not None and chosen != ["terratorch"]:
+        parser.error("--deal is for terratorch alone: python -m benchmarks.protocol --deal 1 terratorch")
     for name in chosen:
         found |= terratorch(described, arguments.deal) if name == "terratorch" else PARTS[name](described)
     print(json.dumps(found))

@@ -3,7 +3,7 @@
     python -m benchmarks.yardstick [dataset …]     # none named: the grid's classification sets
 
 From `make run`'s stores and params.yaml. Test splits of 4 blocks of one scene say little, so the blocks are dealt
-anew `DEALS` times, as `prepare` deals them, with other seeds; each deal has its own statistics, search and test. Ours
+anew `DEALS` times, whole, with other seeds; each deal has its own statistics, search and test. Ours
 is the whole protocol, 16 trials and the mean of ten seeds; logistic regression (L-BFGS) has as many values of C, the
 best on validation. `points` is by how many points of test accuracy ours is better: its mean over deals, and its
 standard error. `val_points` is the same on validation, on which both chose.

@@ -93,6 +93,7 @@ class Writer:
                 before = len(self._held)
                 for shard in open_ones:
                     if self._given_up:
+                        self.release()  # what was taken while another thread let go
                         return
                     lock = take(self._records / f"{shard}.lock")
                     if lock is None:

@@ -172,7 +172,7 @@ def _moments(images: xr.Dataset, made: Inputs) -> tuple[tuple[float, ...], tuple
         some = made.select(images.image[rows[start : start + _STEP]].values)
         total, squares, values = 0.0, 0.0, np.empty(some.shape[1:])
         for image in some:  # one after another stays in the processor's cache
-            np.divide(image, made.scale, out=values)
+            np.divide(image, made.scale, out=values, dtype=np.float64)
             if made.display:
                 low, high = made.display
                 values -= low
@@ -182,7 +182,7 @@ def _moments(images: xr.Dataset, made: Inputs) -> tuple[tuple[float, ...], tuple
             squares = squares + np.square(values, out=values).sum(axis=(1, 2))
         return some.size // some.shape[1], total, squares
 
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count())) as pool:
+    with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as pool:
         # Added up in order, so that the number of threads decides no digit.
         count, total, squares = map(sum, zip(*pool.map(sums, range(0, len(rows), _STEP)), strict=True))
     mean = total / count

@@ -12,9 +12,9 @@ import queue
 import shutil
 import sys
 from collections import deque
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -97,8 +97,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
 
         def store(number: int, filled: buffer.Buffer, encoded: list) -> None:
             try:
-                wait(encoded)  # all, also if one failed: this memory is used again
-                for copied in [one.result() for one in encoded]:
+                for copied in _all(encoded):
                     if copied:
                         copied.synchronize()
                 rows = layout.rows(number)
@@ -187,3 +186,14 @@ def _kept(pyramid: Pyramid, layout: Layout) -> dict:
     if layout.levels:
         arrays |= {f"level{index}/features": level for index, level in enumerate(pyramid.levels)}
     return arrays
+
+
+def _all(futures: Sequence[Future]) -> list:
+    """What all have made, once all have ended, also if one failed: their memory is used again.
+
+    `concurrent.futures.wait` would not wake up if they are cancelled while it waits.
+    """
+    for one in futures:
+        with suppress(BaseException):
+            one.result()
+    return [one.result() for one in futures]

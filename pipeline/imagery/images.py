@@ -10,6 +10,9 @@ Its attributes state task, classes, ignore value, units, ground sampling distanc
 what was left out, and the SHA-256 of the content, from which every later digest follows.
 """
 
+import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,13 +117,33 @@ def open_images(path: Path) -> "xr.Dataset":
     """The images store as a lazy xarray dataset.
 
     Raises:
-        UserError: nothing there; the message says which stage makes it.
+        UserError: nothing there, or a file of its pixels is missing or cut; the message says which stage makes it.
     """
     if not (Path(path) / "zarr.json").exists():
         raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{Path(path).stem}")
+    for name in ("image", "label"):
+        _check_files(Path(path) / name)
     import xarray as xr  # takes half a second, which processes that only write would wait for
 
     return xr.open_zarr(path, chunks=None)
+
+
+def _check_files(array: Path) -> None:
+    """Refuse an array, of those that are written file by file, that lacks one: zarr would read zeros."""
+    described = json.loads((array / "zarr.json").read_text()) if (array / "zarr.json").exists() else {}
+    if described.get("chunk_key_encoding", {}).get("configuration") != {"separator": "."}:
+        return
+    chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
+    size = math.prod(chunk) * np.dtype(described["data_type"]).itemsize
+    there = {entry.name: entry.stat().st_size for entry in os.scandir(array)}
+    for place in np.ndindex(*(-(-side // step) for side, step in zip(described["shape"], chunk, strict=True))):
+        name = ".".join(["c", *map(str, place)])
+        if (found := there.get(name)) != size:
+            what = "is missing" if found is None else f"has {found} of {size} bytes"
+            raise UserError(
+                f"{array / name} {what}. Delete {array.parent} and make it again with: dvc repro "
+                f"prepare@{array.parent.stem}"
+            )
 
 
 def label_dims(task: str) -> tuple[str, ...]:

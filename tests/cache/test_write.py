@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from small_store import content, layout, values, write
 
+import cache.write
 from cache.read import Features
 from cache.schema import StoreError
 from cache.write import Writer
@@ -248,3 +249,19 @@ def test_the_loss_does_not_depend_on_the_number_of_threads(tmp_path):
         command = [sys.executable, "-c", script, tmp_path / threads]
         subprocess.run(command, check=True, env=os.environ | extra)
     assert content(tmp_path / "1/store.zarr") == content(tmp_path / "2/store.zarr")
+
+
+def test_a_shard_that_is_taken_while_another_thread_lets_go_is_let_go(tmp_path, monkeypatch):
+    writer, held = new_writer(tmp_path), []
+
+    def slow(path):
+        lock = take(path)
+        if not held:
+            writer.release()  # by another thread, between the look and the lock
+        held.append(lock)
+        return lock
+
+    take = cache.write.take
+    monkeypatch.setattr("cache.write.take", slow)
+    assert list(writer.shards()) == [0]
+    assert not writer._held

@@ -158,3 +158,19 @@ def test_place_and_time_are_never_invented(prepared, opened, absent):
     given, images = inputs.describe(opened(made), "prithvi", PRITHVI, spec(PRITHVI)), opened(made)
     assert given.context == left
     assert tuple(given.where_and_when(images, slice(0, 1))) == left
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32", "float16"])
+def test_the_datasets_own_mean_and_deviation_are_summed_in_float64(store, monkeypatch, dtype):
+    """A band that hardly changes is where fewer digits show."""
+    some = images.open_images(store("sample-landuse-seg")).isel(sample=slice(0, 20)).load()
+    values = some.image.values.astype(dtype)
+    values[:, 1] = 1234.5
+    values[0, 1, :64] += 1
+    some["image"] = some.image.dims, values
+    some["split"] = "sample", np.array(["train"] * 15 + ["test"] * 5)
+    monkeypatch.setattr(inputs, "_STEP", 4)
+    made = inputs.describe(some, "dofa", DOFA, spec(DOFA))
+    exact = values[:15, list(made.seen.positions)].astype(np.float64) / 10_000
+    np.testing.assert_allclose(made.mean, exact.mean(axis=(0, 2, 3)), rtol=1e-8)
+    np.testing.assert_allclose(made.std, exact.std(axis=(0, 2, 3)), rtol=1e-5)

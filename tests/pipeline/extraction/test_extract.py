@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -171,3 +172,34 @@ def test_a_failing_disk_ends_the_run_with_its_own_error(run, monkeypatch):
     monkeypatch.setattr(Writer, "write", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         run("a")
+
+
+def test_an_image_that_cannot_be_read_ends_it_while_batches_wait(run, store, tmp_path, encoder_of):
+    """The last batch of a shard still waits for its turn when the reader fails: nobody may wait for it for ever."""
+    opened = images.open_images(store("sample-landuse-seg"))
+    sealed = encoder_of(opened, "efficientnet", "lite0", 64)
+
+    class Slow(Counting):
+        def forward(self, batch, context):
+            time.sleep(0.3)
+            return super().forward(batch, context)
+
+    def read(rows):
+        if rows.start >= 32:  # where a shard begins
+            raise OSError("gone")
+        return opened.image[rows].values
+
+    layout = engine.make_layout(opened, spec(BACKBONE), sealed(opened.image[:1].values), 64, EXTRACT)
+    writer, ended = Writer(tmp_path / "scratch", layout, tmp_path / "store.zarr", {}), []
+
+    def work():
+        with pytest.raises(OSError, match="gone"):
+            engine.extract(opened, Slow(sealed), writer, 4)
+        ended.append(True)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine.feed, "reader", lambda _: read)
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(30)
+    assert ended, "it hangs"

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -71,3 +73,18 @@ def test_what_cannot_be_a_dataset_is_refused_and_nothing_written(prepared, tmp_p
 def test_no_store_says_which_stage_makes_it(tmp_path):
     with pytest.raises(UserError, match="dvc repro prepare@m-eurosat"):
         images.open_images(tmp_path / "m-eurosat.zarr")
+
+
+@pytest.mark.parametrize("name", ["image/c.1.0.0.0", "label/c.1.0.0"])
+def test_a_lost_or_cut_file_is_named(store, tmp_path, name):
+    """zarr reads zeros where a file is missing."""
+    damaged = tmp_path / "sample-landuse-seg.zarr"
+    shutil.copytree(store("sample-landuse-seg"), damaged)
+    images.open_images(damaged)
+    size = (damaged / name).stat().st_size
+    os.truncate(damaged / name, 1000)
+    with pytest.raises(UserError, match=f"{name} has 1000 of {size} bytes.*dvc repro prepare@sample-landuse-seg"):
+        images.open_images(damaged)
+    (damaged / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        images.open_images(damaged)
