@@ -123,7 +123,7 @@ def linear(described: params.Params) -> dict:
     """Ratios of the linear protocol over all cells."""
     rounds, chosen = [], classification(described)
     recipe = fit.Recipe(described.heads.linear.steps, described.heads.linear.batch)
-    for _ in range(1 + (ROUNDS if described.compute.device == "cpu" else 1)):  # a lent GPU's time is short
+    for _ in range(1 + (ROUNDS if described.compute.device == "cpu" else 1)):  # a GPU's time is dear
         times = np.zeros(4)
         for dataset, model in chosen:
             begun = time.perf_counter()
