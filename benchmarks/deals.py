@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.features import FOLDER
+from benchmarks.features import FOLDER, remade
 from pipeline import params
-from pipeline.encoding import inputs
 from pipeline.imagery import imagestore
 from pipeline.imagery.chips import SPLITS, assign_blocks
-from pipeline.imagery.images import Images, open_images
+from pipeline.imagery.images import open_images
 
 
 def deal(labelled, described: params.Dataset, seed: int) -> np.ndarray:
@@ -32,16 +31,6 @@ def store(dataset: str, described: params.Dataset, seed: int) -> Path:
     """Write an images store of the same chips in other splits."""
     path = FOLDER / f"{dataset}-dealt-images.zarr"
     opened = open_images(Path(f"data/images/{dataset}.zarr"))
-    known = [name for name in ("lat", "lon", "time") if name in opened.variables]
-    told = ("classes", "task", "units", "gsd", "licence", "source", "display")
-    made = Images(
-        image=opened.image.values,
-        label=opened.label.values,
-        sample=opened.sample.values.tolist(),
-        split=deal(opened, described, seed).tolist(),
-        bands=inputs.bands_of(opened),
-        **{name: opened[name].values for name in known},
-        **{name: opened.attrs[name] for name in told if name in opened.attrs},
-    )
+    made = remade(opened, split=deal(opened, described, seed))
     imagestore.write(made, FOLDER / "scratch-images", path)
     return path

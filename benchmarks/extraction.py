@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from benchmarks.features import FOLDER
+from benchmarks.features import FOLDER, remade
 from cache.write import Writer
 from pipeline import compute, params
 from pipeline.backbones import build, spec
@@ -39,7 +39,7 @@ from pipeline.extraction import extract as engine
 from pipeline.extraction import preflight
 from pipeline.extraction.lanes import Lanes
 from pipeline.imagery import imagestore
-from pipeline.imagery.images import Images, open_images
+from pipeline.imagery.images import open_images
 
 ALL_OF_GEO_BENCH, SETS = 104_000, 12
 SCRATCH = FOLDER / "extracting"
@@ -64,15 +64,7 @@ def repeated(dataset: str, count: int) -> xr.Dataset:
     if not path.exists():
         opened = open_images(Path(f"data/images/{dataset}.zarr"))
         rows = np.arange(count) % len(opened.sample)
-        known = [name for name in ("label", "split", "lat", "lon", "time") if name in opened.variables]
-        told = ("classes", "task", "units", "gsd", "licence", "source", "display")
-        made = Images(
-            image=opened.image.values[rows],
-            sample=[f"{row}" for row in range(count)],
-            bands=inputs.bands_of(opened),
-            **{name: opened[name].values[rows] for name in known},
-            **{name: opened.attrs[name] for name in told},
-        )
+        made = remade(opened, rows, sample=[f"{row}" for row in range(count)])
         imagestore.write(made, FOLDER / "scratch-images", path)
     return open_images(path)
 
@@ -178,7 +170,8 @@ def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, de
         average = ALL_OF_GEO_BENCH // SETS
         some = [case.forward, lambda: case.engine_pooled(average), case.engine_few, case.plain_write]
         works, warm_up = [case.engine_pooled, *some], [case.forward, case.engine_few]
-    [work() for work in warm_up]
+    for work in warm_up:
+        work()
     turns = [[work() for work in works] for _ in range(rounds)]
     shutil.rmtree(SCRATCH, ignore_errors=True)
     ours, bare, *others = (statistics.median(each) for each in zip(*turns, strict=True))

@@ -37,6 +37,15 @@ def store(dataset: str, backbone: str, size: int, copies: int) -> Features:
     return Features(path)
 
 
+def remade(opened, rows=slice(None), **changes) -> images.Images:
+    """Images in memory: those of some rows of an images store, with some of what is said of them changed."""
+    variables = [name for name in ("label", "split", "lat", "lon", "time") if name in opened.variables]
+    attributes = ("classes", "task", "units", "gsd", "licence", "source", "display")
+    said = {name: opened.attrs[name] for name in attributes if name in opened.attrs}
+    said |= {name: opened[name].values[rows] for name in ("image", "sample", *variables)}
+    return images.Images(**{**said, "bands": inputs.bands_of(opened), **changes})
+
+
 def repeated(features: Features, times: int) -> Features:
     """A store of the same features so many times over, under other names."""
     path = features.location.with_suffix(f".times{times}.zarr")

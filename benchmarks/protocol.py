@@ -7,10 +7,11 @@
 From `make run`'s stores and params.yaml. Imports are left out of every time.
 
 - `linear_vs_single`, `upernet_vs_single`: wall time of the search and the seeds over that of one head's run, both
-  from the stores on disk to test scores, medians of alternating rounds (one on a GPU); linear over all cells of the
-  classification sets together. `…_training_vs_single` leaves out what both have once, reading the stores. The single
-  runs are on one core or all cores, whichever is faster. The linear one is written as anybody would in plain torch:
-  the same steps and batches from features in memory, nn.Linear, cross_entropy, autograd and the fused AdamW.
+  from the stores on disk to test scores, medians of alternating rounds (one of the linear ones on a GPU); linear over
+  all cells of the classification sets together. `…_training_vs_single` leaves out what both have once, reading the
+  stores. The single runs are on one core or all cores, whichever is faster. The linear one is written as anybody
+  would in plain torch: the same steps and batches from features in memory, nn.Linear, cross_entropy, autograd and the
+  fused AdamW.
   `linear_vs_own_single` is against our own code with one head, which has no autograd and is faster than plain torch.
 - `vs_terratorch`: wall time of terratorch's 26 runs over ours: one extraction, the search and the seeds.
   terratorch does a run as its users do: the frozen backbone in the loop, its own datamodule (GeoTIFFs, folders
