@@ -131,7 +131,8 @@ def open_images(path: Path) -> "xr.Dataset":
 def _check_files(array: Path) -> None:
     """Refuse an array, of those that are written file by file, that lacks one: zarr would read zeros."""
     described = json.loads((array / "zarr.json").read_text()) if (array / "zarr.json").exists() else {}
-    if described.get("chunk_key_encoding", {}).get("configuration") != {"separator": "."}:
+    written_here = described.get("chunk_key_encoding", {}).get("configuration") == {"separator": "."}
+    if not written_here or [codec["name"] for codec in described["codecs"]] != ["bytes"]:
         return
     chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
     size = math.prod(chunk) * np.dtype(described["data_type"]).itemsize
