@@ -9,6 +9,9 @@ rows first and against the same arithmetic in separate passes; on one core.
 `dense_pull`: a UPerNet's training step on masks of 256 px, gradients by its logits told directly, against autograd
 through torch's resize and cross-entropy; `classes_by_max`: their classes, by `max` against `argmax`; on one core.
 `lite0_large_pages`: a forward with torch's memory in large pages, against small ones.
+`many_readers`: 2048 images of 13 bands brought, 256 at a time, into the memory that a GPU copies from, by four threads
+file by file, against reading, picking bands and copying by one; `moments_by_image`: their bands' mean and deviation,
+one image at a time by a thread a core, against 256 at a time by one. Both need `data/images`.
 """
 
 import json
@@ -16,13 +19,19 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from benchmarks.extraction import repeated
 from benchmarks.timing import ratio, seconds
 from pipeline.backbones import build, spec
+from pipeline.encoding import inputs
+from pipeline.extraction import feed
 from pipeline.heads.dense import DenseGroup
 from pipeline.heads.upernet import UperNet
 from pipeline.params import Backbone
@@ -138,6 +147,40 @@ def classes_by_max() -> float:
     return _on_one_core(lambda: logits.max(dim=2).indices, lambda: logits.argmax(dim=2))
 
 
+def many_readers() -> float:
+    opened, given = thirteen_bands()
+    encoder, batches = SimpleNamespace(device="cpu", inputs=given), range(0, len(opened.sample), 256)
+
+    def by_one():
+        for start in batches:
+            selected = given.select(opened.image[start : start + 256].values)
+            torch.from_numpy(selected).clone()
+
+    with ThreadPoolExecutor(4) as readers:
+        made = feed.Feed(opened, encoder, (), readers)
+        return ratio(lambda: [made._by_many(slice(start, start + 256)) for start in batches], by_one, ROUNDS)
+
+
+def moments_by_image() -> float:
+    opened, given = thirteen_bands()
+    rows = np.flatnonzero(opened.split.values == "train")
+
+    def all_at_once():
+        total = squares = 0
+        for start in range(0, len(rows), 256):
+            values = given.select(opened.image[rows[start : start + 256]].values) / np.float64(given.scale)
+            total, squares = total + values.sum(axis=(0, 2, 3)), squares + np.square(values).sum(axis=(0, 2, 3))
+
+    return ratio(lambda: inputs._moments(opened, given), all_at_once, ROUNDS)
+
+
+def thirteen_bands():
+    """2048 images and what DOFA is given of them."""
+    opened = repeated("sample-landuse-seg", 2048)
+    described = Backbone("dofa", "dofa_large_patch16_224", "random", 224, normalisation="dataset")
+    return opened, inputs.describe(opened, "dofa", described, spec(described))
+
+
 def _on_one_core(ours, theirs) -> float:
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -169,6 +212,6 @@ def lite0() -> None:
 if __name__ == "__main__":
     measured = [
         lanes, upernet_channels_last, csmask_channels_last, weights_first, fused_adamw, dense_pull, classes_by_max,
-        lite0_large_pages,
+        lite0_large_pages, many_readers, moments_by_image,
     ]  # fmt: skip
     print(json.dumps({work.__name__: round(work(), 2) for work in measured} | {"cores": torch.get_num_threads()}))
