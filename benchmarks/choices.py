@@ -9,7 +9,7 @@ rows first and against the same arithmetic in separate passes; on one core.
 `dense_pull`: a UPerNet's training step on masks of 256 px, gradients by its logits told directly, against autograd
 through torch's resize and cross-entropy; `classes_by_max`: their classes, by `max` against `argmax`; on one core.
 `lite0_large_pages`: a forward with torch's memory in large pages, against small ones.
-`many_readers`: 2048 images of 13 bands brought, 256 at a time, into the memory that a GPU copies from, by four threads
+`many_readers`: 2048 images of 13 bands brought, 256 at a time, into the memory that a GPU copies from: four threads,
 file by file, against reading, picking bands and copying by one; `moments_by_image`: their bands' mean and deviation,
 one image at a time by a thread a core, against 256 at a time by one. Both need `data/images`.
 """
