@@ -37,9 +37,9 @@ class Options:
 
     `set` is the set's name; `partition` is `default` or one with fewer labels, such as `0.01x_train`. `bands` keeps
     some, by name, and in this order; none given keeps all. `as_labelled` reproduces the released labels of bands,
-    places and dates. `ignore_nodata` leaves pixels of the class "no data" out of loss and score, which GEO-Bench does
-    not. `skip_bad` leaves out samples that cannot be read. `check_means` compares the full set's bands with the
-    published means.
+    places and dates, and keeps pictures that were divided by 255 so. `ignore_nodata` leaves pixels of the class "no
+    data" out of loss and score, which GEO-Bench does not. `skip_bad` leaves out samples that cannot be read.
+    `check_means` compares the full set's bands with the published means.
     """
 
     set: str
@@ -82,13 +82,16 @@ def _stream(folder: Path, options: Options) -> Stream:
     stored = _stored(find(folder, names), declared, tuple(chosen), options.skip_bad)
     dtype = np.result_type(*stored)
     dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
+    as_bytes = declared.over_255 and not options.as_labelled
+    if as_bytes:
+        dtype = np.dtype(np.uint8)
     full = (
         options.partition == "default"
         and tuple(splits.count(one) for one in lists.SPLITS.values()) == declared.counts
     )
     reader = read.Reader(
         folder, declared, tuple(chosen), stored, dtype,
-        lists.labels(folder, declared), options.as_labelled, options.ignore_nodata,
+        lists.labels(folder, declared), options.as_labelled, options.ignore_nodata, as_bytes,
     )  # fmt: skip
     return Stream(
         sample=names,
@@ -96,7 +99,7 @@ def _stream(folder: Path, options: Options) -> Stream:
         bands=tuple(chosen.values()),
         classes=declared.classes,
         task=declared.task,
-        units=declared.units,
+        units="display" if declared.over_255 and not as_bytes else declared.units,
         gsd=declared.gsd,
         licence=declared.licence,
         source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
@@ -105,7 +108,7 @@ def _stream(folder: Path, options: Options) -> Stream:
         read=reader,
         shape=(len(chosen), declared.size, declared.size),
         dtype=dtype,
-        verify=Means(declared.name, lists.published(folder, declared, tuple(chosen)))
+        verify=Means(declared.name, lists.published(folder, declared, tuple(chosen), 255 if as_bytes else 1))
         if full and options.check_means and not dropped
         else None,
         ahead=reader.ahead,
@@ -187,7 +190,7 @@ def expect(dataset: Dataset, params: Params) -> tuple[Wanted, int]:
         train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task, len(declared.classes),
         pixels * declared.width * len(chosen) + mask, _pace(_stream(folder, options)) if folder else None,
     )  # fmt: skip
-    return wanted, 0 if folder else sum(declared.counts) * pixels * declared.width * len(declared.keys)
+    return wanted, 0 if folder else sum(declared.counts) * pixels * declared.released * len(declared.keys)
 
 
 def _pace(stream: Stream) -> float:

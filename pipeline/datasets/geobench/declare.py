@@ -38,6 +38,7 @@ class GeoBenchSet:
         true: what the keys are in truth, by key; empty where the labels are right.
         skipped: keys that are not read, with the reason.
         units, display, gsd: as in the images store.
+        over_255: the files hold 8-bit pictures divided by 255; the images store has their bytes, a quarter as many.
         nodata: index of the class that means "no data"; GEO-Bench counts it as a class.
         place: how a sample's name gives its place: `lat_lon_date`, `lat,lon`, `lon,lat` or nothing.
         time: how its date is known: `key`, `name` or nothing.
@@ -57,6 +58,7 @@ class GeoBenchSet:
     gsd: float
     licence: str
     display: tuple[float, float] | None = None
+    over_255: bool = False
     true: Mapping[str, Band] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     nodata: int | None = None
@@ -70,6 +72,11 @@ class GeoBenchSet:
     def width(self) -> int:
         """Bytes of a value in the images store: 1 of pictures, else at most 4."""
         return 1 if self.units == "uint8" else 4
+
+    @property
+    def released(self) -> int:
+        """Bytes of a value in the files, at most."""
+        return 4 if self.over_255 else self.width
 
     @property
     def kind(self) -> str:

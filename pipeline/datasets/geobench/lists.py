@@ -61,10 +61,12 @@ def labels(folder: Path, declared: GeoBenchSet) -> dict | None:
     return found
 
 
-def published(folder: Path, declared: GeoBenchSet, keys: Sequence[str]) -> dict[str, tuple[float, float] | None]:
-    """Published mean and standard deviation of each key, else those that come with the files."""
-    found = {}
-    if not declared.published and (folder / "band_stats.json").exists():
+def published(
+    folder: Path, declared: GeoBenchSet, keys: Sequence[str], scale: float
+) -> dict[str, tuple[float, float] | None]:
+    """Published mean and standard deviation of each key, else those that come with the files, times `scale`."""
+    known = dict(declared.published)
+    if not known and (folder / "band_stats.json").exists():
         stats = json.loads((folder / "band_stats.json").read_text())
-        found = {key: (one["mean"], one["std"]) for key, one in stats.items() if {"mean", "std"} <= set(one)}
-    return {key: declared.published.get(key, found.get(key)) for key in keys}
+        known = {key: (one["mean"], one["std"]) for key, one in stats.items() if {"mean", "std"} <= set(one)}
+    return {key: (known[key][0] * scale, known[key][1] * scale) if key in known else None for key in keys}

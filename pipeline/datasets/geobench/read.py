@@ -26,6 +26,8 @@ _PLACES = {
     "lon,lat": re.compile(rf".*_{_NUMBER},{_NUMBER}"),
 }
 _ALL = h5s.ALL
+# How far a byte that was divided by 255 in single precision may be from a whole number when it is multiplied again.
+_ROUNDING = 1e-3
 
 
 def _access() -> h5p.PropFAID:
@@ -50,6 +52,7 @@ class Reader:
         dtype: of the image.
         labels: label by name, from the folder's JSON; None if the files' attributes alone have them.
         as_labelled: keep what the names say of place and time, also where it is known to be wrong.
+        as_bytes: pictures divided by 255 become the bytes that they were.
         ignore_nodata: pixels of the class "no data" do not count.
     """
 
@@ -61,6 +64,7 @@ class Reader:
     labels: Mapping[str, int | tuple[int, ...]] | None
     as_labelled: bool = False
     ignore_nodata: bool = False
+    as_bytes: bool = False
 
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         """The sample of a name; its image is read into `out`, if that is given."""
@@ -92,10 +96,16 @@ class Reader:
         image = np.empty((len(self.keys), size, size), self.dtype) if out is None else out
         for place, (key, kind) in enumerate(zip(self.keys, self.stored, strict=True)):
             array = h5d.open(file, there[key])
+            values = _memory((size, size), np.dtype(np.float32)) if self.as_bytes else image[place]
             if array.shape == (size, size) and array.get_type() == _type(kind):
-                array.read(_ALL, _ALL, image[place], _type(self.dtype))
+                array.read(_ALL, _ALL, values, _type(values.dtype))
             else:
-                image[place] = _fitted(h5py.Dataset(array), key, size, self.dtype, declared)
+                values[:] = _fitted(h5py.Dataset(array), key, size, values.dtype, declared)
+            if self.as_bytes and not into_bytes(values, image[place]):
+                raise UserError(
+                    f"its {key} is no 8-bit picture divided by 255, as {declared.name} has them. With as_labelled: "
+                    "true in the set's options the files' own values are kept."
+                )
         if declared.task == "segmentation":
             label = self._mask(h5d.open(file, there["label"]))
         else:
@@ -148,9 +158,19 @@ class Reader:
             return np.datetime64("NaT", "s")
 
 
-@functools.lru_cache(maxsize=1)
+def into_bytes(values: np.ndarray, out: np.ndarray) -> bool:
+    """Put float32 pixels of a picture that was divided by 255 into uint8; whether they are that. Changes `values`."""
+    values *= np.float32(255)
+    values += np.float32(0.5)  # a whole number is left when the rest is cut off
+    with np.errstate(invalid="ignore"):
+        np.copyto(out, values, casting="unsafe")
+    values -= out
+    return bool(abs(values.min() - 0.5) < _ROUNDING and abs(values.max() - 0.5) < _ROUNDING)
+
+
+@functools.lru_cache(maxsize=2)
 def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that one mask after another is read into: for so much, the system would be asked again each time."""
+    """Memory that masks, or bands, are read into in turn: for so much, the system would be asked again each time."""
     return np.empty(shape, dtype)
 
 

@@ -32,12 +32,43 @@ def test_every_set_is_read_as_it_is(geobench_root, stream, name):
             for place, key in enumerate(keys):
                 values = file[key][...].squeeze()
                 values = values.astype(np.float32) if values.dtype == np.float64 else values
+                values = np.rint(values * 255) if declared.over_255 else values
                 repeat = declared.size // len(values)
                 np.testing.assert_array_equal(found.image[place], values.repeat(repeat, 0).repeat(repeat, 1))
             masks = [file[key][...] for key in file if key.startswith("label")]
         if masks:
             np.testing.assert_array_equal(found.label, masks[0])
         assert found.image.shape == made.shape
+
+
+def test_pictures_over_255_become_the_bytes_that_they_were(copied, stream, tmp_path):
+    name = "m-chesapeake-landcover"
+    root, folder = copied(name)
+    made, released = stream(root, name), stream(root, name, as_labelled=True)
+    assert (made.dtype, made.units, released.dtype, released.units) == ("u1", "uint8", "f4", "display")
+    for sample in made.sample[:3]:
+        ours, theirs = made.read(sample).image, released.read(sample).image
+        assert ours.max() > 200
+        # What a network is given is the same, to the last digit.
+        np.testing.assert_array_equal(np.divide(ours, np.float32(255), dtype=np.float32), theirs)
+    with h5py.File(folder / "id_0001.hdf5", "r+") as file:  # multiplied by 1/255, and in double precision
+        values = np.float64(1 / 255) * np.rint(file["Red"][()] * 255)
+        del file["Red"]
+        file.create_dataset("Red", data=values)
+    again = stream(root, name).read("id_0001").image
+    np.testing.assert_array_equal(again, np.rint(released.read("id_0001").image * 255))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1 / 255, 256 / 255, 0.5004, 200])
+def test_what_is_no_picture_over_255_is_refused(copied, stream, wrong):
+    name = "m-chesapeake-landcover"
+    root, folder = copied(name)
+    with h5py.File(folder / "id_0001.hdf5", "r+") as file:
+        file["Green"][200, 100] = wrong
+    with pytest.raises(UserError, match="id_0001.hdf5: its Green is no 8-bit picture .* With as_labelled: true"):
+        stream(root, name).read("id_0001")
+    found = stream(root, name, as_labelled=True).read("id_0001").image[1, 200, 100]
+    np.testing.assert_equal(found, np.float32(wrong))
 
 
 TRUE = {
@@ -172,6 +203,14 @@ def test_bands_in_another_order_show_in_the_means(copied, stream, tmp_path, monk
     # Where nothing is declared, band_stats.json of the files themselves counts.
     with pytest.raises(UserError, match="these are not the released files"):
         imagestore.write(full({}), tmp_path / "scratch", tmp_path / "third")
+
+
+def test_means_of_bytes_are_compared_as_bytes(copied, stream, tmp_path, monkeypatch):
+    root, _ = copied("m-chesapeake-landcover")
+    declared = dataclasses.replace(geobench.SETS["m-chesapeake-landcover"], counts=(6, 4, 4))
+    monkeypatch.setitem(geobench.SETS, declared.name, declared)
+    for options in ({}, {"as_labelled": True}):
+        imagestore.write(stream(root, declared.name, **options), tmp_path / "scratch", tmp_path / str(len(options)))
 
 
 def test_published_means_tell_the_true_order(geobench_root):
