@@ -27,7 +27,6 @@ from benchmarks.timing import seconds
 from pipeline.datasets import geobench
 from pipeline.imagery import imagestore
 from pipeline.params import Dataset
-from tests import geobench_files
 
 ROUNDS = 3
 SETS = {"m-eurosat": 2000, "m-bigearthnet": 1600, "m-chesapeake-landcover": 5000}
@@ -35,6 +34,8 @@ SETS = {"m-eurosat": 2000, "m-bigearthnet": 1600, "m-chesapeake-landcover": 5000
 
 def main() -> None:
     """Print the ratios as JSON."""
+    from tests import geobench_files  # here, since the processes that it starts would import it too
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--folder", type=Path, help="where files are written; a fast disk, by default a temporary one"
@@ -170,6 +171,8 @@ print(status["VmHWM"].split()[0])
 
 def _growth(root: Path, scene, photo, mask) -> float:
     """Peak memory of a process that prepares four times as many samples, over one that prepares some."""
+    from tests import geobench_files
+
     peaks = []
     for samples in (400, 1600):
         shutil.rmtree(root / "classification_v1.0", ignore_errors=True)

@@ -71,6 +71,8 @@ class Layout:
                 raise StoreError(f"{what} has '{twice}' more than once; every name must be its own.")
         if not self.sample or len(self.split) != len(self.sample):
             raise StoreError(f"There are {len(self.sample)} samples and {len(self.split)} splits; each needs one.")
+        if "" in (*self.sample, *self.split):
+            raise StoreError("A sample's name, or its split, is empty; each needs one.")
         if self.dtype not in DTYPES:
             raise StoreError(f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.")
         sizes = [self.shard, *self.pooled.values()]

@@ -20,7 +20,7 @@ import numpy as np
 import rasterio
 import xarray as xr
 import yaml
-from rasterio.errors import CRSError, RasterioError
+from rasterio.errors import CRSError
 from rasterio.windows import Window
 from rioxarray.exceptions import RioXarrayError
 
@@ -93,13 +93,10 @@ def _own_words(path: Path) -> Described:
         "Describe it in a YAML file and give that as the scene (pipeline/mapping/sources.py shows one), or write a "
         "description of every band and the tag 'units' into the file."
     )
-    try:
-        with rasterio.open(path) as file:
-            names, tags = file.descriptions, file.tags()
-            units = tags.get("units") or next((one for one in file.units if one), "")
-            waves = [file.tags(i, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM") for i in file.indexes]
-    except RasterioError as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    with rasters.reading(path), rasterio.open(path) as file:
+        names, tags = file.descriptions, file.tags()
+        units = tags.get("units") or next((one for one in file.units if one), "")
+        waves = [file.tags(i, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM") for i in file.indexes]
     if not all(names):
         raise UserError(f"{path} does not say what its {len(names)} bands are. {how}")
     if not units:

@@ -101,6 +101,15 @@ def test_misaligned_stores_are_refused(tmp_path):
         aligned([a, c])
 
 
+@pytest.mark.parametrize("array", ["sample", "split"])
+def test_a_missing_file_of_names_is_no_other_order(tmp_path, array):
+    write(tmp_path)
+    (chunk,) = (tmp_path / "store.zarr" / array / "c").iterdir()
+    chunk.unlink()
+    with pytest.raises(StoreError, match=f"lacks a file of its array '{array}'"):
+        Features(tmp_path / "store.zarr")
+
+
 def test_a_store_survives_pickling(tmp_path):
     write(tmp_path)
     features = pickle.loads(pickle.dumps(Features(tmp_path / "store.zarr")))

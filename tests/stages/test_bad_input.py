@@ -38,6 +38,22 @@ def test_a_mistake_in_params_stops_the_run_before_anything_else(fresh, change, w
     assert {path.name for path in (fresh.folder / "data").iterdir()} <= {"archives", "scratch"}
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"heads": {"levels": [-1, 4]}}, ["heads.levels asks for level 4, and raw has 4", "0 (finest) to 3"]),
+        (
+            {"students": {"small": {"network": "mobilenetv3_smal_100"}}},
+            ["students.small.network is 'mobilenetv3_smal_100'", "Similar ones: mobilenetv3_small_100"],
+        ),
+    ],
+)
+def test_what_only_networks_can_tell_is_checked_at_first_too(job, change, words):
+    with job.changed(change):
+        said = stage(job, "check")
+    assert all(word in said for word in words), said
+
+
 def test_unknown_names_on_the_command_line(job):
     assert "no dataset 'x'" in stage(job, "prepare", "--dataset", "x")
     assert "no backbone 'y'" in stage(job, "extract", "--dataset", "sample-trees", "--backbone", "y")

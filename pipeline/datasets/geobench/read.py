@@ -26,8 +26,10 @@ _PLACES = {
     "lon,lat": re.compile(rf".*_{_NUMBER},{_NUMBER}"),
 }
 _ALL = h5s.ALL
-# How far a byte that was divided by 255 in single precision may be from a whole number when it is multiplied again.
-_ROUNDING = 1e-3
+# A little more than 255: what rounding took from a byte over 255 must not cost a whole one when the rest is cut off.
+_OVER_255 = np.float32(255.0003)
+# How far a byte over 255 may be from itself in single precision.
+_ROUNDING = 1e-6
 
 
 def _access() -> h5p.PropFAID:
@@ -159,17 +161,16 @@ class Reader:
 
 
 def into_bytes(values: np.ndarray, out: np.ndarray) -> bool:
-    """Put float32 pixels of a picture that was divided by 255 into uint8; whether they are that. Changes `values`."""
-    values *= np.float32(255)
-    values += np.float32(0.5)  # a whole number is left when the rest is cut off
+    """Put float32 pixels of a picture that was divided by 255 into uint8; whether they are that."""
     with np.errstate(invalid="ignore"):
-        np.copyto(out, values, casting="unsafe")
-    values -= out
-    return bool(abs(values.min() - 0.5) < _ROUNDING and abs(values.max() - 0.5) < _ROUNDING)
+        np.multiply(values, _OVER_255, out=out, casting="unsafe")
+    error = np.multiply(out, np.float32(1 / 255), out=_memory(values.shape, values.dtype, 1), dtype=np.float32)
+    error -= values
+    return bool(error.min() > -_ROUNDING and error.max() < _ROUNDING)
 
 
-@functools.lru_cache(maxsize=2)
-def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+@functools.lru_cache(maxsize=3)
+def _memory(shape: tuple[int, ...], dtype: np.dtype, which: int = 0) -> np.ndarray:
     """Memory that masks, or bands, are read into in turn: for so much, the system would be asked again each time."""
     return np.empty(shape, dtype)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
-from pipeline.datasets.own.rasters import Picture, contains
+from pipeline.datasets.own.rasters import Picture, contains, reading
 from pipeline.errors import UserError
 from pipeline.imagery.images import IGNORE
 
@@ -31,12 +30,10 @@ class Masks:
 
     def __call__(self, picture: Picture, window: Window) -> np.ndarray:
         path = self.paths[picture.paths[0]]
-        try:
+        with reading(path):
             file = _opened(path)
             _same_grid(path, file, picture)
             mask = file.read(1, window=window)
-        except RasterioError as error:
-            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
         # 0.5 and what is no number are no classes either; a cast would make them one.
         outside = ~np.isin(mask, np.arange(len(self.classes)))
         outside &= mask != self.ignore if self.ignore is not None else True

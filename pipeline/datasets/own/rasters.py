@@ -1,5 +1,6 @@
 """Images of one's own: any raster that rasterio reads, all bands in one file or a file a band, read by windows."""
 
+import contextlib
 import functools
 import glob
 import re
@@ -56,17 +57,12 @@ class Picture:
             UserError: a file is damaged.
         """
         shape = (size, size) if size else None
-        try:
-            if len(self.paths) == 1:
-                source = _opened(self.paths[0])
-                how = {"window": window, "resampling": Resampling.bilinear}
+        if len(self.paths) == 1:
+            with reading(self.paths[0]):
                 out = (self.bands, *shape) if shape else None
-                image = source.read(out_shape=out, **how)
-            else:
-                files = [_on_grid(path, self) for path in self.paths]
-                image = np.stack([file.read(1, window=window).astype(self.dtype) for file in files])
-        except RasterioError as error:
-            raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
+                image = _opened(self.paths[0]).read(out_shape=out, window=window, resampling=Resampling.bilinear)
+        else:
+            image = np.stack([self._band(path, window)[0] for path in self.paths])
         return image, self.valid(window, shape)
 
     def valid(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
@@ -75,11 +71,9 @@ class Picture:
         Raises:
             UserError: a file is damaged.
         """
-        try:
+        with reading(self.paths[0]):
             file = _opened(self.paths[0]) if len(self.paths) == 1 else _on_grid(self.paths[0], self)
             return file.dataset_mask(out_shape=shape, window=window) > 0
-        except RasterioError as error:
-            raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
 
     def bands_of(self, window: Window, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Some bands' pixels (band, y, x) of a window, and where (y, x) all of them hold data.
@@ -87,15 +81,19 @@ class Picture:
         Raises:
             UserError: a file is damaged.
         """
-        try:
-            if len(self.paths) == 1:
+        if len(self.paths) == 1:
+            with reading(self.paths[0]):
                 source, indexes = _opened(self.paths[0]), [place + 1 for place in places]
                 return source.read(indexes, window=window), source.read_masks(indexes, window=window).all(axis=0)
-            files = [_on_grid(self.paths[place], self) for place in places]
-            image = np.stack([file.read(1, window=window).astype(self.dtype) for file in files])
-            return image, np.stack([file.read_masks(1, window=window) for file in files]).all(axis=0)
-        except RasterioError as error:
-            raise UserError(f"{self.paths[0]} cannot be read: {' '.join(str(error).split())}") from None
+        image, masks = zip(*[self._band(self.paths[place], window, masked=True) for place in places], strict=True)
+        return np.stack(image), np.stack(masks).all(axis=0)
+
+    def _band(self, path: str, window: Window | None, masked: bool = False):
+        """Pixels (y, x) of a band that has a file of its own, and, if asked for, its mask."""
+        with reading(path):
+            file = _on_grid(path, self)
+            mask = file.read_masks(1, window=window) if masked else None
+            return file.read(1, window=window).astype(self.dtype), mask
 
     def place(self, row: float, column: float) -> tuple[float, float]:
         """x and y, in the picture's CRS, of a place in pixels from its upper left corner."""
@@ -141,14 +139,11 @@ def picture(path: Path, bands: Sequence[Band]) -> Picture:
     Raises:
         UserError: it cannot be read, or has another number of bands.
     """
-    try:
-        with rasterio.open(path) as file:
-            if file.count != len(bands):
-                raise UserError(f"{path} has {file.count} bands, and {len(bands)} are described.")
-            kind = np.result_type(*file.dtypes)
-            return _described((str(path),), file, kind, len(bands))
-    except RasterioError as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    with reading(path), rasterio.open(path) as file:
+        if file.count != len(bands):
+            raise UserError(f"{path} has {file.count} bands, and {len(bands)} are described.")
+        kind = np.result_type(*file.dtypes)
+        return _described((str(path),), file, kind, len(bands))
 
 
 def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
@@ -171,17 +166,26 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
                 "file a band lie in a folder each."
             )
         chosen.append(fit[0])
-    try:
-        opened = [rasterio.open(path) for path in chosen]
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for path in chosen:
+            with reading(path):
+                opened.append(stack.enter_context(rasterio.open(path)))
         finest = min(opened, key=lambda file: abs(file.transform.a))
-        made = _described(
-            tuple(map(str, chosen)), finest, np.result_type(*[file.dtypes[0] for file in opened]), len(bands)
-        )
-        for file in opened:
-            file.close()
+        kind = np.result_type(*[file.dtypes[0] for file in opened])
+        return _described(tuple(map(str, chosen)), finest, kind, len(bands))
+
+
+@contextlib.contextmanager
+def reading(path: str | Path):
+    """What rasterio cannot read becomes an error that names the file."""
+    try:
+        yield
     except RasterioError as error:
-        raise UserError(f"A file of the scene cannot be read: {' '.join(str(error).split())}") from None
-    return made
+        said = " ".join(str(error).split()).rstrip(".")
+        if "See previous exception" in said:  # which would say it for every block anew
+            said = "pixels are missing or damaged"
+        raise UserError(f"{path} cannot be read: {said}. Is the file whole?") from None
 
 
 def _described(paths, file, dtype, bands: int) -> Picture:

@@ -148,6 +148,16 @@ def test_damaged_headers_and_masks_are_left_out_if_asked_for(tiles, tmp_path):
         prepared(tile_block(masks, options={"skip_bad": True}), tmp_path)
 
 
+def test_of_a_scene_in_a_file_a_band_the_damaged_one_is_named(raw, tmp_path):
+    folder = tmp_path / "scene"
+    shutil.copytree(raw("landuse"), folder)
+    stream = prepared(scene_block(raw, options={"folder": str(folder)}), tmp_path)
+    (path,) = folder.glob("*_B11.jp2")
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match="_B11.jp2 cannot be read: .*whole"):
+        stream.read(stream.sample[0])
+
+
 def half(mask):
     return np.where(mask == 255, 255, 0.5).astype("float32")
 
