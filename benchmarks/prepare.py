@@ -2,11 +2,11 @@
 
 Theirs reads every array of a file, on one core, and nothing else. `read` is our reader: the same arrays, and the
 pickles, without running them. `prepare` also checks, hashes, writes and flushes the images store: on one core, and on
-all, by a process on each. `copy` is the limit of what prepares and reads as theirs does: theirs, which also writes
-and flushes the same bytes, and neither checks nor hashes. Ratios are samples a second of each core used, over theirs,
-medians over alternating rounds: `cold`, with files that come from the disk, as those of a set that is prepared once,
-and `warm`, with files that the system holds in memory. `processor` has the same ratios by seconds of processor time,
-which other programs change less; waiting for a disk is not in them.
+all, by a process on each. `copy` is theirs, which also writes and flushes what it read (masks as bytes; of
+m-chesapeake-landcover four times as many bytes as the store has), and neither checks nor hashes. Ratios are samples a
+second of each core used, over theirs, medians over alternating rounds: `cold`, with files that come from the disk, as
+those of a set that is prepared once, and `warm`, with files that the system holds in memory. `processor` has the same
+ratios by seconds of processor time, which other programs change less; waiting for a disk is not in them.
 """
 
 import argparse

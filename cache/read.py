@@ -198,13 +198,13 @@ class Features:
     def _describe(self) -> None:
         self.sample = np.array(self.root["sample"][:].tolist())
         self.split = np.array(self.root["split"][:].tolist())
-        for name in ("sample", "split"):
+        self.view = self.root["view"][:].tolist() if "view" in self.root else []
+        for name in ("sample", "split", "view"):
             if "" in getattr(self, name):  # what zarr reads where a file is missing
                 raise StoreError(
                     f"{self.location} lacks a file of its array '{name}': some of its samples have none. Fetch the "
                     "store again, or delete it and extract again."
                 )
-        self.view = self.root["view"][:].tolist() if "view" in self.root else []
         levels = [name for name in self.root.group_keys() if re.fullmatch(r"level\d+", name)]
         self.levels = sorted(levels, key=lambda name: int(name.removeprefix("level")))
         self.pooled = list(self.root["pooled"].attrs["vectors"])

@@ -16,8 +16,9 @@ def check() -> None:
     for name, dataset in described.datasets.items():
         datasets.check(name, dataset)
     layers = {name: spec(backbone).layers for name, backbone in described.backbones.items()}
-    for name in described.grid.backbones:
-        _check_levels(described.heads.levels, name, layers[name])
+    for name in {name: None for model in described.grid.models for name in described.members(model)}:
+        if described.backbone(name).weights != "none":  # a baseline's one pooled vector is of no level
+            _check_levels(described.heads.levels, name, layers[name])
     _check_networks({name: described.students[name].network for name in described.grid.students})
     # The same content every time: later stages depend on this file's existence alone.
     # Some are where students will be, so that the folders that later stages read are there without any.
@@ -30,7 +31,7 @@ def _check_levels(levels: Iterable[int], name: str, layers: tuple[str, ...]) -> 
     if wrong := [level for level in levels if not -len(layers) <= level < len(layers)]:
         raise UserError(
             f"heads.levels asks for level {wrong[0]}, and {name} has {len(layers)}. Choose from 0 (finest) to "
-            f"{len(layers) - 1}, or count from -1, the deepest; or take {name} out of the grid."
+            f"{len(layers) - 1}, or count from -1, the deepest; or take {name} out of grid.models."
         )
 
 

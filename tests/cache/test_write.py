@@ -227,6 +227,7 @@ def test_a_store_without_training_samples(tmp_path):
         ({"split": ("train",)}, "150 samples and 1 splits"),
         ({"sample": ("a",) * 150}, "sample has 'a' more than once"),
         ({"views": ("identity", "identity")}, "views has 'identity' more than once"),
+        ({"split": ("",) * 150}, "or its split, is empty"),
         ({"dtype": "float64"}, "dtype is 'float64'; features are stored as float16 or float32"),
         ({"shard": 0}, "must be at least 1"),
         ({"sample": (), "split": ()}, "0 samples"),

@@ -41,7 +41,7 @@ def test_a_mistake_in_params_stops_the_run_before_anything_else(fresh, change, w
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"heads": {"levels": [-1, 4]}}, ["heads.levels asks for level 4, and raw has 4", "0 (finest) to 3"]),
+        ({"heads": {"levels": [-1, 4]}}, ["heads.levels asks for level 4, and lite0 has 4", "0 (finest) to 3"]),
         (
             {"students": {"small": {"network": "mobilenetv3_smal_100"}}},
             ["students.small.network is 'mobilenetv3_smal_100'", "Similar ones: mobilenetv3_small_100"],

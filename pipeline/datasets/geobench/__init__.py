@@ -82,7 +82,7 @@ def _stream(folder: Path, options: Options) -> Stream:
     stored = _stored(find(folder, names), declared, tuple(chosen), options.skip_bad)
     dtype = np.result_type(*stored)
     dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
-    as_bytes = declared.over_255 and not options.as_labelled
+    as_bytes = declared.divided_by_255 and not options.as_labelled
     if as_bytes:
         dtype = np.dtype(np.uint8)
     full = (
@@ -99,7 +99,7 @@ def _stream(folder: Path, options: Options) -> Stream:
         bands=tuple(chosen.values()),
         classes=declared.classes,
         task=declared.task,
-        units="display" if declared.over_255 and not as_bytes else declared.units,
+        units="display" if declared.divided_by_255 and not as_bytes else declared.units,
         gsd=declared.gsd,
         licence=declared.licence,
         source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
@@ -174,6 +174,9 @@ def _notes(declared: GeoBenchSet, options: Options, dropped: Sequence[str]) -> l
     if declared.nodata is not None:
         kept = "is ignored" if options.ignore_nodata else "counts as a class, as in GEO-Bench"
         notes.append(f"'{declared.classes[declared.nodata]}' {kept}")
+    if declared.divided_by_255:
+        kept = "are kept (as_labelled)" if options.as_labelled else "are their bytes again"
+        notes.append(f"8-bit pictures that the released files have divided by 255 {kept}")
     return notes + ([f"listed again and dropped: {', '.join(dropped)}"] if dropped else [])
 
 
@@ -183,14 +186,15 @@ def expect(dataset: Dataset, params: Params) -> tuple[Wanted, int]:
     declared = SETS[options.set]
     chosen, pixels = _chosen(declared, options), declared.size**2
     mask = pixels if declared.task == "segmentation" else 0
+    width = declared.file_width if options.as_labelled else declared.width
     share = float(options.partition.partition("x")[0]) if options.partition != "default" else 1.0
     train = max(1, round(share * declared.counts[0]))
     folder = there(declared, Path(params.geobench_dir))
     wanted = Wanted(
         train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task, len(declared.classes),
-        pixels * declared.width * len(chosen) + mask, _pace(_stream(folder, options)) if folder else None,
+        pixels * width * len(chosen) + mask, _pace(_stream(folder, options)) if folder else None,
     )  # fmt: skip
-    return wanted, 0 if folder else sum(declared.counts) * pixels * declared.released * len(declared.keys)
+    return wanted, 0 if folder else sum(declared.counts) * pixels * declared.file_width * len(declared.keys)
 
 
 def _pace(stream: Stream) -> float:

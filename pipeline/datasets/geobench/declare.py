@@ -38,7 +38,8 @@ class GeoBenchSet:
         true: what the keys are in truth, by key; empty where the labels are right.
         skipped: keys that are not read, with the reason.
         units, display, gsd: as in the images store.
-        over_255: the files hold 8-bit pictures divided by 255; the images store has their bytes, a quarter as many.
+        divided_by_255: the files hold 8-bit pictures divided by 255. The store has their bytes, a quarter as many,
+            or, as they are labelled, the files' values in the units `display`.
         nodata: index of the class that means "no data"; GEO-Bench counts it as a class.
         place: how a sample's name gives its place: `lat_lon_date`, `lat,lon`, `lon,lat` or nothing.
         time: how its date is known: `key`, `name` or nothing.
@@ -58,7 +59,7 @@ class GeoBenchSet:
     gsd: float
     licence: str
     display: tuple[float, float] | None = None
-    over_255: bool = False
+    divided_by_255: bool = False
     true: Mapping[str, Band] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     nodata: int | None = None
@@ -74,9 +75,9 @@ class GeoBenchSet:
         return 1 if self.units == "uint8" else 4
 
     @property
-    def released(self) -> int:
-        """Bytes of a value in the files, at most."""
-        return 4 if self.over_255 else self.width
+    def file_width(self) -> int:
+        """Bytes of a value in the files, roughly."""
+        return 4 if self.divided_by_255 else self.width
 
     @property
     def kind(self) -> str:

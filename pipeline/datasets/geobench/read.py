@@ -103,10 +103,10 @@ class Reader:
                 array.read(_ALL, _ALL, values, _type(values.dtype))
             else:
                 values[:] = _fitted(h5py.Dataset(array), key, size, values.dtype, declared)
-            if self.as_bytes and not into_bytes(values, image[place]):
+            if self.as_bytes and (strange := _into_bytes(values, image[place])) is not None:
                 raise UserError(
-                    f"its {key} is no 8-bit picture divided by 255, as {declared.name} has them. With as_labelled: "
-                    "true in the set's options the files' own values are kept."
+                    f"its {key} has {strange:.6g}, which is no byte divided by 255, as {declared.name} has them. "
+                    "skip_bad: true leaves such files out; as_labelled: true keeps all values, if they are 0 to 1"
                 )
         if declared.task == "segmentation":
             label = self._mask(h5d.open(file, there["label"]))
@@ -160,13 +160,15 @@ class Reader:
             return np.datetime64("NaT", "s")
 
 
-def into_bytes(values: np.ndarray, out: np.ndarray) -> bool:
-    """Put float32 pixels of a picture that was divided by 255 into uint8; whether they are that."""
+def _into_bytes(values: np.ndarray, out: np.ndarray) -> float | None:
+    """Put float32 pixels of a picture that was divided by 255 into uint8; returns one that was not, if any."""
     with np.errstate(invalid="ignore"):
         np.multiply(values, _OVER_255, out=out, casting="unsafe")
     error = np.multiply(out, np.float32(1 / 255), out=_memory(values.shape, values.dtype, 1), dtype=np.float32)
     error -= values
-    return bool(error.min() > -_ROUNDING and error.max() < _ROUNDING)
+    if error.min() > -_ROUNDING and error.max() < _ROUNDING:
+        return None
+    return float(values[~(np.abs(error) < _ROUNDING)][0])
 
 
 @functools.lru_cache(maxsize=3)

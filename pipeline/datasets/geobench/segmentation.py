@@ -32,11 +32,11 @@ SETS = (
         counts=(3000, 1000, 1000),
         keys=dict(sorted({**rgb(1), "NearInfrared": Band("NearInfrared", "nir", 0.876, 1)}.items())),
         units="uint8",
-        over_255=True,
+        divided_by_255=True,
         gsd=1,
         licence="CDLA-Permissive-1.0, Chesapeake Conservancy",
         nodata=6,
-        traps=("8-bit aerial photographs, not reflectance; the released files have them scaled to 0 to 1",),
+        traps=("8-bit aerial photographs, not reflectance",),
     ),
     GeoBenchSet(
         name="m-cashew-plantation",

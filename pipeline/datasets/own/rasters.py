@@ -182,10 +182,10 @@ def reading(path: str | Path):
     try:
         yield
     except RasterioError as error:
-        said = " ".join(str(error).split()).rstrip(".")
-        if "See previous exception" in said:  # which would say it for every block anew
-            said = "pixels are missing or damaged"
-        raise UserError(f"{path} cannot be read: {said}. Is the file whole?") from None
+        said = " ".join(str(error).split())
+        if "See previous exception" in said:  # which says it of every block anew
+            said = "some of its pixels are missing or damaged. Is the file whole?"
+        raise UserError(f"{path} cannot be read: {said}") from None
 
 
 def _described(paths, file, dtype, bands: int) -> Picture:

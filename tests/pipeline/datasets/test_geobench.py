@@ -32,7 +32,7 @@ def test_every_set_is_read_as_it_is(geobench_root, stream, name):
             for place, key in enumerate(keys):
                 values = file[key][...].squeeze()
                 values = values.astype(np.float32) if values.dtype == np.float64 else values
-                values = np.rint(values * 255) if declared.over_255 else values
+                values = np.rint(values * 255) if declared.divided_by_255 else values
                 repeat = declared.size // len(values)
                 np.testing.assert_array_equal(found.image[place], values.repeat(repeat, 0).repeat(repeat, 1))
             masks = [file[key][...] for key in file if key.startswith("label")]
@@ -51,24 +51,28 @@ def test_pictures_over_255_become_the_bytes_that_they_were(copied, stream, tmp_p
         assert ours.max() > 200
         # What a network is given is the same, to the last digit.
         np.testing.assert_array_equal(np.divide(ours, np.float32(255), dtype=np.float32), theirs)
-    with h5py.File(folder / "id_0001.hdf5", "r+") as file:  # multiplied by 1/255, and in double precision
-        values = np.float64(1 / 255) * np.rint(file["Red"][()] * 255)
-        del file["Red"]
-        file.create_dataset("Red", data=values)
-    again = stream(root, name).read("id_0001").image
-    np.testing.assert_array_equal(again, np.rint(released.read("id_0001").image * 255))
+    # All bytes, divided by 255 or multiplied by what is nearly 1/255, and in double precision.
+    whole = np.resize(np.arange(256, dtype=np.uint8), (256, 256))
+    ways = [np.divide(whole, 255, dtype=np.float32), whole * np.float32(1 / 255), whole / 255]
+    for values in ways:
+        with h5py.File(folder / "id_0001.hdf5", "r+") as file:
+            del file["Red"]
+            file.create_dataset("Red", data=values)
+        np.testing.assert_array_equal(made.read("id_0001").image[3], whole)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -1 / 255, 256 / 255, 0.5004, 200])
-def test_what_is_no_picture_over_255_is_refused(copied, stream, wrong):
+def test_what_is_no_picture_over_255_is_refused(copied, stream, tmp_path, wrong):
     name = "m-chesapeake-landcover"
     root, folder = copied(name)
     with h5py.File(folder / "id_0001.hdf5", "r+") as file:
         file["Green"][200, 100] = wrong
-    with pytest.raises(UserError, match="id_0001.hdf5: its Green is no 8-bit picture .* With as_labelled: true"):
+    with pytest.raises(UserError, match="id_0001.hdf5: its Green has .*, which is no byte divided by 255"):
         stream(root, name).read("id_0001")
     found = stream(root, name, as_labelled=True).read("id_0001").image[1, 200, 100]
     np.testing.assert_equal(found, np.float32(wrong))
+    fewer = imagestore.write(stream(root, name, skip_bad=True), tmp_path / "scratch", tmp_path / "s", skip_bad=True)
+    assert list(fewer.left_out) == ["id_0001"]
 
 
 TRUE = {
@@ -210,7 +214,9 @@ def test_means_of_bytes_are_compared_as_bytes(copied, stream, tmp_path, monkeypa
     declared = dataclasses.replace(geobench.SETS["m-chesapeake-landcover"], counts=(6, 4, 4))
     monkeypatch.setitem(geobench.SETS, declared.name, declared)
     for options in ({}, {"as_labelled": True}):
-        imagestore.write(stream(root, declared.name, **options), tmp_path / "scratch", tmp_path / str(len(options)))
+        made = stream(root, declared.name, **options)
+        assert made.verify.published["Red"][0] > (0 if options else 1)
+        imagestore.write(made, tmp_path / "scratch", tmp_path / str(len(options)))
 
 
 def test_published_means_tell_the_true_order(geobench_root):
