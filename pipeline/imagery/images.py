@@ -117,7 +117,8 @@ def open_images(path: Path) -> "xr.Dataset":
     """The images store as a lazy xarray dataset.
 
     Raises:
-        UserError: nothing there, or a file of its pixels is missing or cut; the message says which stage makes it.
+        UserError: nothing there, or a file of its pixels or names is missing or cut; the message says which stage
+            makes it.
     """
     if not (Path(path) / "zarr.json").exists():
         raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{Path(path).stem}")
@@ -125,7 +126,15 @@ def open_images(path: Path) -> "xr.Dataset":
         _check_files(Path(path) / name)
     import xarray as xr  # takes half a second, which processes that only write would wait for
 
-    return xr.open_zarr(path, chunks=None)
+    opened = xr.open_zarr(path, chunks=None)
+    for name in ("sample", "split", "band"):
+        if "" in opened[name].values:  # what zarr reads where a file is missing
+            raise UserError(f"A file of {Path(path) / name} is missing. {_again(Path(path))}")
+    return opened
+
+
+def _again(store: Path) -> str:
+    return f"Delete {store} and make it again with: dvc repro prepare@{store.stem}"
 
 
 def _check_files(array: Path) -> None:
@@ -141,10 +150,7 @@ def _check_files(array: Path) -> None:
         name = ".".join(["c", *map(str, place)])
         if (found := there.get(name)) != size:
             what = "is missing" if found is None else f"has {found} of {size} bytes"
-            raise UserError(
-                f"{array / name} {what}. Delete {array.parent} and make it again with: dvc repro "
-                f"prepare@{array.parent.stem}"
-            )
+            raise UserError(f"{array / name} {what}. {_again(array.parent)}")
 
 
 def label_dims(task: str) -> tuple[str, ...]:

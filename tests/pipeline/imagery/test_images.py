@@ -88,3 +88,12 @@ def test_a_lost_or_cut_file_is_named(store, tmp_path, name):
     (damaged / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
         images.open_images(damaged)
+
+
+@pytest.mark.parametrize("name", ["sample", "split", "band"])
+def test_a_lost_file_of_names_is_named(store, tmp_path, name):
+    damaged = tmp_path / "sample-trees.zarr"
+    shutil.copytree(store("sample-trees"), damaged)
+    shutil.rmtree(damaged / name / "c")
+    with pytest.raises(UserError, match=f"A file of .*sample-trees.zarr/{name} is missing.*dvc repro prepare@"):
+        images.open_images(damaged)
