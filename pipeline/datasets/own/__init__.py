@@ -86,7 +86,7 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     chips = list(reader.chips.values())
     first = chips[0].picture
     height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
-    located = all(chip.picture.crs for chip in chips) and (reader.mask or not reader.size)
+    located = all(chip.picture.crs for chip in chips)
     return Stream(
         sample=list(reader.chips),
         split=[*deal, *[UNLABELLED] * len(more)],
@@ -100,9 +100,10 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
         display=options.display or None,
         notes=notes,
         crs=[chip.picture.crs for chip in chips] if located else None,
-        transform=np.array(
-            [chip.picture.window_transform(chip.row, chip.column) for chip in chips]
-        ) if located else None,
+        transform=np.array([
+            chip.picture.resampled_transform(reader.size) if reader.size and not reader.mask
+            else chip.picture.window_transform(chip.row, chip.column) for chip in chips
+        ]) if located else None,
         read=reader,
         verify=functools.partial(verify, options),
         shape=(len(options.bands), height, width),
@@ -130,8 +131,7 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
         raise UserError(f"labels fits {len(paths)} tables, {paths[0].name}, {paths[1].name}, ...; name one.")
     needed = ("file", options.label_column, *(("split",) if options.split == "column" else ()))
     frame = table(paths[0], images, needed, options.classes, several)
-    chips, sizes = {}, {}
-    notes = [f"images resampled to {dataset.chip} px, bilinear"] if dataset.chip else []
+    chips, sizes, notes = {}, {}, []
     pictures = each(frame.path, lambda path: picture(Path(path), options.bands), options.skip_bad, notes)
     for row in frame[frame.path.isin(pictures)].to_dict("records"):
         one = pictures[row["path"]]
@@ -146,6 +146,8 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
     if len(sizes) > 1 and not dataset.chip:
         said = ", ".join(f"{path} has {h} x {w} px" for (h, w), path in list(sizes.items())[:3])
         raise UserError(f"Images differ in size: {said}. Give a chip, in pixels, to which all are resampled.")
+    if dataset.chip and sizes.keys() != {(dataset.chip, dataset.chip)}:
+        notes.append(f"images resampled to {dataset.chip} px, bilinear")
     classes = frame.attrs["classes"]
     if "split" in frame and options.split != "column":
         notes.append(f"the table's column split is not used, since split is {options.split}")

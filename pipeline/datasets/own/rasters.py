@@ -110,6 +110,11 @@ class Picture:
         """Affine coefficients of a window that begins at a pixel."""
         return tuple(rasterio.Affine(*self.transform) @ rasterio.Affine.translation(column, row))[:6]
 
+    def resampled_transform(self, size: int) -> tuple[float, ...]:
+        """Affine coefficients of all of it, resampled to a side of `size` pixels."""
+        scale = rasterio.Affine.scale(self.width / size, self.height / size)
+        return tuple(rasterio.Affine(*self.transform) @ scale)[:6]
+
 
 def files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
     """Files below a folder that fit a pattern, or several.

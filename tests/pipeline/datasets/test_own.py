@@ -145,6 +145,17 @@ def test_images_with_a_table(tiles, tmp_path):
         np.testing.assert_array_equal(one.image, file.read())
     small = prepared(tile_block(tiles, task="classification", chip=64, block=128, options=options), tmp_path)
     assert small.read("images/tile_0000_0128").image.shape == (3, 64, 64)
+    # Both lie where the file does, in pixels of 10 m and of 20 m.
+    place = small.sample.index("images/tile_0000_0128")
+    same = prepared(tile_block(tiles, task="classification", chip=128, block=128, options=options), tmp_path)
+    for made, side in ((stream, 10), (same, 10), (small, 20)):
+        with rasterio.open(folder / "images/tile_0000_0128.tif") as file:
+            assert made.crs[place] == file.crs.to_wkt()
+            corner = file.transform.c, file.transform.f
+        a, b, c, d, e, f = made.transform[place]
+        assert (a, b, c, d, e, f) == pytest.approx((side, 0, corner[0], 0, -side, corner[1]))
+    assert small.notes[0] == "images resampled to 64 px, bilinear"
+    assert not any("resampled" in note for note in same.notes)
     written = imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
     assert sum(written.counts.values()) == 48
 
@@ -268,8 +279,8 @@ def test_polygons_that_do_not_fit_are_refused(raw, tmp_path):
     assert chosen.notes[0].startswith("polygons of forest, grass, meadow")
 
 
-def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path):
-    section = (ROOT / "README.md").read_text().split("## Your own data")[1]
+def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path, monkeypatch):
+    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
     blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
     assert list(blocks) == ["my-scene", "my-tiles", "my-chips"]
     made = {name: build(Dataset, block, name) for name, block in blocks.items()}
@@ -281,3 +292,9 @@ def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path):
     assert stream.classes == ("farm", "forest", "meadow", "water")
     assert stream.shape == (3, 128, 128)
     assert {*stream.split} == {"train", "val", "test"}
+    (tmp_path / "data/images").mkdir(parents=True)
+    imagestore.write(stream, tmp_path / "scratch", tmp_path / "data/images/my-scene.zarr", workers=1)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
+    with rasterio.open("map.tif") as file:
+        assert file.res == (10, 10)
