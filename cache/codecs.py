@@ -7,11 +7,12 @@ any reader sees ordinary floats. `int8` stores each map's channels as 8-bit step
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numcodecs import blosc
-from numcodecs.bitround import BitRound
-from zarr.codecs import BloscCodec
+
+if TYPE_CHECKING:
+    from zarr.codecs import BloscCodec
 
 LEVEL = 5
 _COMPRESSION = {"lz4": "lz4", "zstd": "zstd", "bitround": "zstd"}
@@ -49,8 +50,10 @@ class Codec:
         """The dtype on disk of features whose reader gets `dtype`."""
         return "int8" if self.scaled else dtype
 
-    def compressor(self) -> BloscCodec | None:
+    def compressor(self) -> "BloscCodec | None":
         """What the arrays' metadata says of each chunk's compression."""
+        from zarr.codecs import BloscCodec
+
         name = _COMPRESSION.get(self.name)
         return BloscCodec(cname=name, clevel=LEVEL, shuffle="shuffle") if name else None
 
@@ -58,6 +61,8 @@ class Codec:
         """The bytes of one chunk (C order)."""
         if self.name not in _COMPRESSION:
             return chunk.data.cast("B")
+        from numcodecs import blosc
+
         name = _COMPRESSION[self.name].encode()
         return blosc.compress(chunk, name, LEVEL, blosc.SHUFFLE, 0, typesize=chunk.dtype.itemsize)
 
@@ -68,6 +73,8 @@ class Codec:
             ValueError: NaN or infinite values for int8, which has no place for them.
         """
         if self.name == "bitround":
+            from numcodecs.bitround import BitRound
+
             rounded = BitRound(self.keepbits).decode(BitRound(self.keepbits).encode(values.copy()))
             rounded = rounded.view(values.dtype).reshape(values.shape)
             # Rounding would turn NaN into a number and the largest numbers into infinity.

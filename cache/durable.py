@@ -1,14 +1,11 @@
 """Bytes that are safe on disk, and folders that appear at their final name in one step."""
 
-import asyncio
 import os
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-
-from zarr.core.sync import sync
 
 # Files flushed at once.
 _FLUSHES = 16
@@ -89,14 +86,21 @@ def building(scratch: Path, final: Path):
         yield scratch
         publish(scratch, final)
     finally:
-        sync(_settled())
+        _settle()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-async def _settled() -> None:
+def _settle() -> None:
     """Wait for zarr's writes under way: when one fails it reports at once and lets those beside it go on."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.gather(*others, return_exceptions=True)
+    import asyncio
+
+    from zarr.core.sync import sync  # here, since zarr takes a quarter of a second to import
+
+    async def settled():
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+    sync(settled())
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -1,14 +1,20 @@
-"""The contract of cache/README.md in code: names, layout, and how an array is laid down."""
+"""The contract of cache/README.md in code: names, layout, and how an array is laid down.
+
+zarr, which takes a quarter of a second to import, is imported by what needs it: processes that only read raw files do
+not wait for it.
+"""
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import zarr
-from zarr.errors import ZarrUserWarning
 
 from cache.codecs import NONE, Codec
+
+if TYPE_CHECKING:
+    import zarr
 
 CONTRACT = "2"
 DTYPES = ("float16", "float32")
@@ -104,6 +110,8 @@ class Layout:
 
 def create(path: Path, layout: Layout) -> None:
     """Lay down the groups and empty arrays of a store that is yet to be filled."""
+    import zarr
+
     root = zarr.open_group(path, mode="w", zarr_format=3)
     root.attrs.update({"contract": CONTRACT, "dtype": layout.dtype, "codec": layout.codec.label})
     for name in ("sample", "split"):
@@ -141,7 +149,7 @@ def create(path: Path, layout: Layout) -> None:
         )
 
 
-def put_array(group: zarr.Group, name: str, values, dims, *, chunks=None, attributes=None) -> None:
+def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attributes=None) -> None:
     """Write a whole array with named dimensions, uncompressed; an object array is written as text."""
     values = np.asarray(values)
     array = group.create_array(
@@ -156,8 +164,11 @@ def put_array(group: zarr.Group, name: str, values, dims, *, chunks=None, attrib
     array[...] = values
 
 
-def consolidate(group: zarr.Group) -> None:
+def consolidate(group: "zarr.Group") -> None:
     """Gather all metadata in the root's zarr.json, so that xarray opens the store with one read."""
+    import zarr
+    from zarr.errors import ZarrUserWarning
+
     with warnings.catch_warnings():
         # Readers that do not know consolidated metadata ignore it; zarr-python warns that they may.
         warnings.filterwarnings("ignore", category=ZarrUserWarning, message="Consolidated metadata")

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.imagery.images import UNLABELLED, Images, Sample, Stream, check_label, check_no_label, check_place
 
 # Means are taken of every so many pixels each way: bands differ by far more than that changes.
-_THIN = 4
+_THIN = 8
 # So many samples are fetched from the disk while others are worked on: enough to hide what a disk takes to answer.
 _AHEAD = 16
 # Bytes. What is written past the system's cache begins and ends at multiples of it; no common disk has larger blocks.

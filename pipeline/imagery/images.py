@@ -100,7 +100,7 @@ class Stream(Described):
         read: from a sample's name, and memory that its image may be read into, to the sample; it is sent to other
             processes. It raises UserError for a sample that is damaged.
         shape, dtype: of every image.
-        verify: looks at the mean of each band over all samples (of every fourth pixel each way) and raises
+        verify: looks at the mean of each band over all samples (of every eighth pixel each way) and raises
             UserError if they cannot be those of this dataset; None where nothing is known of them.
         ahead: given names of samples that will be read soon, has the system fetch their files meanwhile; None where
             nothing can be fetched.
@@ -216,6 +216,8 @@ def check_label(label: np.ndarray, images: Described) -> None:
     """Refuse a label, or labels, outside the classes."""
     if images.task == "multilabel":
         allowed = ((label == 0) | (label == 1)).all() and label.shape[-1] == len(images.classes)
+    elif label.dtype.kind == "u" and label.size and label.max() < len(images.classes):  # as nearly all are
+        allowed = True
     else:
         outside = (label < 0) | (label >= len(images.classes))
         allowed = not (outside & (label != IGNORE) if images.task == "segmentation" else outside).any()

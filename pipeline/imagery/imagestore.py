@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
 from cache.durable import building
@@ -84,6 +83,8 @@ def write(dataset: Images | Stream, scratch: Path, final: Path, workers: int = 0
 
 
 def _write(dataset: Images | Stream, scratch: Path, workers: int, skip_bad: bool, left_out: dict) -> None:
+    import zarr  # here, since processes that only read for the one that writes would wait for it
+
     group = zarr.open_group(scratch, mode="w", zarr_format=3)
     count = len(dataset.sample)
     held = isinstance(dataset, Images)
@@ -172,7 +173,7 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     pool = ProcessPoolExecutor(others, context, initializer=_begin, initargs=given)
     here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
     # Twice: each has a next chunk when it ends one, and does not wait until this thread hands it out.
-    idle, busy = [here, *[pool] * others] * 2, {}
+    idle, busy, failed = [here, *[pool] * others] * 2, {}, True
     try:
         for start in starts:
             if not idle:
@@ -183,13 +184,15 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
             place = idle.pop(0)
             busy[place.submit(_next, start)] = place
         yield from (done.result() for done in as_completed(busy))
+        failed = False
     except BrokenProcessPool:
         raise UserError(
             "A process that read images was killed, perhaps because memory ran out. Run the same command again; "
             "with fewer processors (taskset) it needs less."
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        # None may write after a failure. With nothing left to write, they end while this one goes on.
+        pool.shutdown(wait=failed, cancel_futures=True)
         here.shutdown(cancel_futures=True)
 
 

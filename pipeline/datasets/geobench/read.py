@@ -28,8 +28,8 @@ _PLACES = {
 _ALL = h5s.ALL
 # A little more than 255: what rounding took from a byte over 255 must not cost a whole one when the rest is cut off.
 _OVER_255 = np.float32(255.0003)
-# How far a byte over 255 may be from itself in single precision.
-_ROUNDING = 1e-6
+# More than is cut off of a byte over 255 times that, .0003 and rounding.
+_CUT_OFF = np.float32(0.0004)
 
 
 def _access() -> h5p.PropFAID:
@@ -121,7 +121,9 @@ class Reader:
         mask = mask.reshape(mask.shape[:2])
         if mask.shape != (size, size):
             raise UserError(f"its label has the shape {array.shape}; {self.declared.name} has {size} x {size} px")
-        if mask.min() < 0 or mask.max() >= count or (mask.dtype.kind == "f" and (mask % 1).any()):
+        # Whole numbers without their sign: what is negative is then greater than any class.
+        whole = mask.view(mask.dtype.str.replace("i", "u"))
+        if not 0 <= whole.max() < count or (mask.dtype.kind == "f" and (mask.min() < 0 or (mask % 1).any())):
             strange = sorted({value for value in np.unique(mask).tolist() if value not in range(count)})
             raise UserError(f"its label has {strange[:5]}; {self.declared.name} has the classes 0 to {count - 1}")
         mask = mask.astype(np.uint8)
@@ -161,18 +163,23 @@ class Reader:
 
 
 def _into_bytes(values: np.ndarray, out: np.ndarray) -> float | None:
-    """Put float32 pixels of a picture that was divided by 255 into uint8; returns one that was not, if any."""
+    """Put float32 pixels of a picture that was divided by 255 into uint8; returns one that was not, if any.
+
+    `values` is overwritten.
+    """
     with np.errstate(invalid="ignore"):
-        np.multiply(values, _OVER_255, out=out, casting="unsafe")
-    error = np.multiply(out, np.float32(1 / 255), out=_memory(values.shape, values.dtype, 1), dtype=np.float32)
-    error -= values
-    if error.min() > -_ROUNDING and error.max() < _ROUNDING:
+        np.multiply(values, _OVER_255, out=values)
+        np.copyto(out, values, casting="unsafe")
+        np.subtract(values, out, out=values)  # what was cut off
+    # As whole numbers, the bits of what is negative or no number are greater than those of any positive one.
+    if values.view(np.uint32).max() < _CUT_OFF.view(np.uint32):
         return None
-    return float(values[~(np.abs(error) < _ROUNDING)][0])
+    strange = ~(values < _CUT_OFF) | (values < 0)
+    return float((values[strange][0] + out[strange][0]) / _OVER_255) if strange.any() else None  # -0. is no stranger
 
 
-@functools.lru_cache(maxsize=3)
-def _memory(shape: tuple[int, ...], dtype: np.dtype, which: int = 0) -> np.ndarray:
+@functools.lru_cache(maxsize=2)
+def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Memory that masks, or bands, are read into in turn: for so much, the system would be asked again each time."""
     return np.empty(shape, dtype)
 
@@ -211,9 +218,10 @@ def _text(file: h5f.FileID) -> str | None:
         attribute = h5a.open(file, b"pickle")
     except KeyError:
         return None
-    if attribute.shape != () or h5py.check_string_dtype(attribute.dtype) is None:
+    kind = attribute.dtype
+    if attribute.shape != () or h5py.check_string_dtype(kind) is None:
         return None
-    text = np.empty((), attribute.dtype)
+    text = np.empty((), kind)
     attribute.read(text)
     return text[()].decode(errors="surrogateescape")
 

@@ -51,9 +51,10 @@ def test_pictures_over_255_become_the_bytes_that_they_were(copied, stream, tmp_p
         assert ours.max() > 200
         # What a network is given is the same, to the last digit.
         np.testing.assert_array_equal(np.divide(ours, np.float32(255), dtype=np.float32), theirs)
-    # All bytes, divided by 255 or multiplied by what is nearly 1/255, and in double precision.
+    # All bytes, divided by 255 or multiplied by what is nearly 1/255, in double precision, and with a negative 0.
     whole = np.resize(np.arange(256, dtype=np.uint8), (256, 256))
     ways = [np.divide(whole, 255, dtype=np.float32), whole * np.float32(1 / 255), whole / 255]
+    ways.append(np.where(whole == 0, np.float32(-0.0), ways[0]))
     for values in ways:
         with h5py.File(folder / "id_0001.hdf5", "r+") as file:
             del file["Red"]

@@ -111,10 +111,22 @@ def test_the_first_file_may_be_the_damaged_one(copied, stream, tmp_path):
 def test_a_mask_with_strange_values_is_refused(copied, stream):
     root, folder = copied("m-pv4ger-seg")
     made = stream(root, "m-pv4ger-seg")
-    for value in (2, 255):
-        change("label", np.full((320, 320), value, np.uint8))(folder / f"{made.sample[0]}.hdf5")
-        with pytest.raises(UserError, match=rf"label has \[{value}\]; m-pv4ger-seg has the classes 0 to 1"):
-            made.read(made.sample[0])
+    strange = {
+        "u1": (2, 255),
+        "<i8": (-1, -(2**63), 2),
+        ">i4": (-1, 1 << 24),
+        "f4": (-1.0, 0.5, 2.0),
+        "f8": (-1.0, 256.0),
+    }
+    for kind, values in strange.items():
+        for value in values:
+            mask = np.zeros((320, 320), kind)
+            change("label", mask)(folder / f"{made.sample[0]}.hdf5")
+            np.testing.assert_array_equal(made.read(made.sample[0]).label, 0)
+            mask[100, 200] = value
+            change("label", mask)(folder / f"{made.sample[0]}.hdf5")
+            with pytest.raises(UserError, match=rf"label has \[{value}\]; m-pv4ger-seg has the classes 0 to 1"):
+                made.read(made.sample[0])
 
 
 @pytest.mark.parametrize(("split", "words"), [("train", "twice in train"), ("test", "in train and in test")])
