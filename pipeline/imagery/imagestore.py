@@ -9,11 +9,13 @@ import hashlib
 import math
 import multiprocessing
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import numpy as np
@@ -168,9 +170,13 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     if not others:
         yield from (bring(dataset, scratch, start, chunk, skip_bad) for start in starts)
         return
+    # Not as arguments: a process that dies before it has read more of them than a pipe holds is waited for for ever.
+    pickled = pickle.dumps(given)
+    handed = SharedMemory(create=True, size=len(pickled))
+    handed.buf[: len(pickled)] = pickled
     # Started afresh, not forked: zarr's threads would not survive it. That takes a second: this process works too.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(others, context, initializer=_begin, initargs=given)
+    pool = ProcessPoolExecutor(others, context, initializer=_take, initargs=(handed.name,))
     here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
     # Twice: each has a next chunk when it ends one, and does not wait until this thread hands it out.
     idle, busy, failed = [here, *[pool] * others] * 2, {}, True
@@ -194,6 +200,8 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
         # None may write after a failure. With nothing left to write, they end while this one goes on.
         pool.shutdown(wait=failed, cancel_futures=True)
         here.shutdown(cancel_futures=True)
+        handed.close()
+        handed.unlink()
 
 
 _mine: tuple = ()
@@ -202,6 +210,12 @@ _mine: tuple = ()
 def _begin(*given) -> None:
     global _mine
     _mine = given
+
+
+def _take(name: str) -> None:
+    handed = SharedMemory(name)
+    _begin(*pickle.loads(handed.buf))
+    handed.close()
 
 
 def _next(start: int) -> Piece:

@@ -55,14 +55,8 @@ def check(options: Options, dataset: Dataset, where: str) -> None:
         raise UserError(f"{where}: split is '{options.split}'; it must be blocks, random or column.")
     if options.split == "column" and not is_table(options):
         raise UserError(f"{where}: split is column, and only a CSV of labels has columns.")
-    if options.split != "column" and not dataset.splits:
-        raise UserError(f"{where} lacks: splits. Give the shares of train, val and test.")
-    if options.split == "blocks" and not dataset.block:
-        raise UserError(
-            f"{where} lacks: block, the side in pixels of the squares of ground dealt to the splits whole."
-        )
-    if not is_table(options) and not dataset.chip:
-        raise UserError(f"{where} lacks: chip, the side in pixels of the chips to cut.")
+    if lacking := _lacking(options, dataset):
+        raise UserError(f"{where} lacks: {'; '.join(lacking)}.")
     low, high = options.display if len(options.display) == 2 else (0.0, 0.0 if options.display else 1.0)
     if not -1 <= low < high <= _REFLECTANCE:
         raise UserError(
@@ -81,6 +75,18 @@ def check(options: Options, dataset: Dataset, where: str) -> None:
         raise UserError(
             f"{where}: time is '{options.time}'; write it as 2017-02-16 or 2017-02-16T10:21:01."
         ) from None
+
+
+def _lacking(options: Options, dataset: Dataset) -> list[str]:
+    """The keys that such data need and the block does not give, in words."""
+    lacks = {
+        "splits, the shares of train, val and test": options.split != "column" and not dataset.splits,
+        "block, the side in pixels of the squares of ground dealt to the splits whole": (
+            options.split == "blocks" and not dataset.block
+        ),
+        "chip, the side in pixels of the chips to cut": not is_table(options) and not dataset.chip,
+    }
+    return [key for key, lacking in lacks.items() if lacking]
 
 
 def is_table(options: Options) -> bool:

@@ -214,6 +214,7 @@ REFUSED = {
     "no chip": ({"chip": 0}, "lacks: chip"),
     "no block": ({"block": 0}, "lacks: block"),
     "no splits": ({"splits": None}, "lacks: splits"),
+    "none of the three": ({"splits": None, "block": 0, "chip": 0}, "lacks: splits.*; block.*; chip"),
     "too large chips": ({"chip": 256}, "No image has 256 px on both sides"),
     "too few blocks": ({"block": 1024}, "cannot fill three splits"),
     "time": ({"options": {"time": "16.2.2017"}}, "time is '16.2.2017'"),

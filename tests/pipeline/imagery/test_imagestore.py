@@ -3,6 +3,11 @@
 import dataclasses
 import errno
 import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -77,6 +82,47 @@ def test_a_damaged_sample_in_another_process_is_named_or_left_out(tmp_path, monk
     written = imagestore.write(damaged, tmp_path / "scratch", tmp_path / "store", workers=1, skip_bad=True)
     assert written.left_out == {"s90": "s90.tif is damaged"}
     assert xr.open_zarr(tmp_path / "store").sizes["sample"] == 19
+
+
+def killed_in_another_process(name: str, out=None) -> Sample:
+    if multiprocessing.parent_process():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read("classification", name)
+
+
+def test_a_process_that_is_killed_ends_it_with_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagestore, "CHUNK", 2)
+    monkeypatch.setattr(imagestore, "_FEW", 2)
+    with pytest.raises(UserError, match="A process that read images was killed"):
+        imagestore.write(stream(read=killed_in_another_process), tmp_path / "scratch", tmp_path / "store", workers=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Each process that is started runs a script's own lines before it is told what to do.
+SCRIPT = """
+import multiprocessing, os, signal
+from pathlib import Path
+
+if multiprocessing.parent_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+from pipeline.imagery import imagestore
+from tests.pipeline.imagery.test_imagestore import stream
+
+names = [f"s{number % 50:0{number // 50 + 2}d}" for number in range(4000)]  # more bytes than a pipe holds
+many = stream(sample=names, split=["train", "val", "test", "test"] * 1000)
+imagestore.write(many, Path("scratch"), Path("store"), workers=2)
+"""
+
+
+def test_a_process_that_dies_before_it_begins_is_not_waited_for(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    here = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=here, capture_output=True, text=True, timeout=60
+    )
+    assert "UserError: A process that read images was killed" in done.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["script.py"]
 
 
 def test_every_sample_is_fetched_before_it_is_read_and_few_at_a_time(tmp_path, monkeypatch):
