@@ -11,7 +11,6 @@ ratios by seconds of processor time, which other programs change less; waiting f
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -157,8 +156,6 @@ def _read(root: Path, name: str) -> None:
 
 def _prepare(root: Path, name: str, workers: int) -> None:
     imagestore.write(_stream(root, name), root / "scratch", root / "store.zarr", workers)
-    for process in multiprocessing.active_children():  # may be ending still
-        process.join()
 
 
 _ALONE = """

@@ -179,7 +179,7 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     pool = ProcessPoolExecutor(others, context, initializer=_take, initargs=(handed.name,))
     here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
     # Twice: each has a next chunk when it ends one, and does not wait until this thread hands it out.
-    idle, busy, failed = [here, *[pool] * others] * 2, {}, True
+    idle, busy = [here, *[pool] * others] * 2, {}
     try:
         for start in starts:
             if not idle:
@@ -190,15 +190,13 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
             place = idle.pop(0)
             busy[place.submit(_next, start)] = place
         yield from (done.result() for done in as_completed(busy))
-        failed = False
     except BrokenProcessPool:
         raise UserError(
             "A process that read images was killed, perhaps because memory ran out. Run the same command again; "
             "with fewer processors (taskset) it needs less."
         ) from None
     finally:
-        # None may write after a failure. With nothing left to write, they end while this one goes on.
-        pool.shutdown(wait=failed, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
         here.shutdown(cancel_futures=True)
         handed.close()
         handed.unlink()
