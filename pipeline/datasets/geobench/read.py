@@ -27,9 +27,9 @@ _PLACES = {
 }
 _ALL = h5s.ALL
 # A little more than 255: what rounding took from a byte over 255 must not cost a whole one when the rest is cut off.
-_OVER_255 = np.float32(255.0003)
-# More than is cut off of a byte over 255 times that, .0003 and rounding.
-_CUT_OFF = np.float32(0.0004)
+_OVER_255 = np.float32(255.0002)
+# More than is cut off of a byte over 255 times that, .0002 and rounding: values are at most 1e-6 from such a byte's.
+_CUT_OFF = np.float32(0.000255)
 
 
 def _access() -> h5p.PropFAID:
