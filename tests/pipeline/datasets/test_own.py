@@ -1,4 +1,4 @@
-"""Data of one's own, made from the sample scene: three ways in, and what is refused."""
+"""Data of one's own, made from the sample scene: three ways in, and the way back on a map."""
 
 import dataclasses
 import re
@@ -199,85 +199,6 @@ def test_predictions_go_back_on_the_map(raw, tmp_path):
     maps.geotiff(store, range(3), label[:3], tmp_path / "new" / "map.tif")
     with pytest.raises(UserError, match="no place on a map"):
         maps.geotiff(store.drop_vars(["crs"]), [0], store.label.values[:1], tmp_path / "x.tif")
-
-
-REFUSED = {
-    "units": ({"options": {"units": "dm"}}, "units 'dm' are not known"),
-    "an unknown option": ({"options": {"bandz": 1}}, "unknown key: bandz"),
-    "no such images": (
-        {"options": {"images": "images/*.tiff"}},
-        r"has no file like images/\*.tiff. It has: images, masks",
-    ),
-    "bands": ({"options": {"bands": BANDS}}, "has 3 bands, and 13 are described"),
-    "no classes": ({"options": {"classes": []}}, "list the classes"),
-    "values": ({"options": {"classes": ["farm"]}}, "has the value [1-6]; the classes are 0 to 0, and 255 is ignored"),
-    "no chip": ({"chip": 0}, "lacks: chip"),
-    "no block": ({"block": 0}, "lacks: block"),
-    "no splits": ({"splits": None}, "lacks: splits"),
-    "none of the three": ({"splits": None, "block": 0, "chip": 0}, "lacks: splits.*; block.*; chip"),
-    "too large chips": ({"chip": 256}, "No image has 256 px on both sides"),
-    "too few blocks": ({"block": 1024}, "cannot fill three splits"),
-    "time": ({"options": {"time": "16.2.2017"}}, "time is '16.2.2017'"),
-    "a split rule": ({"options": {"split": "chips"}}, "it must be blocks, random or column"),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_fit_is_refused(tiles, tmp_path, what):
-    changes, words = REFUSED[what]
-    block = tile_block(tiles, **changes)
-    with pytest.raises(UserError, match=words):
-        prepared(block, tmp_path)
-
-
-def test_a_table_that_does_not_fit_is_refused(tiles, tmp_path):
-    folder, options = labelled(tiles, tmp_path)
-    block = tile_block(tiles, task="classification", chip=0, block=128, options=options)
-    table = pd.read_csv(folder / "labels.csv")
-    for change, words in (
-        ({"file": ["no.tif", *table.file[1:]]}, "lists no.tif, and there is no such image"),
-        ({"file": [table.file[1], *table.file[1:]]}, "lists tile_0000_0128.tif twice"),
-        ({"label": ["", *table.label[1:]]}, "tile_0000_0000.tif has no label"),
-    ):
-        table.assign(**change).to_csv(folder / "labels.csv", index=False)
-        with pytest.raises(UserError, match=words):
-            prepared(block, tmp_path)
-    table.drop(columns="label").to_csv(folder / "labels.csv", index=False)
-    with pytest.raises(UserError, match="has no column 'label'. It has: file"):
-        prepared(block, tmp_path)
-    with rasterio.open(folder / "images/tile_0000_0000.tif") as file:
-        small = file.read(window=Window(0, 0, 100, 100))
-        profile = {**file.profile, "height": 100, "width": 100}
-    with rasterio.open(folder / "images/tile_0000_0000.tif", "w", **profile) as file:
-        file.write(small)
-    table.to_csv(folder / "labels.csv", index=False)
-    with pytest.raises(UserError, match="Images differ in size: .* has 100 x 100 px.* Give a chip"):
-        prepared(block, tmp_path)
-    assert prepared(dataclasses.replace(block, chip=64), tmp_path).shape == (3, 64, 64)
-
-
-def test_a_damaged_image_is_named_or_left_out(tiles, tmp_path):
-    folder, options = labelled(tiles, tmp_path)
-    stream = prepared(tile_block(tiles, task="classification", chip=0, block=128, options=options), tmp_path)
-    path = folder / "images/tile_0000_0128.tif"
-    path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match="tile_0000_0128.tif cannot be read"):
-        imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
-    written = imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1, skip_bad=True)
-    assert list(written.left_out) == ["images/tile_0000_0128"]
-
-
-def test_polygons_that_do_not_fit_are_refused(raw, tmp_path):
-    for options, words in (
-        ({"label_column": "klass"}, "has no column 'klass'. It has: "),
-        ({"classes": ["farm", "glacier"]}, "has no polygon of glacier. Its 'fclass' has: farm, forest"),
-        ({"images": "*_B0[2-4].jp2"}, "Band B01 should be in the name of one file; it is in 0 of"),
-    ):
-        with pytest.raises(UserError, match=words):
-            prepared(scene_block(raw, options=options), tmp_path)
-    chosen = prepared(scene_block(raw, options={"classes": ["water", "farm"]}), tmp_path)
-    assert chosen.classes == ("water", "farm")
-    assert chosen.notes[0].startswith("polygons of forest, grass, meadow")
 
 
 def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path, monkeypatch):
