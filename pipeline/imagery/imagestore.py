@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -211,9 +212,16 @@ def _begin(*given) -> None:
 
 
 def _take(name: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     handed = SharedMemory(name)
     _begin(*pickle.loads(handed.buf))
     handed.close()
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would wait for more to do for ever, and might write beside the next run's."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _next(start: int) -> Piece:

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +125,52 @@ def test_a_process_that_dies_before_it_begins_is_not_waited_for(tmp_path):
     )
     assert "UserError: A process that read images was killed" in done.stderr
     assert [one.name for one in tmp_path.iterdir()] == ["script.py"]
+
+
+SLOW = """
+import os, time
+from pathlib import Path
+from pipeline.imagery import imagestore
+from tests.pipeline.imagery import test_imagestore as tests
+
+def slow(name, out=None):
+    (Path("by") / str(os.getpid())).touch()
+    time.sleep(0.05)
+    return tests.read("classification", name)
+
+if __name__ == "__main__":
+    Path("by").mkdir()
+    imagestore.CHUNK, imagestore._FEW = 1, 2
+    imagestore.write(tests.stream(read=slow, sample=[f"s{0:0{n}d}" for n in range(2, 402)],
+                                  split=["train", "val", "test", "test"] * 100), Path("scratch"), Path("store"), 2)
+"""
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    (tmp_path / "script.py").write_text(SLOW)
+    here = {**os.environ, "PYTHONPATH": os.getcwd()}
+    before = set(Path("/dev/shm").glob("psm_*"))
+    with subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=here, stderr=subprocess.DEVNULL) as run:
+        assert (by := waited(lambda: {int(one.name) for one in (tmp_path / "by").glob("*")}, 2))
+        run.kill()
+    assert waited(lambda: [one for one in by if not alive(one)], 2)
+    assert waited(lambda: [] if set(Path("/dev/shm").glob("psm_*")) - before else [True], 1)
+
+
+def waited(found, many: int):
+    """What was found, once it is so many things, within half a minute."""
+    for _ in range(300):
+        if len(now := found()) >= many:
+            return now
+        time.sleep(0.1)
+    return None
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_every_sample_is_fetched_before_it_is_read_and_few_at_a_time(tmp_path, monkeypatch):
