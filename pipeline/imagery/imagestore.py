@@ -20,7 +20,6 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from cache.durable import building
 from cache.schema import CHUNK_KEYS, consolidate, put_array
@@ -40,6 +39,7 @@ from pipeline.imagery.images import (
 CHUNK, CHUNK_BYTES = 64, 32 << 20
 # Fewer chunks are written sooner by this process than others are started.
 _FEW = 16
+_THREADS = "OPENBLAS_NUM_THREADS"
 _DESCRIBED = {
     "wavelength": {"units": "micrometre"},
     "lat": {"units": "degrees_north"},
@@ -86,7 +86,8 @@ def write(dataset: Images | Stream, scratch: Path, final: Path, workers: int = 0
 
 
 def _write(dataset: Images | Stream, scratch: Path, workers: int, skip_bad: bool, left_out: dict) -> None:
-    import zarr  # here, since processes that only read for the one that writes would wait for it
+    import zarr  # both here, since processes that only read for the one that writes would wait for them
+    from tqdm import tqdm
 
     group = zarr.open_group(scratch, mode="w", zarr_format=3)
     count = len(dataset.sample)
@@ -178,6 +179,9 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     # Started afresh, not forked: zarr's threads would not survive it. That takes a second: this process works too.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(others, context, initializer=_take, initargs=(handed.name,))
+    # numpy's linear algebra, which they do not need, would start threads that wait by spinning on all processors.
+    threads = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "1"
     here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
     # Twice: each has a next chunk when it ends one, and does not wait until this thread hands it out.
     idle, busy = [here, *[pool] * others] * 2, {}
@@ -197,6 +201,7 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
             "with fewer processors (taskset) it needs less."
         ) from None
     finally:
+        os.environ.pop(_THREADS) if threads is None else os.environ.update({_THREADS: threads})
         pool.shutdown(cancel_futures=True)
         here.shutdown(cancel_futures=True)
         handed.close()
