@@ -70,7 +70,7 @@ class Reader:
 
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         """The sample of a name; its image is read into `out`, if that is given."""
-        path = self.folder / f"{name}.hdf5"
+        path = f"{self.folder}/{name}.hdf5"
         try:
             with opened(path) as file:
                 return self._sample(file, name, out)
@@ -164,7 +164,7 @@ class Reader:
 
 
 def _read(file: h5f.FileID, array: h5d.DatasetID, stored: np.dtype, values: np.ndarray) -> None:
-    """Read a dataset: where it lies in its file in one piece, as it is wanted, by the system alone, which is faster."""
+    """Read a dataset; by the system alone, which is faster, where it lies in one piece and as it is wanted."""
     offset = array.get_offset() if values.dtype == stored else None
     if offset is None:
         array.read(_ALL, _ALL, values, _type(values.dtype))
@@ -203,7 +203,7 @@ def _in_memory(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path):
+def opened(path: str | Path):
     """A file, open for reading, as h5py's low-level calls take it."""
     file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _ACCESS)
     try:

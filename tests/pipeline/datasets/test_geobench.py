@@ -7,9 +7,10 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+from h5py import h5d
 
 from pipeline.datasets import check, geobench
-from pipeline.datasets.geobench import download
+from pipeline.datasets.geobench import download, read
 from pipeline.errors import UserError
 from pipeline.imagery import images, imagestore
 from tests import geobench_files
@@ -171,6 +172,52 @@ def test_pixels_are_the_same_however_a_file_lays_them_down(copied, stream, way):
     into = np.zeros(made.shape, made.dtype)
     assert made.read("id_0003", into).image is into
     np.testing.assert_array_equal(into, before)
+
+
+def test_pixels_are_found_behind_a_user_block(copied, stream):
+    """Before HDF5's own bytes a file may hold others: places within it are counted from its very beginning."""
+    root, folder = copied("m-so2sat")
+    made = stream(root, "m-so2sat")
+    before = made.read("id_0003").image.copy()
+    with (
+        h5py.File(folder / "id_0003.hdf5") as file,
+        h5py.File(folder / "moved", "w", userblock_size=1024) as moved,
+    ):
+        for key in file:
+            file.copy(key, moved)
+        moved.attrs.update(file.attrs)
+    os.replace(folder / "moved", folder / "id_0003.hdf5")
+    np.testing.assert_array_equal(made.read("id_0003").image, before)
+
+
+def test_pixels_that_were_never_written_or_lie_in_a_file_of_their_own(copied, stream):
+    root, folder = copied("m-so2sat")
+    made = stream(root, "m-so2sat")
+    before = made.read("id_0003").image.copy()
+    with h5py.File(folder / "id_0003.hdf5", "r+") as file:
+        apart, never = (file[key][()] for key in ("02 - Blue", "03 - Green"))
+        del file["02 - Blue"], file["03 - Green"]
+        apart.tofile(folder / "apart.bin")
+        external = [(folder / "apart.bin", 0, apart.nbytes)]
+        file.create_dataset("02 - Blue", apart.shape, apart.dtype, external=external)
+        file.create_dataset("03 - Green", never.shape, never.dtype, fillvalue=0.5)
+    before[made.read.keys.index("03 - Green")] = 0.5
+    np.testing.assert_array_equal(made.read("id_0003").image, before)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(copied, stream, monkeypatch):
+    root, folder = copied("m-so2sat")
+    made = stream(root, "m-so2sat")
+    found = read.keys_of
+
+    def then_cut(file, declared):
+        there = found(file, declared)
+        os.truncate(folder / "id_0003.hdf5", h5d.open(file, there["12 - SWIR"]).get_offset() + 100)
+        return there
+
+    monkeypatch.setattr(read, "keys_of", then_cut)
+    with pytest.raises(UserError, match="id_0003.hdf5 cannot be read: it ends within its pixels"):
+        made.read("id_0003")
 
 
 def test_files_are_fetched_ahead_without_a_word(copied, stream):
