@@ -101,7 +101,7 @@ class Reader:
             array = h5d.open(file, there[key])
             values = _memory((size, size), np.dtype(np.float32)) if self.as_bytes else image[place]
             if array.shape == (size, size) and array.get_type() == _type(kind):
-                _read(file, array, kind, values)
+                _read(file, array, values, same=kind == values.dtype)
             else:
                 values[:] = _fitted(h5py.Dataset(array), key, size, values.dtype, declared)
             if self.as_bytes and (strange := _into_bytes(values, image[place])) is not None:
@@ -118,7 +118,7 @@ class Reader:
 
     def _mask(self, file: h5f.FileID, array: h5d.DatasetID) -> np.ndarray:
         mask, size, count = _memory(array.shape, array.dtype), self.declared.size, len(self.declared.classes)
-        _read(file, array, mask.dtype, mask)
+        _read(file, array, mask, same=array.get_type() == _type(mask.dtype))
         mask = mask.reshape(mask.shape[:2])
         if mask.shape != (size, size):
             raise UserError(f"its label has the shape {array.shape}; {self.declared.name} has {size} x {size} px")
@@ -163,9 +163,9 @@ class Reader:
             return np.datetime64("NaT", "s")
 
 
-def _read(file: h5f.FileID, array: h5d.DatasetID, stored: np.dtype, values: np.ndarray) -> None:
-    """Read a dataset; by the system alone, which is faster, where it lies in one piece and as it is wanted."""
-    offset = array.get_offset() if values.dtype == stored else None
+def _read(file: h5f.FileID, array: h5d.DatasetID, values: np.ndarray, same: bool) -> None:
+    """Read a dataset; by the system alone, which is faster, if it has the `same` type and lies in one piece."""
+    offset = array.get_offset() if same else None
     if offset is None:
         array.read(_ALL, _ALL, values, _type(values.dtype))
     elif os.preadv(file.get_vfd_handle(), [values], offset) < values.nbytes:

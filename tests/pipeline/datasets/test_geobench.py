@@ -7,7 +7,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
-from h5py import h5d
+from h5py import h5d, h5s, h5t
 
 from pipeline.datasets import check, geobench
 from pipeline.datasets.geobench import download, read
@@ -203,6 +203,23 @@ def test_pixels_that_were_never_written_or_lie_in_a_file_of_their_own(copied, st
         file.create_dataset("03 - Green", never.shape, never.dtype, fillvalue=0.5)
     before[made.read.keys.index("03 - Green")] = 0.5
     np.testing.assert_array_equal(made.read("id_0003").image, before)
+
+
+def test_a_mask_of_whole_numbers_of_another_make(copied, stream):
+    """Numbers of three bytes in four: as numpy has them they are integers, but not by their bytes."""
+    root, folder = copied("m-chesapeake-landcover")
+    made = stream(root, "m-chesapeake-landcover")
+    name = made.sample[0]
+    before = made.read(name).label
+    kind = h5t.STD_I32LE.copy()
+    kind.set_precision(24)
+    kind.set_offset(8)
+    with h5py.File(folder / f"{name}.hdf5", "r+") as file:
+        del file["label"]
+        space = h5s.create_simple(before.shape)
+        h5d.create(file.id, b"label", kind, space).write(h5s.ALL, h5s.ALL, before.astype("i4"))
+        assert file["label"].dtype == np.dtype("i4")
+    np.testing.assert_array_equal(made.read(name).label, before)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(copied, stream, monkeypatch):
