@@ -150,7 +150,10 @@ def create(path: Path, layout: Layout) -> None:
 
 
 def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attributes=None) -> None:
-    """Write a whole array with named dimensions, uncompressed; an object array is written as text."""
+    """Write a whole array with named dimensions, uncompressed; an object array is written as text.
+
+    Its file is there also if all values are zero: else nobody could tell that from a file that was lost.
+    """
     values = np.asarray(values)
     array = group.create_array(
         name,
@@ -160,6 +163,7 @@ def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attr
         compressors=None,
         dimension_names=dims,
         attributes=attributes or {},
+        config={"write_empty_chunks": True},
     )
     array[...] = values
 

@@ -12,8 +12,7 @@ what was left out, and the SHA-256 of the content, from which every later digest
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,40 +116,37 @@ def open_images(path: Path) -> "xr.Dataset":
     """The images store as a lazy xarray dataset.
 
     Raises:
-        UserError: nothing there, or a file of its pixels or names is missing or cut; the message says which stage
-            makes it.
+        UserError: nothing there, or a file of it is missing or cut; the message says which stage makes it.
     """
-    if not (Path(path) / "zarr.json").exists():
-        raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{Path(path).stem}")
-    for name in ("image", "label"):
-        _check_files(Path(path) / name)
+    path = Path(path)
+    if not (path / "zarr.json").exists():
+        raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{path.stem}")
+    of_all = json.loads((path / "zarr.json").read_text()).get("consolidated_metadata") or {"metadata": {}}
+    for name, described in of_all["metadata"].items():
+        _check_files(path / name, described)
     import xarray as xr  # takes half a second, which processes that only write would wait for
 
-    opened = xr.open_zarr(path, chunks=None)
-    for name in ("sample", "split", "band"):
-        if "" in opened[name].values:  # what zarr reads where a file is missing
-            raise UserError(f"A file of {Path(path) / name} is missing. {_again(Path(path))}")
-    return opened
+    return xr.open_zarr(path, chunks=None)
 
 
 def _again(store: Path) -> str:
     return f"Delete {store} and make it again with: dvc repro prepare@{store.stem}"
 
 
-def _check_files(array: Path) -> None:
-    """Refuse an array, of those that are written file by file, that lacks one: zarr would read zeros."""
-    described = json.loads((array / "zarr.json").read_text()) if (array / "zarr.json").exists() else {}
-    written_here = described.get("chunk_key_encoding", {}).get("configuration") == {"separator": "."}
-    if not written_here or [codec["name"] for codec in described["codecs"]] != ["bytes"]:
+def _check_files(array: Path, described: Mapping) -> None:
+    """Refuse an array that lacks a file, for which zarr would read zeros, or of which one is cut."""
+    codec, *others = (codec["name"] for codec in described["codecs"])
+    if others:  # not as all are written here: files may be left out that hold zeros alone
         return
     chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
-    size = math.prod(chunk) * np.dtype(described["data_type"]).itemsize
-    there = {entry.name: entry.stat().st_size for entry in os.scandir(array)}
+    size = math.prod(chunk) * np.dtype(described["data_type"]).itemsize if codec == "bytes" else None
+    separator = described["chunk_key_encoding"]["configuration"]["separator"]
     for place in np.ndindex(*(-(-side // step) for side, step in zip(described["shape"], chunk, strict=True))):
-        name = ".".join(["c", *map(str, place)])
-        if (found := there.get(name)) != size:
+        path = array / separator.join(["c", *map(str, place)])
+        found = path.stat().st_size if path.exists() else None
+        if found is None or (size and found != size):
             what = "is missing" if found is None else f"has {found} of {size} bytes"
-            raise UserError(f"{array / name} {what}. {_again(array.parent)}")
+            raise UserError(f"{path} {what}. {_again(array.parent)}")
 
 
 def label_dims(task: str) -> tuple[str, ...]:

@@ -167,8 +167,8 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
             names = ", ".join(path.name for path in (fit or paths)[:8])
             raise UserError(
                 f"Band {band.name} should be in the name of one file; it is in {len(fit)} of: {names}. "
-                "Polygons go with one scene: one file with all bands, or a file a band. Unlabelled scenes of a "
-                "file a band lie in a folder each."
+                "A scene, which maps and polygons are of, is one file with all bands, or a file a band. Unlabelled "
+                "scenes of a file a band lie in a folder each."
             )
         chosen.append(fit[0])
     with contextlib.ExitStack() as stack:

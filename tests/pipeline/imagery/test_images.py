@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -90,10 +91,23 @@ def test_a_lost_or_cut_file_is_named(store, tmp_path, name):
         images.open_images(damaged)
 
 
-@pytest.mark.parametrize("name", ["sample", "split", "band"])
-def test_a_lost_file_of_names_is_named(store, tmp_path, name):
-    damaged = tmp_path / "sample-trees.zarr"
-    shutil.copytree(store("sample-trees"), damaged)
-    shutil.rmtree(damaged / name / "c")
-    with pytest.raises(UserError, match=f"A file of .*sample-trees.zarr/{name} is missing.*dvc repro prepare@"):
-        images.open_images(damaged)
+@pytest.mark.parametrize("name", ["sample", "split", "band", "label", "lat", "lon", "time", "wavelength"])
+def test_a_lost_file_of_small_arrays_is_named(store, tmp_path, name):
+    """Else labels would all be the first class, and places lie in the Atlantic."""
+    damaged = tmp_path / "sample-landuse.zarr"
+    shutil.copytree(store("sample-landuse"), damaged)
+    images.open_images(damaged)
+    for lose in ((damaged / name / "c/0").unlink, partial(shutil.rmtree, damaged / name)):
+        lose()
+        with pytest.raises(UserError, match=f"sample-landuse.zarr/{name}/c/0 is missing.*dvc repro prepare@"):
+            images.open_images(damaged)
+
+
+def test_a_file_of_zeros_alone_is_there(prepared, tmp_path):
+    """zarr leaves out such files unless told not to; one that is lost could not be told from them."""
+    made = prepared("sample-landuse")
+    zeros = dataclasses.replace(made, label=np.zeros_like(made.label), lat=made.lat * 0, lon=made.lon * 0)
+    imagestore.write(zeros, tmp_path / "scratch", tmp_path / "store")
+    opened = images.open_images(tmp_path / "store")
+    assert not opened.label.any()
+    assert not opened.lat.any()
