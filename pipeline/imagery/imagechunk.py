@@ -2,12 +2,13 @@
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import io
+import itertools
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,42 +43,112 @@ class Piece:
     bad: tuple[tuple[str, str], ...]
 
 
-def bring(dataset: Images | Stream, scratch: Path, start: int, chunk: int, skip_bad: bool) -> Piece:
-    """Bring a chunk of samples onto the disk."""
-    rows = slice(start, min(start + chunk, len(dataset.sample)))
-    if isinstance(dataset, Images):
-        count = rows.stop - rows.start
-        image, label, bad = dataset.image[rows], dataset.label[rows], ()
-        lat, lon = (np.full(count, np.nan) if axis is None else axis[rows] for axis in (dataset.lat, dataset.lon))
-        time = np.full(count, "NaT", "datetime64[s]") if dataset.time is None else dataset.time[rows]
-    else:
-        image, label, lat, lon, time, bad = _read(dataset, rows, chunk, skip_bad)
-    stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
-    return Piece(
-        start=start,
-        digests=tuple(_store(scratch / name, values, start // chunk, chunk) for name, values in stored.items()),
-        label=None if dataset.task == "segmentation" else label,
-        lat=np.asarray(lat, dtype=np.float64),
-        lon=np.asarray(lon, dtype=np.float64),
-        time=np.asarray(time, dtype="datetime64[s]"),
-        total=image[:, :, ::_THIN, ::_THIN].mean(axis=(2, 3), dtype=np.float64).sum(axis=0),
-        bad=tuple(bad),
-    )
+class Chunks:
+    """Brings chunks of a dataset onto the disk; while the disk writes one, the next is read.
 
-
-def _store(array: Path, values: np.ndarray, number: int, chunk: int) -> str:
-    """Write a chunk's file, as zarr does and several times faster, and return its SHA-256; publishing flushes it.
-
-    A chunk without compressor is its values, little-endian and in C order; the last is filled up.
+    Args:
+        scratch: the store, whose arrays are described there.
+        chunk: samples in a chunk.
+        skip_bad: go on after a sample of a stream that cannot be read, and say so.
     """
-    values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-    name = CHUNK_KEYS["separator"].join(["c", str(number), *["0"] * (values.ndim - 1)])
-    with open(array / name, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-        filled = beside.submit(_fill, file, memoryview(values).cast("B"))  # computes nothing: it waits for the disk
-        digest = hashlib.sha256(values).hexdigest()
-        filled.result()
-        file.truncate(values[:1].nbytes * chunk)
-    return digest
+
+    def __init__(self, dataset: Images | Stream, scratch: Path, chunk: int, skip_bad: bool):
+        self._dataset, self._scratch, self._chunk, self._skip_bad = dataset, scratch, chunk, skip_bad
+        self._beside = ThreadPoolExecutor(1)  # computes nothing: it waits for the disk
+        self._brought: list[Piece] = []
+        self._writing: list[Future] = []
+        if isinstance(dataset, Stream):
+            self._images = _in_turn((chunk, *dataset.shape), dataset.dtype)
+            self._masks = _in_turn((chunk, *dataset.shape[1:]), np.dtype(np.uint8))
+
+    def bring(self, start: int) -> list[Piece]:
+        """Bring the chunk that begins with the sample at a place; returns those that are on the disk now."""
+        dataset = self._dataset
+        rows = slice(start, min(start + self._chunk, len(dataset.sample)))
+        if isinstance(dataset, Images):
+            count = rows.stop - rows.start
+            image, label, bad = dataset.image[rows], dataset.label[rows], ()
+            lat, lon = (np.full(count, np.nan) if axis is None else axis[rows] for axis in (dataset.lat, dataset.lon))
+            time = np.full(count, "NaT", "datetime64[s]") if dataset.time is None else dataset.time[rows]
+        else:
+            image, label, lat, lon, time, bad = self._read(dataset, rows)
+        before = self.finish()
+        stored = {"image": image} | ({"label": label} if dataset.task == "segmentation" else {})
+        piece = Piece(
+            start=start,
+            digests=tuple(self._store(name, values, start // self._chunk) for name, values in stored.items()),
+            label=None if dataset.task == "segmentation" else label,
+            lat=np.asarray(lat, dtype=np.float64),
+            lon=np.asarray(lon, dtype=np.float64),
+            time=np.asarray(time, dtype="datetime64[s]"),
+            total=image[:, :, ::_THIN, ::_THIN].mean(axis=(2, 3), dtype=np.float64).sum(axis=0),
+            bad=tuple(bad),
+        )
+        self._brought = [piece]
+        return before
+
+    def finish(self) -> list[Piece]:
+        """Wait for the disk; returns the chunks that it has now and that nobody was told of."""
+        for writing in self._writing:
+            writing.result()
+        done, self._brought, self._writing = self._brought, [], []
+        return done
+
+    def close(self) -> None:
+        """Write nothing any more once this returns."""
+        self._beside.shutdown()
+
+    def _store(self, name: str, values: np.ndarray, number: int) -> str:
+        """Have a chunk's file written, as zarr does and several times faster, and return the SHA-256 of its values.
+
+        A chunk without compressor is its values, little-endian and in C order; the last is filled up. Publishing
+        flushes it.
+        """
+        values = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+        file = CHUNK_KEYS["separator"].join(["c", str(number), *["0"] * (values.ndim - 1)])
+        size = values[:1].nbytes * self._chunk
+        self._writing.append(self._beside.submit(_write, self._scratch / name / file, values, size))
+        return hashlib.sha256(values).hexdigest()
+
+    def _read(self, stream: Stream, rows: slice):
+        """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
+        names, splits = stream.sample[rows], stream.split[rows]
+        image = next(self._images)[: len(names)]
+        kind, empty = {
+            "classification": (np.int64, ()),
+            "multilabel": (np.uint8, (len(stream.classes),)),
+            "segmentation": (np.uint8, stream.shape[1:]),
+        }[stream.task]
+        if stream.task == "segmentation":  # masks are written and forgotten, as images are; other labels are kept
+            label = next(self._masks)[: len(names)]
+        else:
+            label = np.zeros((len(names), *empty), kind)
+        lat, lon, time, bad = [], [], [], []
+        ahead = stream.ahead or (lambda names: None)
+        ahead(stream.sample[rows.start : rows.start + _AHEAD])
+        for place, name in enumerate(names):
+            soon = rows.start + place + _AHEAD
+            ahead(stream.sample[soon : soon + 1])
+            try:
+                sample = stream.read(name, image[place])
+                found, label[place] = _checked(sample, stream, name, splits[place])
+                if found is not sample.image or not np.shares_memory(found, image):
+                    image[place] = found
+            except UserError as error:
+                if not self._skip_bad:
+                    raise
+                bad.append((name, str(error)))
+                sample = Sample(image[place], label[place])
+            lat.append(sample.lat)
+            lon.append(sample.lon)
+            time.append(sample.time)
+        return image, label, lat, lon, time, bad
+
+
+def _write(path: Path, values: np.ndarray, size: int) -> None:
+    with open(path, "wb", buffering=0) as file:
+        _fill(file, memoryview(values).cast("B"))
+        file.truncate(size)
 
 
 def _fill(file: io.FileIO, wanted: memoryview) -> None:
@@ -97,50 +168,14 @@ def _fill(file: io.FileIO, wanted: memoryview) -> None:
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@functools.lru_cache(maxsize=2)
-def _memory(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory of a whole chunk, used for one after another: fresh memory costs as much as reading into it.
+def _in_turn(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Memory of two whole chunks, in turn for ever: fresh memory costs as much as reading into it.
 
     It begins at a multiple of a block, as it must to be written past the system's cache.
     """
     size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + _BLOCK, np.uint8)
-    return raw[-raw.ctypes.data % _BLOCK :][:size].view(dtype).reshape(shape)
-
-
-def _read(stream: Stream, rows: slice, chunk: int, skip_bad: bool):
-    """A chunk of a stream: images, labels, places and times, and the samples that could not be read."""
-    names, splits = stream.sample[rows], stream.split[rows]
-    image = _memory((chunk, *stream.shape), stream.dtype)[: len(names)]
-    kind, empty = {
-        "classification": (np.int64, ()),
-        "multilabel": (np.uint8, (len(stream.classes),)),
-        "segmentation": (np.uint8, stream.shape[1:]),
-    }[stream.task]
-    if stream.task == "segmentation":  # masks are written and forgotten, as images are; other labels are kept
-        label = _memory((chunk, *empty), np.dtype(kind))[: len(names)]
-    else:
-        label = np.zeros((len(names), *empty), kind)
-    lat, lon, time, bad = [], [], [], []
-    ahead = stream.ahead or (lambda names: None)
-    ahead(stream.sample[rows.start : rows.start + _AHEAD])
-    for place, name in enumerate(names):
-        soon = rows.start + place + _AHEAD
-        ahead(stream.sample[soon : soon + 1])
-        try:
-            sample = stream.read(name, image[place])
-            found, label[place] = _checked(sample, stream, name, splits[place])
-            if found is not sample.image or not np.shares_memory(found, image):
-                image[place] = found
-        except UserError as error:
-            if not skip_bad:
-                raise
-            bad.append((name, str(error)))
-            sample = Sample(image[place], label[place])
-        lat.append(sample.lat)
-        lon.append(sample.lon)
-        time.append(sample.time)
-    return image, label, lat, lon, time, bad
+    raws = [np.zeros(size + _BLOCK, np.uint8) for _ in range(2)]
+    return itertools.cycle(raw[-raw.ctypes.data % _BLOCK :][:size].view(dtype).reshape(shape) for raw in raws)
 
 
 def _checked(sample: Sample, stream: Stream, name: str, split: str):

@@ -24,7 +24,7 @@ import numpy as np
 from cache.durable import building
 from cache.schema import CHUNK_KEYS, consolidate, put_array
 from pipeline.errors import UserError
-from pipeline.imagery.imagechunk import Piece, bring
+from pipeline.imagery.imagechunk import Chunks, Piece
 from pipeline.imagery.images import (
     IGNORE,
     UNLABELLED,
@@ -169,32 +169,47 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
     """Write all chunks, and yield what is to be said of each, in any order."""
     given = (dataset, scratch, chunk, skip_bad)
     others = 0 if isinstance(dataset, Images) or len(starts) <= _FEW else min(workers, len(starts)) - 1
-    if not others:
-        yield from (bring(dataset, scratch, start, chunk, skip_bad) for start in starts)
-        return
+    chunks = Chunks(*given)
+    try:
+        if others:
+            yield from _shared(chunks, given, starts, others)
+            return
+        for start in starts:
+            yield from chunks.bring(start)
+        yield from chunks.finish()
+    finally:
+        chunks.close()
+
+
+def _shared(chunks: Chunks, given: tuple, starts: range, others: int):
+    """The same by this process and others."""
     # Not as arguments: a process that dies before it has read more of them than a pipe holds is waited for for ever.
     pickled = pickle.dumps(given)
     handed = SharedMemory(create=True, size=len(pickled))
     handed.buf[: len(pickled)] = pickled
-    # Started afresh, not forked: zarr's threads would not survive it. That takes a second: this process works too.
+    # Started afresh, not forked: zarr's threads would not survive it. That takes a while: this process works too.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(others, context, initializer=_take, initargs=(handed.name,))
+    # One process a pool, so that each can be told to finish.
+    pools = [ProcessPoolExecutor(1, context, initializer=_take, initargs=(handed.name,)) for _ in range(others)]
     # numpy's linear algebra, which they do not need, would start threads that wait by spinning on all processors.
     threads = os.environ.get(_THREADS)
     os.environ[_THREADS] = "1"
-    here = ThreadPoolExecutor(1, initializer=_begin, initargs=given)
+    here = ThreadPoolExecutor(1)
+    places = [(here, chunks.bring, chunks.finish), *((pool, _bring, _finish) for pool in pools)]
     # Twice: each has a next chunk when it ends one, and does not wait until this thread hands it out.
-    idle, busy = [here, *[pool] * others] * 2, {}
+    idle, busy = places * 2, {}
     try:
         for start in starts:
             if not idle:
                 wait(busy, return_when=FIRST_COMPLETED)
             for done in [one for one in busy if one.done()]:
                 idle.append(busy.pop(done))
-                yield done.result()
+                yield from done.result()
             place = idle.pop(0)
-            busy[place.submit(_next, start)] = place
-        yield from (done.result() for done in as_completed(busy))
+            busy[place[0].submit(place[1], start)] = place
+        last = [pool.submit(finish) for pool, _, finish in places]
+        for done in as_completed([*busy, *last]):
+            yield from done.result()
     except BrokenProcessPool:
         raise UserError(
             "A process that read images was killed, perhaps because memory ran out. Run the same command again; "
@@ -202,24 +217,20 @@ def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, ski
         ) from None
     finally:
         os.environ.pop(_THREADS) if threads is None else os.environ.update({_THREADS: threads})
-        pool.shutdown(cancel_futures=True)
-        here.shutdown(cancel_futures=True)
+        for pool in (*pools, here):
+            pool.shutdown(cancel_futures=True)
         handed.close()
         handed.unlink()
 
 
-_mine: tuple = ()
-
-
-def _begin(*given) -> None:
-    global _mine
-    _mine = given
+_mine: Chunks
 
 
 def _take(name: str) -> None:
+    global _mine
     threading.Thread(target=_end_with_parent, daemon=True).start()
     handed = SharedMemory(name)
-    _begin(*pickle.loads(handed.buf))
+    _mine = Chunks(*pickle.loads(handed.buf))
     handed.close()
 
 
@@ -229,9 +240,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _next(start: int) -> Piece:
-    dataset, scratch, chunk, skip_bad = _mine
-    return bring(dataset, scratch, start, chunk, skip_bad)
+def _bring(start: int) -> list[Piece]:
+    return _mine.bring(start)
+
+
+def _finish() -> list[Piece]:
+    return _mine.finish()
 
 
 def _without(stream: Stream, left_out: dict[str, str]) -> Stream:

@@ -86,6 +86,24 @@ def test_a_damaged_sample_in_another_process_is_named_or_left_out(tmp_path, monk
     assert xr.open_zarr(tmp_path / "store").sizes["sample"] == 19
 
 
+def fails_at(sample: str, store: Path, name: str, out=None) -> Sample:
+    if name == sample:
+        (store / f"image/c.{NAMES.index(name) // 2}.0.0.0").mkdir()
+    return read("classification", name)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("sample", ["s00", "s18"], ids=["the first chunk", "the last"])
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, workers, sample):
+    """Files are written while the next chunk is read: what goes wrong then must be told all the same."""
+    monkeypatch.setattr(imagestore, "CHUNK", 2)
+    monkeypatch.setattr(imagestore, "_FEW", 2)
+    fails = partial(fails_at, sample, tmp_path / "scratch")
+    with pytest.raises(IsADirectoryError, match="image/c"):
+        imagestore.write(stream(read=fails), tmp_path / "scratch", tmp_path / "store", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
 def killed_in_another_process(name: str, out=None) -> Sample:
     if multiprocessing.parent_process():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -221,7 +239,7 @@ def test_bytes_are_whole_however_the_disk_takes_them(tmp_path, monkeypatch, star
     if how == "refused":
         flags = imagechunk.fcntl.fcntl
         monkeypatch.setattr(imagechunk.fcntl, "fcntl", lambda *given: refused() if given[-1] else flags(*given))
-    memory = imagechunk._memory((16384,), np.dtype("uint8"))
+    memory = next(imagechunk._in_turn((16384,), np.dtype("uint8")))
     assert memory.ctypes.data % 4096 == 0
     memory[:] = np.random.default_rng(0).integers(0, 256, len(memory))
     kind = Little if how == "a little at a time" else io.FileIO
