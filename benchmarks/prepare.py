@@ -6,17 +6,20 @@ all, by a process on each. `copy` is theirs, which also writes and flushes what 
 m-chesapeake-landcover four times as many bytes as the store has), and neither checks nor hashes. Ratios are samples a
 second of each core used, over theirs, medians over alternating rounds: `cold`, with files that come from the disk, as
 those of a set that is prepared once, and `warm`, with files that the system holds in memory. `processor` has the same
-ratios by seconds of processor time, which other programs change less; waiting for a disk is not in them.
+ratios by seconds of processor time, which other programs change less; waiting for a disk is not in them. Cores share
+their memory's pace: `h5py_all_cores` is theirs by a process on each core, each of which reads its part of the files.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -61,14 +64,18 @@ def main() -> None:
 def _ratios(root: Path, name: str, files: Path, samples: int, cold: bool) -> dict:
     cores = os.sched_getaffinity(0)
     one = {min(cores)}
+    every = sorted(files.glob("*.hdf5"))
+    pool = ProcessPoolExecutor(len(cores), multiprocessing.get_context("spawn"))
     ways = {
-        "h5py": (one, partial(_plain, files)),
+        "h5py": (one, partial(_plain, every)),
+        "h5py_all_cores": (cores, partial(_shared, pool, every, len(cores))),
         "copy": (one, partial(_copy, files, root / "copy")),
         "read": (one, partial(_read, root, name)),
         "prepare": (one, partial(_prepare, root, name, 1)),
         "prepare_all_cores": (cores, partial(_prepare, root, name, len(cores))),
     }
     paces, processor = {way: [] for way in ways}, {way: [] for way in ways}
+    _shared(pool, every[: 4 * len(cores)], len(cores))  # its processes have imported what they need
     for _ in range(ROUNDS):
         for way, (used, work) in ways.items():
             _settle(files, cold)
@@ -79,8 +86,11 @@ def _ratios(root: Path, name: str, files: Path, samples: int, cold: bool) -> dic
             _keep_to(cores)
             shutil.rmtree(root / "store.zarr", ignore_errors=True)
             (root / "copy").unlink(missing_ok=True)
-    samples_a_second = round(statistics.median(paces["h5py"]))
-    return _over(paces) | {"processor": _over(processor), "h5py_samples_a_second": samples_a_second}
+    pool.shutdown()
+    del processor["h5py_all_cores"]  # its processes have not ended, and so are not counted
+    found = {way: statistics.median(one) for way, one in paces.items()}
+    like = {"prepare_all_cores_vs_h5py_all_cores": round(found["prepare_all_cores"] / found["h5py_all_cores"], 3)}
+    return _over(paces) | like | {"processor": _over(processor), "h5py_samples_a_second": round(found["h5py"])}
 
 
 def _over(paces: dict[str, list[float]]) -> dict[str, float]:
@@ -88,6 +98,10 @@ def _over(paces: dict[str, list[float]]) -> dict[str, float]:
     return {
         f"{way}_vs_h5py": round(statistics.median(one) / theirs, 3) for way, one in paces.items() if way != "h5py"
     }
+
+
+def _shared(pool: ProcessPoolExecutor, paths: list[Path], parts: int) -> None:
+    list(pool.map(_plain, [paths[part::parts] for part in range(parts)]))
 
 
 def _processor() -> float:
@@ -127,8 +141,8 @@ def _arrays(path: Path) -> tuple[np.ndarray, list[np.ndarray]]:
         return image, [np.array(file[key]) for key in file if key == "label"]
 
 
-def _plain(files: Path) -> None:
-    for path in sorted(files.glob("*.hdf5")):
+def _plain(paths: list[Path]) -> None:
+    for path in paths:
         _arrays(path)
 
 
