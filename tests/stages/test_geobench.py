@@ -107,10 +107,10 @@ def test_a_damaged_file_from_the_command_line(job, geobench_root, tmp_path):
 
 
 def test_the_papers_profile_is_planned_whole(fresh):
-    """`dvc repro --dry` of the whole grid; without --force DVC looks in its run cache for files yet to be made."""
+    """`dvc repro --dry` of the whole grid; by itself DVC would look in its run cache for files yet to be made."""
     shutil.copy(ROOT / "params.yaml", fresh.folder)
     fresh.stage("profile", "--name", "paper")
-    planned = re.findall(r"Running stage '([^']+)'", fresh.run("dvc", "repro", "--dry", "--force"))
+    planned = re.findall(r"Running stage '([^']+)'", fresh.run("dvc", "repro", "--dry", "--force-downstream"))
     verbs = [name.split("@")[0] for name in planned]
     counted = {
         verb: verbs.count(verb)
