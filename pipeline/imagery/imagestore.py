@@ -37,6 +37,8 @@ from pipeline.imagery.images import (
 
 # A chunk has at most so many samples, and about so many bytes: a few are in memory in each process.
 CHUNK, CHUNK_BYTES = 64, 32 << 20
+# Processes at most: a disk feeds no more, and each takes eight of the files that this one may have open.
+_MOST = 32
 # Fewer chunks are written sooner by this process than others are started.
 _FEW = 16
 _THREADS = "OPENBLAS_NUM_THREADS"
@@ -65,7 +67,7 @@ def write(dataset: Images | Stream, scratch: Path, final: Path, workers: int = 0
     """Write a dataset as an images store that appears at `final` in one step.
 
     Args:
-        workers: processes that read and write a stream; 0 for as many as there are processors.
+        workers: processes that read and write a stream, 32 at most; 0 for as many as there are processors.
         skip_bad: leave out samples of a stream that cannot be read, and say so in the store.
 
     Raises:
@@ -168,7 +170,7 @@ def _small(dataset: Images | Stream, pieces: Sequence[Piece]) -> dict[str, tuple
 def _pieces(dataset, scratch: Path, starts: range, chunk: int, workers: int, skip_bad: bool):
     """Write all chunks, and yield what is to be said of each, in any order."""
     given = (dataset, scratch, chunk, skip_bad)
-    others = 0 if isinstance(dataset, Images) or len(starts) <= _FEW else min(workers, len(starts)) - 1
+    others = 0 if isinstance(dataset, Images) or len(starts) <= _FEW else min(workers, len(starts), _MOST) - 1
     chunks = Chunks(*given)
     try:
         if others:

@@ -118,6 +118,14 @@ def test_a_process_that_is_killed_ends_it_with_words(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_there_is_a_most_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(imagestore, "CHUNK", 2)
+    monkeypatch.setattr(imagestore, "_FEW", 2)
+    monkeypatch.setattr(imagestore, "_MOST", 1)
+    imagestore.write(stream(read=killed_in_another_process), tmp_path / "scratch", tmp_path / "store", workers=300)
+    assert xr.open_zarr(tmp_path / "store").sizes["sample"] == 20
+
+
 # Each process that is started runs a script's own lines before it is told what to do.
 SCRIPT = """
 import multiprocessing, os, signal
