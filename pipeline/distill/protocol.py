@@ -16,6 +16,7 @@ from pipeline.student_params import VARIANTS
 from pipeline.students import Student
 from pipeline.training import predictions
 from pipeline.training.fit import Setting
+from pipeline.training.loss import decided
 from pipeline.training.search import search
 
 # The runs' `protocol`, by variant; frozen heads have another.
@@ -99,12 +100,12 @@ def _trained(make, lesson: Lesson, variant: str, settings: Sequence[Setting]) ->
 
 
 def _scores(students: Sequence[Student], lesson: Lesson, split: str) -> np.ndarray:
-    said, kind, classes = [answers(one, lesson, split) for one in students], lesson.task.kind, lesson.task.classes
+    each, task = [answers(one, lesson, split) for one in students], lesson.task
     if not lesson.chips.dense:
-        label = lesson.chips.label(lesson.chips.rows(split)).numpy()
-        of = (lambda one: (one > 0).astype(np.int64)) if kind == "multilabel" else (lambda one: one.argmax(axis=1))
-        said = [metrics.counts(kind, of(one), label, classes, None) for one in said]
-    return metrics.score(kind, np.stack([one.sum(axis=0) for one in said]), classes)
+        label = lesson.chips.label(lesson.chips.rows(split))
+        predicted = [decided(torch.from_numpy(one), label, task, dim=1).numpy() for one in each]
+        each = [metrics.counts(task.kind, one, label.numpy(), task.classes, None) for one in predicted]
+    return metrics.score(task.kind, np.stack([one.sum(axis=0) for one in each]), task.classes)
 
 
 def _predicted(students: Sequence[Student], lesson: Lesson) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from pipeline.students import Student
 from pipeline.training import fit
 from pipeline.training.adamw import TorchAdamW, warm_cosine
 from pipeline.training.cells import task_of
-from pipeline.training.loss import Task, loss
+from pipeline.training.loss import Task, decided, loss
 
 # Chips in a batch that is predicted.
 _PREDICTED = 64
@@ -140,10 +140,11 @@ def answers(student: Student, lesson: Lesson, split: str) -> np.ndarray:
     rows, task, parts = lesson.chips.rows(split), lesson.task, []
     for start in range(0, len(rows), _PREDICTED):
         some = rows[start : start + _PREDICTED]
-        said = student(lesson.chips.image(some).to(lesson.device)).float().cpu()
+        answered = student(lesson.chips.image(some).to(lesson.device)).float().cpu()
         if lesson.chips.dense:
-            label = lesson.chips.label(some).numpy()
-            parts.append(metrics.counts(task.kind, said.max(dim=1).indices.numpy(), label, task.classes, task.ignore))
+            label = lesson.chips.label(some)
+            predicted = decided(answered, label, task, dim=1).numpy()
+            parts.append(metrics.counts(task.kind, predicted, label.numpy(), task.classes, task.ignore))
         else:
-            parts.append(said.numpy())
+            parts.append(answered.numpy())
     return np.concatenate(parts)

@@ -20,7 +20,7 @@ from pipeline.finetune.pictures import Pictures
 from pipeline.finetune.tuned import Tuned
 from pipeline.training.adamw import BETAS, EPSILON, warm_cosine
 from pipeline.training.fit import Recipe, Setting, Task, order
-from pipeline.training.loss import loss
+from pipeline.training.loss import decided, loss
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def logits(tuned: Tuned, job: Job, split: str) -> Iterator[tuple[torch.Tensor, n
 def counts(tuned: Tuned, job: Job, split: str) -> np.ndarray:
     """Per-sample counts of a split, int64 (sample, cells); see pipeline/metrics."""
     task, parts = job.task, []
-    for said, label in logits(tuned, job, split):
-        predicted = ((said > 0).long() if task.kind == "multilabel" else said.max(dim=1).indices).cpu().numpy()
+    for answered, label in logits(tuned, job, split):
+        predicted = decided(answered, torch.from_numpy(label).to(answered.device), task, dim=1).cpu().numpy()
         parts.append(metrics.counts(task.kind, predicted, label.astype(np.int64), task.classes, task.ignore))
     return np.concatenate(parts)
 
@@ -106,8 +106,8 @@ def update(tuned: Tuned, optimiser, job: Job, rows: np.ndarray, draw: np.random.
     """One update; the loss before it."""
     image, label = job.pictures.batch(rows, draw)
     optimiser.zero_grad(set_to_none=True)
-    said = tuned(image, rows)
-    lost = loss(said[None], torch.from_numpy(label).to(said.device)[None], job.task).sum()
+    answered = tuned(image, rows)
+    lost = loss(answered[None], torch.from_numpy(label).to(answered.device)[None], job.task).sum()
     lost.backward()
     optimiser.step()
     return lost.detach()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pipeline import metrics
 from pipeline.training.feed import Stream
 from pipeline.training.lane import Lane, Recipe, Setting
-from pipeline.training.loss import Task
+from pipeline.training.loss import Task, decided
 
 # Decides the order of samples that are streamed.
 STREAMED_SEED = 0
@@ -209,7 +209,7 @@ def _counts(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task) -> 
     group.eval()
     logits = torch.cat([piece for _, piece in group.pieces(inputs, None)])
     group.train(training)
-    predicted = ((logits > 0).long() if task.kind == "multilabel" else logits.max(dim=2).indices).cpu().numpy()
+    predicted = decided(logits, label, task, dim=2).cpu().numpy()
     true = label.long().cpu().numpy()
     return np.stack([metrics.counts(task.kind, one, true, task.classes, task.ignore) for one in predicted])
 

@@ -68,3 +68,18 @@ def _share(label: torch.Tensor, counted: torch.Tensor | None, task: Task, logits
     weight = logits.new_ones(()) if task.weights is None else logits.new_tensor(task.weights)[label]
     share = weight if counted is None else weight * counted
     return share / share.flatten(1).sum(dim=1).clamp_min(1e-12).view(-1, *[1] * (label.ndim - 1))
+
+
+def decided(logits: torch.Tensor, label: torch.Tensor, task: Task, dim: int) -> torch.Tensor:
+    """What logits say, int64: the class along `dim`, or, multi-label, 0 or 1 for every class.
+
+    Where they are no numbers, as a diverged head's, it is anything but the label, which broadcasts: torch would say
+    the first class, and on a set that mostly consists of that such a head would be the best.
+    """
+    several = task.kind == "multilabel"
+    found = (logits > 0).long() if several else logits.max(dim=dim).indices
+    if logits.sum().isfinite():
+        return found
+    wrong = 1 - label.long() if several else (label.long() + 1) % task.classes
+    finite = logits.isfinite() if several else logits.isfinite().all(dim=dim)
+    return torch.where(finite, found, wrong)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline import metrics
+from pipeline.errors import UserError
 
 
 def of_samples(samples: list[str], label: np.ndarray, logits: np.ndarray, kind: str) -> pd.DataFrame:
@@ -16,7 +17,15 @@ def of_samples(samples: list[str], label: np.ndarray, logits: np.ndarray, kind: 
     Args:
         label: (sample,) or, multi-label, (sample, class).
         logits: (seed, sample, class).
+
+    Raises:
+        UserError: some are no numbers.
     """
+    if diverged := [seed for seed, one in enumerate(logits) if not np.isfinite(one).all()]:
+        raise UserError(
+            f"The heads of the seeds {', '.join(map(str, diverged))} diverged at the learning rate and weight decay "
+            "that another seed did best with. Give the search smaller bounds of learning_rate or weight_decay."
+        )
     logits = logits.astype(np.float64)
     if kind == "multilabel":
         predicted = (logits > 0).astype(np.int64)

@@ -6,7 +6,7 @@ import torch
 from pipeline.heads.dense import DenseGroup
 from pipeline.heads.linear import LinearGroup
 from pipeline.heads.upernet import UperNet
-from pipeline.training.loss import Task, loss, slope
+from pipeline.training.loss import Task, decided, loss, slope
 
 TASKS = {
     "classes": Task("classification", 4),
@@ -76,3 +76,26 @@ def test_masks_without_a_label_pull_nowhere():
     assert slope(logits, label, MASKS["some ignored"]).abs().max() == 0
     with pytest.raises(RuntimeError, match="out of bounds"):
         slope(logits, label, MASKS["all pixels"])
+
+
+@pytest.mark.parametrize("name", ["classes", "multilabel"])
+def test_what_is_no_number_is_wrong(name):
+    task, logits = TASKS[name], torch.randn(2, 9, 4)
+    label = labels(task, 1, 9)[0]
+    logits[0] = torch.nan
+    logits[1, 3, 2] = torch.inf
+    found = decided(logits, label, task, dim=2)
+    assert (found[0] != label).all()
+    plain = (logits[1] > 0).long() if name == "multilabel" else logits[1].argmax(1)
+    if name == "multilabel":
+        plain[3, 2] = 1 - label[3, 2]
+    else:
+        plain[3] = (label[3] + 1) % task.classes
+    assert torch.equal(found[1], plain)
+
+
+def test_masks_of_a_diverged_head_are_wrong_where_they_count():
+    task, label = Task("segmentation", 2, ignore=255), torch.tensor([[[0, 1], [255, 1]]], dtype=torch.uint8)
+    found = decided(torch.full((1, 2, 2, 2), torch.nan), label, task, dim=1)
+    assert found[0, 0].tolist() == [1, 0]
+    assert found[0, 1, 1] == 0

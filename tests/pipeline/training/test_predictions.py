@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pipeline import metrics
+from pipeline.errors import UserError
 from pipeline.training import predictions
 
 NAMES = ["s2", "s0", "s1", "s3"]
@@ -57,3 +58,10 @@ def test_masks(generator, tmp_path):
     theirs = MulticlassJaccardIndex(3, ignore_index=255)
     scores = metrics.score("segmentation", counts.sum(1), 3)
     assert scores == pytest.approx([float(theirs(torch.tensor(one), torch.tensor(label))) for one in said])
+
+
+def test_a_diverged_head_is_no_result(generator):
+    logits = generator.normal(size=(3, 4, 5)).astype(np.float32)
+    logits[2, 1, 0] = np.nan
+    with pytest.raises(UserError, match="the seeds 2 diverged"):
+        predictions.of_samples(NAMES, generator.integers(5, size=4), logits, "classification")

@@ -75,3 +75,14 @@ def test_streamed_chips_are_kept_as_those_in_memory(known_chips):
     for seed, table in kept.groupby("seed"):
         assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
     assert runs.score.mean() > 0.9
+
+
+def test_a_search_whose_heads_all_but_diverge_takes_one_that_does_not(known_chips):
+    cell = load(known_chips, ["high"], ("train", "val"))
+    wild = dataclasses.replace(SEARCH, trials=8, parallel=8, learning_rate=(0.1, 1.0), weight_decay=(1.0, 300.0))
+    tuned = protocol.tune(cell, wild, "d m")
+    products = {one["learning_rate"] * one["weight_decay"]: one["score"] for one in tuned["trials"]}
+    assert max(products) > 20  # which multiplies weights by less than -10 in every step
+    assert products[max(products)] == 0
+    tested = protocol.test(load(known_chips, ["high"]), tuned["best"], 2, TOLD)
+    assert np.isfinite(np.stack(tested.predicted.probability)).all()
