@@ -87,6 +87,11 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     first = chips[0].picture
     height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
     located = all(chip.picture.crs for chip in chips)
+    if nowhere := {chip.picture.paths[0] for chip in chips if not chip.picture.crs}:
+        notes.append(
+            f"chips keep no place on the map: {len(nowhere)} images, such as {Path(min(nowhere)).name}, state no "
+            "coordinate reference system"
+        )
     return Stream(
         sample=list(reader.chips),
         split=[*deal, *[UNLABELLED] * len(more)],
@@ -149,6 +154,8 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
     if dataset.chip and sizes.keys() != {(dataset.chip, dataset.chip)}:
         notes.append(f"images resampled to {dataset.chip} px, bilinear")
     classes = frame.attrs["classes"]
+    if unlisted := {str(path) for path in images} - {str(path) for path in frame.path}:
+        notes.append(f"{len(unlisted)} of {len(images)} images have no row in the table and are left out")
     if "split" in frame and options.split != "column":
         notes.append(f"the table's column split is not used, since split is {options.split}")
     return Reader(chips, dataset.chip, dataset.task, len(classes), 0, None), notes, classes
@@ -179,6 +186,8 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
         for row, column in corners(one.height, one.width, dataset.chip).tolist():
             name = f"r{row:05d}c{column:05d}"
             chips[f"{whose}_{name}" if len(pictures) > 1 else name] = Chip(one, row, column, time=options.time)
+    if small := [one.name for one in pictures if min(one.height, one.width) < dataset.chip]:
+        notes.append(f"{len(small)} images, such as {small[0]}, are smaller than a chip and are left out")
     if not chips:
         raise UserError(f"No image has {dataset.chip} px on both sides. Use smaller chips.")
     return Reader(chips, dataset.chip, dataset.task, len(classes), options.purity, mask), notes, classes

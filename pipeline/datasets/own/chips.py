@@ -57,6 +57,8 @@ class Reader:
         lat, lon = chip.picture.latlon(*_centre(chip, self.size if self.mask else 0))
         time = np.datetime64(chip.time or "NaT", "s")
         image, valid = chip.picture.read(self.window(chip)) if self.mask else chip.picture.read(size=self.size)
+        if not valid.any():
+            raise UserError(f"{chip.picture.paths[0]} has no data here: every pixel is nodata in some band.")
         if not chip.labelled:
             label = no_label(self.task, self.classes, image.shape[1:])
         else:
@@ -66,11 +68,9 @@ class Reader:
     def window(self, chip: Chip) -> Window:
         return Window(chip.column, chip.row, self.size, self.size)
 
-    def label(self, chip: Chip, valid: np.ndarray | None = None) -> np.ndarray:
+    def label(self, chip: Chip, valid: np.ndarray) -> np.ndarray:
         """The label of a chip with a mask: that, the class that covers it, or the classes in it."""
-        mask = self.mask(chip.picture, self.window(chip))
-        if valid is not None:
-            mask = np.where(valid, mask, IGNORE).astype(np.uint8)
+        mask = self._labels(chip, valid)
         if self.task == "segmentation":
             return mask
         areas = np.bincount(mask[mask != IGNORE], minlength=self.classes)
@@ -82,11 +82,15 @@ class Reader:
             one = np.zeros(self.classes)
             one[np.flatnonzero(chip.label) if self.task == "multilabel" else [chip.label]] = 1
             return one
-        mask = self.mask(chip.picture, self.window(chip))
+        mask = self._labels(chip, chip.picture.valid(self.window(chip)))
         areas = np.bincount(mask[mask != IGNORE], minlength=self.classes).astype(float)
         if self.task == "classification" and areas.max() < self.purity * mask.size:
             return np.zeros(self.classes)
         return areas
+
+    def _labels(self, chip: Chip, valid: np.ndarray) -> np.ndarray:
+        """Labels of a chip's pixels, of those that hold data."""
+        return np.where(valid, self.mask(chip.picture, self.window(chip)), IGNORE).astype(np.uint8)
 
 
 def each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:

@@ -14,6 +14,7 @@ from pyproj import CRS, Transformer
 from rasterio.enums import Resampling
 from rasterio.errors import RasterioError
 from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform as warp
 from rasterio.windows import Window
 
 from pipeline.bands import Band
@@ -66,14 +67,19 @@ class Picture:
         return image, self.valid(window, shape)
 
     def valid(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """Which pixels (y, x) of a window, or of all resampled to a shape, hold data.
+        """Where (y, x) all bands of a window, or of all resampled to a shape, hold data.
 
         Raises:
             UserError: a file is damaged.
         """
-        with reading(self.paths[0]):
-            file = _opened(self.paths[0]) if len(self.paths) == 1 else _on_grid(self.paths[0], self)
-            return file.dataset_mask(out_shape=shape, window=window) > 0
+        whole = None
+        for path in self.paths:
+            with reading(path):
+                file = _opened(path) if len(self.paths) == 1 else _on_grid(path, self)
+                out = (file.count, *shape) if shape else None
+                mask = file.read_masks(out_shape=out, window=window).all(axis=0)
+            whole = mask if whole is None else whole & mask
+        return whole
 
     def bands_of(self, window: Window, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Some bands' pixels (band, y, x) of a window, and where (y, x) all of them hold data.
@@ -147,6 +153,7 @@ def picture(path: Path, bands: Sequence[Band]) -> Picture:
     with reading(path), rasterio.open(path) as file:
         if file.count != len(bands):
             raise UserError(f"{path} has {file.count} bands, and {len(bands)} are described.")
+        _check_order(path, file.descriptions, bands)
         kind = np.result_type(*file.dtypes)
         return _described((str(path),), file, kind, len(bands))
 
@@ -177,6 +184,8 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
             with reading(path):
                 opened.append(stack.enter_context(rasterio.open(path)))
         finest = min(opened, key=lambda file: abs(file.transform.a))
+        for path, file in zip(chosen, opened, strict=True):
+            _check_ground(path, file, finest)
         kind = np.result_type(*[file.dtypes[0] for file in opened])
         return _described(tuple(map(str, chosen)), finest, kind, len(bands))
 
@@ -193,7 +202,36 @@ def reading(path: str | Path):
         raise UserError(f"{path} cannot be read: {said}") from None
 
 
+def _check_order(path: Path, said: Sequence[str | None], bands: Sequence[Band]) -> None:
+    """Raises UserError if a file names the described bands itself, and in another order."""
+    said = [(name or "").strip().casefold() for name in said]
+    for kind in ("name", "common_name"):
+        wanted = [getattr(band, kind).casefold() for band in bands]
+        if said != wanted and sorted(said) == sorted(wanted):
+            raise UserError(
+                f"{path} says that its bands are {', '.join(said)}, and they are described as {', '.join(wanted)}. "
+                "List the bands in the file's order, or correct its descriptions."
+            )
+
+
+def _check_ground(path: Path, file, finest) -> None:
+    """Raises UserError if a band's file does not show all the ground that the finest does, within a pixel."""
+    if not (file.crs and finest.crs):
+        return
+    corners = [finest.transform @ (column, row) for column in (0, finest.width) for row in (0, finest.height)]
+    x, y = warp(finest.crs, file.crs, *zip(*corners, strict=True))
+    columns, rows = zip(*[~file.transform @ point for point in zip(x, y, strict=True)], strict=True)
+    if min(*columns, *rows) < -1 or max(columns) > file.width + 1 or max(rows) > file.height + 1:
+        raise UserError(f"{path} does not show the ground that {finest.name} shows; a scene's bands show the same.")
+
+
 def _described(paths, file, dtype, bands: int) -> Picture:
+    if any(file.offsets):
+        raise UserError(
+            f"{file.name} states an offset ({file.offsets[0]:g}) that is to be added to its scaled values, and only "
+            "stored values are read. Write it with scale and offset applied (gdal_translate -unscale, then the units "
+            "that it has), or take the tags off if they are wrong."
+        )
     crs = file.crs.to_wkt() if file.crs else ""
     return Picture(paths, file.height, file.width, tuple(file.transform)[:6], crs, np.dtype(dtype), bands)
 
@@ -207,7 +245,10 @@ def _opened(path: str):
 def _on_grid(path: str, grid: Picture):
     """A band's file as if it were on the scene's grid, by nearest neighbour."""
     file = rasterio.open(path)
-    if (file.height, file.width) == (grid.height, grid.width):
+    if (file.height, file.width) == (grid.height, grid.width) and (
+        not (file.crs and grid.crs)
+        or (file.crs.to_wkt() == grid.crs and file.transform.almost_equals(rasterio.Affine(*grid.transform), 1e-6))
+    ):
         return file
     return WarpedVRT(
         file, crs=grid.crs or None, transform=rasterio.Affine(*grid.transform), height=grid.height, width=grid.width,
