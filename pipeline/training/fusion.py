@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from cache.files import CHECK
 from cache.read import Features
 from cache.schema import StoreError
 
@@ -51,13 +52,21 @@ def maps(stores: Sequence[Features], levels: Sequence[int] = ()) -> list[list[Fi
 
 
 def statistics(field: Field, training: np.ndarray) -> Statistics:
-    """Mean and standard deviation of an array's channels over the training rows, float64 (channel,)."""
+    """Mean and standard deviation of an array's channels over the training rows, float64 (channel,).
+
+    Raises:
+        StoreError: a pooled vector has values that are no numbers.
+    """
     store, name = field
     if not name.startswith("pooled/"):  # the writer has computed them from the same rows
         return store.statistics(name.removesuffix("/features"))
     parts = [training[start : start + STEP] for start in range(0, len(training), STEP)]
     mean = sum(store.read(name, part).sum(axis=0, dtype=np.float64) for part in parts) / len(training)
     square = sum(((store.read(name, part).astype(np.float64) - mean) ** 2).sum(axis=0) for part in parts)
+    if not np.isfinite(square).all():
+        raise StoreError(
+            f"{store.location}: {name} has values that are no numbers. {CHECK}; if it is whole, extract in float32."
+        )
     return mean, np.sqrt(square / len(training))
 
 

@@ -113,3 +113,13 @@ def test_class_tokens_where_there_are_any(which, tokens, expected):
     assert fusion._chosen(both, which, tokens) == expected
     assert fusion._chosen(means, which, tokens) == (means if which == "all" else means[-1:])
     assert fusion._chosen(["mean_std"], which, tokens) == ["mean_std"]
+
+
+def test_a_byte_that_flips_into_no_number_is_told(stores):
+    path = next((stores[0].location / "pooled/mean_level1").glob("c.0.*"))
+    values = np.frombuffer(path.read_bytes(), "<f4").copy()
+    values[5] = np.nan
+    path.write_bytes(values.tobytes())
+    words = "pooled/mean_level1 has values that are no numbers. Check the store with: .*; if it is whole"
+    with pytest.raises(StoreError, match=words):
+        fusion.pooled([Features(stores[0].location)], "all", "mean", np.arange(30), np.arange(30))
