@@ -13,6 +13,7 @@ core, each of which reads its part of the files.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -138,9 +139,8 @@ def _alone(work: Callable[[], None], cores: set[int]) -> tuple[float, float]:
 
 
 def _timed(work: Callable[[], None]) -> tuple[float, float]:
-    import tqdm  # noqa: F401
-    import zarr  # noqa: F401  both here, since the processes that prepare starts would import them too
-
+    for name in ("tqdm", "zarr"):  # here, since the processes that prepare starts would import them too
+        importlib.import_module(name)
     begun = _processor()
     return seconds(work), _processor() - begun
 
