@@ -3,7 +3,7 @@
 A head's own: its initialisation, its optimiser's state, the step at which it stops, and, where the features are in
 memory, its order of samples. Shared: the features, read and moved once, and the number of steps. Features that are
 streamed from the disk come in one order, the same for all heads and settings. Either way a head trained among K gives
-the numbers that it gives alone.
+the numbers that it gives alone, but for rounding.
 """
 
 import queue

@@ -154,6 +154,7 @@ def picture(path: Path, bands: Sequence[Band]) -> Picture:
         if file.count != len(bands):
             raise UserError(f"{path} has {file.count} bands, and {len(bands)} are described.")
         _check_order(path, file.descriptions, bands)
+        _check_offsets(file)
         kind = np.result_type(*file.dtypes)
         return _described((str(path),), file, kind, len(bands))
 
@@ -186,6 +187,7 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
         finest = min(opened, key=lambda file: abs(file.transform.a))
         for path, file in zip(chosen, opened, strict=True):
             _check_ground(path, file, finest)
+            _check_offsets(file)
         kind = np.result_type(*[file.dtypes[0] for file in opened])
         return _described(tuple(map(str, chosen)), finest, kind, len(bands))
 
@@ -225,13 +227,17 @@ def _check_ground(path: Path, file, finest) -> None:
         raise UserError(f"{path} does not show the ground that {finest.name} shows; a scene's bands show the same.")
 
 
-def _described(paths, file, dtype, bands: int) -> Picture:
+def _check_offsets(file) -> None:
+    """Raises UserError if a file's stored values are not its values but for a scale."""
     if any(file.offsets):
         raise UserError(
             f"{file.name} states an offset ({file.offsets[0]:g}) that is to be added to its scaled values, and only "
             "stored values are read. Write it with scale and offset applied (gdal_translate -unscale, then the units "
             "that it has), or take the tags off if they are wrong."
         )
+
+
+def _described(paths, file, dtype, bands: int) -> Picture:
     crs = file.crs.to_wkt() if file.crs else ""
     return Picture(paths, file.height, file.width, tuple(file.transform)[:6], crs, np.dtype(dtype), bands)
 

@@ -147,6 +147,21 @@ def test_an_offset_that_would_be_forgotten_is_refused(tiles, tmp_path):
         prepared(tile_block(folder), tmp_path)
 
 
+def test_an_offset_of_one_of_a_scenes_files_is_refused(raw, tmp_path):
+    folder = tmp_path / "scene"
+    shutil.copytree(raw("landuse"), folder)
+    (path,) = folder.glob("*_B11.jp2")
+    with rasterio.open(path) as file:
+        values, profile = file.read(), file.profile | {"driver": "GTiff"}
+    path.unlink()
+    with rasterio.open(path.with_suffix(".tif"), "w", **profile) as file:
+        file.write(values)
+        file.offsets = (-1000.0,)
+    block = scene_block(raw, options={"folder": str(folder), "images": "*_B??.[jt]*"})
+    with pytest.raises(UserError, match="_B11.tif states an offset .-1000."):
+        prepared(block, tmp_path)
+
+
 def test_what_is_left_out_is_said(tiles, tmp_path):
     folder, options = labelled(tiles, tmp_path)
     frame = pd.read_csv(folder / "labels.csv")
