@@ -20,6 +20,14 @@ def cut(image: np.ndarray, corner: np.ndarray, chip: int) -> np.ndarray:
     return image[..., row : row + chip, column : column + chip]
 
 
+def filled(chip: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """A chip (band, y, x) with each band's mean of the known pixels (y, x) in place of the others."""
+    if known.all():
+        return chip
+    mean = chip.mean(axis=(1, 2), where=known, keepdims=True)
+    return np.where(known, chip, mean if chip.dtype.kind == "f" else np.rint(mean)).astype(chip.dtype)
+
+
 def assign_blocks(counts: np.ndarray, splits: Splits, seed: int, draws: int = 20000) -> np.ndarray:
     """Deal blocks to train, val and test so that each split's label shares are near the whole's.
 
@@ -43,7 +51,8 @@ def assign_blocks(counts: np.ndarray, splits: Splits, seed: int, draws: int = 20
     sizes[0] = blocks - sizes[1:].sum()
     if sizes[0] < 1:
         raise UserError(
-            f"{blocks} spatial blocks cannot fill three splits. Give a smaller 'block' in the dataset's description."
+            f"{blocks} blocks, of ground or an image each, cannot fill three splits. Give a smaller 'block' in the "
+            "dataset's description, or more images."
         )
     deal = np.repeat(np.arange(3), sizes)
     generator = np.random.default_rng(seed)

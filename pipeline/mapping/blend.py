@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.imagery.chips import filled
 from pipeline.mapping.scene import Scene
 from pipeline.mapping.signature import Predictor, probabilities
 from pipeline.mapping.tiles import Axis, Block, taper
@@ -112,7 +113,8 @@ def _add_row(job, part: Block, start: int, strips: Strips, sums: np.ndarray, don
     full = [place for place in starts if valid[:, place - starts[0] : place - starts[0] + tile].any()]
     done(len(starts) - len(full))
     for some in (full[at : at + BATCH] for at in range(0, len(full), BATCH)):
-        chips = [_filled(values, valid, place - starts[0], tile) for place in some]
+        windows = [slice(place - starts[0], place - starts[0] + tile) for place in some]
+        chips = [filled(values[:, :, one].astype(np.float32), valid[:, one]) for one in windows]
         for place, one in zip(some, _predicted(job, start, some, np.stack(chips)), strict=True):
             left, right = max(place, part.column), min(place + tile, part.column + part.width)
             inside = slice(left - place, right - place)
@@ -121,15 +123,6 @@ def _add_row(job, part: Block, start: int, strips: Strips, sums: np.ndarray, don
         done(len(some))
     first = part.column - starts[0]
     return valid[:, first : first + part.width]
-
-
-def _filled(values: np.ndarray, valid: np.ndarray, column: int, tile: int) -> np.ndarray:
-    """A chip, float32; where it has no data, each band's mean of where it has."""
-    chip, known = values[:, :, column : column + tile].astype(np.float32), valid[:, column : column + tile]
-    if known.all():
-        return chip
-    mean = chip.mean(axis=(1, 2), where=known, keepdims=True)
-    return np.where(known, chip, mean)
 
 
 def _predicted(job: Job, row: int, columns: list[int], chips: np.ndarray) -> np.ndarray:

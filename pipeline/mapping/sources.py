@@ -75,7 +75,7 @@ def from_rasters(paths: list[Path], described: Described) -> Scene:
         values, valid = picture.bands_of(Window(column, row, width, height), chosen)
         if described.nodata is not None:
             valid &= (values != described.nodata).all(axis=0)
-        return _finite(values, valid)
+        return values, valid
 
     return Scene(
         str(paths[0]), picture.height, picture.width, picture.transform, picture.crs, described.bands,
@@ -129,17 +129,13 @@ def _from_zarr(path: Path) -> Scene:
     def read(window, chosen):
         row, column, height, width = window
         some = array[list(chosen), row : row + height, column : column + width].values
-        return _finite(some, np.ones(some.shape[1:], bool))
+        return some, rasters.numbers(some)
 
     return Scene(
         str(path), array.sizes["y"], array.sizes["x"], transform,
         crs.to_wkt() if crs else "", bands, units, _time(described.time, str(path)),
         _state(path.rglob("*"), described), read,
     )  # fmt: skip
-
-
-def _finite(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return values, valid & np.isfinite(values).all(axis=0) if values.dtype.kind == "f" else valid
 
 
 def _check(units: str, where: str) -> None:

@@ -75,7 +75,7 @@ def _kept(study: Path | None, key: str) -> list[dict]:
     """Trials of finished rounds; none if the study is not there, torn, or about something else."""
     try:
         found = json.loads(study.read_bytes()) if study else {}
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # neither JSON nor even text
         return []
     return found["trials"] if isinstance(found, dict) and found.get("key") == key else []
 

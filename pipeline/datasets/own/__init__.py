@@ -86,6 +86,8 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     chips = list(reader.chips.values())
     first = chips[0].picture
     height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
+    if any(chip.picture.gaps for chip in chips):
+        notes.append("a pixel without data in some band has the mean of its chip's others in all bands")
     located = all(chip.picture.crs for chip in chips)
     if nowhere := {chip.picture.paths[0] for chip in chips if not chip.picture.crs}:
         notes.append(
@@ -112,7 +114,7 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
         read=reader,
         verify=functools.partial(verify, options),
         shape=(len(options.bands), height, width),
-        dtype=first.dtype,
+        dtype=np.result_type(*{chip.picture.dtype for chip in chips}),
     )  # fmt: skip
 
 
@@ -135,8 +137,8 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
     if len(paths) > 1:
         raise UserError(f"labels fits {len(paths)} tables, {paths[0].name}, {paths[1].name}, ...; name one.")
     needed = ("file", options.label_column, *(("split",) if options.split == "column" else ()))
-    frame = table(paths[0], images, needed, options.classes, several)
-    chips, sizes, notes = {}, {}, []
+    frame = table(paths[0], images, needed, options.classes, several, options.skip_bad)
+    chips, sizes, notes = {}, {}, frame.attrs["notes"]
     pictures = each(frame.path, lambda path: picture(Path(path), options.bands), options.skip_bad, notes)
     for row in frame[frame.path.isin(pictures)].to_dict("records"):
         one = pictures[row["path"]]
@@ -166,8 +168,10 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
     if given[0].suffix.lower() in _RASTERS:
         if not options.classes:
             raise UserError("Masks have numbers and no names: list the classes, from the one of value 0.")
-        mask, notes = Masks(pair(images, given), options.classes, options.ignore), []
-        read = each(images, lambda path: picture(path, options.bands), options.skip_bad, notes)
+        notes = []
+        pairs = pair(images, given, options.skip_bad, notes)
+        mask = Masks(pairs, options.classes, options.ignore)
+        read = each(map(Path, pairs), lambda path: picture(path, options.bands), options.skip_bad, notes)
         pictures = list(read.values())
         classes = options.classes
     else:
@@ -176,8 +180,8 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
             raise UserError(f"labels fits {len(given)} files, {given[0].name}, {given[1].name}, ...; name one.")
         mask, notes = polygons(given[0], pictures[0], options.label_column, options.classes)
         notes.append("where polygons overlap the smaller one counts; where none lies, there is no label")
-        if len(pictures[0].paths) > 1:
-            notes.append("coarser bands brought to the finest grid by nearest neighbour")
+        if coarser := pictures[0].coarser():
+            notes.append(f"{', '.join(coarser)} brought to the finest grid by nearest neighbour")
         classes = mask.classes
     chips = {}
     unique = len({one.name for one in pictures}) == len(pictures)

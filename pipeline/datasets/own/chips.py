@@ -10,7 +10,7 @@ from rasterio.windows import Window
 from pipeline.datasets.own.ground import Place, merged, overlapping
 from pipeline.datasets.own.rasters import Picture
 from pipeline.errors import UserError
-from pipeline.imagery.chips import SPLITS, assign_blocks
+from pipeline.imagery.chips import SPLITS, assign_blocks, filled
 from pipeline.imagery.images import IGNORE, Sample, no_label
 from pipeline.params import Dataset
 
@@ -59,6 +59,7 @@ class Reader:
         image, valid = chip.picture.read(self.window(chip)) if self.mask else chip.picture.read(size=self.size)
         if not valid.any():
             raise UserError(f"{chip.picture.paths[0]} has no data here: every pixel is nodata in some band.")
+        image = filled(image, valid)
         if not chip.labelled:
             label = no_label(self.task, self.classes, image.shape[1:])
         else:
@@ -94,7 +95,11 @@ class Reader:
 
 
 def each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
-    """What is read of each, without those that cannot be if they may be left out; the notes say which."""
+    """What is read of each, without those that cannot be if they may be left out; the notes say which.
+
+    Raises:
+        UserError: one cannot be read, and may not be left out; or none can.
+    """
     found, wrong = {}, None
     for name in names:
         try:

@@ -13,6 +13,7 @@ from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from pipeline.datasets.own.rasters import Picture
+from pipeline.datasets.own.table import unlike
 from pipeline.errors import UserError
 from pipeline.imagery.images import IGNORE
 
@@ -66,6 +67,7 @@ def polygons(path: Path, picture: Picture, column: str, classes: Sequence[str]) 
         raise UserError(f"{path if frame.crs is None else picture.paths[0]} states no coordinate reference system.")
     frame[column] = _names(frame[column])
     found = sorted(frame[column].dropna().unique())
+    found = found if classes else unlike(found, f"The polygons of {path}")
     if gone := [name for name in classes if name not in found]:
         raise UserError(f"{path} has no polygon of {', '.join(gone)}. Its '{column}' has: {', '.join(found)}.")
     _meet(path, frame.to_crs(picture.crs).total_bounds, picture)
@@ -73,6 +75,9 @@ def polygons(path: Path, picture: Picture, column: str, classes: Sequence[str]) 
     notes = [f"polygons of {', '.join(unused)} are not used"] if unused else []
     if nameless := int(frame[column].isna().sum()):
         notes.append(f"{nameless} of {len(frame)} polygons have no class, and are not used")
+    used = frame[frame[column].isin(classes or found) & frame.geom_type.isin(_AREAS)]
+    if twice := int((used.groupby(used.geometry.normalize().to_wkb())[column].nunique() > 1).sum()):
+        notes.append(f"{twice} polygons are there again with another class, and the later counts")
     return Polygons(str(path), picture.crs, column, tuple(classes or found)), notes
 
 

@@ -45,10 +45,11 @@ class Masks:
         return (mask if self.ignore is None else np.where(mask == self.ignore, IGNORE, mask)).astype(np.uint8)
 
 
-def pair(images: Sequence[Path], masks: Sequence[Path]) -> dict[str, str]:
+def pair(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: list[str]) -> dict[str, str]:
     """The mask of each image: the file of the same name, or the one whose name contains the image's.
 
-    Of several, as where folders repeat names, the one whose folder is named as the image's.
+    Of several, as where folders repeat names, the one whose folder is named as the image's. Images that have none are
+    left out if that may be, and the notes say so.
 
     Raises:
         UserError: an image without a mask, or with several, or a mask that fits several images.
@@ -64,6 +65,9 @@ def pair(images: Sequence[Path], masks: Sequence[Path]) -> dict[str, str]:
         fit = fit or (within if len(within) == 1 else [])
         alike = [_alike(path.parent, image.parent) for path in fit]
         fit = [path for path, parts in zip(fit, alike, strict=True) if parts == max(alike)]
+        if not fit and skip_bad:
+            notes.append(f"left out: {image} has no mask")
+            continue
         if len(fit) != 1:
             names = ", ".join(path.name for path in fit[:4]) or "none"
             raise UserError(
@@ -75,6 +79,10 @@ def pair(images: Sequence[Path], masks: Sequence[Path]) -> dict[str, str]:
                 "that contains it, and where folders repeat names, a folder named as the image's."
             )
         found[fit[0]] = image
+    if not found:
+        raise UserError(
+            f"None of {len(images)} images, such as {images[0]}, has a mask; a mask has its image's name."
+        )
     return {str(image): str(mask) for mask, image in found.items()}
 
 
@@ -93,11 +101,11 @@ def _same_grid(path: str, file, picture: Picture) -> None:
         raise UserError(
             f"{path} has {file.height} x {file.width} px, and its image {picture.height} x {picture.width}."
         )
-    if not file.crs or not picture.crs:
+    if file.transform.is_identity or rasterio.Affine(*picture.transform).is_identity:  # one has no place at all
         return
     back = ~rasterio.Affine(*picture.transform) @ file.transform
     gap = max(np.abs(np.subtract(back @ end, end)).max() for end in ((0, 0), (file.width, file.height)))
-    if file.crs != CRS.from_wkt(picture.crs) or gap > 0.5:
+    if (file.crs and picture.crs and file.crs != CRS.from_wkt(picture.crs)) or gap > 0.5:
         raise UserError(f"{path} does not lie on the ground where its image {picture.paths[0]} does.")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 from pyproj import CRS, Transformer
-from rasterio.enums import Resampling
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform as warp
@@ -31,6 +31,7 @@ class Picture:
         crs: as WKT; empty where it has none.
         dtype: that holds every band.
         bands: how many.
+        gaps: whether some of its pixels may hold no data.
     """
 
     paths: tuple[str, ...]
@@ -40,6 +41,7 @@ class Picture:
     crs: str
     dtype: np.dtype
     bands: int
+    gaps: bool
 
     @property
     def name(self) -> str:
@@ -58,20 +60,27 @@ class Picture:
             UserError: a file is damaged.
         """
         shape = (size, size) if size else None
-        if len(self.paths) == 1:
-            with reading(self.paths[0]):
-                out = (self.bands, *shape) if shape else None
-                image = _opened(self.paths[0]).read(out_shape=out, window=window, resampling=Resampling.bilinear)
-        else:
-            image = np.stack([self._band(path, window)[0] for path in self.paths])
-        return image, self.valid(window, shape)
+        image = self._pixels(window, shape)
+        return image, self._declared(window, shape) & numbers(image)
 
-    def valid(self, window: Window | None = None, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """Where (y, x) all bands of a window, or of all resampled to a shape, hold data.
+    def valid(self, window: Window) -> np.ndarray:
+        """Where (y, x) all bands of a window hold data: not their nodata, and numbers.
 
         Raises:
             UserError: a file is damaged.
         """
+        declared = self._declared(window, None)
+        return declared & numbers(self._pixels(window, None)) if self.dtype.kind == "f" else declared
+
+    def _pixels(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
+        if len(self.paths) == 1:
+            with reading(self.paths[0]):
+                out = (self.bands, *shape) if shape else None
+                return _opened(self.paths[0]).read(out_shape=out, window=window, resampling=Resampling.bilinear)
+        return np.stack([self._band(path, window)[0] for path in self.paths])
+
+    def _declared(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
+        """Where (y, x) no file says that a band has no data."""
         whole = None
         for path in self.paths:
             with reading(path):
@@ -90,9 +99,11 @@ class Picture:
         if len(self.paths) == 1:
             with reading(self.paths[0]):
                 source, indexes = _opened(self.paths[0]), [place + 1 for place in places]
-                return source.read(indexes, window=window), source.read_masks(indexes, window=window).all(axis=0)
-        image, masks = zip(*[self._band(self.paths[place], window, masked=True) for place in places], strict=True)
-        return np.stack(image), np.stack(masks).all(axis=0)
+                image, masks = source.read(indexes, window=window), source.read_masks(indexes, window=window)
+        else:
+            image, masks = zip(*[self._band(self.paths[place], window, masked=True) for place in places], strict=True)
+            image = np.stack(image)
+        return image, np.stack(masks).all(axis=0) & numbers(image)
 
     def _band(self, path: str, window: Window | None, masked: bool = False):
         """Pixels (y, x) of a band that has a file of its own, and, if asked for, its mask."""
@@ -100,6 +111,10 @@ class Picture:
             file = _on_grid(path, self)
             mask = file.read_masks(1, window=window) if masked else None
             return file.read(1, window=window).astype(self.dtype), mask
+
+    def coarser(self) -> list[str]:
+        """Names of the files that are brought to the grid of another, the finest."""
+        return [Path(path).name for path in self.paths if isinstance(_on_grid(path, self), WarpedVRT)]
 
     def place(self, row: float, column: float) -> tuple[float, float]:
         """x and y, in the picture's CRS, of a place in pixels from its upper left corner."""
@@ -156,7 +171,7 @@ def picture(path: Path, bands: Sequence[Band]) -> Picture:
         _check_order(path, file.descriptions, bands)
         _check_offsets(file)
         kind = np.result_type(*file.dtypes)
-        return _described((str(path),), file, kind, len(bands))
+        return _described((str(path),), [file], file, kind, len(bands))
 
 
 def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
@@ -189,7 +204,7 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
             _check_ground(path, file, finest)
             _check_offsets(file)
         kind = np.result_type(*[file.dtypes[0] for file in opened])
-        return _described(tuple(map(str, chosen)), finest, kind, len(bands))
+        return _described(tuple(map(str, chosen)), opened, finest, kind, len(bands))
 
 
 @contextlib.contextmanager
@@ -237,9 +252,16 @@ def _check_offsets(file) -> None:
         )
 
 
-def _described(paths, file, dtype, bands: int) -> Picture:
-    crs = file.crs.to_wkt() if file.crs else ""
-    return Picture(paths, file.height, file.width, tuple(file.transform)[:6], crs, np.dtype(dtype), bands)
+def numbers(image: np.ndarray) -> np.ndarray:
+    """Where (y, x) all bands of an image (band, y, x) are finite numbers."""
+    return np.isfinite(image).all(axis=0) if image.dtype.kind == "f" else np.ones(image.shape[1:], bool)
+
+
+def _described(paths, files, grid, dtype, bands: int) -> Picture:
+    crs = grid.crs.to_wkt() if grid.crs else ""
+    whole = all(flags == [MaskFlags.all_valid] for file in files for flags in file.mask_flag_enums)
+    gaps = not whole or np.dtype(dtype).kind == "f"
+    return Picture(paths, grid.height, grid.width, tuple(grid.transform)[:6], crs, np.dtype(dtype), bands, gaps)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,8 +8,11 @@ import pytest
 import rasterio
 
 from pipeline.errors import UserError
-from pipeline.imagery import images
-from tests.pipeline.datasets.test_own import labelled, prepared, scene_block, tile_block, tiles
+from pipeline.imagery import images, imagestore
+from pipeline.imagery.chips import filled
+from pipeline.mapping import sources
+from pipeline.records import build
+from tests.pipeline.datasets.test_own import THREE, labelled, prepared, scene_block, tile_block, tiles
 from tests.pipeline.datasets.test_own_labels import rewrite
 
 __all__ = ["tiles"]
@@ -176,3 +179,61 @@ def test_what_is_left_out_is_said(tiles, tmp_path):
         rewrite(folder / f"{kind}/{name}.tif", lambda values: values[:, :40], height=40)
     said = prepared(tile_block(folder), tmp_path).notes
     assert any(f"1 images, such as {FIRST}, are smaller than a chip" in note for note in said)
+
+
+@pytest.mark.parametrize("kind", ["declared", "not a number"])
+def test_pixels_without_data_have_the_mean_of_the_others(tiles, tmp_path, kind):
+    folder = copied(tiles, tmp_path)
+    before = prepared(tile_block(tiles), tmp_path)
+    name = next(name for name in before.sample if name[-11:-6] == "00000")
+    path = folder / f"images/{name[:-13]}.tif"
+    if kind == "declared":
+        emptied(path, 8, bands=2)
+    else:
+
+        def change(values):
+            values = values.astype("float32")
+            values[2, :8] = np.nan
+            return values
+
+        rewrite(path, change)
+    stream = prepared(tile_block(folder), tmp_path)
+    image, known = stream.read(name).image, before.read(name).image[:, 8:]
+    np.testing.assert_array_equal(image[:, 8:], known)
+    assert (np.ptp(image[:, :8], axis=(1, 2)) == 0).all()
+    np.testing.assert_allclose(image[:, 0, 0], known.mean(axis=(1, 2)), atol=0.5 if kind == "declared" else 1e-2)
+    assert (stream.read(name).label[:8] == images.IGNORE).all()
+    said = "a pixel without data in some band has the mean"
+    assert any(said in note for note in stream.notes)
+    assert not any(said in note for note in before.notes)
+
+
+def test_maps_and_chips_fill_alike(tiles, tmp_path):
+    folder = copied(tiles, tmp_path)
+    name = next(name for name in prepared(tile_block(tiles), tmp_path).sample if name[-11:] == "00000c00000")
+    path = folder / f"images/{name[:-13]}.tif"
+    emptied(path, 8)
+    scene = sources.from_rasters([path], build(sources.Described, {"images": "", "units": "dn", "bands": THREE}, ""))
+    values, valid = scene.read((0, 0, 64, 64), [0, 1, 2])
+    chip = prepared(tile_block(folder), tmp_path).read(name).image
+    np.testing.assert_array_equal(chip, filled(values, valid))
+    assert (values[:, :8] != chip[:, :8]).all()
+
+
+@pytest.mark.parametrize("first", ["uint8", "float32"])
+def test_images_of_several_types_are_stored_as_one_that_holds_all(tiles, tmp_path, first):
+    folder = copied(tiles, tmp_path)
+    for kind, name in ((first, "tile_0000_0000"), ({"uint8": "float32"}.get(first, "uint8"), "tile_0640_0896")):
+        rewrite(folder / f"images/{name}.tif", lambda values, kind=kind: (values // 16).astype(kind))
+    stream = prepared(tile_block(folder), tmp_path)
+    assert stream.dtype == np.result_type("uint8", "uint16", "float32")
+    imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
+
+
+def test_bands_that_are_not_brought_to_a_finer_grid_are_not_said_to_be(raw, tmp_path):
+    coarser = [note for note in prepared(scene_block(raw), tmp_path).notes if "finest grid" in note]
+    assert len(coarser) == 1
+    assert "_B11.jp2" in coarser[0]
+    assert "_B02.jp2" not in coarser[0]
+    fine = prepared(scene_block(raw, options={"images": "*_B0[2-4].jp2", "bands": THREE}), tmp_path)
+    assert not any("finest grid" in note for note in fine.notes)

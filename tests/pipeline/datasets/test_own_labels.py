@@ -4,6 +4,7 @@ import shutil
 
 import geopandas
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 import shapely
@@ -42,6 +43,10 @@ MASKS = {
         "does not lie on the ground where its image",
     ),
     "another system": (lambda path: rewrite(path, crs="EPSG:32632"), "does not lie on the ground where its image"),
+    "another place, and no system": (
+        lambda path: rewrite(path, transform=rasterio.Affine(10, 0, 400000, 0, -10, 5800000), crs=None),
+        "does not lie on the ground where its image",
+    ),
     "torn": (lambda path: path.write_bytes(path.read_bytes()[:600]), "mask.tif cannot be read: .* Is the file whole"),
 }
 
@@ -60,12 +65,12 @@ def test_masks_that_do_not_fit(tiles, tmp_path, what):
 def test_masks_are_found_by_whole_names(tmp_path):
     images = [tmp_path / f"images/tile_{number}.tif" for number in range(12)]
     masks = [tmp_path / f"masks/tile_{number}_mask.tif" for number in range(12)]
-    found = pair(images, masks)
+    found = pair(images, masks, False, [])
     assert [found[str(image)] for image in images] == list(map(str, masks))
     with pytest.raises(UserError, match="tile_1.tif has 0 masks"):
-        pair(images, masks[:1] + masks[2:])
+        pair(images, masks[:1] + masks[2:], False, [])
     with pytest.raises(UserError, match="tile_a.tif is the mask of both .*tile.tif and .*tile_a.tif"):
-        pair([tmp_path / "tile.tif", tmp_path / "tile_a.tif"], [tmp_path / "m/tile_a.tif"])
+        pair([tmp_path / "tile.tif", tmp_path / "tile_a.tif"], [tmp_path / "m/tile_a.tif"], False, [])
     assert contains("LC08_B1", "B1")
     assert not contains("LC08_B10", "B1")
 
@@ -146,3 +151,42 @@ def test_polygons_that_do_not_fit_are_refused(raw, tmp_path):
     chosen = prepared(scene_block(raw, options={"classes": ["water", "farm"]}), tmp_path)
     assert chosen.classes == ("water", "farm")
     assert chosen.notes[0].startswith("polygons of forest, grass, meadow")
+
+
+def test_images_without_a_mask_are_left_out_if_asked_for(tiles, tmp_path):
+    folder = tmp_path / "tiles"
+    shutil.copytree(tiles, folder)
+    (folder / "masks/tile_0000_0128_mask.tif").unlink()
+    with pytest.raises(UserError, match="tile_0000_0128.tif has 0 masks"):
+        prepared(tile_block(folder), tmp_path)
+    stream = prepared(tile_block(folder, options={"skip_bad": True}), tmp_path)
+    assert not any(name.startswith("tile_0000_0128") for name in stream.sample)
+    assert any("tile_0000_0128.tif has no mask" in note for note in stream.notes)
+    for path in (folder / "masks").iterdir():
+        path.rename(path.with_name(f"x{path.name.replace('tile', '')}"))
+    with pytest.raises(UserError, match="None of 48 images"):
+        prepared(tile_block(folder, options={"skip_bad": True}), tmp_path)
+
+
+def test_classes_of_polygons_that_differ_in_capitals_are_refused(raw, tmp_path):
+    def change(frame):
+        frame.loc[frame.index[frame.fclass == "farm"][0], "fclass"] = "Farm"
+        return frame
+
+    options = vector(raw, tmp_path, change)
+    with pytest.raises(UserError, match="'Farm' and 'farm', which differ in capitals alone"):
+        prepared(scene_block(raw, options=options), tmp_path)
+    said = prepared(scene_block(raw, options=options | {"classes": ["farm", "forest"]}), tmp_path).notes
+    assert any("polygons of Farm, " in note for note in said)
+
+
+def test_polygons_with_two_classes_are_said(raw, tmp_path):
+    def change(frame):
+        again = frame[frame.fclass == "farm"][:3].assign(fclass="forest")
+        return pd.concat([frame, again, frame[:5]], ignore_index=True)
+
+    options = vector(raw, tmp_path, change)
+    # The scene's own have three, of a wetland and what grows there, which do not count where wetland does not.
+    for classes, count in (([], 6), (["farm", "forest", "meadow", "water"], 3)):
+        said = prepared(scene_block(raw, options=options | {"classes": classes}), tmp_path).notes
+        assert f"{count} polygons are there again with another class, and the later counts" in said

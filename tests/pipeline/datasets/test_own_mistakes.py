@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import unicodedata
 
 import pandas as pd
 import pytest
@@ -258,3 +259,37 @@ def test_a_damaged_image_is_named_or_left_out(tiles, tmp_path):
         imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
     written = imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1, skip_bad=True)
     assert list(written.left_out) == ["images/tile_0000_0128"]
+
+
+def test_rows_without_an_image_are_left_out_if_asked_for(tiles, tmp_path):
+    folder, block = table_block(tiles, tmp_path)
+    (folder / "images/tile_0000_0128.tif").unlink()
+    with pytest.raises(UserError, match="lists tile_0000_0128.tif, and there is no such image"):
+        prepared(block, tmp_path)
+    asked = dataclasses.replace(block, options=block.options | {"skip_bad": True})
+    stream = prepared(asked, tmp_path)
+    assert len(stream.sample) == 47
+    assert any("lists tile_0000_0128.tif, and there is no such" in note for note in stream.notes)
+    for path in (folder / "images").iterdir():
+        path.rename(path.with_name(f"x{path.name}"))
+    with pytest.raises(UserError, match="there is no such image"):
+        prepared(asked, tmp_path)
+
+
+def test_names_are_found_however_their_accents_are_written(tiles, tmp_path):
+    folder, block = table_block(tiles, tmp_path)
+    apart, whole = (unicodedata.normalize(form, "m\u00fchle.tif") for form in ("NFD", "NFC"))
+    (folder / "images/tile_0000_0128.tif").rename(folder / "images" / apart)
+    table = folder / "labels.csv"
+    table.write_text(table.read_text().replace("tile_0000_0128.tif", whole))
+    assert len(prepared(block, tmp_path).sample) == 48
+
+
+def test_labels_that_differ_in_capitals_are_refused(tiles, tmp_path):
+    folder, block = table_block(tiles, tmp_path)
+    table = folder / "labels.csv"
+    table.write_text(table.read_text().replace("forest", "Forest", 1))
+    with pytest.raises(UserError, match="'Forest' and 'forest', which differ in capitals alone"):
+        prepared(block, tmp_path)
+    listed = dataclasses.replace(block, options=block.options | {"classes": ["Forest", "farm", "forest"]})
+    assert prepared(listed, tmp_path).classes == ("Forest", "farm", "forest")

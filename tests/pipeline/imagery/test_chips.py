@@ -29,3 +29,13 @@ def test_blocks_are_dealt_in_the_wanted_numbers_and_shares():
 def test_too_few_blocks():
     with pytest.raises(UserError, match="cannot fill three splits"):
         chips.assign_blocks(np.ones((2, 2)), SPLITS, seed=0)
+
+
+def test_pixels_that_are_not_known_are_filled_with_the_mean_of_the_others():
+    chip, known = np.array([[[1, 2], [4, 9]], [[5, 5], [6, 0]]], np.uint16), np.array([[True, True], [True, False]])
+    found = chips.filled(chip, known)
+    assert found.dtype == np.uint16
+    assert found.tolist() == [[[1, 2], [4, 2]], [[5, 5], [6, 5]]]
+    broken = np.where(known, chip, np.nan).astype("float32")
+    np.testing.assert_allclose(chips.filled(broken, known)[:, 1, 1], [7 / 3, 16 / 3], rtol=1e-6)
+    assert chips.filled(chip, np.ones((2, 2), bool)) is chip
