@@ -38,11 +38,8 @@ def check(store: Path) -> dict[str, str]:
     Raises:
         StoreError: naming the first file, in order of names, that is damaged, missing or not listed.
     """
-    try:
-        text = (store / NAME).read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        raise StoreError(f"{store / NAME} is missing or damaged, so nothing in {store} can be checked.") from None
-    listed = {line[66:]: line[:64] for line in text.split("\n") if line}
+    text = _text(store)
+    listed = _parsed(text)
     found = files(store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         actual = dict(zip(found, pool.map(lambda file: digest(store / file), found), strict=True))
@@ -58,6 +55,14 @@ def check(store: Path) -> dict[str, str]:
     return actual
 
 
+def lacking(store: Path) -> list[str]:
+    """The listed files, or the list itself, that are not there; what is in them is not looked at."""
+    try:
+        return [file for file in _parsed(_text(store)) if not (store / file).is_file()]
+    except StoreError:
+        return [NAME]
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -68,6 +73,17 @@ def files(store: Path) -> list[str]:
     """Every file below `store` but the list itself, sorted, as paths within it."""
     paths = (path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file())
     return sorted(path for path in paths if path != NAME)
+
+
+def _text(store: Path) -> str:
+    try:
+        return (store / NAME).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        raise StoreError(f"{store / NAME} is missing or damaged, so nothing in {store} can be checked.") from None
+
+
+def _parsed(text: str) -> dict[str, str]:
+    return {line[66:]: line[:64] for line in text.split("\n") if line}
 
 
 def _listing(digests: Mapping[str, str]) -> str:

@@ -43,8 +43,8 @@ class Writer:
     Args:
         scratch: on the file system of `final`; shared by all that write this store.
         layout: the same for all of them.
-        final: where the finished store appears. If it is there already, with the same layout and provenance, there
-            is nothing to do.
+        final: where the finished store appears. If it is there already, whole, with the same layout and provenance,
+            there is nothing to do.
         provenance: attributes of the store, JSON values; the same for all of them.
 
     Raises:
@@ -67,10 +67,11 @@ class Writer:
                     self._remove_scratch()
 
     def published(self) -> str | None:
-        """The content digest of the finished store, if it is at its final name."""
+        """The content digest of the finished store, if it is at its final name with all its files."""
         with suppress(FileNotFoundError):
             said = json.loads((self.final / "zarr.json").read_text())["attributes"]
-            if said.get("complete") and said.get("made_from_sha256") == self._provenance["made_from_sha256"]:
+            ours = said.get("made_from_sha256") == self._provenance["made_from_sha256"]
+            if said.get("complete") and ours and not checksums.lacking(self.final):
                 return said["content_sha256"]
         return None
 

@@ -185,6 +185,17 @@ def test_a_kill_after_publishing_leaves_the_store_and_nothing_to_do(tmp_path, mo
     assert write(tmp_path / "broken", described) == digest
 
 
+@pytest.mark.parametrize("file", ["level1/features/c.1.0.0.0", "pooled/mean_level0/zarr.json", "SHA256SUMS"])
+def test_a_finished_store_that_lost_a_file_is_written_again(tmp_path, file):
+    digest = write(tmp_path)
+    whole = content(tmp_path / "store.zarr")
+    assert new_writer(tmp_path).pending() == []
+    (tmp_path / "store.zarr" / file).unlink()
+    assert new_writer(tmp_path).pending() == [0, 1, 2]
+    assert write(tmp_path) == digest
+    assert content(tmp_path / "store.zarr") == whole
+
+
 def test_another_store_at_the_final_name_is_replaced(tmp_path):
     first = write(tmp_path)
     second = write(tmp_path, layout(codec="zstd"))
