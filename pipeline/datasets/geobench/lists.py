@@ -26,10 +26,11 @@ def partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[st
     except ValueError as error:
         raise UserError(f"{path} is no JSON file ({error}).") from None
     if not isinstance(listed, dict) or set(listed) != set(SPLITS):
-        raise UserError(f"{path} must list train, valid and test; it lists {', '.join(map(str, listed))}.")
+        there = ", ".join(map(str, listed)) if isinstance(listed, dict) else "none of them"
+        raise UserError(f"{path} must list train, valid and test; it lists {there}.")
     home, dropped = {}, []
     for split, names in listed.items():
-        for name in names:
+        for name in _plain(path, split, names):
             if name in home and not skip_bad:
                 where = f"twice in {split}" if home[name] == split else f"in {home[name]} and in {split}"
                 raise UserError(f"{path} lists the sample {name} {where}; a sample may be in one split, once.")
@@ -37,6 +38,16 @@ def partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[st
                 dropped.append(f"{name} of {split}")
             home.setdefault(name, split)
     return list(home), [SPLITS[split] for split in home.values()], dropped
+
+
+def _plain(path: Path, split: str, names) -> list[str]:
+    """The names, which are those of files in the folder and nowhere else."""
+    if not isinstance(names, list):
+        raise UserError(f"{path} must list the names of samples in {split}; it has {str(names)[:60]}.")
+    for name in names:
+        if not isinstance(name, str) or not name or {"/", "\\", "\0"} & set(name):
+            raise UserError(f"{path} lists {str(name)[:60]!r} in {split}, which is no name of a sample.")
+    return names
 
 
 def labels(folder: Path, declared: GeoBenchSet) -> dict | None:
@@ -67,6 +78,10 @@ def published(
     """Published mean and standard deviation of each key, else those that come with the files, times `scale`."""
     known = dict(declared.published)
     if not known and (folder / "band_stats.json").exists():
-        stats = json.loads((folder / "band_stats.json").read_text())
-        known = {key: (one["mean"], one["std"]) for key, one in stats.items() if {"mean", "std"} <= set(one)}
+        path = folder / "band_stats.json"
+        try:
+            pairs = {key: (one.get("mean"), one.get("std")) for key, one in json.loads(path.read_text()).items()}
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not laid out as GEO-Bench's ({error}).") from None
+        known = {key: pair for key, pair in pairs.items() if all(isinstance(one, float | int) for one in pair)}
     return {key: (known[key][0] * scale, known[key][1] * scale) if key in known else None for key in keys}

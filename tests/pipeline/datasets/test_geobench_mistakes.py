@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.datasets import check
+from pipeline.datasets import check, geobench
+from pipeline.datasets.geobench import lists
 from pipeline.errors import UserError
 from pipeline.imagery import images, imagestore
 from pipeline.params import Dataset
@@ -141,6 +142,38 @@ def test_a_sample_listed_twice(copied, stream, split, words):
     skipped = stream(root, "m-so2sat", skip_bad=True)
     assert skipped.sample.count("id_0000") == 1
     assert any(f"id_0000 of {split}" in note for note in skipped.notes)
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ({"train": ["../../m-eurosat/id_0000"]}, "lists '../../m-eurosat/id_0000' in train, which is no name"),
+        ({"train": ["id_0000", 1]}, "lists '1' in train"),
+        ({"train": {"id_0000": 1}}, "must list the names of samples in train"),
+        ({"train": None, "more": []}, "it lists train, valid, test, more"),
+        (["id_0000"], "it lists none of them"),
+        (7, "it lists none of them"),
+    ],
+)
+def test_partitions_that_are_none(copied, stream, listed, words):
+    root, folder = copied("m-so2sat")
+    path = folder / "default_partition.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | listed if isinstance(listed, dict) else listed))
+    with pytest.raises(UserError, match=words):
+        stream(root, "m-so2sat")
+
+
+def test_statistics_that_are_none(copied, stream):
+    root, folder = copied("m-cashew-plantation")
+    path = folder / "band_stats.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"label": {"mean": None}, "01": {"std": 1.0}}))
+    stream(root, "m-cashew-plantation")
+    for text in ("{", "[1]", '{"01": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="band_stats.json is not laid out as GEO-Bench's"):
+            lists.published(folder, geobench.SETS["m-cashew-plantation"], ("01",), 1)
 
 
 @pytest.mark.parametrize(
