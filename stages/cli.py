@@ -66,7 +66,8 @@ def run(
         with _alone("-".join([stage.__name__, *said]).replace(os.sep, "_")[-200:]):
             stage(**arguments)
     except (UserError, StoreError) as error:
-        sys.exit(f"error: {error}")
+        # Names in files that are not ours may hold what a terminal takes for commands.
+        sys.exit("".join(one if one.isprintable() or one == "\n" else f"{one!r}"[1:-1] for one in f"error: {error}"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

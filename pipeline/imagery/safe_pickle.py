@@ -47,7 +47,7 @@ class _Dtype:
 
     def __init__(self, code, *_):
         if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-            raise UserError(f"it asks for an array of type {code!r}; only numbers are read")
+            raise UserError(f"it asks for an array of type {code!r:.60}; only numbers are read")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
@@ -90,6 +90,9 @@ for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
     _NUMPY[_core + ".multiarray", "_reconstruct"] = _Array
     _NUMPY[_core + ".numeric", "_frombuffer"] = _from_buffer
 _KNOWN = {**_PLAIN, **_NUMPY}
+# What makes a tuple or a frozen set; in texts the same bytes are letters, of which released pickles have hundreds.
+_TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET)
+_DEEPEST = 20_000
 
 
 class _Reader(pickle.Unpickler):
@@ -98,7 +101,9 @@ class _Reader(pickle.Unpickler):
             return found
         if module.split(".")[0] in _PACKAGES or (module, name) in _RECORDS:
             return _record(name)
-        raise UserError(f"it asks for {module}.{name}, which is no part of such data and may be an attack")
+        asked = f"{module}.{name}"
+        asked = asked if asked.isprintable() and len(asked) < 200 else f"{asked!r:.200}"
+        raise UserError(f"it asks for {asked}, which is no part of such data and may be an attack")
 
 
 @cache
@@ -112,6 +117,9 @@ def loads(data: bytes):
     Raises:
         UserError: it names anything that is not known here, or is damaged. Nothing in it was run.
     """
+    # Not more than may be nested: Python looks into tuples within tuples by recursion, without a bound of its own.
+    if sum(data.count(code) for code in _TUPLES) > _DEEPEST:
+        raise UserError("Its pickle is refused: it has more tuples than any such data. Nothing in it was run.")
     try:
         return _Reader(io.BytesIO(data)).load()
     except UserError as error:

@@ -5,8 +5,9 @@ put right unless `as_labelled` asks for them as they are.
 """
 
 import json
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from h5py import h5d
 
 from pipeline.bands import Band
 from pipeline.datasets.geobench import classification, lists, read, segmentation
+from pipeline.datasets.geobench.attributes import said
 from pipeline.datasets.geobench.declare import GeoBenchSet
 from pipeline.datasets.geobench.download import find, locate, there
+from pipeline.datasets.geobench.means import Means
 from pipeline.errors import UserError
 from pipeline.imagery.images import Stream
 from pipeline.params import Dataset, Params
@@ -24,9 +27,6 @@ from pipeline.plan import Wanted
 from pipeline.records import build
 
 SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
-# By how many standard deviations a band's mean may differ from the published one: neighbouring bands differ by more,
-# other draws of pixels by less.
-_TOLERANCE = 0.2
 # Samples that are read to see how fast that goes.
 _FEW = 8
 
@@ -64,7 +64,9 @@ def check(options: Options, dataset: Dataset, where: str) -> None:
 def fetch(dataset: Dataset, params: Params) -> dict:
     """Find the set in `geobench_dir`, or download it there; nothing is copied."""
     options = build(Options, dataset.options, "options")
-    return locate(SETS[options.set], options.partition, Path(params.geobench_dir))
+    found = locate(SETS[options.set], options.partition, Path(params.geobench_dir))
+    lists.partition(Path(found["folder"]) / f"{options.partition}_partition.json", options.skip_bad)
+    return found
 
 
 def prepare(raw: Path, dataset: Dataset) -> Stream:
@@ -85,13 +87,18 @@ def _stream(folder: Path, options: Options) -> Stream:
     as_bytes = declared.divided_by_255 and not options.as_labelled
     if as_bytes:
         dtype = np.dtype(np.uint8)
-    full = (
-        options.partition == "default"
-        and tuple(splits.count(one) for one in lists.SPLITS.values()) == declared.counts
-    )
+    means = None
+    if tuple(splits.count(one) for one in lists.SPLITS.values()) == declared.counts and options.check_means:
+        means = Means(declared.name, lists.published(folder, declared, tuple(chosen), 255 if as_bytes else 1))
+        means = means if any(means.published.values()) and not dropped else None
+    labels = lists.labels(folder, declared)
+    notes = _notes(declared, options, dropped)
+    if labels is None and declared.task != "segmentation":
+        notes.append("labels are those of the files themselves, since the folder lists none")
+    notes.append("band means are compared with the published" if means else "band means are compared with none")
     reader = read.Reader(
         folder, declared, tuple(chosen), stored, dtype,
-        lists.labels(folder, declared), options.as_labelled, options.ignore_nodata, as_bytes,
+        labels, options.as_labelled, options.ignore_nodata, as_bytes,
     )  # fmt: skip
     return Stream(
         sample=names,
@@ -104,32 +111,13 @@ def _stream(folder: Path, options: Options) -> Stream:
         licence=declared.licence,
         source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
         display=declared.display,
-        notes=_notes(declared, options, dropped),
+        notes=notes,
         read=reader,
         shape=(len(chosen), declared.size, declared.size),
         dtype=dtype,
-        verify=Means(declared.name, lists.published(folder, declared, tuple(chosen), 255 if as_bytes else 1))
-        if full and options.check_means and not dropped
-        else None,
+        verify=means,
         ahead=reader.ahead,
     )
-
-
-@dataclass(frozen=True)
-class Means:
-    """Compares the means of all bands with published (mean, standard deviation) by key; None where there is none."""
-
-    name: str
-    published: Mapping[str, tuple[float, float] | None]
-
-    def __call__(self, mean: np.ndarray) -> None:
-        for found, (key, known) in zip(mean, self.published.items(), strict=True):
-            if known and abs(found - known[0]) > _TOLERANCE * known[1]:
-                raise UserError(
-                    f"{self.name}: the mean of '{key}' is {found:.6g}, and {known[0]:.6g} (standard deviation "
-                    f"{known[1]:.6g}) is published: these are not the released files, or their bands are in another "
-                    "order. If you know better, set check_means: false in the set's options."
-                )
 
 
 def _chosen(declared: GeoBenchSet, options: Options) -> dict[str, Band]:
@@ -152,11 +140,16 @@ def _stored(
     try:
         with read.opened(path) as file:
             there = read.keys_of(file, declared)
-            return tuple(h5d.open(file, there[key]).dtype for key in keys)
-    except (OSError, UserError) as error:
+            kinds = tuple(h5d.open(file, there[key]).dtype for key in keys)
+        if strange := [
+            f"{key} has {kind} values" for key, kind in zip(keys, kinds, strict=True) if kind.kind not in "iuf"
+        ]:
+            raise UserError(f"its {strange[0]}; pixels are numbers")
+        return kinds
+    except Exception as error:  # a damaged file may fail in any way
         if skip_bad and others:
             return _stored(others, declared, keys, skip_bad)
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read: {said(error)}") from None
 
 
 def _notes(declared: GeoBenchSet, options: Options, dropped: Sequence[str]) -> list[str]:
@@ -168,6 +161,9 @@ def _notes(declared: GeoBenchSet, options: Options, dropped: Sequence[str]) -> l
         notes.append(
             "bands renamed, the released names are wrong: " + ", ".join(f"{k} is {b.name}" for k, b in wrong)
         )
+    if declared.place == "lat,lon":
+        kept = "kept as they are (as_labelled)" if options.as_labelled else "put right"
+        notes.append(f"places whose latitude and longitude are swapped are {kept}")
     if declared.placeholders:
         notes.append("placeholder dates kept (as_labelled)" if options.as_labelled else "placeholder dates left out")
     notes += [f"'{key}' is not read: {reason}" for key, reason in declared.skipped.items()]
@@ -187,20 +183,30 @@ def expect(dataset: Dataset, params: Params) -> tuple[Wanted, int]:
     chosen, pixels = _chosen(declared, options), declared.size**2
     mask = pixels if declared.task == "segmentation" else 0
     width = declared.file_width if options.as_labelled else declared.width
-    share = float(options.partition.partition("x")[0]) if options.partition != "default" else 1.0
-    train = max(1, round(share * declared.counts[0]))
+    share = re.fullmatch(r"(\d*\.?\d+)x_train", options.partition)
+    train = max(1, round(float(share[1]) * declared.counts[0])) if share else declared.counts[0]
     folder = there(declared, Path(params.geobench_dir))
+    stream = _stream(folder, options) if folder else None
     wanted = Wanted(
-        train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task, len(declared.classes),
-        pixels * width * len(chosen) + mask, _pace(_stream(folder, options)) if folder else None,
+        len(stream.sample) if stream else train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task,
+        len(declared.classes), pixels * width * len(chosen) + mask,
+        _pace(stream, options.skip_bad) if stream else None,
     )  # fmt: skip
     return wanted, 0 if folder else sum(declared.counts) * pixels * declared.file_width * len(declared.keys)
 
 
-def _pace(stream: Stream) -> float:
-    """Images a second that one process reads."""
+def _pace(stream: Stream, skip_bad: bool) -> float:
+    """Images a second that one process reads.
+
+    Raises:
+        UserError: one of the first cannot be read, and may not be left out.
+    """
     few = stream.sample[:_FEW]
     begun = time.perf_counter()
     for name in few:
-        stream.read(name)
+        try:
+            stream.read(name)
+        except UserError:
+            if not skip_bad:
+                raise
     return len(few) / (time.perf_counter() - begun)

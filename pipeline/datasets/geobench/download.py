@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,7 +119,11 @@ def _room(root: Path, size: int) -> None:
 
 
 def _unpack(path: Path, folder: Path) -> Path:
-    """Unpack an archive flat into `folder`, which appears whole, and remove the archive."""
+    """Unpack an archive flat into `folder`, which appears whole, and remove the archive.
+
+    Raises:
+        UserError: it is damaged, has two files of a name, or is of something else.
+    """
     scratch = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -127,10 +132,14 @@ def _unpack(path: Path, folder: Path) -> Path:
             for member in packed.infolist():
                 # Only the last part of a name is used: a member cannot climb out of the folder.
                 if not member.is_dir() and Path(member.filename).suffix in (".hdf5", ".json"):
-                    with packed.open(member) as source, open(scratch / Path(member.filename).name, "wb") as copy:
+                    with packed.open(member) as source, open(scratch / Path(member.filename).name, "xb") as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
+        if not any(scratch.glob("*_partition.json")):
+            raise UserError(f"{path} has no partition of GEO-Bench's within. Delete it and run again.")
         publish(scratch, folder)
-    except zipfile.BadZipFile as error:
+    except FileExistsError as error:
+        raise UserError(f"{path} has two files named {Path(error.filename).name}. Delete it and run again.") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is no readable archive ({error}). Delete it and run again.") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

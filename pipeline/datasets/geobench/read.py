@@ -1,6 +1,5 @@
 """One file of GEO-Bench, read as data: pixels, label, place and date, with every fault named."""
 
-import ast
 import contextlib
 import functools
 import os
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5f, h5p, h5s, h5t
+from h5py import h5d, h5f, h5l, h5p, h5s, h5t
 
+from pipeline.datasets.geobench.attributes import attributes_of, said, whole
 from pipeline.datasets.geobench.declare import GeoBenchSet
 from pipeline.errors import UserError
-from pipeline.imagery import safe_pickle
 from pipeline.imagery.images import IGNORE, Sample
 
 _DATED = re.compile(r"(.+)_(\d{4}-\d{2}-\d{2})")
@@ -78,8 +77,8 @@ class Reader:
             raise UserError(f"There is no {path}, though the partition lists it.") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        except Exception as error:  # a damaged file may fail in any way
+            raise UserError(f"{path} cannot be read: {said(error)}") from None
 
     def ahead(self, names: Sequence[str]) -> None:
         """Have the system read files that will be wanted next, beside what is done until then."""
@@ -117,11 +116,15 @@ class Reader:
         return Sample(image, label, lat, lon, self._time(name, there))
 
     def _mask(self, file: h5f.FileID, array: h5d.DatasetID) -> np.ndarray:
-        mask, size, count = _memory(array.shape, array.dtype), self.declared.size, len(self.declared.classes)
+        size, count = self.declared.size, len(self.declared.classes)
+        if array.shape not in ((size, size), (size, size, 1)) or array.dtype.kind not in "iuf":
+            raise UserError(
+                f"its label has {array.dtype} values of the shape {array.shape}; {self.declared.name} has {size} x "
+                f"{size} px, of numbers"
+            )
+        mask = _memory(array.shape, array.dtype)
         _read(file, array, mask, same=array.get_type() == _type(mask.dtype))
-        mask = mask.reshape(mask.shape[:2])
-        if mask.shape != (size, size):
-            raise UserError(f"its label has the shape {array.shape}; {self.declared.name} has {size} x {size} px")
+        mask = mask.reshape(size, size)
         # Whole numbers without their sign: what is negative is then greater than any class.
         whole = mask.view(mask.dtype.str.replace("i", "u"))
         if not 0 <= whole.max() < count or (mask.dtype.kind == "f" and (mask.min() < 0 or (mask % 1).any())):
@@ -138,7 +141,7 @@ class Reader:
         listed = self.labels.get(name) if self.labels is not None else None
         if own is None and listed is None:
             raise UserError("it has no label: neither the folder's JSON files nor its attribute 'pickle' give one")
-        own, listed = (None if one is None else np.asarray(one).astype(np.int64) for one in (own, listed))
+        own, listed = (None if one is None else whole(one) for one in (own, listed))
         if own is not None and listed is not None and not np.array_equal(own, listed):
             raise UserError(f"its label is {own.tolist()} in the file and {listed.tolist()} in the folder's JSON")
         label = listed if own is None else own
@@ -151,14 +154,15 @@ class Reader:
         return label
 
     def _time(self, name: str, there: Mapping[str, bytes]) -> np.datetime64:
-        said = ""
+        date = ""
         if self.declared.time == "name":
-            said = name[-10:].replace("_", "-")
-        elif self.declared.time == "key" and (dated := _DATED.fullmatch(there[self.keys[0]].decode())):
-            said = dated[2]
-        placeholder = self.declared.placeholders and said.endswith("-01-01") and not self.as_labelled
+            date = name[-10:].replace("_", "-")
+        elif self.declared.time == "key":
+            dates = {dated[2] for key in self.keys if (dated := _DATED.fullmatch(there[key].decode()))}
+            date = dates.pop() if len(dates) == 1 else ""  # of several no one is the image's
+        placeholder = self.declared.placeholders and date.endswith("-01-01") and not self.as_labelled
         try:
-            return np.datetime64("NaT" if placeholder or not said else said, "s")
+            return np.datetime64("NaT" if placeholder or not date else date, "s")
         except ValueError:
             return np.datetime64("NaT", "s")
 
@@ -167,9 +171,19 @@ def _read(file: h5f.FileID, array: h5d.DatasetID, values: np.ndarray, same: bool
     """Read a dataset; by the system alone, which is faster, if it has the `same` type and lies in one piece."""
     offset = array.get_offset() if same else None
     if offset is None:
+        _check_stored(array)
         array.read(_ALL, _ALL, values, _type(values.dtype))
     elif os.preadv(file.get_vfd_handle(), [values], offset) < values.nbytes:
         raise OSError("it ends within its pixels")
+
+
+def _check_stored(array: h5d.DatasetID) -> None:
+    """Refuse a dataset whose values are not in the file: HDF5 would read other files, or give zeros."""
+    made = array.get_create_plist()
+    if made.get_layout() == h5d.VIRTUAL or made.get_external_count():
+        raise UserError("it keeps pixels in other files; GEO-Bench's files have their own")
+    if array.get_space_status() == h5d.SPACE_STATUS_NOT_ALLOCATED:
+        raise UserError("it lacks pixels that were never written")
 
 
 def _into_bytes(values: np.ndarray, out: np.ndarray) -> float | None:
@@ -212,47 +226,19 @@ def opened(path: str | Path):
         file.close()
 
 
-def attributes_of(file: h5f.FileID) -> Mapping:
-    """What a file says of itself, its pickle read without running it.
-
-    Raises:
-        UserError: it has none, or one that is damaged or refused.
-    """
-    try:
-        data = ast.literal_eval(_text(file))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        data = None
-    if not isinstance(data, bytes):
-        raise UserError("it has no attribute 'pickle' that is the text of bytes, as GEO-Bench's files have")
-    attributes = safe_pickle.loads(data)
-    if not isinstance(attributes, dict):
-        raise UserError("its attribute 'pickle' is no dictionary")
-    return attributes
-
-
-def _text(file: h5f.FileID) -> str | None:
-    """The attribute 'pickle', if there is one and it is one text."""
-    try:
-        attribute = h5a.open(file, b"pickle")
-    except KeyError:
-        return None
-    kind = attribute.dtype
-    if attribute.shape != () or h5py.check_string_dtype(kind) is None:
-        return None
-    text = np.empty((), kind)
-    attribute.read(text)
-    return text[()].decode(errors="surrogateescape")
-
-
 def keys_of(file: h5f.FileID, declared: GeoBenchSet) -> dict[str, bytes]:
     """The file's keys by their names without dates.
 
     Raises:
         UserError: a band is missing, strange or there for several dates.
     """
-    there, names = {}, []
-    file.links.iterate(names.append)
-    for key in names:
+    there, links = {}, []
+    file.links.iterate(lambda name, link: links.append((name, link.type)), info=True)
+    for key, kind in links:
+        if kind != h5l.TYPE_HARD:
+            raise UserError(
+                f"its {said(key)} is a link; GEO-Bench's files have none, and it may lead to another file"
+            )
         dated = _DATED.fullmatch(key.decode())
         base = dated[1] if dated else key.decode()
         if base in there:
@@ -260,9 +246,10 @@ def keys_of(file: h5f.FileID, declared: GeoBenchSet) -> dict[str, bytes]:
         there[base] = key
     wanted = {*declared.keys} | ({"label"} if declared.task == "segmentation" else set())
     if gone := wanted - there.keys():
-        raise UserError(f"it lacks {', '.join(sorted(gone))}; it has {', '.join(sorted(there)) or 'nothing'}")
+        has = ", ".join(sorted(there)[:30]) or "nothing"
+        raise UserError(f"it lacks {', '.join(sorted(gone))}; it has {has}")
     if strange := there.keys() - wanted - declared.skipped.keys() - {"label"}:
-        raise UserError(f"it has {', '.join(sorted(strange))}, which {declared.name} does not have")
+        raise UserError(f"it has {', '.join(sorted(strange)[:30])}, which {declared.name} does not have")
     return there
 
 
@@ -279,16 +266,19 @@ def place_of(name: str, declared: GeoBenchSet, as_labelled: bool) -> tuple[float
 
 def _fitted(array: h5py.Dataset, key: str, size: int, dtype: np.dtype, declared: GeoBenchSet) -> np.ndarray:
     """A band of another dtype than the first file's, or, where the set has such, of a coarser grid."""
-    values = array[()]
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[..., 0]
     coarse = declared.keys[key].gsd > declared.gsd
-    if coarse and values.ndim == 2 and values.shape[0] == values.shape[1] and size % values.shape[0] == 0:
-        repeat = size // values.shape[0]
-        values = values.repeat(repeat, axis=0).repeat(repeat, axis=1)
-    if values.shape != (size, size):
+    sides = [side for side in range(1, size + 1) if size % side == 0] if coarse else [size]
+    if array.shape not in [(side, side, *more) for side in sides for more in ((), (1,))]:
         raise UserError(f"its {key} has the shape {array.shape}; {declared.name} has {size} x {size} px")
-    cast = values.astype(dtype)
-    if values.dtype.kind not in "f" and not np.array_equal(cast, values):
+    if array.dtype.kind not in "iuf":
+        raise UserError(f"its {key} has {array.dtype} values; pixels are numbers")
+    _check_stored(array.id)
+    values = array[()].reshape(array.shape[:2])
+    repeat = size // values.shape[0]
+    values = values.repeat(repeat, axis=0).repeat(repeat, axis=1)
+    with np.errstate(invalid="ignore"):
+        cast = values.astype(dtype)
+    # Of floats a narrower type keeps fewer digits, and whole numbers nothing but whole numbers.
+    if (dtype.kind != "f" or values.dtype.kind != "f") and not np.array_equal(cast, values):
         raise UserError(f"its {key} has {values.dtype} values that do not fit into {dtype}")
     return cast

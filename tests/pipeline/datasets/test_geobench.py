@@ -11,6 +11,7 @@ from h5py import h5d, h5s, h5t
 
 from pipeline.datasets import check, geobench
 from pipeline.datasets.geobench import download, read
+from pipeline.datasets.geobench.means import Means
 from pipeline.errors import UserError
 from pipeline.imagery import images, imagestore
 from tests import geobench_files
@@ -190,21 +191,6 @@ def test_pixels_are_found_behind_a_user_block(copied, stream):
     np.testing.assert_array_equal(made.read("id_0003").image, before)
 
 
-def test_pixels_that_were_never_written_or_lie_in_a_file_of_their_own(copied, stream):
-    root, folder = copied("m-so2sat")
-    made = stream(root, "m-so2sat")
-    before = made.read("id_0003").image.copy()
-    with h5py.File(folder / "id_0003.hdf5", "r+") as file:
-        apart, never = (file[key][()] for key in ("02 - Blue", "03 - Green"))
-        del file["02 - Blue"], file["03 - Green"]
-        apart.tofile(folder / "apart.bin")
-        external = [(folder / "apart.bin", 0, apart.nbytes)]
-        file.create_dataset("02 - Blue", apart.shape, apart.dtype, external=external)
-        file.create_dataset("03 - Green", never.shape, never.dtype, fillvalue=0.5)
-    before[made.read.keys.index("03 - Green")] = 0.5
-    np.testing.assert_array_equal(made.read("id_0003").image, before)
-
-
 def test_a_mask_of_whole_numbers_of_another_make(copied, stream):
     """Numbers of three bytes in four: as numpy has them they are integers, but not by their bytes."""
     root, folder = copied("m-chesapeake-landcover")
@@ -293,3 +279,36 @@ def test_published_means_tell_the_true_order(geobench_root):
             mean, std = declared.published[key]
             assert abs(mean - known[band.name]) < 0.2 * std
             assert abs(mean - known.get(declared.keys[key].name, 0)) > 0.2 * std
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("m-pv4ger", "Red", "Blue"),
+        ("m-pv4ger", "Green", "Red"),
+        ("m-bigearthnet", "08 - NIR", "08A - Vegetation Red Edge"),
+    ],
+)
+def test_two_bands_that_changed_places_are_noticed(name, one, other):
+    """Also those whose means are within the tolerance of each other's; and no shift of all, as of other light, is."""
+    published = geobench.SETS[name].published
+    means = Means(name, published)
+    right = {key: mean for key, (mean, _) in published.items()}
+    for shift in (-0.15, 0, 0.15):
+        moved = {key: mean + shift * published[key][1] for key, mean in right.items()}
+        means(np.array(list(moved.values())))
+    swapped = right | {one: right[other], other: right[one]}
+    with pytest.raises(UserError, match=f"{name}: the mean"):
+        means(np.array(list(swapped.values())))
+
+
+def test_the_notes_say_what_was_done(geobench_root, stream):
+    """Of places, labels and means."""
+    said = {
+        as_labelled: stream(geobench_root, "m-pv4ger", as_labelled=as_labelled).notes for as_labelled in (False, True)
+    }
+    assert any("swapped are put right" in note for note in said[False])
+    assert any("swapped are kept as they are" in note for note in said[True])
+    assert "band means are compared with none" in said[False], "a few samples are not the set"
+    assert any("labels are those of the files" in note for note in stream(geobench_root, "m-so2sat").notes)
+    assert not any("labels are those of the files" in note for note in said[False])

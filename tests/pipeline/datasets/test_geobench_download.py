@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -154,3 +155,70 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(hub, arc
     with pytest.raises(UserError, match="needs about .* GB while it is unpacked; 0.0 GB are free"):
         download.locate(geobench.SETS["m-nz-cattle"], "default", tmp_path / "sets")
     assert hub.asked == []
+
+
+def packed(path, **members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for name, text in members.items():
+            made.writestr(name.replace("__", "/"), text)
+    return path
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[60:90] = bytes(30)
+    path.write_bytes(data)
+
+
+def encrypted(path):
+    data = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(mark) + place] |= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("members", "damage", "words"),
+    [
+        ({"a__id_0.hdf5": "x", "a__readme.json": "{}"}, None, "has no partition of GEO-Bench's within"),
+        ({"a__default_partition.json": "{}", "b__default_partition.json": "[]"}, None,
+         "has two files named default_partition.json"),
+        ({"a__default_partition.json": "0123456789" * 99}, flipped, "is no readable archive"),
+        ({"a__default_partition.json": "{}"}, encrypted, "is no readable archive"),
+        ({"a__default_partition.json": "{}"}, lambda path: path.write_bytes(b"PK"), "is no readable archive"),
+    ],
+)  # fmt: skip
+def test_archives_that_are_none_leave_nothing(tmp_path, members, damage, words):
+    path = packed(tmp_path / "set.zip", **members)
+    if damage:
+        damage(path)
+    with pytest.raises(UserError, match=f"set.zip {words}"):
+        download._unpack(path, tmp_path / "sets/set")
+    assert path.exists()
+    assert list((tmp_path / "sets").iterdir()) == []
+
+
+def test_a_partition_that_is_not_there_is_refused_when_fetched(geobench_root, described):
+    params = dataclasses.replace(described, geobench_dir=str(geobench_root))
+    wrong = Dataset("geobench", options={"set": "m-so2sat", "partition": "0.1x"})
+    with pytest.raises(UserError, match="no .*0.1x_partition.json. Partitions there: .*default"):
+        geobench.fetch(wrong, params)
+
+
+def test_a_plan_counts_what_is_there_and_leaves_out_what_may_be(geobench_root, described, tmp_path):
+    folder = tmp_path / "m-so2sat"
+    shutil.copytree(geobench_root / "classification_v1.0/m-so2sat", folder)
+    listed = json.loads((folder / "default_partition.json").read_text())
+    (folder / "mine_partition.json").write_text(json.dumps(listed | {"train": listed["train"][:2]}))
+    (folder / "id_0000.hdf5").write_bytes(b"")
+    here, nowhere = (dataclasses.replace(described, geobench_dir=str(root)) for root in (tmp_path, tmp_path / "none"))
+    options = {"set": "m-so2sat", "partition": "mine"}
+    with pytest.raises(UserError, match="id_0000.hdf5 cannot be read"):
+        geobench.expect(Dataset("geobench", options=options), here)
+    wanted, there = geobench.expect(Dataset("geobench", options=options | {"skip_bad": True}), here)
+    assert (wanted.samples, there) == (10, 0)
+    assert wanted.pace > 0
+    for partition, train in (("mine", 19992), ("0.01x_train", 200)):
+        wanted, there = geobench.expect(Dataset("geobench", options=options | {"partition": partition}), nowhere)
+        assert wanted.samples == train + sum(geobench.SETS["m-so2sat"].counts[1:])
+        assert there > 1e9

@@ -69,7 +69,7 @@ DAMAGE = {
     "a pickle of numbers": (change(attribute=np.zeros(3)), "no attribute 'pickle' that is the text of bytes"),
     "a torn text": (change(attribute=np.bytes_(b"b'x")), "no attribute 'pickle' that is the text of bytes"),
     "a band of as many pixels": (change("02 - Blue", np.zeros((16, 64), np.float32)), r"the shape \(16, 64\)"),
-    "a band of records": (change("02 - Blue", np.zeros((32, 32), [("a", "f4"), ("b", "f4")])), "cannot be read"),
+    "a band of records": (change("02 - Blue", np.zeros((32, 32), [("a", "f4"), ("b", "f4")])), "pixels are numbers"),
     "a torn pickle": (change(attribute=str(pickle.dumps({"label": 1})[:-4])), "pickle cannot be read"),
 }
 
@@ -170,9 +170,9 @@ def test_statistics_that_are_none(copied, stream):
     whole = json.loads(path.read_text())
     path.write_text(json.dumps(whole | {"label": {"mean": None}, "01": {"std": 1.0}}))
     stream(root, "m-cashew-plantation")
-    for text in ("{", "[1]", '{"01": 3}'):
+    for text, words in (("{", "no JSON file"), ("[1]", "not laid out as"), ('{"01": 3}', "not laid out as")):
         path.write_text(text)
-        with pytest.raises(UserError, match="band_stats.json is not laid out as GEO-Bench's"):
+        with pytest.raises(UserError, match=f"band_stats.json is {words}"):
             lists.published(folder, geobench.SETS["m-cashew-plantation"], ("01",), 1)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -70,6 +71,9 @@ def test_a_study_of_something_else_or_a_torn_one_is_begun_anew(tmp_path):
     study.write_bytes(study.read_bytes()[:40])
     assert search(counted, DESCRIBED, study, about="lite0") == found
     assert len(calls) == 8
+    study.write_bytes(b"\xff\xfe no text")
+    assert search(counted, DESCRIBED, study, about="lite0") == found
+    assert len(calls) == 12
 
 
 def test_a_diverged_head_is_the_worst():
@@ -79,6 +83,16 @@ def test_a_diverged_head_is_the_worst():
     found = search(diverging, DESCRIBED)
     assert found["score"] == 0.5
     assert found["best"]["learning_rate"] <= 1e-3
+
+
+def test_of_equals_the_one_that_shrinks_most_and_does_not_grow():
+    """AdamW takes learning rate times weight decay of every weight; of more than 2 they grow without end."""
+    described = dataclasses.replace(DESCRIBED, learning_rate=(1e-2, 1.0), weight_decay=(1e-2, 100.0), trials=32)
+    found = search(lambda settings: [0.0] * len(settings), described)
+    shares = [trial["learning_rate"] * trial["weight_decay"] for trial in found["trials"]]
+    assert max(shares) > 2
+    chosen = found["best"]["learning_rate"] * found["best"]["weight_decay"]
+    assert abs(1 - chosen) == min(abs(1 - share) for share in shares)
 
 
 def test_the_second_half_leans_on_the_first():
