@@ -90,7 +90,7 @@ for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
     _NUMPY[_core + ".multiarray", "_reconstruct"] = _Array
     _NUMPY[_core + ".numeric", "_frombuffer"] = _from_buffer
 _KNOWN = {**_PLAIN, **_NUMPY}
-# What makes a tuple or a frozen set; in texts the same bytes are letters, of which released pickles have hundreds.
+# What makes a tuple or a frozen set; in texts some of the same bytes are letters.
 _TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET)
 _DEEPEST = 20_000
 
