@@ -12,6 +12,7 @@ what was left out, and the SHA-256 of the content, from which every later digest
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ UNLABELLED = "unlabelled"
 # In place of a class index. Losses, counts and indexing raise on it; -1 would be the last class to an index, and to
 # counts, as 255, a class of another sample.
 NO_CLASS = -(2**31)
+# numpy takes 20170216 for a year, and xarray none that nanoseconds since 1970 cannot say.
+_MOMENT = re.compile(r"(19|20|21)\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?Z?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,22 @@ def check(images: Images) -> None:
     check_no_label(images.label[bare], images.task)
     if images.lat is not None:
         check_place(images.lat, images.lon)
+
+
+def moment(text: str, what: str) -> np.datetime64:
+    """A time in UTC, or NaT of no text.
+
+    Raises:
+        UserError: it is written otherwise; `what` begins the message.
+    """
+    try:
+        if text and not _MOMENT.fullmatch(text):
+            raise ValueError
+        return np.datetime64(text.removesuffix("Z") or "NaT", "s")
+    except ValueError:
+        raise UserError(
+            f"{what} is '{text}'; write it as 2017-02-16 or 2017-02-16T10:21:01, in UTC, in the years 1900 to 2199."
+        ) from None
 
 
 def check_description(images: Described) -> None:

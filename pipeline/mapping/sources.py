@@ -25,8 +25,9 @@ from rasterio.windows import Window
 from rioxarray.exceptions import RioXarrayError
 
 from pipeline.bands import FULL_SCALE, Band
-from pipeline.datasets.own import rasters
+from pipeline.datasets.own import rasters, scenes
 from pipeline.errors import UserError
+from pipeline.imagery.images import moment
 from pipeline.mapping.scene import Scene
 from pipeline.records import build
 
@@ -58,7 +59,7 @@ def open_scene(path: Path) -> Scene:
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
         described = build(Described, told, str(path))
-        found = rasters.files(path.parent / described.folder, described.images)
+        found = scenes.files(path.parent / described.folder, described.images)
         return from_rasters(found, described)
     if (path / "zarr.json").exists() or (path / ".zgroup").exists():
         return _from_zarr(path)
@@ -68,7 +69,7 @@ def open_scene(path: Path) -> Scene:
 def from_rasters(paths: list[Path], described: Described) -> Scene:
     """One raster with all bands, or a file a band (found by the band's name in the file's)."""
     _check(described.units, str(paths[0]))
-    picture = rasters.scene(paths, described.bands)
+    picture = scenes.scene(paths, described.bands)
 
     def read(window, chosen):
         row, column, height, width = window
@@ -79,7 +80,8 @@ def from_rasters(paths: list[Path], described: Described) -> Scene:
 
     return Scene(
         str(paths[0]), picture.height, picture.width, picture.transform, picture.crs, described.bands,
-        described.units, _time(described.time, str(paths[0])), _state(map(Path, picture.paths), described), read,
+        described.units, moment(described.time, f"{paths[0]}: the time"),
+        _state(map(Path, picture.paths), described), read,
     )  # fmt: skip
 
 
@@ -133,7 +135,7 @@ def _from_zarr(path: Path) -> Scene:
 
     return Scene(
         str(path), array.sizes["y"], array.sizes["x"], transform,
-        crs.to_wkt() if crs else "", bands, units, _time(described.time, str(path)),
+        crs.to_wkt() if crs else "", bands, units, moment(described.time, f"{path}: the time"),
         _state(path.rglob("*"), described), read,
     )  # fmt: skip
 
@@ -141,13 +143,6 @@ def _from_zarr(path: Path) -> Scene:
 def _check(units: str, where: str) -> None:
     if units not in FULL_SCALE:
         raise UserError(f"{where}: units '{units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
-
-
-def _time(text: str, where: str) -> np.datetime64:
-    try:
-        return np.datetime64(text or "NaT", "s")
-    except ValueError:
-        raise UserError(f"{where}: time is '{text}'; write it as 2017-02-16 or 2017-02-16T10:21:01.") from None
 
 
 def _state(paths, described: Described) -> str:

@@ -6,6 +6,7 @@ Which of the three is told by what `labels` names: a CSV file, rasters, or anyth
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.datasets.own.chips import Chip, Reader, each, splits
 from pipeline.datasets.own.labels import polygons
 from pipeline.datasets.own.masks import Masks, pair
 from pipeline.datasets.own.options import Options, check, is_table, verify
-from pipeline.datasets.own.rasters import files, picture, scene
+from pipeline.datasets.own.scenes import beside, files, picture, scene
 from pipeline.datasets.own.table import table
 from pipeline.datasets.own.unlabelled import further, without_labels
 from pipeline.errors import UserError
@@ -39,8 +40,8 @@ def fetch(dataset: Dataset, params: Params) -> dict:
     folder = Path(options.folder)
     found = [*files(folder, options.images), *files(folder, options.labels), *further(options, folder)]
     total = hashlib.sha256()
-    for path in found:
-        total.update(f"{path.relative_to(folder)} {digest(path)}\n".encode())
+    for path in dict.fromkeys(one for named in found for one in beside(named)):
+        total.update(f"{os.path.relpath(path, folder)} {digest(path)}\n".encode())
     return {
         "source": options.source,
         "licence": options.licence,
@@ -87,7 +88,9 @@ def prepare(raw: Path, dataset: Dataset) -> Stream:
     first = chips[0].picture
     height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
     if any(chip.picture.gaps for chip in chips):
-        notes.append("a pixel without data in some band has the mean of its chip's others in all bands")
+        notes.append("where some band has no data, all have the mean of their chip's other pixels")
+    if len(kinds := sorted({str(chip.picture.dtype) for chip in chips})) > 1:
+        notes.append(f"images have {', '.join(kinds)} values, and are stored as {np.result_type(*kinds)}")
     located = all(chip.picture.crs for chip in chips)
     if nowhere := {chip.picture.paths[0] for chip in chips if not chip.picture.crs}:
         notes.append(
@@ -165,6 +168,8 @@ def _from_table(options: Options, dataset: Dataset, folder: Path):
 
 def _from_masks(options: Options, dataset: Dataset, folder: Path):
     images, given = files(folder, options.images), files(folder, options.labels)
+    if both := {*images} & {*given}:
+        raise UserError(f"images ({options.images}) and labels ({options.labels}) both fit {min(both)}.")
     if given[0].suffix.lower() in _RASTERS:
         if not options.classes:
             raise UserError("Masks have numbers and no names: list the classes, from the one of value 0.")
@@ -178,7 +183,8 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
         pictures = [scene(images, options.bands)]
         if len({path.with_suffix("") for path in given}) > 1:
             raise UserError(f"labels fits {len(given)} files, {given[0].name}, {given[1].name}, ...; name one.")
-        mask, notes = polygons(given[0], pictures[0], options.label_column, options.classes)
+        path = next((one for one in given if one.suffix.lower() == ".shp"), given[0])
+        mask, notes = polygons(path, pictures[0], options.label_column, options.classes, options.layer)
         notes.append("where polygons overlap the smaller one counts; where none lies, there is no label")
         if coarser := pictures[0].coarser():
             notes.append(f"{', '.join(coarser)} brought to the finest grid by nearest neighbour")

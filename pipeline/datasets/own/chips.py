@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import rasterio
 from rasterio.windows import Window
 
 from pipeline.datasets.own.ground import Place, merged, overlapping
 from pipeline.datasets.own.rasters import Picture
 from pipeline.errors import UserError
 from pipeline.imagery.chips import SPLITS, assign_blocks, filled
-from pipeline.imagery.images import IGNORE, Sample, no_label
+from pipeline.imagery.images import IGNORE, Sample, moment, no_label
 from pipeline.params import Dataset
 
 # Deals of blocks that are tried, times their number: ten thousand blocks need no twenty thousand deals.
@@ -55,7 +56,7 @@ class Reader:
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         chip = self.chips[name]
         lat, lon = chip.picture.latlon(*_centre(chip, self.size if self.mask else 0))
-        time = np.datetime64(chip.time or "NaT", "s")
+        time = moment(chip.time, "the time")
         image, valid = chip.picture.read(self.window(chip)) if self.mask else chip.picture.read(size=self.size)
         if not valid.any():
             raise UserError(f"{chip.picture.paths[0]} has no data here: every pixel is nodata in some band.")
@@ -167,9 +168,8 @@ def _home(chip: Chip, chips: Mapping[str, Chip], block: int) -> tuple:
         if chip.picture.height < 2 * block and chip.picture.width < 2 * block and len(chips) > 1:
             return (chip.picture.paths,)
         return (chip.picture.paths, chip.row // block, chip.column // block)
-    x, y = chip.picture.place(chip.row, chip.column)
-    a, _, left, _, e, top = origin.transform
-    return (chip.picture.crs, math.floor((x - left) / (a * block) + 1e-6), math.floor((y - top) / (e * block) + 1e-6))
+    column, row = ~rasterio.Affine(*origin.transform) @ chip.picture.place(chip.row, chip.column)
+    return (chip.picture.crs, math.floor(column / block + 1e-6), math.floor(row / block + 1e-6))
 
 
 def _centre(chip: Chip, size: int) -> tuple[float, float]:

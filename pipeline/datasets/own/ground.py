@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import rasterio
 import shapely
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -19,15 +20,30 @@ Place = tuple[Picture, int, int, int, int]
 
 def overlapping(places: Sequence[Place]) -> np.ndarray:
     """Pairs of chips of different pictures that lie on the same ground, as int (pair, 2)."""
-    if len({picture.paths for picture, *_ in places if picture.crs}) < 2:
+    if len({picture.paths for picture, *_ in places if _placed(picture)}) < 2:
         return np.empty((0, 2), int)
     pairs = shared(places, places)
     return pairs[pairs[:, 0] < pairs[:, 1]]
 
 
 def shared(places: Sequence[Place], others: Sequence[Place]) -> np.ndarray:
-    """Pairs of one chip each of two lists, of different pictures, that lie on the same ground, as int (pair, 2)."""
-    (mine, prints), (theirs, more) = _prints(places), _prints(others)
+    """Pairs of one chip each of two lists, of different pictures, that lie on the same ground, as int (pair, 2).
+
+    Pictures that have a transform and state no system are compared among themselves, as if they had the same.
+    """
+    found = [_pairs(places, others, system, turn) for system, turn in
+             ((True, 0), (True, 360), (True, -360), (False, 0))]  # fmt: skip
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _pairs(places: Sequence[Place], others: Sequence[Place], system: bool, turn: int) -> np.ndarray:
+    """Such pairs of those with or without a system; the second moved by so many degrees of longitude."""
+    (mine, prints), (theirs, more) = _prints(places, system), _prints(others, system)
+    if turn and len(more):  # chips that reach over the antimeridian meet those beyond it there
+        bounds = shapely.bounds(more)
+        ours = np.abs(shapely.bounds(prints)).max(initial=0)
+        across = (bounds[:, 2] >= 180) | (bounds[:, 0] <= -180) | (ours >= 180)
+        theirs, more = theirs[across], shapely.transform(more[across], lambda points: points + np.array((turn, 0)))
     if not len(mine) or not len(theirs):
         return np.empty((0, 2), int)
     one, other = shapely.STRtree(more).query(prints, predicate="intersects")
@@ -40,9 +56,14 @@ def shared(places: Sequence[Place], others: Sequence[Place]) -> np.ndarray:
     return np.stack([mine[one[found]], theirs[other[found]]], axis=1)
 
 
-def _prints(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the chips that have a place, and their footprints."""
-    known = np.array([number for number, (picture, *_) in enumerate(places) if picture.crs], int)
+def _placed(picture: Picture) -> bool:
+    return bool(picture.crs) or not rasterio.Affine(*picture.transform).is_identity
+
+
+def _prints(places: Sequence[Place], system: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the chips that have a place, with or without a system, and their footprints."""
+    numbers = [at for at, (picture, *_) in enumerate(places) if _placed(picture) and bool(picture.crs) == system]
+    known = np.array(numbers, int)
     if not len(known):
         return known, np.empty(0, object)
     return known, shapely.polygons(np.stack([_corners(*places[number]) for number in known]))
@@ -57,9 +78,12 @@ def merged(homes: Sequence[str], pairs: np.ndarray) -> np.ndarray:
 
 
 def _corners(picture: Picture, row: int, column: int, height: int, width: int) -> np.ndarray:
-    """Longitudes and latitudes of a chip's corners, (4, 2)."""
+    """Longitudes and latitudes of a chip's corners, (4, 2), in one piece; or x and y where it states no system."""
     ends = ((row, column), (row, column + width), (row + height, column + width), (row + height, column))
     x, y = zip(*[picture.place(*end) for end in ends], strict=True)
+    if not picture.crs:
+        return np.stack([x, y], axis=1)
     lon, lat = map(np.asarray, to_latlon(picture.crs).transform(x, y))
     across = lon.max() - lon.min() > 180
-    return np.stack([np.where(across & (lon < 0), lon + 360, lon), lat], axis=1)
+    lon = np.where(across & (lon < 0), lon + 360, lon)
+    return np.stack([lon - 360 * np.floor((lon.mean() + 180) / 360), lat], axis=1)

@@ -13,11 +13,12 @@ from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from pipeline.datasets.own.rasters import Picture
-from pipeline.datasets.own.table import unlike
+from pipeline.datasets.own.table import composed, unlike
 from pipeline.errors import UserError
 from pipeline.imagery.images import IGNORE
 
 _AREAS = ("Polygon", "MultiPolygon")
+_PARQUET = (".parquet", ".geoparquet")
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,14 @@ class Polygons:
     """Labelled polygons in the CRS of a scene; where they overlap the smaller one counts, elsewhere is no label.
 
     Attributes:
-        path, crs, column, classes: where they are read from, once a process.
+        path, crs, column, classes, layer: where they are read from, once a process.
     """
 
     path: str
     crs: str
     column: str
     classes: tuple[str, ...]
+    layer: str | None
 
     def __call__(self, picture: Picture, window: Window) -> np.ndarray:
         shapes, index = _polygons(self)
@@ -46,14 +48,23 @@ class Polygons:
         return rasterize(drawn, out_shape=size, transform=transform, fill=IGNORE, dtype="uint8")
 
 
-def polygons(path: Path, picture: Picture, column: str, classes: Sequence[str]) -> tuple[Polygons, list[str]]:
+def polygons(
+    path: Path, picture: Picture, column: str, classes: Sequence[str], layer: str = ""
+) -> tuple[Polygons, list[str]]:
     """Polygons of any format that geopandas reads, and notes on those that are not used.
 
+    Args:
+        layer: of a file with several; it may be left out where there is one with geometries.
+
     Raises:
-        UserError: no such column, no CRS, no polygon of the classes, or none where the scene lies.
+        UserError: no such layer or column, no CRS, no polygon of the classes, too many classes, or no polygon where
+            the scene lies.
     """
     try:
-        frame = geopandas.read_file(path)
+        chosen = _layer(path, layer)
+        frame = _read(path, chosen)
+    except UserError:
+        raise
     except Exception as error:  # the drivers raise their own
         raise UserError(f"{path} cannot be read as polygons: {' '.join(str(error).split())}") from None
     if not isinstance(frame, geopandas.GeoDataFrame) or not frame.geom_type.isin(_AREAS).any():
@@ -65,20 +76,46 @@ def polygons(path: Path, picture: Picture, column: str, classes: Sequence[str]) 
         )
     if frame.crs is None or not picture.crs:
         raise UserError(f"{path if frame.crs is None else picture.paths[0]} states no coordinate reference system.")
-    frame[column] = _names(frame[column])
+    frame[column], classes = _names(frame[column]), [composed(name) for name in classes]
     found = sorted(frame[column].dropna().unique())
     found = found if classes else unlike(found, f"The polygons of {path}")
     if gone := [name for name in classes if name not in found]:
         raise UserError(f"{path} has no polygon of {', '.join(gone)}. Its '{column}' has: {', '.join(found)}.")
     _meet(path, frame.to_crs(picture.crs).total_bounds, picture)
+    if len(classes or found) > IGNORE:
+        raise UserError(
+            f"{path} has {len(classes or found)} classes in '{column}', such as {found[0]}; masks hold {IGNORE} at "
+            "most. Name another label_column, or list the classes."
+        )
     unused = [name for name in found if classes and name not in classes]
     notes = [f"polygons of {', '.join(unused)} are not used"] if unused else []
+    if others := int((~frame.geom_type.isin(_AREAS)).sum()):
+        notes.append(f"{others} of {len(frame)} features are no polygons, and are not used")
     if nameless := int(frame[column].isna().sum()):
         notes.append(f"{nameless} of {len(frame)} polygons have no class, and are not used")
     used = frame[frame[column].isin(classes or found) & frame.geom_type.isin(_AREAS)]
     if twice := int((used.groupby(used.geometry.normalize().to_wkb())[column].nunique() > 1).sum()):
         notes.append(f"{twice} polygons are there again with another class, and the later counts")
-    return Polygons(str(path), picture.crs, column, tuple(classes or found)), notes
+    return Polygons(str(path), picture.crs, column, tuple(classes or found), chosen), notes
+
+
+def _layer(path: Path, layer: str) -> str | None:
+    """The layer to read; None of a file that has no layers."""
+    if path.suffix.lower() in _PARQUET:
+        return None
+    layers = geopandas.list_layers(path)
+    there = layers.name[layers.geometry_type.notna()].tolist()
+    if layer and layer not in there:
+        raise UserError(f"{path} has no layer '{layer}'. It has: {', '.join(there)}.")
+    if not layer and len(there) > 1:
+        raise UserError(f"{path} has the layers {', '.join(there)}. Name one as layer in the options.")
+    return layer or (there[0] if there else None)
+
+
+def _read(path: str | Path, layer: str | None) -> geopandas.GeoDataFrame:
+    if Path(path).suffix.lower() in _PARQUET:
+        return geopandas.read_parquet(path)
+    return geopandas.read_file(path, layer=layer)
 
 
 def _meet(path: Path, bounds: np.ndarray, picture: Picture) -> None:
@@ -95,12 +132,12 @@ def _names(values: pd.Series) -> pd.Series:
     """Names of classes, also of those that are numbers; drivers give whole ones as 1.0 where some are missing."""
     if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
         values = values.astype("Int64")
-    return values.astype(object).where(values.notna()).map(lambda value: str(value).strip(), na_action="ignore")
+    return values.astype(object).where(values.notna()).map(lambda value: composed(str(value)), na_action="ignore")
 
 
 @functools.lru_cache(maxsize=4)
 def _polygons(given: Polygons):
-    frame = geopandas.read_file(given.path).to_crs(given.crs)
+    frame = _read(given.path, given.layer).to_crs(given.crs)
     frame[given.column] = _names(frame[given.column])
     frame = frame[frame[given.column].isin(given.classes) & frame.geom_type.isin(_AREAS)]
     frame = frame.iloc[np.argsort(-frame.area.to_numpy(), kind="stable")].reset_index(drop=True)

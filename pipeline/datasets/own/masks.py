@@ -10,7 +10,8 @@ import rasterio
 from rasterio.crs import CRS
 from rasterio.windows import Window
 
-from pipeline.datasets.own.rasters import Picture, contains, reading
+from pipeline.datasets.own.rasters import Picture, reading
+from pipeline.datasets.own.scenes import contains
 from pipeline.errors import UserError
 from pipeline.imagery.images import IGNORE
 
@@ -64,7 +65,9 @@ def pair(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: l
         fit = called.get(image.stem) or [path for path in within if contains(path.stem, image.stem)]
         fit = fit or (within if len(within) == 1 else [])
         alike = [_alike(path.parent, image.parent) for path in fit]
-        fit = [path for path, parts in zip(fit, alike, strict=True) if parts == max(alike)]
+        # Where masks lie in a folder named as the image's, those in others are of other images.
+        wanted = max((_alike(path.parent, image.parent) for path in masks), default=0)
+        fit = [path for path, parts in zip(fit, alike, strict=True) if parts == max(alike) and (parts or not wanted)]
         if not fit and skip_bad:
             notes.append(f"left out: {image} has no mask")
             continue

@@ -8,11 +8,13 @@ import numpy as np
 
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
-from pipeline.imagery.images import IGNORE
+from pipeline.imagery.images import IGNORE, moment
 from pipeline.params import Dataset
 
 # More is no reflectance, and longer no optical wavelength in micrometres: each is another unit.
 _REFLECTANCE, _LONGEST = 2.0, 50.0
+# Atmospheric correction may leave reflectances a little below 0, but not so far below in the mean.
+_DARKEST = 0.05
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,9 @@ class Options:
     labels: students alone learn from them. `bands` are described in the files' order, wavelengths in micrometres; one
     without is no optical band. `units` are dn (reflectance x 10000), reflectance, uint8 or display; `display` are the
     reflectances shown as black and white. `split` is by `blocks` of ground, at `random`, or in the table's `column`
-    of that name. `ignore` is the masks' value that does not count; `purity` the share of a chip that its class must
-    cover, where chips are classified by masks or polygons. `time` is when all was taken.
+    of that name. `layer` is the polygons', of a file with several. `ignore` is the masks' value that does not count;
+    `purity` the share of a chip that its class must cover, where chips are classified by masks or polygons. `time` is
+    when all was taken.
     """
 
     folder: str
@@ -36,6 +39,7 @@ class Options:
     unlabelled: str = ""
     classes: tuple[str, ...] = ()
     label_column: str = "label"
+    layer: str = ""
     gsd: float = math.nan
     display: tuple[float, ...] = ()
     split: str = "blocks"
@@ -68,13 +72,12 @@ def check(options: Options, dataset: Dataset, where: str) -> None:
         raise UserError(f"{where}: classes name '{min(twice)}' twice; name each once, in the order of their numbers.")
     if len(options.classes) > IGNORE and not is_table(options):
         raise UserError(f"{where} has {len(options.classes)} classes; masks hold {IGNORE} at most.")
+    if options.ignore is not None and not 0 <= options.ignore <= IGNORE:
+        raise UserError(f"{where}: ignore is {options.ignore}; masks hold 0 to {IGNORE}.")
+    if options.gsd <= 0:
+        raise UserError(f"{where}: gsd is {options.gsd:g}; it is in metres, and positive.")
     _check_bands(options.bands, where)
-    try:
-        np.datetime64(options.time or "NaT")
-    except ValueError:
-        raise UserError(
-            f"{where}: time is '{options.time}'; write it as 2017-02-16 or 2017-02-16T10:21:01."
-        ) from None
+    moment(options.time, f"{where}: time")
 
 
 def _lacking(options: Options, dataset: Dataset) -> list[str]:
@@ -109,7 +112,13 @@ def _check_bands(bands: Sequence[Band], where: str) -> None:
 def verify(options: Options, means: np.ndarray) -> None:
     """Refuse units that the pixels cannot have; values that would do for several are believed."""
     for band, mean in zip(options.bands, means, strict=True):
-        if band.optical and mean > _REFLECTANCE * FULL_SCALE[options.units]:
+        full = FULL_SCALE[options.units]
+        if band.optical and mean < -_DARKEST * full:
+            raise UserError(
+                f"Band {band.name} has the mean {mean:.5g}, and no light is below 0. Is there a value for pixels "
+                "without data that the files do not declare? Write it into them (gdal_edit.py -a_nodata VALUE)."
+            )
+        if band.optical and mean > _REFLECTANCE * full:
             raise UserError(
                 f"Band {band.name} has the mean {mean:.5g}, and in {options.units}, as units says, "
                 f"{FULL_SCALE[options.units]:g} is full. Other units: dn (reflectance x 10000), reflectance, uint8, "

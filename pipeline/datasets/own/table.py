@@ -1,13 +1,14 @@
 """Labels of one's own as a table: a CSV file with a row an image."""
 
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from pipeline.errors import UserError
+from pipeline.imagery.images import moment
 
 _SEVERAL = "|"
 
@@ -36,26 +37,35 @@ def table(
     """
     frame, column = _read(path, columns), columns[1]
     known = _names(path, images)
-    gone = [name for name in frame.file if _one(name) not in known]
+    gone = [name for name in frame.file if _key(name) not in known]
     if gone and (not skip_bad or len(gone) == len(frame)):
-        raise UserError(f"{path} lists {gone[0]}, and there is no such image ({len(images)} images are there).")
-    frame = frame[~frame.file.isin(gone)].reset_index(drop=True)
+        raise UserError(
+            f"{path} lists '{gone[0]}', and there is no such image. {len(images)} are there, such as "
+            f"{images[0].name}."
+        )
+    notes = [f"left out: {path} lists {name}, and there is no such image" for name in gone]
+    unlabelled = frame.file[(frame[column] == "") & ~frame.file.isin(gone)].tolist() if not several else []
+    if unlabelled and not skip_bad:
+        raise UserError(f"{path}: {unlabelled[0]} has no label.")
+    notes += [f"left out: {path} has no label for {name}" for name in unlabelled]
+    frame = frame[~frame.file.isin([*gone, *unlabelled])].reset_index(drop=True)
+    if frame.empty:
+        raise UserError(f"{path} has no row with an image and a label; {notes[0]}.")
     frame["path"] = _paths(path, frame.file, known)
-    said = [[one.strip() for one in value.split(_SEVERAL)] if several else [value] for value in frame[column]]
-    named = list(classes) or unlike({name for names in said for name in names if name}, f"The labels of {path}")
-    if strange := {name for names in said for name in names if name} - set(named):
+    said = [[composed(one) for one in (value.split(_SEVERAL) if several else [value])] for value in frame[column]]
+    used = {name for names in said for name in names if name}
+    named = [composed(name) for name in classes] or unlike(used, f"The labels of {path}")
+    if strange := used - set(named):
         raise UserError(f"{path} has the label '{min(strange)}', and the classes are {', '.join(named)}.")
     if several:
         frame["label"] = [[int(name in names) for name in named] for names in said]
     else:
-        if "" in frame[column].values:
-            raise UserError(f"{path}: {frame.file[frame[column] == ''].iloc[0]} has no label.")
         frame["label"] = [named.index(names[0]) for names in said]
     if "time" in frame:
-        frame["time"] = frame.time.str.removesuffix("Z")
-        _check_times(path, frame)
+        for file, time in zip(frame.file, frame.time, strict=True):
+            moment(time, f"{path}: the time of {file}")
     frame.attrs["classes"] = tuple(named)
-    frame.attrs["notes"] = [f"left out: {path} lists {name}, and there is no such image" for name in gone]
+    frame.attrs["notes"] = notes
     return frame
 
 
@@ -63,23 +73,47 @@ def unlike(names: Iterable[str], whose: str) -> list[str]:
     """Names of classes in order.
 
     Raises:
-        UserError: two differ in capitals alone, and are surely one.
+        UserError: two differ in capitals alone, or are one number, and so are surely one.
     """
     found: dict[str, str] = {}
     for name in sorted(names):
-        other = found.setdefault(name.casefold(), name)
+        other = found.setdefault(_alike(name), name)
         if other != name:
             raise UserError(
-                f"{whose} have the classes '{other}' and '{name}', which differ in capitals alone. Write them alike, "
-                "or, if they are two, list all classes in the options."
+                f"{whose} have the classes '{other}' and '{name}', which differ in capitals alone, or in how a "
+                "number is written. Write them alike, or, if they are two, list all classes in the options."
             )
     return list(found.values())
+
+
+def _alike(name: str) -> str:
+    try:
+        return f"{float(name):g}"
+    except ValueError:
+        return name.casefold()
+
+
+def composed(name: str) -> str:
+    """One way to write a name: macOS and some editors take letters and their accents apart."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def _key(name: str) -> str:
+    """One way to write a file's name or path."""
+    return composed(name).replace("\\", "/").removeprefix("./")
 
 
 def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """The table as text, without blanks at the ends of names and values."""
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+        with warnings.catch_warnings():
+            # Of rows that are all longer than the columns pandas would cut the rest off.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+    except pd.errors.ParserWarning:
+        raise UserError(
+            f"{path} has rows with more values than columns. Several labels of an image are joined by {_SEVERAL}."
+        ) from None
     except ValueError as error:  # also of pandas' parser, and of text that is not UTF-8
         raise UserError(
             f"{path} cannot be read as a table: {' '.join(str(error).split())}. Save it as CSV, in UTF-8."
@@ -91,19 +125,13 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 f"{path} has no column '{name}'. It has: {', '.join(frame.columns)}. It needs {', '.join(columns)}, "
                 "with commas between them; label_column in params.yaml names the labels'."
             )
+        if f"{name}.1" in frame:
+            raise UserError(f"{path} has two columns '{name}'.")
+    frame = frame.apply(lambda values: values.fillna("").str.strip())
+    frame = frame[(frame != "").any(axis=1)].reset_index(drop=True)
     if frame.empty:
         raise UserError(f"{path} has no rows below its columns {', '.join(frame.columns)}.")
-    return frame.apply(lambda values: values.fillna("").str.strip())
-
-
-def _check_times(path: Path, frame: pd.DataFrame) -> None:
-    for file, time in zip(frame.file, frame.time, strict=True):
-        try:
-            np.datetime64(time or "NaT", "s")
-        except ValueError:
-            raise UserError(
-                f"{path}: the time of {file} is '{time}'; write it as 2017-02-16 or 2017-02-16T10:21:01, in UTC."
-            ) from None
+    return frame
 
 
 def _names(path: Path, images: Sequence[Path]) -> dict[str, set[Path]]:
@@ -112,22 +140,17 @@ def _names(path: Path, images: Sequence[Path]) -> dict[str, set[Path]]:
     for image in images:
         below = {str(image.relative_to(path.parent))} if image.is_relative_to(path.parent) else set()
         for key in {str(image), image.name, image.stem, *below}:
-            known.setdefault(_one(key), set()).add(image)
+            known.setdefault(_key(key), set()).add(image)
     return known
-
-
-def _one(name: str) -> str:
-    """One way to write a name: macOS takes letters and their accents apart, and tables do not."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _paths(path: Path, named: pd.Series, known: dict[str, set[Path]]) -> list[str]:
     """The image of each row."""
     for name in named:
-        if len(known[_one(name)]) > 1:
-            several = ", ".join(map(str, sorted(known[_one(name)])[:3]))
+        if len(known[_key(name)]) > 1:
+            several = ", ".join(map(str, sorted(known[_key(name)])[:3]))
             raise UserError(f"{path} lists '{name}', and several images have that name: {several}. List their paths.")
-    paths = [str(image) for name in named for image in known[_one(name)]]
+    paths = [str(image) for name in named for image in known[_key(name)]]
     twice = pd.Series(paths).duplicated()
     if twice.any():
         raise UserError(f"{path} lists {named[twice.to_numpy()].iloc[0]} twice.")

@@ -8,7 +8,8 @@ import numpy as np
 from pipeline.datasets.own.chips import Chip, Reader, each, extent
 from pipeline.datasets.own.ground import shared
 from pipeline.datasets.own.options import Options
-from pipeline.datasets.own.rasters import Picture, files, picture, scene
+from pipeline.datasets.own.rasters import Picture
+from pipeline.datasets.own.scenes import files, picture, scene
 from pipeline.errors import UserError
 from pipeline.imagery.chips import corners
 

@@ -203,7 +203,7 @@ def test_pixels_without_data_have_the_mean_of_the_others(tiles, tmp_path, kind):
     assert (np.ptp(image[:, :8], axis=(1, 2)) == 0).all()
     np.testing.assert_allclose(image[:, 0, 0], known.mean(axis=(1, 2)), atol=0.5 if kind == "declared" else 1e-2)
     assert (stream.read(name).label[:8] == images.IGNORE).all()
-    said = "a pixel without data in some band has the mean"
+    said = "where some band has no data, all have the mean"
     assert any(said in note for note in stream.notes)
     assert not any(said in note for note in before.notes)
 

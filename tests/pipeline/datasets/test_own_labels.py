@@ -10,7 +10,7 @@ import rasterio
 import shapely
 
 from pipeline.datasets.own.masks import pair
-from pipeline.datasets.own.rasters import contains
+from pipeline.datasets.own.scenes import contains
 from pipeline.errors import UserError
 from tests.pipeline.datasets.test_own import THREE, prepared, scene_block, tile_block, tiles
 

@@ -139,11 +139,10 @@ def test_damaged_headers_and_masks_are_left_out_if_asked_for(tiles, tmp_path):
 def test_of_a_scene_in_a_file_a_band_the_damaged_one_is_named(raw, tmp_path):
     folder = tmp_path / "scene"
     shutil.copytree(raw("landuse"), folder)
-    stream = prepared(scene_block(raw, options={"folder": str(folder)}), tmp_path)
     (path,) = folder.glob("*_B11.jp2")
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UserError, match="_B11.jp2 cannot be read: "):
-        stream.read(stream.sample[0])
+        prepared(scene_block(raw, options={"folder": str(folder)}), tmp_path)
     path.write_bytes(b"")
     with pytest.raises(UserError, match="_B11.jp2 cannot be read: "):
         prepared(scene_block(raw, options={"folder": str(folder)}), tmp_path)
@@ -229,7 +228,7 @@ def test_a_table_that_does_not_fit_is_refused(tiles, tmp_path):
     block = tile_block(tiles, task="classification", chip=0, block=128, options=options)
     table = pd.read_csv(folder / "labels.csv")
     for change, words in (
-        ({"file": ["no.tif", *table.file[1:]]}, "lists no.tif, and there is no such image"),
+        ({"file": ["no.tif", *table.file[1:]]}, "lists 'no.tif', and there is no such image"),
         ({"file": [table.file[1], *table.file[1:]]}, "lists tile_0000_0128.tif twice"),
         ({"label": ["", *table.label[1:]]}, "tile_0000_0000.tif has no label"),
     ):
@@ -264,7 +263,7 @@ def test_a_damaged_image_is_named_or_left_out(tiles, tmp_path):
 def test_rows_without_an_image_are_left_out_if_asked_for(tiles, tmp_path):
     folder, block = table_block(tiles, tmp_path)
     (folder / "images/tile_0000_0128.tif").unlink()
-    with pytest.raises(UserError, match="lists tile_0000_0128.tif, and there is no such image"):
+    with pytest.raises(UserError, match="lists 'tile_0000_0128.tif', and there is no such image"):
         prepared(block, tmp_path)
     asked = dataclasses.replace(block, options=block.options | {"skip_bad": True})
     stream = prepared(asked, tmp_path)

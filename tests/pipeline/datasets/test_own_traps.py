@@ -1,0 +1,304 @@
+"""Own data that once gave wrong results without a word: each is right, refused or said."""
+
+import shutil
+
+import geopandas
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import shapely
+from rasterio import Affine
+
+from pipeline.datasets import own
+from pipeline.errors import UserError
+from pipeline.imagery import images, imagestore
+from tests.pipeline.datasets.test_own import THREE, labelled, prepared, scene_block, tile_block, tiles
+from tests.pipeline.datasets.test_own_labels import rewrite, vector
+from tests.pipeline.datasets.test_own_mistakes import table_block
+
+__all__ = ["tiles"]
+UTM = "EPSG:32633"
+
+
+def written(path, values, transform, crs=UTM, **profile):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    given = {"driver": "GTiff", "count": len(values), "height": values.shape[1], "width": values.shape[2]}
+    with rasterio.open(
+        path, "w", dtype=values.dtype, transform=transform, **given, **({"crs": crs} if crs else {}), **profile
+    ) as file:
+        file.write(values)
+
+
+def scene_of(folder, bands, **options):
+    """A block of a scene in files a band, with two polygons that share it."""
+    with rasterio.open(next(folder.glob("*B02.tif"))) as file:
+        west, south, east, north = file.bounds
+        crs = file.crs
+    middle = (west + east) / 2
+    shapes = [shapely.box(west, south, middle, north), shapely.box(middle, south, east, north)]
+    geopandas.GeoDataFrame({"fclass": ["a", "b"]}, geometry=shapes, crs=crs).to_file(folder / "land.geojson")
+    return {"folder": str(folder), "images": "*.tif", "labels": "land.geojson", "units": "dn", "time": ""} | {
+        "bands": [{"name": name, "common_name": name.lower()} for name in bands], **options
+    }  # fmt: skip
+
+
+GRID = Affine(10, 0, 400000, 0, -10, 5800000)
+
+
+def counted(height, width, base=0):
+    return (np.arange(height * width, dtype="uint16").reshape(1, height, width) % 1000) + base
+
+
+def test_more_classes_than_a_mask_holds_are_refused(raw, tmp_path):
+    options = vector(raw, tmp_path, lambda frame: frame.assign(fclass=range(len(frame))))
+    with pytest.raises(UserError, match="classes in 'fclass', such as 0; masks hold 255 at most"):
+        prepared(scene_block(raw, options=options), tmp_path)
+
+
+def test_of_several_layers_one_is_named(raw, tmp_path):
+    options = vector(raw, tmp_path, lambda frame: frame)
+    frame = geopandas.read_file(tmp_path / "land.geojson")
+    swapped = frame.assign(fclass=frame.fclass.replace({"farm": "forest", "forest": "farm"}))
+    for layer, which in (("draft", swapped), ("final", frame)):
+        which.to_file(tmp_path / "two.gpkg", layer=layer)
+    options |= {"classes": ["farm", "forest"]}
+    with pytest.raises(UserError, match=r"two.gpkg has the layers draft, final. Name one as layer"):
+        prepared(scene_block(raw, options=options | {"labels": "two.gpkg"}), tmp_path)
+    with pytest.raises(UserError, match="has no layer 'last'. It has: draft, final"):
+        prepared(scene_block(raw, options=options | {"labels": "two.gpkg", "layer": "last"}), tmp_path)
+    one = prepared(scene_block(raw, options=options), tmp_path)
+    found = prepared(scene_block(raw, options=options | {"labels": "two.gpkg", "layer": "final"}), tmp_path)
+    name = one.sample[0]
+    np.testing.assert_array_equal(found.read(name).label, one.read(name).label)
+
+
+@pytest.mark.parametrize("name", ["land.shp", "land.parquet", "land.gdb"])
+def test_polygons_of_other_formats_are_the_same_and_every_file_of_them_counts(raw, tmp_path, described, name):
+    options = vector(raw, tmp_path, lambda frame: frame)
+    frame = geopandas.read_file(tmp_path / "land.geojson")
+    if name.endswith(".parquet"):
+        frame.to_parquet(tmp_path / name)
+    elif name.endswith(".gdb"):
+        frame.to_file(tmp_path / name, driver="OpenFileGDB")
+    else:
+        frame.to_file(tmp_path / name)
+    known = prepared(scene_block(raw, options=options), tmp_path)
+    options |= {"labels": "land.*" if name.endswith(".shp") else name}
+    if name.endswith(".shp"):
+        (tmp_path / "land.geojson").unlink()
+    block = scene_block(raw, options=options)
+    found = prepared(block, tmp_path)
+    assert found.classes == known.classes
+    np.testing.assert_array_equal(found.read(found.sample[0]).label, known.read(known.sample[0]).label)
+    before = own.fetch(block, described)["content_sha256"]
+    inner = tmp_path / "land.dbf" if name.endswith(".shp") else tmp_path / name
+    inner = next(one for one in sorted(inner.iterdir()) if one.is_file()) if inner.is_dir() else inner
+    inner.write_bytes(inner.read_bytes() + b" ")
+    assert own.fetch(block, described)["content_sha256"] != before
+
+
+def test_what_is_no_polygon_is_said(raw, tmp_path):
+    def change(frame):
+        water = frame[frame.fclass == "water"]
+        return frame.assign(geometry=frame.geometry.where(frame.fclass != "water", water.representative_point()))
+
+    said = prepared(scene_block(raw, options=vector(raw, tmp_path, change)), tmp_path).notes
+    assert any("features are no polygons, and are not used" in note for note in said)
+
+
+def test_a_band_that_ends_short_of_the_scene_has_no_data_there(raw, tmp_path):
+    for name, base in (("B02", 0), ("B03", 1000)):
+        written(tmp_path / f"s_{name}.tif", counted(384, 384, base), GRID)
+    written(tmp_path / "s_B01.tif", counted(64, 63, 5000), GRID * Affine.scale(6))
+    options = scene_of(tmp_path, ["B02", "B03", "B01"])
+    stream = prepared(scene_block(raw, chip=64, block=64, options=options), tmp_path)
+    sample = stream.read("r00000c00320")
+    assert (sample.label[:, 58:] == images.IGNORE).all()
+    assert (sample.label[:, :58] != images.IGNORE).all()
+    assert sample.image[2].min() >= 5000
+    assert any("where some band has no data" in note for note in stream.notes)
+
+
+def test_the_finest_grid_is_told_by_metres(raw, tmp_path):
+    for name in ("B02", "B03"):
+        written(tmp_path / f"s_{name}.tif", counted(256, 256), GRID)
+    west, north = rasterio.warp.transform(UTM, "EPSG:4326", [399000], [5801000])
+    degrees = Affine(0.000278, 0, west[0], 0, -0.000278, north[0])
+    written(tmp_path / "s_DEM.tif", np.ones((1, 300, 300), "uint16"), degrees, "EPSG:4326")
+    options = scene_of(tmp_path, ["B02", "B03", "DEM"])
+    stream = prepared(scene_block(raw, chip=64, block=64, options=options), tmp_path)
+    assert len(stream.sample) == 16
+    np.testing.assert_array_equal(stream.read("r00064c00000").image[0], counted(256, 256)[0, 64:128, :64])
+    assert [note for note in stream.notes if "finest grid" in note] == [
+        "s_DEM.tif brought to the finest grid by nearest neighbour"
+    ]
+
+
+def test_a_bands_name_is_whole_and_its_file_its_own(raw, tmp_path):
+    for name in ("B02", "B03", "B8A"):
+        written(tmp_path / f"s_{name}.tif", counted(128, 128), GRID)
+    with pytest.raises(UserError, match="Band B8 should be in the name of one file; it is in 0 of"):
+        prepared(scene_block(raw, options=scene_of(tmp_path, ["B02", "B03", "B8"])), tmp_path)
+    with pytest.raises(UserError, match="Band s_B02 should be .* it is in 1 of: s_B02.tif.* no other band have that"):
+        prepared(scene_block(raw, options=scene_of(tmp_path, ["B02", "s_B02"])), tmp_path)
+    written(tmp_path / "s_B04.tif", np.repeat(counted(128, 128), 3, 0), GRID)
+    with pytest.raises(UserError, match="s_B04.tif has 3 bands; of a scene in a file a band, each has one"):
+        prepared(scene_block(raw, options=scene_of(tmp_path, ["B02", "B03", "B04"])), tmp_path)
+
+
+def test_a_band_without_a_system_that_lies_elsewhere_is_refused(raw, tmp_path):
+    written(tmp_path / "s_B02.tif", counted(128, 128), GRID)
+    written(tmp_path / "s_B03.tif", counted(128, 128), Affine(10, 0, 0, 0, -10, 0), crs=None)
+    with pytest.raises(UserError, match="s_B03.tif does not show the ground that .*s_B02.tif shows"):
+        prepared(scene_block(raw, options=scene_of(tmp_path, ["B02", "B03"])), tmp_path)
+
+
+def pairs_at(folder, transforms, crs):
+    """Image and mask pairs of 64 px, each at a place."""
+    for number, transform in enumerate(transforms):
+        values = counted(64, 64, number)
+        written(folder / f"images/t{number:02d}.tif", values, transform, crs)
+        written(folder / f"masks/t{number:02d}.tif", (values % 4).astype("uint8"), transform, crs)
+    return {"folder": str(folder), "bands": THREE[:1]}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_splits_know_shared_ground_across_the_antimeridian(tmp_path, seed):
+    step = 0.0001
+    west = [Affine(step, 0, 179.9966 - 0.01 * n, 0, -step, 10) for n in range(4)]
+    east = [Affine(step, 0, -180 + 0.01 * n, 0, -step, 10) for n in range(4)]
+    turned = [Affine(step, 0, 180.05, 0, -step, 10), Affine(step, 0, -179.9468, 0, -step, 10)]
+    options = pairs_at(tmp_path, [*west, *east, *turned], "EPSG:4326")
+    stream = prepared(tile_block(tmp_path, block=64, seed=seed, options=options), tmp_path)
+    home = dict(zip(stream.sample, stream.split, strict=True))
+    for one, other in ((0, 4), (8, 9)):
+        assert home[f"t{one:02d}_r00000c00000"] == home[f"t{other:02d}_r00000c00000"]
+    places = {name: stream.read(name) for name in stream.sample}
+    assert all(-180 <= one.lon < 180 for one in places.values())
+    assert places["t08_r00000c00000"].lon == pytest.approx(180.0532 - 360)
+    imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
+
+
+def test_splits_know_shared_ground_of_images_without_a_system(tmp_path):
+    options = pairs_at(tmp_path, [Affine(10, 0, 320 * n, 0, -10, 0) for n in range(8)], None)
+    with pytest.raises(UserError, match="hangs together in 1 of the 3 pieces"):
+        prepared(tile_block(tmp_path, block=64, options=options), tmp_path)
+    stream = prepared(tile_block(tmp_path, block=64, options=options | {"split": "random"}), tmp_path)
+    assert any("share ground with one of another split" in note for note in stream.notes)
+
+
+@pytest.mark.parametrize("angle", [0, 30, 90])
+def test_blocks_of_turned_images_have_their_size(tmp_path, angle):
+    turn = Affine.translation(400000, 5800000) * Affine.rotation(angle) * Affine.scale(10, -10)
+    options = pairs_at(tmp_path, [turn * Affine.translation(64 * n, 0) for n in range(16)], UTM)
+    stream = prepared(tile_block(tmp_path, block=128, options=options), tmp_path)
+    home = dict(zip(stream.sample, stream.split, strict=True))
+    for number in range(0, 16, 2):
+        assert home[f"t{number:02d}_r00000c00000"] == home[f"t{number + 1:02d}_r00000c00000"]
+
+
+@pytest.mark.parametrize("time", ["20170216", "today", "1487240461", "2017-02-16T10:21+01:00", "0001-01-01"])
+def test_times_that_numpy_would_take_for_others_are_refused(tiles, tmp_path, time):
+    with pytest.raises(UserError, match=f"time is '.*{time[-5:]}'; write it as 2017-02-16"):
+        prepared(tile_block(tiles, options={"time": time}), tmp_path)
+    folder, options = labelled(tiles, tmp_path, time=time)
+    with pytest.raises(UserError, match="the time of tile_0000_0000.tif is '.*'; write it as 2017-02-16"):
+        prepared(tile_block(folder, task="classification", chip=0, block=128, options=options), tmp_path)
+    assert images.moment("2017-02-16T10:21:01Z", "") == np.datetime64("2017-02-16T10:21:01")
+
+
+def test_values_for_no_data_that_are_not_declared_are_noticed(tiles, tmp_path):
+    folder = tmp_path / "tiles"
+    shutil.copytree(tiles, folder)
+    for path in sorted((folder / "images").iterdir())[::3]:
+        rewrite(path, lambda values: np.where(np.arange(128) < 40, -9999, values / 1e4).astype("float32"))
+    for path in (path for n, path in enumerate(sorted((folder / "images").iterdir())) if n % 3):
+        rewrite(path, lambda values: (values / 1e4).astype("float32"))
+    stream = prepared(tile_block(folder, options={"units": "reflectance"}), tmp_path)
+    with pytest.raises(UserError, match="has the mean -.*, and no light is below 0.*-a_nodata"):
+        imagestore.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
+
+
+def test_pixels_that_are_complex_are_refused_and_several_types_said(tiles, tmp_path):
+    folder = tmp_path / "tiles"
+    shutil.copytree(tiles, folder)
+    rewrite(folder / "images/tile_0000_0000.tif", lambda values: values.astype("float32"))
+    said = prepared(tile_block(folder), tmp_path).notes
+    assert "images have float32, uint16 values, and are stored as float32" in said
+    rewrite(folder / "images/tile_0000_0128.tif", lambda values: values.astype("complex64"))
+    with pytest.raises(UserError, match="tile_0000_0128.tif has complex64 values"):
+        prepared(tile_block(folder), tmp_path)
+
+
+def test_masks_in_a_folder_of_another_name_are_of_other_images(tiles, tmp_path):
+    for kind, ending in (("images", ""), ("masks", "_mask")):
+        for number, path in enumerate(sorted((tiles / kind).iterdir())):
+            folder = tmp_path / kind / ("b" if kind == "masks" and number > 40 else "a")
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / f"t{number:02d}{ending}.tif")
+    options = {"images": "images/**/*.tif", "labels": "masks/**/*.tif"}
+    with pytest.raises(UserError, match=r"images/a/t41.tif has 0 masks"):
+        prepared(tile_block(tmp_path, options=options), tmp_path)
+
+
+def test_images_are_not_their_own_masks(tiles, tmp_path):
+    with pytest.raises(UserError, match="both fit .*tile_0000_0000.tif"):
+        prepared(tile_block(tiles, options={"labels": "images/*.tif"}), tmp_path)
+
+
+def test_folders_of_any_name_and_patterns_that_fit_folders(tiles, tmp_path):
+    folder = tmp_path / "br[1]"
+    shutil.copytree(tiles, folder)
+    (folder / "images/more.tif").mkdir()
+    assert prepared(tile_block(folder), tmp_path).sample == prepared(tile_block(tiles), tmp_path).sample
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,label\n{},a,b\n", "has rows with more values than columns. Several labels .* joined by"),
+        ("file,label,label\n{},a,b\n", "has two columns 'label'"),
+        ("file,label\n{},1\n{},1.0\n", "'1' and '1.0', which differ in capitals alone, or in how a number"),
+    ],
+)
+def test_tables_whose_labels_would_be_lost_are_refused(tiles, tmp_path, text, words):
+    names = [path.name for path in sorted((tiles / "images").iterdir())]
+    head, *rows = text.splitlines(keepends=True)
+    body = "".join(rows[number % len(rows)].format(name) for number, name in enumerate(names))
+    _, block = table_block(tiles, tmp_path, (head + body).encode())
+    with pytest.raises(UserError, match=words):
+        prepared(block, tmp_path)
+
+
+def test_tables_as_programs_write_them(tiles, tmp_path):
+    """Empty rows, paths from here or with backslashes, and accents in two forms."""
+    names = [path.name for path in sorted((tiles / "images").iterdir())]
+    ways = ("./images/{}", "images\\{}", "{}")
+    labels = ("for\u00eat", "fore\u0302t", "farm")
+    rows = [f"{ways[n % 3].format(name)},{labels[n % 3]}" for n, name in enumerate(names)]
+    _, block = table_block(tiles, tmp_path, "\n".join(["file,label", *rows, ",", ""]).encode())
+    stream = prepared(block, tmp_path)
+    assert (len(stream.sample), stream.classes) == (48, ("farm", "for\u00eat"))
+
+
+def test_rows_without_a_label_are_left_out_if_asked_for(tiles, tmp_path):
+    folder, block = table_block(tiles, tmp_path)
+    frame = pd.read_csv(folder / "labels.csv")
+    frame.loc[3, "label"] = ""
+    frame.to_csv(folder / "labels.csv", index=False)
+    with pytest.raises(UserError, match=f"labels.csv: {frame.file[3]} has no label"):
+        prepared(block, tmp_path)
+    block.options["skip_bad"] = True
+    stream = prepared(block, tmp_path)
+    assert len(stream.sample) == 47
+    assert any(f"has no label for {frame.file[3]}" in note for note in stream.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"gsd": -1.0}, "gsd is -1; it is in metres"), ({"ignore": 300}, "ignore is 300; masks hold 0 to 255")],
+)
+def test_options_out_of_range(tiles, tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        prepared(tile_block(tiles, options=options), tmp_path)
