@@ -57,6 +57,7 @@ def test_numbers_in_either_yaml_dialect(tmp_path):
         (lambda c: c["search"].update(learning_rate=[0.1, float("inf")]), ["learning_rate is [0.1, inf]"]),
         (lambda c: c["datasets"].update({"a b; ls": c["datasets"]["sample-trees"]}), ["'a b; ls' is no name"]),
         (lambda c: c["backbones"].update({"a+b": c["backbones"]["raw"]}), ["'a+b' is no name"]),
+        (lambda c: c["datasets"].update({"a.b": c["datasets"]["sample-trees"]}), ["'a.b' is no name"]),
         (lambda c: c["grid"]["models"].append("lite0+csmask_b4"), ["lite0+csmask_b4", "same ensemble"]),
         (lambda c: c["grid"].update(models=[]), ["grid.models", "at least one"]),
         (lambda c: c["grid"]["models"].append("raw"), ["each once"]),

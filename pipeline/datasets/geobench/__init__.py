@@ -187,8 +187,9 @@ def expect(dataset: Dataset, params: Params) -> tuple[Wanted, int]:
     train = max(1, round(float(share[1]) * declared.counts[0])) if share else declared.counts[0]
     folder = there(declared, Path(params.geobench_dir))
     stream = _stream(folder, options) if folder else None
+    own = stream and not share and options.partition != "default"  # a partition of one's own
     wanted = Wanted(
-        len(stream.sample) if stream else train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task,
+        len(stream.sample) if own else train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task,
         len(declared.classes), pixels * width * len(chosen) + mask,
         _pace(stream, options.skip_bad) if stream else None,
     )  # fmt: skip
