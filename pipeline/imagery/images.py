@@ -215,7 +215,10 @@ def check_description(images: Described) -> None:
     if len(set(images.sample)) != len(images.sample):
         raise UserError("A sample's name appears twice; names must be unique.")
     if absent := {"train", "val", "test"} - set(images.split):
-        raise UserError(f"The splits {', '.join(sorted(absent))} are empty. Use smaller blocks or more data.")
+        raise UserError(
+            f"The splits {', '.join(sorted(absent))} are empty. Use smaller blocks or more data, or a list of splits "
+            "that has all three."
+        )
     names = [band.common_name for band in images.bands]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"Two bands are called '{min(twice)}'; a band must be known by its name.")
