@@ -58,7 +58,8 @@ def check(store: Path) -> dict[str, str]:
 def lacking(store: Path) -> list[str]:
     """The listed files, or the list itself, that are not there; what is in them is not looked at."""
     try:
-        return [file for file in _parsed(_text(store)) if not (store / file).is_file()]
+        listed = _parsed(_text(store))
+        return [file for file in listed if not (store / file).is_file()] if listed else [NAME]
     except StoreError:
         return [NAME]
 

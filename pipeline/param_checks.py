@@ -31,10 +31,12 @@ def check(params: Params) -> None:
         if not names or len(set(names)) != len(names):
             raise UserError(f"grid.{axis} is {list(names)}; it must name at least one, and each once.")
     for name in (*params.datasets, *params.backbones):
-        if not re.fullmatch(
-            r"[A-Za-z0-9][A-Za-z0-9_-]*", name
-        ):  # it becomes a file's name, and to DVC a dot is another level
-            raise UserError(f"'{name}' is no name here; one has letters, digits, '_' and '-', and no others.")
+        # It becomes a file's name, and one of a model's.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(
+                f"'{name}' is no name here; one has letters, digits, '_' and '-', and no others: to DVC a dot would "
+                "begin another level of params.yaml."
+            )
     for name in params.grid.datasets:
         params.dataset(name)
     for name in params.grid.backbones:

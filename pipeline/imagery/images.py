@@ -33,7 +33,7 @@ UNLABELLED = "unlabelled"
 # counts, as 255, a class of another sample.
 NO_CLASS = -(2**31)
 # numpy takes 20170216 for a year, and xarray none that nanoseconds since 1970 cannot say.
-_MOMENT = re.compile(r"(19|20|21)\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?Z?")
+_MOMENT = re.compile(r"(19|20|21)\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?(Z|\+00:?00)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +203,7 @@ def moment(text: str, what: str) -> np.datetime64:
     try:
         if text and not _MOMENT.fullmatch(text):
             raise ValueError
-        return np.datetime64(text.removesuffix("Z") or "NaT", "s")
+        return np.datetime64(re.sub(r"Z$|\+00:?00$", "", text) or "NaT", "s")
     except ValueError:
         raise UserError(
             f"{what} is '{text}'; write it as 2017-02-16 or 2017-02-16T10:21:01, in UTC, in the years 1900 to 2199."

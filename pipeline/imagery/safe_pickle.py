@@ -92,7 +92,7 @@ for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
 _KNOWN = {**_PLAIN, **_NUMPY}
 # What makes a tuple or a frozen set; in texts some of the same bytes are letters.
 _TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET)
-_DEEPEST = 20_000
+_MOST_TUPLES = 20_000
 
 
 class _Reader(pickle.Unpickler):
@@ -118,7 +118,7 @@ def loads(data: bytes):
         UserError: it names anything that is not known here, or is damaged. Nothing in it was run.
     """
     # Not more than may be nested: Python looks into tuples within tuples by recursion, without a bound of its own.
-    if sum(data.count(code) for code in _TUPLES) > _DEEPEST:
+    if sum(data.count(code) for code in _TUPLES) > _MOST_TUPLES:
         raise UserError("Its pickle is refused: it has more tuples than any such data. Nothing in it was run.")
     try:
         return _Reader(io.BytesIO(data)).load()

@@ -51,6 +51,7 @@ def search(score: Score, described: Search, study: Path | None = None, about: ob
         if study:
             study.parent.mkdir(parents=True, exist_ok=True)
             write_file(study, [json.dumps({"key": key, "trials": trials}).encode()])
+    # Of equals, and on a small validation split there are many, the one whose weights shrink most.
     best = max(trials, key=lambda trial: (trial["score"], _shrinking(trial["learning_rate"] * trial["weight_decay"])))
     return {"best": {name: best[name] for name in space}, "score": best["score"], "trials": trials}
 
@@ -71,10 +72,7 @@ def _ask(trials: Sequence[dict], space: dict, count: int, described: Search) -> 
 
 
 def _shrinking(share: float) -> float:
-    """Of equals, and on a small validation split there are many, the one that AdamW shrinks most with each step.
-
-    It takes this share of every weight; of more than 1 what is left has the other sign, and of more than 2 grows.
-    """
+    """How much AdamW shrinks weights of which it takes a share each step: to 0 by 1, and by more than 2 they grow."""
     return share if share < 1 else 2 - share
 
 

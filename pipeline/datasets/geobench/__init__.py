@@ -27,6 +27,9 @@ from pipeline.plan import Wanted
 from pipeline.records import build
 
 SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
+# Standard deviations between two bands' means that tell them apart, where these are of all images, and where they are
+# of band_stats.json, which GEO-Bench made of a thousand at most.
+_TOLD, _TOLD_OF_FEW = 0.03, 0.1
 # Samples that are read to see how fast that goes.
 _FEW = 8
 
@@ -89,7 +92,8 @@ def _stream(folder: Path, options: Options) -> Stream:
         dtype = np.dtype(np.uint8)
     means = None
     if tuple(splits.count(one) for one in lists.SPLITS.values()) == declared.counts and options.check_means:
-        means = Means(declared.name, lists.published(folder, declared, tuple(chosen), 255 if as_bytes else 1))
+        published = lists.published(folder, declared, tuple(chosen), 255 if as_bytes else 1)
+        means = Means(declared.name, published, _TOLD if declared.published else _TOLD_OF_FEW)
         means = means if any(means.published.values()) and not dropped else None
     labels = lists.labels(folder, declared)
     notes = _notes(declared, options, dropped)

@@ -129,16 +129,19 @@ def _unpack(path: Path, folder: Path) -> Path:
     scratch.mkdir(parents=True)
     try:
         with zipfile.ZipFile(path) as packed:
+            unpacked = {}
             for member in packed.infolist():
                 # Only the last part of a name is used: a member cannot climb out of the folder.
-                if not member.is_dir() and Path(member.filename).suffix in (".hdf5", ".json"):
-                    with packed.open(member) as source, open(scratch / Path(member.filename).name, "xb") as copy:
-                        shutil.copyfileobj(source, copy, 1 << 20)
+                name = Path(member.filename).name
+                if member.is_dir() or Path(name).suffix not in (".hdf5", ".json"):
+                    continue
+                if unpacked.setdefault(name, (member.CRC, member.file_size)) != (member.CRC, member.file_size):
+                    raise UserError(f"{path} has two files named {name}. Delete it and run again.")
+                with packed.open(member) as source, open(scratch / name, "wb") as copy:
+                    shutil.copyfileobj(source, copy, 1 << 20)
         if not any(scratch.glob("*_partition.json")):
             raise UserError(f"{path} has no partition of GEO-Bench's within. Delete it and run again.")
         publish(scratch, folder)
-    except FileExistsError as error:
-        raise UserError(f"{path} has two files named {Path(error.filename).name}. Delete it and run again.") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{path} is no readable archive ({error}). Delete it and run again.") from None
     finally:

@@ -10,17 +10,23 @@ import numpy as np
 from pipeline.errors import UserError
 
 # By how many standard deviations a mean may differ from the published one: those of other draws of pixels differ by
-# less. Of two bands whose published means differ by more than the second, an exchange is noticed.
-_TOLERANCE, _TOLD = 0.2, 0.03
+# less.
+_TOLERANCE = 0.2
 _TRUST = "If you know better, set check_means: false in the set's options."
 
 
 @dataclass(frozen=True)
 class Means:
-    """Compares the means of all bands with published (mean, standard deviation) by key; None where there is none."""
+    """Compares the means of all bands with published ones.
+
+    Attributes:
+        published: mean and standard deviation by key; None where there is none.
+        told: of two bands whose published means differ by more standard deviations an exchange is noticed.
+    """
 
     name: str
     published: Mapping[str, tuple[float, float] | None]
+    told: float
 
     def __call__(self, mean: np.ndarray) -> None:
         known = [(key, value, *pair) for value, (key, pair) in zip(mean, self.published.items(), strict=True) if pair]
@@ -32,7 +38,7 @@ class Means:
                     f"order. {_TRUST}"
                 )
         for (key, value, wanted, std), (other, second, expected, spread) in itertools.combinations(known, 2):
-            apart = abs(wanted - expected) > _TOLD * math.sqrt(std * spread)
+            apart = abs(wanted - expected) > self.told * math.sqrt(std * spread)
             if apart and 2 * _gap(value, second, expected, wanted) < _gap(value, second, wanted, expected):
                 raise UserError(
                     f"{self.name}: the means of '{key}' and '{other}' are {value:.6g} and {second:.6g}, and "

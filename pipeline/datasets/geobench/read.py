@@ -117,7 +117,7 @@ class Reader:
 
     def _mask(self, file: h5f.FileID, array: h5d.DatasetID) -> np.ndarray:
         size, count = self.declared.size, len(self.declared.classes)
-        if array.shape not in ((size, size), (size, size, 1)) or array.dtype.kind not in "iuf":
+        if array.shape not in ((size, size), (size, size, 1)) or array.dtype.kind not in "biuf":
             raise UserError(
                 f"its label has {array.dtype} values of the shape {array.shape}; {self.declared.name} has {size} x "
                 f"{size} px, of numbers"
@@ -126,8 +126,8 @@ class Reader:
         _read(file, array, mask, same=array.get_type() == _type(mask.dtype))
         mask = mask.reshape(size, size)
         # Whole numbers without their sign: what is negative is then greater than any class.
-        whole = mask.view(mask.dtype.str.replace("i", "u"))
-        if not 0 <= whole.max() < count or (mask.dtype.kind == "f" and (mask.min() < 0 or (mask % 1).any())):
+        unsigned = mask.view(mask.dtype.str.replace("i", "u"))
+        if not 0 <= unsigned.max() < count or (mask.dtype.kind == "f" and (mask.min() < 0 or (mask % 1).any())):
             strange = sorted({value for value in np.unique(mask).tolist() if value not in range(count)})
             raise UserError(f"its label has {strange[:5]}; {self.declared.name} has the classes 0 to {count - 1}")
         mask = mask.astype(np.uint8)

@@ -174,6 +174,8 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
     images, given = files(folder, options.images), files(folder, options.labels)
     if both := {*images} & {*given}:
         raise UserError(f"images ({options.images}) and labels ({options.labels}) both fit {min(both)}.")
+    if any(one.suffix.lower() == ".shp" for one in given):  # whose metadata may have a name like another file's
+        given = [one for one in given if not one.name.lower().endswith(".shp.xml")]
     if given[0].suffix.lower() in _RASTERS:
         if not options.classes:
             raise UserError("Masks have numbers and no names: list the classes, from the one of value 0.")
@@ -190,8 +192,8 @@ def _from_masks(options: Options, dataset: Dataset, folder: Path):
         path = next((one for one in given if one.suffix.lower() == ".shp"), given[0])
         mask, notes = polygons(path, pictures[0], options.label_column, options.classes, options.layer)
         notes.append("where polygons overlap the smaller one counts; where none lies, there is no label")
-        if coarser := pictures[0].coarser():
-            notes.append(f"{', '.join(coarser)} brought to the finest grid by nearest neighbour")
+        if brought := pictures[0].brought():
+            notes.append(f"{', '.join(brought)} brought to the finest grid by nearest neighbour")
         classes = mask.classes
     chips = {}
     unique = len({one.name for one in pictures}) == len(pictures)

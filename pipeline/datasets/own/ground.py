@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import rasterio
 import shapely
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.datasets.own.rasters import Picture, to_latlon
+from pipeline.datasets.own.rasters import Picture, placed, to_latlon
 
 # Edges that meet overlap by rounding; more than this share of the smaller chip is ground in both.
 _SHARED = 0.01
@@ -31,18 +30,22 @@ def shared(places: Sequence[Place], others: Sequence[Place]) -> np.ndarray:
 
     Pictures that have a transform and state no system are compared among themselves, as if they had the same.
     """
-    found = [_pairs(places, others, system, turn) for system, turn in
-             ((True, 0), (True, 360), (True, -360), (False, 0))]  # fmt: skip
+    found = []
+    for system in (True, False):
+        ours = _prints(places, system)
+        theirs = ours if others is places else _prints(others, system)
+        for turn in (0, 360, -360) if system else (0,):
+            found.append(_pairs(places, ours, others, theirs, turn))
     return np.unique(np.concatenate(found), axis=0)
 
 
-def _pairs(places: Sequence[Place], others: Sequence[Place], system: bool, turn: int) -> np.ndarray:
-    """Such pairs of those with or without a system; the second moved by so many degrees of longitude."""
-    (mine, prints), (theirs, more) = _prints(places, system), _prints(others, system)
+def _pairs(places: Sequence[Place], ours: tuple, others: Sequence[Place], theirs: tuple, turn: int) -> np.ndarray:
+    """Such pairs of two lists and their footprints, the second moved by so many degrees of longitude."""
+    (mine, prints), (theirs, more) = ours, theirs
     if turn and len(more):  # chips that reach over the antimeridian meet those beyond it there
         bounds = shapely.bounds(more)
-        ours = np.abs(shapely.bounds(prints)).max(initial=0)
-        across = (bounds[:, 2] >= 180) | (bounds[:, 0] <= -180) | (ours >= 180)
+        farthest = np.abs(shapely.bounds(prints)).max(initial=0)
+        across = (bounds[:, 2] >= 180) | (bounds[:, 0] <= -180) | (farthest >= 180)
         theirs, more = theirs[across], shapely.transform(more[across], lambda points: points + np.array((turn, 0)))
     if not len(mine) or not len(theirs):
         return np.empty((0, 2), int)
@@ -57,16 +60,16 @@ def _pairs(places: Sequence[Place], others: Sequence[Place], system: bool, turn:
 
 
 def _placed(picture: Picture) -> bool:
-    return bool(picture.crs) or not rasterio.Affine(*picture.transform).is_identity
+    return bool(picture.crs) or placed(picture.transform, picture.height)
 
 
 def _prints(places: Sequence[Place], system: bool) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the chips that have a place, with or without a system, and their footprints."""
     numbers = [at for at, (picture, *_) in enumerate(places) if _placed(picture) and bool(picture.crs) == system]
-    known = np.array(numbers, int)
-    if not len(known):
-        return known, np.empty(0, object)
-    return known, shapely.polygons(np.stack([_corners(*places[number]) for number in known]))
+    # Images that all lie at one place, without a system, lie at none.
+    if not numbers or (not system and len({places[number][0].transform for number in numbers}) == 1):
+        return np.empty(0, int), np.empty(0, object)
+    return np.array(numbers), shapely.polygons(np.stack([_corners(*places[number]) for number in numbers]))
 
 
 def merged(homes: Sequence[str], pairs: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import rasterio
 from rasterio.crs import CRS
 from rasterio.windows import Window
 
-from pipeline.datasets.own.rasters import Picture, reading
+from pipeline.datasets.own.rasters import Picture, placed, reading
 from pipeline.datasets.own.scenes import contains
 from pipeline.errors import UserError
 from pipeline.imagery.images import IGNORE
@@ -59,15 +59,21 @@ def pair(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: l
     called: dict[str, list[Path]] = {}
     for path in masks:
         called.setdefault(path.stem, []).append(path)
+    folders = {path.parent for path in masks}
+    # Where masks lie in a folder named as an image's, those in others are of other images.
+    near = {one: max(_alike(folder, one) for folder in folders) for one in {image.parent for image in images}}
     for image in images:
         within = [] if image.stem in called else [path for path in masks if image.stem in path.stem]
         # Of tile_1_mask and tile_10_mask, which both contain tile_1, the one that has it whole.
         fit = called.get(image.stem) or [path for path in within if contains(path.stem, image.stem)]
         fit = fit or (within if len(within) == 1 else [])
         alike = [_alike(path.parent, image.parent) for path in fit]
-        # Where masks lie in a folder named as the image's, those in others are of other images.
-        wanted = max((_alike(path.parent, image.parent) for path in masks), default=0)
-        fit = [path for path, parts in zip(fit, alike, strict=True) if parts == max(alike) and (parts or not wanted)]
+        best = max(alike, default=0)
+        fit = [
+            path
+            for path, parts in zip(fit, alike, strict=True)
+            if parts == best and (parts or not near[image.parent])
+        ]
         if not fit and skip_bad:
             notes.append(f"left out: {image} has no mask")
             continue
@@ -104,7 +110,7 @@ def _same_grid(path: str, file, picture: Picture) -> None:
         raise UserError(
             f"{path} has {file.height} x {file.width} px, and its image {picture.height} x {picture.width}."
         )
-    if file.transform.is_identity or rasterio.Affine(*picture.transform).is_identity:  # one has no place at all
+    if not placed(file.transform, file.height) or not placed(picture.transform, picture.height):
         return
     back = ~rasterio.Affine(*picture.transform) @ file.transform
     gap = max(np.abs(np.subtract(back @ end, end)).max() for end in ((0, 0), (file.width, file.height)))

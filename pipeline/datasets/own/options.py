@@ -72,8 +72,6 @@ def check(options: Options, dataset: Dataset, where: str) -> None:
         raise UserError(f"{where}: classes name '{min(twice)}' twice; name each once, in the order of their numbers.")
     if len(options.classes) > IGNORE and not is_table(options):
         raise UserError(f"{where} has {len(options.classes)} classes; masks hold {IGNORE} at most.")
-    if options.ignore is not None and not 0 <= options.ignore <= IGNORE:
-        raise UserError(f"{where}: ignore is {options.ignore}; masks hold 0 to {IGNORE}.")
     if options.gsd <= 0:
         raise UserError(f"{where}: gsd is {options.gsd:g}; it is in metres, and positive.")
     _check_bands(options.bands, where)

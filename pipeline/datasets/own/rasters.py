@@ -113,7 +113,7 @@ class Picture:
         with reading(path):
             return _on_grid(path, self).read_masks(1, window=window)
 
-    def coarser(self) -> list[str]:
+    def brought(self) -> list[str]:
         """Names of the files that are brought to the grid of another, the finest."""
         return [Path(path).name for path in self.paths if isinstance(_on_grid(path, self), WarpedVRT)]
 
@@ -148,6 +148,11 @@ def reading(path: str | Path):
         if "See previous exception" in said:  # which says it of every block anew
             said = "some of its pixels are missing or damaged. Is the file whole?"
         raise UserError(f"{path} cannot be read: {said}") from None
+
+
+def placed(transform: Sequence[float], height: int) -> bool:
+    """Whether a transform says a place, and does not just count pixels from a corner."""
+    return tuple(transform)[:6] not in ((1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), (1, 0, 0, 0, -1, height))
 
 
 def numbers(image: np.ndarray) -> np.ndarray:

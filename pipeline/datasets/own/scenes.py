@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-from rasterio.enums import MaskFlags
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import RasterioError
 from rasterio.warp import transform as warp
 
 from pipeline.bands import Band
-from pipeline.datasets.own.rasters import Picture, reading
+from pipeline.datasets.own.rasters import Picture, placed, reading
 from pipeline.errors import UserError
 
 # Metres in a degree of latitude, for pixels that are given in degrees.
@@ -60,6 +60,11 @@ def contains(text: str, name: str) -> bool:
     return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
+def _ends_a_word(text: str, name: str) -> bool:
+    """Whether a name with a capital ends what goes before it in small letters: sceneB02 has B02, sceneB8A has no B8."""
+    return name[0].isupper() and re.search(rf"(?<=[a-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
+
+
 def picture(path: Path, bands: Sequence[Band]) -> Picture:
     """One file with all bands.
 
@@ -86,11 +91,12 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
     chosen = []
     for band in bands:
         fit = [path for path in paths if contains(path.stem, band.name)]
+        fit = fit or [path for path in paths if _ends_a_word(path.stem, band.name)]
         if len(fit) != 1 or fit[0] in chosen:
             names = ", ".join(path.name for path in (fit or paths)[:8])
             raise UserError(
-                f"Band {band.name} should be in the name of one file; it is in {len(fit)} of: {names}. No letter or "
-                "digit may touch it there, and no other band have that file. A scene, which maps and polygons are "
+                f"Band {band.name} should be in the name of one file; it is in {len(fit)} of: {names}. No capital "
+                "or digit may touch it there, and no other band have that file. A scene, which maps and polygons are "
                 "of, is one file with all bands, or a file a band. Unlabelled scenes of a file a band lie in a "
                 "folder each."
             )
@@ -102,7 +108,7 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> Picture:
                 opened.append(stack.enter_context(rasterio.open(path)))
         finest = min(opened, key=_pixel)
         for path, file in zip(chosen, opened, strict=True):
-            if file.count != 1:
+            if sum(kind != ColorInterp.alpha for kind in file.colorinterp) != 1:
                 raise UserError(f"{path} has {file.count} bands; of a scene in a file a band, each has one.")
             _check_ground(path, file, finest)
             _check_offsets(file)
@@ -124,7 +130,7 @@ def _check_order(path: Path, said: Sequence[str | None], bands: Sequence[Band]) 
 
 def _check_ground(path: Path, file, finest) -> None:
     """Raises UserError if a band's file does not show all the ground that the finest does, within a pixel."""
-    if file.transform.is_identity or finest.transform.is_identity:  # one has no place at all
+    if not placed(file.transform, file.height) or not placed(finest.transform, finest.height):
         return
     corners = [finest.transform @ (column, row) for column in (0, finest.width) for row in (0, finest.height)]
     x, y = zip(*corners, strict=True)

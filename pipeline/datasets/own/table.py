@@ -1,8 +1,10 @@
 """Labels of one's own as a table: a CSV file with a row an image."""
 
+import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.imagery.images import moment
 
 _SEVERAL = "|"
+_NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{0,30})?", re.ASCII)
 
 
 def table(
@@ -77,7 +80,7 @@ def unlike(names: Iterable[str], whose: str) -> list[str]:
     """
     found: dict[str, str] = {}
     for name in sorted(names):
-        other = found.setdefault(_alike(name), name)
+        other = found.setdefault(_plainly(name), name)
         if other != name:
             raise UserError(
                 f"{whose} have the classes '{other}' and '{name}', which differ in capitals alone, or in how a "
@@ -86,11 +89,9 @@ def unlike(names: Iterable[str], whose: str) -> list[str]:
     return list(found.values())
 
 
-def _alike(name: str) -> str:
-    try:
-        return f"{float(name):g}"
-    except ValueError:
-        return name.casefold()
+def _plainly(name: str) -> str:
+    """A name without capitals, and a number as it is written shortest."""
+    return f"{Decimal(name).normalize():f}" if _NUMBER.fullmatch(name) else name.casefold()
 
 
 def composed(name: str) -> str:
@@ -110,6 +111,8 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             # Of rows that are all longer than the columns pandas would cut the rest off.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
+            # As it is written: of two columns of a name pandas calls one otherwise.
+            header = pd.read_csv(path, dtype=str, header=None, nrows=1).iloc[0].astype(str).str.strip().tolist()
     except pd.errors.ParserWarning:
         raise UserError(
             f"{path} has rows with more values than columns. Several labels of an image are joined by {_SEVERAL}."
@@ -125,7 +128,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 f"{path} has no column '{name}'. It has: {', '.join(frame.columns)}. It needs {', '.join(columns)}, "
                 "with commas between them; label_column in params.yaml names the labels'."
             )
-        if f"{name}.1" in frame:
+        if header.count(name) > 1:
             raise UserError(f"{path} has two columns '{name}'.")
     frame = frame.apply(lambda values: values.fillna("").str.strip())
     frame = frame[(frame != "").any(axis=1)].reset_index(drop=True)

@@ -130,6 +130,15 @@ def test_a_mask_with_strange_values_is_refused(copied, stream):
                 made.read(made.sample[0])
 
 
+def test_a_mask_may_be_true_and_false(copied, stream):
+    root, folder = copied("m-pv4ger-seg")
+    made = stream(root, "m-pv4ger-seg")
+    mask = np.zeros((320, 320), bool)
+    mask[:40, :40] = True
+    change("label", mask)(folder / f"{made.sample[0]}.hdf5")
+    np.testing.assert_array_equal(made.read(made.sample[0]).label, mask)
+
+
 @pytest.mark.parametrize(("split", "words"), [("train", "twice in train"), ("test", "in train and in test")])
 def test_a_sample_listed_twice(copied, stream, split, words):
     root, folder = copied("m-so2sat")

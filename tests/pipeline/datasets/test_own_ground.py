@@ -208,7 +208,7 @@ def test_pixels_without_data_have_the_mean_of_the_others(tiles, tmp_path, kind):
     assert not any(said in note for note in before.notes)
 
 
-def test_maps_and_chips_fill_alike(tiles, tmp_path):
+def test_chips_are_what_maps_read_filled(tiles, tmp_path):
     folder = copied(tiles, tmp_path)
     name = next(name for name in prepared(tile_block(tiles), tmp_path).sample if name[-11:] == "00000c00000")
     path = folder / f"images/{name[:-13]}.tif"

@@ -205,7 +205,8 @@ def test_times_that_numpy_would_take_for_others_are_refused(tiles, tmp_path, tim
     folder, options = labelled(tiles, tmp_path, time=time)
     with pytest.raises(UserError, match="the time of tile_0000_0000.tif is '.*'; write it as 2017-02-16"):
         prepared(tile_block(folder, task="classification", chip=0, block=128, options=options), tmp_path)
-    assert images.moment("2017-02-16T10:21:01Z", "") == np.datetime64("2017-02-16T10:21:01")
+    for text in ("2017-02-16T10:21:01Z", "2017-02-16 10:21:01+00:00"):
+        assert images.moment(text, "") == np.datetime64("2017-02-16T10:21:01")
 
 
 def test_values_for_no_data_that_are_not_declared_are_noticed(tiles, tmp_path):
@@ -295,10 +296,51 @@ def test_rows_without_a_label_are_left_out_if_asked_for(tiles, tmp_path):
     assert any(f"has no label for {frame.file[3]}" in note for note in stream.notes)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"gsd": -1.0}, "gsd is -1; it is in metres"), ({"ignore": 300}, "ignore is 300; masks hold 0 to 255")],
-)
-def test_options_out_of_range(tiles, tmp_path, options, words):
-    with pytest.raises(UserError, match=words):
-        prepared(tile_block(tiles, options=options), tmp_path)
+def test_a_gsd_is_positive(tiles, tmp_path):
+    with pytest.raises(UserError, match="gsd is -1; it is in metres"):
+        prepared(tile_block(tiles, options={"gsd": -1.0}), tmp_path)
+
+
+@pytest.mark.parametrize(("ignore", "kind"), [(-1, "int16"), (65535, "uint16")])
+def test_masks_may_ignore_what_no_byte_holds(tiles, tmp_path, ignore, kind):
+    folder = tmp_path / "tiles"
+    shutil.copytree(tiles, folder)
+    for path in (folder / "masks").iterdir():
+        rewrite(path, lambda mask: np.where(mask == 255, ignore, mask).astype(kind))
+    found, known = (
+        prepared(tile_block(folder, options={"ignore": ignore}), tmp_path),
+        prepared(tile_block(tiles), tmp_path),
+    )
+    name = known.sample[0]
+    np.testing.assert_array_equal(found.read(name).label, known.read(name).label)
+
+
+def test_long_numbers_may_be_classes(tiles, tmp_path):
+    names = [path.name for path in sorted((tiles / "images").iterdir())]
+    rows = [f"{name},330101010{number % 2}" for number, name in enumerate(names)]
+    _, block = table_block(tiles, tmp_path, "\n".join(["file,label,label.1", *[f"{row},x" for row in rows]]).encode())
+    assert prepared(block, tmp_path).classes == ("3301010100", "3301010101")
+
+
+def test_images_and_masks_that_count_pixels_from_a_corner_have_no_place(tmp_path):
+    options = pairs_at(tmp_path, [Affine(1, 0, 0, 0, -1, 64)] * 8, None)
+    assert len(prepared(tile_block(tmp_path, block=64, options=options), tmp_path).sample) == 8
+    options = pairs_at(tmp_path / "same", [Affine(10, 0, 500, 0, -10, 900)] * 8, None)
+    assert len(prepared(tile_block(tmp_path / "same", block=64, options=options), tmp_path).sample) == 8
+    options = pairs_at(tmp_path / "utm", [GRID * Affine.translation(64 * n, 0) for n in range(8)], UTM)
+    for path in (tmp_path / "utm/masks").iterdir():
+        rewrite(path, crs=None, transform=Affine(1, 0, 0, 0, -1, 64))
+    assert len(prepared(tile_block(tmp_path / "utm", block=64, options=options), tmp_path).sample) == 8
+
+
+def test_bands_names_at_a_words_end_and_with_an_alpha_band(raw, tmp_path):
+    for name in ("sceneB02", "sceneB8A"):
+        written(tmp_path / f"{name}.tif", counted(128, 128), GRID)
+    alpha = np.stack([counted(128, 128)[0], np.full((128, 128), 65535, "uint16")])
+    written(tmp_path / "sceneB03.tif", alpha, GRID, photometric="MINISBLACK", alpha="YES")
+    options = scene_of(tmp_path, ["B02", "B03", "B8A"])
+    scene_of(tmp_path, ["B02"])
+    stream = prepared(scene_block(raw, chip=32, block=32, options=options), tmp_path)
+    np.testing.assert_array_equal(stream.read("r00000c00000").image[1], alpha[0, :32, :32])
+    with pytest.raises(UserError, match="Band B8 should be in the name of one file; it is in 0"):
+        prepared(scene_block(raw, options=scene_of(tmp_path, ["B02", "B8"])), tmp_path)
