@@ -69,11 +69,8 @@ def pair(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: l
         fit = fit or (within if len(within) == 1 else [])
         alike = [_alike(path.parent, image.parent) for path in fit]
         best = max(alike, default=0)
-        fit = [
-            path
-            for path, parts in zip(fit, alike, strict=True)
-            if parts == best and (parts or not near[image.parent])
-        ]
+        best = -1 if near[image.parent] and not best else best
+        fit = [path for path, parts in zip(fit, alike, strict=True) if parts == best]
         if not fit and skip_bad:
             notes.append(f"left out: {image} has no mask")
             continue

@@ -61,7 +61,7 @@ def contains(text: str, name: str) -> bool:
 
 
 def _ends_a_word(text: str, name: str) -> bool:
-    """Whether a name with a capital ends what goes before it in small letters: sceneB02 has B02, sceneB8A has no B8."""
+    """Whether a name with a capital ends a word in small letters: sceneB02 ends with B02, sceneB8A not with B8."""
     return name[0].isupper() and re.search(rf"(?<=[a-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 

@@ -306,11 +306,9 @@ def test_masks_may_ignore_what_no_byte_holds(tiles, tmp_path, ignore, kind):
     folder = tmp_path / "tiles"
     shutil.copytree(tiles, folder)
     for path in (folder / "masks").iterdir():
-        rewrite(path, lambda mask: np.where(mask == 255, ignore, mask).astype(kind))
-    found, known = (
-        prepared(tile_block(folder, options={"ignore": ignore}), tmp_path),
-        prepared(tile_block(tiles), tmp_path),
-    )
+        rewrite(path, lambda mask: np.where(mask == 255, ignore, mask.astype("int32")).astype(kind))
+    known = prepared(tile_block(tiles), tmp_path)
+    found = prepared(tile_block(folder, options={"ignore": ignore}), tmp_path)
     name = known.sample[0]
     np.testing.assert_array_equal(found.read(name).label, known.read(name).label)
 
@@ -339,7 +337,6 @@ def test_bands_names_at_a_words_end_and_with_an_alpha_band(raw, tmp_path):
     alpha = np.stack([counted(128, 128)[0], np.full((128, 128), 65535, "uint16")])
     written(tmp_path / "sceneB03.tif", alpha, GRID, photometric="MINISBLACK", alpha="YES")
     options = scene_of(tmp_path, ["B02", "B03", "B8A"])
-    scene_of(tmp_path, ["B02"])
     stream = prepared(scene_block(raw, chip=32, block=32, options=options), tmp_path)
     np.testing.assert_array_equal(stream.read("r00000c00000").image[1], alpha[0, :32, :32])
     with pytest.raises(UserError, match="Band B8 should be in the name of one file; it is in 0"):
