@@ -128,8 +128,21 @@ def _unpack(path: Path, folder: Path) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
+        _flat(path, scratch)
+        if not any(scratch.glob("*_partition.json")):
+            raise UserError(f"{path} has no partition of GEO-Bench's within. Delete it and run again.")
+        publish(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    path.unlink()
+    return folder
+
+
+def _flat(path: Path, folder: Path) -> None:
+    """The files of an archive, all in one folder."""
+    unpacked = {}
+    try:
         with zipfile.ZipFile(path) as packed:
-            unpacked = {}
             for member in packed.infolist():
                 # Only the last part of a name is used: a member cannot climb out of the folder.
                 name = Path(member.filename).name
@@ -137,14 +150,9 @@ def _unpack(path: Path, folder: Path) -> Path:
                     continue
                 if unpacked.setdefault(name, (member.CRC, member.file_size)) != (member.CRC, member.file_size):
                     raise UserError(f"{path} has two files named {name}. Delete it and run again.")
-                with packed.open(member) as source, open(scratch / name, "wb") as copy:
+                with packed.open(member) as source, open(folder / name, "wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)
-        if not any(scratch.glob("*_partition.json")):
-            raise UserError(f"{path} has no partition of GEO-Bench's within. Delete it and run again.")
-        publish(scratch, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    # zipfile has no error in common for what it cannot read: bytes that do not fit or end too soon are the first
+    # three; a password, or a compression that it does not know, are RuntimeErrors.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{path} is no readable archive ({error}). Delete it and run again.") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    path.unlink()
-    return folder

@@ -3,8 +3,8 @@
 Which of the three is told by what `labels` names: a CSV file, rasters, or anything else that geopandas reads.
 
 options.py has what a block may say; scenes.py finds the files of each picture, and rasters.py reads its pixels;
-table.py, masks.py and labels.py read labels; chips.py is a sample and its split, ground.py where samples overlap;
-unlabelled.py has the images that students alone see.
+table.py, masks.py and labels.py (polygons) read labels, and names.py has their classes' names; chips.py is a sample
+and its split, ground.py where samples overlap; unlabelled.py has the images that students alone see.
 """
 
 import functools

@@ -12,8 +12,8 @@ import rasterio
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
+from pipeline.datasets.own.names import composed, unlike
 from pipeline.datasets.own.rasters import Picture
-from pipeline.datasets.own.table import composed, unlike
 from pipeline.errors import UserError
 from pipeline.imagery.images import IGNORE
 

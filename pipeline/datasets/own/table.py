@@ -1,19 +1,16 @@
 """Labels of one's own as a table: a CSV file with a row an image."""
 
-import re
-import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
-from decimal import Decimal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from pipeline.datasets.own.names import composed, unlike
 from pipeline.errors import UserError
 from pipeline.imagery.images import moment
 
 _SEVERAL = "|"
-_NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{0,30})?", re.ASCII)
 
 
 def table(
@@ -70,33 +67,6 @@ def table(
     frame.attrs["classes"] = tuple(named)
     frame.attrs["notes"] = notes
     return frame
-
-
-def unlike(names: Iterable[str], whose: str) -> list[str]:
-    """Names of classes in order.
-
-    Raises:
-        UserError: two differ in capitals alone, or are one number, and so are surely one.
-    """
-    found: dict[str, str] = {}
-    for name in sorted(names):
-        other = found.setdefault(_plainly(name), name)
-        if other != name:
-            raise UserError(
-                f"{whose} have the classes '{other}' and '{name}', which differ in capitals alone, or in how a "
-                "number is written. Write them alike, or, if they are two, list all classes in the options."
-            )
-    return list(found.values())
-
-
-def _plainly(name: str) -> str:
-    """A name without capitals, and a number as it is written shortest."""
-    return f"{Decimal(name).normalize():f}" if _NUMBER.fullmatch(name) else name.casefold()
-
-
-def composed(name: str) -> str:
-    """One way to write a name: macOS and some editors take letters and their accents apart."""
-    return unicodedata.normalize("NFC", name.strip())
 
 
 def _key(name: str) -> str:

@@ -1,6 +1,5 @@
 """GEO-Bench's twelve sets, on files laid out as released: what is read, and what is put right."""
 
-import dataclasses
 import os
 import shutil
 
@@ -11,7 +10,6 @@ from h5py import h5d, h5s, h5t
 
 from pipeline.datasets import check, geobench
 from pipeline.datasets.geobench import download, read
-from pipeline.datasets.geobench.means import Means
 from pipeline.errors import UserError
 from pipeline.imagery import images, imagestore
 from tests import geobench_files
@@ -230,76 +228,6 @@ def test_files_are_fetched_ahead_without_a_word(copied, stream):
     before = len(os.listdir("/proc/self/fd"))
     made.ahead(["id_0000", "id_0001", "never"])
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_bands_in_another_order_show_in_the_means(copied, stream, tmp_path, monkeypatch):
-    root, folder = copied("m-eurosat")
-
-    def full(published):
-        declared = dataclasses.replace(geobench.SETS["m-eurosat"], counts=(6, 4, 4), published=published)
-        monkeypatch.setitem(geobench.SETS, "m-eurosat", declared)
-        return stream(root, "m-eurosat")
-
-    made = full({})
-    pixels = np.stack([made.read(sample).image for sample in made.sample])[:, :, ::4, ::4].astype(float)
-    pairs = zip(pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3)), strict=True)
-    published = dict(zip(geobench_files.S2, pairs, strict=True))
-    imagestore.write(full(published), tmp_path / "scratch", tmp_path / "store")
-    for path in folder.glob("*.hdf5"):  # as if a copy had other bands under these keys
-        with h5py.File(path, "r+") as file:
-            file.move("08 - NIR", "away")
-            file.move("12 - SWIR", "08 - NIR")
-            file.move("03 - Green", "12 - SWIR")
-            file.move("away", "03 - Green")
-    with pytest.raises(UserError, match="the mean of '03 - Green' is .* or their bands are in another order"):
-        imagestore.write(full(published), tmp_path / "scratch", tmp_path / "again")
-    trusted = stream(root, "m-eurosat", check_means=False)
-    imagestore.write(trusted, tmp_path / "scratch", tmp_path / "again")
-    # Where nothing is declared, band_stats.json of the files themselves counts.
-    with pytest.raises(UserError, match="these are not the released files"):
-        imagestore.write(full({}), tmp_path / "scratch", tmp_path / "third")
-
-
-def test_means_of_bytes_are_compared_as_bytes(copied, stream, tmp_path, monkeypatch):
-    root, _ = copied("m-chesapeake-landcover")
-    declared = dataclasses.replace(geobench.SETS["m-chesapeake-landcover"], counts=(6, 4, 4))
-    monkeypatch.setitem(geobench.SETS, declared.name, declared)
-    for options in ({}, {"as_labelled": True}):
-        made = stream(root, declared.name, **options)
-        assert made.verify.published["Red"][0] > (0 if options else 1)
-        imagestore.write(made, tmp_path / "scratch", tmp_path / str(len(options)))
-
-
-def test_published_means_tell_the_true_order(geobench_root):
-    """EuroSAT's own means of each band (torchgeo's, of all 27 000 images) stand beside those of the keys' truth."""
-    known = {"B09": 732, "B10": 12.1, "B11": 1819, "B12": 1119, "B8A": 2594}
-    declared = geobench.SETS["m-eurosat"]
-    for key, band in declared.true.items():
-        if band.name in known:
-            mean, std = declared.published[key]
-            assert abs(mean - known[band.name]) < 0.2 * std
-            assert abs(mean - known.get(declared.keys[key].name, 0)) > 0.2 * std
-
-
-@pytest.mark.parametrize(
-    ("name", "one", "other"),
-    [
-        ("m-pv4ger", "Red", "Blue"),
-        ("m-pv4ger", "Green", "Red"),
-        ("m-bigearthnet", "08 - NIR", "08A - Vegetation Red Edge"),
-    ],
-)
-def test_two_bands_that_changed_places_are_noticed(name, one, other):
-    """Also those whose means are within the tolerance of each other's; and no shift of all, as of other light, is."""
-    published = geobench.SETS[name].published
-    means = Means(name, published, told=0.03)
-    right = {key: mean for key, (mean, _) in published.items()}
-    for shift in (-0.15, 0, 0.15):
-        moved = {key: mean + shift * published[key][1] for key, mean in right.items()}
-        means(np.array(list(moved.values())))
-    swapped = right | {one: right[other], other: right[one]}
-    with pytest.raises(UserError, match=f"{name}: the mean"):
-        means(np.array(list(swapped.values())))
 
 
 def test_the_notes_say_what_was_done(geobench_root, stream):
