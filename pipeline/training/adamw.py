@@ -44,8 +44,8 @@ class HeadwiseAdamW:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One update, the learning rates times `factor`."""
+    def step(self, factor: float | torch.Tensor) -> None:
+        """One update, the learning rates times `factor`: a number, or a float32 scalar on the device."""
         self.steps += 1
         # All heads' decay at once, so that one call of the kernel serves weights and biases of a head.
         left = (1 - self._shrinks * factor).to(self.parameters[0][0].dtype)
@@ -102,7 +102,7 @@ class TorchAdamW:
                 one.grad = None
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
+    def step(self, factor: float | torch.Tensor) -> None:
         if self._calls is None:
             self._begin()
         self._steps += 1

@@ -8,7 +8,7 @@ the numbers that it gives alone, but for rounding.
 
 import queue
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from pipeline import metrics
 from pipeline.training.feed import Stream
 from pipeline.training.lane import Lane, Recipe, Setting
 from pipeline.training.loss import Task, decided
+from pipeline.training.recorded import Recorded
 
 # Decides the order of samples that are streamed.
 STREAMED_SEED = 0
@@ -68,6 +69,8 @@ def fit(
     checked = validation if recipe.patience else None
     if isinstance(data.inputs, Stream):
         _streamed(lanes, data, recipe, checked)
+    elif data.label.is_cuda:
+        _by_turns(lanes, data, recipe, checked)
     else:
         with _side_by_side(data, group) as each:
             trained = each(lambda lane: _in_memory(lane, data, recipe, checked), lanes)
@@ -94,20 +97,70 @@ def order(count: int, recipe: Recipe, seed: int) -> torch.Tensor:
 
 
 def _in_memory(lane: Lane, data: Data, recipe: Recipe, validation: Data | None) -> None:
-    """Train a lane, every head with its own order of samples; heads of one seed have one, and share their batches."""
-    seeds, device = [setting.seed for setting in lane.settings], data.label.device
-    shared = len(set(seeds)) == 1
-    orders = [order(len(data.label), recipe, seed) for seed in (seeds[:1] if shared else seeds)]
-    for index in torch.stack(orders, dim=1).to(device):
-        if shared:
-            label = data.label[index].expand(len(seeds), *index.shape[1:], *data.label.shape[1:])
-            lane.step(_rows(data.inputs, index[0]), None, label)
-        else:
-            lane.step(data.inputs, index, data.label[index])
+    """Train a lane, every head with its own order of samples."""
+    for index in _orders(lane, data, recipe):
+        lane.step(*_batch(lane, data, index))
         if validation and lane.check_is_due():
             lane.check(_in_batches(lane.group, validation, lane.task, recipe.batch))
         if lane.done:
             return
+
+
+def _by_turns(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Data | None) -> None:
+    """Train all lanes on a GPU, a step of each in turn, on a few streams side by side."""
+    streams = _streams(data.label.device)
+    pools = [torch.cuda.graph_pool_handle() for _ in streams]
+    torch.cuda.synchronize()  # what these streams are about to read is there
+    with _exact():
+        going = [
+            (_recorded(lane, data, recipe, validation, pools[place % len(pools)]), streams[place % len(streams)])
+            for place, lane in enumerate(lanes)
+        ]
+        bar = tqdm(total=recipe.steps * len(lanes), unit="step", mininterval=2, file=sys.stderr)
+        with bar as progress:
+            while going:
+                left = []
+                for steps, stream in going:
+                    with torch.cuda.stream(stream):
+                        taken = next(steps, None)
+                    if taken:
+                        progress.update(taken)
+                        left.append((steps, stream))
+                going = left
+    torch.cuda.synchronize()
+
+
+def _recorded(lane: Lane, data: Data, recipe: Recipe, validation: Data | None, pool) -> Iterator[int]:
+    """A lane's training as `_in_memory`'s, with its steps recorded; yields after each, on its caller's stream."""
+    factors = [lane.factor(step) for step in range(recipe.steps)]
+    step = Recorded(
+        lambda index, factor: lane.update(*_batch(lane, data, index), factor),
+        _orders(lane, data, recipe), factors, pool,
+    )  # fmt: skip
+    while not lane.done:
+        step()
+        lane.steps += 1
+        if validation and lane.check_is_due():
+            lane.check(_in_batches(lane.group, validation, lane.task, recipe.batch))
+            step.forget()  # heads may have stopped
+        yield 1
+    lane.optimiser.zero_grad()  # gradients are the recording's memory
+
+
+def _orders(lane: Lane, data: Data, recipe: Recipe) -> torch.Tensor:
+    """Rows of every step, (step, head, batch), on the device; heads of one seed have one order: (step, 1, batch)."""
+    seeds = [setting.seed for setting in lane.settings]
+    seeds = seeds[:1] if len(set(seeds)) == 1 else seeds
+    return torch.stack([order(len(data.label), recipe, seed) for seed in seeds], dim=1).to(data.label.device)
+
+
+def _batch(lane: Lane, data: Data, index: torch.Tensor) -> tuple:
+    """What `Lane.step` takes, of the rows (head, batch) or (1, batch), which heads then share."""
+    heads = len(lane.settings)
+    if len(index) == heads > 1:
+        return data.inputs, index, data.label[index]
+    label = data.label[index].expand(heads, *index.shape[1:], *data.label.shape[1:])
+    return _rows(data.inputs, index[0]), None, label
 
 
 def _streamed(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Data | None) -> None:
@@ -140,11 +193,8 @@ def _side_by_side(data: Data, group: torch.nn.Module):
     if group.stacked and (on_gpu or large):
         yield map
         return
-    # A head's numbers are the same each time. (cuDNN 9 has no such way for convolutions of a channel each, which
-    # students and backbones have, and fails.)
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     if on_gpu and isinstance(data.inputs, Stream):  # batches come through one stream, which all lanes share
-        with exact:
+        with _exact():
             yield map
         return
     if on_gpu:
@@ -153,13 +203,21 @@ def _side_by_side(data: Data, group: torch.nn.Module):
         for stream in _streams(data.label.device):
             free.put(stream)
         own = {"initializer": lambda: torch.cuda.set_stream(free.get())}
-        with exact, ThreadPoolExecutor(_STREAMS, **own) as pool:
+        with _exact(), ThreadPoolExecutor(_STREAMS, **own) as pool:
             yield pool.map
         torch.cuda.synchronize()
         return
     cores = torch.get_num_threads()
     with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool.map
+
+
+def _exact():
+    """cuDNN's convolutions such that a head's numbers are the same each time.
+
+    (cuDNN 9 has no such way for convolutions of a channel each, which students and backbones have, and fails.)
+    """
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 @lru_cache

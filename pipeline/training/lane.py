@@ -59,15 +59,19 @@ class Lane:
         return stopped or self.steps >= self.recipe.steps
 
     def step(self, inputs, index: torch.Tensor | None, label: torch.Tensor) -> None:
-        """One update of every head, from the rows `index` (head, batch) of the inputs and their labels (head, …)."""
+        """The next update of every head, from rows `index` (head, batch) of the inputs and their labels (head, …)."""
+        self.update(inputs, index, label, self.factor(self.steps))
+        self.steps += 1
+
+    def update(self, inputs, index: torch.Tensor | None, label: torch.Tensor, factor: float | torch.Tensor) -> None:
+        """One update, the learning rates times `factor`; the caller counts the steps."""
         self.optimiser.zero_grad()
         if self.group.direct:
             self.group.pull(inputs, index, lambda logits, heads: slope(logits, label[heads], self.task))
         else:
             for heads, logits in self.group.pieces(inputs, index):
                 loss(logits, label[heads], self.task).sum().backward()
-        self.optimiser.step(self.factor(self.steps))
-        self.steps += 1
+        self.optimiser.step(factor)
 
     def check_is_due(self) -> bool:
         every = max(1, self.recipe.steps // self.recipe.checks)

@@ -1,6 +1,7 @@
 """What a head is asked, and how wrong it is."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.nn import functional
@@ -33,7 +34,7 @@ def loss(logits: torch.Tensor, label: torch.Tensor, task: Task) -> torch.Tensor:
         each = functional.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none")
         return each.flatten(1).mean(dim=1)
     label = label.long()
-    weights = None if task.weights is None else torch.tensor(task.weights, device=logits.device)
+    weights = None if task.weights is None else _weights(task.weights, logits.device)
     ignore = task.ignore if task.ignore is not None else -100
     each = functional.cross_entropy(
         logits.flatten(0, 1), label.flatten(0, 1), weights, ignore_index=ignore, reduction="none"
@@ -65,9 +66,16 @@ def _share(label: torch.Tensor, counted: torch.Tensor | None, task: Task, logits
     """What each label counts for in its head's mean, (head, batch, …)."""
     if counted is None and task.weights is None:
         return logits.new_full(label.shape, 1 / label[0].numel())
-    weight = logits.new_ones(()) if task.weights is None else logits.new_tensor(task.weights)[label]
+    weight = logits.new_ones(()) if task.weights is None else _weights(task.weights, logits.device)[label]
     share = weight if counted is None else weight * counted
     return share / share.flatten(1).sum(dim=1).clamp_min(1e-12).view(-1, *[1] * (label.ndim - 1))
+
+
+@lru_cache
+@torch.inference_mode(False)  # or weights first made while predicting could not be trained with
+def _weights(weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Of the classes, float32, on the device once: a recorded step cannot send them there."""
+    return torch.tensor(weights, device=device)
 
 
 def decided(logits: torch.Tensor, label: torch.Tensor, task: Task, dim: int) -> torch.Tensor:
