@@ -56,12 +56,12 @@ class Inputs:
         """
         import torch
 
+        if selected.is_cuda:
+            return self._few(selected).contiguous(memory_format=torch.channels_last)
         side, bands = self.seen.input_size, selected.shape[1]
-        made = torch.empty(
-            (len(selected), bands, side, side), device=selected.device, memory_format=torch.channels_last
-        )
-        # A GPU is given everything at once; a processor what its cache keeps from one pass to the next.
-        step = len(selected) if selected.is_cuda else max(1, _BLOCK // (bands * max(side**2, selected[0, 0].numel())))
+        made = torch.empty((len(selected), bands, side, side), memory_format=torch.channels_last)
+        # What a processor's cache keeps from one pass to the next.
+        step = max(1, _BLOCK // (bands * max(side**2, selected[0, 0].numel())))
         for first in range(0, len(selected), step):
             made[first : first + step] = self._few(selected[first : first + step])
         return made
@@ -71,8 +71,10 @@ class Inputs:
         import torch
         from torch.nn import functional
 
+        # A GPU enlarges channels last by a thread a value, and otherwise by one a pixel of all images.
+        order = torch.channels_last if selected.is_cuda else torch.preserve_format
         # In place from here on: fresh memory costs more than the arithmetic.
-        values = selected.to(torch.float32, copy=True).div_(self.scale)
+        values = selected.to(torch.float32, copy=True, memory_format=order).div_(self.scale)
         if self.display:
             low, high = self.display
             values.sub_(low).div_(high - low).clamp_(0, 1)

@@ -35,6 +35,10 @@ class Buffer:
             self._put(slice(start, start + len(some)), name, some, first)
 
     def _put(self, rows: slice, name: str, values: torch.Tensor, first: int) -> None:
+        if values.is_cuda and not name.endswith("/features"):
+            # Vectors are few bytes, and narrowing is dozens of kernels an array: the writer does it.
+            self._copy(self._arrays, name, rows, values.float())
+            return
         if self._narrows(name):
             values, tally = narrow(values, getattr(torch, self._layout.dtype), first)
         else:
@@ -48,9 +52,11 @@ class Buffer:
         Raises:
             StoreError: values that the store's dtype cannot hold, or that are no finite numbers.
         """
+        arrays = {name: array[:length].numpy() for name, array in self._arrays.items()}
         tallies = {name: tally[:length].numpy() for name, tally in self._tallies.items()}
-        for name, tally in tallies.items():
-            if count := int(tally[:, 6].sum()):
+        for name, array in arrays.items():
+            untold = name not in tallies
+            if count := int((~np.isfinite(array)).sum() if untold else tallies[name][:, 6].sum()):
                 raise StoreError(
                     f"{count} values of {name} are NaN or infinite. Check the images; if extract.precision is "
                     "float16, set it to bfloat16 or float32."
@@ -60,7 +66,7 @@ class Buffer:
             for name, tally in tallies.items()
             if self._narrows(name)
         }
-        return {name: array[:length].numpy() for name, array in self._arrays.items()}, lost
+        return arrays, lost
 
     def _narrows(self, name: str) -> bool:
         # A codec that loses digits of its own measures both losses together, from float32.
