@@ -1,10 +1,15 @@
 """Heads on a GPU: the processor's numbers, and a head's own numbers among others."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from pipeline import metrics
+from pipeline.heads.dense import DenseGroup
+from pipeline.heads.linear import LinearGroup
+from pipeline.heads.upernet import UperNet
 from pipeline.training import fit
 from pipeline.training.fit import Data
 from tests.pipeline.training.test_fit import SETTINGS, linear, upernet, weights
@@ -52,3 +57,28 @@ def test_dense_heads_in_bfloat16(groups):
     exact = weights(groups("upernet", SETTINGS, steps=10), 0)
     assert np.isfinite(lower.cpu()).all()
     assert 0 < torch.linalg.norm(lower - exact) / torch.linalg.norm(exact) < 0.2
+
+
+def test_linear_heads_that_stop_are_the_processors(gpu, points):
+    """One that stops changes the recorded step."""
+
+    def train(device: str) -> torch.nn.Module:
+        data = Data(*(one.to(device) for one in points))
+        recipe = fit.Recipe(60, batch=32, patience=2)
+        make = partial(LinearGroup, [points[0].shape[1]], 3)
+        return fit.fit(make, data, fit.Task("classification", 3), SETTINGS, recipe, data)
+
+    ours, theirs = train(gpu), train("cpu")
+    for place in range(len(SETTINGS)):
+        apart = (weights(ours, place).cpu() - weights(theirs, place)).norm() / weights(theirs, place).norm()
+        assert apart < 0.03
+
+
+def test_class_weights_on_a_gpu(gpu, maps):
+    levels, label = [level.to(gpu) for level in maps[0]], maps[1].to(gpu)
+    task = fit.Task("segmentation", 2, ignore=255, weights=(1.0, 2.0))
+    group = fit.fit(
+        lambda seeds: DenseGroup(lambda: UperNet([4] * 4, 8, 2), (32, 32), seeds),
+        Data(levels, label), task, SETTINGS, fit.Recipe(10, batch=4),
+    )  # fmt: skip
+    assert all(torch.isfinite(weights(group, place)).all() for place in range(len(SETTINGS)))
