@@ -110,38 +110,44 @@ def _by_turns(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Dat
     """Train all lanes on a GPU, a step of each in turn, on a few streams side by side."""
     streams = _streams(data.label.device)
     pools = [torch.cuda.graph_pool_handle() for _ in streams]
+    kept = [_steps(lane, data, recipe, pools[place % len(pools)]) for place, lane in enumerate(lanes)]
+    going = [
+        (_repeated(lane, steps, validation), streams[place % len(streams)])
+        for place, (lane, steps) in enumerate(zip(lanes, kept, strict=True))
+    ]
     torch.cuda.synchronize()  # what these streams are about to read is there
     with _exact():
-        going = [
-            (_recorded(lane, data, recipe, validation, pools[place % len(pools)]), streams[place % len(streams)])
-            for place, lane in enumerate(lanes)
-        ]
         bar = tqdm(total=recipe.steps * len(lanes), unit="step", mininterval=2, file=sys.stderr)
         with bar as progress:
             while going:
                 left = []
-                for steps, stream in going:
+                for lane, stream in going:
                     with torch.cuda.stream(stream):
-                        taken = next(steps, None)
+                        taken = next(lane, None)
                     if taken:
                         progress.update(taken)
-                        left.append((steps, stream))
+                        left.append((lane, stream))
                 going = left
-    torch.cuda.synchronize()
+    torch.cuda.synchronize()  # before what was recorded is let go
+    del kept
 
 
-def _recorded(lane: Lane, data: Data, recipe: Recipe, validation: Data | None, pool) -> Iterator[int]:
-    """A lane's training as `_in_memory`'s, with its steps recorded; yields after each, on its caller's stream."""
-    factors = [lane.factor(step) for step in range(recipe.steps)]
-    step = Recorded(
-        lambda index, factor: lane.update(*_batch(lane, data, index), factor),
-        _orders(lane, data, recipe), factors, pool,
-    )  # fmt: skip
+def _steps(lane: Lane, data: Data, recipe: Recipe, pool: tuple[int, int] | None) -> Recorded:
+    """A lane's steps, to be recorded."""
+
+    def update(index: torch.Tensor, factor: torch.Tensor) -> None:
+        lane.update(*_batch(lane, data, index), factor)
+
+    return Recorded(update, _orders(lane, data, recipe), [lane.factor(step) for step in range(recipe.steps)], pool)
+
+
+def _repeated(lane: Lane, step: Recorded, validation: Data | None) -> Iterator[int]:
+    """A lane's training as `_in_memory`'s, by its recorded steps; yields after each, on its caller's stream."""
     while not lane.done:
         step()
         lane.steps += 1
         if validation and lane.check_is_due():
-            lane.check(_in_batches(lane.group, validation, lane.task, recipe.batch))
+            lane.check(_in_batches(lane.group, validation, lane.task, lane.recipe.batch))
             step.forget()  # heads may have stopped
         yield 1
     lane.optimiser.zero_grad()  # gradients are the recording's memory

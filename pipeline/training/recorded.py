@@ -32,7 +32,7 @@ class Recorded:
         self._update, self._orders, self._pool = update, orders, pool
         self._factors = torch.tensor(factors, dtype=torch.float32, device=orders.device)
         self._place = torch.zeros(1, dtype=torch.long, device=orders.device)
-        self._done, self._graph = False, None
+        self._done, self._graph, self._stale = False, None, True
 
     def __call__(self) -> None:
         """The next step, begun."""
@@ -40,13 +40,13 @@ class Recorded:
             self.once()
             self._done = True
             return
-        if self._graph is None:
-            self._graph = self._record()
+        if self._stale:  # the old recording is kept until there is the new one: with the last of them a pool is gone
+            self._graph, self._stale = self._record(), False
         self._graph.replay()
 
     def forget(self) -> None:
         """What is baked into the recording has changed; the next step is recorded anew."""
-        self._graph = None
+        self._stale = True
 
     def once(self) -> None:
         """The next step, launched kernel by kernel."""

@@ -15,7 +15,7 @@ def unrecorded(monkeypatch):
     monkeypatch.setattr(Recorded, "__call__", Recorded.once)
 
     def in_memory(lane, data, recipe, validation):
-        list(fit._recorded(lane, data, recipe, validation, None))
+        list(fit._repeated(lane, fit._steps(lane, data, recipe, None), validation))
 
     return lambda: monkeypatch.setattr(fit, "_in_memory", in_memory)
 
