@@ -72,8 +72,9 @@ def digest(path: Path) -> str:
 
 def files(store: Path) -> list[str]:
     """Every file below `store` but the list itself, sorted, as paths within it."""
-    paths = (path.relative_to(store).as_posix() for path in store.rglob("*") if path.is_file())
-    return sorted(path for path in paths if path != NAME)
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(store) for name in names)
+    found = (Path(os.path.relpath(path, store)).as_posix() for path in paths if os.path.isfile(path))
+    return sorted(path for path in found if path != NAME)
 
 
 def _text(store: Path) -> str:

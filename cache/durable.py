@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +23,18 @@ def sync_folder(path: Path) -> None:
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def sync_tree(path: Path) -> None:
+def sync_tree(path: Path, durable: Container[str] = ()) -> None:
     """Flush every file and folder below `path`, the deepest first.
 
     Files side by side: a disk flushes many in the time of one.
+
+    Args:
+        durable: paths within it of files that are on the disk already, as `write_file` leaves them.
     """
     walked = list(os.walk(path, topdown=False))
+    files = (os.path.join(folder, name) for folder, _, names in walked for name in names)
     with ThreadPoolExecutor(_FLUSHES) as pool:
-        list(pool.map(sync_file, (Path(folder, name) for folder, _, names in walked for name in names)))
+        list(pool.map(sync_file, (file for file in files if os.path.relpath(file, path) not in durable)))
     for folder, _, _ in walked:
         sync_folder(Path(folder))
 
@@ -61,12 +65,15 @@ def _write_all(file, parts: Iterable[bytes | memoryview]) -> None:
             rest[0] = rest[0][written:]
 
 
-def publish(scratch: Path, final: Path) -> None:
+def publish(scratch: Path, final: Path, durable: Container[str] = ()) -> None:
     """Make `scratch` appear as `final`, whole, replacing what was there.
 
     Both must lie on one file system. A kill leaves the old folder, no folder, or the new one: never a part.
+
+    Args:
+        durable: as for `sync_tree`.
     """
-    sync_tree(scratch)
+    sync_tree(scratch, durable)
     final.parent.mkdir(parents=True, exist_ok=True)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -71,10 +71,8 @@ class Inputs:
         import torch
         from torch.nn import functional
 
-        # A GPU enlarges channels last by a thread a value, and otherwise by one a pixel of all images.
-        order = torch.channels_last if selected.is_cuda else torch.preserve_format
         # In place from here on: fresh memory costs more than the arithmetic.
-        values = selected.to(torch.float32, copy=True, memory_format=order).div_(self.scale)
+        values = selected.to(torch.float32, copy=True).div_(self.scale)
         if self.display:
             low, high = self.display
             values.sub_(low).div_(high - low).clamp_(0, 1)

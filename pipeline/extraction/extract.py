@@ -174,7 +174,8 @@ def provenance(images: xr.Dataset, name: str, backbone: Backbone, spec: Spec, gi
 
 def _encode(encoder: Encoder, given: tuple, layout: Layout) -> dict[str, torch.Tensor]:
     """What the layout keeps of a batch, by array path; with views each array is (sample, view, …)."""
-    seen = [_kept(encoder.forward(*one), layout) for one in arrived(given, encoder.inputs.tensor)]
+    tensors, known = arrived(given)
+    seen = [_kept(encoder.forward(encoder.inputs.tensor(tensor), known), layout) for tensor in tensors]
     if not layout.views:
         return seen[0]
     return {name: torch.stack([one[name] for one in seen], dim=1) for name in seen[0]}

@@ -3,7 +3,7 @@
 On a GPU each direction has its own stream, ordered by events; on a processor nothing moves.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -24,36 +24,24 @@ class Upload:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
 
     def __call__(self, tensors: Sequence[torch.Tensor], known: Mapping[str, torch.Tensor]) -> tuple:
-        """(tensors, known, stream): on the device once the stream has got there, which `arrived` sees to."""
+        """(tensors, known, event): on the device once the event has passed, which `arrived` waits for."""
         if self._stream is None:
             return list(tensors), dict(known), None
         with torch.cuda.stream(self._stream):
             moved = [tensor.pin_memory().to(self._device, non_blocking=True) for tensor in tensors]
             context = {name: each.pin_memory().to(self._device, non_blocking=True) for name, each in known.items()}
-        return moved, context, self._stream
+            return moved, context, self._stream.record_event()
 
 
-def arrived(
-    given: tuple, prepare: Callable[[torch.Tensor], torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """What `Upload` gave, each tensor prepared as it is asked for, and the context beside it.
-
-    For kernels that are launched from here on; the processor does not wait. A GPU prepares on the stream that brought
-    the tensors: beside the kernels that were launched before and not after them.
-    """
-    tensors, known, stream = given
-    for tensor in tensors:
-        if stream is None:
-            yield prepare(tensor), known
-            continue
-        with torch.cuda.stream(stream):
-            prepared = prepare(tensor)
-            ready = stream.record_event()
+def arrived(given: tuple) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """What `Upload` gave, for use by kernels that are launched from here on; the processor does not wait."""
+    tensors, known, event = given
+    if event is not None:
         here = torch.cuda.current_stream()
-        here.wait_event(ready)
-        for each in (prepared, *known.values()):
-            each.record_stream(here)  # their memory is the other stream's
-        yield prepared, known
+        here.wait_event(event)
+        for tensor in [*tensors, *known.values()]:
+            tensor.record_stream(here)  # their memory is another stream's
+    return tensors, known
 
 
 class Download:
