@@ -225,7 +225,7 @@ class Writer:
         )
         consolidate(root)
         checksums.write(self._store, shards)
-        publish(self._store, self.final, durable=shards)
+        publish(self._store, self.final, shards)
         self._remove_scratch()
         return content
 
