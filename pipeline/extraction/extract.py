@@ -30,13 +30,14 @@ from pipeline.encoding import encode, inputs, pyramid, resize, views
 from pipeline.encoding.encode import Encoder
 from pipeline.encoding.inputs import Inputs
 from pipeline.encoding.pyramid import Pyramid, Spec
-from pipeline.extraction import buffer, feed, lanes, narrow
+from pipeline.extraction import buffer, feed, lanes, narrow, preflight
 from pipeline.extraction.lanes import Lanes
 from pipeline.extraction.transfer import Download, arrived
 from pipeline.params import Backbone, Extract
 
-# Shards in memory: one being filled, one being stored.
-_SHARDS = 2
+# Shards in memory: one being filled, one being stored; of small ones more, up to so many bytes, so that a disk that
+# takes its time now and then does not stop the device.
+_SHARDS, _SMALL_SHARDS, _SMALL = 2, 4, 2**26
 
 
 def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool = True) -> Path:
@@ -84,8 +85,9 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     layout, download = writer.layout, Download(encoder.device)
     count = len(layout.sample)
     done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
+    shards = _SMALL_SHARDS if preflight.nbytes(layout) * layout.shard <= _SMALL * count else _SHARDS
     memory = queue.SimpleQueue()
-    for _ in range(_SHARDS):
+    for _ in range(shards):
         memory.put(buffer.Buffer(layout, download))
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
     with bar as progress, ThreadPoolExecutor(1) as disk, Lanes(encoder) as beside, ExitStack() as stack:
@@ -116,7 +118,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
             encoding.append(beside.submit(encode, given, filled, slice(rows.start - first, rows.stop - first)))
             if rows.stop == last:
                 storing.append(disk.submit(store, number, filled, encoding))
-            while storing and (storing[0].done() or len(storing) == _SHARDS):
+            while storing and (storing[0].done() or len(storing) == shards):
                 storing.popleft().result()
         for one in storing:
             one.result()
