@@ -24,7 +24,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path, durable: Container[str] = ()) -> None:
-    """Flush every file and folder below `path`, the deepest first.
+    """Flush every file and folder below `path`, but files that are `durable`, the deepest first.
 
     Files side by side: a disk flushes many in the time of one.
 

@@ -35,8 +35,8 @@ from pipeline.extraction.lanes import Lanes
 from pipeline.extraction.transfer import Download, arrived
 from pipeline.params import Backbone, Extract
 
-# Shards in memory: one being filled, one being stored; of small ones more, up to so many bytes, so that a disk that
-# takes its time now and then does not stop the device.
+# Shards in memory: one being filled, one being stored. For a GPU more if all fit in so many bytes, so that a disk
+# which takes its time now and then does not stop it.
 _SHARDS, _SMALL_SHARDS, _SMALL = 2, 4, 2**26
 
 
@@ -85,8 +85,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     layout, download = writer.layout, Download(encoder.device)
     count = len(layout.sample)
     done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
-    shards = _SMALL_SHARDS if preflight.nbytes(layout) * layout.shard <= _SMALL * count else _SHARDS
-    memory = queue.SimpleQueue()
+    shards, memory = _shards(layout, encoder.device), queue.SimpleQueue()
     for _ in range(shards):
         memory.put(buffer.Buffer(layout, download))
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
@@ -122,6 +121,12 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
                 storing.popleft().result()
         for one in storing:
             one.result()
+
+
+def _shards(layout: Layout, device: str) -> int:
+    """How many are in memory."""
+    small = _SMALL_SHARDS * layout.shard * preflight.nbytes(layout) <= _SMALL * len(layout.sample)
+    return _SMALL_SHARDS if small and device != "cpu" else _SHARDS
 
 
 def make_layout(images: xr.Dataset, spec: Spec, pyramid: Pyramid, input_size: int, extract: Extract) -> Layout:

@@ -15,7 +15,7 @@ class HeadwiseAdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019) for parameters whose first dimension is the head.
 
     Every head has its own learning rate and weight decay. The kernel is torch's fused one, so that each head's
-    numbers are exactly those of `torch.optim.AdamW` (a test compares); heads of the same rate are one call of it.
+    numbers are exactly those of `torch.optim.AdamW` of that rate (a test compares); heads of one rate are one call.
 
     Args:
         parameters: each (head, …), and whether it decays.
@@ -32,11 +32,6 @@ class HeadwiseAdamW:
         self.settings = list(zip(learning_rates, weight_decays, strict=True))
         self.moments = [(torch.zeros_like(one), torch.zeros_like(one)) for one, _ in parameters]
         self.steps = torch.zeros((), device=self.parameters[0][0].device)
-        self._arrange()
-
-    def freeze(self, head: int) -> None:
-        """A head that changes no more."""
-        self.settings[head] = (0.0, 0.0)
         self._arrange()
 
     def zero_grad(self) -> None:

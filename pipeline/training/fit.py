@@ -28,7 +28,7 @@ from pipeline.training.recorded import Recorded
 STREAMED_SEED = 0
 # Samples in an evaluation's batch, where heads are one product.
 _MANY = 4096
-# Dense heads at once on a GPU, which waits for Python to launch the kernels of one.
+# Heads at once on a GPU, which the kernels of one do not fill.
 _STREAMS = 4
 # Values in pooled vectors above which a product over all of them is worth every core.
 _LARGE = 1 << 23
@@ -108,28 +108,39 @@ def _in_memory(lane: Lane, data: Data, recipe: Recipe, validation: Data | None) 
 
 def _by_turns(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Data | None) -> None:
     """Train all lanes on a GPU, a step of each in turn, on a few streams side by side."""
-    streams = _streams(data.label.device)
+    device = data.label.device
+    streams = _streams(device)
     pools = [torch.cuda.graph_pool_handle() for _ in streams]
-    kept = [_steps(lane, data, recipe, pools[place % len(pools)]) for place, lane in enumerate(lanes)]
+    recorded = [_steps(lane, data, recipe, pools[place % len(pools)]) for place, lane in enumerate(lanes)]
     going = [
         (_repeated(lane, steps, validation), streams[place % len(streams)])
-        for place, (lane, steps) in enumerate(zip(lanes, kept, strict=True))
+        for place, (lane, steps) in enumerate(zip(lanes, recorded, strict=True))
     ]
-    torch.cuda.synchronize()  # what these streams are about to read is there
-    with _exact():
-        bar = tqdm(total=recipe.steps * len(lanes), unit="step", mininterval=2, file=sys.stderr)
-        with bar as progress:
+    torch.cuda.synchronize(device)  # what these streams are about to read is there
+    bar = tqdm(total=recipe.steps * len(lanes), unit="step", mininterval=2, file=sys.stderr)
+    try:
+        with _exact(), bar as progress:
+            going = _turn(going, progress)
+            # Memory of the steps that are not recorded: a recording has its own, and cannot take this.
+            torch.cuda.empty_cache()
             while going:
-                left = []
-                for lane, stream in going:
-                    with torch.cuda.stream(stream):
-                        taken = next(lane, None)
-                    if taken:
-                        progress.update(taken)
-                        left.append((lane, stream))
-                going = left
-    torch.cuda.synchronize()  # before what was recorded is let go
-    del kept
+                going = _turn(going, progress)
+    finally:
+        torch.cuda.synchronize(device)
+        del recorded, going
+        torch.cuda.empty_cache()  # the recordings' memory, which nothing else would use
+
+
+def _turn(going: Sequence[tuple[Iterator[int], torch.cuda.Stream]], progress: tqdm) -> list:
+    """Those that took a step and may take another."""
+    left = []
+    for lane, stream in going:
+        with torch.cuda.stream(stream):
+            taken = next(lane, None)
+        if taken:
+            progress.update(taken)
+            left.append((lane, stream))
+    return left
 
 
 def _steps(lane: Lane, data: Data, recipe: Recipe, pool: tuple[int, int] | None) -> Recorded:
@@ -148,7 +159,6 @@ def _repeated(lane: Lane, step: Recorded, validation: Data | None) -> Iterator[i
         lane.steps += 1
         if validation and lane.check_is_due():
             lane.check(_in_batches(lane.group, validation, lane.task, lane.recipe.batch))
-            step.forget()  # heads may have stopped
         yield 1
     lane.optimiser.zero_grad()  # gradients are the recording's memory
 
@@ -188,7 +198,7 @@ def _streamed(lanes: Sequence[Lane], data: Data, recipe: Recipe, validation: Dat
 def _side_by_side(data: Data, group: torch.nn.Module):
     """A `map` over lanes: a core a lane, or one lane after the other where one lane keeps the device busy.
 
-    On a GPU a lane of dense heads has a stream of its own, and a few go on at once, if features are kept there.
+    On a GPU a few dense heads are evaluated at once, each on a stream of its own, if features are kept there.
 
     Small convolutions and small products keep one core busy and not two: a core a lane is faster than every core on
     each lane in turn, much faster where others use the machine too, since torch's threads wait for one another by
@@ -204,14 +214,14 @@ def _side_by_side(data: Data, group: torch.nn.Module):
             yield map
         return
     if on_gpu:
-        torch.cuda.synchronize()  # what streams of other threads are about to read is there
+        torch.cuda.synchronize(data.label.device)  # what streams of other threads are about to read is there
         free = queue.SimpleQueue()
         for stream in _streams(data.label.device):
             free.put(stream)
         own = {"initializer": lambda: torch.cuda.set_stream(free.get())}
         with _exact(), ThreadPoolExecutor(_STREAMS, **own) as pool:
             yield pool.map
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(data.label.device)
         return
     cores = torch.get_num_threads()
     with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -78,7 +78,10 @@ class Lane:
         return self.steps % every == 0 or self.steps == self.recipe.steps
 
     def check(self, counts: np.ndarray) -> None:
-        """Note which heads are at their best, from their counts on validation (head, sample, cells)."""
+        """Note which heads are at their best, from their counts on validation (head, sample, cells).
+
+        One that has stopped may be trained on beside others: what it was at its best is kept, and no more noted.
+        """
         scores = metrics.score(self.task.kind, counts.sum(axis=1), self.task.classes)
         going = self.since < self.recipe.patience
         # Of equals the later: on a small validation split many are equal, and the first of them is the least trained.
@@ -86,9 +89,6 @@ class Lane:
         self.since = np.where(going, np.where(better, 0, self.since + 1), self.since)
         self.best = np.where(kept, scores, self.best)
         self._keep(kept)
-        for head in np.flatnonzero(going & (self.since >= self.recipe.patience)):
-            if self.group.stacked:
-                self.optimiser.freeze(int(head))
 
     def _keep(self, kept: np.ndarray) -> None:
         for name, values in self.group.state_dict().items():

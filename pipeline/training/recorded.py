@@ -4,6 +4,7 @@ A step of a small head is hundreds of kernels, each of which Python takes longer
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -32,21 +33,17 @@ class Recorded:
         self._update, self._orders, self._pool = update, orders, pool
         self._factors = torch.tensor(factors, dtype=torch.float32, device=orders.device)
         self._place = torch.zeros(1, dtype=torch.long, device=orders.device)
-        self._done, self._graph, self._stale = False, None, True
+        self._begun, self._graph = False, None
 
     def __call__(self) -> None:
         """The next step, begun."""
-        if not self._done:
+        if not self._begun:
             self.once()
-            self._done = True
+            self._begun = True
             return
-        if self._stale:  # the old recording is kept until there is the new one: with the last of them a pool is gone
-            self._graph, self._stale = self._record(), False
+        if self._graph is None:
+            self._graph = self._record()
         self._graph.replay()
-
-    def forget(self) -> None:
-        """What is baked into the recording has changed; the next step is recorded anew."""
-        self._stale = True
 
     def once(self) -> None:
         """The next step, launched kernel by kernel."""
@@ -60,6 +57,9 @@ class Recorded:
         graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
             self.once()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # of a recording that the error has broken
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return graph

@@ -131,3 +131,27 @@ def test_two_threads_fill_one_buffer(maps):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda rows: buffer.put(rows, "level0/features", maps[rows]), (slice(0, 8), slice(8, 16))))
     np.testing.assert_array_equal(buffer.take(16)[0]["level0/features"], maps.half().numpy())
+
+
+class OnGpu(torch.Tensor):
+    """A processor's tensor that is treated as a GPU's."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("odd", [None, float("nan"), float("inf")])
+def test_vectors_of_a_gpu_are_left_to_the_writer_but_for_what_is_no_number(odd):
+    vectors = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    if odd is not None:
+        vectors[3, 2] = odd
+    names = tuple(f"{index}" for index in range(16))
+    buffer = Buffer(Layout(names, ("train",) * 16, (), {"mean": 5}, "float16", shard=16), Download("cpu"))
+    buffer.put(slice(0, 16), "pooled/mean", vectors.bfloat16().as_subclass(OnGpu))
+    if odd is not None:
+        with pytest.raises(StoreError, match="1 values of pooled/mean are NaN or infinite"):
+            buffer.take(16)
+        return
+    arrays, lost = buffer.take(16)
+    assert arrays["pooled/mean"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["pooled/mean"], vectors.bfloat16().float().numpy())
+    assert lost == {}

@@ -60,13 +60,30 @@ def test_dense_heads_in_bfloat16(groups):
 
 
 def test_linear_heads_that_stop_are_the_processors(gpu, points):
-    """One that stops changes the recorded step."""
+    """On validation labels that are noise."""
 
     def train(device: str) -> torch.nn.Module:
-        data = Data(*(one.to(device) for one in points))
-        recipe = fit.Recipe(60, batch=32, patience=2)
-        make = partial(LinearGroup, [points[0].shape[1]], 3)
-        return fit.fit(make, data, fit.Task("classification", 3), SETTINGS, recipe, data)
+        inputs, label = points
+        noise = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(1))]
+        data, validation = (Data(inputs.to(device), one.to(device)) for one in (label, noise))
+        recipe = fit.Recipe(200, batch=32, patience=1, checks=20)
+        return fit.fit(
+            partial(LinearGroup, [12], 3), data, fit.Task("classification", 3), SETTINGS, recipe, validation
+        )
+
+    ours, theirs = train(gpu), train("cpu")
+    for place in range(len(SETTINGS)):
+        apart = (weights(ours, place).cpu() - weights(theirs, place)).norm() / weights(theirs, place).norm()
+        assert apart < 0.03
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_class_weights_are_the_processors(gpu, maps):
+    def train(device: str) -> torch.nn.Module:
+        task = fit.Task("segmentation", 2, ignore=255, weights=(1.0, 20.0))
+        data = Data([level.to(device) for level in maps[0]], maps[1].to(device))
+        make = partial(DenseGroup, lambda: UperNet([4] * 4, 8, 2), (32, 32))
+        return fit.fit(make, data, task, SETTINGS, fit.Recipe(10, batch=4))
 
     ours, theirs = train(gpu), train("cpu")
     for place in range(len(SETTINGS)):
@@ -74,11 +91,9 @@ def test_linear_heads_that_stop_are_the_processors(gpu, points):
         assert apart < 0.03
 
 
-def test_class_weights_on_a_gpu(gpu, maps):
-    levels, label = [level.to(gpu) for level in maps[0]], maps[1].to(gpu)
-    task = fit.Task("segmentation", 2, ignore=255, weights=(1.0, 2.0))
-    group = fit.fit(
-        lambda seeds: DenseGroup(lambda: UperNet([4] * 4, 8, 2), (32, 32), seeds),
-        Data(levels, label), task, SETTINGS, fit.Recipe(10, batch=4),
-    )  # fmt: skip
-    assert all(torch.isfinite(weights(group, place)).all() for place in range(len(SETTINGS)))
+def test_memory_of_recordings_is_given_back(groups):
+    groups("upernet", SETTINGS, steps=10)
+    held = torch.cuda.memory_reserved()
+    for _ in range(3):
+        groups("upernet", SETTINGS, steps=10)
+    assert torch.cuda.memory_reserved() <= held
