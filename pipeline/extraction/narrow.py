@@ -1,6 +1,7 @@
 """Narrowing features to the store's dtype where they are computed, so that half as many bytes leave the device.
 
-Of a GPU, levels alone: pooled vectors are few bytes, and the writer narrows them. What it finds on the way is what `cache.prepare` finds of values that a writer narrows itself.
+Of a GPU, levels alone: pooled vectors are few bytes, and the writer narrows them. What it finds on the way is what
+`cache.prepare` finds of values that a writer narrows itself.
 """
 
 import torch
