@@ -39,11 +39,11 @@ def cell_of(described: params.Params, dataset: str, model: str, seed: int) -> ce
     labelled = images.open_images(Path(f"data/images/{dataset}.zarr"))
     split = deal(labelled, described.dataset(dataset), seed)
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
-    chosen, parts = described.heads.linear, {}
-    fields = [field for member in fusion.vectors(members, chosen.pooled, chosen.tokens) for field in member]
+    chosen, levels, parts = described.heads.linear, described.heads.levels, {}
+    fields = [field for member in fusion.vectors(members, chosen.pooled, chosen.tokens, levels) for field in member]
     by = [fusion.statistics(field, rows["train"]) for field in fields]
     for name, index in rows.items():
-        inputs = fusion.pooled(members, chosen.pooled, chosen.tokens, index, rows["train"])
+        inputs = fusion.pooled(members, chosen.pooled, chosen.tokens, index, rows["train"], levels)
         label = torch.from_numpy(labelled.label.values[index].astype(np.int64))
         parts[name] = cells.Part(inputs, label, members[0].sample[index].tolist())
     task, recipe = cells.task_of(labelled), fit.Recipe(chosen.steps, chosen.batch)
@@ -74,7 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="*")
     wanted = parser.parse_args().datasets
-    chosen = [one for one in classification(params.load()) if not wanted or one[0] in wanted]
+    every = classification(params.load())
+    if unknown := set(wanted) - {dataset for dataset, _ in every}:
+        there = ", ".join(dict.fromkeys(dataset for dataset, _ in every))
+        parser.error(f"there is no classification set {', '.join(sorted(unknown))} in the grid; there are {there}")
+    chosen = [one for one in every if not wanted or one[0] in wanted]
     found: dict[str, dict] = {}
     with ProcessPoolExecutor() as pool:
         tasks = {one: [pool.submit(compare, *one, seed) for seed in range(DEALS)] for one in chosen}

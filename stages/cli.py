@@ -52,7 +52,7 @@ def run(
         flags: switches that may be given, with their help.
         options: names that may be given, with their help; None if not.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {stage.__module__}", description=stage.__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m stages.{Path(sys.argv[0]).stem}", description=stage.__doc__)
     required = parser.add_mutually_exclusive_group(required=True) if either else parser
     for name in names:
         required.add_argument(f"--{name}", **({} if either else {"required": True}))

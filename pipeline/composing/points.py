@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from cache.read import Features
+from pipeline.training import fusion
 
 # How many points are looked at: chips, or pixels, spread evenly over a split's masks. Twice as many pixels cost twice
 # the time and move a probe's mean IoU by .01 (LAB.md).
@@ -43,7 +44,7 @@ class Points:
 def chips(members: Mapping[str, Features], rows: np.ndarray, label: np.ndarray) -> Points:
     """All pooled vectors of a classification set's samples `rows`."""
     features = {
-        (name, layer): store.read(f"pooled/{layer}", rows).astype(np.float32)
+        (name, layer): fusion.checked(store, f"pooled/{layer}", rows)
         for name, store in members.items()
         for layer in store.pooled
     }
@@ -66,7 +67,7 @@ def pixels(members: Mapping[str, Features], rows: np.ndarray, masks: np.ndarray,
             parts = []
             for start in range(0, len(rows), _STEP):
                 some = slice(start, start + _STEP)
-                maps = torch.from_numpy(store.read(f"{level}/features", rows[some]).astype(np.float32))
+                maps = torch.from_numpy(fusion.checked(store, f"{level}/features", rows[some]))
                 parts.append(_sampled(maps, picked[some], masks.shape[1:])[valid[some]])
             features[name, level] = np.concatenate(parts)
     flat = masks.reshape(len(masks), -1)

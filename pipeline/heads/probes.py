@@ -53,7 +53,8 @@ def logistic(kind: str, inputs: np.ndarray, label: np.ndarray, classes: int) -> 
 
 def neighbours(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Labels (query,) or (query, class) by the vote of the nearest training samples, by Euclidean distance."""
-    return KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute").fit(inputs, label).predict(queries)
+    votes = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute").fit(inputs, label).predict(queries)
+    return votes.reshape(len(queries), *label.shape[1:])  # of a single class scikit-learn gives a vector
 
 
 def predicted(kind: str, logits: np.ndarray) -> np.ndarray:

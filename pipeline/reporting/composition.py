@@ -54,7 +54,12 @@ def section(searched: Mapping[str, Searched], summary: pd.DataFrame, folder: Pat
         parts.append(report.as_html(_subsets(one.subsets, tested), caption))
         if len(one.greedy):
             steps = one.greedy.assign(score=one.greedy.score.map("{:.3f}".format))
-            what = "layers added one by one for as long as the probe's validation score rose (frozen features)"
+            what = (
+                "layers added one by one for as long as the probe's validation score rose (frozen features); of all "
+                "that the stores hold, also what heads.levels and heads.linear leave out"
+            )
+            if "segmentation" in set(tested.task):
+                what += "; scored on the pixels drawn for the probe, not on whole masks as the ensembles are"
             parts.append(report.as_html(steps, f"{dataset}: {what}"))
     return "".join(parts) + _alike(searched, folder)
 

@@ -51,7 +51,8 @@ def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], Draws]) -> pd.
             {"dataset": dataset, "model": model, "kind": kind(model, first.weights, first.protocol),
              "protocol": first.protocol, "metric": first.metric, "mean": group.score.mean(), "std": spread,
              "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
-             "weights": first.weights, "learning_rate": first.learning_rate, "weight_decay": first.weight_decay,
+             "weights": first.weights, "head": first.get("head", "–"), "learning_rate": first.learning_rate,
+             "weight_decay": first.weight_decay,
              "task": first.task, "classes": first.classes}
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -97,7 +98,7 @@ def page(
         pairs, said: of `findings.every_pair` and `findings.headlines`.
         composition, students: HTML of pipeline/reporting/composition.py and pipeline/reporting/distillation.py.
     """
-    settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"])
+    settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"]).fillna({"head": "–"})
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>eo-compose report</title>
 <style>{STYLE}</style></head><body>
@@ -121,7 +122,8 @@ samples and seeds together.</p>{items(said)}
 <h2>Left out</h2>
 <p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{items(left_out)}
 <h2>Settings</h2>
-<details><summary>weights, chosen learning rates and weight decays, validation scores (protocol as stated)</summary>
+<details><summary>weights, heads and what they read, chosen learning rates and weight decays, validation scores
+(protocol as stated)</summary>
 {settings.to_html(index=False, float_format=lambda value: f"{value:.4g}")}</details>
 </body></html>
 """

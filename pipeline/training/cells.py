@@ -71,7 +71,7 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
 
     Raises:
         StoreError: stores that differ in samples, were made from other images, or are not those resolved.
-        UserError: parameters that do not fit the task.
+        UserError: parameters that do not fit the task, or a split of masks without a labelled pixel.
     """
     members, labelled = opened(stores, pictures)
     task = task_of(labelled)
@@ -81,6 +81,8 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
     recipe = fit.Recipe(chosen.steps, chosen.batch, chosen.patience, heads.checks)
     wanted = dict.fromkeys([*splits, *(["val"] if chosen.patience else [])])
     rows = {split: np.flatnonzero(members[0].split == split) for split in [*wanted, "train"]}
+    if dense:
+        _refuse_unlabelled(labelled, rows)
 
     grouped = (
         fusion.maps(members, heads.levels)
@@ -89,7 +91,8 @@ def load(stores: Mapping[Path, str | None], pictures: Path, heads: Heads, splits
     )
     fields = list(chain(*grouped))
     by = [fusion.statistics(field, rows["train"]) for field in fields]
-    straight = dense or heads.fusion != "concat"  # what mixes members channel by channel needs their channels
+    # What mixes members channel by channel needs their channels.
+    straight = dense or (heads.fusion != "concat" and len(members) > 1)
     turns = [] if straight else [one.to(device) for one in axes.principal(fields, by, rows["train"])]
     # Linear heads are trained on a turned copy.
     count = sum(len(rows[split]) for split in wanted) + (len(rows["train"]) if turns else 0)
@@ -162,6 +165,18 @@ def task_of(labelled: xr.Dataset) -> fit.Task:
     """What an images store asks."""
     kind = labelled.attrs["task"]
     return fit.Task(kind, len(labelled.attrs["classes"]), images.IGNORE if kind == "segmentation" else None)
+
+
+def _refuse_unlabelled(labelled: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
+    """Masks that ask nothing would be scored, and as badly as can be."""
+    for split, index in rows.items():
+        # Mask by mask: the first is almost always enough.
+        if not any((labelled.label[int(row)].values != images.IGNORE).any() for row in index):
+            raise UserError(
+                f"The split {split} has {len(index)} masks and no labelled pixel: all are {images.IGNORE}, which is "
+                "not counted. Deal the splits otherwise (splits, seed and block of the data set in params.yaml), or "
+                "add labels."
+            )
 
 
 def _in_memory(fields: Sequence[fusion.Field], by, rows: np.ndarray, device: str, dense: bool):

@@ -264,6 +264,16 @@ def _in_batches(group: torch.nn.Module, data: Data, task: Task, batch: int) -> n
 
 
 @torch.no_grad()
+def diverged(group: torch.nn.Module) -> np.ndarray:
+    """Which heads have parameters that are no numbers, bool (head,)."""
+    found = []
+    for lane in group.lanes():
+        parts = [one.isfinite().reshape(len(lane), -1).all(dim=1) for one in lane.parameters()]
+        found.append(~torch.stack(parts).all(dim=0))
+    return torch.cat(found).cpu().numpy()
+
+
+@torch.no_grad()
 def logits(group: torch.nn.Module, inputs: torch.Tensor | Stream) -> np.ndarray:
     """Logits of every trained head on pooled vectors (sample, channel), float32 (head, sample, class)."""
     rows = torch.arange(len(inputs)).split(_MANY)
@@ -288,4 +298,4 @@ def _counts(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task) -> 
     return np.stack([metrics.counts(task.kind, one, true, task.classes, task.ignore) for one in predicted])
 
 
-__all__ = ["Data", "Recipe", "Setting", "Task", "evaluate", "fit", "logits", "order"]
+__all__ = ["Data", "Recipe", "Setting", "Task", "diverged", "evaluate", "fit", "logits", "order"]

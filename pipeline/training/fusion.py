@@ -64,10 +64,24 @@ def statistics(field: Field, training: np.ndarray) -> Statistics:
     mean = sum(store.read(name, part).sum(axis=0, dtype=np.float64) for part in parts) / len(training)
     square = sum(((store.read(name, part).astype(np.float64) - mean) ** 2).sum(axis=0) for part in parts)
     if not np.isfinite(square).all():
-        raise StoreError(
-            f"{store.location}: {name} has values that are no numbers. {CHECK}; if it is whole, extract in float32."
-        )
+        raise StoreError(_odd(store, name))
     return mean, np.sqrt(square / len(training))
+
+
+def checked(store: Features, name: str, index: np.ndarray) -> np.ndarray:
+    """Rows of an array as they are stored, float32.
+
+    Raises:
+        StoreError: values that are no numbers.
+    """
+    values = store.read(name, index).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise StoreError(_odd(store, name))
+    return values
+
+
+def _odd(store: Features, name: str) -> str:
+    return f"{store.location}: {name} has values that are no numbers. {CHECK}; if it is whole, extract in float32."
 
 
 def factors(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,10 +91,17 @@ def factors(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standardised(field: Field, index: np.ndarray, by: Statistics) -> torch.Tensor:
-    """Rows `index` of an array, float32 (len(index), channel, …), standardised."""
+    """Rows `index` of an array, float32 (len(index), channel, …), standardised.
+
+    Raises:
+        StoreError: values that are no numbers, which the engine does not store.
+    """
     store, name = field
     values = torch.from_numpy(store.read(name, index)).float()
-    return standardise(values, *map(torch.from_numpy, factors(*by)))
+    values = standardise(values, *map(torch.from_numpy, factors(*by)))
+    if not values.sum().isfinite() and not values.isfinite().all():  # a sum is one pass, and asks for no memory
+        raise StoreError(_odd(store, name))
+    return values
 
 
 def standardise(values: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -123,8 +144,9 @@ def _picked(names: Sequence[str], levels: Sequence[int]) -> list[str]:
     """Some of the levels' names, in the order of the levels, or all."""
     wrong = [level for level in levels if not -len(names) <= level < len(names)]
     if wrong:
+        several = f"from 0 (finest) to {len(names) - 1}, or count from -1, the deepest"
         raise StoreError(
             f"heads.levels asks for level {wrong[0]}, and a member of this model has {len(names)}: "
-            f"{', '.join(names)}. Choose from 0 (finest) to {len(names) - 1}, or count from -1, the deepest."
+            f"{', '.join(names)}. Choose {several if len(names) > 1 else '0'}."
         )
     return [names[place] for place in sorted({level % len(names) for level in levels})] if levels else list(names)

@@ -4,6 +4,8 @@ Of classification: the class or classes said, the true ones, and the probabiliti
 matrix of each mask, which holds all that its scores and their resampling need at a thousandth of the masks' size.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -21,11 +23,8 @@ def of_samples(samples: list[str], label: np.ndarray, logits: np.ndarray, kind: 
     Raises:
         UserError: some are no numbers.
     """
-    if diverged := [seed for seed, one in enumerate(logits) if not np.isfinite(one).all()]:
-        raise UserError(
-            f"The heads of the seeds {', '.join(map(str, diverged))} diverged at the learning rate and weight decay "
-            "that another seed did best with. Give the search smaller bounds of learning_rate or weight_decay."
-        )
+    if wrong := [seed for seed, one in enumerate(logits) if not np.isfinite(one).all()]:
+        raise UserError(diverged(wrong, len(logits)))
     logits = logits.astype(np.float64)
     if kind == "multilabel":
         predicted = (logits > 0).astype(np.int64)
@@ -41,6 +40,15 @@ def of_samples(samples: list[str], label: np.ndarray, logits: np.ndarray, kind: 
             for seed in range(len(logits))
             for name, true, said, chance in zip(samples, label, predicted[seed], probability[seed], strict=True)
         ]
+    )
+
+
+def diverged(seeds: Sequence[int], count: int) -> str:
+    """What to say of heads that have become no numbers, and what to do."""
+    return (
+        f"{len(seeds)} of {count} heads diverged, of the seeds {', '.join(map(str, seeds))}, at the learning rate "
+        "and weight decay that the search found best. Give it smaller bounds: search.learning_rate, "
+        "search.weight_decay."
     )
 
 

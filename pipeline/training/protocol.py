@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
 from pipeline import metrics, params
-from pipeline.training import predictions
+from pipeline.errors import UserError
+from pipeline.training import fit, predictions
 from pipeline.training.cells import Cell
 from pipeline.training.fit import Setting
 from pipeline.training.search import search
@@ -43,10 +45,10 @@ def tune(cell: Cell, described: params.Search, name: str, study: Path | None = N
     """
 
     def score(settings):
-        counts = cell.counts(cell.train(settings), "val")
-        scores = metrics.score(cell.task.kind, counts.sum(axis=1), cell.task.classes)
+        group = cell.train(settings)
+        scores = metrics.score(cell.task.kind, cell.counts(group, "val").sum(axis=1), cell.task.classes)
         print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
-        return scores
+        return np.where(fit.diverged(group), np.nan, scores)
 
     return search(score, described, study, about)
 
@@ -59,8 +61,13 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Te
 
     Returns:
         every run, what was predicted, and the heads.
+
+    Raises:
+        UserError: heads diverged.
     """
     group = cell.train([Setting(**best, seed=seed) for seed in range(seeds)])
+    if (wrong := fit.diverged(group)).any():
+        raise UserError(predictions.diverged(np.flatnonzero(wrong), seeds))
     task, part = cell.task, cell.parts["test"]
     validation = metrics.score(task.kind, cell.counts(group, "val").sum(axis=1), task.classes)
     if task.kind == "segmentation":
@@ -71,9 +78,23 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Te
     _, counts = predictions.counts(predicted, task.kind, task.classes)
     tested = metrics.score(task.kind, counts.sum(axis=1), task.classes)
     runs = [
-        {**told, "protocol": PROTOCOL, "task": task.kind, "seed": seed, "metric": metrics.METRICS[task.kind],
-         "score": tested[seed], "val_score": validation[seed], "n_test": len(part.sample), "classes": task.classes,
+        {**told, "protocol": PROTOCOL, "head": head(cell), "task": task.kind, "seed": seed,
+         "metric": metrics.METRICS[task.kind], "score": tested[seed], "val_score": validation[seed],
+         "n_test": len(part.sample), "classes": task.classes,
          **best}
         for seed in range(seeds)
     ]  # fmt: skip
     return Tested(pd.DataFrame(runs), predicted, group, int(validation.argmax()))
+
+
+def head(cell: Cell) -> str:
+    """What was trained, and on what: upernet of 16 channels, concat, level0, level1, balanced class weights."""
+    built = cell.blueprint
+    arrays = [name.removeprefix("pooled/").removesuffix("/features") for member in cell.fields for name in member]
+    parts = [
+        f"{built.head} of {built.channels} channels" if built.channels else built.head,
+        *([built.fusion] if len(built.shapes) > 1 else []),
+        *dict.fromkeys(arrays),
+        *(["balanced class weights"] if cell.task.weights else []),
+    ]
+    return ", ".join(parts)

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 
 from cache.durable import write_file
+from pipeline.errors import UserError
 from pipeline.params import Search
 from pipeline.training.fit import Setting
 
@@ -24,13 +25,16 @@ def search(score: Score, described: Search, study: Path | None = None, about: ob
     and the seed alone, so a search that was killed goes on after its last whole round and ends as it would have.
 
     Args:
-        score: validation scores of heads trained with the given settings, together.
+        score: validation scores of heads trained with the given settings, together; NaN of those that diverged.
         described: numbers of trials and bounds.
         study: where finished rounds are kept, to be gone on with; None to keep nothing.
         about: what the scores depend on besides, as plain data; a study about something else is begun anew.
 
     Returns:
         `best`, the learning rate and weight decay; `score`, theirs on validation; and all `trials`.
+
+    Raises:
+        UserError: every trial diverged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {
@@ -45,14 +49,22 @@ def search(score: Score, described: Search, study: Path | None = None, about: ob
         scores = score([Setting(**params, seed=described.seed) for params in asked])
         # A head that diverged is the worst there is, and TPE is told so; NaN it would not take.
         trials += [
-            {**params, "score": float(value) if np.isfinite(value) else 0.0}
+            {**params, **({"score": float(value)} if np.isfinite(value) else {"score": 0.0, "diverged": True})}
             for params, value in zip(asked, scores, strict=True)
         ]
         if study:
             study.parent.mkdir(parents=True, exist_ok=True)
             write_file(study, [json.dumps({"key": key, "trials": trials}).encode()])
+    going = [trial for trial in trials if "diverged" not in trial]
+    if not going:
+        rates, decays = (sorted(trial[name] for trial in trials) for name in space)
+        raise UserError(
+            f"All {len(trials)} trials diverged, at learning rates from {rates[0]:.3g} to {rates[-1]:.3g} and weight "
+            f"decays from {decays[0]:.3g} to {decays[-1]:.3g}. Give the search smaller bounds: search.learning_rate, "
+            "search.weight_decay."
+        )
     # Of equals, and on a small validation split there are many, the one whose weights shrink most.
-    best = max(trials, key=lambda trial: (trial["score"], _shrinking(trial["learning_rate"] * trial["weight_decay"])))
+    best = max(going, key=lambda trial: (trial["score"], _shrinking(trial["learning_rate"] * trial["weight_decay"])))
     return {"best": {name: best[name] for name in space}, "score": best["score"], "trials": trials}
 
 

@@ -59,6 +59,7 @@ def test_neighbours_vote(clouds):
     assert probes.neighbours(inputs, label, inputs[[7]])[0] == votes.argmax()
     hot = np.stack([label == 0, label != 2], axis=1).astype(int)
     assert probes.neighbours(inputs, hot, inputs[:4]).shape == (4, 2)
+    assert probes.neighbours(inputs, hot[:, :1], inputs[:4]).shape == (4, 1), "a multi-label set of one class"
 
 
 def test_the_same_again(clouds):

@@ -1,17 +1,21 @@
 """Cells from real labels: in memory and streamed, joined in every way, with weights, and what is refused."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import zarr
 
+from cache.read import Features
 from cache.schema import Layout, Level, StoreError
 from cache.write import Writer
 from pipeline import metrics
+from pipeline.composing import compose
 from pipeline.errors import UserError
 from pipeline.imagery import images, imagestore
-from pipeline.params import FcnHead, Heads, LinearHead, UperNetHead
+from pipeline.params import Compose, FcnHead, Heads, LinearHead, UperNetHead
 from pipeline.training import cells, fit
 from pipeline.training.feed import Stream
 from pipeline.training.fit import Setting
@@ -111,6 +115,44 @@ def test_members_of_other_grids_and_numbers_of_levels_join_in_every_way(made, ta
         assert [tuple(level.shape[-2:]) for level in cell.parts["val"].inputs] == [
             (side, side) for name in ("pyramid", "flat", "three") for side in GRIDS[name]
         ], "held on their own grids"
+
+
+@pytest.mark.parametrize("fusion", ["average", "film", "dot"])
+def test_fusion_changes_nothing_of_one_member(made, fusion):
+    alone, fused = (load(made, "multilabel", ("pyramid",), fusion=one) for one in ("concat", fusion))
+    ours, theirs = (one.counts(one.train(SETTINGS), "val") for one in (alone, fused))
+    np.testing.assert_array_equal(ours, theirs)
+    weights = [one.train(SETTINGS).state_dict() for one in (alone, fused)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_of_masks_without_a_label_is_refused(made, tmp_path, split):
+    pictures, stores = made("segmentation")
+    shutil.copytree(pictures, tmp_path / "images.zarr")
+    label = zarr.open_group(tmp_path / "images.zarr", mode="r+")["label"]
+    label[np.flatnonzero(images.open_images(pictures).split.values == split)] = images.IGNORE
+    with pytest.raises(UserError, match=f"The split {split} has .* masks and no labelled pixel"):
+        cells.load({stores["pyramid"]: None}, tmp_path / "images.zarr", HEADS, ("train", "val"), "cpu")
+
+
+@pytest.mark.parametrize("task", ["segmentation", "multilabel"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_no_numbers_are_refused_in_any_split(made, tmp_path, task, value):
+    pictures, stores = made(task)
+    shutil.copytree(stores["pyramid"], tmp_path / "odd.zarr")
+    row = int(np.flatnonzero(images.open_images(pictures).split.values == "val")[0])
+    name = "level0/features" if task == "segmentation" else "pooled/mean_level0"
+    array = zarr.open_group(tmp_path / "odd.zarr", mode="r+")[name]
+    values = array[:]
+    values[(row, *[0] * (values.ndim - 1))] = value
+    array[:] = values
+    with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
+        cells.load({tmp_path / "odd.zarr": None}, pictures, HEADS, ("train", "val"), "cpu")
+    members = {"odd": Features(tmp_path / "odd.zarr")}
+    described = Compose((), "logistic", 2, False)
+    with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
+        compose.search(members, images.open_images(pictures), HEADS, described)
 
 
 def test_the_linear_probe_learns(made):

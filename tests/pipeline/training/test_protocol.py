@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import accuracy_score
 
 from pipeline import metrics
+from pipeline.errors import UserError
 from pipeline.params import Heads, LinearHead, Search, UperNetHead
 from pipeline.training import cells, predictions, protocol
 from pipeline.training.feed import Stream
@@ -86,3 +87,50 @@ def test_a_search_whose_heads_all_but_diverge_takes_one_that_does_not(known_chip
     assert products[max(products)] == 0
     tested = protocol.test(load(known_chips, ["high"]), tuned["best"], 2, TOLD)
     assert np.isfinite(np.stack(tested.predicted.probability)).all()
+
+
+def diverging(cell: cells.Cell, heads: set[int]) -> cells.Cell:
+    """The same with some heads' weights no numbers once they are trained."""
+
+    def train(settings):
+        group = cell.train(settings)
+        for lane in group.lanes():
+            for parameter in lane.parameters():
+                if group.stacked:
+                    parameter.data[[*heads]] = float("nan")
+        if not group.stacked:
+            for head in heads:
+                next(group.heads[head].parameters()).data.fill_(float("nan"))
+        return group
+
+    return dataclasses.replace(cell, train=train)
+
+
+@pytest.mark.parametrize("of", ["chips", "masks"])
+def test_a_seed_that_diverged_is_no_score(known_chips, known_masks, of):
+    cell = load(known_chips, ["high"]) if of == "chips" else load(known_masks, ["knows"])
+    best = {"learning_rate": 0.01, "weight_decay": 0.01}
+    with pytest.raises(UserError, match="1 of 3 heads diverged, of the seeds 1, at"):
+        protocol.test(diverging(cell, {1}), best, 3, TOLD)
+
+
+@pytest.mark.parametrize("of", ["chips", "masks"])
+def test_trials_that_diverged_are_not_chosen_and_a_search_of_them_alone_is_refused(known_chips, known_masks, of):
+    cell = load(known_chips, ["high"]) if of == "chips" else load(known_masks, ["knows"])
+    tuned = protocol.tune(diverging(cell, {1}), SEARCH, "d m")
+    assert [trial.get("diverged", False) for trial in tuned["trials"]] == [False, True] * 2
+    assert tuned["best"]["learning_rate"] in {tuned["trials"][place]["learning_rate"] for place in (0, 2)}
+    with pytest.raises(UserError, match="All 4 trials diverged, at learning rates from 0.0"):
+        protocol.tune(diverging(cell, {0, 1}), SEARCH, "d m")
+
+
+def test_a_run_says_what_was_trained_on_what(known_chips, known_masks):
+    best = {"learning_rate": 0.01, "weight_decay": 0.01}
+    (head,) = set(protocol.test(load(known_chips, ["high", "low"]), best, 2, TOLD).runs["head"])
+    assert head.startswith("linear, concat, ")
+    heads = dataclasses.replace(HEADS, fusion="average", levels=(-1,), class_weights="balanced")
+    (head,) = set(protocol.test(load(known_masks, ["knows", "coarse"], heads=heads), best, 2, TOLD).runs["head"])
+    assert head.startswith("upernet of 4 channels, average, level")
+    assert head.endswith(", balanced class weights")
+    (head,) = set(protocol.test(load(known_masks, ["knows"], heads=heads), best, 2, TOLD).runs["head"])
+    assert "average" not in head, "one member is not fused"
