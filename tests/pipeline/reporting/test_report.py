@@ -178,6 +178,28 @@ def test_the_page_is_whole_and_escapes(grid, searched, tmp_path):
         assert "frozen" in table.split("</table>")[0]
 
 
+def test_settings_say_what_was_trained_on_what(grid, searched, tmp_path):
+    runs, drawn = grid
+    heads = runs.model.map(
+        {"a": "linear, mean_level0", "a+b": "linear, film, mean_level0"}
+    )  # others: of an older run
+    summary = report.summarise(runs.assign(head=heads), drawn)
+    figures.boxplots(runs, summary, tmp_path / "p.png")
+    page = report.page(summary, runs, findings.every_pair(summary, drawn), [], [], "", tmp_path / "p.png")
+    settings = page.split("<h2>Settings</h2>")[1]
+    rows = {line.split("<td>")[2].split("<")[0]: line for line in settings.split("<tr>")[1:]}
+    assert "linear, film, mean_level0" in rows["a+b"]
+    assert "<td>–</td>" in rows["b"]
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_layers_one_by_one_say_what_they_were_scored_on(grid, searched, tmp_path, task):
+    runs, drawn = grid
+    text = composition.section(searched, report.summarise(runs, drawn).assign(task=task), tmp_path)
+    assert "also what heads.levels and heads.linear leave out" in text
+    assert ("not on whole masks" in text) == (task == "segmentation")
+
+
 def test_the_search_beside_the_full_protocol(grid, searched, tmp_path):
     runs, drawn = grid
     text = composition.section(searched, report.summarise(runs, drawn), tmp_path)
