@@ -12,6 +12,7 @@ import torch
 
 from pipeline import metrics
 from pipeline.distill.train import Lesson, answers, projectors_of, train
+from pipeline.errors import UserError
 from pipeline.student_params import VARIANTS
 from pipeline.students import Student
 from pipeline.training import predictions
@@ -19,6 +20,8 @@ from pipeline.training.fit import Setting
 from pipeline.training.loss import decided
 from pipeline.training.search import search
 
+# What holds the students' learning rate and weight decay down.
+BOUNDS = "distill.search.learning_rate, distill.search.weight_decay"
 # The runs' `protocol`, by variant; frozen heads have another.
 PROTOCOLS = {
     "distilled": "distilled",
@@ -55,6 +58,9 @@ def teach(
         make: from a seed to a student before training.
         told: what else each run's row says.
         study, about: as for `search`.
+
+    Raises:
+        UserError: students diverged.
     """
     name, kind, classes = f"{told['dataset']} {told['model']}", lesson.task.kind, lesson.task.classes
 
@@ -62,13 +68,16 @@ def teach(
         return _scores(students, lesson, "val")
 
     def score(settings: Sequence[Setting]) -> np.ndarray:
-        scores = validation(_trained(make, lesson, variant, settings))
+        students = _trained(make, lesson, variant, settings)
+        scores = validation(students)
         print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
-        return scores
+        return np.where([_diverged(one) for one in students], np.nan, scores)
 
     tuned = search(score, lesson.described.search, study, [about, variant, asdict(lesson.described)])
     settings = [Setting(**tuned["best"], seed=seed) for seed in range(lesson.described.seeds)]
     students = _trained(make, lesson, variant, settings)
+    if wrong := [seed for seed, one in enumerate(students) if _diverged(one)]:
+        raise UserError(predictions.diverged(wrong, len(students), BOUNDS))
     valid = validation(students)
     predicted = _predicted(students, lesson)
     samples, counts = predictions.counts(predicted, kind, classes)
@@ -81,6 +90,11 @@ def teach(
     best = int(np.argmax(valid))
     print(f"{name}: test {tested.mean():.4f}, the mean of {len(runs)} seeds", flush=True)
     return Taught(tuned, pd.DataFrame(runs), predicted, students[best], best)
+
+
+def _diverged(student: Student) -> bool:
+    """Whether it has parameters, or running statistics, that are no numbers."""
+    return not all(one.isfinite().all() for one in student.state_dict().values() if one.is_floating_point())
 
 
 def _trained(make, lesson: Lesson, variant: str, settings: Sequence[Setting]) -> list[Student]:
@@ -113,4 +127,4 @@ def _predicted(students: Sequence[Student], lesson: Lesson) -> pd.DataFrame:
     names = lesson.chips.store.sample.values[rows].tolist()
     if lesson.chips.dense:
         return predictions.of_masks(names, said)
-    return predictions.of_samples(names, lesson.chips.label(rows).numpy(), said, lesson.task.kind)
+    return predictions.of_samples(names, lesson.chips.label(rows).numpy(), said, lesson.task.kind, BOUNDS)

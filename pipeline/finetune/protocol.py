@@ -19,7 +19,11 @@ from pipeline.finetune.pictures import Pictures
 from pipeline.finetune.train import Job, Progress
 from pipeline.finetune.tuned import Tuned
 from pipeline.training import cells, predictions
+from pipeline.training.blueprint import in_words
 from pipeline.training.fit import Setting, Task
+
+# What holds learning rate and weight decay down here.
+BOUNDS = "finetune.learning_rates, finetune.weight_decay"
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def run(make: Callable[[int], Tuned], job: Job, told: Mapping, folder: Path) -> 
         tuned, done = trained(rate, seed)
         said.append(_said(tuned, job))
         rows.append(
-            {**told, "protocol": described.protocol, "task": job.task.kind, "seed": seed,
-             "metric": metrics.METRICS[job.task.kind], "score": None, "val_score": done.best,
+            {**told, "protocol": described.protocol,
+             "head": in_words(tuned.kept.blueprint, tuned.kept.fields, bool(job.task.weights)),
+             "task": job.task.kind, "seed": seed, "metric": metrics.METRICS[job.task.kind], "score": None, "val_score": done.best,
              "n_test": len(job.pictures.rows("test")), "classes": job.task.classes, "learning_rate": rate,
              "weight_decay": described.weight_decay, "frozen_val_score": done.start, "best_step": done.at,
              "trained_parameters": sum(values.numel() for values in done.kept.values())}
@@ -113,4 +118,5 @@ def _predicted(job: Job, said: np.ndarray) -> pd.DataFrame:
     samples = job.pictures.sample[rows].tolist()
     if job.task.kind == "segmentation":
         return predictions.of_masks(samples, said)
-    return predictions.of_samples(samples, job.pictures.label[rows].astype(np.int64), said, job.task.kind)
+    label = job.pictures.label[rows].astype(np.int64)
+    return predictions.of_samples(samples, label, said, job.task.kind, BOUNDS)

@@ -51,11 +51,17 @@ def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], Draws]) -> pd.
             {"dataset": dataset, "model": model, "kind": kind(model, first.weights, first.protocol),
              "protocol": first.protocol, "metric": first.metric, "mean": group.score.mean(), "std": spread,
              "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
-             "weights": first.weights, "head": first.get("head", "–"), "learning_rate": first.learning_rate,
+             "weights": first.weights, "head": _head(first), "learning_rate": first.learning_rate,
              "weight_decay": first.weight_decay,
              "task": first.task, "classes": first.classes}
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _head(run: pd.Series) -> str:
+    """What a run says of its head; students have none, and older runs do not say."""
+    said = run.get("head")
+    return said if isinstance(said, str) else "–"
 
 
 def shown(summary: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +104,7 @@ def page(
         pairs, said: of `findings.every_pair` and `findings.headlines`.
         composition, students: HTML of pipeline/reporting/composition.py and pipeline/reporting/distillation.py.
     """
-    settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"]).fillna({"head": "–"})
+    settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>eo-compose report</title>
 <style>{STYLE}</style></head><body>

@@ -52,3 +52,20 @@ class Blueprint:
         if self.head == "fcn":
             return Fcn(channels, self.classes)
         return UperNet(channels, self.channels, self.classes)
+
+
+def in_words(blueprint: Blueprint, fields: Sequence[Sequence[str]], balanced: bool) -> str:
+    """What is trained, and on what: upernet of 16 channels, concat, level0, level1, balanced class weights.
+
+    Args:
+        fields: of each member, the names of the arrays that are read.
+        balanced: whether the classes are weighted.
+    """
+    arrays = [name.removeprefix("pooled/").removesuffix("/features") for member in fields for name in member]
+    parts = [
+        f"{blueprint.head} of {blueprint.channels} channels" if blueprint.channels else blueprint.head,
+        *([blueprint.fusion] if len(fields) > 1 else []),
+        *dict.fromkeys(arrays),
+        *(["balanced class weights"] if balanced else []),
+    ]
+    return ", ".join(parts)

@@ -12,7 +12,8 @@ import torch
 
 from cache.batches import Batches
 from cache.read import Features
-from pipeline.training.fusion import Field, Statistics, factors, standardise
+from cache.schema import StoreError
+from pipeline.training.fusion import Field, Statistics, factors, no_numbers, standardise
 
 _STEP = 256
 
@@ -99,6 +100,7 @@ class Stream:
         named = {f"{place:03d}": [field] for place, field in enumerate(fields)}
         self._feed, self._rows, self._vectors = Feed(named, rows, device=device), rows, vectors
         self._by = [[torch.from_numpy(one).to(device) for one in factors(*each)] for each in by]
+        self._fields = list(fields)
         self.shapes = [tuple(store.array(name).shape) for store, name in fields]
         self._axes: Sequence[torch.Tensor] = ()
 
@@ -112,15 +114,25 @@ class Stream:
         return other
 
     def batches(self, order: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | list[torch.Tensor]]:
-        """For every array of positions in the split: (batch, channel), or a list of maps (batch, channel, y, x)."""
+        """For every array of positions in the split: (batch, channel), or a list of maps (batch, channel, y, x).
+
+        Raises:
+            StoreError: when all are given: some had values that are no numbers.
+        """
+        sound: dict[int, torch.Tensor] = {}  # asked only then, since a GPU would have to be waited for
         for _, batch in self._feed.stream(self._rows[index.numpy()] for index in order):
             parts = [
                 standardise(batch[name].to(torch.float32, copy=True), *self._by[place])
                 for place, name in enumerate(sorted(batch))
             ]
+            for place, part in enumerate(parts):
+                sound[place] = part.isfinite().all() & sound.get(place, True)
             if self._axes:
                 parts = [part @ axes for part, axes in zip(parts, self._axes, strict=True)]
             yield torch.cat(parts, dim=1) if self._vectors else [channels_last(part) for part in parts]
+        for place, whole in sound.items():
+            if not whole:
+                raise StoreError(no_numbers(*self._fields[place]))
 
 
 def channels_last(maps: torch.Tensor) -> torch.Tensor:

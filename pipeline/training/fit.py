@@ -265,11 +265,12 @@ def _in_batches(group: torch.nn.Module, data: Data, task: Task, batch: int) -> n
 
 @torch.no_grad()
 def diverged(group: torch.nn.Module) -> np.ndarray:
-    """Which heads have parameters that are no numbers, bool (head,)."""
+    """Which heads have parameters, or running statistics, that are no numbers, bool (head,)."""
     found = []
     for lane in group.lanes():
-        parts = [one.isfinite().reshape(len(lane), -1).all(dim=1) for one in lane.parameters()]
-        found.append(~torch.stack(parts).all(dim=0))
+        values = [one for one in lane.state_dict().values() if one.is_floating_point()]
+        heads = len(lane) if group.stacked else 1
+        found.append(~torch.stack([one.isfinite().reshape(heads, -1).all(dim=1) for one in values]).all(dim=0))
     return torch.cat(found).cpu().numpy()
 
 

@@ -64,7 +64,7 @@ def statistics(field: Field, training: np.ndarray) -> Statistics:
     mean = sum(store.read(name, part).sum(axis=0, dtype=np.float64) for part in parts) / len(training)
     square = sum(((store.read(name, part).astype(np.float64) - mean) ** 2).sum(axis=0) for part in parts)
     if not np.isfinite(square).all():
-        raise StoreError(_odd(store, name))
+        raise StoreError(no_numbers(store, name))
     return mean, np.sqrt(square / len(training))
 
 
@@ -76,17 +76,18 @@ def checked(store: Features, name: str, index: np.ndarray) -> np.ndarray:
     """
     values = store.read(name, index).astype(np.float32)
     if not np.isfinite(values).all():
-        raise StoreError(_odd(store, name))
+        raise StoreError(no_numbers(store, name))
     return values
 
 
-def _odd(store: Features, name: str) -> str:
+def no_numbers(store: Features, name: str) -> str:
+    """What to say of an array with values that are no numbers."""
     return f"{store.location}: {name} has values that are no numbers. {CHECK}; if it is whole, extract in float32."
 
 
 def factors(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What to take off and what to multiply by, float32 (channel,); a dead channel is multiplied by zero."""
-    alive = std > DEAD * np.abs(mean)
+    alive = std > np.maximum(DEAD * np.abs(mean), np.finfo(np.float32).tiny)  # or it divides by what float32 has not
     return mean.astype(np.float32), np.where(alive, 1 / np.where(alive, std, 1), 0).astype(np.float32)
 
 
@@ -100,7 +101,7 @@ def standardised(field: Field, index: np.ndarray, by: Statistics) -> torch.Tenso
     values = torch.from_numpy(store.read(name, index)).float()
     values = standardise(values, *map(torch.from_numpy, factors(*by)))
     if not values.sum().isfinite() and not values.isfinite().all():  # a sum is one pass, and asks for no memory
-        raise StoreError(_odd(store, name))
+        raise StoreError(no_numbers(store, name))
     return values
 
 

@@ -12,19 +12,25 @@ import pandas as pd
 from pipeline import metrics
 from pipeline.errors import UserError
 
+# What holds the heads' learning rate and weight decay down.
+BOUNDS = "search.learning_rate, search.weight_decay"
 
-def of_samples(samples: list[str], label: np.ndarray, logits: np.ndarray, kind: str) -> pd.DataFrame:
+
+def of_samples(
+    samples: list[str], label: np.ndarray, logits: np.ndarray, kind: str, bounds: str = BOUNDS
+) -> pd.DataFrame:
     """One row a seed and sample: seed, sample, label, predicted, probability.
 
     Args:
         label: (sample,) or, multi-label, (sample, class).
         logits: (seed, sample, class).
+        bounds: as for `diverged`.
 
     Raises:
         UserError: some are no numbers.
     """
     if wrong := [seed for seed, one in enumerate(logits) if not np.isfinite(one).all()]:
-        raise UserError(diverged(wrong, len(logits)))
+        raise UserError(diverged(wrong, len(logits), bounds))
     logits = logits.astype(np.float64)
     if kind == "multilabel":
         predicted = (logits > 0).astype(np.int64)
@@ -43,12 +49,16 @@ def of_samples(samples: list[str], label: np.ndarray, logits: np.ndarray, kind: 
     )
 
 
-def diverged(seeds: Sequence[int], count: int) -> str:
-    """What to say of heads that have become no numbers, and what to do."""
+def diverged(seeds: Sequence[int], count: int, bounds: str = BOUNDS) -> str:
+    """What to say of trainings that ended in no numbers, and what to do.
+
+    Args:
+        seeds: theirs, of `count`.
+        bounds: the parameters that hold learning rate and weight decay down.
+    """
     return (
-        f"{len(seeds)} of {count} heads diverged, of the seeds {', '.join(map(str, seeds))}, at the learning rate "
-        "and weight decay that the search found best. Give it smaller bounds: search.learning_rate, "
-        "search.weight_decay."
+        f"The training diverged with {len(seeds)} of {count} seeds ({', '.join(map(str, seeds))}), at the learning "
+        f"rate and weight decay that did best on validation. Allow only smaller ones: {bounds}."
     )
 
 

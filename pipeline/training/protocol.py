@@ -11,6 +11,7 @@ import torch
 from pipeline import metrics, params
 from pipeline.errors import UserError
 from pipeline.training import fit, predictions
+from pipeline.training.blueprint import in_words
 from pipeline.training.cells import Cell
 from pipeline.training.fit import Setting
 from pipeline.training.search import search
@@ -78,23 +79,10 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Te
     _, counts = predictions.counts(predicted, task.kind, task.classes)
     tested = metrics.score(task.kind, counts.sum(axis=1), task.classes)
     runs = [
-        {**told, "protocol": PROTOCOL, "head": head(cell), "task": task.kind, "seed": seed,
-         "metric": metrics.METRICS[task.kind], "score": tested[seed], "val_score": validation[seed],
+        {**told, "protocol": PROTOCOL, "head": in_words(cell.blueprint, cell.fields, bool(task.weights)),
+         "task": task.kind, "seed": seed, "metric": metrics.METRICS[task.kind], "score": tested[seed], "val_score": validation[seed],
          "n_test": len(part.sample), "classes": task.classes,
          **best}
         for seed in range(seeds)
     ]  # fmt: skip
     return Tested(pd.DataFrame(runs), predicted, group, int(validation.argmax()))
-
-
-def head(cell: Cell) -> str:
-    """What was trained, and on what: upernet of 16 channels, concat, level0, level1, balanced class weights."""
-    built = cell.blueprint
-    arrays = [name.removeprefix("pooled/").removesuffix("/features") for member in cell.fields for name in member]
-    parts = [
-        f"{built.head} of {built.channels} channels" if built.channels else built.head,
-        *([built.fusion] if len(built.shapes) > 1 else []),
-        *dict.fromkeys(arrays),
-        *(["balanced class weights"] if cell.task.weights else []),
-    ]
-    return ", ".join(parts)

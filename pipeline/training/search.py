@@ -60,8 +60,8 @@ def search(score: Score, described: Search, study: Path | None = None, about: ob
         rates, decays = (sorted(trial[name] for trial in trials) for name in space)
         raise UserError(
             f"All {len(trials)} trials diverged, at learning rates from {rates[0]:.3g} to {rates[-1]:.3g} and weight "
-            f"decays from {decays[0]:.3g} to {decays[-1]:.3g}. Give the search smaller bounds: search.learning_rate, "
-            "search.weight_decay."
+            f"decays from {decays[0]:.3g} to {decays[-1]:.3g}. Give this search's learning_rate and weight_decay "
+            "smaller bounds in params.yaml."
         )
     # Of equals, and on a small validation split there are many, the one whose weights shrink most.
     best = max(going, key=lambda trial: (trial["score"], _shrinking(trial["learning_rate"] * trial["weight_decay"])))

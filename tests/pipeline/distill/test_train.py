@@ -1,6 +1,7 @@
 """Training: what each variant sees, and that a student learns from a teacher what its labels do not say."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from pipeline import metrics
 from pipeline.distill import losses, protocol, start, train
 from pipeline.distill.describe import about, shape_of
+from pipeline.errors import UserError
 from pipeline.imagery import images
 from pipeline.student_params import Student
 from pipeline.training.fit import Setting
@@ -156,3 +158,20 @@ def test_the_protocol_on_every_task(made, tmp_path, task):
     assert kept["ignore"] == (images.IGNORE if task == "segmentation" else None)
     assert [band["common_name"] for band in kept["bands"]] == ["red", "nir"]
     assert metrics.METRICS[task] == taught.runs.metric[0]
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_students_that_diverged_are_no_score_and_are_not_chosen(made, monkeypatch, tmp_path, task):
+    lesson = made(task).lesson()
+    told, real = {"dataset": "d", "model": "small"}, protocol._trained
+
+    def some(*given):
+        students = real(*given)
+        next(students[-1].parameters()).data.fill_(float("nan"))
+        return students
+
+    monkeypatch.setattr(protocol, "_trained", some)
+    with pytest.raises(UserError, match="with 1 of 2 seeds .*distill.search.learning_rate"):
+        protocol.teach(lambda seed: fresh(lesson, seed), lesson, "labels", told, tmp_path / "study", "")
+    trials = json.loads((tmp_path / "study").read_text())["trials"]
+    assert [trial.get("diverged", False) for trial in trials] == [False, True]

@@ -149,6 +149,10 @@ def test_features_that_are_no_numbers_are_refused_in_any_split(made, tmp_path, t
     array[:] = values
     with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
         cells.load({tmp_path / "odd.zarr": None}, pictures, HEADS, ("train", "val"), "cpu")
+    heads = dataclasses.replace(HEADS, memory=0.0)
+    streamed = cells.load({tmp_path / "odd.zarr": None}, pictures, heads, ("train", "val"), "cpu")
+    with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
+        streamed.counts(streamed.train(SETTINGS), "val")
     members = {"odd": Features(tmp_path / "odd.zarr")}
     described = Compose((), "logistic", 2, False)
     with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):

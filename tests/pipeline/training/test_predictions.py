@@ -63,5 +63,5 @@ def test_masks(generator, tmp_path):
 def test_a_diverged_head_is_no_result(generator):
     logits = generator.normal(size=(3, 4, 5)).astype(np.float32)
     logits[2, 1, 0] = np.nan
-    with pytest.raises(UserError, match="1 of 3 heads diverged, of the seeds 2,"):
+    with pytest.raises(UserError, match=r"with 1 of 3 seeds \(2\), at .* smaller ones: search.learning_rate"):
         predictions.of_samples(NAMES, generator.integers(5, size=4), logits, "classification")

@@ -110,7 +110,7 @@ def diverging(cell: cells.Cell, heads: set[int]) -> cells.Cell:
 def test_a_seed_that_diverged_is_no_score(known_chips, known_masks, of):
     cell = load(known_chips, ["high"]) if of == "chips" else load(known_masks, ["knows"])
     best = {"learning_rate": 0.01, "weight_decay": 0.01}
-    with pytest.raises(UserError, match="1 of 3 heads diverged, of the seeds 1, at"):
+    with pytest.raises(UserError, match=r"diverged with 1 of 3 seeds \(1\), at"):
         protocol.test(diverging(cell, {1}), best, 3, TOLD)
 
 
