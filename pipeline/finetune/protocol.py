@@ -68,7 +68,8 @@ def run(make: Callable[[int], Tuned], job: Job, told: Mapping, folder: Path) -> 
         rows.append(
             {**told, "protocol": described.protocol,
              "head": in_words(tuned.kept.blueprint, tuned.kept.fields, bool(job.task.weights)),
-             "task": job.task.kind, "seed": seed, "metric": metrics.METRICS[job.task.kind], "score": None, "val_score": done.best,
+             "task": job.task.kind, "seed": seed, "metric": metrics.METRICS[job.task.kind],
+             "score": None, "val_score": done.best,
              "n_test": len(job.pictures.rows("test")), "classes": job.task.classes, "learning_rate": rate,
              "weight_decay": described.weight_decay, "frozen_val_score": done.start, "best_step": done.at,
              "trained_parameters": sum(values.numel() for values in done.kept.values())}

@@ -80,8 +80,8 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Te
     tested = metrics.score(task.kind, counts.sum(axis=1), task.classes)
     runs = [
         {**told, "protocol": PROTOCOL, "head": in_words(cell.blueprint, cell.fields, bool(task.weights)),
-         "task": task.kind, "seed": seed, "metric": metrics.METRICS[task.kind], "score": tested[seed], "val_score": validation[seed],
-         "n_test": len(part.sample), "classes": task.classes,
+         "task": task.kind, "seed": seed, "metric": metrics.METRICS[task.kind], "score": tested[seed],
+         "val_score": validation[seed], "n_test": len(part.sample), "classes": task.classes,
          **best}
         for seed in range(seeds)
     ]  # fmt: skip
