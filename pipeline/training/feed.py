@@ -6,6 +6,7 @@ tensors kept on the device; the caller need not know which.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -133,6 +134,19 @@ class Stream:
         for place, whole in sound.items():
             if not whole:
                 raise StoreError(no_numbers(*self._fields[place]))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Features and labels of the same samples.
+
+    Attributes:
+        inputs: (sample, channel), or a list of levels (sample, channel, y, x), standardised; or a stream of them.
+        label: (sample,), (sample, class) or (sample, y, x), on the device that trains.
+    """
+
+    inputs: torch.Tensor | list[torch.Tensor] | Stream
+    label: torch.Tensor
 
 
 def channels_last(maps: torch.Tensor) -> torch.Tensor:
