@@ -66,8 +66,8 @@ def repeated(dataset: str, count: int) -> xr.Dataset:
         made = remade(opened, rows, sample=[f"{row}" for row in range(count)])
         imagestore.write(made, FOLDER / "scratch-images", path)
     opened = open_images(path)
-    for start in range(0, count, FEW):  # as `prepare` leaves it, in the system's memory if that holds it
-        opened.image[start : start + FEW].values  # noqa: B018
+    for start in range(0, count, 64):  # as `prepare` leaves it, in the system's memory if that holds it
+        opened.image[start : start + 64].values  # noqa: B018
     return opened
 
 
