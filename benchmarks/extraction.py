@@ -67,7 +67,7 @@ def repeated(dataset: str, count: int) -> xr.Dataset:
         imagestore.write(made, FOLDER / "scratch-images", path)
     opened = open_images(path)
     for start in range(0, count, 64):  # as `prepare` leaves it, in the system's memory if that holds it
-        opened.image[start : start + 64].values  # noqa: B018
+        opened.image[start : start + 64].load()
     return opened
 
 

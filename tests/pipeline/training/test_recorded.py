@@ -64,7 +64,10 @@ def test_heads_that_stop_stop_at_the_same_step(unrecorded, monkeypatch, points, 
         train = partial(fit.fit, partial(LinearGroup, [12], 3), Data(*points), task, SETTINGS, recipe, noise)
     else:
         noise = Data([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
-        train = lambda: upernet(*maps, SETTINGS, steps=60, patience=1, validation=noise)[0]  # noqa: E731
+
+        def train():
+            return upernet(*maps, SETTINGS, steps=60, patience=1, validation=noise)[0]
+
     plain = train()
     unrecorded()
     ours = train()
