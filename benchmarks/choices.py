@@ -9,6 +9,7 @@ rows first and against the same arithmetic in separate passes; on one core.
 `dense_pull`: a UPerNet's training step on masks of 256 px, gradients by its logits told directly, against autograd
 through torch's resize and cross-entropy; `classes_by_max`: their classes, by `max` against `argmax`; on one core.
 `lite0_large_pages`: a forward with torch's memory in large pages, against small ones.
+`lite0_small_batches`, `csmask_small_batches`: extraction in the batches that the engine finds, against 32 and 16.
 `many_readers`: 2048 images of 13 bands brought, 256 at a time, into the memory that a GPU copies from: four threads,
 file by file, against reading, picking bands and copying by one; `moments_by_image`: their bands' mean and deviation,
 one image at a time by a thread a core, against 256 at a time by one. Both need `data/images`.
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.extraction import repeated
+from benchmarks.extraction import CPU, Case, repeated
 from benchmarks.timing import ratio, seconds
 from pipeline.backbones import build, spec
 from pipeline.encoding import inputs
@@ -147,6 +148,20 @@ def classes_by_max() -> float:
     return _on_one_core(lambda: logits.max(dim=2).indices, lambda: logits.argmax(dim=2))
 
 
+def lite0_small_batches() -> float:
+    return _small_batches("lite0", 32)
+
+
+def csmask_small_batches() -> float:
+    return _small_batches("csmask_b4", 16)
+
+
+def _small_batches(backbone: str, large: int) -> float:
+    dataset, count, *_ = CPU[backbone]
+    ours, theirs = (Case(backbone, dataset, count, batch, "cpu", "float32") for batch in (0, large))
+    return ratio(ours.engine, theirs.engine, ROUNDS)
+
+
 def many_readers() -> float:
     opened, given = thirteen_bands()
     encoder, batches = SimpleNamespace(device="cpu", inputs=given), range(0, len(opened.sample), 256)
@@ -212,6 +227,6 @@ def lite0() -> None:
 if __name__ == "__main__":
     measured = [
         lanes, upernet_channels_last, csmask_channels_last, weights_first, fused_adamw, dense_pull, classes_by_max,
-        lite0_large_pages, many_readers, moments_by_image,
+        lite0_large_pages, lite0_small_batches, csmask_small_batches, many_readers, moments_by_image,
     ]  # fmt: skip
     print(json.dumps({work.__name__: round(work(), 2) for work in measured} | {"cores": torch.get_num_threads()}))

@@ -43,10 +43,10 @@ from pipeline.imagery.images import open_images
 
 ALL_OF_GEO_BENCH, SETS = 104_000, 12
 SCRATCH = FOLDER / "extracting"
-CPU = {  # backbone: (dataset, images, batch, rounds)
-    "lite0": ("sample-trees-seg", 1024, 32, 3),
-    "csmask_b4": ("sample-landuse-seg", 288, 16, 3),
-    "dofa_300m": ("sample-landuse-seg", 48, 8, 3),
+CPU = {  # backbone: (dataset, images, batch or 0 for the one that the engine finds, rounds)
+    "lite0": ("sample-trees-seg", 1024, 0, 3),
+    "csmask_b4": ("sample-landuse-seg", 288, 0, 3),
+    "dofa_300m": ("sample-landuse-seg", 48, 0, 3),
 }
 # As many images as m-bigearthnet has, of GEO-Bench's two largest sets.
 FULL_SIZE = ("hiera_200m", "prithvi_300m", "dofa_300m", "prithvi_600m")
@@ -80,15 +80,16 @@ class Case:
         chosen = dataclasses.replace(described.backbone(backbone), input_size=224)
         fetched = (trained / str(spec(chosen).weights_file)).is_file()
         chosen = dataclasses.replace(chosen, weights="pretrained" if fetched else "random")
-        self.images, self.batch, self.described = repeated(dataset, count), batch, described
+        self.images, self.described = repeated(dataset, count), described
         self.declared = spec(chosen)
         given = inputs.describe(self.images, backbone, chosen, self.declared)
         network = build(chosen, self.declared, given.seen, trained)
         self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
+        self.batch = batch or preflight.largest_batch(self.images, self.encoder, described.extract.shard)
         # A batch does not reach from one shard into the next, and both sides are to have the same.
-        shard = max(described.extract.shard, batch)
+        shard = max(described.extract.shard, self.batch)
         self.extract = dataclasses.replace(
-            described.extract, batch=batch, shard=shard, dense=True, precision=precision
+            described.extract, batch=self.batch, shard=shard, dense=True, precision=precision
         )
         self.look = preflight.look(self.images, self.encoder, 4)
 
@@ -186,7 +187,7 @@ def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, de
 
     found = {
         "images": count,
-        "batch": batch,
+        "batch": case.batch,
         "precision": precision,
         "images_a_second": round(ours, 2),
         "forward_images_a_second": round(bare, 2),
@@ -236,7 +237,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.memory:
         dataset, backbone, _ = MEMORY
-        Case(backbone, dataset, arguments.memory, 32, "cpu", "float32").engine()
+        Case(backbone, dataset, arguments.memory, 0, "cpu", "float32").engine()
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         print(int(status["VmHWM"].split()[0]) / 1024)
         return

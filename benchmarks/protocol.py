@@ -219,7 +219,8 @@ def terratorch(described: params.Params, dealt: int | None = None) -> dict:
     layout = extract.make_layout(images, declared, look.pyramid, chosen.input_size, described.extract)
     provenance = {"images_sha256": images.attrs["content_sha256"]}
     writer = Writer(scratch / "scratch", layout, scratch / "store.zarr", provenance)
-    extract.extract(images, encoder, writer, described.extract.batch)
+    batch = described.extract.batch or preflight.largest_batch(images, encoder, described.extract.shard)
+    extract.extract(images, encoder, writer, batch)
     writer.finish()
     cell = cells.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")
     found, ours = protocol(described, cell)

@@ -18,8 +18,9 @@ from pipeline.errors import UserError
 
 # Images of the first look at a network on a CPU, where a batch may take minutes.
 _LOOK = 4
-# The batch if none is given, on a CPU, where larger ones gain nothing; and the share of a GPU's memory to use.
-_CPU_BATCH, _SHARE = 16, 0.8
+# The batch if none is given, on a CPU, where larger ones are slower, since more of a layer's output leaves the cache,
+# and take more memory (benchmarks/choices.py); and the share of a GPU's memory to use.
+_CPU_BATCH, _SHARE = 4, 0.8
 # A relative difference to float32 that rounding does not explain: some kernel is wrong (LAB.md has one).
 _WRONG = 0.3
 
@@ -85,7 +86,11 @@ def _first(encoder: Encoder, image: np.ndarray, known: Mapping[str, np.ndarray])
 
 
 def largest_batch(images: xr.Dataset, encoder: Encoder, most: int) -> int:
-    """A batch for `extract.batch: 0`: on a GPU the largest power of two that its memory holds with room to spare."""
+    """A batch for `extract.batch: 0`: on a GPU the largest power of two that its memory holds with room to spare.
+
+    Args:
+        most: the largest to find; whoever encodes cuts batches at a shard's end.
+    """
     if encoder.device == "cpu":
         return _CPU_BATCH
     free = torch.cuda.mem_get_info(encoder.device)[0]

@@ -133,7 +133,7 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
     print(preflight.announce(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
     writer = Writer(scratch, layout, task.final, said)
     engine.extract(pictures, encoder, writer, batch)
-    measured = {"precision_error": seen.precision_error} if seen.precision_error else {}
+    measured = {"batch": batch} | ({"precision_error": seen.precision_error} if seen.precision_error else {})
     return {**said, **measured, "content_sha256": writer.finish(measured)}
 
 

@@ -14,7 +14,7 @@ from pipeline.extraction import workers
 from pipeline.params import Backbone, Compute, Extract
 
 EXTRACT = Extract(
-    dtype="float16", codec="none", precision="float32", compiled=False, batch=4, shard=4, dense=False,
+    dtype="float16", codec="none", precision="float32", compiled=False, batch=0, shard=4, dense=False,
     views=("identity",),
 )  # fmt: skip
 
@@ -71,6 +71,7 @@ def test_two_workers_one_killed_make_the_store_of_one_process(task):
     assert not thread.is_alive()
     assert killed in range(18)
     assert together == alone
+    assert alone["batch"] == 4  # found, and no more than a shard
     assert bytes_of(shared.final) == bytes_of(task("alone").final)
     assert not list(shared.scratch.iterdir())
     assert len(Features(shared.final).sample) == 72
