@@ -8,8 +8,9 @@ from cache.schema import Layout, StoreError
 from pipeline.extraction.narrow import look, narrow
 from pipeline.extraction.transfer import Download
 
-# Values that are narrowed at once on a processor.
-_BLOCK = 2**18
+# Values that are narrowed at once: on a processor what its cache keeps; on a GPU, where each takes some 20 bytes, what
+# fits beside a network that may fill it.
+_BLOCK, _GPU_BLOCK = 2**18, 2**25
 
 
 class Buffer:
@@ -27,8 +28,7 @@ class Buffer:
 
     def put(self, rows: slice, name: str, values: torch.Tensor) -> None:
         """Begin to bring features (sample, …) or (sample, view, …) into rows of the shard."""
-        # A GPU is given everything at once; a processor what its cache keeps from one pass to the next.
-        step = len(values) if values.is_cuda else max(1, _BLOCK // max(1, values[:1].numel()))
+        step = max(1, (_GPU_BLOCK if values.is_cuda else _BLOCK) // max(1, values[:1].numel()))
         for first in range(0, len(values), step):
             some = values[first : first + step]
             start = rows.start + first

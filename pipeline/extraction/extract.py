@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from pipeline.encoding.inputs import Inputs
 from pipeline.encoding.pyramid import Pyramid, Spec
 from pipeline.extraction import buffer, feed, lanes, narrow, preflight
 from pipeline.extraction.lanes import Lanes
-from pipeline.extraction.transfer import Download, arrived
+from pipeline.extraction.transfer import Download, arrived, threads
 from pipeline.params import Backbone, Extract
 
 # Shards in memory: one being filled, one being stored. For a GPU more if all fit in so many bytes, so that a disk
@@ -89,7 +89,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     for _ in range(shards):
         memory.put(buffer.Buffer(layout, download))
     bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
-    with bar as progress, ThreadPoolExecutor(1) as disk, Lanes(encoder) as beside, ExitStack() as stack:
+    with bar as progress, threads(1, encoder.device) as disk, Lanes(encoder) as beside, ExitStack() as stack:
 
         def encode(own: Encoder, given: tuple, filled: buffer.Buffer, rows: slice):
             for name, values in _encode(own, given, layout).items():

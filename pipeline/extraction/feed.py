@@ -13,7 +13,7 @@ import xarray as xr
 from cache.write import Writer
 from pipeline.encoding.encode import Encoder
 from pipeline.encoding.views import VIEWS
-from pipeline.extraction.transfer import Upload
+from pipeline.extraction.transfer import Upload, threads
 from pipeline.imagery.images import UNLABELLED
 
 # Batches made ahead, and threads that read a GPU's batch side by side: it computes faster than one reads.
@@ -28,17 +28,14 @@ def batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int):
     batch, and a run that resumes, or one of many workers, must make the same. Nor do samples without labels share
     one with others, so that these have the same features, and heads the same scores, whether they are there or not.
     """
-    device = encoder.device
-    # A thread begins at the first GPU, whichever its process uses.
-    own = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
-    with ThreadPoolExecutor(_THREADS, **own) as readers:
+    with threads(_THREADS, encoder.device) as readers:
         feed, unlabelled = Feed(images, encoder, writer.layout.views, readers), images.split.values == UNLABELLED
         given = (
             (number, rows, feed(rows))
             for number in writer.shards()
             for rows in cut(writer.layout.rows(number), batch, unlabelled)
         )
-        with closing(given), ThreadPoolExecutor(1, **own) as thread:
+        with closing(given), threads(1, encoder.device) as thread:
             yield _ahead(given, thread)
 
 

@@ -4,8 +4,15 @@ On a GPU each direction has its own stream, ordered by events; on a processor no
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+
+def threads(count: int, device: str) -> ThreadPoolExecutor:
+    """Threads that use this device: each begins at the first GPU, whichever its process uses."""
+    own = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
+    return ThreadPoolExecutor(count, **own)
 
 
 class Upload:
@@ -37,7 +44,7 @@ def arrived(given: tuple) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """What `Upload` gave, for use by kernels that are launched from here on; the processor does not wait."""
     tensors, known, event = given
     if event is not None:
-        here = torch.cuda.current_stream()
+        here = torch.cuda.current_stream(tensors[0].device)
         here.wait_event(event)
         for tensor in [*tensors, *known.values()]:
             tensor.record_stream(here)  # their memory is another stream's
@@ -48,6 +55,7 @@ class Download:
     """Features on their way back, into memory that `empty` made."""
 
     def __init__(self, device: str):
+        self._device = device
         self._stream = torch.cuda.Stream(device) if device != "cpu" else None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -60,7 +68,7 @@ class Download:
             into.copy_(values)
             return
         values = values.contiguous()  # strided copies between a device and a host are made row by row
-        ready = torch.cuda.current_stream().record_event()
+        ready = torch.cuda.current_stream(self._device).record_event()
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             into.copy_(values, non_blocking=True)

@@ -9,8 +9,10 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,10 +126,12 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
         torch.cuda.set_device(nth(where, index))
     network = build(task.backbone, declared, given.seen, task.weights)
     encoder = Encoder(given, network, where, task.extract.precision, task.extract.compiled, declared.strides)
-    # A batch does not reach from one shard into the next.
-    largest = task.extract.shard
-    batch = task.extract.batch or _agreed(scratch / "batch", preflight.largest_batch(pictures, encoder, largest))
-    batch = min(batch, largest)
+    largest, views = (
+        task.extract.shard,
+        len(task.extract.views),
+    )  # a batch does not reach from one shard into the next
+    found = partial(preflight.largest_batch, pictures, encoder, largest, views)
+    batch = min(task.extract.batch or _agreed(scratch / "batch", found), largest)
     seen = preflight.look(pictures, encoder, batch)
     layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
     print(preflight.announce(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
@@ -137,14 +141,15 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
     return {**said, **measured, "content_sha256": writer.finish(measured)}
 
 
-def _agreed(path: Path, found: int) -> int:
-    """The batch that the first worker of a store found: another would change the features' last digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mine = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    mine.write_text(str(found))
-    with suppress(FileExistsError):
-        os.link(mine, path)
-    mine.unlink()
+def _agreed(path: Path, find: Callable[[], int]) -> int:
+    """The batch that the first worker of a store finds: another would change the features' last digits."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        mine.write_text(str(find()))
+        with suppress(FileExistsError):
+            os.link(mine, path)
+        mine.unlink()
     return int(path.read_text())
 
 

@@ -1,5 +1,6 @@
 """The protocol of fine-tuning: learning rates on validation, then seeds, each read once on the test split."""
 
+import gc
 import hashlib
 import json
 import shutil
@@ -52,6 +53,7 @@ def run(make: Callable[[int], Tuned], job: Job, told: Mapping, folder: Path) -> 
     described = job.described
 
     def trained(rate: float, seed: int) -> tuple[Tuned, Progress]:
+        gc.collect()  # some networks hold themselves, and a GPU that is full of them does not make Python look
         tuned, path = make(seed), folder / f"{rate:g}-seed{seed}.pt"
         done = train.train(tuned, job, Setting(rate, described.weight_decay, seed), path)
         print(f"{told['dataset']} {told['model']}: learning rate {rate:g}, seed {seed}: validation {done.start:.4f} "
@@ -76,6 +78,7 @@ def run(make: Callable[[int], Tuned], job: Job, told: Mapping, folder: Path) -> 
         )  # fmt: skip
         if done.best > best:
             best, kept = done.best, done.kept
+        del tuned  # before the next is made
     predicted = _predicted(job, np.stack(said))
     _, counts = predictions.counts(predicted, job.task.kind, job.task.classes)
     scores = metrics.score(job.task.kind, counts.sum(axis=1), job.task.classes)
