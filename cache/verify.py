@@ -88,8 +88,8 @@ def _check_array(features: Features, name: str, dims: tuple[str, ...], dtype: st
 def _check_content(features: Features, listed: dict[str, str]) -> None:
     said = dict(features.attributes)
     digest = said.pop("content_sha256")
-    for name in ("complete", "coordinates"):
-        said.pop(name)
+    for name in ("complete", "coordinates", "measured"):
+        said.pop(name, None)
     shards = {file: value for file, value in listed.items() if _SHARD.match(file)}
     if checksums.content(said, shards) != digest:
         raise StoreError(f"The attributes or shards of {features.location} are not those of its content_sha256.")
@@ -123,7 +123,7 @@ def _account(features: Features, listed: dict[str, str]) -> str:
         )
     lines.append(f"pooled    {', '.join(features.pooled)}")
     lines.append(f"stored as {said['dtype']}, codec {said['codec']}")
-    for name in ("backbone", "weights", "bands", "input_size", "images_sha256", "content_sha256"):
+    for name in ("backbone", "weights", "bands", "input_size", "images_sha256", "measured", "content_sha256"):
         if name in said:
             lines.append(f"{name}: {said[name]}")
     return "\n".join(lines)

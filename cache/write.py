@@ -172,7 +172,7 @@ class Writer:
         Every writer of the store may call it; the first does the work.
 
         Args:
-            measured: further attributes, JSON values, that were found on the way and decide no content.
+            measured: what was found on the way and decides no content, JSON values: the attribute `measured`.
 
         Returns:
             The SHA-256 of the content: of every shard and of the provenance.
@@ -220,8 +220,9 @@ class Writer:
             "codec": self.layout.codec.label,
         }
         content = checksums.content(described, shards)
+        beside = {"measured": dict(measured)} if measured else {}
         root.attrs.update(
-            {**measured, **described, "content_sha256": content, "coordinates": "split", "complete": True}
+            {**described, **beside, "content_sha256": content, "coordinates": "split", "complete": True}
         )
         consolidate(root)
         checksums.write(self._store, shards)

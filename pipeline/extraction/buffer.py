@@ -8,8 +8,8 @@ from cache.schema import Layout, StoreError
 from pipeline.extraction.narrow import look, narrow
 from pipeline.extraction.transfer import Download
 
-# Values that are narrowed at once: on a processor what its cache keeps; on a GPU, where each takes some 20 bytes, what
-# fits beside a network that may fill it.
+# Values that are narrowed at once: on a processor what its cache keeps; on a GPU, where each takes some 20 bytes,
+# what fits beside a network that may fill it.
 _BLOCK, _GPU_BLOCK = 2**18, 2**25
 
 

@@ -16,6 +16,7 @@ from small_store import content, layout, values, write
 import cache.write
 from cache.read import Features
 from cache.schema import StoreError
+from cache.verify import verify
 from cache.write import Writer
 
 
@@ -157,6 +158,19 @@ def test_provenance_decides_the_digest(tmp_path):
 
     assert len({digest("a", bands=["red"]), digest("b", bands=["nir"]), digest("c", bands=["nir"])}) == 2
     assert json.loads((tmp_path / "a.zarr/zarr.json").read_text())["attributes"]["complete"] is True
+
+
+def test_what_was_measured_is_told_and_decides_no_digest(tmp_path):
+    def digest(name, measured):
+        described = layout(samples=8)
+        writer = Writer(tmp_path / name, described, tmp_path / f"{name}.zarr", {"backbone": "b"})
+        writer.write(0, values(described, 0))
+        return writer.finish(measured)
+
+    found = {"batch": 4, "precision_error": {"level0": 0.01}}
+    assert digest("told", found) == digest("plain", None)
+    assert Features(tmp_path / "told.zarr").attributes["measured"] == found
+    assert "measured: {'batch': 4, 'precision_error': {'level0': 0.01}}" in verify(tmp_path / "told.zarr")
 
 
 @pytest.mark.parametrize("levels", [True, False])

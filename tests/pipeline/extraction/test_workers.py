@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from cache.read import Features
+from cache.verify import verify
 from pipeline.extraction import workers
 from pipeline.params import Backbone, Compute, Extract
 
@@ -72,6 +73,7 @@ def test_two_workers_one_killed_make_the_store_of_one_process(task):
     assert killed in range(18)
     assert together == alone
     assert alone["batch"] == 4  # found, and no more than a shard
+    assert "measured: {'batch': 4}" in verify(shared.final)
     assert bytes_of(shared.final) == bytes_of(task("alone").final)
     assert not list(shared.scratch.iterdir())
     assert len(Features(shared.final).sample) == 72
