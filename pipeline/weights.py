@@ -1,7 +1,10 @@
 """Checkpoints of tensors: read without running anything they hold, and loaded with every name accounted for."""
 
 import pickle
+import re
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,9 +28,12 @@ def read(path: Path) -> dict:
         except SafetensorError as error:
             raise _unreadable(path, error) from None
     try:
+        _check_sums(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (
         pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
         RuntimeError,
         EOFError,
         struct.error,
@@ -60,6 +66,12 @@ def load_strictly(
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise UserError(f"{path} does not fit the network: {reason}") from None
+    wanted = dict(network.named_parameters())
+    if odd := [name for name, value in tensors.items() if name in wanted and not value.is_floating_point()]:
+        raise UserError(
+            f"{path} does not fit the network: {', '.join(odd[:4])} are of whole or complex numbers. It is another "
+            "model's file, or a damaged one."
+        )
     lacking = [name for name in found.missing_keys if not may_lack(name)]
     if lacking or found.unexpected_keys:
         raise UserError(
@@ -80,8 +92,19 @@ def below(tensors: Mapping, prefix: str, path: Path) -> dict:
     return found
 
 
+def _check_sums(path: Path) -> None:
+    """Of the files in a checkpoint that is an archive: torch reads them without a look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} in it has another checksum than it says")
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:160]
+    reason = " ".join(str(error).split())[:160] or "it ends too early"
+    if isinstance(error, pickle.UnpicklingError):  # torch's words are advice to run what is in it
+        wants = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it wants to run {wants[1]}, and nothing in it was run" if wants else "it is in no format of theirs"
     return UserError(
         f"{path} is not a checkpoint of tensors, or is damaged, and is not used ({reason}). Fetch it again."
     )

@@ -36,7 +36,7 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
             archives.unpack(origin, archives.fetch(origin, ARCHIVES), folder)
             record |= {"source": origin.source, "licence": origin.licence, "archive_sha256": origin.sha256}
         elif origin:
-            hub.fetch(origin, Path(described.weights_dir), folder)
+            hub.fetch(origin, Path(described.weights_dir).expanduser(), folder)
             record |= {"source": origin.repo, "revision": origin.revision, "licence": origin.licence}
         if origin and name:
             record["file_sha256"] = archives.digest(folder / name)

@@ -2,7 +2,8 @@
 
 A family defines `build(variant, weights, folder, seed, seen, declared)`, which returns a torch module from a
 normalised batch to a `Pyramid`, and declares what it has: `VARIANTS`, a `Spec` by name, or, for families whose
-members params.yaml describes, `describe(backbone)`. torch is imported inside functions alone.
+members params.yaml describes, `describe(backbone)`. One that has nothing to learn says `LEARNS = False`. torch is
+imported inside functions alone.
 """
 
 import dataclasses
@@ -64,6 +65,10 @@ def _checked(declared: Spec, backbone: Backbone) -> Spec:
         )
     if backbone.normalisation == "native" and declared.standardise:
         raise UserError(f"{backbone.variant} has no normalisation of its own. Set its normalisation to dataset.")
+    learns = getattr(family(backbone.family), "LEARNS", True)
+    if learns == (backbone.weights == "none"):
+        right = "pretrained or random" if learns else "none"
+        raise UserError(f"{backbone.variant} has weights: {backbone.weights}; set it to {right}.")
     if backbone.weights == "pretrained" and declared.weights is None:
-        raise UserError(f"No trained weights of {backbone.variant} are known. Set its weights to random or none.")
+        raise UserError(f"No trained weights of {backbone.variant} are known. Set its weights to random.")
     return declared

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.encoding.pyramid import Pyramid, Seen, Spec
 
+LEARNS = False
 VARIANTS = {
     "mean_std": Spec(
         bands=None,

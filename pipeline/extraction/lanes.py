@@ -27,22 +27,25 @@ class Lanes:
 
     Args:
         encoder: whose twins, one a lane, the calls are given.
+
+    Attributes:
+        count: of calls that run at once.
     """
 
     def __init__(self, encoder: Encoder):
         self._threads, self._pool, self._running = torch.get_num_threads(), None, deque()
-        self._count = min(_LANES, self._threads) if encoder.device == "cpu" else 1
-        self._beside = self._count > 1
+        self.count = min(_LANES, self._threads) if encoder.device == "cpu" else 1
+        self._beside = self.count > 1
         if encoder.device == "cpu":
             _give_back()
         self._free = queue.SimpleQueue()
-        for number in range(self._count):
+        for number in range(self.count):
             self._free.put(encoder.twin() if number else encoder)
 
     def __enter__(self):
         if self._beside:
-            own = {"initializer": torch.set_num_threads, "initargs": (self._threads // self._count,)}
-            self._pool = ThreadPoolExecutor(self._count, **own)
+            own = {"initializer": torch.set_num_threads, "initargs": (self._threads // self.count,)}
+            self._pool = ThreadPoolExecutor(self.count, **own)
         return self
 
     def __exit__(self, *_) -> None:
@@ -56,7 +59,7 @@ class Lanes:
             done = Future()
             done.set_result(self._run(call, *given))
             return done
-        while self._running and (len(self._running) > self._count or self._running[0].done()):
+        while self._running and (len(self._running) > self.count or self._running[0].done()):
             self._running.popleft().result()
         self._running.append(self._pool.submit(self._run, call, *given))
         return self._running[-1]

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,10 @@ from cache.schema import Layout
 from pipeline.encoding.encode import Encoder
 from pipeline.encoding.pyramid import Pyramid
 from pipeline.errors import UserError
+from pipeline.extraction.lanes import Lanes
 
 # Images of the first look at a network on a CPU, where a batch may take minutes.
 _LOOK = 4
-# The batch if none is given, on a CPU, where larger ones are slower, since more of a layer's output leaves the cache,
-# and take more memory (benchmarks/choices.py); and the share of a GPU's memory to use: narrowing takes some, too.
-_CPU_BATCH, _SHARE = 4, 0.8
 # A relative difference to float32 that rounding does not explain: some kernel is wrong (LAB.md has one).
 _WRONG = 0.3
 
@@ -49,11 +47,9 @@ def look(images: xr.Dataset, encoder: Encoder, batch: int) -> Look:
     """
     rows = slice(0, min(batch if encoder.device != "cpu" else _LOOK, len(images.sample)))
     image, known = images.image[rows].values, encoder.inputs.where_and_when(images, rows)
-    with _explained(encoder, len(image)):
+    with explained(encoder, len(image)):
         pyramid = encoder(image, known)
-    begun = time.perf_counter()
-    encoder(image, known)
-    rate = len(image) / (time.perf_counter() - begun)
+    rate = _rate(encoder, image, known)
     if not all(np.isfinite(each).all() for each in [*pyramid.levels, *pyramid.pooled.values()]):
         other = "" if encoder.precision == "float32" else ", or set extract.precision to float32"
         raise UserError(f"Features in {encoder.precision} are not finite numbers. Check the images{other}.")
@@ -71,8 +67,17 @@ def look(images: xr.Dataset, encoder: Encoder, batch: int) -> Look:
     return Look(pyramid, rate, {f"level{index}": error for index, error in enumerate(errors)})
 
 
+def _rate(encoder: Encoder, image: np.ndarray, known: Mapping[str, np.ndarray]) -> float:
+    """Images a second, encoded side by side as the engine does: the threads of one forward wait for one another."""
+    with Lanes(encoder) as beside:
+        begun = time.perf_counter()
+        for one in [beside.submit(Encoder.__call__, image, known) for _ in range(beside.count)]:
+            one.result()
+        return beside.count * len(image) / (time.perf_counter() - begun)
+
+
 @contextmanager
-def _explained(encoder: Encoder, count: int):
+def explained(encoder: Encoder, count: int):
     """Around the first forwards, of so many images, where a network shows what it does not take."""
     try:
         yield
@@ -88,49 +93,6 @@ def _explained(encoder: Encoder, count: int):
             f"{seen.input_size} px: {str(error).strip().splitlines()[0]}. Check the backbone's bands, input_size and "
             "options in params.yaml."
         ) from error
-
-
-def largest_batch(images: xr.Dataset, encoder: Encoder, most: int, views: int = 1) -> int:
-    """A batch for `extract.batch: 0`: on a GPU the largest power of two that its memory holds with room to spare.
-
-    It goes by all of the GPU's memory, not by what happens to be free: another batch would make other last digits.
-
-    Args:
-        most: the largest to find.
-        views: copies of an image that are in memory together.
-
-    Raises:
-        UserError: a network that these images do not fit, or no memory.
-    """
-    if encoder.device == "cpu":
-        return _CPU_BATCH
-    # Not compiled, which would be done again for several sizes.
-    plain = Encoder(encoder.inputs, encoder.network, encoder.device, encoder.precision, strides=encoder.strides)
-    whole = torch.cuda.get_device_properties(encoder.device).total_memory
-    room = _SHARE * (whole - torch.cuda.memory_allocated(encoder.device))
-    batch = _doubled(most, room, lambda batch: _bytes_of(images, plain, batch, views))
-    torch.cuda.empty_cache()
-    return batch
-
-
-def _doubled(most: int, room: float, needs: Callable[[int], float]) -> int:
-    """The largest power of two, up to `most`, that fits into `room` by what half of it needs."""
-    batch = 1
-    while 2 * batch <= most and 2 * needs(batch) <= room:
-        batch *= 2
-    return batch
-
-
-def _bytes_of(images: xr.Dataset, encoder: Encoder, batch: int, views: int) -> int:
-    """What a batch takes of a GPU: one view's forward beside what the others made, or all of them joined."""
-    rows = np.zeros(batch, int)
-    torch.cuda.reset_peak_memory_stats(encoder.device)
-    before = torch.cuda.memory_allocated(encoder.device)
-    with _explained(encoder, batch):
-        pyramid = encoder(images.image[rows].values, encoder.inputs.where_and_when(images, rows))
-    forward = torch.cuda.max_memory_allocated(encoder.device) - before
-    made = sum(each.nbytes for each in [*pyramid.levels, *pyramid.pooled.values()])
-    return max(forward + (views - 1) * made, 2 * views * made)
 
 
 def announce(layout: Layout, seen: Look, folder: Path, what: str) -> str:

@@ -5,12 +5,10 @@ the shard it was at, another machine may join at any time, and the store does no
 """
 
 import json
-import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from pipeline.compute import device, nth
 from pipeline.encoding import inputs
 from pipeline.encoding.encode import Encoder
 from pipeline.errors import UserError
+from pipeline.extraction import batch as batches
 from pipeline.extraction import extract as engine
 from pipeline.extraction import preflight
 from pipeline.imagery import images
@@ -78,9 +77,12 @@ def run(task: Extraction, compute: Compute) -> dict:
 
 def _first(client, task: Extraction) -> dict:
     """Have every worker there is, and every one that joins, work at the store until one says that it is finished."""
-    given, before, died = {}, -1, 0
+    given, before, died, waits = {}, -1, 0, False
     while True:
         there = client.scheduler_info(n_workers=-1)["workers"]
+        if not there and not waits:
+            print(f"{client.scheduler.address} has no workers; waiting for the first", file=sys.stderr, flush=True)
+        waits = not there
         gone, safe = len(given.keys() - there), len(list(task.scratch.glob("*/shards/*.json")))
         if safe != before:
             before, died = safe, gone
@@ -130,27 +132,16 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
         task.extract.shard,
         len(task.extract.views),
     )  # a batch does not reach from one shard into the next
-    found = partial(preflight.largest_batch, pictures, encoder, largest, views)
-    batch = min(task.extract.batch or _agreed(scratch / "batch", found), largest)
+    found = partial(batches.largest, pictures, encoder, largest, views)
+    batch = min(task.extract.batch or batches.agreed(scratch / "batch", found), largest)
+    said["batch"] = batch
     seen = preflight.look(pictures, encoder, batch)
     layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
     print(preflight.announce(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
     writer = Writer(scratch, layout, task.final, said)
     engine.extract(pictures, encoder, writer, batch)
-    measured = {"batch": batch} | ({"precision_error": seen.precision_error} if seen.precision_error else {})
+    measured = {"precision_error": seen.precision_error} if seen.precision_error else {}
     return {**said, **measured, "content_sha256": writer.finish(measured)}
-
-
-def _agreed(path: Path, find: Callable[[], int]) -> int:
-    """The batch that the first worker of a store finds: another would change the features' last digits."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mine = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        mine.write_text(str(find()))
-        with suppress(FileExistsError):
-            os.link(mine, path)
-        mine.unlink()
-    return int(path.read_text())
 
 
 @contextmanager
@@ -158,7 +149,14 @@ def _client(compute: Compute):
     from distributed import Client, LocalCluster
 
     if compute.scheduler:
-        with Client(compute.scheduler) as client:
+        try:
+            client = Client(compute.scheduler)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"There is no Dask scheduler at '{compute.scheduler}' ({type(error).__name__}: {error}). Start one, "
+                "and give its address as compute.scheduler, such as tcp://10.0.0.1:8786."
+            ) from None
+        with client:
             yield client
     else:
         # Without a limit: Dask would kill a worker whose network and shards take more than its share.

@@ -15,6 +15,8 @@ from pipeline.params import Backbone
         (("prithvi", "prithvi_eo_v2_600_tl", "random", 512), "multiple of 14"),
         (("dofa", "dofa_large_patch16_224", "random", 224), "Set its normalisation to dataset"),
         (("dofa", "dofa_small_patch16_224", "pretrained", 224, 0, "dataset"), "No trained weights"),
+        (("hiera", "sam2.1_hiera_t", "none", 64), "has weights: none; set it to pretrained or random"),
+        (("raw", "mean_std", "random", 64), "has weights: random; set it to none"),
         (("timm", "resnet19", "random", 64), "timm has no network 'resnet19'. Similar ones: .*resnet"),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from cache.read import Features
 from pipeline.encoding.encode import Encoder
 from pipeline.errors import UserError
-from pipeline.extraction import preflight, workers
+from pipeline.extraction import batch as batches
+from pipeline.extraction import workers
 from pipeline.imagery import images
 from pipeline.params import Backbone, Compute, Extract
 
@@ -81,14 +82,14 @@ def test_less_memory_gives_a_smaller_batch(gpu, store, encoder_of, monkeypatch):
     opened = images.open_images(store("sample-landuse-seg"))
     made = encoder_of(opened, "efficientnet", "lite0", 64)
     with pytest.raises(UserError, match="The network does not take"):
-        preflight.largest_batch(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
+        batches.largest(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
     sealed = Encoder(made.inputs, made.network, gpu, strides=made.strides)
-    assert preflight.largest_batch(opened, sealed, 64) == 64
-    each = preflight._bytes_of(opened, sealed, 8, 1) / 8
-    scarce = SimpleNamespace(total_memory=torch.cuda.memory_allocated(gpu) + 20 * each / preflight._SHARE)
+    assert batches.largest(opened, sealed, 64) == 64
+    each = batches._bytes_of(opened, sealed, 8, 1) / 8
+    scarce = SimpleNamespace(total_memory=torch.cuda.memory_allocated(gpu) + 20 * each / batches._SHARE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: scarce)
-    assert 8 <= preflight.largest_batch(opened, sealed, 64) <= 16
-    assert preflight.largest_batch(opened, sealed, 64, views=4) < 8
+    assert 8 <= batches.largest(opened, sealed, 64) <= 16
+    assert batches.largest(opened, sealed, 64, views=4) < 8
 
 
 def test_a_compiled_network_gives_the_same_features(run):

@@ -98,20 +98,6 @@ def test_a_network_that_does_not_take_the_images_says_so(tiles, sealed):
         preflight.look(tiles, Encoder(sealed.inputs, wrong, "cpu"), 4)
 
 
-@pytest.mark.parametrize(
-    ("most", "room", "found"), [(64, 1e9, 64), (48, 1e9, 32), (64, 160, 16), (64, 159, 8), (64, 1, 1)]
-)
-def test_a_batch_is_doubled_until_the_next_may_not_fit(most, room, found):
-    tried = []
-
-    def needs(batch):
-        tried.append(batch)
-        return 10 * batch
-
-    assert preflight._doubled(most, room, needs) == found
-    assert max(tried) <= found  # what may not fit is not tried
-
-
 def test_features_too_large_for_int8_in_float16_are_left_to_the_store(laid, tmp_path):
     layout, seen = laid("int8")
     seen.pyramid.levels[0] *= 1e9

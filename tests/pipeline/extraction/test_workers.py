@@ -5,12 +5,14 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
 
 from cache.read import Features
 from cache.verify import verify
+from pipeline.errors import UserError
 from pipeline.extraction import workers
 from pipeline.params import Backbone, Compute, Extract
 
@@ -73,10 +75,16 @@ def test_two_workers_one_killed_make_the_store_of_one_process(task):
     assert killed in range(18)
     assert together == alone
     assert alone["batch"] == 4  # found, and no more than a shard
-    assert "measured: {'batch': 4}" in verify(shared.final)
+    assert "whole" in verify(shared.final)
     assert bytes_of(shared.final) == bytes_of(task("alone").final)
     assert not list(shared.scratch.iterdir())
     assert len(Features(shared.final).sample) == 72
+
+
+@pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:9"])
+def test_a_scheduler_that_is_none_is_named(task, address):
+    with pytest.raises(UserError, match=f"There is no Dask scheduler at '{address}'.*such as tcp://"):
+        workers.run(replace(task("none"), device="cpu"), Compute("cpu", 0, address))
 
 
 @pytest.mark.slow
