@@ -38,9 +38,8 @@ from pipeline import compute, params
 from pipeline.backbones import build, spec
 from pipeline.encoding import inputs
 from pipeline.encoding.encode import Encoder
-from pipeline.extraction import batch as batches
+from pipeline.extraction import batch_size, preflight
 from pipeline.extraction import extract as engine
-from pipeline.extraction import preflight
 from pipeline.extraction.lanes import Lanes
 from pipeline.imagery import imagestore
 from pipeline.imagery.images import open_images
@@ -89,7 +88,7 @@ class Case:
         given = inputs.describe(self.images, backbone, chosen, self.declared)
         network = build(chosen, self.declared, given.seen, trained)
         self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
-        self.batch = batch or batches.largest(self.images, self.encoder, described.extract.shard)
+        self.batch = batch or batch_size.largest(self.images, self.encoder, described.extract.shard)
         # A batch does not reach from one shard into the next, and both sides are to have the same.
         shard = max(described.extract.shard, self.batch)
         self.extract = dataclasses.replace(

@@ -199,8 +199,7 @@ def terratorch(described: params.Params, dealt: int | None = None) -> dict:
     from pipeline.backbones import build, spec
     from pipeline.encoding import inputs
     from pipeline.encoding.encode import Encoder
-    from pipeline.extraction import batch as batches
-    from pipeline.extraction import extract, preflight
+    from pipeline.extraction import batch_size, extract, preflight
 
     dataset, backbone = THEIRS
     recipe = dataclasses.replace(described.heads.linear, pooled="last", steps=STEPS)
@@ -220,7 +219,7 @@ def terratorch(described: params.Params, dealt: int | None = None) -> dict:
     layout = extract.make_layout(images, declared, look.pyramid, chosen.input_size, described.extract)
     provenance = {"images_sha256": images.attrs["content_sha256"]}
     writer = Writer(scratch / "scratch", layout, scratch / "store.zarr", provenance)
-    batch = described.extract.batch or batches.largest(images, encoder, described.extract.shard)
+    batch = described.extract.batch or batch_size.largest(images, encoder, described.extract.shard)
     extract.extract(images, encoder, writer, batch)
     writer.finish()
     cell = cells.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")

@@ -30,8 +30,7 @@ from pipeline.encoding import encode, inputs, pyramid, resize, views
 from pipeline.encoding.encode import Encoder
 from pipeline.encoding.inputs import Inputs
 from pipeline.encoding.pyramid import Pyramid, Spec
-from pipeline.extraction import batch as batches
-from pipeline.extraction import buffer, feed, lanes, narrow, preflight
+from pipeline.extraction import batch_size, buffer, feed, lanes, narrow, preflight
 from pipeline.extraction.lanes import Lanes
 from pipeline.extraction.transfer import Download, arrived, threads
 from pipeline.params import Backbone, Extract
@@ -51,7 +50,7 @@ def scratch_path(folder: Path, described: Mapping, extract: Extract, clear: bool
     """
     modules = (
         bands,
-        batches,
+        batch_size,
         buffer,
         encode,
         feed,

@@ -70,9 +70,10 @@ def look(images: xr.Dataset, encoder: Encoder, batch: int) -> Look:
 def _rate(encoder: Encoder, image: np.ndarray, known: Mapping[str, np.ndarray]) -> float:
     """Images a second, encoded side by side as the engine does: the threads of one forward wait for one another."""
     with Lanes(encoder) as beside:
-        begun = time.perf_counter()
-        for one in [beside.submit(Encoder.__call__, image, known) for _ in range(beside.count)]:
-            one.result()
+        for _ in range(2):  # the first compiles, if it is to be compiled
+            begun = time.perf_counter()
+            for one in [beside.submit(Encoder.__call__, image, known) for _ in range(beside.count)]:
+                one.result()
         return beside.count * len(image) / (time.perf_counter() - begun)
 
 
@@ -83,8 +84,8 @@ def explained(encoder: Encoder, count: int):
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{encoder.device} has no memory for {count} images at once. Set extract.batch to fewer, or see what "
-            "else uses it."
+            f"{encoder.device} has no memory for {count} images at once. Set extract.batch to fewer than that, or "
+            "see what else uses it."
         ) from None
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         seen = encoder.inputs.seen

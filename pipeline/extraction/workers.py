@@ -8,12 +8,14 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import xarray as xr
 
 from cache.write import Writer
 from pipeline.backbones import build, spec
@@ -21,9 +23,8 @@ from pipeline.compute import device, nth
 from pipeline.encoding import inputs
 from pipeline.encoding.encode import Encoder
 from pipeline.errors import UserError
-from pipeline.extraction import batch as batches
+from pipeline.extraction import batch_size, preflight
 from pipeline.extraction import extract as engine
-from pipeline.extraction import preflight
 from pipeline.imagery import images
 from pipeline.params import Backbone, Compute, Extract
 
@@ -81,7 +82,7 @@ def _first(client, task: Extraction) -> dict:
     while True:
         there = client.scheduler_info(n_workers=-1)["workers"]
         if not there and not waits:
-            print(f"{client.scheduler.address} has no workers; waiting for the first", file=sys.stderr, flush=True)
+            print(f"{client.scheduler.address} has no workers; waiting for one", file=sys.stderr, flush=True)
         waits = not there
         gone, safe = len(given.keys() - there), len(list(task.scratch.glob("*/shards/*.json")))
         if safe != before:
@@ -128,13 +129,7 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
         torch.cuda.set_device(nth(where, index))
     network = build(task.backbone, declared, given.seen, task.weights)
     encoder = Encoder(given, network, where, task.extract.precision, task.extract.compiled, declared.strides)
-    largest, views = (
-        task.extract.shard,
-        len(task.extract.views),
-    )  # a batch does not reach from one shard into the next
-    found = partial(batches.largest, pictures, encoder, largest, views)
-    batch = min(task.extract.batch or batches.agreed(scratch / "batch", found), largest)
-    said["batch"] = batch
+    said["batch"] = batch = _batch(task, pictures, encoder, said, scratch)
     seen = preflight.look(pictures, encoder, batch)
     layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
     print(preflight.announce(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
@@ -142,6 +137,19 @@ def _work(task: Extraction, index: int, clear: bool) -> dict:
     engine.extract(pictures, encoder, writer, batch)
     measured = {"precision_error": seen.precision_error} if seen.precision_error else {}
     return {**said, **measured, "content_sha256": writer.finish(measured)}
+
+
+def _batch(task: Extraction, pictures: xr.Dataset, encoder: Encoder, said: Mapping, scratch: Path) -> int:
+    """Images a forward: as told, or else found; a shard's at most, since a batch does not reach into the next."""
+    extract = task.extract
+    find = partial(batch_size.largest, pictures, encoder, extract.shard, len(extract.views))
+    if extract.batch:
+        return min(extract.batch, extract.shard)
+    if encoder.device == "cpu":
+        return find()
+    # A worker that is late finds the store published, and what the others agreed on gone.
+    known = batch_size.published(task.final, said, extract.views) or batch_size.agreed(scratch / "batch", find)
+    return min(known, extract.shard)
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import torch
 from cache.read import Features
 from pipeline.encoding.encode import Encoder
 from pipeline.errors import UserError
-from pipeline.extraction import batch as batches
-from pipeline.extraction import workers
+from pipeline.extraction import batch_size, workers
 from pipeline.imagery import images
 from pipeline.params import Backbone, Compute, Extract
 
@@ -82,14 +81,14 @@ def test_less_memory_gives_a_smaller_batch(gpu, store, encoder_of, monkeypatch):
     opened = images.open_images(store("sample-landuse-seg"))
     made = encoder_of(opened, "efficientnet", "lite0", 64)
     with pytest.raises(UserError, match="The network does not take"):
-        batches.largest(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
+        batch_size.largest(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
     sealed = Encoder(made.inputs, made.network, gpu, strides=made.strides)
-    assert batches.largest(opened, sealed, 64) == 64
-    each = batches._bytes_of(opened, sealed, 8, 1) / 8
-    scarce = SimpleNamespace(total_memory=torch.cuda.memory_allocated(gpu) + 20 * each / batches._SHARE)
+    assert batch_size.largest(opened, sealed, 64) == 64
+    each = batch_size._bytes_of(opened, sealed, 8, 1) / 8
+    scarce = SimpleNamespace(total_memory=torch.cuda.memory_allocated(gpu) + 20 * each / batch_size._SHARE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: scarce)
-    assert 8 <= batches.largest(opened, sealed, 64) <= 16
-    assert batches.largest(opened, sealed, 64, views=4) < 8
+    assert 8 <= batch_size.largest(opened, sealed, 64) <= 16
+    assert batch_size.largest(opened, sealed, 64, views=4) < 8
 
 
 def test_a_compiled_network_gives_the_same_features(run):

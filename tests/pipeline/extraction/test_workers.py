@@ -17,7 +17,7 @@ from pipeline.extraction import workers
 from pipeline.params import Backbone, Compute, Extract
 
 EXTRACT = Extract(
-    dtype="float16", codec="none", precision="float32", compiled=False, batch=0, shard=4, dense=False,
+    dtype="float16", codec="none", precision="float32", compiled=False, batch=0, shard=3, dense=False,
     views=("identity",),
 )  # fmt: skip
 
@@ -72,13 +72,25 @@ def test_two_workers_one_killed_make_the_store_of_one_process(task):
     killed = kill_one_at_work(lambda: next(shared.scratch.glob("*/shards"), shared.scratch))
     thread.join(timeout=240)
     assert not thread.is_alive()
-    assert killed in range(18)
+    assert killed in range(24)
     assert together == alone
-    assert alone["batch"] == 4  # found, and no more than a shard
+    assert alone["batch"] == Features(shared.final).attributes["batch"] == 3  # four, but for the shard
     assert "whole" in verify(shared.final)
     assert bytes_of(shared.final) == bytes_of(task("alone").final)
     assert not list(shared.scratch.iterdir())
     assert len(Features(shared.final).sample) == 72
+
+
+def test_a_store_in_lower_precision_is_whole_and_says_what_that_changed(task):
+    lower = task("lower")
+    said = workers.run(
+        replace(lower, extract=replace(EXTRACT, precision="bfloat16", shard=16)), Compute("cpu", 0, "")
+    )
+    assert "whole" in verify(lower.final)
+    assert said["batch"] == Features(lower.final).attributes["batch"] == 4
+    told = Features(lower.final).attributes["measured"]["precision_error"]
+    assert told == said["precision_error"]
+    assert all(1e-4 < error < 0.3 for error in told.values())
 
 
 @pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:9"])

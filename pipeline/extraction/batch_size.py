@@ -1,8 +1,9 @@
 """Images per forward, where params.yaml leaves it open; it decides the features' last digits."""
 
+import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 import xarray as xr
 
 from cache.durable import write_file
+from cache.read import Features
+from cache.schema import StoreError
 from pipeline.encoding.encode import Encoder
 from pipeline.extraction.preflight import explained
 
@@ -31,10 +34,27 @@ def agreed(path: Path, find: Callable[[], int]) -> int:
     return int(path.read_text())
 
 
-def largest(images: xr.Dataset, encoder: Encoder, most: int, views: int = 1) -> int:
-    """A batch for `extract.batch: 0`: on a GPU the largest power of two that its memory holds with room to spare.
+def published(final: Path, said: Mapping, views: Sequence[str]) -> int:
+    """The batch of a finished store of the same things, or 0.
 
-    It goes by all of the GPU's memory, not by what happens to be free: another batch would make other last digits.
+    Args:
+        said: what decides its content, but the batch.
+        views: names of the copies of each image.
+    """
+    try:
+        store = Features(final)
+    except (StoreError, OSError):
+        return 0
+    told = json.loads(json.dumps(dict(said)))
+    same = all(store.attributes.get(name) == value for name, value in told.items())
+    return store.attributes.get("batch", 0) if same and (store.view or ("identity",)) == tuple(views) else 0
+
+
+def largest(images: xr.Dataset, encoder: Encoder, most: int, views: int = 1) -> int:
+    """A batch for `extract.batch: 0`: a few on a processor, on a GPU a power of two that its memory holds with room.
+
+    It goes by all of the GPU's memory but what this process has of it, the network, and not by what others leave
+    free: another batch would make other last digits.
 
     Args:
         most: the largest to find.
@@ -44,7 +64,7 @@ def largest(images: xr.Dataset, encoder: Encoder, most: int, views: int = 1) -> 
         UserError: a network that these images do not fit, or no memory.
     """
     if encoder.device == "cpu":
-        return _CPU_BATCH
+        return min(_CPU_BATCH, most)
     # Not compiled, which would be done again for several sizes.
     plain = Encoder(encoder.inputs, encoder.network, encoder.device, encoder.precision, strides=encoder.strides)
     whole = torch.cuda.get_device_properties(encoder.device).total_memory
@@ -65,10 +85,11 @@ def _doubled(most: int, room: float, needs: Callable[[int], float]) -> int:
 def _bytes_of(images: xr.Dataset, encoder: Encoder, batch: int, views: int) -> int:
     """What a batch takes of a GPU: one view's forward beside what the others made, or all of them joined."""
     rows = np.zeros(batch, int)
+    image, known = images.image[rows].values, encoder.inputs.where_and_when(images, rows)
     torch.cuda.reset_peak_memory_stats(encoder.device)
     before = torch.cuda.memory_allocated(encoder.device)
     with explained(encoder, batch):
-        pyramid = encoder(images.image[rows].values, encoder.inputs.where_and_when(images, rows))
+        pyramid = encoder(image, known)
     forward = torch.cuda.max_memory_allocated(encoder.device) - before
     made = sum(each.nbytes for each in [*pyramid.levels, *pyramid.pooled.values()])
     return max(forward + (views - 1) * made, 2 * views * made)
