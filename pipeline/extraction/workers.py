@@ -157,14 +157,7 @@ def _client(compute: Compute):
     from distributed import Client, LocalCluster
 
     if compute.scheduler:
-        try:
-            client = Client(compute.scheduler)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"There is no Dask scheduler at '{compute.scheduler}' ({type(error).__name__}: {error}). Start one, "
-                "and give its address as compute.scheduler, such as tcp://10.0.0.1:8786."
-            ) from None
-        with client:
+        with Client(compute.scheduler) as client:
             yield client
     else:
         # Without a limit: Dask would kill a worker whose network and shards take more than its share.

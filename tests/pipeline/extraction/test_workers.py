@@ -12,7 +12,6 @@ import pytest
 
 from cache.read import Features
 from cache.verify import verify
-from pipeline.errors import UserError
 from pipeline.extraction import workers
 from pipeline.params import Backbone, Compute, Extract
 
@@ -91,12 +90,6 @@ def test_a_store_in_lower_precision_is_whole_and_says_what_that_changed(task):
     told = Features(lower.final).attributes["measured"]["precision_error"]
     assert told == said["precision_error"]
     assert all(1e-4 < error < 0.3 for error in told.values())
-
-
-@pytest.mark.parametrize("address", ["nowhere", "http://127.0.0.1:9"])
-def test_a_scheduler_that_is_none_is_named(task, address):
-    with pytest.raises(UserError, match=f"There is no Dask scheduler at '{address}'.*such as tcp://"):
-        workers.run(replace(task("none"), device="cpu"), Compute("cpu", 0, address))
 
 
 @pytest.mark.slow
