@@ -30,14 +30,14 @@ from torch.nn import functional
 
 from benchmarks.extraction import CPU, Case, repeated
 from benchmarks.timing import ratio, seconds
-from pipeline.backbones import build, spec
-from pipeline.encoding import inputs
-from pipeline.extraction import feed
-from pipeline.heads.dense import DenseGroup
-from pipeline.heads.upernet import UperNet
-from pipeline.params import Backbone
-from pipeline.training import fit
-from pipeline.training.loss import loss, slope
+from pipeline.backbones import create_backbone, get_spec
+from pipeline.backbones import preprocessing as inputs
+from pipeline.config import BackboneConfig
+from pipeline.extraction import loader
+from pipeline.heads.dense import HeadList
+from pipeline.heads.upernet import UPerNet
+from pipeline.training import loop
+from pipeline.training.losses import loss, loss_grad
 
 WIDTHS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
 ROUNDS = 5
@@ -50,22 +50,22 @@ def levels(layout) -> list[torch.Tensor]:
 
 def lanes() -> float:
     inputs, label = levels(torch.channels_last), torch.randint(7, (16, 128, 128))
-    settings = [fit.Setting(1e-3, 1e-4, seed) for seed in range(4)]
-    task = fit.Task("segmentation", 7)
+    settings = [loop.HParams(1e-3, 1e-4, seed) for seed in range(4)]
+    task = loop.Task("segmentation", 7)
 
     def train(group):
         def make(seeds):
-            return DenseGroup(lambda: UperNet(WIDTHS, 16, 7), (128, 128), seeds)
+            return HeadList(lambda: UPerNet(WIDTHS, 16, 7), (128, 128), seeds)
 
         for part in group:
-            fit.fit(make, fit.Data(inputs, label), task, part, fit.Recipe(steps=30, batch=4))
+            loop.fit(make, loop.Data(inputs, label), task, part, loop.TrainSchedule(steps=30, batch=4))
 
     return ratio(lambda: train([settings]), lambda: train([[one] for one in settings]), ROUNDS)
 
 
 def upernet_channels_last() -> float:
     def step(layout):
-        head, inputs = UperNet(WIDTHS, 16, 7).to(memory_format=layout), levels(layout)
+        head, inputs = UPerNet(WIDTHS, 16, 7).to(memory_format=layout), levels(layout)
         label = torch.randint(7, (16, 32, 32))
 
         def work():
@@ -79,8 +79,8 @@ def upernet_channels_last() -> float:
 
 def csmask_channels_last() -> float:
     def forward(layout):
-        described = Backbone("efficientnet", "csmask_b4", "random", 128)
-        network = build(described, spec(described), None, Path()).to(memory_format=layout)
+        described = BackboneConfig("efficientnet", "csmask_b4", "random", 128)
+        network = create_backbone(described, get_spec(described), None, Path()).to(memory_format=layout)
         image = torch.randn(32, 6, 128, 128).contiguous(memory_format=layout)
 
         def work():
@@ -127,13 +127,13 @@ def fused_adamw() -> float:
 
 
 def dense_pull() -> float:
-    inputs, task = [level[:4] for level in levels(torch.channels_last)], fit.Task("segmentation", 2, ignore=255)
+    inputs, task = [level[:4] for level in levels(torch.channels_last)], loop.Task("segmentation", 2, ignore=255)
     label = torch.randint(2, (1, 4, 256, 256), dtype=torch.uint8)
-    group = DenseGroup(lambda: UperNet(WIDTHS, 16, 2), (256, 256), (0,))
+    group = HeadList(lambda: UPerNet(WIDTHS, 16, 2), (256, 256), (0,))
 
     def pulled():
         for _ in range(5):
-            group.pull(inputs, None, lambda logits, heads: slope(logits, label[heads], task))
+            group.pull(inputs, None, lambda logits, heads: loss_grad(logits, label[heads], task))
 
     def pushed():
         for _ in range(5):
@@ -172,7 +172,7 @@ def many_readers() -> float:
             torch.from_numpy(selected).clone()
 
     with ThreadPoolExecutor(4) as readers:
-        made = feed.Feed(opened, encoder, (), readers)
+        made = loader.ImageLoader(opened, encoder, (), readers)
         return ratio(lambda: [made._by_many(slice(start, start + 256)) for start in batches], by_one, ROUNDS)
 
 
@@ -192,8 +192,8 @@ def moments_by_image() -> float:
 def thirteen_bands():
     """2048 images and what DOFA is given of them."""
     opened = repeated("sample-landuse-seg", 2048)
-    described = Backbone("dofa", "dofa_large_patch16_224", "random", 224, normalisation="dataset")
-    return opened, inputs.describe(opened, "dofa", described, spec(described))
+    described = BackboneConfig("dofa", "dofa_large_patch16_224", "random", 224, normalisation="dataset")
+    return opened, inputs.make_preprocessor(opened, "dofa", described, get_spec(described))
 
 
 def _on_one_core(ours, theirs) -> float:
@@ -216,8 +216,8 @@ def lite0_large_pages() -> float:
 
 def lite0() -> None:
     """Print the seconds of a forward: torch decides once a process where its memory comes from."""
-    described = Backbone("efficientnet", "lite0", "random", 224)
-    network = build(described, spec(described), None, Path()).to(memory_format=torch.channels_last)
+    described = BackboneConfig("efficientnet", "lite0", "random", 224)
+    network = create_backbone(described, get_spec(described), None, Path()).to(memory_format=torch.channels_last)
     image = torch.randn(32, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         network(image)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.features import FOLDER, remade
-from pipeline import params
-from pipeline.imagery import imagestore
-from pipeline.imagery.chips import SPLITS, assign_blocks
-from pipeline.imagery.images import open_images
+from pipeline import config
+from pipeline.data import image_writer
+from pipeline.data.image_store import open_images
+from pipeline.data.splits import SPLITS, assign_blocks
 
 
-def deal(labelled, described: params.Dataset, seed: int) -> np.ndarray:
+def deal(labelled, described: config.DatasetConfig, seed: int) -> np.ndarray:
     """The split of every chip, whole blocks at a time."""
     places = [re.fullmatch(r"(.*)r(\d+)c(\d+)", name).groups() for name in labelled.sample.values]
     homes = [
@@ -27,10 +27,10 @@ def deal(labelled, described: params.Dataset, seed: int) -> np.ndarray:
     return np.array(SPLITS)[assign_blocks(counts, described.splits, seed)[block]]
 
 
-def store(dataset: str, described: params.Dataset, seed: int) -> Path:
+def store(dataset: str, described: config.DatasetConfig, seed: int) -> Path:
     """Write an images store of the same chips in other splits."""
     path = FOLDER / f"{dataset}-dealt-images.zarr"
     opened = open_images(Path(f"data/images/{dataset}.zarr"))
     made = remade(opened, split=deal(opened, described, seed))
-    imagestore.write(made, FOLDER / "scratch-images", path)
+    image_writer.write(made, FOLDER / "scratch-images", path)
     return path

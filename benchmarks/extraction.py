@@ -33,16 +33,15 @@ import torch
 import xarray as xr
 
 from benchmarks.features import FOLDER, remade
-from cache.write import Writer
-from pipeline import compute, params
-from pipeline.backbones import build, spec
-from pipeline.encoding import inputs
-from pipeline.encoding.encode import Encoder
-from pipeline.extraction import batch_size, preflight
-from pipeline.extraction import extract as engine
-from pipeline.extraction.lanes import Lanes
-from pipeline.imagery import imagestore
-from pipeline.imagery.images import open_images
+from cache.writer import Writer
+from pipeline import config
+from pipeline import device as compute
+from pipeline.backbones import create_backbone, get_spec, preprocessing
+from pipeline.backbones.encoder import Encoder
+from pipeline.data import image_writer
+from pipeline.data.image_store import open_images
+from pipeline.extraction import batch_size, engine, estimate
+from pipeline.extraction.cpu_parallel import ParallelEncoder
 
 ALL_OF_GEO_BENCH, SETS = 104_000, 12
 SCRATCH = FOLDER / "extracting"
@@ -67,7 +66,7 @@ def repeated(dataset: str, count: int) -> xr.Dataset:
         opened = open_images(Path(f"data/images/{dataset}.zarr"))
         rows = np.arange(count) % len(opened.sample)
         made = remade(opened, rows, sample=[f"{row}" for row in range(count)])
-        imagestore.write(made, FOLDER / "scratch-images", path)
+        image_writer.write(made, FOLDER / "scratch-images", path)
     opened = open_images(path)
     for start in range(0, count, 64):  # as `prepare` leaves it, in the system's memory if that holds it
         opened.image[start : start + 64].load()
@@ -78,15 +77,15 @@ class Case:
     """One network and the images that it sees."""
 
     def __init__(self, backbone: str, dataset: str, count: int, batch: int, device: str, precision: str):
-        described = params.load()
+        described = config.load()
         trained = Path(f"data/weights/{backbone}")
         chosen = dataclasses.replace(described.backbone(backbone), input_size=224)
-        fetched = (trained / str(spec(chosen).weights_file)).is_file()
+        fetched = (trained / str(get_spec(chosen).weights_file)).is_file()
         chosen = dataclasses.replace(chosen, weights="pretrained" if fetched else "random")
         self.images, self.described = repeated(dataset, count), described
-        self.declared = spec(chosen)
-        given = inputs.describe(self.images, backbone, chosen, self.declared)
-        network = build(chosen, self.declared, given.seen, trained)
+        self.declared = get_spec(chosen)
+        given = preprocessing.make_preprocessor(self.images, backbone, chosen, self.declared)
+        network = create_backbone(chosen, self.declared, given.seen, trained)
         self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
         self.batch = batch or batch_size.largest(self.images, self.encoder, described.extract.shard)
         # A batch does not reach from one shard into the next, and both sides are to have the same.
@@ -94,7 +93,7 @@ class Case:
         self.extract = dataclasses.replace(
             described.extract, batch=self.batch, shard=shard, dense=True, precision=precision
         )
-        self.look = preflight.look(self.images, self.encoder, 4)
+        self.look = estimate.look(self.images, self.encoder, 4)
 
     def layout(self, images: xr.Dataset):
         return engine.make_layout(images, self.declared, self.look.pyramid, 224, self.extract)
@@ -118,7 +117,7 @@ class Case:
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
         layout = self.layout(self.images.isel(sample=slice(0, FEW)))
-        block = np.random.default_rng(0).bytes(preflight.nbytes(layout) // FEW * layout.shard)
+        block = np.random.default_rng(0).bytes(estimate.nbytes(layout) // FEW * layout.shard)
         begun = time.perf_counter()
         for number in range(FEW // layout.shard):
             with open(SCRATCH / f"{number}", "wb") as file:
@@ -148,7 +147,7 @@ class Case:
         self._wait()
         begun = time.perf_counter()
         if side_by_side:
-            with Lanes(self.encoder) as lanes:
+            with ParallelEncoder(self.encoder) as lanes:
                 for one in [lanes.submit(Encoder.forward, batch, known) for _ in range(times)]:
                     one.result()
         else:
@@ -171,7 +170,7 @@ class Case:
 
 
 def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, device: str, precision: str) -> dict:
-    case = Case(backbone, dataset, count, batch, compute.device(device), precision)
+    case = Case(backbone, dataset, count, batch, compute.resolve_device(device), precision)
     on_cpu = device == "cpu"
     if on_cpu:
         works = warm_up = [case.engine, case.forward, lambda: case.forward(True)]
@@ -202,19 +201,19 @@ def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, de
         "images": count,
         "batch": case.batch,
         "precision": precision,
-        "images_a_second": round(ours, 2),
-        "forward_images_a_second": round(bare, 2),
+        "images_per_second": round(ours, 2),
+        "forward_images_per_second": round(bare, 2),
         "vs_forward": ratio(0, 1),
     }
     if on_cpu:
-        return found | {"side_by_side_images_a_second": round(others[0], 2), "vs_side_by_side": ratio(0, 2)}
+        return found | {"side_by_side_images_per_second": round(others[0], 2), "vs_side_by_side": ratio(0, 2)}
     flops = case.flops()
     return found | {
         "average_set_images": average,
         "average_set_vs_forward": ratio(2, 1),
-        "dense_images_a_second": round(others[1], 2),
+        "dense_images_per_second": round(others[1], 2),
         "dense_vs_forward": ratio(3, 1),
-        "plain_write_images_a_second": round(others[2], 2),
+        "plain_write_images_per_second": round(others[2], 2),
         "dense_vs_plain_write": ratio(3, 4),
         "gigaflops_an_image": round(flops / 1e9, 1),
         "share_of_measured_matrix_rate": round(ours * flops / matrix_rate(), 3),

@@ -11,21 +11,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cache.read import Features
-from cache.schema import Layout, Level
-from cache.write import Writer
-from pipeline import params
-from pipeline.backbones import build, spec
-from pipeline.encoding import inputs
-from pipeline.encoding.encode import Encoder
-from pipeline.encoding.views import VIEWS
-from pipeline.imagery import images
+from cache.reader import FeatureStore
+from cache.schema import LevelSchema, StoreSchema
+from cache.writer import Writer
+from pipeline import config
+from pipeline.backbones import create_backbone, get_spec, preprocessing
+from pipeline.backbones.encoder import Encoder
+from pipeline.data import image_store
+from pipeline.data.augmentation import VIEWS
 
 FOLDER = Path("data/benchmarks")
 BATCH = 64
 
 
-def store(dataset: str, backbone: str, size: int, copies: int) -> Features:
+def store(dataset: str, backbone: str, size: int, copies: int) -> FeatureStore:
     """A store of all levels of every chip in `copies` views, each a sample of its own.
 
     Args:
@@ -34,28 +33,28 @@ def store(dataset: str, backbone: str, size: int, copies: int) -> Features:
     path = FOLDER / f"{dataset}-{backbone}-{size}px-{copies}x.zarr"
     if not path.exists():
         _make(path, dataset, backbone, size, copies)
-    return Features(path)
+    return FeatureStore(path)
 
 
-def remade(opened, rows=slice(None), **changes) -> images.Images:
+def remade(opened, rows=slice(None), **changes) -> image_store.ImageDataset:
     """Images in memory: those of some rows of an images store, with some of what is said of them changed."""
     variables = [name for name in ("label", "split", "lat", "lon", "time") if name in opened.variables]
     attributes = ("classes", "task", "units", "gsd", "licence", "source", "display")
     said = {name: opened.attrs[name] for name in attributes if name in opened.attrs}
     said |= {name: opened[name].values[rows] for name in ("image", "sample", *variables)}
-    return images.Images(**{**said, "bands": inputs.bands_of(opened), **changes})
+    return image_store.ImageDataset(**{**said, "bands": preprocessing.bands_of(opened), **changes})
 
 
-def repeated(features: Features, times: int) -> Features:
+def repeated(features: FeatureStore, times: int) -> FeatureStore:
     """A store of the same features so many times over, under other names."""
     path = features.location.with_suffix(f".times{times}.zarr")
     if not path.exists():
         count, root = len(features.sample) // 64 * 64, features.root
-        layout = Layout(
+        layout = StoreSchema(
             sample=tuple(f"{name}-{again}" for again in range(times) for name in features.sample[:count]),
             split=("train",) * (count * times), pooled={}, dtype="float16", shard=64,
             levels=tuple(
-                Level(*features.array(f"{level}/features").shape, root[level].attrs["stride"], "repeated")
+                LevelSchema(*features.array(f"{level}/features").shape, root[level].attrs["stride"], "repeated")
                 for level in features.levels
             ),
         )  # fmt: skip
@@ -65,31 +64,31 @@ def repeated(features: Features, times: int) -> Features:
             maps = values(features, start, start + 64)
             writer.write(shard, {f"{level}/features": one for level, one in maps.items()})
         writer.finish()
-    return Features(path)
+    return FeatureStore(path)
 
 
-def values(features: Features, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+def values(features: FeatureStore, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
     """Every level's features of some samples."""
     index = np.arange(len(features.sample))[start:stop]
     return {level: features.read(f"{level}/features", index) for level in features.levels}
 
 
 def _make(path: Path, dataset: str, backbone: str, size: int, copies: int) -> None:
-    described = params.load()
+    described = config.load()
     chosen = described.backbone(backbone)
-    opened = images.open_images(Path(f"data/images/{dataset}.zarr"))
+    opened = image_store.open_images(Path(f"data/images/{dataset}.zarr"))
     chosen = dataclasses.replace(chosen, input_size=size)
-    declared = spec(chosen)
-    given = inputs.describe(opened, backbone, chosen, declared)
-    encoder = Encoder(given, build(chosen, declared, given.seen, Path(f"data/weights/{backbone}")), "cpu")
+    declared = get_spec(chosen)
+    given = preprocessing.make_preprocessor(opened, backbone, chosen, declared)
+    encoder = Encoder(given, create_backbone(chosen, declared, given.seen, Path(f"data/weights/{backbone}")), "cpu")
     chips = opened.image.values
     turns = list(VIEWS.items())[:copies]
     pyramid = encoder(chips[:1])
-    layout = Layout(
+    layout = StoreSchema(
         sample=tuple(f"{name}-{view}" for view, _ in turns for name in opened.sample.values),
         split=("train",) * (len(chips) * copies),
         levels=tuple(
-            Level(*level.shape[1:], stride, layer)
+            LevelSchema(*level.shape[1:], stride, layer)
             for level, stride, layer in zip(pyramid.levels, declared.strides, declared.layers, strict=True)
         ),
         pooled={}, dtype="float16", shard=64,

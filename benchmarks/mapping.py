@@ -27,8 +27,8 @@ MAP = """
 import sys
 from pathlib import Path
 from pipeline.mapping.exported import exported
-from pipeline.mapping.make import make
-from pipeline.mapping.sources import open_scene
+from pipeline.mapping.predict_scene import make
+from pipeline.mapping.open_scene import open_scene
 
 scene, kept = open_scene(Path(sys.argv[1])), None
 if sys.argv[3] == "whole":
@@ -41,9 +41,9 @@ print(int(status["VmHWM"].split()[0]) / 1024)
 
 def write_scene(path: Path, side: int) -> None:
     """A GeoTIFF of so many pixels each way, written by windows."""
-    from pipeline.datasets import landuse
+    from pipeline.data.sources import osm_landuse
 
-    image, transform, crs = landuse.read_scene(Path("data/raw/sample-landuse"))
+    image, transform, crs = osm_landuse.read_scene(Path("data/raw/sample-landuse"))
     tile = np.pad(image[list(BANDS), :512, :512], ((0, 0), (0, 512), (0, 512)), mode="symmetric")
     with rasterio.open(
         path, "w", driver="GTiff", height=side, width=side, count=len(BANDS), dtype="uint16", crs=crs,
@@ -52,7 +52,7 @@ def write_scene(path: Path, side: int) -> None:
         for row in range(0, side, 1024):
             for column in range(0, side, 1024):
                 file.write(tile, window=rasterio.windows.Window(column, row, 1024, 1024))
-        file.descriptions = [landuse.BANDS[place].common_name for place in BANDS]
+        file.descriptions = [osm_landuse.BANDS[place].common_name for place in BANDS]
         file.update_tags(units="dn")
 
 
@@ -60,15 +60,15 @@ def write_student(path: Path) -> None:
     """A student of masks, 128 px, exported."""
     import torch
 
-    from pipeline.datasets import landuse
+    from pipeline.data.sources import osm_landuse
+    from pipeline.distillation.student_files import Student, StudentSpec
     from pipeline.export import graphs
-    from pipeline.students import Shape, Student
 
     torch.manual_seed(0)
-    bands = [landuse.BANDS[place] for place in BANDS]
-    shape = Shape("mobilenetv3_small_050", len(bands), len(landuse.CLASSES), "segmentation", 128)
+    bands = [osm_landuse.BANDS[place] for place in BANDS]
+    shape = StudentSpec("mobilenetv3_small_050", len(bands), len(osm_landuse.CLASSES), "segmentation", 128)
     told = {
-        "dataset": "sample-landuse-seg", "task": "segmentation", "classes": list(landuse.CLASSES), "ignore": 255,
+        "dataset": "sample-landuse-seg", "task": "segmentation", "classes": list(osm_landuse.CLASSES), "ignore": 255,
         "bands": [{"name": b.name, "common_name": b.common_name, "wavelength": b.wavelength} for b in bands],
         "units": "dn", "gsd": 10.0, "size": [128, 128],
     }  # fmt: skip

@@ -15,8 +15,8 @@ import sys
 
 READ = """
 import sys
-from cache.batches import Batches, shuffled
-from cache.read import Features
+from cache.loader import Batches, shuffled
+from cache.reader import Features
 
 features = Features(sys.argv[1], mapped=int(sys.argv[3]) or None)
 batches = Batches({level: [(features, f"{level}/features")] for level in features.levels})

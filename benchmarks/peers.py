@@ -16,7 +16,7 @@ import torch
 import zarr
 
 from benchmarks.features import FOLDER, values
-from cache.read import Features
+from cache.reader import FeatureStore
 
 BATCH = 64
 PEERS = FOLDER / "peers"
@@ -24,7 +24,7 @@ PEERS = FOLDER / "peers"
 Way = Callable[[list[np.ndarray]], Iterator]
 
 
-def memmap_ways(features: Features) -> dict[str, Way]:
+def memmap_ways(features: FeatureStore) -> dict[str, Way]:
     folder = PEERS / "memmap"
     folder.mkdir(parents=True, exist_ok=True)
     maps = []
@@ -50,7 +50,7 @@ def memmap_ways(features: Features) -> dict[str, Way]:
     return {"memmap": memmap}
 
 
-def pread_ways(features: Features) -> dict[str, Way]:
+def pread_ways(features: FeatureStore) -> dict[str, Way]:
     """What the reader could do instead of mapping: a system call a row, two threads, into reused memory."""
     files, out = {}, {}
     for level in features.levels:
@@ -76,7 +76,7 @@ def pread_ways(features: Features) -> dict[str, Way]:
     return {"pread": pread}
 
 
-def memory_ways(features: Features) -> dict[str, Way]:
+def memory_ways(features: FeatureStore) -> dict[str, Way]:
     held = [torch.from_numpy(one) for one in values(features).values()]
     out = [torch.empty((BATCH, *one.shape[1:]), dtype=one.dtype) for one in held]
 
@@ -90,7 +90,7 @@ def memory_ways(features: Features) -> dict[str, Way]:
     return {"memory": memory}
 
 
-def zarr_ways(features: Features) -> dict[str, Way]:
+def zarr_ways(features: FeatureStore) -> dict[str, Way]:
     """zarr-python's own ways to the same batch."""
     root = zarr.open_group(features.location, mode="r")
     arrays = [root[f"{level}/features"] for level in features.levels]
@@ -126,7 +126,7 @@ def zarr_ways(features: Features) -> dict[str, Way]:
     return {"zarr_samples": samples, "zarr_shards": whole_shards, "zarr_gather": gathered, "zarr_oindex": oindex}
 
 
-def tensorstore_ways(features: Features) -> dict[str, Way]:
+def tensorstore_ways(features: FeatureStore) -> dict[str, Way]:
     import tensorstore
 
     # Without a cache every read fetches the shard's index again.
@@ -150,7 +150,7 @@ def _stacked(samples: list[dict]) -> dict[str, np.ndarray]:
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name.startswith("level")}
 
 
-def litdata_ways(features: Features) -> dict[str, Way]:
+def litdata_ways(features: FeatureStore) -> dict[str, Way]:
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.writer import BinaryWriter
 
@@ -183,7 +183,7 @@ def litdata_ways(features: Features) -> dict[str, Way]:
     return {"litdata_stream": loader(0), "litdata_workers": loader(2), "litdata_index": by_index}
 
 
-def webdataset_ways(features: Features) -> dict[str, Way]:
+def webdataset_ways(features: FeatureStore) -> dict[str, Way]:
     import webdataset
 
     folder = PEERS / "webdataset"

@@ -31,9 +31,9 @@ import h5py
 import numpy as np
 
 from benchmarks.timing import seconds
-from pipeline.datasets import geobench
-from pipeline.imagery import imagestore
-from pipeline.params import Dataset
+from pipeline.config import DatasetConfig
+from pipeline.data import image_writer
+from pipeline.data.sources import geobench
 
 ROUNDS = 3
 SETS = {"m-eurosat": 2000, "m-bigearthnet": 1600, "m-chesapeake-landcover": 5000}
@@ -95,7 +95,7 @@ def _ratios(root: Path, name: str, files: Path, samples: int, cold: bool) -> dic
     pool.shutdown()
     found = {way: statistics.median(one) for way, one in paces.items()}
     like = {"prepare_all_cores_vs_h5py_all_cores": round(found["prepare_all_cores"] / found["h5py_all_cores"], 3)}
-    return _over(paces) | like | {"processor": _over(processor), "h5py_samples_a_second": round(found["h5py"])}
+    return _over(paces) | like | {"processor": _over(processor), "h5py_samples_per_second": round(found["h5py"])}
 
 
 def _over(paces: dict[str, list[float]]) -> dict[str, float]:
@@ -176,7 +176,7 @@ def _copy(files: Path, copy: Path) -> None:
 
 def _stream(root: Path, name: str):
     (root / "source.json").write_text(json.dumps(geobench.locate(geobench.SETS[name], "default", root)))
-    return geobench.prepare(root, Dataset("geobench", options={"set": name}))
+    return geobench.prepare(root, DatasetConfig("geobench", options={"set": name}))
 
 
 def _read(root: Path, name: str) -> None:
@@ -187,7 +187,7 @@ def _read(root: Path, name: str) -> None:
 
 
 def _prepare(root: Path, name: str, workers: int) -> None:
-    imagestore.write(_stream(root, name), root / "scratch", root / "store.zarr", workers)
+    image_writer.write(_stream(root, name), root / "scratch", root / "store.zarr", workers)
 
 
 _ALONE = """

@@ -15,12 +15,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import ratio
-from pipeline.composing.compose import ensembles
-from pipeline.composing.points import Points
-from pipeline.composing.probing import Probe
-from pipeline.composing.similarity import linear_cka
+from pipeline.composition.cka import linear_cka
+from pipeline.composition.points import ProbeSamples
+from pipeline.composition.probes import Probe
+from pipeline.composition.search import ensembles
 from pipeline.heads import probes
-from pipeline.training.fit import Task
+from pipeline.training.loop import Task
 
 WIDTHS = {"a": 26, "b": 496, "c": 696}
 TRAIN, VAL, CLASSES, ROUNDS = 506, 197, 5, 3
@@ -37,7 +37,7 @@ def probe() -> Probe:
         values = hidden @ generator.normal(size=(24, width)) + generator.normal(size=(len(label), width))
         features[name, "all"] = values.astype(np.float32)
     train, val = (
-        Points({layer: values[part] for layer, values in features.items()}, label[part])
+        ProbeSamples({layer: values[part] for layer, values in features.items()}, label[part])
         for part in (slice(TRAIN), slice(TRAIN, None))
     )
     return Probe(train, val, Task("classification", CLASSES), "logistic")

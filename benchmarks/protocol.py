@@ -43,16 +43,16 @@ from benchmarks import deals
 from benchmarks.features import FOLDER
 from benchmarks.terratorch_runs import Run, terratorch_run, write_tiffs
 from benchmarks.timing import seconds
-from cache.read import Features
-from cache.schema import StoreError
-from cache.write import Writer
-from pipeline import compute, metrics, params
-from pipeline.imagery.chips import SPLITS
-from pipeline.imagery.images import open_images
-from pipeline.training import cells, fit
-from pipeline.training.adamw import warm_cosine
-from pipeline.training.fit import Setting
-from pipeline.training.lane import Lane
+from cache.errors import StoreError
+from cache.reader import FeatureStore
+from cache.writer import Writer
+from pipeline import config, device, metrics
+from pipeline.data.image_store import open_images
+from pipeline.data.splits import SPLITS
+from pipeline.training import loop, task_data
+from pipeline.training.head_trainer import HeadTrainer
+from pipeline.training.loop import HParams
+from pipeline.training.optim import warm_cosine
 from pipeline.training.search import search
 
 ROUNDS = 3
@@ -66,40 +66,40 @@ def stores(dataset: str, model: str) -> dict:
     return {Path(f"data/features/{dataset}/{name}.zarr"): None for name in model.split("+")}
 
 
-def load(described: params.Params, dataset: str, model: str) -> cells.Cell:
+def load(described: config.Params, dataset: str, model: str) -> task_data.TaskData:
     pictures, where = Path(f"data/images/{dataset}.zarr"), described.compute.device
-    return cells.load(stores(dataset, model), pictures, described.heads, SPLITS, where)
+    return task_data.load(stores(dataset, model), pictures, described.heads, SPLITS, where)
 
 
-def scores(cell: cells.Cell, group, split: str) -> np.ndarray:
-    return metrics.score(cell.task.kind, cell.counts(group, split).sum(axis=1), cell.task.classes)
+def scores(cell: task_data.TaskData, group, split: str) -> np.ndarray:
+    return metrics.score(cell.task.name, cell.counts(group, split).sum(axis=1), cell.task.classes)
 
 
-def protocol(described: params.Params, cell: cells.Cell) -> tuple[dict, np.ndarray]:
+def protocol(described: config.Params, cell: task_data.TaskData) -> tuple[dict, np.ndarray]:
     """The search's result, and the seeds' test scores."""
     found = search(lambda settings: scores(cell, cell.train(settings), "val"), described.search)
-    settings = [Setting(**found["best"], seed=seed) for seed in range(described.train.seeds)]
+    settings = [HParams(**found["best"], seed=seed) for seed in range(described.train.seeds)]
     return found, scores(cell, cell.train(settings), "test")
 
 
-def single(cell: cells.Cell) -> np.ndarray:
-    return scores(cell, cell.train([Setting(1e-2, 1e-2, 0)]), "test")
+def single(cell: task_data.TaskData) -> np.ndarray:
+    return scores(cell, cell.train([HParams(1e-2, 1e-2, 0)]), "test")
 
 
-def classification(described: params.Params) -> list[tuple[str, str]]:
+def classification(described: config.Params) -> list[tuple[str, str]]:
     """The grid's cells of classification sets whose backbones see the images."""
     found = []
     for dataset in described.grid.datasets:
         for model in described.grid.models if described.dataset(dataset).task == "classification" else ():
             try:
-                [Features(path) for path in stores(dataset, model)]
+                [FeatureStore(path) for path in stores(dataset, model)]
             except StoreError:  # left out
                 continue
             found.append((dataset, model))
     return found
 
 
-def plain(cell: cells.Cell, recipe: fit.Recipe, threads: int) -> float:
+def plain(cell: task_data.TaskData, recipe: loop.TrainSchedule, threads: int) -> float:
     """Seconds of one linear head in plain torch, to its test score."""
     part, test = cell.parts["train"], cell.parts["test"]
     before = torch.get_num_threads()
@@ -108,7 +108,7 @@ def plain(cell: cells.Cell, recipe: fit.Recipe, threads: int) -> float:
     head = torch.nn.Linear(part.inputs.shape[1], cell.task.classes).to(part.inputs.device)
     optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(recipe.steps))
-    for index in fit.order(len(part.label), recipe, 0).to(part.inputs.device):
+    for index in loop.order(len(part.label), recipe, 0).to(part.inputs.device):
         optimiser.zero_grad()
         functional.cross_entropy(head(part.inputs[index]), part.label[index]).backward()
         optimiser.step()
@@ -120,10 +120,10 @@ def plain(cell: cells.Cell, recipe: fit.Recipe, threads: int) -> float:
     return spent
 
 
-def linear(described: params.Params) -> dict:
+def linear(described: config.Params) -> dict:
     """Ratios of the linear protocol over all cells."""
     rounds, chosen = [], classification(described)
-    recipe = fit.Recipe(described.heads.linear.steps, described.heads.linear.batch)
+    recipe = loop.TrainSchedule(described.heads.linear.steps, described.heads.linear.batch)
     for _ in range(1 + (ROUNDS if described.compute.device == "cpu" else 1)):  # a GPU's time is dear
         times = np.zeros(4)
         for dataset, model in chosen:
@@ -149,19 +149,19 @@ def linear(described: params.Params) -> dict:
     }
 
 
-def _threads(described: params.Params) -> set[int]:
+def _threads(described: config.Params) -> set[int]:
     """How many threads to try a single run with; a GPU's waits for one, whatever there are."""
     return {1} if described.compute.device == "cuda" else {1, torch.get_num_threads()}
 
 
-def all_cores(described: params.Params, cell: cells.Cell) -> float:
+def all_cores(described: config.Params, cell: task_data.TaskData) -> float:
     """Seconds of one UPerNet on every core, which `fit` would give one."""
-    chosen, setting = described.heads.upernet, Setting(1e-2, 1e-2, 0)
-    recipe = fit.Recipe(chosen.steps, chosen.batch)
+    chosen, setting = described.heads.upernet, HParams(1e-2, 1e-2, 0)
+    recipe = loop.TrainSchedule(chosen.steps, chosen.batch)
     group = cell.train([setting])  # made, and trained outside of the clock
-    lane = Lane(group.lanes()[0].train(), [setting], cell.task, recipe)
+    lane = HeadTrainer(group.lanes()[0].train(), [setting], cell.task, recipe)
     begun = time.perf_counter()
-    for index in fit.order(len(cell.parts["train"].label), recipe, 0):
+    for index in loop.order(len(cell.parts["train"].label), recipe, 0):
         lane.step(
             [level[index] for level in cell.parts["train"].inputs], None, cell.parts["train"].label[index][None]
         )
@@ -169,7 +169,7 @@ def all_cores(described: params.Params, cell: cells.Cell) -> float:
     return time.perf_counter() - begun
 
 
-def upernet(described: params.Params) -> dict:
+def upernet(described: config.Params) -> dict:
     """Ratios of UPerNet's protocol on one cell."""
     rounds = []
     for _ in range(2):
@@ -190,16 +190,15 @@ def upernet(described: params.Params) -> dict:
     }
 
 
-def terratorch(described: params.Params, dealt: int | None = None) -> dict:
+def terratorch(described: config.Params, dealt: int | None = None) -> dict:
     """Ours, from images to test scores, against terratorch's.
 
     Args:
         dealt: a seed to deal the blocks to the splits by, in place of params.yaml's.
     """
-    from pipeline.backbones import build, spec
-    from pipeline.encoding import inputs
-    from pipeline.encoding.encode import Encoder
-    from pipeline.extraction import batch_size, extract, preflight
+    from pipeline.backbones import create_backbone, get_spec, preprocessing
+    from pipeline.backbones.encoder import Encoder
+    from pipeline.extraction import batch_size, engine, estimate
 
     dataset, backbone = THEIRS
     recipe = dataclasses.replace(described.heads.linear, pooled="last", steps=STEPS)
@@ -208,21 +207,21 @@ def terratorch(described: params.Params, dealt: int | None = None) -> dict:
     if dealt is not None:
         pictures = deals.store(dataset, described.dataset(dataset), dealt)
     images, chosen = open_images(pictures), described.backbone(backbone)
-    declared = spec(chosen)
-    given = inputs.describe(images, backbone, chosen, declared)
-    network = build(chosen, declared, given.seen, Path(f"data/weights/{backbone}"))
+    declared = get_spec(chosen)
+    given = preprocessing.make_preprocessor(images, backbone, chosen, declared)
+    network = create_backbone(chosen, declared, given.seen, Path(f"data/weights/{backbone}"))
 
     shutil.rmtree(scratch := FOLDER / "protocol", ignore_errors=True)
     begun = time.perf_counter()
     encoder = Encoder(given, network, "cpu", strides=declared.strides)
-    look = preflight.look(images, encoder, 4)
-    layout = extract.make_layout(images, declared, look.pyramid, chosen.input_size, described.extract)
+    look = estimate.look(images, encoder, 4)
+    layout = engine.make_layout(images, declared, look.pyramid, chosen.input_size, described.extract)
     provenance = {"images_sha256": images.attrs["content_sha256"]}
     writer = Writer(scratch / "scratch", layout, scratch / "store.zarr", provenance)
     batch = described.extract.batch or batch_size.largest(images, encoder, described.extract.shard)
-    extract.extract(images, encoder, writer, batch)
+    engine.extract(images, encoder, writer, batch)
     writer.finish()
-    cell = cells.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")
+    cell = task_data.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")
     found, ours = protocol(described, cell)
     spent = time.perf_counter() - begun
     shutil.rmtree(scratch)
@@ -261,9 +260,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; none for all")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our heads and of plain torch's")
     parser.add_argument("--deal", type=int, help="terratorch's set with its blocks dealt by this seed")
-    arguments, described = parser.parse_args(), params.load()
+    arguments, described = parser.parse_args(), config.load()
     described = dataclasses.replace(
-        described, compute=dataclasses.replace(described.compute, device=compute.device(arguments.device))
+        described, compute=dataclasses.replace(described.compute, device=device.resolve_device(arguments.device))
     )
     found = {"cores": os.cpu_count(), "device": arguments.device}
     if arguments.deal is not None:

@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.features import store
 from benchmarks.peers import BATCH, PEERS, Way
-from cache.batches import Batches, shuffled
-from cache.read import Features
+from cache.loader import FeatureDataset, shuffled
+from cache.reader import FeatureStore
 
 ROUNDS = 5
 MANY = 15  # where the two are so near each other that a median of few rounds says little
@@ -41,7 +41,7 @@ def rate(way: Way, order: list[np.ndarray]) -> float:
 
 def rates(
     ways: dict[str, Way],
-    features: Features,
+    features: FeatureStore,
     prepare: Callable[[str], None] = lambda name: None,
     least: int = LEAST,
     seconds: float = SECONDS,
@@ -71,34 +71,34 @@ def ratio(measured: dict, ours: str, *theirs: str) -> float | None:
     return round(statistics.median(mine / max(other) for mine, *other in zip(measured[ours], *there, strict=True)), 3)
 
 
-def warm(features: Features) -> dict[str, dict]:
+def warm(features: FeatureStore) -> dict[str, dict]:
     """Ours beside each peer, by peer: one at a time, so that the page cache holds the files of both."""
     measured = {}
     for peer in ("memmap", "pread", "memory", "zarr", "tensorstore", "litdata", "webdataset"):
         if importlib.util.find_spec(peer) or peer in ("memmap", "pread", "memory"):
             make = getattr(peers, f"{peer}_ways")
             # Opened anew, so that nothing stays mapped from one peer to the next.
-            ways = {"ours": _ours(Features(features.location))} | make(Features(features.location))
+            ways = {"ours": _ours(FeatureStore(features.location))} | make(FeatureStore(features.location))
             rounds = MANY if peer == "memmap" else ROUNDS
             measured[peer] = rates(ways, features, partial(_warm, features, peer), rounds=rounds)
-    bounded = {"ours_mapped_256_mib": _ours(Features(features.location, mapped=256 << 20))}
+    bounded = {"ours_mapped_256_mib": _ours(FeatureStore(features.location, mapped=256 << 20))}
     measured["mapped"] = rates(bounded | peers.memmap_ways(features), features, partial(_warm, features, "memmap"))
     return measured
 
 
-def _warm(features: Features, peer: str, name: str) -> None:
+def _warm(features: FeatureStore, peer: str, name: str) -> None:
     """Bring the files of a way into the page cache; some machines take it back within seconds."""
     own = peer in ("memmap", "litdata", "webdataset") and not name.startswith("ours")
     for path in PEERS.glob(f"{peer}/*") if own else Path(features.location).rglob("c.*"):
         path.read_bytes()
 
 
-def _ours(features: Features) -> Way:
-    batches = Batches({level: [(features, f"{level}/features")] for level in features.levels})
+def _ours(features: FeatureStore) -> Way:
+    batches = FeatureDataset({level: [(features, f"{level}/features")] for level in features.levels})
     return batches.stream
 
 
-def cold(features: Features) -> dict:
+def cold(features: FeatureStore) -> dict:
     """Ours and the memory map, opened anew, with their files dropped from the page cache before every reading.
 
     A few batches only: reading ahead wastes what it reads at first, and later finds it in the cache.
@@ -113,21 +113,21 @@ def cold(features: Features) -> dict:
             os.close(descriptor)
 
     ways = {
-        "ours": lambda order: _ours(Features(features.location))(order),
+        "ours": lambda order: _ours(FeatureStore(features.location))(order),
         "memmap": lambda order: peers.memmap_ways(features)["memmap"](order),
     }
     return rates(ways, features, drop, least=8, seconds=0)
 
 
-def fused(first: Features, second: Features) -> dict:
+def fused(first: FeatureStore, second: FeatureStore) -> dict:
     """Two stores into one batch, against the same reader into two batches which are then concatenated.
 
     `concatenated` makes new arrays as numpy and torch do unless told otherwise; `in_place` reuses memory;
     `overlapped` does that too, and concatenates while the prefetch thread reads on, on a core that is idle here.
     """
     levels = first.levels
-    into_one = Batches({level: [(one, f"{level}/features") for one in (first, second)] for level in levels})
-    apart = Batches({
+    into_one = FeatureDataset({level: [(one, f"{level}/features") for one in (first, second)] for level in levels})
+    apart = FeatureDataset({
         f"{level}-{number}": [(one, f"{level}/features")]
         for level in levels for number, one in enumerate((first, second))
     })  # fmt: skip

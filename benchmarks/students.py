@@ -12,8 +12,8 @@ from functools import partial
 import torch
 
 from benchmarks.timing import ratio
-from pipeline import cost, params
-from pipeline.imagery import images
+from pipeline import config, cost
+from pipeline.data import image_store
 from stages.cli import DISTILLED, IMAGES, read_json
 from stages.cost import usable
 
@@ -21,13 +21,13 @@ ROUNDS = 7
 
 
 def main() -> None:
-    described, found = params.load(), {"cores": torch.get_num_threads()}
+    described, found = config.load(), {"cores": torch.get_num_threads()}
     for dataset in described.grid.datasets:
         models = usable(described, dataset, "cpu")
-        chips = images.open_images(IMAGES / f"{dataset}.zarr").image[: cost.BATCH].values
+        chips = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: cost.BATCH].values
         for name in described.grid.students:
-            told = read_json(DISTILLED / dataset / name / "told.json")
-            if told["left_out"]:
+            told = read_json(DISTILLED / dataset / name / "metadata.json")
+            if told["skipped"]:
                 continue
             ours, theirs = models[name], models[told["teacher"]]
             with torch.no_grad():
@@ -41,7 +41,7 @@ def main() -> None:
     print(json.dumps(found, indent=1))
 
 
-def _size(one: cost.Usable) -> int:
+def _size(one: cost.BenchmarkedModel) -> int:
     return sum(tensor.numel() for module in one.modules for tensor in module.parameters())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.imagery.chips import SPLITS
+from pipeline.data.splits import SPLITS
 
 
 def write_tiffs(images, folder: Path) -> None:

@@ -19,9 +19,9 @@ import numpy as np
 import zarr
 
 from benchmarks.features import FOLDER, store, values
-from cache.durable import sync_file, sync_folder
-from cache.schema import Layout, Level, create
-from cache.write import Writer
+from cache.atomic import sync_file, sync_folder
+from cache.schema import LevelSchema, StoreSchema, create
+from cache.writer import Writer
 
 ROUNDS = 9
 SHARDS = 32
@@ -34,9 +34,9 @@ def main() -> None:
     plain = {f"{level}/features": maps for level, maps in shard.items()}
     wide = {name: maps.astype(np.float32) for name, maps in plain.items()}
     size = SHARDS * sum(maps.nbytes for maps in plain.values())
-    layout = Layout(
+    layout = StoreSchema(
         sample=tuple(map(str, range(64 * SHARDS))), split=("train",) * 64 * SHARDS, pooled={}, dtype="float16",
-        levels=tuple(Level(*maps.shape[1:], 1, "") for maps in shard.values()), shard=64,
+        levels=tuple(LevelSchema(*maps.shape[1:], 1, "") for maps in shard.values()), shard=64,
     )  # fmt: skip
 
     def ours(given: dict) -> tuple[float, float]:
@@ -99,7 +99,7 @@ def main() -> None:
     print(json.dumps({
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
         "gigabytes": round(size / 1e9, 2), "rounds": ROUNDS,
-        "gigabytes_a_second": {
+        "gigabytes_per_second": {
             way: round(size / 1e9 / statistics.median(times), 3) for way, times in seconds.items()
         },
         "vs_plain_write": ratio("ours", "plain"), "vs_plain_write_narrowing": ratio("ours_narrowing", "plain"),

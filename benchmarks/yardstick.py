@@ -22,35 +22,37 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.deals import deal
 from benchmarks.protocol import classification, protocol, stores
-from cache.read import Features
-from pipeline import params
-from pipeline.imagery import images
-from pipeline.imagery.chips import SPLITS
-from pipeline.training import axes, cells, fit, fusion
-from pipeline.training.blueprint import Blueprint
+from cache.reader import FeatureStore
+from pipeline import config
+from pipeline.data import image_store
+from pipeline.data.splits import SPLITS
+from pipeline.heads.config import HeadConfig
+from pipeline.training import feature_inputs, loop, pca, task_data
 
 DEALS = 10
 STRENGTHS = (-5, 1)
 
 
-def cell_of(described: params.Params, dataset: str, model: str, seed: int) -> cells.Cell:
+def cell_of(described: config.Params, dataset: str, model: str, seed: int) -> task_data.TaskData:
     """A cell whose blocks are dealt anew."""
-    members = [Features(path) for path in stores(dataset, model)]
-    labelled = images.open_images(Path(f"data/images/{dataset}.zarr"))
+    members = [FeatureStore(path) for path in stores(dataset, model)]
+    labelled = image_store.open_images(Path(f"data/images/{dataset}.zarr"))
     split = deal(labelled, described.dataset(dataset), seed)
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     chosen, levels, parts = described.heads.linear, described.heads.levels, {}
-    fields = [field for member in fusion.vectors(members, chosen.pooled, chosen.tokens, levels) for field in member]
-    by = [fusion.statistics(field, rows["train"]) for field in fields]
+    fields = [
+        field for member in feature_inputs.vectors(members, chosen.pooled, chosen.tokens, levels) for field in member
+    ]
+    by = [feature_inputs.statistics(field, rows["train"]) for field in fields]
     for name, index in rows.items():
-        inputs = fusion.pooled(members, chosen.pooled, chosen.tokens, index, rows["train"], levels)
+        inputs = feature_inputs.pooled(members, chosen.pooled, chosen.tokens, index, rows["train"], levels)
         label = torch.from_numpy(labelled.label.values[index].astype(np.int64))
-        parts[name] = cells.Part(inputs, label, members[0].sample[index].tolist())
-    task, recipe = cells.task_of(labelled), fit.Recipe(chosen.steps, chosen.batch)
-    blueprint = Blueprint("linear", "concat", (((parts["train"].inputs.shape[1],),),), task.classes)
-    turns = axes.principal(fields, by, rows["train"])
-    train = cells.trainer(parts, task, recipe, blueprint, turns)
-    return cells.Cell(parts, task, train, chosen.batch, [], [], [], blueprint)
+        parts[name] = task_data.SplitData(inputs, label, members[0].sample[index].tolist())
+    task, recipe = task_data.task_from_store(labelled), loop.TrainSchedule(chosen.steps, chosen.batch)
+    blueprint = HeadConfig("linear", "concat", (((parts["train"].inputs.shape[1],),),), task.classes)
+    turns = pca.principal(fields, by, rows["train"])
+    train = task_data.make_trainer(parts, task, recipe, blueprint, turns)
+    return task_data.TaskData(parts, task, train, chosen.batch, [], [], [], blueprint)
 
 
 def compare(dataset: str, model: str, seed: int) -> tuple[float, float]:
@@ -58,7 +60,7 @@ def compare(dataset: str, model: str, seed: int) -> tuple[float, float]:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     threadpool_limits(1)  # BLAS threads on products this small only wait for one another
-    described = params.load()
+    described = config.load()
     cell = cell_of(described, dataset, model, seed)
     of = {split: (part.inputs.numpy(), part.label.numpy()) for split, part in cell.parts.items()}
     tried, probe = [], LogisticRegression(max_iter=2000, warm_start=True)  # each C begins where the one before ended
@@ -74,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="*")
     wanted = parser.parse_args().datasets
-    every = classification(params.load())
+    every = classification(config.load())
     if unknown := set(wanted) - {dataset for dataset, _ in every}:
         there = ", ".join(dict.fromkeys(dataset for dataset, _ in every))
         parser.error(f"there is no classification set {', '.join(sorted(unknown))} in the grid; there are {there}")

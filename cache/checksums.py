@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache.durable import write_file
-from cache.schema import StoreError
+from cache.atomic import write_file
+from cache.errors import StoreError
 
 NAME = "SHA256SUMS"
 _REMEDY = "Delete the store and extract again, or fetch it again from where it came."

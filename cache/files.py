@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cache.schema import StoreError
+from cache.errors import StoreError
 
 CHECK = "Check the store with: python -m cache.verify PATH"
 _MOST_FILES = 1 << 14
@@ -34,7 +34,7 @@ def files_allowed() -> int:
     return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 4)
 
 
-class Files:
+class MmapPool:
     """Opens files of one store, and sees that no more are open than the process may have.
 
     They are opened relative to the store's folder as it was: a store that is replaced meanwhile is noticed. A file
@@ -59,17 +59,17 @@ class Files:
         self._root, self._count = _Descriptor(folder, os.O_DIRECTORY), 0
         # Mapped files in the process other than this store's, and whether this one is too large to stay mapped.
         self._others, self._beyond = _mapped_bytes(), False
-        Files._live.add(self)
+        MmapPool._live.add(self)
 
-    def open(self, path: str) -> "Mapped":
+    def open(self, path: str) -> "MmapFile":
         """The open file at `path` within the store; it stays open while anyone holds what is returned."""
-        if self._count >= max(1, files_allowed() // len(Files._live)):
+        if self._count >= max(1, files_allowed() // len(MmapPool._live)):
             self._count = 0
             for files in self.opened.values():
                 files.clear()
         self._count += 1
         try:
-            file = Mapped(path, self._root.number)
+            file = MmapFile(path, self._root.number)
         except FileNotFoundError:
             raise StoreError(
                 f"{path} is missing from {self.folder}, or that store was replaced while it was read. {CHECK}"
@@ -101,11 +101,11 @@ class Files:
     def _after_fork() -> None:
         """Another thread may have held the lock of a process when it was forked; it is not here to let go."""
         _statm.cache_clear()
-        for files in Files._live:
+        for files in MmapPool._live:
             files.lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=Files._after_fork)
+os.register_at_fork(after_in_child=MmapPool._after_fork)
 
 
 @cache
@@ -140,7 +140,7 @@ class _Descriptor:
             os.close(self.number)
 
 
-class Mapped(_Descriptor):
+class MmapFile(_Descriptor):
     """A file that is open and mapped; it has two descriptors, its own and the map's.
 
     Attributes:

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from cache.arrays import DequantizedArray, LocalArray
 from cache.files import files_allowed
-from cache.remote import RemoteRows
-from cache.rows import LocalRows, ScaledRows
+from cache.remote import RemoteArray
 
 THREADS = 4
 # Below this many bytes for each thread a batch is read by fewer.
@@ -19,7 +19,7 @@ _CORES = os.cpu_count() or 1
 _ASKED = 2
 
 # Rows of an array, which of them, and where they go.
-Part = tuple[LocalRows | RemoteRows | ScaledRows, list[int], np.ndarray]
+Part = tuple[LocalArray | RemoteArray | DequantizedArray, list[int], np.ndarray]
 
 
 def gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:

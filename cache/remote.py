@@ -60,7 +60,7 @@ class WholeFiles(WrapperStore):
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
 
-class RemoteRows:
+class RemoteArray:
     """Rows of an array through zarr-python, from any store it can open: slower, and by the same interface."""
 
     def __init__(self, array: zarr.Array, leading: int):

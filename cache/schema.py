@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cache.codecs import NONE, Codec
+from cache.errors import StoreError
 
 if TYPE_CHECKING:
     import zarr
@@ -22,12 +23,8 @@ DTYPES = ("float16", "float32")
 CHUNK_KEYS = {"name": "default", "separator": "."}
 
 
-class StoreError(Exception):
-    """A store that is absent, unfinished or not what its reader needs. The message says what to do."""
-
-
 @dataclass(frozen=True)
-class Level:
+class LevelSchema:
     """One level of a pyramid: what a sample's features are and where in the backbone they come from.
 
     Attributes:
@@ -44,7 +41,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Layout:
+class StoreSchema:
     """Everything that decides which arrays a feature store has.
 
     Attributes:
@@ -62,7 +59,7 @@ class Layout:
 
     sample: tuple[str, ...]
     split: tuple[str, ...]
-    levels: tuple[Level, ...]
+    levels: tuple[LevelSchema, ...]
     pooled: dict[str, int]
     dtype: str
     shard: int
@@ -108,7 +105,7 @@ class Layout:
         return list(self.shapes())
 
 
-def create(path: Path, layout: Layout) -> None:
+def create(path: Path, layout: StoreSchema) -> None:
     """Lay down the groups and empty arrays of a store that is yet to be filled."""
     import zarr
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import dask
 import numpy as np
 
-from cache import moments
-from cache.read import Features
-from cache.schema import StoreError
+from cache import running_stats
+from cache.errors import StoreError
+from cache.reader import FeatureStore
 
 if TYPE_CHECKING:
     from sklearn.decomposition import IncrementalPCA
@@ -18,7 +18,7 @@ _BLOCK = 1 << 22
 
 
 def channel_statistics(
-    features: Features, level: str, split: str = "train", view: str | None = None
+    features: FeatureStore, level: str, split: str = "train", view: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of a level's channels over a split, float64 (channel,).
 
@@ -36,12 +36,12 @@ def channel_statistics(
         for index in _blocks(features, level, split)
         for one in views
     ]
-    whole = moments.merged(dask.compute(*parts, scheduler="threads"))
+    whole = running_stats.merged(dask.compute(*parts, scheduler="threads"))
     return whole.mean, whole.std()
 
 
 def principal_components(
-    features: Features, level: str, components: int = 3, split: str = "train"
+    features: FeatureStore, level: str, components: int = 3, split: str = "train"
 ) -> "IncrementalPCA":
     """PCA of a level's cells over a split, for pictures and for reduced features.
 
@@ -89,12 +89,12 @@ def _cells(maps: np.ndarray) -> np.ndarray:
     return maps.astype(np.float64).transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def _blocks(features: Features, level: str, split: str) -> Iterator[np.ndarray]:
+def _blocks(features: FeatureStore, level: str, split: str) -> Iterator[np.ndarray]:
     index = features.rows(split)
     step = max(1, _BLOCK // int(np.prod(features.array(f"{level}/features").shape)))
     for start in range(0, len(index), step):
         yield index[start : start + step]
 
 
-def _moments(features: Features, name: str, index: np.ndarray, view: str | None) -> moments.Moments:
-    return moments.of(features.read(name, index, view))
+def _moments(features: FeatureStore, name: str, index: np.ndarray, view: str | None) -> running_stats.RunningStats:
+    return running_stats.of(features.read(name, index, view))

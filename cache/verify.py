@@ -14,8 +14,9 @@ from zarr.codecs import BloscCodec
 
 from cache import checksums
 from cache.codecs import Codec, parse
-from cache.read import Features
-from cache.schema import CONTRACT, StoreError
+from cache.errors import StoreError
+from cache.reader import FeatureStore
+from cache.schema import CONTRACT
 
 # Files that hold rows.
 _SHARD = re.compile(r"(level\d+/(features|scale)|pooled/[^/]+)/c\.")
@@ -32,9 +33,9 @@ def verify(path: Path) -> str:
     listed = checksums.check(path)
     try:
         root = zarr.open_group(path, mode="r")
-        if (reason := root.attrs.get("left_out")) and root.attrs.get("complete"):
+        if (reason := root.attrs.get("skipped")) and root.attrs.get("complete"):
             return f"{path}: empty and whole ({len(listed)} files): {reason}"
-        features = Features(path)
+        features = FeatureStore(path)
         codec = parse(features.attributes["codec"], features.attributes["dtype"])
         for level in features.levels:
             _check_level(features, level, codec)
@@ -47,7 +48,7 @@ def verify(path: Path) -> str:
         raise StoreError(f"{path} does not follow contract {CONTRACT}: {type(error).__name__}: {error}") from None
 
 
-def _check_level(features: Features, level: str, codec: Codec) -> None:
+def _check_level(features: FeatureStore, level: str, codec: Codec) -> None:
     dtype = features.attributes["dtype"]
     _check_array(features, f"{level}/features", ("channel", "y", "x"), codec.stored(dtype))
     wanted = codec.compressor()
@@ -72,7 +73,7 @@ def _check_level(features: Features, level: str, codec: Codec) -> None:
     features.array(f"{level}/features").check()
 
 
-def _check_array(features: Features, name: str, dims: tuple[str, ...], dtype: str) -> None:
+def _check_array(features: FeatureStore, name: str, dims: tuple[str, ...], dtype: str) -> None:
     """Dimensions, dtype and length of an array with a row for every sample."""
     array, views = features.root[name], len(features.view)
     wanted = ("sample", *(["view"] if views else []), *dims)
@@ -85,7 +86,7 @@ def _check_array(features: Features, name: str, dims: tuple[str, ...], dtype: st
         raise StoreError(f"{name} has the shape {array.shape}; the store has {leading} samples (and views).")
 
 
-def _check_content(features: Features, listed: dict[str, str]) -> None:
+def _check_content(features: FeatureStore, listed: dict[str, str]) -> None:
     said = dict(features.attributes)
     digest = said.pop("content_sha256")
     for name in ("complete", "coordinates", "measured"):
@@ -105,7 +106,7 @@ def _evolved(compressor: BloscCodec, dtype: str) -> BloscCodec:
     )
 
 
-def _account(features: Features, listed: dict[str, str]) -> str:
+def _account(features: FeatureStore, listed: dict[str, str]) -> str:
     size = sum((features.location / file).stat().st_size for file in listed)
     said, counts = features.attributes, dict(zip(*np.unique(features.split, return_counts=True), strict=True))
     lines = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.encoding.pyramid import Seen, Spec
+from pipeline.backbones.base import BackboneSpec, InputBands
 from pipeline.errors import UserError
 
 # Bands of the same name on two sensors differ by less than this, in micrometres; neighbours of one by more.
@@ -60,11 +60,11 @@ SENTINEL2 = (
 )
 
 
-class Unseen(UserError):
+class MissingBandsError(UserError):
     """A backbone cannot see these images; the message says why."""
 
 
-def find(wanted: str | float, bands: Sequence[Band]) -> int | None:
+def band_index(wanted: str | float, bands: Sequence[Band]) -> int | None:
     """The place of a band, by its common name, the sensor's name or its wavelength (the nearest within 0.02 µm)."""
     for place, band in enumerate(bands):
         if wanted in (band.common_name, band.name):
@@ -76,7 +76,9 @@ def find(wanted: str | float, bands: Sequence[Band]) -> int | None:
     return int(np.argmin(distances)) if min(distances) <= _NEAR else None
 
 
-def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: Sequence[str | float] = ()) -> Seen:
+def match_bands(
+    name: str, spec: BackboneSpec, bands: Sequence[Band], input_size: int, requested: Sequence[str | float] = ()
+) -> InputBands:
     """Which of the images' bands go into which of a backbone's inputs.
 
     The rule: every band that it needs is there; a band that it can do without is left away; all optical bands
@@ -92,24 +94,24 @@ def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: S
         Unseen: a band that is needed, or wanted, is not there.
         UserError: bands wanted that do not fit its inputs.
     """
-    if wanted:
-        places = [find(one, bands) for one in wanted]
-        needs = wanted
-        slots = wanted if None in places else _slots(name, spec, [bands[place] for place in places], wanted)
+    if requested:
+        places = [band_index(one, bands) for one in requested]
+        needs = requested
+        slots = requested if None in places else _slots(name, spec, [bands[place] for place in places], requested)
     else:
         slots = spec.bands or [band.common_name for band in bands if band.optical]
         needs = slots if spec.needs is None else spec.needs
-        places = [find(slot, bands) for slot in slots]
+        places = [band_index(slot, bands) for slot in slots]
         for at, slot in enumerate(slots):
             if places[at] is None and slot in spec.instead:
-                places[at] = find(spec.instead[slot], bands)
+                places[at] = band_index(spec.instead[slot], bands)
     if gone := [str(slot) for slot, place in zip(slots, places, strict=True) if place is None and slot in needs]:
         there = ", ".join(band.common_name for band in bands)
-        raise Unseen(f"{name} needs the bands {', '.join(gone)}; these images have {there}.")
+        raise MissingBandsError(f"{name} needs the bands {', '.join(gone)}; these images have {there}.")
     used = [(slot, place) for slot, place in zip(slots, places, strict=True) if place is not None]
     if spec.bands:
         used.sort(key=lambda one: spec.bands.index(one[0]))
-    return Seen(
+    return InputBands(
         slots=tuple(slot for slot, _ in used),
         positions=tuple(place for _, place in used),
         wavelengths=tuple(float(bands[place].wavelength) if bands[place].optical else None for _, place in used),
@@ -117,7 +119,7 @@ def see(name: str, spec: Spec, bands: Sequence[Band], input_size: int, wanted: S
     )
 
 
-def _slots(name: str, spec: Spec, chosen: Sequence[Band], wanted: Sequence) -> Sequence[str]:
+def _slots(name: str, spec: BackboneSpec, chosen: Sequence[Band], wanted: Sequence) -> Sequence[str]:
     """The network's inputs for bands chosen by hand: by name if it knows all of them, else in order."""
     if spec.bands is None:
         return [band.common_name for band in chosen]

@@ -16,33 +16,35 @@ import torch
 import xarray as xr
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.backbones import build, spec
-from pipeline.encoding.encode import Encoder
-from pipeline.encoding.inputs import describe
-from pipeline.encoding.pyramid import Pyramid
-from pipeline.params import Backbone
-from pipeline.students import Student
-from pipeline.training.kept import Kept
+from pipeline.backbones import create_backbone, get_spec
+from pipeline.backbones.base import FeaturePyramid
+from pipeline.backbones.encoder import Encoder
+from pipeline.backbones.preprocessing import make_preprocessor
+from pipeline.config import BackboneConfig
+from pipeline.distillation.student_files import Student
+from pipeline.heads.checkpoint import TrainedHead
 
 # Chips of one timed batch, and timed batches of each model.
 BATCH, ROUNDS = 16, 5
 
 
 @dataclass(frozen=True)
-class Usable:
+class BenchmarkedModel:
     """A model: `answer` takes chips (batch, band, y, x) to logits; `modules` are all its networks."""
 
     modules: Sequence[torch.nn.Module]
     answer: Callable[[np.ndarray], torch.Tensor]
 
 
-def student(one: Student, device: str) -> Usable:
+def student(one: Student, device: str) -> BenchmarkedModel:
     """A student on a device."""
     one = one.to(device, memory_format=torch.channels_last)
-    return Usable([one], lambda chips: one(torch.from_numpy(chips.astype(np.float32)).to(device)))
+    return BenchmarkedModel([one], lambda chips: one(torch.from_numpy(chips.astype(np.float32)).to(device)))
 
 
-def frozen(head: Kept, backbones: Mapping[str, Backbone], weights: Path, store: xr.Dataset, device: str) -> Usable:
+def frozen(
+    head: TrainedHead, backbones: Mapping[str, BackboneConfig], weights: Path, store: xr.Dataset, device: str
+) -> BenchmarkedModel:
     """A head with the backbones below it.
 
     Args:
@@ -51,18 +53,18 @@ def frozen(head: Kept, backbones: Mapping[str, Backbone], weights: Path, store: 
     """
     encoders = []
     for name in head.backbones:
-        declared = spec(backbones[name])
-        seen = describe(store, name, backbones[name], declared)
-        network = build(backbones[name], declared, seen.seen, weights / name)
+        declared = get_spec(backbones[name])
+        seen = make_preprocessor(store, name, backbones[name], declared)
+        network = create_backbone(backbones[name], declared, seen.seen, weights / name)
         encoders.append(Encoder(seen, network, device, strides=declared.strides))
 
     def answer(chips: np.ndarray) -> torch.Tensor:
         return head.logits([_named(encoder.network(encoder.prepare(chips))) for encoder in encoders])
 
-    return Usable([*[encoder.network for encoder in encoders], head.network], answer)
+    return BenchmarkedModel([*[encoder.network for encoder in encoders], head.network], answer)
 
 
-def measure(models: Mapping[str, Usable], chips: np.ndarray, device: str) -> pd.DataFrame:
+def measure(models: Mapping[str, BenchmarkedModel], chips: np.ndarray, device: str) -> pd.DataFrame:
     """One row a model, timed in turns, so that what else the machine does hits all alike.
 
     Returns:
@@ -107,7 +109,7 @@ def _seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begun
 
 
-def _named(pyramid: Pyramid) -> dict[str, torch.Tensor]:
+def _named(pyramid: FeaturePyramid) -> dict[str, torch.Tensor]:
     """By the names of the store's arrays."""
     levels = {f"level{place}/features": level for place, level in enumerate(pyramid.levels)}
     return levels | {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}

@@ -1,5 +1,7 @@
-"""The one exception a user is meant to read."""
+"""The error that a user is meant to read."""
+
+from cache.errors import InputError
 
 
-class UserError(Exception):
-    """Bad input. The message is one paragraph: what was given, what exists, what to do."""
+class UserError(InputError):
+    """Bad input: a parameter, an option or a file. Its fields (`key`, `value`, `allowed`, `path`) say where."""

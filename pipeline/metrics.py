@@ -25,8 +25,8 @@ def counts(task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ig
     keys = np.arange(count)[:, None] * (cells + 1) + predicted.reshape(count, -1)
     keys += label.reshape(count, -1).astype(np.int64) * classes
     if ignore is not None:
-        left_out = np.broadcast_to(np.arange(1, count + 1)[:, None] * (cells + 1) - 1, keys.shape)
-        np.copyto(keys, left_out, where=label.reshape(count, -1) == ignore)
+        skipped = np.broadcast_to(np.arange(1, count + 1)[:, None] * (cells + 1) - 1, keys.shape)
+        np.copyto(keys, skipped, where=label.reshape(count, -1) == ignore)
     return np.bincount(keys.ravel(), minlength=count * (cells + 1)).reshape(count, -1)[:, :cells]
 
 

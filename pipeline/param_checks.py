@@ -8,14 +8,14 @@ import re
 from typing import TYPE_CHECKING
 
 from cache import codecs
-from pipeline.encoding.views import VIEWS
+from pipeline.data.augmentation import VIEWS
 from pipeline.errors import UserError
-from pipeline.finetune.described import check as check_finetune
+from pipeline.finetune_config import check as check_finetune
 from pipeline.student_params import check as check_students
 from pipeline.student_params import check_search
 
 if TYPE_CHECKING:
-    from pipeline.params import Heads, Params
+    from pipeline.config import HeadsConfig, Params
 
 TASKS = ("classification", "multilabel", "segmentation")
 
@@ -119,7 +119,7 @@ def _check_compose(params: Params) -> None:
         raise UserError(f"compose.best is {params.compose.best}; it must not be negative.")
 
 
-def _check_heads(heads: Heads) -> None:
+def _check_heads(heads: HeadsConfig) -> None:
     _one_of(heads.linear.pooled, ("last", "all"), "heads.linear.pooled")
     _one_of(heads.linear.tokens, ("mean", "cls", "both"), "heads.linear.tokens")
     _one_of(heads.segmentation, ("upernet", "fcn"), "heads.segmentation")

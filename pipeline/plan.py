@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.backbones import build, spec
-from pipeline.bands import Band, Unseen, see
-from pipeline.params import Backbone, Params
+from pipeline.backbones import create_backbone, get_spec
+from pipeline.bands import Band, MissingBandsError, match_bands
+from pipeline.config import BackboneConfig, Params
 
 # Images of the measured forward, and head-steps measured, by device.
 _BATCH = {"cpu": 2, "cuda": 64}
@@ -19,7 +19,7 @@ _WORD = {"float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DatasetSize:
     """One dataset as far as it is known beforehand.
 
     Attributes:
@@ -36,7 +36,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Seen:
+class OutputShape:
     """What a network gives of an image of these bands: levels (channel, y, x), vectors, and images a second here."""
 
     levels: tuple[tuple[int, int, int], ...]
@@ -45,7 +45,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Line:
+class Estimate:
     """One line of a plan: what a stage does to a dataset; None where nothing is known."""
 
     stage: str
@@ -55,22 +55,22 @@ class Line:
     hours: float | None
 
 
-def plan(params: Params, sets: Mapping[str, Wanted], device: str) -> list[Line]:
+def plan(params: Params, sets: Mapping[str, DatasetSize], device: str) -> list[Estimate]:
     """Lines for prepare, extract, the heads and the students of every dataset that is known."""
     lines, looked, stepped = [], {}, {}
     for name, wanted in sets.items():
         hours = wanted.samples / wanted.pace / 3600 / len(os.sched_getaffinity(0)) if wanted.pace else None
-        lines.append(Line("prepare", name, wanted.samples, wanted.samples * wanted.image / 1e9, hours))
+        lines.append(Estimate("prepare", name, wanted.samples, wanted.samples * wanted.image / 1e9, hours))
         dense = wanted.task == "segmentation"
         for backbone in params.grid.backbones:
             seen = _look(backbone, params.backbone(backbone), wanted.bands, device, looked)
             if seen is None:
-                lines.append(Line("extract", f"{name} x {backbone}: left out", 0, 0.0, 0.0))
+                lines.append(Estimate("extract", f"{name} x {backbone}: left out", 0, 0.0, 0.0))
                 continue
             count = seen.pooled + (sum(c * y * x for c, y, x in seen.levels) if dense or params.extract.dense else 0)
             copies = wanted.samples * len(params.extract.views)
             size = copies * count * _WORD[params.extract.dtype] / 1e9
-            lines.append(Line("extract", f"{name} x {backbone}", copies, size, copies / seen.rate / 3600))
+            lines.append(Estimate("extract", f"{name} x {backbone}", copies, size, copies / seen.rate / 3600))
         heads, teachers = params.search.trials + params.train.seeds, 0
         for model in params.grid.models:
             members = [
@@ -82,25 +82,27 @@ def plan(params: Params, sets: Mapping[str, Wanted], device: str) -> list[Line]:
             head = params.heads.upernet if dense else params.heads.linear
             seconds = _step(params, members, dense, wanted.classes, device, stepped)
             hours = heads * head.steps * seconds / 3600
-            lines.append(Line("tune, train", f"{name} x {model}", heads * head.steps * head.batch, 0.0, hours))
+            lines.append(Estimate("tune, train", f"{name} x {model}", heads * head.steps * head.batch, 0.0, hours))
         if teachers and params.distill.teaches(name):
             lines += [_taught(params, name, wanted, student, device) for student in params.grid.students]
     return lines
 
 
-def _look(name: str, backbone: Backbone, bands: Sequence[Band], device: str, looked: dict) -> Seen | None:
+def _look(
+    name: str, backbone: BackboneConfig, bands: Sequence[Band], device: str, looked: dict
+) -> OutputShape | None:
     """Build and time a network; None if it cannot see these bands."""
     import torch
 
-    declared = spec(backbone)
+    declared = get_spec(backbone)
     try:
-        seen = see(name, declared, bands, backbone.input_size, backbone.bands)
-    except Unseen:
+        seen = match_bands(name, declared, bands, backbone.input_size, backbone.bands)
+    except MissingBandsError:
         return None
     key = (name, seen.slots)
     if key not in looked:
         weights = "none" if backbone.weights == "none" else "random"
-        network = build(replace(backbone, weights=weights, hub=None), declared, seen, Path()).to(device)
+        network = create_backbone(replace(backbone, weights=weights, hub=None), declared, seen, Path()).to(device)
         image = torch.zeros(_BATCH[device], len(seen.slots), seen.input_size, seen.input_size, device=device)
         with torch.inference_mode():
             network(image)
@@ -110,15 +112,17 @@ def _look(name: str, backbone: Backbone, bands: Sequence[Band], device: str, loo
             _wait(device)
         rate = len(image) / (time.perf_counter() - begun)
         pooled = sum(vector.shape[1] for vector in pyramid.pooled.values())
-        looked[key] = Seen(tuple(tuple(level.shape[1:]) for level in pyramid.levels), pooled, rate)
+        looked[key] = OutputShape(tuple(tuple(level.shape[1:]) for level in pyramid.levels), pooled, rate)
     return looked[key]
 
 
-def _step(params: Params, members: Sequence[Seen], dense: bool, classes: int, device: str, stepped: dict) -> float:
+def _step(
+    params: Params, members: Sequence[OutputShape], dense: bool, classes: int, device: str, stepped: dict
+) -> float:
     """Seconds of one step of one head on these members' features."""
     import torch
 
-    from pipeline.heads.upernet import UperNet
+    from pipeline.heads.upernet import UPerNet
 
     head = params.heads.upernet if dense else params.heads.linear
     key = (tuple((one.levels, one.pooled) for one in members), dense, classes)
@@ -127,7 +131,7 @@ def _step(params: Params, members: Sequence[Seen], dense: bool, classes: int, de
         if dense:
             grids = [max(one.levels[place][1:] for one in members) for place in range(len(members[0].levels))]
             widths = [sum(one.levels[place][0] for one in members) for place in range(len(grids))]
-            network = UperNet(widths, head.channels, classes).to(device)
+            network = UPerNet(widths, head.channels, classes).to(device)
             given = [torch.randn(batch, *shape, device=device)
                      for shape in ((width, *grid) for width, grid in zip(widths, grids, strict=True))]  # fmt: skip
         else:
@@ -142,20 +146,20 @@ def _step(params: Params, members: Sequence[Seen], dense: bool, classes: int, de
     return stepped[key]
 
 
-def _taught(params: Params, name: str, wanted: Wanted, student: str, device: str) -> Line:
+def _taught(params: Params, name: str, wanted: DatasetSize, student: str, device: str) -> Estimate:
     """The line of a student: every variant, its search and its seeds; what its teacher says is not timed.
 
     Disk is for the best one's tensors and its two exports, which are as large.
     """
     import torch
 
-    from pipeline.students import Shape, Student
+    from pipeline.distillation.student_files import Student, StudentSpec
 
     dense, chosen, distill = wanted.task == "segmentation", params.student(student), params.distill
     side, recipe = (chosen.mask_size, distill.masks) if dense else (chosen.chip_size, distill.chips)
     bands = len(wanted.bands)
     network = Student(
-        Shape(chosen.network, bands, wanted.classes, wanted.task, side), [0.0] * bands, [1.0] * bands
+        StudentSpec(chosen.network, bands, wanted.classes, wanted.task, side), [0.0] * bands, [1.0] * bands
     ).to(device)
     chips = torch.zeros(recipe.batch, bands, side, side, device=device)
     for _ in range(2):  # the first is slower
@@ -166,7 +170,7 @@ def _taught(params: Params, name: str, wanted: Wanted, student: str, device: str
         seconds = time.perf_counter() - begun
     steps = len(distill.variants) * (distill.search.trials + distill.seeds) * recipe.steps
     size = 3 * 4 * sum(one.numel() for one in network.parameters()) / 1e9
-    return Line("distill, export", f"{name} x {student}", steps * recipe.batch, size, steps * seconds / 3600)
+    return Estimate("distill, export", f"{name} x {student}", steps * recipe.batch, size, steps * seconds / 3600)
 
 
 def _wait(device: str) -> None:
@@ -176,7 +180,7 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def table(lines: Sequence[Line]) -> str:
+def table(lines: Sequence[Estimate]) -> str:
     """The lines, and their sums by stage, as text."""
     rows = [("stage", "what", "images", "GB", "hours")]
     rows += [_row(line.stage, line.what, line.images, line.gigabytes, line.hours) for line in lines]

@@ -15,7 +15,7 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentConfig:
     """A compact network of timm.
 
     `network` is timm's name. `weights` is `random`, or the name of a backbone of the table above that has the same
@@ -30,7 +30,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepsConfig:
     """`steps` of `batch` chips each."""
 
     steps: int
@@ -38,7 +38,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchConfig:
     """`learning_rate` and `weight_decay` are [low, high], searched on a logarithmic scale.
 
     `parallel` trials are asked for and trained together, in one pass over the features.
@@ -52,7 +52,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Distill:
+class DistillConfig:
     """How students are trained.
 
     `datasets` are those of the grid's that students learn, or none for all. `teacher` is a model of the grid, or
@@ -69,10 +69,10 @@ class Distill:
     logits: float
     temperature: float
     ablation: tuple[str, ...]
-    chips: Steps
-    masks: Steps
+    chips: StepsConfig
+    masks: StepsConfig
     seeds: int
-    search: Search
+    search: SearchConfig
 
     def teaches(self, dataset: str) -> bool:
         """Whether students learn a data set."""
@@ -84,7 +84,7 @@ class Distill:
         return [name for name in VARIANTS if name in ("distilled", "labels", *self.ablation)]
 
 
-def check(students: dict[str, Student], distill: Distill, grid, backbones) -> None:
+def check(students: dict[str, StudentConfig], distill: DistillConfig, grid, backbones) -> None:
     """Refuse names and numbers that could not be trained.
 
     Raises:
@@ -116,7 +116,7 @@ def check(students: dict[str, Student], distill: Distill, grid, backbones) -> No
     _check_numbers(students, distill)
 
 
-def _check_numbers(students: dict[str, Student], distill: Distill) -> None:
+def _check_numbers(students: dict[str, StudentConfig], distill: DistillConfig) -> None:
     for key in ("labels", "features", "logits"):
         if getattr(distill, key) < 0:
             raise UserError(f"distill.{key} is {getattr(distill, key)}; a loss's weight must not be negative.")
@@ -136,7 +136,7 @@ def _check_numbers(students: dict[str, Student], distill: Distill) -> None:
     check_search("distill.search", distill.search)
 
 
-def check_search(section: str, search: Search) -> None:
+def check_search(section: str, search: SearchConfig) -> None:
     """Refuse numbers of trials and bounds that could not be searched."""
     for key, least in (("trials", 1), ("parallel", 1), ("seed", 0)):
         if (value := getattr(search, key)) < least:

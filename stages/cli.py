@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-from cache.schema import StoreError
+from cache.errors import StoreError
 from pipeline.errors import UserError
 
 RAW = Path("data/raw")
@@ -63,7 +63,7 @@ def run(
     arguments = vars(parser.parse_args())
     said = [arguments[name] for name in (*names, *options) if arguments[name]]
     try:
-        with _alone("-".join([stage.__name__, *said]).replace(os.sep, "_")[-200:]):
+        with exclusive("-".join([stage.__name__, *said]).replace(os.sep, "_")[-200:]):
             stage(**arguments)
     except (UserError, StoreError) as error:
         # Names in files that are not ours may hold what a terminal takes for commands.
@@ -84,7 +84,7 @@ def run(
 
 
 @contextmanager
-def _alone(name: str):
+def exclusive(name: str):
     """Run with no other living process in the same cell, waiting for one to end.
 
     A killed `dvc repro` leaves its stage running; the next one must not write beside it. Processes that are given
@@ -107,10 +107,10 @@ def read_json(path: Path) -> dict:
     Raises:
         UserError: it is not there.
     """
-    return json.loads(there(path).read_text())
+    return json.loads(require(path).read_text())
 
 
-def there(path: Path) -> Path:
+def require(path: Path) -> Path:
     """The path itself.
 
     Raises:

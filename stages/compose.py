@@ -5,8 +5,8 @@ Validation alone chooses; the test split is read once per seed of those chosen, 
 
 from dataclasses import asdict
 
-from cache.durable import building
-from pipeline import params
+from cache.atomic import atomic_dir
+from pipeline import config
 from stages.cli import COMPOSED, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
 
 
@@ -15,27 +15,27 @@ def compose(dataset: str) -> None:
 
     A model that the grid has is chosen like any other, but run by tune and train alone.
     """
-    described = params.load()
+    described = config.load()
     described.dataset(dataset)
     manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.composed()}
     stores = {
         name: (FEATURES / dataset / f"{name}.zarr", manifest["content_sha256"])
         for name, manifest in manifests.items()
-        if not manifest["left_out"]
+        if not manifest["skipped"]
     }
     told = {
         "dataset": dataset,
         "backbones": list(stores),
-        "left_out": [manifest["left_out"] for manifest in manifests.values() if manifest["left_out"]],
+        "skipped": [manifest["skipped"] for manifest in manifests.values() if manifest["skipped"]],
         "chosen": [],
         "run": [],
     }
-    with building(SCRATCH / f"compose-{dataset}", COMPOSED / dataset) as folder:
+    with atomic_dir(SCRATCH / f"compose-{dataset}", COMPOSED / dataset) as folder:
         if stores:
-            from pipeline.composing import compose as search
-            from pipeline.training import cells
+            from pipeline.composition import search
+            from pipeline.training import task_data
 
-            members, labelled = cells.opened(dict(stores.values()), IMAGES / f"{dataset}.zarr")
+            members, labelled = task_data.open_aligned(dict(stores.values()), IMAGES / f"{dataset}.zarr")
             found = search.search(
                 dict(zip(stores, members, strict=True)), labelled, described.heads, described.compose
             )
@@ -50,19 +50,20 @@ def compose(dataset: str) -> None:
         write_json(folder / "compose.json", told)
 
 
-def _of_grid(model: str, described: params.Params) -> bool:
+def _of_grid(model: str, described: config.Params) -> bool:
     """Whether the grid has it, with its members in whatever order."""
     return any(set(model.split("+")) == set(one.split("+")) for one in described.grid.models)
 
 
-def _run(dataset: str, model: str, stores: dict, manifests: dict, described: params.Params, folder) -> None:
+def _run(dataset: str, model: str, stores: dict, manifests: dict, described: config.Params, folder) -> None:
     """The full protocol on one model: tune.json, runs.csv, predictions.parquet, head.pt."""
-    from pipeline.compute import device
-    from pipeline.training import cells, kept, protocol
+    from pipeline.device import resolve_device
+    from pipeline.heads import checkpoint
+    from pipeline.training import protocol, task_data
 
     members = model.split("+")
-    where, pictures = device(described.compute.device), IMAGES / f"{dataset}.zarr"
-    cell = cells.load(
+    where, pictures = resolve_device(described.compute.device), IMAGES / f"{dataset}.zarr"
+    cell = task_data.load(
         dict(stores[name] for name in members), pictures, described.heads, ("train", "val", "test"), where
     )
     study = SCRATCH / "studies" / f"{dataset}-{model}.json"
@@ -75,7 +76,7 @@ def _run(dataset: str, model: str, stores: dict, manifests: dict, described: par
     write_json(folder / "tune.json", tuned)
     tested.runs.to_csv(folder / "runs.csv", index=False)
     tested.predicted.to_parquet(folder / "predictions.parquet")
-    kept.save(folder / "head.pt", model, cell, tested.group, tested.best)
+    checkpoint.save(folder / "head.pt", model, cell, tested.group, tested.best)
     study.unlink(missing_ok=True)
     print(f"{dataset} {model}: test {tested.runs.score.mean():.4f}, the mean of {len(tested.runs)} seeds", flush=True)
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from cache.durable import building
-from pipeline import params
-from pipeline.imagery import images
+from cache.atomic import atomic_dir
+from pipeline import config
+from pipeline.data import image_store
 from stages.cli import DISTILLED, EXPORTED, IMAGES, SCRATCH, read_json, run, write_json
 
 # Chips of the validation split that files are scored on; each way of running them sees the same.
@@ -17,23 +17,23 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
     How fast they are is measured by `cost` when nothing else runs, or here if the student is not of the grid.
     """
     if dataset:
-        params.load().dataset(dataset)  # or what it lacks would seem to be a run of an earlier stage
+        config.load().dataset(dataset)  # or what it lacks would seem to be a run of an earlier stage
     folder = DISTILLED / dataset / student / "best" if dataset else Path(student)
     final = EXPORTED / dataset / student if dataset else folder / "export"
-    if dataset and (reason := read_json(folder.parent / "told.json")["left_out"]):
-        with building(SCRATCH / f"export-{dataset}-{student}", final) as scratch:
-            write_json(scratch / "export.json", {"left_out": reason})
+    if dataset and (reason := read_json(folder.parent / "metadata.json")["skipped"]):
+        with atomic_dir(SCRATCH / f"export-{dataset}-{student}", final) as scratch:
+            write_json(scratch / "export.json", {"skipped": reason})
         print(f"left out: {reason}")
         return
-    from pipeline import students
+    from pipeline.distillation import student_files
 
-    made, told = students.load(folder)
-    pictures = images.open_images(IMAGES / f"{told['dataset']}.zarr")
+    made, told = student_files.load(folder)
+    pictures = image_store.open_images(IMAGES / f"{told['dataset']}.zarr")
     from pipeline.export import files, price
 
-    with building(SCRATCH / "-".join(["export", *final.resolve().parts[1:]])[-200:], final) as scratch:
+    with atomic_dir(SCRATCH / "-".join(["export", *final.resolve().parts[1:]])[-200:], final) as scratch:
         said = files.write(made, told, pictures, scratch, int8, CHIPS)
-        said["left_out"] = None
+        said["skipped"] = None
         write_json(scratch / "export.json", said)
     rates = {} if dataset else files.rates(made, final, pictures.image[: price.BATCH].values)
     for name, one in said["files"].items():

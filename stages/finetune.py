@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from cache.durable import building
-from pipeline import params
+from cache.atomic import atomic_dir
+from pipeline import config
+from pipeline.data import image_store
 from pipeline.errors import UserError
-from pipeline.imagery import images
 from stages.cli import FINETUNED, IMAGES, MODELS, RUNS, SCRATCH, WEIGHTS, read_json, run
 
 
 def finetune(dataset: str, model: str) -> None:
     """Write runs.csv, one row a seed; predictions.parquet, one row a seed and test sample; and tuned.pt, what was
     trained of one seed."""
-    described = params.load()
+    described = config.load()
     described.members(model)
     if model not in described.grid.models:
         raise UserError(
@@ -27,33 +27,33 @@ def finetune(dataset: str, model: str) -> None:
             "start from. Add it there and run: dvc repro train"
         )
     resolved = read_json(MODELS / dataset / f"{model}.json")
-    with building(SCRATCH / f"finetune-{dataset}-{model}", FINETUNED / dataset / model) as folder:
-        if resolved["left_out"]:
+    with atomic_dir(SCRATCH / f"finetune-{dataset}-{model}", FINETUNED / dataset / model) as folder:
+        if resolved["skipped"]:
             pd.DataFrame(columns=["dataset", "model"]).to_csv(folder / "runs.csv", index=False)
             return
         checkpoints = _run(dataset, model, resolved, described, folder)
     shutil.rmtree(checkpoints)
 
 
-def _run(dataset: str, model: str, resolved: dict, described: params.Params, folder: Path) -> Path:
+def _run(dataset: str, model: str, resolved: dict, described: config.Params, folder: Path) -> Path:
     """Fill the folder; returns that of the checkpoints, which are needed no more once it is published."""
     import torch
 
-    from pipeline.archives import digest
-    from pipeline.compute import device
-    from pipeline.finetune import protocol
-    from pipeline.finetune.pictures import Pictures
-    from pipeline.finetune.train import Job
-    from pipeline.finetune.tuned import Member, Tuned, memory_hint
+    from pipeline.data.download import digest
+    from pipeline.device import resolve_device
+    from pipeline.finetuning import protocol
+    from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble, memory_hint
+    from pipeline.finetuning.pictures import Pictures
+    from pipeline.finetuning.train import FineTuneJob
 
     asked, head = described.finetune, RUNS / dataset / model / "head.pt"
-    opened, where = images.open_images(IMAGES / f"{dataset}.zarr"), device(described.compute.device)
+    opened, where = image_store.open_images(IMAGES / f"{dataset}.zarr"), resolve_device(described.compute.device)
     precision = asked.precision if asked.precision != "auto" else "bfloat16" if where == "cuda" else "float32"
-    members = [Member(name, described.backbone(name), WEIGHTS / name) for name in model.split("+")]
+    members = [EnsembleMember(name, described.backbone(name), WEIGHTS / name) for name in model.split("+")]
     sources = [read_json(member.weights / "source.json") for member in members]  # or say which stage writes them
 
-    def make(seed: int) -> Tuned:
-        return Tuned(opened, members, head, asked, seed, where, precision)
+    def make(seed: int) -> FineTunedEnsemble:
+        return FineTunedEnsemble(opened, members, head, asked, seed, where, precision)
 
     with memory_hint():
         make(0)  # before anything takes long: whether head, images and backbones belong together
@@ -61,7 +61,7 @@ def _run(dataset: str, model: str, resolved: dict, described: params.Params, fol
         decides += [[asdict(member.backbone) for member in members], described.heads.class_weights]
         checkpoints = protocol.scratch(SCRATCH / "finetune" / dataset / model, decides)
         pictures = Pictures(opened, checkpoints / "images.npy")
-        job = Job(pictures, protocol.task(opened, pictures, described.heads.class_weights), asked)
+        job = FineTuneJob(pictures, protocol.task(opened, pictures, described.heads.class_weights), asked)
         weights = "+".join(str(member["weights"]) for member in resolved["members"])
         tested = protocol.run(make, job, {"dataset": dataset, "model": model, "weights": weights}, checkpoints)
     tested.runs.to_csv(folder / "runs.csv", index=False)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.mapping import make as maps
-from pipeline.mapping.sources import open_scene
+from pipeline.mapping import predict_scene as maps
+from pipeline.mapping.open_scene import open_scene
 from stages.cli import COMPOSED, FEATURES, IMAGES, RUNS, WEIGHTS, run
 
 
@@ -30,23 +30,23 @@ def _predictor(onnx: str | None, student: str | None, dataset: str | None, model
         from pipeline.mapping.exported import exported
 
         return exported(Path(onnx))
-    from pipeline import params
-    from pipeline.compute import device
-    from pipeline.imagery import images
+    from pipeline import config
+    from pipeline.data import image_store
+    from pipeline.device import resolve_device
 
-    described = params.load()
-    where = device(described.compute.device)
+    described = config.load()
+    where = resolve_device(described.compute.device)
     if student:
         from pipeline.mapping.students import trained
 
         return trained(Path(student), where)
-    from pipeline.mapping.ensemble import Places, ensemble
+    from pipeline.mapping.predictors import EnsemblePaths, ensemble
 
     described.members(model)
-    pictures = images.open_images(IMAGES / f"{dataset}.zarr")
+    pictures = image_store.open_images(IMAGES / f"{dataset}.zarr")
     # A model that the composition search chose is kept with it.
     folder = next((one for one in (RUNS, COMPOSED) if (one / dataset / model).exists()), RUNS)
-    places = Places(folder / dataset / model / "head.pt", pictures, FEATURES / dataset, WEIGHTS)
+    places = EnsemblePaths(folder / dataset / model / "head.pt", pictures, FEATURES / dataset, WEIGHTS)
     return ensemble(described, places, where)
 
 

@@ -3,19 +3,19 @@
 import shutil
 from pathlib import Path
 
-from pipeline import params
-from pipeline.datasets import source
-from pipeline.imagery import images
+from pipeline import config
+from pipeline.data import image_store
+from pipeline.data.sources import get_source
 from stages.cli import IMAGES, run
 
 
 def plan() -> None:
     """Print the plan of the grid; networks are built with random weights and timed on this machine."""
-    described = params.load()
+    described = config.load()
     sets, unknown, fetched = {}, [], 0.0
     for name in described.grid.datasets:
         block = described.dataset(name)
-        module, store = source(block.source), IMAGES / f"{name}.zarr"
+        module, store = get_source(block.source), IMAGES / f"{name}.zarr"
         if store.exists():
             sets[name] = _stored(store)
         elif hasattr(module, "expect"):
@@ -26,9 +26,9 @@ def plan() -> None:
             unknown.append(name)
 
     from pipeline import plan as planning
-    from pipeline.compute import device
+    from pipeline.device import resolve_device
 
-    where = device(described.compute.device)
+    where = resolve_device(described.compute.device)
     lines = planning.plan(described, sets, where)
     print(planning.table(lines))
     needs = sum(line.gigabytes for line in lines) + fetched / 1e9
@@ -41,11 +41,11 @@ def plan() -> None:
 
 
 def _stored(store: Path):
-    from pipeline.encoding.inputs import bands_of
-    from pipeline.plan import Wanted
+    from pipeline.backbones.preprocessing import bands_of
+    from pipeline.plan import DatasetSize
 
-    opened = images.open_images(store)
-    return Wanted(
+    opened = image_store.open_images(store)
+    return DatasetSize(
         opened.sizes["sample"], tuple(bands_of(opened)), opened.attrs["task"], len(opened.attrs["classes"]), 0
     )
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline import datasets, params
+from pipeline import config
+from pipeline.data import sources
 from pipeline.errors import UserError
 from stages.cli import run, write_text
 
@@ -26,9 +27,9 @@ def profile(name: str) -> None:
     before = PARAMS.read_text()
     write_text(PARAMS, text.getvalue())
     try:
-        described = params.load()
+        described = config.load()
         for dataset in described.grid.datasets:
-            datasets.check(dataset, described.dataset(dataset))
+            sources.validate(dataset, described.dataset(dataset))
     except UserError:
         write_text(PARAMS, before)
         raise

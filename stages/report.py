@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from cache.durable import building
-from pipeline import params
+from cache.atomic import atomic_dir
+from pipeline import config
 from pipeline.errors import UserError
-from pipeline.reporting import composition, distillation, figures, findings, mapped, report
-from pipeline.reporting.compare import bootstrap
+from pipeline.report import composition, distillation, figures, mapped, page, statements
+from pipeline.report.significance import bootstrap
 from pipeline.training import predictions
 from stages.cli import (
     COMPOSED,
@@ -24,25 +24,25 @@ from stages.cli import (
     SCRATCH,
     TUNED,
     read_json,
+    require,
     run,
-    there,
     write_json,
 )
 
 
 def make_report() -> None:
     """Write results/report and results/metrics.json from the grid's runs; others lying about are not read."""
-    grid = params.load().grid
-    folders, left_out = {}, []
+    grid = config.load().grid
+    folders, skipped = {}, []
     searched = {dataset: _searched(dataset) for dataset in grid.datasets}
     for dataset in grid.datasets:
         for model in grid.models:
-            if reason := read_json(TUNED / dataset / f"{model}.json")["left_out"]:
-                left_out.append(f"{dataset}, {model}: {reason}")
+            if reason := read_json(TUNED / dataset / f"{model}.json")["skipped"]:
+                skipped.append(f"{dataset}, {model}: {reason}")
             else:
                 folders[dataset, model] = RUNS / dataset / model
                 if model in grid.finetune:
-                    folders[dataset, model + findings.TUNED] = FINETUNED / dataset / model
+                    folders[dataset, model + statements.TUNED] = FINETUNED / dataset / model
         for model in searched[dataset].told["run"]:
             folders[dataset, model] = COMPOSED / dataset / model
     learned = [_learned(dataset, student) for dataset in grid.datasets for student in grid.students]
@@ -52,33 +52,33 @@ def make_report() -> None:
         for variant in one.told.get("variants", [])
     }
     if not folders:
-        raise UserError("Every model of the grid is left out: " + " ".join(left_out) + " Add one that fits.")
+        raise UserError("Every model of the grid is left out: " + " ".join(skipped) + " Add one that fits.")
     tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
     runs = pd.concat(tables, ignore_index=True)
     drawn = _drawn(folders, runs)
-    summary = report.summarise(runs, drawn)
-    costs = pd.read_csv(there(COST)) if learned else pd.DataFrame()
-    frozen, large = summary[summary.protocol == report.FROZEN], summary[summary.kind != "student"]
-    said, pairs = findings.headlines(large, drawn), findings.every_pair(frozen, drawn)
+    summary = page.summarise(runs, drawn)
+    costs = pd.read_csv(require(COST)) if learned else pd.DataFrame()
+    frozen, large = summary[summary.protocol == page.FROZEN], summary[summary.kind != "student"]
+    said, pairs = statements.headlines(large, drawn), statements.every_pair(frozen, drawn)
 
-    with building(SCRATCH / "report", REPORT) as folder:
+    with atomic_dir(SCRATCH / "report", REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
         pairs.to_csv(folder / "pairs.csv", index=False)
-        (folder / "summary.md").write_text(report.markdown(report.shown(summary)))
+        (folder / "summary.md").write_text(page.markdown(page.shown(summary)))
         figures.boxplots(runs[runs.model.isin(large.model)], large, folder / "boxplots.png")
         composed = composition.section(searched, frozen, folder)
         students, kept = distillation.section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
-        students += mapped.section(_cells(EXPORTED, grid), pd.read_csv(there(RATES)), _cells(MAPS, grid), folder)
-        text = report.page(summary, runs, pairs, said, left_out, composed, folder / "boxplots.png", students)
+        students += mapped.section(_cells(EXPORTED, grid), pd.read_csv(require(RATES)), _cells(MAPS, grid), folder)
+        text = page.page(summary, runs, pairs, said, skipped, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}
     for row in summary.itertuples():
         one = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
         scores.setdefault(row.dataset, {})[row.model] = one
     write_json(METRICS, scores)
-    print(report.markdown(report.shown(summary)), *said, *kept, *left_out, sep="\n")
+    print(page.markdown(page.shown(summary)), *said, *kept, *skipped, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")
 
 
@@ -99,11 +99,11 @@ def _drawn(folders: dict, runs: pd.DataFrame) -> dict:
     return drawn
 
 
-def _learned(dataset: str, student: str) -> distillation.Learned:
-    return distillation.Learned(read_json(DISTILLED / dataset / student / "told.json"))
+def _learned(dataset: str, student: str) -> distillation.StudentResult:
+    return distillation.StudentResult(read_json(DISTILLED / dataset / student / "metadata.json"))
 
 
-def _cells(folder: Path, grid: params.Grid) -> dict[tuple[str, str], Path]:
+def _cells(folder: Path, grid: config.GridConfig) -> dict[tuple[str, str], Path]:
     """Folders of what was made of every student."""
     return {(dataset, name): folder / dataset / name for dataset in grid.datasets for name in grid.students}
 

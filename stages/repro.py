@@ -11,8 +11,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline import params
-from pipeline.params import Grid
+from pipeline import config
+from pipeline.config import GridConfig
 from stages import lockfile, warm
 from stages.cli import run
 
@@ -22,7 +22,7 @@ _AT_ONCE = 2
 
 def repro() -> None:
     """Run everything in params.yaml's grid; exits as `dvc repro` does."""
-    grid = params.load().grid
+    grid = config.load().grid
     # torch's threads wait for one another by spinning, which takes the core that another stage needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with warm.waiting() as place:
@@ -35,7 +35,7 @@ def repro() -> None:
             sys.exit(code)
 
 
-def cells(grid: Grid, dataset: str) -> list[str]:
+def cells(grid: GridConfig, dataset: str) -> list[str]:
     """DVC's names of a data set's stages from extraction to maps, each after those that it depends on."""
     return [
         *(f"extract@{dataset}-{backbone}" for backbone in grid.backbones),

@@ -1,18 +1,18 @@
 """resolve: a model's name becomes the digests of its members' stores; training depends on these files alone."""
 
-from cache.durable import building
-from pipeline import params
+from cache.atomic import atomic_dir
+from pipeline import config
 from stages.cli import MANIFESTS, MODELS, SCRATCH, read_json, run, write_json
 
 
 def resolve(dataset: str) -> None:
     """Write data/models/<dataset>/<model>.json for every model of the grid."""
-    described = params.load()
+    described = config.load()
     described.dataset(dataset)
-    with building(SCRATCH / f"models-{dataset}", MODELS / dataset) as folder:
+    with atomic_dir(SCRATCH / f"models-{dataset}", MODELS / dataset) as folder:
         for model in described.grid.models:
             manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.members(model)}
-            reasons = [manifest["left_out"] for manifest in manifests.values() if manifest["left_out"]]
+            reasons = [manifest["skipped"] for manifest in manifests.values() if manifest["skipped"]]
             members = [
                 {
                     "backbone": name,
@@ -23,7 +23,7 @@ def resolve(dataset: str) -> None:
             ]
             write_json(
                 folder / f"{model}.json",
-                {"dataset": dataset, "model": model, "left_out": " ".join(reasons) or None, "members": members},
+                {"dataset": dataset, "model": model, "skipped": " ".join(reasons) or None, "members": members},
             )
 
 

@@ -2,28 +2,28 @@
 
 from dataclasses import asdict
 
-from pipeline import params
+from pipeline import config
 from stages.cli import FEATURES, IMAGES, MODELS, SCRATCH, TUNED, read_json, run, write_json
 
 
 def tune(dataset: str, model: str) -> None:
     """Write results/tune/<dataset>/<model>.json."""
-    described = params.load()
+    described = config.load()
     described.dataset(dataset)
     described.members(model)
     resolved = read_json(MODELS / dataset / f"{model}.json")
     study = SCRATCH / "studies" / f"{dataset}-{model}.json"
-    result = {"dataset": dataset, "model": model, "left_out": resolved["left_out"]}
-    if not resolved["left_out"]:
-        from pipeline.compute import device
-        from pipeline.training import cells, protocol
+    result = {"dataset": dataset, "model": model, "skipped": resolved["skipped"]}
+    if not resolved["skipped"]:
+        from pipeline.device import resolve_device
+        from pipeline.training import protocol, task_data
 
         stores = {
             FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]
             for member in resolved["members"]
         }
-        where = device(described.compute.device)
-        cell = cells.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val"), where)
+        where = resolve_device(described.compute.device)
+        cell = task_data.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val"), where)
         about = [resolved, asdict(described.heads), where]
         result |= protocol.tune(cell, described.search, f"{dataset} {model}", study, about)
     write_json(TUNED / dataset / f"{model}.json", result)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import archives, params
-from pipeline.backbones import build, efficientnet, spec
-from pipeline.datasets import landuse, source
-from pipeline.encoding import inputs
-from pipeline.encoding.encode import Encoder
-from pipeline.imagery import images, imagestore
+from pipeline import config
+from pipeline.backbones import create_backbone, efficientnet, get_spec, preprocessing
+from pipeline.backbones.encoder import Encoder
+from pipeline.data import download, image_store, image_writer
+from pipeline.data.sources import get_source, osm_landuse
 from tests import geobench_files
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +61,7 @@ def gpu() -> str:
     """
     import torch
 
-    from pipeline.compute import device
+    from pipeline.device import resolve_device
 
     if not torch.cuda.is_available():
         # Where there is one that torch cannot use, and nobody hid it, a skip would hide that.
@@ -71,13 +70,13 @@ def gpu() -> str:
         pytest.skip(
             "needs a CUDA device: streams, pinned memory and kernels are its own. Last run: README, What was run"
         )
-    return device("cuda")
+    return resolve_device("cuda")
 
 
 @pytest.fixture(scope="session")
-def described() -> params.Params:
+def described() -> config.Params:
     """The committed params.yaml."""
-    return params.load(ROOT / "params.yaml")
+    return config.load(ROOT / "params.yaml")
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +92,9 @@ def raw(archive_folder, tmp_path_factory):
 
     def unpack(name: str) -> Path:
         if name not in made:
-            archive = source(name).ARCHIVE
+            archive = get_source(name).ARCHIVE
             (folder / name).mkdir()
-            archives.unpack(archive, archives.fetch(archive, archive_folder), folder / name)
+            download.unpack(archive, download.fetch(archive, archive_folder), folder / name)
             made[name] = folder / name
         return made[name]
 
@@ -107,11 +106,11 @@ def prepared(raw, described):
     """From a dataset's name, and changes to its description, to its images in memory."""
     made = {}
 
-    def prepare(name: str, **changes) -> images.Images:
+    def prepare(name: str, **changes) -> image_store.ImageDataset:
         key = (name, *sorted(changes.items()))
         if key not in made:
             chosen = dataclasses.replace(described.dataset(name), **changes)
-            made[key] = source(chosen.source).prepare(raw(chosen.source), chosen)
+            made[key] = get_source(chosen.source).prepare(raw(chosen.source), chosen)
         return made[key]
 
     return prepare
@@ -125,7 +124,7 @@ def store(prepared, tmp_path_factory):
     def write(name: str) -> Path:
         if name not in made:
             made[name] = folder / f"{name}.zarr"
-            imagestore.write(prepared(name), folder / "scratch", made[name])
+            image_writer.write(prepared(name), folder / "scratch", made[name])
         return made[name]
 
     return write
@@ -135,8 +134,8 @@ def store(prepared, tmp_path_factory):
 def geobench_root(raw, tmp_path_factory):
     """All twelve sets of GEO-Bench, small, laid out as released."""
     root = tmp_path_factory.mktemp("geobench")
-    scene, transform, _ = landuse.read_scene(raw("landuse"))
-    mask = landuse.read_mask(raw("landuse"), transform, scene.shape[1:])
+    scene, transform, _ = osm_landuse.read_scene(raw("landuse"))
+    mask = osm_landuse.read_mask(raw("landuse"), transform, scene.shape[1:])
     photo = np.asarray(Image.open(next(raw("trees").glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)
     for name in (*geobench_files.CLASSIFICATION, *geobench_files.SEGMENTATION):
         geobench_files.write(name, root, scene, photo, mask)
@@ -148,10 +147,10 @@ def opened(tmp_path):
     """From a dataset in memory to its images store, opened."""
     made = iter(range(100))
 
-    def write(one: images.Images):
+    def write(one: image_store.ImageDataset):
         path = tmp_path / f"opened-{next(made)}.zarr"
-        imagestore.write(one, tmp_path / "opened-scratch", path)
-        return images.open_images(path)
+        image_writer.write(one, tmp_path / "opened-scratch", path)
+        return image_store.open_images(path)
 
     return write
 
@@ -165,7 +164,7 @@ def weights(archive_folder, tmp_path_factory):
         if variant not in made:
             archive = efficientnet.VARIANTS[variant].weights
             (folder / variant).mkdir()
-            archives.unpack(archive, archives.fetch(archive, archive_folder), folder / variant)
+            download.unpack(archive, download.fetch(archive, archive_folder), folder / variant)
             made[variant] = folder / variant
         return made[variant]
 
@@ -183,10 +182,10 @@ def encoder_of(tmp_path_factory):
     def make(opened, family: str, variant: str, input_size: int = 64, folder: Path | None = None, **changes):
         given = {"weights": "pretrained" if folder else "random", "input_size": input_size, **changes}
         precision = given.pop("precision", "float32")
-        backbone = params.Backbone(family, variant, **given)
-        declared = spec(backbone)
-        seen = inputs.describe(opened, variant, backbone, declared)
-        network = build(backbone, declared, seen.seen, folder or nothing)
+        backbone = config.BackboneConfig(family, variant, **given)
+        declared = get_spec(backbone)
+        seen = preprocessing.make_preprocessor(opened, variant, backbone, declared)
+        network = create_backbone(backbone, declared, seen.seen, folder or nothing)
         return Encoder(seen, network, "cpu", precision, strides=declared.strides)
 
     return make

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from cache.schema import Layout, StoreError
-from cache.write import Writer
+from cache.errors import StoreError
+from cache.schema import StoreSchema
+from cache.writer import Writer
 from pipeline import metrics
 from pipeline.bands import Band
-from pipeline.datasets import landuse
-from pipeline.imagery import images, imagestore
-from pipeline.imagery.images import IGNORE
-from pipeline.params import Heads, LinearHead, UperNetHead
-from pipeline.training import cells, fit
+from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
+from pipeline.data import image_store, image_writer
+from pipeline.data.image_store import IGNORE
+from pipeline.data.sources import osm_landuse
+from pipeline.training import loop, task_data
 
-SMALL = Heads(LinearHead("all", "mean", steps=200, batch=64), UperNetHead(channels=8, steps=5, batch=4))
+SMALL = HeadsConfig(
+    LinearHeadConfig("all", "mean", steps=200, batch=64), UPerNetHeadConfig(channels=8, steps=5, batch=4)
+)
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_both_tasks_of_the_scene_share_their_areas(prepared):
 def test_unlabelled_is_ignored_and_never_a_class(prepared):
     made = prepared("sample-landuse-seg")
     assert IGNORE not in range(len(made.classes))
-    assert set(np.unique(made.label)) == {*range(len(landuse.CLASSES)), IGNORE}
+    assert set(np.unique(made.label)) == {*range(len(osm_landuse.CLASSES)), IGNORE}
 
 
 # Stores and training
@@ -119,12 +122,12 @@ def test_unlabelled_is_ignored_and_never_a_class(prepared):
 def cell(prepared, tmp_path):
     """Land use with its bands' means as a backbone; `change` plants the mistake."""
     made = prepared("sample-landuse")
-    imagestore.write(made, tmp_path / "scratch-images", tmp_path / "images.zarr")
-    digest = images.open_images(tmp_path / "images.zarr").attrs["content_sha256"]
+    image_writer.write(made, tmp_path / "scratch-images", tmp_path / "images.zarr")
+    digest = image_store.open_images(tmp_path / "images.zarr").attrs["content_sha256"]
     means = np.concatenate([made.image.mean((2, 3)), made.image.std((2, 3))], axis=1) / 1000
 
     def make(name="b", change=lambda features, layout: (features, layout), images_digest=digest):
-        layout = Layout(tuple(made.sample), tuple(made.split), (), {"mean": 26}, "float32", 1024)
+        layout = StoreSchema(tuple(made.sample), tuple(made.split), (), {"mean": 26}, "float32", 1024)
         features, layout = change(means, layout)
         provenance = {"images_sha256": images_digest}
         writer = Writer(tmp_path / f"scratch-{name}", layout, tmp_path / f"{name}.zarr", provenance)
@@ -137,11 +140,11 @@ def cell(prepared, tmp_path):
 
 
 def load(cell, stores, splits=("train", "val")):
-    return cells.load(dict.fromkeys(stores), cell.images, SMALL, splits, "cpu")
+    return task_data.load(dict.fromkeys(stores), cell.images, SMALL, splits, "cpu")
 
 
 def score(loaded, split="val", seed=0):
-    counts = loaded.counts(loaded.train([fit.Setting(1e-2, 1e-4, seed)]), split)
+    counts = loaded.counts(loaded.train([loop.HParams(1e-2, 1e-4, seed)]), split)
     return metrics.score("classification", counts.sum(1), loaded.task.classes)[0]
 
 
@@ -165,7 +168,7 @@ def test_stores_of_other_images_are_refused(cell):
 def test_a_store_that_is_not_the_resolved_one_is_refused(cell):
     path = cell("a")
     with pytest.raises(StoreError, match="is not the store that was resolved"):
-        cells.load({path: "0" * 64}, cell.images, SMALL, ("train",), "cpu")
+        task_data.load({path: "0" * 64}, cell.images, SMALL, ("train",), "cpu")
 
 
 def test_what_lies_in_the_test_split_changes_nothing_in_the_search(cell):

@@ -11,12 +11,12 @@ import importlib
 import pkgutil
 from pathlib import Path
 
-from pipeline.encoding.pyramid import Seen, Spec
+from pipeline.backbones.base import BackboneSpec, InputBands
+from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
-from pipeline.params import Backbone
 
 
-def family(name: str):
+def get_family(name: str):
     """The module of a family.
 
     Raises:
@@ -28,13 +28,13 @@ def family(name: str):
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def spec(backbone: Backbone) -> Spec:
+def get_spec(backbone: BackboneConfig) -> BackboneSpec:
     """The declaration of a backbone.
 
     Raises:
         UserError: no such family or variant, or a description that does not fit it.
     """
-    module = family(backbone.family)
+    module = get_family(backbone.family)
     if hasattr(module, "describe"):
         return _checked(module.describe(backbone), backbone)
     if backbone.variant not in module.VARIANTS:
@@ -50,13 +50,15 @@ def spec(backbone: Backbone) -> Spec:
     return _checked(declared, backbone)
 
 
-def build(backbone: Backbone, declared: Spec, seen: Seen, folder: Path):
+def create_backbone(backbone: BackboneConfig, declared: BackboneSpec, seen: InputBands, folder: Path):
     """The frozen network, with the weights that `folder` holds or that are drawn from the seed."""
-    network = family(backbone.family).build(backbone.variant, backbone.weights, folder, backbone.seed, seen, declared)
+    network = get_family(backbone.family).build(
+        backbone.variant, backbone.weights, folder, backbone.seed, seen, declared
+    )
     return network.eval().requires_grad_(False)
 
 
-def _checked(declared: Spec, backbone: Backbone) -> Spec:
+def _checked(declared: BackboneSpec, backbone: BackboneConfig) -> BackboneSpec:
     multiple = max(declared.strides, default=1)
     if backbone.input_size % multiple:
         raise UserError(
@@ -65,7 +67,7 @@ def _checked(declared: Spec, backbone: Backbone) -> Spec:
         )
     if backbone.normalisation == "native" and declared.standardise:
         raise UserError(f"{backbone.variant} has no normalisation of its own. Set its normalisation to dataset.")
-    learns = getattr(family(backbone.family), "LEARNS", True)
+    learns = getattr(get_family(backbone.family), "LEARNS", True)
     if learns == (backbone.weights == "none"):
         right = "pretrained or random" if learns else "none"
         raise UserError(f"{backbone.variant} has weights: {backbone.weights}; set it to {right}.")

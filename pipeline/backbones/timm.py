@@ -6,15 +6,15 @@ Its last four levels are taken. Trained weights are timm's own file on the hub, 
 import difflib
 from pathlib import Path
 
-from pipeline.encoding.pyramid import Seen, Spec, of_maps
+from pipeline.backbones.base import BackboneSpec, InputBands, from_maps
+from pipeline.config import BackboneConfig
+from pipeline.data.hub import HubFile
 from pipeline.errors import UserError
-from pipeline.hub import HubFile
-from pipeline.params import Backbone
 
 LEVELS = 4
 
 
-def describe(backbone: Backbone) -> Spec:
+def describe(backbone: BackboneConfig) -> BackboneSpec:
     """The declaration, with the normalisation that timm states.
 
     Raises:
@@ -31,9 +31,9 @@ def describe(backbone: Backbone) -> Spec:
         hub = HubFile(known.hf_hub_id, "model.safetensors", "", licence=known.license or "see the repository")
     bands = tuple(map(str, backbone.bands)) or ("red", "green", "blue")
     own = known is not None and len(known.mean) == len(bands)
-    return Spec(
+    return BackboneSpec(
         bands=bands,
-        eats=backbone.eats or "display",
+        input_units=backbone.eats or "display",
         mean=known.mean if own else None,
         std=known.std if own else None,
         standardise=not own,
@@ -44,12 +44,12 @@ def describe(backbone: Backbone) -> Spec:
     )
 
 
-def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, declared: Spec):
+def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
     """A frozen torch module from (batch, band, y, x) to a Pyramid."""
     import timm
     import torch
 
-    from pipeline.weights import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strictly, read
 
     class Maps(torch.nn.Module):
         def __init__(self, network):
@@ -57,7 +57,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: Seen, decla
             self.network = network
 
         def forward(self, image):
-            return of_maps(self.network.forward_intermediates(image, indices=LEVELS, intermediates_only=True))
+            return from_maps(self.network.forward_intermediates(image, indices=LEVELS, intermediates_only=True))
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -7,10 +7,10 @@ import numpy as np
 import xarray as xr
 
 from pipeline import metrics
-from pipeline.encoding import inputs
+from pipeline.backbones import preprocessing
+from pipeline.distillation.student_files import Student
 from pipeline.errors import UserError
 from pipeline.export import graphs, price, quantised
-from pipeline.students import Student
 
 # Real chips on which a file is compared with torch.
 COMPARED = 16
@@ -63,7 +63,7 @@ def rates(student: Student, folder: Path, image: np.ndarray) -> dict[str, float]
     return {name: float(f"{price.rate(logits, image.astype(np.float32)):.3g}") for name, logits in ways.items()}
 
 
-def _worth(logits: Callable, chips: price.Chips, told: Mapping, size: int, found: float) -> dict:
+def _worth(logits: Callable, chips: price.EvalSet, told: Mapping, size: int, found: float) -> dict:
     return {
         "bytes": size,
         "score": round(price.score(logits, chips, told), 6),
@@ -82,7 +82,7 @@ def _fits(told: Mapping, images: xr.Dataset) -> None:
         "classes": list(images.attrs["classes"]),
         "units": images.attrs["units"],
         "size": [images.sizes["y"], images.sizes["x"]],
-        "bands": [band.common_name for band in inputs.bands_of(images)],
+        "bands": [band.common_name for band in preprocessing.bands_of(images)],
     }
     said = {**told, "bands": [band["common_name"] for band in told["bands"]]}
     for name, value in there.items():

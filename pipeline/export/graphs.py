@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 import torch
 
+from pipeline.distillation.student_files import Student
 from pipeline.errors import UserError
 from pipeline.mapping.exported import KEY, opened
-from pipeline.students import Student
 
 # The greatest difference of any logit between the file and torch, as a share of the spread of torch's logits.
 TOLERANCE = 1e-3

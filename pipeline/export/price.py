@@ -9,27 +9,27 @@ import numpy as np
 import xarray as xr
 
 from pipeline import metrics
-from pipeline.imagery.images import IGNORE
+from pipeline.data.image_store import IGNORE
 
 # Chips that are scored and timed at once, and rounds of timing.
 BATCH, ROUNDS = 16, 5
 
 
 @dataclass(frozen=True)
-class Chips:
+class EvalSet:
     """Real chips, float32 (sample, band, y, x), and their labels."""
 
     image: np.ndarray
     label: np.ndarray
 
 
-def validation(images: xr.Dataset, limit: int) -> Chips:
+def validation(images: xr.Dataset, limit: int) -> EvalSet:
     """The validation split, or the first `limit` chips of it."""
     rows = np.flatnonzero(images.split.values == "val")[:limit]
-    return Chips(images.image[rows].values.astype(np.float32), images.label[rows].values)
+    return EvalSet(images.image[rows].values.astype(np.float32), images.label[rows].values)
 
 
-def score(logits: Callable[[np.ndarray], np.ndarray], chips: Chips, told: Mapping) -> float:
+def score(logits: Callable[[np.ndarray], np.ndarray], chips: EvalSet, told: Mapping) -> float:
     """The task's metric (pipeline/metrics.py)."""
     batches = range(0, len(chips.image), BATCH)
     given = np.concatenate([logits(chips.image[at : at + BATCH]) for at in batches])

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import xarray as xr
 
-from cache.durable import write_file
-from cache.read import Features
-from cache.schema import StoreError
-from pipeline.encoding.encode import Encoder
-from pipeline.extraction.preflight import explained
+from cache.atomic import write_file
+from cache.errors import StoreError
+from cache.reader import FeatureStore
+from pipeline.backbones.encoder import Encoder
+from pipeline.extraction.estimate import explained
 
 # On a CPU, where larger ones are slower, since more of a layer's output leaves the cache, and take more memory
 # (benchmarks/choices.py); and the share of a GPU's memory to use: narrowing takes some, too.
@@ -42,7 +42,7 @@ def published(final: Path, said: Mapping, views: Sequence[str]) -> int:
         views: names of the copies of each image.
     """
     try:
-        store = Features(final)
+        store = FeatureStore(final)
     except (StoreError, OSError):
         return 0
     told = json.loads(json.dumps(dict(said)))

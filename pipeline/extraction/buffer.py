@@ -3,17 +3,18 @@
 import numpy as np
 import torch
 
-from cache.prepare import judge
-from cache.schema import Layout, StoreError
+from cache.casting import judge
+from cache.errors import StoreError
+from cache.schema import StoreSchema
 from pipeline.extraction.narrow import look, narrow
-from pipeline.extraction.transfer import Download
+from pipeline.extraction.transfer import DeviceToHost
 
 # Values that are narrowed at once: on a processor what its cache keeps; on a GPU, where each takes some 20 bytes,
 # what fits beside a network that may fill it.
 _BLOCK, _GPU_BLOCK = 2**18, 2**25
 
 
-class Buffer:
+class ShardBuffer:
     """Memory of one shard of every array, used again and again; several threads may put rows into it.
 
     Args:
@@ -21,7 +22,7 @@ class Buffer:
         download: how features come back from the device.
     """
 
-    def __init__(self, layout: Layout, download: Download):
+    def __init__(self, layout: StoreSchema, download: DeviceToHost):
         self._layout, self._download = layout, download
         self._arrays: dict[str, torch.Tensor] = {}
         self._tallies: dict[str, torch.Tensor] = {}

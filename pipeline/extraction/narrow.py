@@ -1,14 +1,14 @@
 """Narrowing features to the store's dtype where they are computed, so that half as many bytes leave the device.
 
 Of a GPU, levels alone: pooled vectors are few bytes, and the writer narrows them. What it finds on the way is what
-`cache.prepare` finds of values that a writer narrows itself.
+`cache.casting` finds of values that a writer narrows itself.
 """
 
 import torch
 
 # Of every so many samples of a batch, one is looked at for values too small for the dtype.
 _EVERY = 8
-# Columns of a tally: those of `cache.prepare.judge`, and values that are no finite numbers.
+# Columns of a tally: those of `cache.casting.judge`, and values that are no finite numbers.
 _COLUMNS = 7
 
 

@@ -15,7 +15,7 @@ def threads(count: int, device: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, **own)
 
 
-class Upload:
+class HostToDevice:
     """Batches on their way to the device; called by one thread.
 
     Args:
@@ -51,7 +51,7 @@ def arrived(given: tuple) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     return tensors, known
 
 
-class Download:
+class DeviceToHost:
     """Features on their way back, into memory that `empty` made."""
 
     def __init__(self, device: str):

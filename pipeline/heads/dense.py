@@ -8,7 +8,7 @@ from torch import nn
 from pipeline.grids import bilinear
 
 
-class DenseGroup(nn.Module):
+class HeadList(nn.Module):
     """K networks, each initialised from its own seed.
 
     Args:
@@ -44,7 +44,7 @@ class DenseGroup(nn.Module):
         """One per head, sharing its weights with this group."""
         alone = []
         for head in self.heads:
-            lane = DenseGroup(nn.Identity, self.size, (), self.precision)
+            lane = HeadList(nn.Identity, self.size, (), self.precision)
             lane.heads.append(head)
             alone.append(lane)
         return alone

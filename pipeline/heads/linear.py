@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-class LinearGroup(nn.Module):
+class StackedLinear(nn.Module):
     """K linear classifiers, each initialised from its own seed.
 
     Args:

@@ -58,7 +58,7 @@ def _shares(side: int, scale: int, device: torch.device) -> torch.Tensor:
     return weights.to(device)
 
 
-class UperNetDecoder(nn.Module):
+class UPerNetDecoder(nn.Module):
     """Pyramid pooling on the deepest level, lateral and top-down convolutions, one fused map.
 
     Args:
@@ -90,12 +90,12 @@ class UperNetDecoder(nn.Module):
         return self.fpn_bottleneck(joined)
 
 
-class UperNet(nn.Module):
+class UPerNet(nn.Module):
     """The decoder with a 1x1 classifier; logits (batch, class, y, x) at the finest level's size."""
 
     def __init__(self, channels_in: Sequence[int], channels: int, classes: int):
         super().__init__()
-        self.decoder = UperNetDecoder(channels_in, channels)
+        self.decoder = UPerNetDecoder(channels_in, channels)
         self.classifier = nn.Conv2d(channels, classes, 1)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:

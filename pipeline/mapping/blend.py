@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.imagery.chips import filled
+from pipeline.data.splits import filled
 from pipeline.mapping.scene import Scene
 from pipeline.mapping.signature import Predictor, probabilities
-from pipeline.mapping.tiles import Axis, Block, taper
+from pipeline.mapping.tiling import OutputBlock, TileAxis, taper
 
 # No class, and no confidence, where the scene has no data.
 NODATA = 255
@@ -19,7 +19,7 @@ READ = 512
 
 
 @dataclass(frozen=True)
-class Job:
+class MappingJob:
     """A scene, what maps it, and its tiles.
 
     Attributes:
@@ -30,11 +30,11 @@ class Job:
     scene: Scene
     predictor: Predictor
     places: tuple[int, ...]
-    rows: Axis
-    columns: Axis
+    rows: TileAxis
+    columns: TileAxis
 
 
-def block(job: Job, part: Block, done: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+def block(job: MappingJob, part: OutputBlock, done: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
     """Classes and confidences of a block, uint8 (band, y, x), `NODATA` where the scene has none.
 
     One band with the likeliest class and its probability in percent; or, where several classes may hold at once, a
@@ -57,14 +57,14 @@ def block(job: Job, part: Block, done: Callable[[int], None]) -> tuple[np.ndarra
     return classes, confidence
 
 
-class Strips:
+class WindowReader:
     """The scene's pixels for rows of tiles from the top down; several rows of tiles are read at once.
 
     Attributes:
         starts: columns of the tiles that reach into the block.
     """
 
-    def __init__(self, job: Job, part: Block):
+    def __init__(self, job: MappingJob, part: OutputBlock):
         self.job, self.starts = job, job.columns.reaching(part.column, part.column + part.width)
         self.first = self.last = -1
 
@@ -87,13 +87,15 @@ class Strips:
         return values, valid
 
 
-def _rows(job: Job, part: Block, done: Callable[[int], None]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _rows(
+    job: MappingJob, part: OutputBlock, done: Callable[[int], None]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(first row, weighted sums of probabilities (class, y, x), where there is data (y, x)), from the top down.
 
     Only as many rows are in memory as a tile has.
     """
     tile, last = job.rows.tile, part.row + part.height
-    starts, strips = job.rows.reaching(part.row, last), Strips(job, part)
+    starts, strips = job.rows.reaching(part.row, last), WindowReader(job, part)
     sums = np.zeros((len(job.predictor.signature.classes), tile, part.width), np.float32)
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         valid = _add_row(job, part, start, strips, sums, done)
@@ -105,7 +107,7 @@ def _rows(job: Job, part: Block, done: Callable[[int], None]) -> Iterator[tuple[
         sums = np.concatenate([sums[:, rows:], np.zeros_like(sums[:, :rows])], axis=1)
 
 
-def _add_row(job, part: Block, start: int, strips: Strips, sums: np.ndarray, done) -> np.ndarray:
+def _add_row(job, part: OutputBlock, start: int, strips: WindowReader, sums: np.ndarray, done) -> np.ndarray:
     """Add a row of tiles to the sums, and return where (y, x) the block has data in these rows."""
     tile, starts = job.columns.tile, strips.starts
     values, valid = strips.read(start)
@@ -125,7 +127,7 @@ def _add_row(job, part: Block, start: int, strips: Strips, sums: np.ndarray, don
     return valid[:, first : first + part.width]
 
 
-def _predicted(job: Job, row: int, columns: list[int], chips: np.ndarray) -> np.ndarray:
+def _predicted(job: MappingJob, row: int, columns: list[int], chips: np.ndarray) -> np.ndarray:
     """Probabilities (batch, class[, y, x]) of tiles of one row."""
     middle = np.asarray(columns) + job.columns.tile / 2
     known = {

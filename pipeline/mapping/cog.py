@@ -10,13 +10,13 @@ from rasterio.windows import Window
 
 from pipeline.mapping.blend import NODATA
 from pipeline.mapping.scene import Scene
-from pipeline.mapping.tiles import COG_TILE, Block
+from pipeline.mapping.tiling import COG_TILE, OutputBlock
 
 
 def write(
     path: Path,
     scene: Scene,
-    blocks: Iterable[tuple[Block, np.ndarray]],
+    blocks: Iterable[tuple[OutputBlock, np.ndarray]],
     bands: int,
     tags: Mapping[str, str],
     names: Iterable[str],

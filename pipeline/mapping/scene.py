@@ -9,7 +9,7 @@ import numpy as np
 import rasterio
 from pyproj import CRS, Geod, Transformer
 
-from pipeline.bands import Band, find
+from pipeline.bands import Band, band_index
 from pipeline.errors import UserError
 from pipeline.mapping.signature import Signature
 
@@ -104,8 +104,8 @@ def context(scene: Scene, names: Sequence[str]) -> None:
 
 
 def _place(band: Band, there: Sequence[Band]) -> int | None:
-    place = find(band.common_name, there)
-    place = find(band.name, there) if place is None else place
+    place = band_index(band.common_name, there)
+    place = band_index(band.name, there) if place is None else place
     if place is None:
         return None
     apart = abs(there[place].wavelength - band.wavelength)

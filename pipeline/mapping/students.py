@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import students
+from pipeline.distillation import student_files
 from pipeline.mapping.signature import Predictor, signature_of
 
 
@@ -16,7 +16,7 @@ def trained(folder: Path, device: str) -> Predictor:
         UserError: it holds none.
     """
     folder = Path(folder)
-    student, told = students.load(folder)
+    student, told = student_files.load(folder)
     student = student.to(device).eval()
 
     @torch.inference_mode()

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from pipeline import metrics
-from pipeline.training.beside import side_by_side
-from pipeline.training.feed import Data, Stream
-from pipeline.training.loss import Task, decided
+from pipeline.training.feature_loader import Data, StreamedFeatures
+from pipeline.training.losses import Task, predict_labels
+from pipeline.training.parallel import parallel_map
 
 # Samples in an evaluation's batch, where heads are one product.
 _MANY = 4096
@@ -21,8 +21,8 @@ def evaluate(group: torch.nn.Module, data: Data, task: Task, batch: int) -> np.n
 
 def evaluate_all(groups: Sequence[torch.nn.Module], data: Data, task: Task, batch: int) -> list[np.ndarray]:
     """Counts of each group; a stream is read once for all."""
-    with side_by_side(data, groups[0]) as each:
-        if not isinstance(data.inputs, Stream):
+    with parallel_map(data, groups[0]) as each:
+        if not isinstance(data.inputs, StreamedFeatures):
             return list(each(lambda group: in_batches(group, data, task, batch), groups))
         parts, rows = [], torch.arange(len(data.label)).split(batch)
         for index, inputs in zip(rows, data.inputs.batches(rows), strict=True):
@@ -52,10 +52,10 @@ def diverged(group: torch.nn.Module) -> np.ndarray:
 
 
 @torch.no_grad()
-def logits(group: torch.nn.Module, inputs: torch.Tensor | Stream) -> np.ndarray:
+def logits(group: torch.nn.Module, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
     """Logits of every trained head on pooled vectors (sample, channel), float32 (head, sample, class)."""
     rows = torch.arange(len(inputs)).split(_MANY)
-    batches = inputs.batches(rows) if isinstance(inputs, Stream) else inputs.split(_MANY)
+    batches = inputs.batches(rows) if isinstance(inputs, StreamedFeatures) else inputs.split(_MANY)
     parts = [torch.cat([piece for _, piece in group.pieces(batch, None)]).float().cpu() for batch in batches]
     return torch.cat(parts, dim=1).numpy()
 
@@ -71,6 +71,6 @@ def _counts(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task) -> 
     group.eval()
     logits = torch.cat([piece for _, piece in group.pieces(inputs, None)])
     group.train(training)
-    predicted = decided(logits, label, task, dim=2).cpu().numpy()
+    predicted = predict_labels(logits, label, task, dim=2).cpu().numpy()
     true = label.long().cpu().numpy()
-    return np.stack([metrics.counts(task.kind, one, true, task.classes, task.ignore) for one in predicted])
+    return np.stack([metrics.counts(task.name, one, true, task.classes, task.ignore) for one in predicted])

@@ -8,20 +8,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline import metrics, params
+from pipeline import config, metrics
 from pipeline.errors import UserError
-from pipeline.training import fit, predictions
-from pipeline.training.blueprint import in_words
-from pipeline.training.cells import Cell
-from pipeline.training.fit import Setting
+from pipeline.heads.config import in_words
+from pipeline.training import loop, predictions
+from pipeline.training.loop import HParams
 from pipeline.training.search import search
+from pipeline.training.task_data import TaskData
 
 # Whose figures these are: backbones frozen, features from the cache. A fine-tuned model would be another protocol.
 PROTOCOL = "frozen"
 
 
 @dataclass(frozen=True)
-class Tested:
+class ProtocolResult:
     """Seeds that were read on the test split.
 
     Attributes:
@@ -37,7 +37,9 @@ class Tested:
     best: int
 
 
-def tune(cell: Cell, described: params.Search, name: str, study: Path | None = None, about: object = None) -> dict:
+def tune(
+    cell: TaskData, described: config.SearchConfig, name: str, study: Path | None = None, about: object = None
+) -> dict:
     """Search learning rate and weight decay on the validation split.
 
     Args:
@@ -47,14 +49,14 @@ def tune(cell: Cell, described: params.Search, name: str, study: Path | None = N
 
     def score(settings):
         group = cell.train(settings)
-        scores = metrics.score(cell.task.kind, cell.counts(group, "val").sum(axis=1), cell.task.classes)
+        scores = metrics.score(cell.task.name, cell.counts(group, "val").sum(axis=1), cell.task.classes)
         print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
-        return np.where(fit.diverged(group), np.nan, scores)
+        return np.where(loop.diverged(group), np.nan, scores)
 
     return search(score, described, study, about)
 
 
-def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Tested:
+def test(cell: TaskData, best: Mapping[str, float], seeds: int, told: Mapping) -> ProtocolResult:
     """Train `seeds` heads at the best setting and read the test split, once for each.
 
     Args:
@@ -66,23 +68,23 @@ def test(cell: Cell, best: Mapping[str, float], seeds: int, told: Mapping) -> Te
     Raises:
         UserError: heads diverged.
     """
-    group = cell.train([Setting(**best, seed=seed) for seed in range(seeds)])
-    if (wrong := fit.diverged(group)).any():
+    group = cell.train([HParams(**best, seed=seed) for seed in range(seeds)])
+    if (wrong := loop.diverged(group)).any():
         raise UserError(predictions.diverged(np.flatnonzero(wrong), seeds))
     task, part = cell.task, cell.parts["test"]
-    validation = metrics.score(task.kind, cell.counts(group, "val").sum(axis=1), task.classes)
-    if task.kind == "segmentation":
+    validation = metrics.score(task.name, cell.counts(group, "val").sum(axis=1), task.classes)
+    if task.name == "segmentation":
         predicted = predictions.of_masks(part.sample, cell.counts(group, "test"))
     else:
         label = part.label.cpu().numpy()
-        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.kind)
-    _, counts = predictions.counts(predicted, task.kind, task.classes)
-    tested = metrics.score(task.kind, counts.sum(axis=1), task.classes)
+        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.name)
+    _, counts = predictions.counts(predicted, task.name, task.classes)
+    tested = metrics.score(task.name, counts.sum(axis=1), task.classes)
     runs = [
         {**told, "protocol": PROTOCOL, "head": in_words(cell.blueprint, cell.fields, bool(task.weights)),
-         "task": task.kind, "seed": seed, "metric": metrics.METRICS[task.kind], "score": tested[seed],
+         "task": task.name, "seed": seed, "metric": metrics.METRICS[task.name], "score": tested[seed],
          "val_score": validation[seed], "n_test": len(part.sample), "classes": task.classes,
          **best}
         for seed in range(seeds)
     ]  # fmt: skip
-    return Tested(pd.DataFrame(runs), predicted, group, int(validation.argmax()))
+    return ProtocolResult(pd.DataFrame(runs), predicted, group, int(validation.argmax()))

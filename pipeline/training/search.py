@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import optuna
 
-from cache.durable import write_file
+from cache.atomic import write_file
+from pipeline.config import SearchConfig
 from pipeline.errors import UserError
-from pipeline.params import Search
-from pipeline.training.fit import Setting
+from pipeline.training.loop import HParams
 
-Score = Callable[[Sequence[Setting]], Sequence[float]]
+Score = Callable[[Sequence[HParams]], Sequence[float]]
 
 
-def search(score: Score, described: Search, study: Path | None = None, about: object = None) -> dict:
+def search(score: Score, described: SearchConfig, study: Path | None = None, about: object = None) -> dict:
     """Search for the setting with the best validation score.
 
     A round of trials is asked for, trained together and told. What a round asks for depends on the rounds before it
@@ -46,7 +46,7 @@ def search(score: Score, described: Search, study: Path | None = None, about: ob
     while (left := described.trials - len(trials)) > 0:
         asked = _ask(trials, space, min(described.parallel, left), described)
         # Every trial has the same seed, so that trials differ in their settings alone.
-        scores = score([Setting(**params, seed=described.seed) for params in asked])
+        scores = score([HParams(**params, seed=described.seed) for params in asked])
         # A head that diverged is the worst there is, and TPE is told so; NaN it would not take.
         trials += [
             {**params, **({"score": float(value)} if np.isfinite(value) else {"score": 0.0, "diverged": True})}
@@ -68,7 +68,7 @@ def search(score: Score, described: Search, study: Path | None = None, about: ob
     return {"best": {name: best[name] for name in space}, "score": best["score"], "trials": trials}
 
 
-def _ask(trials: Sequence[dict], space: dict, count: int, described: Search) -> list[dict]:
+def _ask(trials: Sequence[dict], space: dict, count: int, described: SearchConfig) -> list[dict]:
     """A round's settings: the first half of all trials random, then by TPE from those before."""
     # A seed a round, since a sampler's state does not outlive its process.
     seed = int(np.random.SeedSequence([described.seed, len(trials)]).generate_state(1)[0])

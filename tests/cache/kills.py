@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from small_store import content, layout, write
 
-from cache.read import Features
-from cache.schema import StoreError
+from cache.errors import StoreError
+from cache.reader import FeatureStore
 
 DESCRIBED = layout(samples=60, shard=4)
 
@@ -40,7 +40,7 @@ def watch(final: Path, digest: str, stop: Path) -> None:
     while not stop.exists():
         time.sleep(0.005)  # the processor is the writers'
         try:
-            features = Features(final)
+            features = FeatureStore(final)
             values = features.read("level0/features", np.arange(60))
         except (StoreError, FileNotFoundError):
             continue

@@ -3,17 +3,17 @@
 import numpy as np
 
 from cache.codecs import parse
-from cache.schema import Layout, Level
-from cache.write import Writer
+from cache.schema import LevelSchema, StoreSchema
+from cache.writer import Writer
 
 SAMPLES = 150
 
 
 def layout(dtype="float16", samples=SAMPLES, shard=64, codec="none", views=()):
-    return Layout(
+    return StoreSchema(
         sample=tuple(f"s{i:03d}" for i in range(samples)),
         split=tuple("train" if i % 3 else "test" for i in range(samples)),
-        levels=(Level(5, 8, 8, 4, "a"), Level(7, 4, 4, 8, "b")),
+        levels=(LevelSchema(5, 8, 8, 4, "a"), LevelSchema(7, 4, 4, 8, "b")),
         pooled={"mean_level0": 5, "mean_level1": 7},
         dtype=dtype,
         shard=shard,

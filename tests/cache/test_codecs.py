@@ -6,8 +6,9 @@ import zarr
 from small_store import write
 
 from cache.codecs import parse
-from cache.read import Features
-from cache.schema import Layout, Level, StoreError
+from cache.errors import StoreError
+from cache.reader import FeatureStore
+from cache.schema import LevelSchema, StoreSchema
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +21,13 @@ def maps(prepared):
 @pytest.fixture
 def stored(maps, tmp_path):
     def store(codec, dtype="float16", values=maps):
-        described = Layout(
+        described = StoreSchema(
             sample=tuple(f"s{i}" for i in range(len(values))), split=("train",) * len(values), pooled={}, shard=16,
-            levels=(Level(*values.shape[1:], 1, "bands"),), codec=parse(codec, dtype), dtype=dtype,
+            levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse(codec, dtype), dtype=dtype,
         )  # fmt: skip
         folder = tmp_path / f"{codec}-{dtype}"
         write(folder, described, given=lambda layout, shard, _: {"level0/features": values[layout.rows(shard)]})
-        features = Features(folder / "store.zarr")
+        features = FeatureStore(folder / "store.zarr")
         size = sum(file.stat().st_size for file in (folder / "store.zarr/level0/features").iterdir())
         return features, size
 

@@ -11,14 +11,14 @@ import pytest
 from small_store import SAMPLES, everything, layout, write
 
 from cache import files, gather
-from cache.read import Features
-from cache.schema import StoreError
+from cache.errors import StoreError
+from cache.reader import FeatureStore
 
 
 def test_a_child_of_a_reading_process_can_read(tmp_path):
     """A lock that another thread held when the process was forked would stay held in the child."""
     write(tmp_path)
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     with features._files.lock:
         child = os.fork()
         if not child:
@@ -37,9 +37,9 @@ def test_a_child_of_a_reading_process_can_read(tmp_path):
 
 def test_more_files_than_may_be_open(tmp_path, monkeypatch):
     write(tmp_path, layout(shard=2))
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     for module in (files, gather):
-        monkeypatch.setattr(module, "files_allowed", lambda: 6 * len(files.Files._live))
+        monkeypatch.setattr(module, "files_allowed", lambda: 6 * len(files.MmapPool._live))
     order = np.random.default_rng(0).permutation(SAMPLES)
     expected = everything(layout(shard=2), "level0/features").astype("float16")[order]
     np.testing.assert_array_equal(features.read("level0/features", order), expected)
@@ -49,7 +49,7 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
 def test_what_is_mapped_is_let_go(tmp_path):
     """Values are the same, and of the files' pages no more stay in the process than may."""
     write(tmp_path, layout(samples=3000, shard=500))
-    features = Features(tmp_path / "store.zarr", mapped=100_000)
+    features = FeatureStore(tmp_path / "store.zarr", mapped=100_000)
     order = np.random.default_rng(0).integers(0, 3000, 1000)
     expected = everything(layout(samples=3000, shard=500), "level0/features").astype("float16")[order]
     for start in range(0, 1000, 50):
@@ -67,7 +67,7 @@ def test_what_is_mapped_is_let_go(tmp_path):
 
 def test_a_store_replaced_while_it_is_read_is_noticed(tmp_path):
     write(tmp_path)
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     features.read("level0/features", [0])
     shutil.rmtree(tmp_path / "store.zarr")
     write(tmp_path, seed=1)

@@ -13,8 +13,8 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from small_store import everything, layout, write
 from zarr.storage import FsspecStore
 
-from cache.read import Features
-from cache.schema import StoreError
+from cache.errors import StoreError
+from cache.reader import FeatureStore
 
 INDEX = np.array([149, 0, 64, 63, 7, 149])
 
@@ -41,12 +41,12 @@ def served(tmp_path):
 @pytest.mark.parametrize(("codec", "views"), [("none", ()), ("zstd", ("identity", "flip_x")), ("int8", ())])
 def test_over_http_and_in_memory_by_the_same_interface(tmp_path, served, codec, views):
     write(tmp_path, layout(codec=codec, views=views))
-    local = Features(tmp_path / "store.zarr")
+    local = FeatureStore(tmp_path / "store.zarr")
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path / "store.zarr"), f"/{tmp_path.name}", recursive=True)
     view = views[-1] if views else None
     for address in (f"{served}/store.zarr", f"memory://{tmp_path.name}"):
-        remote = Features(address)
+        remote = FeatureStore(address)
         assert remote.levels == local.levels
         for name in ("level0/features", "pooled/mean_level1"):
             np.testing.assert_array_equal(remote.read(name, INDEX, view), local.read(name, INDEX, view))
@@ -63,11 +63,11 @@ def test_from_a_dvc_repository(tmp_path):
     repository.add(str(tmp_path / "work/store.zarr"))
     shutil.rmtree(tmp_path / "work/store.zarr")
     files = AsyncFileSystemWrapper(DVCFileSystem(str(tmp_path / "work")), asynchronous=True)
-    remote = Features(FsspecStore(files, read_only=True, path="store.zarr"))
+    remote = FeatureStore(FsspecStore(files, read_only=True, path="store.zarr"))
     expected = everything(layout(), "level1/features").astype("float16")[INDEX]
     np.testing.assert_array_equal(remote.read("level1/features", INDEX), expected)
 
 
 def test_an_address_with_nothing_behind_it(tmp_path, served):
     with pytest.raises(StoreError, match="cannot be opened"):
-        Features(f"{served}/nothing.zarr")
+        FeatureStore(f"{served}/nothing.zarr")

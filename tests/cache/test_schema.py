@@ -10,8 +10,8 @@ import xarray as xr
 import zarr
 from small_store import SAMPLES, everything, layout, write
 
-from cache.read import Features
-from cache.write import write_left_out
+from cache.reader import FeatureStore
+from cache.writer import write_skipped
 
 
 def test_the_store_is_a_datatree_with_named_dimensions_and_coordinates(tmp_path):
@@ -86,10 +86,10 @@ def test_one_file_a_shard(tmp_path):
 
 
 def test_a_left_out_store_says_why(tmp_path):
-    write_left_out(tmp_path / "x.zarr", tmp_path / "scratch", "needs nir")
+    write_skipped(tmp_path / "x.zarr", tmp_path / "scratch", "needs nir")
     with pytest.raises(Exception, match="holds no features: needs nir"):
-        Features(tmp_path / "x.zarr")
-    assert xr.open_datatree(tmp_path / "x.zarr", engine="zarr").attrs["left_out"] == "needs nir"
+        FeatureStore(tmp_path / "x.zarr")
+    assert xr.open_datatree(tmp_path / "x.zarr", engine="zarr").attrs["skipped"] == "needs nir"
 
 
 def test_the_contract_page_names_every_array(tmp_path):

@@ -8,8 +8,8 @@ from sklearn.decomposition import PCA
 from small_store import everything, layout, write
 
 from cache import statistics
-from cache.read import Features
-from cache.schema import StoreError
+from cache.errors import StoreError
+from cache.reader import FeatureStore
 from cache.statistics import channel_statistics, principal_components, project
 
 
@@ -22,7 +22,7 @@ def block(request, monkeypatch):
 @pytest.mark.usefixtures("block")
 def test_training_statistics(tmp_path, codec):
     write(tmp_path, layout(codec=codec))
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     training = features.read("level0/features", features.rows("train")).astype("float64")
     mean, std = features.statistics("level0")
     assert mean.dtype == std.dtype == np.float64
@@ -41,7 +41,7 @@ def test_what_passes_the_writer_has_the_statistics_of_what_is_stored(tmp_path, c
     # Shards without a training sample, and with one.
     split = ("test",) * 32 + ("train",) + ("val",) * 40 + described.split[73:]
     write(tmp_path, dataclasses.replace(described, split=split))
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     for level in ("level0", "level1"):
         mean, std = channel_statistics(features, level)
         np.testing.assert_allclose(features.statistics(level)[0], mean, rtol=0, atol=1e-13)
@@ -63,7 +63,7 @@ def test_a_small_spread_about_a_large_mean_is_not_lost(tmp_path):
         }
 
     write(tmp_path, described, given=given)
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     training = features.read("level0/features", features.rows("train")).astype("float64")
     np.testing.assert_allclose(features.statistics("level0")[1], training.std(axis=(0, 2, 3)), rtol=1e-9)
 
@@ -71,7 +71,7 @@ def test_a_small_spread_about_a_large_mean_is_not_lost(tmp_path):
 def test_statistics_are_over_all_views(tmp_path):
     described = layout(views=("identity", "flip_x"))
     write(tmp_path, described)
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     training = everything(described, "level0/features").astype("float16")[features.rows("train")].astype("float64")
     np.testing.assert_allclose(features.statistics("level0")[0], training.mean(axis=(0, 1, 3, 4)), atol=1e-13)
     np.testing.assert_allclose(
@@ -87,20 +87,20 @@ def test_one_missing_value_shows(tmp_path):
         return made
 
     write(tmp_path, given=given)
-    mean, std = Features(tmp_path / "store.zarr").statistics("level0")
+    mean, std = FeatureStore(tmp_path / "store.zarr").statistics("level0")
     assert np.isnan(mean).tolist() == np.isnan(std).tolist() == [False, False, True, False, False]
 
 
 def test_more_components_than_there_are(tmp_path):
     write(tmp_path)
     with pytest.raises(StoreError, match="6 components were asked for of 5 channels in 6400 cells"):
-        principal_components(Features(tmp_path / "store.zarr"), "level0", 6)
+        principal_components(FeatureStore(tmp_path / "store.zarr"), "level0", 6)
 
 
 @pytest.mark.usefixtures("block")
 def test_principal_components_are_scikit_learns(tmp_path):
     write(tmp_path)
-    features = Features(tmp_path / "store.zarr")
+    features = FeatureStore(tmp_path / "store.zarr")
     pca = principal_components(features, "level0", 3)
     training = features.read("level0/features", features.rows("train")).astype("float64")
     cells = training.transpose(0, 2, 3, 1).reshape(-1, 5)

@@ -11,10 +11,11 @@ import zarr
 from small_store import layout, write
 
 from cache import checksums
-from cache.read import Features
-from cache.schema import StoreError, consolidate
+from cache.errors import StoreError
+from cache.reader import FeatureStore
+from cache.schema import consolidate
 from cache.verify import verify
-from cache.write import write_left_out
+from cache.writer import write_skipped
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,18 +162,18 @@ def test_the_sums_are_those_of_sha256sum(store):
 
 
 def test_a_left_out_store_is_whole(tmp_path):
-    write_left_out(tmp_path / "x.zarr", tmp_path / "scratch", "needs nir")
+    write_skipped(tmp_path / "x.zarr", tmp_path / "scratch", "needs nir")
     assert "needs nir" in verify(tmp_path / "x.zarr")
 
 
 def test_a_reader_checks_when_asked(store):
-    Features(store, verify=True)
+    FeatureStore(store, verify=True)
     shard = store / "level1/features/c.2.0.0.0.0"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + b"x")
     try:
-        Features(store)
+        FeatureStore(store)
         with pytest.raises(StoreError, match="level1/features/c.2"):
-            Features(store, verify=True)
+            FeatureStore(store, verify=True)
     finally:
         shard.write_bytes(whole)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from cache.read import Features
-from cache.schema import Layout, Level
-from cache.write import Writer
+from cache.reader import FeatureStore
+from cache.schema import LevelSchema, StoreSchema
+from cache.writer import Writer
 from pipeline.bands import Band
-from pipeline.imagery import images
+from pipeline.data import image_store
 
 COUNT, SIDE = 120, 16
 
@@ -27,11 +27,11 @@ def labelled(opened):
         label = {
             "classification": generator.integers(4, size=COUNT),
             "multilabel": generator.integers(2, size=(COUNT, 2)),
-            "segmentation": np.where(generator.random(mask.shape) < 0.3, images.IGNORE, mask),
+            "segmentation": np.where(generator.random(mask.shape) < 0.3, image_store.IGNORE, mask),
         }[task]
         classes = ["a", "b", "c", "d"][: {"classification": 4, "multilabel": 2, "segmentation": 3}[task]]
         return opened(
-            images.Images(
+            image_store.ImageDataset(
                 image=np.zeros((COUNT, 1, SIDE, SIDE), np.uint8), label=label,
                 sample=[f"s{i:03d}" for i in range(COUNT)], split=split, bands=[Band("red", "red", 0.665, 1.0)],
                 classes=classes, task=task, units="uint8", gsd=1.0, licence="none", source="made",
@@ -47,10 +47,10 @@ def member(tmp_path):
 
     def write(name, values, like):
         levels = [value for key, value in sorted(values.items()) if key.startswith("level")]
-        layout = Layout(
+        layout = StoreSchema(
             sample=tuple(like.sample.values.tolist()),
             split=tuple(like.split.values.tolist()),
-            levels=tuple(Level(v.shape[1], *v.shape[2:], SIDE // v.shape[2], "x") for v in levels),
+            levels=tuple(LevelSchema(v.shape[1], *v.shape[2:], SIDE // v.shape[2], "x") for v in levels),
             pooled={key[7:]: value.shape[1] for key, value in values.items() if key.startswith("pooled/")},
             dtype="float32",
             shard=64,
@@ -60,7 +60,7 @@ def member(tmp_path):
         for shard in writer.pending():
             writer.write(shard, {key: value[layout.rows(shard)] for key, value in values.items()})
         writer.finish()
-        return Features(tmp_path / f"{name}.zarr")
+        return FeatureStore(tmp_path / f"{name}.zarr")
 
     return write
 

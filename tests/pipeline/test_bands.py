@@ -2,7 +2,7 @@ import pytest
 
 from pipeline import bands
 from pipeline.backbones import dofa, efficientnet, prithvi
-from pipeline.bands import SENTINEL2, Band, Unseen, see
+from pipeline.bands import SENTINEL2, Band, MissingBandsError, match_bands
 from pipeline.errors import UserError
 
 CSMASK = efficientnet.VARIANTS["csmask_b4"]
@@ -21,56 +21,61 @@ def names(seen):
 
 
 def test_bands_follow_the_networks_order():
-    assert names(see("m", CSMASK, SENTINEL2, 64)) == ["B02", "B03", "B04", "B08", "B11", "B12"]
-    assert names(see("m", PRITHVI, SENTINEL2, 64)) == ["B02", "B03", "B04", "B8A", "B11", "B12"]
-    assert names(see("m", DOFA, SENTINEL2, 64)) == [band.name for band in SENTINEL2]
+    assert names(match_bands("m", CSMASK, SENTINEL2, 64)) == ["B02", "B03", "B04", "B08", "B11", "B12"]
+    assert names(match_bands("m", PRITHVI, SENTINEL2, 64)) == ["B02", "B03", "B04", "B8A", "B11", "B12"]
+    assert names(match_bands("m", DOFA, SENTINEL2, 64)) == [band.name for band in SENTINEL2]
 
 
 def test_wavelengths_go_with_their_bands():
-    seen = see("m", DOFA, SENTINEL2[::-1], 64)
+    seen = match_bands("m", DOFA, SENTINEL2[::-1], 64)
     assert seen.slots[0] == "swir22"
     assert seen.wavelengths == tuple(band.wavelength for band in SENTINEL2[::-1])
 
 
 def test_a_missing_band_names_those_that_exist():
     with pytest.raises(
-        Unseen, match="csmask needs the bands swir16, swir22; these images have red, green, blue, nir"
+        MissingBandsError, match="csmask needs the bands swir16, swir22; these images have red, green, blue, nir"
     ):
-        see("csmask", CSMASK, RGBN, 64)
+        match_bands("csmask", CSMASK, RGBN, 64)
 
 
 def test_what_can_be_done_without_is_left_away_and_the_broad_band_stands_in():
-    seen = see("m", PRITHVI, RGBN, 64)
+    seen = match_bands("m", PRITHVI, RGBN, 64)
     assert seen.slots == ("blue", "green", "red", "nir08")
     assert seen.positions == (2, 1, 0, 3)
-    assert see("m", PRITHVI, RGBN[:3], 64).slots == ("blue", "green", "red")
-    with pytest.raises(Unseen, match="needs the bands blue"):
-        see("m", PRITHVI, RGBN[:2], 64)
+    assert match_bands("m", PRITHVI, RGBN[:3], 64).slots == ("blue", "green", "red")
+    with pytest.raises(MissingBandsError, match="needs the bands blue"):
+        match_bands("m", PRITHVI, RGBN[:2], 64)
 
 
 def test_bands_by_common_name_sensor_name_and_wavelength():
-    assert bands.find("nir08", SENTINEL2) == bands.find("B8A", SENTINEL2) == bands.find(0.86, SENTINEL2) == 8
-    assert bands.find(0.9, SENTINEL2) is None
-    assert bands.find("thermal", SENTINEL2) is None
-    assert names(see("m", DOFA, SENTINEL2, 64, ["B12", 0.49, "red"])) == ["B12", "B02", "B04"]
-    with pytest.raises(Unseen, match="needs the bands 10.9"):
-        see("m", DOFA, SENTINEL2, 64, ["red", 10.9])
+    assert (
+        bands.band_index("nir08", SENTINEL2)
+        == bands.band_index("B8A", SENTINEL2)
+        == bands.band_index(0.86, SENTINEL2)
+        == 8
+    )
+    assert bands.band_index(0.9, SENTINEL2) is None
+    assert bands.band_index("thermal", SENTINEL2) is None
+    assert names(match_bands("m", DOFA, SENTINEL2, 64, ["B12", 0.49, "red"])) == ["B12", "B02", "B04"]
+    with pytest.raises(MissingBandsError, match="needs the bands 10.9"):
+        match_bands("m", DOFA, SENTINEL2, 64, ["red", 10.9])
 
 
 def test_bands_chosen_by_hand_fill_the_networks_inputs():
-    other = see("m", CSMASK, SENTINEL2, 64, ["B02", "B03", "B04", "B8A", "B11", "B12"])
+    other = match_bands("m", CSMASK, SENTINEL2, 64, ["B02", "B03", "B04", "B8A", "B11", "B12"])
     assert other.slots == CSMASK.bands
     assert names(other)[3] == "B8A"
-    turned = see("m", CSMASK, SENTINEL2, 64, list(CSMASK.bands[::-1]))
-    assert turned == see("m", CSMASK, SENTINEL2, 64)  # known by name, whatever the order
-    same = see("m", efficientnet.VARIANTS["lite0"], SENTINEL2, 64, ["B11", "B11", "B11"])
+    turned = match_bands("m", CSMASK, SENTINEL2, 64, list(CSMASK.bands[::-1]))
+    assert turned == match_bands("m", CSMASK, SENTINEL2, 64)  # known by name, whatever the order
+    same = match_bands("m", efficientnet.VARIANTS["lite0"], SENTINEL2, 64, ["B11", "B11", "B11"])
     assert (same.slots, same.positions) == (("red", "green", "blue"), (11, 11, 11))
-    few = see("m", PRITHVI, SENTINEL2, 64, ["swir16", "red", "nir"])
+    few = match_bands("m", PRITHVI, SENTINEL2, 64, ["swir16", "red", "nir"])
     assert few.slots == ("red", "nir08", "swir16")
     with pytest.raises(UserError, match="takes the bands blue, green, red, nir08, swir16, swir22 or some of them"):
-        see("m", PRITHVI, SENTINEL2, 64, ["red", "cirrus"])
+        match_bands("m", PRITHVI, SENTINEL2, 64, ["red", "cirrus"])
     with pytest.raises(UserError, match="its bands in params.yaml are red"):
-        see("m", CSMASK, SENTINEL2, 64, ["red"])
+        match_bands("m", CSMASK, SENTINEL2, 64, ["red"])
 
 
 def test_units_are_declared_never_guessed():

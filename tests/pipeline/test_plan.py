@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from pipeline import params, plan
+from pipeline import config, plan
 from pipeline.bands import Band
-from pipeline.plan import Wanted
-from pipeline.students import Shape, Student
+from pipeline.distillation.student_files import Student, StudentSpec
+from pipeline.plan import DatasetSize
 
 RGB = tuple(
     Band(name[0].upper(), name, place, 10) for name, place in (("red", 0.66), ("green", 0.56), ("blue", 0.49))
@@ -17,7 +17,7 @@ RGB = tuple(
 @pytest.fixture
 def described():
     """params.yaml with the cheapest of models and one student."""
-    loaded = params.load()
+    loaded = config.load()
     grid = dataclasses.replace(loaded.grid, backbones=("raw",), models=("raw",), students=("small",))
     return dataclasses.replace(loaded, grid=grid)
 
@@ -25,14 +25,14 @@ def described():
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_students_are_counted(described, task):
     distill = dataclasses.replace(described.distill, ablation=("logits",), datasets=("here",))
-    wanted = Wanted(100, RGB, task, 4, 3 * 128 * 128)
+    wanted = DatasetSize(100, RGB, task, 4, 3 * 128 * 128)
     lines = plan.plan(dataclasses.replace(described, distill=distill), {"here": wanted}, "cpu")
     (line,) = [one for one in lines if one.stage == "distill, export"]
     recipe = distill.masks if task == "segmentation" else distill.chips
     # Three variants: everything, logits, labels alone.
     heads = 3 * (distill.search.trials + distill.seeds)
     assert (line.what, line.images) == ("here x small", heads * recipe.steps * recipe.batch)
-    student = Student(Shape("mobilenetv3_small_100", 3, 4, task, 64), [0.0] * 3, [1.0] * 3)
+    student = Student(StudentSpec("mobilenetv3_small_100", 3, 4, task, 64), [0.0] * 3, [1.0] * 3)
     # The saved tensors and two graphs; buffers are the rest.
     assert line.gigabytes == pytest.approx(3 * 4 * sum(one.numel() for one in student.parameters()) / 1e9)
     assert line.hours > 0
@@ -41,7 +41,7 @@ def test_students_are_counted(described, task):
 
 def test_no_students_no_teachers_no_lines(described):
     grid = dataclasses.replace(described.grid, students=())
-    wanted = Wanted(100, RGB, "classification", 4, 0)
+    wanted = DatasetSize(100, RGB, "classification", 4, 0)
     lines = plan.plan(dataclasses.replace(described, grid=grid), {"here": wanted}, "cpu")
     assert [line.stage for line in lines] == ["prepare", "extract", "tune, train"]
     elsewhere = dataclasses.replace(described.distill, datasets=("sample-trees",))
@@ -49,6 +49,6 @@ def test_no_students_no_teachers_no_lines(described):
     assert [line.stage for line in lines] == ["prepare", "extract", "tune, train"]
     # A teacher that cannot see the bands teaches nobody.
     unseen = dataclasses.replace(described.grid, backbones=("lite0",), models=("lite0",), students=("small",))
-    radar = Wanted(100, (Band("VV", "sar_vv"),), "classification", 4, 0)
+    radar = DatasetSize(100, (Band("VV", "sar_vv"),), "classification", 4, 0)
     lines = plan.plan(dataclasses.replace(described, grid=unseen), {"here": radar}, "cpu")
     assert [line.what for line in lines] == ["here", "here x lite0: left out"]

@@ -15,8 +15,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from pipeline import archives
-from pipeline.datasets import geobench, landuse, trees
+from pipeline.data import download
+from pipeline.data.sources import geobench, neon_trees, osm_landuse
 from stages import compose, extract, fetch, prepare, report, resolve, train, tune
 from tests import geobench_files
 from tests.conftest import ROOT
@@ -39,13 +39,13 @@ SMALL = {
 def lay_out(folder: Path) -> None:
     """Write the sets' files and params.yaml into a folder."""
     raw = {}
-    for source in (landuse, trees):
+    for source in (osm_landuse, neon_trees):
         raw[source] = folder / "raw" / source.__name__
         raw[source].mkdir(parents=True)
-        archives.unpack(source.ARCHIVE, archives.fetch(source.ARCHIVE, ROOT / "data/archives"), raw[source])
-    scene, transform, _ = landuse.read_scene(raw[landuse])
-    mask = landuse.read_mask(raw[landuse], transform, scene.shape[1:])
-    photo = np.asarray(Image.open(next(raw[trees].glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)
+        download.unpack(source.ARCHIVE, download.fetch(source.ARCHIVE, ROOT / "data/archives"), raw[source])
+    scene, transform, _ = osm_landuse.read_scene(raw[osm_landuse])
+    mask = osm_landuse.read_mask(raw[osm_landuse], transform, scene.shape[1:])
+    photo = np.asarray(Image.open(next(raw[neon_trees].glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)
     for name in geobench.SETS:
         geobench_files.write(name, folder / "geobench", scene, photo, mask)
     content, paper = (yaml.safe_load((ROOT / one).read_text()) for one in ("params.yaml", "profiles/paper.yaml"))

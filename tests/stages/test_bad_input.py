@@ -74,7 +74,7 @@ def test_a_gpu_asked_for_and_absent(job):
 
 
 def test_a_corrupted_archive(fresh):
-    from pipeline.datasets.trees import ARCHIVE
+    from pipeline.data.sources.neon_trees import ARCHIVE
 
     (fresh.folder / "data/archives").unlink()
     (fresh.folder / "data/archives").mkdir()

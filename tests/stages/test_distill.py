@@ -9,14 +9,15 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import metrics, students
-from pipeline.imagery import images
+from pipeline import metrics
+from pipeline.data import image_store
+from pipeline.distillation import student_files
 from tests.stages.conftest import Job
 
 # What a backbone would have to come through.
 FORBIDDEN = [
-    "pipeline.encoding.encode",
-    "pipeline.extraction.extract",
+    "pipeline.backbones.encoder",
+    "pipeline.extraction.engine",
     "pipeline.backbones.efficientnet",
     "segmentation_models_pytorch",
 ]
@@ -55,11 +56,11 @@ def test_no_teacher_is_loaded(without_teachers, job):
 def test_the_student_that_is_left_has_the_scores_that_are_told(job):
     for dataset, task in (("sample-trees", "classification"), ("sample-landuse-seg", "segmentation")):
         folder = job.folder / "results/distill" / dataset / "small"
-        told = json.loads((folder / "told.json").read_text())
-        student, about = students.load(folder / "best")
+        told = json.loads((folder / "metadata.json").read_text())
+        student, about = student_files.load(folder / "best")
         assert about["teacher"] == told["teacher"]
         assert told["teacher"] in ("lite0", "csmask_b4+lite0")
-        store = images.open_images(job.folder / f"data/images/{dataset}.zarr")
+        store = image_store.open_images(job.folder / f"data/images/{dataset}.zarr")
         test = np.flatnonzero(store.split.values == "test")
         with torch.inference_mode():
             said = student(torch.from_numpy(store.image[test].values.astype(np.float32))).argmax(dim=1).numpy()
@@ -70,12 +71,12 @@ def test_the_student_that_is_left_has_the_scores_that_are_told(job):
             runs.score[seed], abs=1e-6
         )
         assert seed == runs.val_score.idxmax()
-        assert pd.read_csv(folder / "runs.csv").protocol.unique().tolist() == ["distilled", "labels alone"]
+        assert pd.read_csv(folder / "runs.csv").protocol.unique().tolist() == ["distilled", "supervised"]
 
 
 def test_costs_are_of_every_model_that_can_be_used(job):
     costs = pd.read_csv(job.folder / "results/cost.csv").set_index(["dataset", "model"])
-    rates = pd.read_csv(job.folder / "results/rates.csv").set_index(["dataset", "student", "file"]).images_a_second
+    rates = pd.read_csv(job.folder / "results/rates.csv").set_index(["dataset", "student", "file"]).images_per_second
     files = {"torch", "student.onnx", "student.pt2", "student-int8.onnx"}
     assert set(rates.index) == {
         (name, "small", file) for name in ("sample-trees", "sample-landuse-seg") for file in files
@@ -95,8 +96,8 @@ def test_a_teacher_that_is_left_out_leaves_its_student_out(without_teachers):
     with without_teachers.changed({"distill": {"teacher": "csmask_b4+lite0"}}):
         said = distill(without_teachers)
     assert "left out: The teacher csmask_b4+lite0 is left out: csmask_b4 needs the bands nir" in said
-    told = json.loads((without_teachers.folder / "results/distill/sample-trees/small/told.json").read_text())
-    assert told["left_out"]
+    told = json.loads((without_teachers.folder / "results/distill/sample-trees/small/metadata.json").read_text())
+    assert told["skipped"]
     assert not (without_teachers.folder / "results/distill/sample-trees/small/best").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zarr
 
-from pipeline.archives import digest
+from pipeline.data.download import digest
 
 NAME, FILE = "prithvi_tiny", "Prithvi_EO_V2_tiny_TL.pt"
 REVISION = "0123456789abcdef0123456789abcdef01234567"

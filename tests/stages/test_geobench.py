@@ -10,8 +10,8 @@ import pytest
 import xarray as xr
 import yaml
 
-from pipeline import params
-from pipeline.datasets import geobench
+from pipeline import config
+from pipeline.data.sources import geobench
 from stages import compose, cost, distill, export, extract, fetch, prepare, report, resolve, train, tune
 from stages.plan import plan
 from tests.conftest import ROOT
@@ -125,7 +125,7 @@ def test_the_papers_profile_is_planned_whole(fresh):
         "train": 96,
         "compose": 12,
     }
-    described = params.load(fresh.folder / "params.yaml")
+    described = config.load(fresh.folder / "params.yaml")
     assert (described.search.trials, described.train.seeds) == (16, 10)
     assert {described.backbone(name).input_size for name in described.grid.backbones} == {224}
     assert set(described.grid.datasets) == set(SETS)
@@ -135,20 +135,20 @@ def test_the_papers_profile_is_planned_whole(fresh):
 
 def test_the_papers_table_2(described):
     """Bands of each model and set: RGB for Hiera everywhere; what Prithvi and DOFA see is the set's."""
-    from pipeline.backbones import spec
-    from pipeline.bands import see
+    from pipeline.backbones import get_spec
+    from pipeline.bands import match_bands
 
     six, four, rgb = ["blue", "green", "red", "nir08", "swir16", "swir22"], ["blue", "green", "red", "nir"], 3
     multispectral = ("m-bigearthnet", "m-so2sat", "m-brick-kiln", "m-forestnet", "m-eurosat", "m-cashew-plantation",
                      "m-SA-crop-type")  # fmt: skip
     for name in SETS:
         block = merge({"source": "geobench", "options": {"set": name}}, PAPER["datasets"][name])
-        wanted, _ = geobench.expect(params.Dataset(**block), described)
+        wanted, _ = geobench.expect(config.DatasetConfig(**block), described)
         expected = six if name in multispectral else four if name == "m-chesapeake-landcover" else six[:rgb]
         assert [band.common_name for band in wanted.bands] == expected
         for backbone, count in (("hiera_200m", 3), ("prithvi_300m", len(expected)), ("dofa_300m", len(expected))):
             chosen = described.backbone(backbone)
-            assert len(see(backbone, spec(chosen), wanted.bands, 224).slots) == count
+            assert len(match_bands(backbone, get_spec(chosen), wanted.bands, 224).slots) == count
 
 
 def test_the_plan_says_what_a_grid_takes(place, capsys):

@@ -29,7 +29,7 @@ def test_every_cell_has_its_runs_and_the_report_stands(job):
     frozen = runs[runs.protocol == "frozen"]
     assert set(frozen[~frozen.model.isin(SMALL["grid"]["models"])].dataset) == {"sample-landuse-seg", "sample-trees"}
     others = runs[runs.protocol != "frozen"].groupby("model").protocol.unique().map(list).to_dict()
-    assert others == {"small/distilled": ["distilled"], "small/labels": ["labels alone"]}
+    assert others == {"small/distilled": ["distilled"], "small/labels": ["supervised"]}
     assert runs.score.between(0, 1).all()
     assert runs.groupby("dataset").n_test.first().to_dict() == {"sample-landuse-seg": 16, "sample-trees": 267}
     scores = json.loads((job.folder / "results/metrics.json").read_text())
@@ -65,7 +65,7 @@ def test_the_composition_search_probed_every_ensemble(job):
     assert all(model in page for model in subsets.model)
     trees = json.loads((job.folder / "results/compose/sample-trees/compose.json").read_text())
     assert trees["backbones"] == ["raw", "lite0"]
-    assert "csmask_b4 needs the bands" in trees["left_out"][0]
+    assert "csmask_b4 needs the bands" in trees["skipped"][0]
 
 
 def test_feature_stores_open_as_trees_with_their_images_samples(job):

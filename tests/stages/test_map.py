@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from pipeline.mapping.sources import open_scene
+from pipeline.mapping.open_scene import open_scene
 from tests.stages.test_bad_input import stage
 
 

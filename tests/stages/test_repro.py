@@ -6,13 +6,13 @@ import time
 import pandas as pd
 import pytest
 
-from pipeline import params
+from pipeline import config
 from stages.repro import cells
 from tests.stages.test_job import stages_of
 
 
 def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
-    grid = params.load(job.folder / "params.yaml").grid
+    grid = config.load(job.folder / "params.yaml").grid
     listed = set(job.run("dvc", "stage", "list", "--name-only").split())
     mine = [name for dataset in grid.datasets for name in cells(grid, dataset)]
     assert len(mine) == len(set(mine))
@@ -22,7 +22,7 @@ def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
 
 
 def test_a_stage_comes_after_those_that_it_depends_on(job):
-    grid = params.load(job.folder / "params.yaml").grid
+    grid = config.load(job.folder / "params.yaml").grid
     for dataset in grid.datasets:
         order = cells(grid, dataset)
         lines = job.run("dvc", "dag", "--dot", order[-1]).splitlines()

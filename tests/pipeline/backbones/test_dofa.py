@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline.backbones import dofa
+from pipeline.data import image_store
 from pipeline.errors import UserError
-from pipeline.imagery import images
 
 BASE = "dofa_base_patch16_224"
 
@@ -32,7 +32,7 @@ def folder(official, tmp_path):
 
 @pytest.fixture
 def opened(store):
-    return images.open_images(store("sample-landuse-seg"))
+    return image_store.open_images(store("sample-landuse-seg"))
 
 
 @pytest.fixture

@@ -10,18 +10,18 @@ import torch
 from efficientnet_lite_pytorch import EfficientNet
 
 from pipeline import backbones
-from pipeline.backbones import efficientnet, spec
-from pipeline.encoding.pyramid import Seen
+from pipeline.backbones import efficientnet, get_spec
+from pipeline.backbones.base import InputBands
+from pipeline.config import BackboneConfig
+from pipeline.data import image_store
 from pipeline.errors import UserError
-from pipeline.imagery import images
-from pipeline.params import Backbone
 
 
 def build(variant, weights, folder, seed=0):
-    described = Backbone("efficientnet", variant, weights, 64, seed)
-    declared = spec(described)
-    seen = Seen(declared.bands, tuple(range(len(declared.bands))), (), 64)
-    return backbones.build(described, declared, seen, folder)
+    described = BackboneConfig("efficientnet", variant, weights, 64, seed)
+    declared = get_spec(described)
+    seen = InputBands(declared.bands, tuple(range(len(declared.bands))), (), 64)
+    return backbones.create_backbone(described, declared, seen, folder)
 
 
 def in_float32(model):
@@ -126,7 +126,7 @@ def test_random_weights_follow_the_seed(tmp_path):
 @pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
 def test_a_random_control_is_alive_on_every_level(variant, store, encoder_of):
     """A control whose levels fade to nothing would make any pretrained network look good."""
-    opened = images.open_images(store("sample-landuse-seg"))
+    opened = image_store.open_images(store("sample-landuse-seg"))
     sealed = encoder_of(opened, "efficientnet", variant, 128)
     pyramid = sealed(opened.image[:16].values)
     for level in pyramid.levels:

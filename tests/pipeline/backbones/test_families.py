@@ -1,8 +1,8 @@
 import pytest
 
-from pipeline.backbones import spec
+from pipeline.backbones import get_spec
+from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
-from pipeline.params import Backbone
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,9 @@ from pipeline.params import Backbone
 )
 def test_a_description_that_cannot_be_is_refused(described, words):
     with pytest.raises(UserError, match=words):
-        spec(Backbone(*described))
+        get_spec(BackboneConfig(*described))
 
 
 def test_only_described_families_take_a_description():
     with pytest.raises(UserError, match="declares its own eats; remove it"):
-        spec(Backbone("hiera", "sam2.1_hiera_t", "random", 64, eats="unit"))
+        get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, eats="unit"))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pipeline.backbones import hiera
+from pipeline.data import image_store
 from pipeline.errors import UserError
-from pipeline.imagery import images
 
 TINY = "sam2.1_hiera_t"
 
@@ -36,7 +36,7 @@ def folder(official, tmp_path):
 
 @pytest.fixture
 def opened(store):
-    return images.open_images(store("sample-landuse-seg"))
+    return image_store.open_images(store("sample-landuse-seg"))
 
 
 def test_levels_are_those_of_the_official_image_encoder(official, folder, opened, encoder_of):

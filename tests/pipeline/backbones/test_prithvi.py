@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline.backbones import prithvi
+from pipeline.data import image_store
 from pipeline.errors import UserError
-from pipeline.imagery import images
 
 TINY = "prithvi_eo_v2_tiny_tl"
 
@@ -28,7 +28,7 @@ def folder(official, tmp_path):
 
 @pytest.fixture
 def opened(store):
-    return images.open_images(store("sample-landuse-seg"))
+    return image_store.open_images(store("sample-landuse-seg"))
 
 
 def directly(folder, image, bands=None, **coordinates):

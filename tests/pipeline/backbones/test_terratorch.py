@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.data import image_store
+from pipeline.data.hub import HubFile
 from pipeline.errors import UserError
-from pipeline.hub import HubFile
-from pipeline.imagery import images
 
 MOCO = "ssl4eos12_resnet18_sentinel2_all_moco"
 OPTIONS = {"model_bands": ["BLUE", "GREEN", "RED"], "out_indices": [1, 2, 3, 4]}
@@ -15,7 +15,7 @@ DESCRIBED = {"bands": ("blue", "green", "red"), "eats": "reflectance", "normalis
 
 @pytest.fixture
 def opened(store):
-    return images.open_images(store("sample-landuse-seg"))
+    return image_store.open_images(store("sample-landuse-seg"))
 
 
 def test_levels_are_those_of_terratorch(opened, encoder_of, tmp_path):

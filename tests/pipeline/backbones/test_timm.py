@@ -3,14 +3,14 @@ import pytest
 import timm
 import torch
 
+from pipeline.data import image_store
+from pipeline.data.hub import HubFile
 from pipeline.errors import UserError
-from pipeline.hub import HubFile
-from pipeline.imagery import images
 
 
 @pytest.fixture
 def opened(store):
-    return images.open_images(store("sample-trees"))
+    return image_store.open_images(store("sample-trees"))
 
 
 @pytest.mark.parametrize(("variant", "width"), [("resnet18", 512), ("vit_tiny_patch16_224", 192)])
@@ -41,7 +41,7 @@ def test_weights_of_timms_own_layout(opened, encoder_of, tmp_path):
 
 
 def test_more_bands_than_three_are_standardised(store, encoder_of):
-    landuse = images.open_images(store("sample-landuse"))
+    landuse = image_store.open_images(store("sample-landuse"))
     sealed = encoder_of(
         landuse, "timm", "resnet18", 64, bands=("red", "nir", "B11", 0.49), eats="reflectance",
         normalisation="dataset",

@@ -12,15 +12,15 @@ import pytest
 import rasterio
 import torch
 
-from pipeline import students
-from pipeline.encoding import inputs
+from pipeline.backbones import preprocessing
+from pipeline.data import image_store
+from pipeline.distillation import student_files
 from pipeline.errors import UserError
 from pipeline.export import files, graphs
-from pipeline.imagery import images
-from pipeline.mapping import make
+from pipeline.mapping import predict_scene
 from pipeline.mapping.exported import exported, opened
+from pipeline.mapping.open_scene import open_scene
 from pipeline.mapping.signature import probabilities
-from pipeline.mapping.sources import open_scene
 from pipeline.mapping.students import trained
 from tests.conftest import ROOT
 
@@ -36,7 +36,7 @@ def student_of(opened_images, side, network):
     """A network whose BatchNorm has seen real chips; its other weights are drawn."""
     chips = opened_images.image[:16].values.astype(np.float32)
     mean, std = chips.mean(axis=(0, 2, 3)), chips.std(axis=(0, 2, 3))
-    shape = students.Shape(
+    shape = student_files.StudentSpec(
         network,
         chips.shape[1],
         len(opened_images.attrs["classes"]),
@@ -44,7 +44,7 @@ def student_of(opened_images, side, network):
         side,
     )
     torch.manual_seed(0)
-    student = students.Student(shape, mean, std).train()
+    student = student_files.Student(shape, mean, std).train()
     with torch.no_grad():
         for _ in range(5):
             student(torch.from_numpy(chips))
@@ -54,9 +54,9 @@ def student_of(opened_images, side, network):
 def told_of(opened_images, dataset):
     attributes = opened_images.attrs
     bands = [{"name": b.name, "common_name": b.common_name, "wavelength": b.wavelength}
-             for b in inputs.bands_of(opened_images)]  # fmt: skip
+             for b in preprocessing.bands_of(opened_images)]  # fmt: skip
     return {
-        "dataset": dataset, "task": attributes["task"], "classes": attributes["classes"], "ignore": images.IGNORE,
+        "dataset": dataset, "task": attributes["task"], "classes": attributes["classes"], "ignore": image_store.IGNORE,
         "bands": bands, "units": attributes["units"], "gsd": attributes["gsd"],
         "size": [opened_images.sizes["y"], opened_images.sizes["x"]], "variant": "labels", "weights": "random",
         "teacher": None,
@@ -71,9 +71,9 @@ def saved(store, tmp_path_factory):
     def save(dataset, side, network=SMALL):
         if (dataset, network) not in made:
             folder = tmp_path_factory.mktemp(dataset)
-            pictures = images.open_images(store(dataset))
-            students.save(folder, student_of(pictures, side, network), told_of(pictures, dataset))
-            student, told = students.load(folder)
+            pictures = image_store.open_images(store(dataset))
+            student_files.save(folder, student_of(pictures, side, network), told_of(pictures, dataset))
+            student, told = student_files.load(folder)
             (folder / "export").mkdir()
             said = files.write(student, told, pictures, folder / "export", int8=True, limit=16)
             made[dataset, network] = folder, pictures, said
@@ -93,7 +93,7 @@ def saved(store, tmp_path_factory):
 )
 def test_files_say_what_the_student_says(saved, dataset, side, network):
     folder, pictures, said = saved(dataset, side, network)
-    student, _ = students.load(folder)
+    student, _ = student_files.load(folder)
     chips = pictures.image[20:30].values.astype(np.float32)  # others than those it was exported with
     with torch.inference_mode():
         wanted = student(torch.from_numpy(chips)).numpy()
@@ -138,7 +138,7 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
     last = next(one for one in model.graph.initializer if one.name.endswith("head.bias"))
     last.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(last) + 0.1, last.name))
     onnx.save(model, tmp_path / "student.onnx")
-    student, _ = students.load(folder)
+    student, _ = student_files.load(folder)
     path, chips = tmp_path / "student.onnx", pictures.image[:4].values.astype(np.float32)
     file = graphs.logits(path)
     with pytest.raises(UserError, match=r"student.onnx differs from torch by .* more than 0.001 allows"):
@@ -148,7 +148,7 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
 
 def test_a_student_of_other_images(saved, store, tmp_path):
     folder, pictures, _ = saved("sample-landuse", 32)
-    student, told = students.load(folder)
+    student, told = student_files.load(folder)
     with pytest.raises(UserError, match="has the units reflectance, and the images of sample-landuse have dn"):
         files.write(student, {**told, "units": "reflectance"}, pictures, tmp_path, int8=False, limit=4)
     assert not list(tmp_path.iterdir())
@@ -182,7 +182,7 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    student, told = students.load(folder)
+    student, told = student_files.load(folder)
     with torch.inference_mode():
         logits = student(torch.from_numpy(chip[None].astype(np.float32))).numpy()
     wanted = int(logits.argmax())
@@ -206,7 +206,7 @@ def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw):
         file.update_tags(units="uint8")
     scene, maps = open_scene(tmp_path / "crop.tif"), []
     for name, one in (("torch", trained(folder, "cpu")), ("onnx", exported(folder / "export/student.onnx"))):
-        make.make(scene, one, tmp_path / name)
+        predict_scene.make(scene, one, tmp_path / name)
         with rasterio.open(tmp_path / name / "confidence.tif") as file:
             maps.append(file.read(1).astype(int))
         assert file.crs is None

@@ -4,7 +4,7 @@ import pytest
 from small_store import layout
 from small_store import values as drawn
 
-from cache.write import Writer
+from cache.writer import Writer
 from pipeline.extraction import batch_size
 
 

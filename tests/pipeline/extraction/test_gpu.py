@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from cache.read import Features
-from pipeline.encoding.encode import Encoder
+from cache.reader import FeatureStore
+from pipeline.backbones.encoder import Encoder
+from pipeline.config import BackboneConfig, ComputeConfig, ExtractConfig
+from pipeline.data import image_store
 from pipeline.errors import UserError
-from pipeline.extraction import batch_size, workers
-from pipeline.imagery import images
-from pipeline.params import Backbone, Compute, Extract
+from pipeline.extraction import batch_size, launch
 
-EXTRACT = Extract(
+EXTRACT = ExtractConfig(
     dtype="float32", codec="none", precision="float32", compiled=False, batch=10, shard=16, dense=False,
     views=("identity",),
 )  # fmt: skip
-LITE0 = Backbone("efficientnet", "lite0", "random", 64)
+LITE0 = BackboneConfig("efficientnet", "lite0", "random", 64)
 
 
 @pytest.fixture
@@ -28,25 +28,25 @@ def run(gpu, store, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/source.json").write_text(json.dumps({"weights": "random"}))
 
-    def extract(name: str, device: str = gpu, backbone: Backbone = LITE0, processes: int = 0, **changes):
-        task = workers.Extraction(
+    def extract(name: str, device: str = gpu, backbone: BackboneConfig = LITE0, processes: int = 0, **changes):
+        task = launch.ExtractionJob(
             "lite0", backbone, dataclasses.replace(EXTRACT, **changes), device,
             images=store("sample-landuse-seg"), weights=tmp_path / "weights",
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
         )  # fmt: skip
-        said = workers.run(task, Compute(device, processes, ""))
-        return Features(task.final), said
+        said = launch.run(task, ComputeConfig(device, processes, ""))
+        return FeatureStore(task.final), said
 
     return extract
 
 
-def levels(features: Features) -> dict[str, np.ndarray]:
+def levels(features: FeatureStore) -> dict[str, np.ndarray]:
     rows = np.arange(len(features.sample))
     names = [f"{level}/features" for level in features.levels] + [f"pooled/{name}" for name in features.pooled]
     return {name: features.read(name, rows).astype(np.float64) for name in names}
 
 
-def apart(one: Features, other: Features) -> float:
+def apart(one: FeatureStore, other: FeatureStore) -> float:
     """The largest relative root mean square difference of an array."""
     pairs = zip(levels(one).values(), levels(other).values(), strict=True)
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
@@ -78,7 +78,7 @@ def test_a_batch_is_found(run):
 
 
 def test_less_memory_gives_a_smaller_batch(gpu, store, encoder_of, monkeypatch):
-    opened = images.open_images(store("sample-landuse-seg"))
+    opened = image_store.open_images(store("sample-landuse-seg"))
     made = encoder_of(opened, "efficientnet", "lite0", 64)
     with pytest.raises(UserError, match="The network does not take"):
         batch_size.largest(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
@@ -100,7 +100,7 @@ def test_a_compiled_network_gives_the_same_features(run):
     [("hiera", "sam2.1_hiera_t"), ("prithvi", "prithvi_eo_v2_tiny_tl"), ("dofa", "dofa_small_patch16_224")],
 )
 def test_the_foundation_models_small_kin(run, family, variant):
-    backbone = Backbone(family, variant, "random", 224, normalisation="dataset")
+    backbone = BackboneConfig(family, variant, "random", 224, normalisation="dataset")
     exact = run("cpu", "cpu", backbone)[0]
     assert apart(exact, run("gpu", backbone=backbone)[0]) < 1e-3
     assert apart(exact, run("lower", backbone=backbone, precision="bfloat16")[0]) < 0.05

@@ -1,7 +1,7 @@
 import torch
 
-from pipeline.heads.linear import LinearGroup
-from pipeline.training.join import mix, projected
+from pipeline.heads.fusion import mix, projected
+from pipeline.heads.linear import StackedLinear
 
 
 def layer(group, head, inputs):
@@ -10,7 +10,7 @@ def layer(group, head, inputs):
 
 def test_one_product_is_k_linear_layers():
     """By each head's own rows, by a product over all rows, and with rows that all share: values and gradients."""
-    group = LinearGroup([6], 3, seeds=(0, 1))
+    group = StackedLinear([6], 3, seeds=(0, 1))
     for count in (4, 40):
         inputs = torch.randn(count, 6)
         for index in (torch.tensor([[0, 3, 2], [2, 2, 1]]), None):
@@ -30,7 +30,7 @@ def test_one_product_is_k_linear_layers():
 
 
 def test_a_seeds_start_is_torchs():
-    group = LinearGroup([6], 3, seeds=(4, 5))
+    group = StackedLinear([6], 3, seeds=(4, 5))
     torch.manual_seed(5)
     assert torch.equal(group.weights[0][1], torch.nn.Linear(6, 3).weight)
 
@@ -40,7 +40,9 @@ def test_members_averaged_modulated_and_multiplied():
     index = torch.tensor([[0, 3, 5], [8, 8, 1]])
     for method in ("average", "film", "dot"):
         widths = [4, 3]
-        group = LinearGroup(widths, 2, (0, 1), projected(method, widths), lambda x, y, m=method: mix(m, x, y, dim=2))
+        group = StackedLinear(
+            widths, 2, (0, 1), projected(method, widths), lambda x, y, m=method: mix(m, x, y, dim=2)
+        )
         ((_, logits),) = group.pieces(inputs, index)
         for head in (0, 1):
             x, y = inputs[index[head]].split(widths, 1)

@@ -2,15 +2,15 @@ import pytest
 import torch
 from terratorch.models.decoders.upernet_decoder import UperNetDecoder as TheirDecoder
 
-from pipeline.heads.dense import DenseGroup
-from pipeline.heads.upernet import UperNet, UperNetDecoder, _shares
+from pipeline.heads.dense import HeadList
+from pipeline.heads.upernet import UPerNet, UPerNetDecoder, _shares
 
 
 def test_terratorchs_weights_give_terratorchs_output():
     torch.manual_seed(0)
     widths = [12, 20, 28, 36]
     theirs = TheirDecoder(widths, channels=16, align_corners=True)
-    ours = UperNetDecoder(widths, 16)
+    ours = UPerNetDecoder(widths, 16)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     levels = [torch.randn(2, width, side, side) for width, side in zip(widths, (32, 16, 8, 4), strict=True)]
     for mode in (True, False):  # with batch statistics, then with running ones
@@ -21,7 +21,7 @@ def test_terratorchs_weights_give_terratorchs_output():
 
 
 def test_logits_have_the_masks_size_and_seeds_their_own_start():
-    group = DenseGroup(lambda: UperNet([4, 6, 8, 10], 8, 3), (50, 60), seeds=(0, 1, 0))
+    group = HeadList(lambda: UPerNet([4, 6, 8, 10], 8, 3), (50, 60), seeds=(0, 1, 0))
     levels = [torch.randn(5, width, side, side) for width, side in zip((4, 6, 8, 10), (16, 8, 4, 2), strict=True)]
     index = torch.arange(4).expand(3, -1)
     logits = [logits for _, logits in group.pieces(levels, index)]

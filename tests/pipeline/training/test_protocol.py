@@ -7,20 +7,22 @@ import pytest
 from sklearn.metrics import accuracy_score
 
 from pipeline import metrics
+from pipeline.config import HeadsConfig, LinearHeadConfig, SearchConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
-from pipeline.params import Heads, LinearHead, Search, UperNetHead
-from pipeline.training import cells, predictions, protocol
-from pipeline.training.feed import Stream
+from pipeline.training import predictions, protocol, task_data
+from pipeline.training.feature_loader import StreamedFeatures
 
-HEADS = Heads(LinearHead("all", "mean", steps=100, batch=20), UperNetHead(channels=4, steps=10, batch=4))
-SEARCH = Search(trials=4, parallel=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
+HEADS = HeadsConfig(
+    LinearHeadConfig("all", "mean", steps=100, batch=20), UPerNetHeadConfig(channels=4, steps=10, batch=4)
+)
+SEARCH = SearchConfig(trials=4, parallel=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
 TOLD = {"dataset": "d", "model": "m", "weights": "none"}
 
 
 def load(given, names, splits=("train", "val", "test"), heads=HEADS):
     members, like = given
     stores = {members[name].location: None for name in names}
-    return cells.load(stores, Path(like.encoding["source"]), heads, splits, "cpu")
+    return task_data.load(stores, Path(like.encoding["source"]), heads, splits, "cpu")
 
 
 def test_chips_searched_trained_and_kept(known_chips, capsys):
@@ -47,10 +49,10 @@ def test_chips_searched_trained_and_kept(known_chips, capsys):
 
 def test_the_kept_counts_are_those_of_the_evaluation(known_chips):
     """Predictions are made apart from `Cell.counts`; both must say the same."""
-    from pipeline.training.fit import Setting
+    from pipeline.training.loop import HParams
 
     cell = load(known_chips, ["high", "none"])
-    group = cell.train([Setting(0.05, 0.01, seed) for seed in range(3)])
+    group = cell.train([HParams(0.05, 0.01, seed) for seed in range(3)])
     kept = protocol.test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
     _, counts = predictions.counts(kept, "classification", 4)
     np.testing.assert_array_equal(counts, cell.counts(group, "test"))
@@ -70,7 +72,7 @@ def test_masks_keep_their_confusion(known_masks):
 def test_streamed_chips_are_kept_as_those_in_memory(known_chips):
     best = {"learning_rate": 0.05, "weight_decay": 0.01}
     cell = load(known_chips, ["high", "low"], heads=dataclasses.replace(HEADS, memory=0.0))
-    assert isinstance(cell.parts["test"].inputs, Stream)
+    assert isinstance(cell.parts["test"].inputs, StreamedFeatures)
     tested = protocol.test(cell, best, 2, TOLD)
     runs, kept = tested.runs, tested.predicted
     for seed, table in kept.groupby("seed"):
@@ -89,7 +91,7 @@ def test_a_search_whose_heads_all_but_diverge_takes_one_that_does_not(known_chip
     assert np.isfinite(np.stack(tested.predicted.probability)).all()
 
 
-def diverging(cell: cells.Cell, heads: set[int]) -> cells.Cell:
+def diverging(cell: task_data.TaskData, heads: set[int]) -> task_data.TaskData:
     """The same with some heads' weights no numbers once they are trained."""
 
     def train(settings):

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from pipeline.params import Search
+from pipeline.config import SearchConfig
 from pipeline.training.search import search
 
-DESCRIBED = Search(trials=16, parallel=4, seed=0, learning_rate=(1e-4, 1e-1), weight_decay=(1e-6, 1e-1))
+DESCRIBED = SearchConfig(trials=16, parallel=4, seed=0, learning_rate=(1e-4, 1e-1), weight_decay=(1e-6, 1e-1))
 
 
 def bump(settings):

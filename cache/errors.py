@@ -1,0 +1,33 @@
+"""Errors with fields: what is wrong, and where."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class InputError(Exception):
+    """Bad input or a bad file. The message says what is wrong, what is allowed or present, and what to do.
+
+    Attributes:
+        key: the parameter, option, column or array at fault, such as `heads.levels`; None if there is none.
+        value: what it is.
+        allowed: the values that are allowed or present.
+        path: the file or folder at fault.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: str | None = None,
+        value: object = None,
+        allowed: Iterable | None = None,
+        path: Path | str | None = None,
+    ):
+        super().__init__(message)
+        self.key, self.value = key, value
+        self.allowed = None if allowed is None else tuple(allowed)
+        self.path = None if path is None else Path(path)
+
+
+class StoreError(InputError):
+    """A store that is absent, unfinished, damaged or not what its reader needs."""

@@ -1,0 +1,108 @@
+"""GEO-Bench's six segmentation sets. Classes and keys are those of its converters."""
+
+from pipeline.bands import Band
+from pipeline.data.sources.geobench.spec import REFLECTANCE, GeoBenchSet, rgb, s2
+
+_CLOUDS = {"Cloud Probability": Band("CLP", "cloud_probability", gsd=10)}
+
+SETS = (
+    GeoBenchSet(
+        name="m-pv4ger-seg",
+        folders=("m-pv4ger-seg",),
+        task="segmentation",
+        classes=("no solar pv", "solar pv"),
+        size=320,
+        counts=(3000, 403, 403),
+        keys=rgb(0.1),
+        units="uint8",
+        gsd=0.1,
+        licence="MIT, 3D-PV-Locator",
+        place="lat,lon",
+        traps=("latitude and longitude are swapped in many names; the larger is the latitude in Germany",),
+    ),
+    GeoBenchSet(
+        name="m-chesapeake-landcover",
+        folders=("m-chesapeake-landcover", "m-chesapeake"),
+        task="segmentation",
+        classes=(
+            "water", "tree canopy or forest", "low vegetation or field", "barren land", "impervious, other",
+            "impervious, roads", "no data",
+        ),
+        size=256,
+        counts=(3000, 1000, 1000),
+        keys=dict(sorted({**rgb(1), "NearInfrared": Band("NearInfrared", "nir", 0.876, 1)}.items())),
+        units="uint8",
+        divided_by_255=True,
+        gsd=1,
+        licence="CDLA-Permissive-1.0, Chesapeake Conservancy",
+        nodata=6,
+        traps=("8-bit aerial photographs, not reflectance",),
+    ),
+    GeoBenchSet(
+        name="m-cashew-plantation",
+        folders=("m-cashew-plantation", "m-cashew-plant"),
+        task="segmentation",
+        classes=(
+            "no data", "well-managed plantation", "poorly-managed plantation", "non-plantation", "residential",
+            "background", "uncertain",
+        ),
+        size=256,
+        counts=(1350, 400, 50),
+        keys={**s2("B10"), **_CLOUDS},
+        units="dn",
+        display=REFLECTANCE,
+        gsd=10,
+        licence="CC-BY-4.0, Technoserve and Radiant Earth",
+        nodata=0,
+        time="key",
+    ),
+    GeoBenchSet(
+        name="m-SA-crop-type",
+        folders=("m-SA-crop-type",),
+        task="segmentation",
+        classes=(
+            "no data", "lucerne or medics", "planted pastures", "fallow", "wine grapes", "weeds",
+            "small grain grazing", "wheat", "canola", "rooibos",
+        ),
+        size=256,
+        counts=(3000, 1000, 1000),
+        keys={**s2("B10"), **_CLOUDS},
+        units="uint8",
+        gsd=10,
+        licence="CC-BY-4.0, Western Cape Department of Agriculture and Radiant Earth",
+        nodata=0,
+        traps=("Sentinel-2 stretched to 8 bits, not reflectance", "the place in its files is the same in all"),
+    ),
+    GeoBenchSet(
+        name="m-nz-cattle",
+        folders=("m-nz-cattle",),
+        task="segmentation",
+        classes=("no cattle", "cattle"),
+        size=500,
+        counts=(524, 66, 65),
+        keys=rgb(0.1),
+        units="uint8",
+        gsd=0.1,
+        licence="CC-BY-4.0, Abuhani et al.",
+        place="lon,lat",
+        time="key",
+        placeholders=True,
+        traps=("of dates the year alone is known: 1 January stands for it", "names give longitude first"),
+    ),
+    GeoBenchSet(
+        name="m-NeonTree",
+        folders=("m-NeonTree", "m-neontree"),
+        task="segmentation",
+        classes=("no tree", "tree"),
+        size=400,
+        counts=(270, 94, 93),
+        keys=dict(
+            sorted({**rgb(0.1), "Canopy Height Model": Band("CHM", "canopy_height", gsd=1)}.items())
+        ),
+        skipped={"Neon": "a hyperspectral cube of 1 m, without wavelengths"},
+        units="uint8",
+        gsd=0.1,
+        licence="CC-BY-4.0, NeonTreeEvaluation",
+        traps=("canopy height is in metres, at 1 m, repeated to 0.1 m by nearest neighbour",),
+    ),
+)  # fmt: skip

@@ -1,0 +1,177 @@
+"""Training: what each variant sees, and that a student learns from a teacher what its labels do not say."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pipeline import metrics
+from pipeline.data import image_store
+from pipeline.distillation import losses, protocol, start, train
+from pipeline.distillation.describe import about, shape_of
+from pipeline.errors import UserError
+from pipeline.student_params import StudentConfig
+from pipeline.training.loop import HParams
+from tests.pipeline.distillation.conftest import DISTILL
+
+SMALL = StudentConfig("test_resnet", "random", chip_size=32, mask_size=32)
+SETTING = HParams(0.01, 0.01, 0)
+
+
+def fresh(lesson, seed=0):
+    chips = lesson.chips
+    return start.make(shape_of(chips.store, SMALL), chips.mean, chips.std, None, seed)
+
+
+def trained(lesson, variant, setting=SETTING):
+    student = fresh(lesson, setting.seed)
+    ends = train.projectors_of(student, lesson, setting.seed) if variant in ("distilled", "features") else None
+    return train.train(student, ends, lesson, variant, setting), ends
+
+
+class Silent:
+    """A teacher that must not be asked."""
+
+    def __init__(self, views, maps, shapes):
+        self.views, self.maps, self.shapes = views, maps, shapes
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the control asked its teacher for {name}")
+
+
+def test_labels_alone_never_ask_a_teacher_and_start_and_turn_alike(made):
+    lesson = made("classification").lesson()
+    teacher = Silent(lesson.teacher.views, lesson.teacher.maps, lesson.teacher.shapes)
+    alone = dataclasses.replace(lesson, teacher=teacher)
+    one, two = (trained(each, "labels")[0] for each in (lesson, alone))
+    for ours, theirs in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(AssertionError, match="asked its teacher for logits"):
+        trained(alone, "logits")
+
+
+def test_a_student_from_labels_learns_the_task(made):
+    lesson = made("classification").lesson()
+    scores = protocol._scores([fresh(lesson), trained(lesson, "labels")[0]], lesson, "val")
+    assert scores[1] > max(scores[0], 0.6)
+
+
+def test_features_are_learned_in_their_places_and_projectors_stay_behind(made):
+    """Only if rows, views and grids of image and teacher agree can the validation's features be foretold."""
+    longer = dataclasses.replace(DISTILL, masks=dataclasses.replace(DISTILL.masks, steps=60))
+    lesson = made("segmentation").lesson(longer)
+    student, projectors = trained(lesson, "features")
+    untaught, blank = fresh(lesson), train.projectors_of(fresh(lesson), lesson, 0)
+    rows = lesson.chips.rows("val")
+    wanted = lesson.teacher.features(rows, ["identity"] * len(rows))
+
+    def apart(one, ends, wanted):
+        with torch.inference_mode():
+            said = ends(one.eval().levels(lesson.chips.image(rows)))
+        return losses.of_features(said[0], wanted[0]).mean()
+
+    assert apart(student, projectors, wanted) < 0.6 * apart(untaught, blank, wanted)
+    shifted = [array.roll(1, dims=0) for array in wanted]
+    assert apart(student, projectors, wanted) < 0.8 * apart(student, projectors, shifted), "rows"
+    flipped = [array.flip(-1) if array.ndim == 4 else array for array in wanted]
+    assert apart(student, projectors, wanted) < 0.8 * apart(student, projectors, flipped), "views"
+    assert not any("maps" in name for name in student.state_dict()), "no projector is part of the student"
+
+
+def test_the_teachers_answers_reach_pixels_without_labels(made):
+    """The labels of the left eighth are withheld; the class there is known from the teacher alone."""
+    lesson = made("segmentation").lesson()
+    rows = lesson.chips.rows("train")[:8]
+    student, said = fresh(lesson), {}
+    image = lesson.chips.image(rows)
+    for variant in ("labels", "logits"):
+        student.zero_grad()
+        out = student(image).detach().requires_grad_()
+        stub = dataclasses.replace(lesson)
+        student.levels, student.logits = lambda _: None, lambda *_, out=out: out
+        train._loss(student, None, stub, variant, rows, ["identity"] * 8).backward()
+        del student.levels, student.logits
+        said[variant] = out.grad[..., :4].abs().sum()
+    assert said["labels"] == 0
+    assert said["logits"] > 0
+
+
+def test_chips_without_labels_join_where_there_is_a_teacher(made):
+    lesson = made("classification", split=("train", "val", "test", "unlabelled")).lesson()
+    assert set(lesson.chips.split[lesson.rows("distilled")]) == {"train", "unlabelled"}
+    assert set(lesson.chips.split[lesson.rows("labels")]) == {"train"}
+    rows = lesson.chips.rows("unlabelled")[:8]
+    student = fresh(lesson)
+    torch.manual_seed(0)
+    one = train._loss(student, None, lesson, "logits", rows, ["identity"] * 8)
+    lesson.chips._label = (lesson.chips._label + 1) % 3
+    two = train._loss(student, None, lesson, "logits", rows, ["identity"] * 8)
+    torch.testing.assert_close(one, two)  # what stands in their label's place is not used
+    assert trained(lesson, "distilled")[0] is not None
+
+
+def test_maps_of_chips_turned_otherwise_do_not_count(made):
+    lesson = made("segmentation").lesson()
+    rows = lesson.chips.rows("train")[:2]
+    said = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
+    wanted = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
+    matched = lesson.teacher.matched(["identity", "rot90"])
+    one = train._apart(said, wanted, matched, lesson.teacher)
+    wanted[0][1] += 5  # the map of the turned chip
+    assert train._apart(said, wanted, matched, lesson.teacher) == one
+    wanted[1][1] += 5  # its pooled vector, which does count
+    assert train._apart(said, wanted, matched, lesson.teacher) != one
+    assert len(rows) == 2
+
+
+def test_views_are_the_cached_ones_or_half_upright(made):
+    lesson = made("segmentation").lesson()
+    drawn = train.views(lesson, 400, np.random.default_rng(0))
+    assert 0.45 < drawn.count("identity") / 400 < 0.65
+    assert len(set(drawn)) == 8
+    lesson.teacher.views = ["identity", "flip_y"]
+    assert set(train.views(lesson, 100, np.random.default_rng(0))) == {"identity", "flip_y"}
+    lesson.teacher.views, lesson.teacher.maps = ["identity"], 0
+    assert train.views(lesson, 400, np.random.default_rng(0)).count("identity") < 100
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
+def test_the_protocol_on_every_task(made, tmp_path, task):
+    short = dataclasses.replace(DISTILL, chips=dataclasses.replace(DISTILL.chips, steps=6),
+                                masks=dataclasses.replace(DISTILL.masks, steps=3))  # fmt: skip
+    lesson = made(task).lesson(short)
+    told = {"dataset": "d", "model": "s/distilled", "weights": "random"}
+    taught = protocol.teach(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "study", 1)
+    assert len(taught.tuned["trials"]) == 2
+    assert set(taught.runs.protocol) == {"distilled"}
+    assert taught.runs.seed.tolist() == [0, 1]
+    assert taught.seed == taught.runs.val_score.idxmax()
+    names = lesson.chips.store.sample.values[lesson.chips.rows("test")].tolist()
+    assert taught.predicted[taught.predicted.seed == 0]["sample"].tolist() == names
+    assert protocol._scores([taught.best], lesson, "test")[0] == pytest.approx(taught.runs.score[taught.seed])
+    again = protocol.teach(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "other", 1)
+    pd.testing.assert_frame_equal(taught.runs, again.runs)
+    kept = about(lesson.chips.store, "d", "distilled", "random", "member")
+    assert kept["ignore"] == (image_store.IGNORE if task == "segmentation" else None)
+    assert [band["common_name"] for band in kept["bands"]] == ["red", "nir"]
+    assert metrics.METRICS[task] == taught.runs.metric[0]
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_students_that_diverged_are_no_score_and_are_not_chosen(made, monkeypatch, tmp_path, task):
+    lesson = made(task).lesson()
+    told, real = {"dataset": "d", "model": "small"}, protocol._trained
+
+    def some(*given):
+        students = real(*given)
+        next(students[-1].parameters()).data.fill_(float("nan"))
+        return students
+
+    monkeypatch.setattr(protocol, "_trained", some)
+    with pytest.raises(UserError, match="with 1 of 2 seeds .*distill.search.learning_rate"):
+        protocol.teach(lambda seed: fresh(lesson, seed), lesson, "labels", told, tmp_path / "study", "")
+    trials = json.loads((tmp_path / "study").read_text())["trials"]
+    assert [trial.get("diverged", False) for trial in trials] == [False, True]

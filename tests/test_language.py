@@ -1,0 +1,92 @@
+"""Names and prose follow the words of the field. The lists of what is not allowed stand here and nowhere else."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pipeline", "cache", "stages", "benchmarks", "tests")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+# Pronouns, prepositions and bare participles: they carry no type and mean something else in every file.
+VAGUE_NAMES = {
+    "one", "some", "each", "others", "more", "there", "where", "here", "by", "about", "made", "said", "told", "given",
+    "wanted", "found", "known", "kept", "held", "taken", "gone", "turned", "asked", "mine", "rest", "seen", "eats",
+    "ours", "theirs", "beside", "thing", "things", "stuff", "lacking", "strange", "odd", "wanting", "begun",
+}  # fmt: skip
+
+# Words of a private dialect, in docstrings, comments and messages.
+DIALECT = [
+    r"\beats?\b", r"\btold\b", r"\bforetells?\b", r"\bno numbers?\b", r"\blaid down\b", r"\bgo(es|ne)? on with\b",
+    r"\btaken back\b", r"\bput right\b", r"\bby turns\b", r"\bdealt\b", r"\bside by side\b", r"\bstand-ins?\b",
+    r"\bfresh eyes\b", r"\bin hand\b", r"\blabels alone\b", r"\bsmall kin\b", r"\bin words\b", r"\bat hand\b",
+    r"\bnarrowed\b", r"\bleft out\b", r"\bwhat is asked\b", r"\bhow wrong\b", r"\bsays? of\b", r"\bverbs?\b(?= of)",
+]  # fmt: skip
+
+
+def bound_names(tree: ast.Module) -> list[tuple[int, str]]:
+    """Line and name of every variable, parameter, attribute, function and class that the code binds."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            names.append((node.lineno, node.id if isinstance(node, ast.Name) else node.attr))
+        elif isinstance(node, ast.arg):
+            names.append((node.lineno, node.arg))
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.append((node.lineno, node.name))
+        elif isinstance(node, ast.alias) and node.asname:
+            names.append((node.lineno, node.asname))
+    return names
+
+
+def prose(path: Path) -> list[tuple[int, str]]:
+    """Line and text of every docstring, message and comment."""
+    text = path.read_text()
+    strings = [
+        (node.lineno, node.value)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
+    ]
+    comments = [
+        (number, match[1])
+        for number, line in enumerate(text.splitlines(), 1)
+        if (match := re.search(r"# (.*)", line))
+    ]
+    return strings + comments
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_are_nouns_or_verbs_of_the_field(path):
+    vague = [
+        (line, name) for line, name in bound_names(ast.parse(path.read_text())) if name.strip("_") in VAGUE_NAMES
+    ]
+    assert not vague
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path != Path(__file__)], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_prose_has_no_private_words(path):
+    found = [(line, match[0]) for line, text in prose(path) for word in DIALECT if (match := re.search(word, text))]
+    assert not found
+
+
+def test_no_public_class_name_occurs_twice():
+    classes: dict[str, list[str]] = {}
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] == "tests":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert not {name: paths for name, paths in classes.items() if len(paths) > 1}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_first_line_of_a_docstring_is_short(path):
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))]
+    first_lines = [(getattr(node, "lineno", 1), (ast.get_docstring(node) or "").split("\n")[0]) for node in nodes]
+    assert not [(line, text) for line, text in first_lines if len(text) > 100]
