@@ -9,7 +9,7 @@ frozen record, the type of its `options`.
 import importlib
 import pkgutil
 
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.errors import UserError
 from pipeline.records import build
 
@@ -26,7 +26,7 @@ def get_source(name: str):
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def validate(name: str, dataset: Dataset) -> None:
+def validate(name: str, dataset: DatasetConfig) -> None:
     """Check a block of params.yaml against what its source takes.
 
     Raises:
@@ -43,7 +43,7 @@ def validate(name: str, dataset: Dataset) -> None:
     parse_options(dataset, f"datasets.{name}")
 
 
-def parse_options(dataset: Dataset, where: str = "datasets"):
+def parse_options(dataset: DatasetConfig, where: str = "datasets"):
     """The source's options as its own record, or None for a source that has none.
 
     Raises:

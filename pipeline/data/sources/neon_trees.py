@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.bands import Band
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data.download import PinnedWheel
 from pipeline.data.image_store import ImageDataset
 from pipeline.data.splits import SPLITS, assign_blocks, corners, cut
@@ -41,7 +41,7 @@ CLASSES = ("background", "tree")
 TREE_SHARE = 0.2
 
 
-def prepare(raw: Path, dataset: Dataset) -> ImageDataset:
+def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     """Cut both crops into chips (tree or background; in between is left out) or into tiles with box masks."""
     if dataset.task == "multilabel":
         raise UserError("Source 'trees' has one question, tree or not: use classification or segmentation.")

@@ -13,7 +13,7 @@ from pyproj import Transformer
 from rasterio.features import rasterize
 
 from pipeline.bands import SENTINEL2
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data.download import PinnedWheel
 from pipeline.data.image_store import IGNORE, ImageDataset
 from pipeline.data.splits import SPLITS, assign_blocks, corners, cut
@@ -40,7 +40,7 @@ MERGED = {"grass": "meadow"}
 PURITY, MIN_CHIPS = 0.6, 30
 
 
-def prepare(raw: Path, dataset: Dataset) -> ImageDataset:
+def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     """Cut the scene into chips with one class each, or into tiles with masks.
 
     Splits are dealt by the labelled area of each class in each block, so that the classification and the

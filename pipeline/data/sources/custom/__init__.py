@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import Dataset, Params
+from pipeline.config import DatasetConfig, Params
 from pipeline.data.download import digest
 from pipeline.data.image_store import UNLABELLED, LazyImageDataset
 from pipeline.data.sources.custom.csv_labels import table
@@ -38,7 +38,7 @@ TAKES = ("chip", "block", "splits")
 _RASTERS = (".tif", ".tiff", ".png", ".jp2", ".vrt", ".img")
 
 
-def fetch(dataset: Dataset, params: Params) -> dict:
+def fetch(dataset: DatasetConfig, params: Params) -> dict:
     """A digest of all files; they stay where they are."""
     options = build(CustomOptions, dataset.options, "options")
     folder = Path(options.folder)
@@ -55,7 +55,7 @@ def fetch(dataset: Dataset, params: Params) -> dict:
     }
 
 
-def prepare(raw: Path, dataset: Dataset) -> LazyImageDataset:
+def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
     """The chips as a stream, split by blocks of ground unless another rule is given; the unlabelled come last."""
     options = build(CustomOptions, dataset.options, "options")
     folder = Path(options.folder)
@@ -135,7 +135,7 @@ def _absent(classes: Sequence[str], areas: np.ndarray, deal: np.ndarray) -> list
     return [f"the split {split} has nothing of {', '.join(names)}" for split, names in found.items()]
 
 
-def _from_table(options: CustomOptions, dataset: Dataset, folder: Path):
+def _from_table(options: CustomOptions, dataset: DatasetConfig, folder: Path):
     images = files(folder, options.images)
     several = dataset.task == "multilabel"
     if dataset.task == "segmentation":
@@ -170,7 +170,7 @@ def _from_table(options: CustomOptions, dataset: Dataset, folder: Path):
     return CustomSampleReader(chips, dataset.chip, dataset.task, len(classes), 0, None), notes, classes
 
 
-def _from_masks(options: CustomOptions, dataset: Dataset, folder: Path):
+def _from_masks(options: CustomOptions, dataset: DatasetConfig, folder: Path):
     images, given = files(folder, options.images), files(folder, options.labels)
     if both := {*images} & {*given}:
         raise UserError(f"images ({options.images}) and labels ({options.labels}) both fit {min(both)}.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.bands import FULL_SCALE, Band
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data.image_store import IGNORE, moment
 from pipeline.errors import UserError
 
@@ -51,7 +51,7 @@ class CustomOptions:
     skip_bad: bool = False
 
 
-def check(options: CustomOptions, dataset: Dataset, where: str) -> None:
+def check(options: CustomOptions, dataset: DatasetConfig, where: str) -> None:
     """Refuse what does not fit together, before any file is opened."""
     if options.units not in FULL_SCALE:
         raise UserError(f"{where}: units '{options.units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
@@ -78,7 +78,7 @@ def check(options: CustomOptions, dataset: Dataset, where: str) -> None:
     moment(options.time, f"{where}: time")
 
 
-def _lacking(options: CustomOptions, dataset: Dataset) -> list[str]:
+def _lacking(options: CustomOptions, dataset: DatasetConfig) -> list[str]:
     """The keys that such data need and the block does not give, in words."""
     lacks = {
         "splits, the shares of train, val and test": options.split != "column" and not dataset.splits,

@@ -8,7 +8,7 @@ import numpy as np
 import rasterio
 from rasterio.windows import Window
 
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data.image_store import IGNORE, Sample, moment, no_label
 from pipeline.data.sources.custom.ground import Place, merged, overlapping
 from pipeline.data.sources.custom.rasters import RasterImage
@@ -116,7 +116,7 @@ def each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> d
 
 
 def splits(
-    chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], size: int, rule: str, dataset: Dataset
+    chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], size: int, rule: str, dataset: DatasetConfig
 ) -> tuple[list[str], str]:
     """The split of every chip, by a rule: `blocks` of ground, `random`, or its own `column`; and what to say of it.
 
@@ -139,7 +139,7 @@ def extent(chip: Chip, size: int) -> Place:
     return (chip.picture, chip.row, chip.column, *((size, size) if size else whole))
 
 
-def _deal(chips, areas, pairs: np.ndarray, rule: str, dataset: Dataset) -> list[str]:
+def _deal(chips, areas, pairs: np.ndarray, rule: str, dataset: DatasetConfig) -> list[str]:
     if rule == "column":
         for name, chip in chips.items():
             if chip.split not in SPLITS:

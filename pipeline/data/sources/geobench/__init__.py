@@ -15,7 +15,7 @@ import numpy as np
 from h5py import h5d
 
 from pipeline.bands import Band
-from pipeline.config import Dataset, Params
+from pipeline.config import DatasetConfig, Params
 from pipeline.data.image_store import LazyImageDataset
 from pipeline.data.sources.geobench import classification, partitions, segmentation
 from pipeline.data.sources.geobench import reader as read
@@ -55,7 +55,7 @@ class GeoBenchOptions:
     check_means: bool = True
 
 
-def check(options: GeoBenchOptions, dataset: Dataset, where: str) -> None:
+def check(options: GeoBenchOptions, dataset: DatasetConfig, where: str) -> None:
     """Refuse options that no set has."""
     if options.set not in SETS:
         raise UserError(f"{where}: there is no set '{options.set}'. GEO-Bench has: {', '.join(SETS)}.")
@@ -65,7 +65,7 @@ def check(options: GeoBenchOptions, dataset: Dataset, where: str) -> None:
         raise UserError(f"{where}: {declared.name} has no class 'no data' to ignore.")
 
 
-def fetch(dataset: Dataset, params: Params) -> dict:
+def fetch(dataset: DatasetConfig, params: Params) -> dict:
     """Find the set in `geobench_dir`, or download it there; nothing is copied."""
     options = build(GeoBenchOptions, dataset.options, "options")
     found = locate(SETS[options.set], options.partition, Path(params.geobench_dir))
@@ -73,7 +73,7 @@ def fetch(dataset: Dataset, params: Params) -> dict:
     return found
 
 
-def prepare(raw: Path, dataset: Dataset) -> LazyImageDataset:
+def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
     """The set as a stream of its samples, in the partition's order."""
     folder = Path(json.loads((raw / "source.json").read_text())["folder"])
     if not folder.is_dir():
@@ -181,7 +181,7 @@ def _notes(declared: GeoBenchSet, options: GeoBenchOptions, dropped: Sequence[st
     return notes + ([f"listed again and dropped: {', '.join(dropped)}"] if dropped else [])
 
 
-def expect(dataset: Dataset, params: Params) -> tuple[DatasetSize, int]:
+def expect(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, int]:
     """What the set will be, before its files are read, and the bytes that are to be downloaded, roughly."""
     options = build(GeoBenchOptions, dataset.options, "options")
     declared = SETS[options.set]

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data import image_store
 from pipeline.data.sources import geobench, validate
 from pipeline.data.sources.geobench import download
 
 
-def block(name: str, **options) -> Dataset:
-    return Dataset("geobench", options={"set": name, **options})
+def block(name: str, **options) -> DatasetConfig:
+    return DatasetConfig("geobench", options={"set": name, **options})
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import rasterio
 import yaml
 from rasterio.windows import Window
 
-from pipeline.config import Dataset, SplitFractions
+from pipeline.config import DatasetConfig, SplitFractions
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import custom, osm_landuse, validate
 from pipeline.errors import UserError
@@ -27,13 +27,13 @@ THREE = [BANDS[place] for place in (1, 2, 3)]
 SPLITS = SplitFractions(0.6, 0.2, 0.2)
 
 
-def scene_block(raw, **changes) -> Dataset:
+def scene_block(raw, **changes) -> DatasetConfig:
     options = {
         "folder": str(raw("landuse")), "images": "*_B??.jp2", "labels": "*.gpkg", "label_column": "fclass",
         "units": "dn", "bands": BANDS, "display": [0, 0.3], "time": "2017-02-16T10:21:01",
     }  # fmt: skip
     options |= changes.pop("options", {})
-    return Dataset(
+    return DatasetConfig(
         "own", **{"task": "segmentation", "chip": 128, "block": 256, "splits": SPLITS} | changes, options=options
     )
 
@@ -62,18 +62,18 @@ def tiles(raw, tmp_path_factory):
     return folder
 
 
-def tile_block(folder, **changes) -> Dataset:
+def tile_block(folder, **changes) -> DatasetConfig:
     options = {
         "folder": str(folder), "images": "images/*.tif", "labels": "masks/*.tif", "units": "dn", "bands": THREE,
         "classes": list(osm_landuse.CLASSES), "ignore": 255,
     }  # fmt: skip
     options |= changes.pop("options", {})
-    return Dataset(
+    return DatasetConfig(
         "own", **{"task": "segmentation", "chip": 64, "block": 256, "splits": SPLITS} | changes, options=options
     )
 
 
-def prepared(block: Dataset, tmp_path):
+def prepared(block: DatasetConfig, tmp_path):
     validate("mine", block)
     return custom.prepare(tmp_path, block)
 
@@ -206,7 +206,7 @@ def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path, monkeypa
     section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
     blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
     assert list(blocks) == ["my-scene", "my-tiles", "my-chips"]
-    made = {name: build(Dataset, block, name) for name, block in blocks.items()}
+    made = {name: build(DatasetConfig, block, name) for name, block in blocks.items()}
     for name, block in made.items():
         validate(name, block)
     scene = made["my-scene"]

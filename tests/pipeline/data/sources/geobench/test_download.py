@@ -16,7 +16,7 @@ from urllib.parse import parse_qs
 import pytest
 from huggingface_hub import constants
 
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data.sources import geobench
 from pipeline.data.sources.geobench import download
 from pipeline.errors import UserError
@@ -98,8 +98,8 @@ def archive(geobench_root, tmp_path):
     return pack
 
 
-def block(name: str) -> Dataset:
-    return Dataset("geobench", options={"set": name})
+def block(name: str) -> DatasetConfig:
+    return DatasetConfig("geobench", options={"set": name})
 
 
 def test_a_set_is_fetched_once_checked_and_unpacked(hub, archive, geobench_root, tmp_path):
@@ -200,7 +200,7 @@ def test_archives_that_are_none_leave_nothing(tmp_path, members, damage, words):
 
 def test_a_partition_that_is_not_there_is_refused_when_fetched(geobench_root, described):
     params = dataclasses.replace(described, geobench_dir=str(geobench_root))
-    wrong = Dataset("geobench", options={"set": "m-so2sat", "partition": "0.1x"})
+    wrong = DatasetConfig("geobench", options={"set": "m-so2sat", "partition": "0.1x"})
     with pytest.raises(UserError, match="no .*0.1x_partition.json. Partitions there: .*default"):
         geobench.fetch(wrong, params)
 
@@ -214,11 +214,13 @@ def test_a_plan_counts_what_is_there_and_leaves_out_what_may_be(geobench_root, d
     here, nowhere = (dataclasses.replace(described, geobench_dir=str(root)) for root in (tmp_path, tmp_path / "none"))
     options = {"set": "m-so2sat", "partition": "mine"}
     with pytest.raises(UserError, match="id_0000.hdf5 cannot be read"):
-        geobench.expect(Dataset("geobench", options=options), here)
-    wanted, there = geobench.expect(Dataset("geobench", options=options | {"skip_bad": True}), here)
+        geobench.expect(DatasetConfig("geobench", options=options), here)
+    wanted, there = geobench.expect(DatasetConfig("geobench", options=options | {"skip_bad": True}), here)
     assert (wanted.samples, there) == (10, 0)
     assert wanted.pace > 0
     for partition, train in (("mine", 19992), ("0.01x_train", 200)):
-        wanted, there = geobench.expect(Dataset("geobench", options=options | {"partition": partition}), nowhere)
+        wanted, there = geobench.expect(
+            DatasetConfig("geobench", options=options | {"partition": partition}), nowhere
+        )
         assert wanted.samples == train + sum(geobench.SETS["m-so2sat"].counts[1:])
         assert there > 1e9

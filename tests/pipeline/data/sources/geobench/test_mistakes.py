@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import geobench, validate
 from pipeline.data.sources.geobench import partitions
@@ -196,14 +196,14 @@ def test_statistics_that_are_none(copied, stream):
 )
 def test_options_that_no_set_has(options, words):
     with pytest.raises(UserError, match=words):
-        validate("m", Dataset("geobench", options=options))
+        validate("m", DatasetConfig("geobench", options=options))
 
 
 def test_keys_of_params_that_the_source_does_not_take():
     with pytest.raises(UserError, match="has chip, which source 'geobench' does not take"):
-        validate("m", Dataset("geobench", chip=4, options={"set": "m-eurosat"}))
+        validate("m", DatasetConfig("geobench", chip=4, options={"set": "m-eurosat"}))
     with pytest.raises(UserError, match="lacks: chip. Source 'landuse' needs task, chip, block, splits"):
-        validate("m", Dataset("landuse", task="classification"))
+        validate("m", DatasetConfig("landuse", task="classification"))
     with pytest.raises(UserError, match="source 'landuse' has none"):
-        validate("m", dataclasses.replace(Dataset("landuse", options={"a": 1}), task="segmentation", chip=1, block=1,
+        validate("m", dataclasses.replace(DatasetConfig("landuse", options={"a": 1}), task="segmentation", chip=1, block=1,
                                        splits=(1, 1, 1)))  # fmt: skip

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.config import Dataset
+from pipeline.config import DatasetConfig
 from pipeline.data.sources import geobench
 from pipeline.data.sources.geobench import download
 from tests import geobench_files
@@ -44,7 +44,7 @@ def both(geobench_root, tmp_path):
             folder = tmp_path / folder.name
             _write_label_map(folder, declared)
         (tmp_path / "source.json").write_text(json.dumps({"folder": str(folder)}))
-        ours = geobench.prepare(tmp_path, Dataset("geobench", options={"set": name, **options}))
+        ours = geobench.prepare(tmp_path, DatasetConfig("geobench", options={"set": name, **options}))
         module, _, kind = THEIRS[name].partition(".")
         loaded = getattr(importlib.import_module(f"terratorch.datasets.{module}"), kind)
         given = {"bands": BANDS[name]} if name in BANDS else {}
