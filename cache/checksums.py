@@ -3,18 +3,55 @@
 Reading at speed never looks at it; `python -m cache.verify` and `Features(path, verify=True)` do.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
+
+import numpy as np
 
 from cache.atomic import write_file
 from cache.errors import StoreError
 
 NAME = "SHA256SUMS"
 _REMEDY = "Delete the store and extract again, or fetch it again from where it came."
+
+
+def fingerprint(*parts: object) -> str:
+    """SHA-256 of values that decide a result, as hexadecimal text.
+
+    The values are written as canonical JSON: keys sorted, no spaces. Equal values give equal fingerprints in every
+    process and on every machine.
+
+    Args:
+        parts: JSON values, dataclass instances (as dictionaries of their fields), paths (as POSIX text), tuples (as
+            lists), sets (as sorted lists), bytes (as their SHA-256) and NumPy scalars and arrays, nested as deep as
+            needed. The order of the parts matters.
+
+    Raises:
+        TypeError: a value of another type, whose text could differ from run to run.
+    """
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_as_json)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_json(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"A fingerprint cannot contain a {type(value).__name__}; use JSON values, dataclasses or paths.")
 
 
 def write(store: Path, known: Mapping[str, str]) -> None:

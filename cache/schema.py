@@ -23,6 +23,16 @@ DTYPES = ("float16", "float32")
 CHUNK_KEYS = {"name": "default", "separator": "."}
 
 
+def level_array(index: int) -> str:
+    """Path of the features of one level in a store; level 0 is the finest."""
+    return f"level{index}/features"
+
+
+def pooled_array(name: str) -> str:
+    """Path of one pooled vector in a store, such as `pooled/mean_level3`."""
+    return f"pooled/{name}"
+
+
 @dataclass(frozen=True)
 class LevelSchema:
     """One level of a pyramid: what a sample's features are and where in the backbone they come from.
@@ -95,10 +105,10 @@ class StoreSchema:
         """One sample's shape, with its views, by the path of each array that a writer is given."""
         views = (len(self.views),) if self.views else ()
         shapes = {
-            f"level{index}/features": (*views, level.channels, level.height, level.width)
+            level_array(index): (*views, level.channels, level.height, level.width)
             for index, level in enumerate(self.levels)
         }
-        return shapes | {f"pooled/{name}": (*views, channels) for name, channels in self.pooled.items()}
+        return shapes | {pooled_array(name): (*views, channels) for name, channels in self.pooled.items()}
 
     def arrays(self) -> list[str]:
         """Paths of the arrays that a writer is given."""
@@ -123,7 +133,7 @@ def create(path: Path, layout: StoreSchema) -> None:
             f"level{index}",
             attributes={"stride": level.stride, "channels": level.channels, "layer": level.layer},
         )
-        shape = shapes[f"level{index}/features"]
+        shape = shapes[level_array(index)]
         # One map a chunk, so that a minibatch reads what it needs; one file a shard.
         _create_empty(
             group, "features", (count, *shape), layout.codec.stored(layout.dtype),
@@ -140,7 +150,7 @@ def create(path: Path, layout: StoreSchema) -> None:
             put_array(group, side, centres, (side,), attributes={"units": "input pixels, at the cell's centre"})
     group = root.create_group("pooled", attributes={"vectors": list(layout.pooled)})
     for name in layout.pooled:
-        shape = shapes[f"pooled/{name}"]
+        shape = shapes[pooled_array(name)]
         _create_empty(
             group, name, (count, *shape), layout.dtype, ("sample", *view, f"{name}_channel"), (shard, *shape)
         )
