@@ -1,0 +1,127 @@
+"""Measure the layout of the source: files, lines, import arrows, layers, circles, the longest function.
+
+    python -m benchmarks.layout [FOLDER]
+
+Nodes of the import graph are the packages directly under `pipeline/` and its single modules, `cache` and `stages`.
+An arrow is one node that imports another. A layer is the length of the longest chain of arrows below a node.
+"""
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+PACKAGES = ("cache", "pipeline", "stages")
+
+
+def source_files(root: Path) -> list[Path]:
+    """Every Python file of the three packages, without benchmarks and tests."""
+    return [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
+
+
+def node_of(module: str) -> str:
+    """`pipeline.data.splits` belongs to `pipeline.data`, `cache.reader` to `cache`."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "pipeline" else parts[0]
+
+
+def module_name(path: Path, root: Path) -> str:
+    """`pipeline/data/splits.py` is `pipeline.data.splits`; an `__init__.py` is its package."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all imports, also those inside functions; `from a import b` gives `a.b`.
+
+    Imports under `if TYPE_CHECKING:` are for annotations and do not count.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from imported_modules(node)
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """For every node the other nodes that it imports."""
+    graph: dict[str, set[str]] = {}
+    for path in source_files(root):
+        node = node_of(module_name(path, root))
+        if node == "pipeline":  # the package's own docstring
+            continue
+        imported = {
+            node_of(name) for name in imported_modules(ast.parse(path.read_text())) if name.split(".")[0] in PACKAGES
+        }
+        graph.setdefault(node, set()).update(imported - {node, "pipeline"})
+    return graph
+
+
+def circles(root: Path) -> list[str]:
+    """The modules of one import circle between files, empty if there is none."""
+    files = {module_name(path, root): path for path in source_files(root)}
+    graph = {}
+    for module, path in files.items():
+        names = set(imported_modules(ast.parse(path.read_text())))
+        names |= {name.rpartition(".")[0] for name in names}
+        graph[module] = {
+            name for name in names if name in files and name != module and not module.startswith(f"{name}.")
+        }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def layers(graph: dict[str, set[str]]) -> int:
+    """Nodes on the longest chain of imports; 0 if the graph has a circle."""
+    depth: dict[str, int] = {}
+    try:
+        for node in TopologicalSorter(graph).static_order():
+            depth[node] = 1 + max((depth[below] for below in graph.get(node, ())), default=0)
+    except CycleError:
+        return 0
+    return max(depth.values())
+
+
+def measure(root: Path) -> dict:
+    """All figures of one source tree."""
+    files = source_files(root)
+    trees = {path: ast.parse(path.read_text()) for path in files}
+    functions = [
+        (node.end_lineno - node.lineno + 1, f"{path.relative_to(root)}:{node.name}")
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+    ]
+    local_imports = sum(
+        isinstance(inner, (ast.Import, ast.ImportFrom))
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for inner in ast.walk(node)
+    )
+    graph = import_graph(root)
+    return {
+        "files": len(files),
+        "lines": sum(len(path.read_text().splitlines()) for path in files),
+        "test_lines": sum(len(path.read_text().splitlines()) for path in (root / "tests").rglob("*.py")),
+        "nodes": len(graph),
+        "arrows": sum(map(len, graph.values())),
+        "layers": layers(graph),
+        "circle": circles(root),
+        "longest_function": max(functions),
+        "functions_over_50_lines": sum(length > 50 for length, _ in functions),
+        "imports_inside_functions": local_imports,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1] if len(sys.argv) > 1 else ".")), indent=1))
