@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def exact():
+def float32_matmul():
     """Float32 as it is: importing terratorch lets convolutions run in bfloat16 in the whole process."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_float32_matmul_precision("highest")
@@ -74,7 +74,7 @@ def gpu() -> str:
 
 
 @pytest.fixture(scope="session")
-def described() -> config.Params:
+def params() -> config.Params:
     """The committed params.yaml."""
     return config.load(ROOT / "params.yaml")
 
@@ -86,7 +86,7 @@ def archive_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def raw(archive_folder, tmp_path_factory):
+def raw_folder(archive_folder, tmp_path_factory):
     """From a source's name to the folder of its unpacked files."""
     folder, made = tmp_path_factory.mktemp("raw"), {}
 
@@ -102,48 +102,48 @@ def raw(archive_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def prepared(raw, described):
+def image_dataset(raw_folder, params):
     """From a dataset's name, and changes to its description, to its images in memory."""
     made = {}
 
     def prepare(name: str, **changes) -> image_store.ImageDataset:
         key = (name, *sorted(changes.items()))
         if key not in made:
-            chosen = dataclasses.replace(described.dataset(name), **changes)
-            made[key] = get_source(chosen.source).prepare(raw(chosen.source), chosen)
+            chosen = dataclasses.replace(params.dataset(name), **changes)
+            made[key] = get_source(chosen.source).prepare(raw_folder(chosen.source), chosen)
         return made[key]
 
     return prepare
 
 
 @pytest.fixture(scope="session")
-def store(prepared, tmp_path_factory):
+def images_path(image_dataset, tmp_path_factory):
     """From a dataset's name to the path of its images store."""
     folder, made = tmp_path_factory.mktemp("images"), {}
 
     def write(name: str) -> Path:
         if name not in made:
             made[name] = folder / f"{name}.zarr"
-            image_writer.write(prepared(name), folder / "scratch", made[name])
+            image_writer.write(image_dataset(name), folder / "scratch", made[name])
         return made[name]
 
     return write
 
 
 @pytest.fixture(scope="session")
-def geobench_root(raw, tmp_path_factory):
+def geobench_root(raw_folder, tmp_path_factory):
     """All twelve sets of GEO-Bench, small, laid out as released."""
     root = tmp_path_factory.mktemp("geobench")
-    scene, transform, _ = osm_landuse.read_scene(raw("landuse"))
-    mask = osm_landuse.read_mask(raw("landuse"), transform, scene.shape[1:])
-    photo = np.asarray(Image.open(next(raw("trees").glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)
+    scene, transform, _ = osm_landuse.read_scene(raw_folder("landuse"))
+    mask = osm_landuse.read_mask(raw_folder("landuse"), transform, scene.shape[1:])
+    photo = np.asarray(Image.open(next(raw_folder("trees").glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)
     for name in (*geobench_files.CLASSIFICATION, *geobench_files.SEGMENTATION):
         geobench_files.write(name, root, scene, photo, mask)
     return root
 
 
 @pytest.fixture
-def opened(tmp_path):
+def open_images(tmp_path):
     """From a dataset in memory to its images store, opened."""
     made = iter(range(100))
 
@@ -156,7 +156,7 @@ def opened(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def weights(archive_folder, tmp_path_factory):
+def weights_folder(archive_folder, tmp_path_factory):
     """From a stand-in's name to the folder of its unpacked weights."""
     folder, made = tmp_path_factory.mktemp("weights"), {}
 
@@ -172,7 +172,7 @@ def weights(archive_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def encoder_of(tmp_path_factory):
+def make_encoder(tmp_path_factory):
     """From an images store, opened, and a backbone's description to its encoder on this processor.
 
     Weights are `random` unless a folder of them is given; further keys replace those of the description.
@@ -185,7 +185,7 @@ def encoder_of(tmp_path_factory):
         backbone = config.BackboneConfig(family, variant, **given)
         declared = get_spec(backbone)
         seen = preprocessing.make_preprocessor(opened, variant, backbone, declared)
-        network = create_backbone(backbone, declared, seen.seen, folder or nothing)
+        network = create_backbone(backbone, declared, seen.input_bands, folder or nothing)
         return Encoder(seen, network, "cpu", precision, strides=declared.strides)
 
     return make

@@ -23,48 +23,48 @@ SMALL = HeadsConfig(
 
 
 @pytest.fixture
-def encoder(opened, encoder_of, weights):
+def encoder(open_images, make_encoder, weights_folder):
     """From a dataset in memory to a stand-in's encoder."""
-    return lambda made, variant: encoder_of(opened(made), "efficientnet", variant, folder=weights(variant))
+    return lambda made, variant: make_encoder(open_images(made), "efficientnet", variant, folder=weights_folder(variant))
 
 
 # Bands and units
 
 
 @pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
-def test_bands_are_found_by_name_whatever_their_order_in_the_store(prepared, encoder, variant):
-    made = prepared("sample-landuse")
+def test_bands_are_found_by_name_whatever_their_order_in_the_store(image_dataset, encoder, variant):
+    made = image_dataset("sample-landuse")
     order = np.random.default_rng(0).permutation(13)
     shuffled = dataclasses.replace(made, image=made.image[:, order], bands=[made.bands[i] for i in order])
     ours, theirs = (encoder(one, variant).prepare(one.image[:3]) for one in (made, shuffled))
     assert torch.equal(ours, theirs)
 
 
-def test_a_wrong_band_order_changes_the_features(prepared, encoder):
-    made = prepared("sample-landuse")
+def test_a_wrong_band_order_changes_the_features(image_dataset, encoder):
+    made = image_dataset("sample-landuse")
     sealed = encoder(made, "lite0")
     right, wrong = sealed(made.image[:3]), sealed(made.image[:3, ::-1])
     assert np.abs(right.pooled["mean_level3"] - wrong.pooled["mean_level3"]).max() > 0.1
 
 
-def test_rgb_is_not_bgr(prepared, encoder):
-    made = prepared("sample-trees")
+def test_rgb_is_not_bgr(image_dataset, encoder):
+    made = image_dataset("sample-trees")
     tensor = encoder(made, "lite0").prepare(made.image[:1])
     assert made.bands[0] == Band("R", "red", 0.665, 0.1)
     expected = made.image[0].astype(np.float32).mean(axis=(1, 2)) / 255
     np.testing.assert_allclose(tensor[0].mean(dim=(1, 2)) * 0.502 + 0.498, expected, atol=1e-4)
 
 
-def test_dn_and_reflectance_of_one_scene_reach_the_network_alike(prepared, encoder):
-    made = prepared("sample-landuse")
+def test_dn_and_reflectance_of_one_scene_reach_the_network_alike(image_dataset, encoder):
+    made = image_dataset("sample-landuse")
     scaled = dataclasses.replace(made, image=made.image.astype(np.float32) / 10000, units="reflectance")
     for variant in ("csmask_b4", "lite0"):
         ours, theirs = (encoder(one, variant).prepare(one.image[:3]) for one in (made, scaled))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_reflectance_read_as_dn_is_visible(prepared, encoder):
-    made = prepared("sample-landuse")
+def test_reflectance_read_as_dn_is_visible(image_dataset, encoder):
+    made = image_dataset("sample-landuse")
     wrong = dataclasses.replace(made, image=made.image.astype(np.float32) / 10000)  # still says DN
     ours, theirs = (encoder(one, "csmask_b4").prepare(one.image[:3]) for one in (made, wrong))
     assert (ours - theirs).abs().mean() > 0.3
@@ -73,8 +73,8 @@ def test_reflectance_read_as_dn_is_visible(prepared, encoder):
 # Place
 
 
-def test_latitude_and_longitude_are_not_swapped(prepared):
-    made = prepared("sample-landuse")
+def test_latitude_and_longitude_are_not_swapped(image_dataset):
+    made = image_dataset("sample-landuse")
     # The scene lies west of Berlin; rows run south, columns east.
     assert (made.lat.min(), made.lat.max()) == pytest.approx((52.45, 52.52), abs=0.05)
     assert (made.lon.min(), made.lon.max()) == pytest.approx((12.50, 12.73), abs=0.05)
@@ -88,8 +88,8 @@ def test_latitude_and_longitude_are_not_swapped(prepared):
 
 
 @pytest.mark.parametrize("name", ["sample-landuse", "sample-landuse-seg", "sample-trees", "sample-trees-seg"])
-def test_no_chip_reaches_into_another_splits_block(prepared, described, name):
-    made, chosen = prepared(name), described.dataset(name)
+def test_no_chip_reaches_into_another_splits_block(image_dataset, params, name):
+    made, chosen = image_dataset(name), params.dataset(name)
     owner = {}
     for sample, split in zip(made.sample, made.split, strict=True):
         scene, place = sample.rsplit("r", 1)
@@ -100,17 +100,17 @@ def test_no_chip_reaches_into_another_splits_block(prepared, described, name):
                 assert owner.setdefault(block, split) == split
 
 
-def test_both_tasks_of_the_scene_share_their_areas(prepared):
+def test_both_tasks_of_the_scene_share_their_areas(image_dataset):
     """A tile in train whose chips are in test would leak as soon as one model saw both sets."""
     areas = {}
     for name in ("sample-landuse", "sample-landuse-seg"):
-        for sample, split in zip(prepared(name).sample, prepared(name).split, strict=True):
+        for sample, split in zip(image_dataset(name).sample, image_dataset(name).split, strict=True):
             areas.setdefault((int(sample[1:5]) // 256, int(sample[6:]) // 256), set()).add(split)
     assert all(len(splits) == 1 for splits in areas.values())
 
 
-def test_unlabelled_is_ignored_and_never_a_class(prepared):
-    made = prepared("sample-landuse-seg")
+def test_unlabelled_is_ignored_and_never_a_class(image_dataset):
+    made = image_dataset("sample-landuse-seg")
     assert IGNORE not in range(len(made.classes))
     assert set(np.unique(made.label)) == {*range(len(osm_landuse.CLASSES)), IGNORE}
 
@@ -119,9 +119,9 @@ def test_unlabelled_is_ignored_and_never_a_class(prepared):
 
 
 @pytest.fixture
-def cell(prepared, tmp_path):
+def cell(image_dataset, tmp_path):
     """Land use with its bands' means as a backbone; `change` plants the mistake."""
-    made = prepared("sample-landuse")
+    made = image_dataset("sample-landuse")
     image_writer.write(made, tmp_path / "scratch-images", tmp_path / "images.zarr")
     digest = image_store.open_images(tmp_path / "images.zarr").attrs["content_sha256"]
     means = np.concatenate([made.image.mean((2, 3)), made.image.std((2, 3))], axis=1) / 1000

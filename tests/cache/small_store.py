@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cache.codecs import parse
+from cache.codecs import parse_codec
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
 
@@ -17,7 +17,7 @@ def layout(dtype="float16", samples=SAMPLES, shard=64, codec="none", views=()):
         pooled={"mean_level0": 5, "mean_level1": 7},
         dtype=dtype,
         shard=shard,
-        codec=parse(codec, dtype),
+        codec=parse_codec(codec, dtype),
         views=views,
     )
 

@@ -5,16 +5,16 @@ import pytest
 import zarr
 from small_store import write
 
-from cache.codecs import parse
+from cache.codecs import parse_codec
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 
 
 @pytest.fixture(scope="module")
-def maps(prepared):
+def maps(image_dataset):
     """(sample, band, y, x) float32, about zero as features are."""
-    image = prepared("sample-landuse-seg").image[:40].astype("float32")
+    image = image_dataset("sample-landuse-seg").image[:40].astype("float32")
     return (image - image.mean((0, 2, 3), keepdims=True)) / image.std((0, 2, 3), keepdims=True)
 
 
@@ -23,7 +23,7 @@ def stored(maps, tmp_path):
     def store(codec, dtype="float16", values=maps):
         described = StoreSchema(
             sample=tuple(f"s{i}" for i in range(len(values))), split=("train",) * len(values), pooled={}, shard=16,
-            levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse(codec, dtype), dtype=dtype,
+            levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse_codec(codec, dtype), dtype=dtype,
         )  # fmt: skip
         folder = tmp_path / f"{codec}-{dtype}"
         write(folder, described, given=lambda layout, shard, _: {"level0/features": values[layout.rows(shard)]})
@@ -125,4 +125,4 @@ def test_zarr_says_how_it_is_compressed(stored):
 )
 def test_codecs_that_are_none(name, dtype, said):
     with pytest.raises(ValueError, match=said):
-        parse(name, dtype)
+        parse_codec(name, dtype)

@@ -17,7 +17,7 @@ def noise(seed, *shape):
 
 
 @pytest.fixture
-def labelled(opened):
+def task_images(open_images):
     """From a task to an images store of that task; two in four samples train, one is val and one test."""
 
     def make(task):
@@ -30,7 +30,7 @@ def labelled(opened):
             "segmentation": np.where(generator.random(mask.shape) < 0.3, image_store.IGNORE, mask),
         }[task]
         classes = ["a", "b", "c", "d"][: {"classification": 4, "multilabel": 2, "segmentation": 3}[task]]
-        return opened(
+        return open_images(
             image_store.ImageDataset(
                 image=np.zeros((COUNT, 1, SIDE, SIDE), np.uint8), label=label,
                 sample=[f"s{i:03d}" for i in range(COUNT)], split=split, bands=[Band("red", "red", 0.665, 1.0)],
@@ -42,7 +42,7 @@ def labelled(opened):
 
 
 @pytest.fixture
-def member(tmp_path):
+def feature_store(tmp_path):
     """From a name and values by array to a feature store of the images' samples."""
 
     def write(name, values, like):
@@ -66,9 +66,9 @@ def member(tmp_path):
 
 
 @pytest.fixture
-def known_chips(labelled, member):
+def informative_chips(task_images, feature_store):
     """Four classes; `high` knows their first bit, `low` their second, `none` and `copy`, the same, nothing."""
-    like = labelled("classification")
+    like = task_images("classification")
     bits = np.stack([like.label.values // 2, like.label.values % 2], axis=1)
     known = {
         name: {"pooled/mean_level0": noise(i, 3), "pooled/mean_level1": noise(10 + i, 2) + 6 * bits[:, [i % 2]]}
@@ -76,13 +76,13 @@ def known_chips(labelled, member):
     }
     nothing = {"pooled/mean_level0": noise(20, 3), "pooled/mean_level1": noise(21, 2)}
     stores = {**known, "none": nothing, "copy": {key: 2 * value for key, value in nothing.items()}}
-    return {name: member(name, values, like) for name, values in stores.items()}, like
+    return {name: feature_store(name, values, like) for name, values in stores.items()}, like
 
 
 @pytest.fixture
-def known_masks(labelled, member):
+def informative_masks(task_images, feature_store):
     """`knows` has the classes on a grid of four, `coarse` a blur of them on two, both in levels with noise."""
-    like = labelled("segmentation")
+    like = task_images("segmentation")
     hot = np.random.default_rng(0).integers(3, size=(COUNT, 4, 4))  # the masks' own, before they were enlarged
     hot = np.eye(3)[hot].transpose(0, 3, 1, 2).astype(np.float32)
     half = hot.reshape(COUNT, 3, 2, 2, 2, 2).mean(axis=(3, 5))
@@ -90,4 +90,4 @@ def known_masks(labelled, member):
     coarse = {"level0/features": noise(2, 4, 2, 2), "level1/features": 100 + 50 * half[:, :, :1, :1]}
     for one in (knows, coarse):
         one |= {f"pooled/mean_level{i}": one[f"level{i}/features"].mean((2, 3)) for i in range(2)}
-    return {name: member(name, one, like) for name, one in (("knows", knows), ("coarse", coarse))}, like
+    return {name: feature_store(name, one, like) for name, one in (("knows", knows), ("coarse", coarse))}, like

@@ -28,7 +28,7 @@ def test_bands_follow_the_networks_order():
 
 def test_wavelengths_go_with_their_bands():
     seen = match_bands("m", DOFA, SENTINEL2[::-1], 64)
-    assert seen.slots[0] == "swir22"
+    assert seen.input_names[0] == "swir22"
     assert seen.wavelengths == tuple(band.wavelength for band in SENTINEL2[::-1])
 
 
@@ -41,9 +41,9 @@ def test_a_missing_band_names_those_that_exist():
 
 def test_what_can_be_done_without_is_left_away_and_the_broad_band_stands_in():
     seen = match_bands("m", PRITHVI, RGBN, 64)
-    assert seen.slots == ("blue", "green", "red", "nir08")
-    assert seen.positions == (2, 1, 0, 3)
-    assert match_bands("m", PRITHVI, RGBN[:3], 64).slots == ("blue", "green", "red")
+    assert seen.input_names == ("blue", "green", "red", "nir08")
+    assert seen.band_indices == (2, 1, 0, 3)
+    assert match_bands("m", PRITHVI, RGBN[:3], 64).input_names == ("blue", "green", "red")
     with pytest.raises(MissingBandsError, match="needs the bands blue"):
         match_bands("m", PRITHVI, RGBN[:2], 64)
 
@@ -64,14 +64,14 @@ def test_bands_by_common_name_sensor_name_and_wavelength():
 
 def test_bands_chosen_by_hand_fill_the_networks_inputs():
     other = match_bands("m", CSMASK, SENTINEL2, 64, ["B02", "B03", "B04", "B8A", "B11", "B12"])
-    assert other.slots == CSMASK.bands
+    assert other.input_names == CSMASK.bands
     assert names(other)[3] == "B8A"
     turned = match_bands("m", CSMASK, SENTINEL2, 64, list(CSMASK.bands[::-1]))
     assert turned == match_bands("m", CSMASK, SENTINEL2, 64)  # known by name, whatever the order
     same = match_bands("m", efficientnet.VARIANTS["lite0"], SENTINEL2, 64, ["B11", "B11", "B11"])
-    assert (same.slots, same.positions) == (("red", "green", "blue"), (11, 11, 11))
+    assert (same.input_names, same.band_indices) == (("red", "green", "blue"), (11, 11, 11))
     few = match_bands("m", PRITHVI, SENTINEL2, 64, ["swir16", "red", "nir"])
-    assert few.slots == ("red", "nir08", "swir16")
+    assert few.input_names == ("red", "nir08", "swir16")
     with pytest.raises(UserError, match="takes the bands blue, green, red, nir08, swir16, swir22 or some of them"):
         match_bands("m", PRITHVI, SENTINEL2, 64, ["red", "cirrus"])
     with pytest.raises(UserError, match="its bands in params.yaml are red"):

@@ -14,10 +14,10 @@ def load_with(tmp_path, change):
     return config.load(path)
 
 
-def test_the_committed_file_is_valid(described):
-    assert described.members("csmask_b4+lite0") == ["csmask_b4", "lite0"]
-    assert described.search.trials == 16
-    assert described.train.seeds == 10
+def test_the_committed_file_is_valid(params):
+    assert params.members("csmask_b4+lite0") == ["csmask_b4", "lite0"]
+    assert params.search.trials == 16
+    assert params.train.seeds == 10
 
 
 def test_numbers_in_either_yaml_dialect(tmp_path):
@@ -94,10 +94,10 @@ def test_no_file_and_no_yaml(tmp_path):
         config.load(tmp_path / "params.yaml")
 
 
-def test_random_controls_are_composed_only_if_named(described, tmp_path):
-    assert described.composed() == ["raw", "csmask_b4", "lite0"]
+def test_random_controls_are_composed_only_if_named(params, tmp_path):
+    assert params.composed() == ["raw", "csmask_b4", "lite0"]
     changed = load_with(tmp_path, lambda c: c["compose"].update(backbones=["lite0", "lite0_random"]))
-    assert changed.composed() == ["lite0", "lite0_random"]
+    assert changed.composition_backbones() == ["lite0", "lite0_random"]
 
 
 @pytest.mark.parametrize(

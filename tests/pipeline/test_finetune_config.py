@@ -7,9 +7,9 @@ from pipeline.finetune_config import FineTuneConfig
 from tests.pipeline.test_config import load_with
 
 
-def test_none_is_the_default(described):
-    assert described.grid.finetune == ()
-    assert described.finetune.protocol == "fine-tuned (all)"
+def test_none_is_the_default(params):
+    assert params.grid.finetune == ()
+    assert params.finetune.protocol == "fine-tuned (all)"
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_none_is_the_default(described):
     ],
 )
 def test_what(what, last, protocol):
-    assert (FineTuneConfig(what).last, FineTuneConfig(what).protocol) == (last, protocol)
+    assert (FineTuneConfig(what).n_last_blocks, FineTuneConfig(what).protocol) == (last, protocol)
 
 
 @pytest.mark.parametrize(

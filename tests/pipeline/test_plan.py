@@ -15,7 +15,7 @@ RGB = tuple(
 
 
 @pytest.fixture
-def described():
+def params():
     """params.yaml with the cheapest of models and one student."""
     loaded = config.load()
     grid = dataclasses.replace(loaded.grid, backbones=("raw",), models=("raw",), students=("small",))
@@ -23,10 +23,10 @@ def described():
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_students_are_counted(described, task):
-    distill = dataclasses.replace(described.distill, ablation=("logits",), datasets=("here",))
+def test_students_are_counted(params, task):
+    distill = dataclasses.replace(params.distill, extra_variants=("logits",), datasets=("here",))
     wanted = DatasetSize(100, RGB, task, 4, 3 * 128 * 128)
-    lines = plan.plan(dataclasses.replace(described, distill=distill), {"here": wanted}, "cpu")
+    lines = plan.plan(dataclasses.replace(params, distill=distill), {"here": wanted}, "cpu")
     (line,) = [one for one in lines if one.stage == "distill, export"]
     recipe = distill.masks if task == "segmentation" else distill.chips
     # Three variants: everything, logits, labels alone.
@@ -39,16 +39,16 @@ def test_students_are_counted(described, task):
     assert "distill, export" in plan.table(lines)
 
 
-def test_no_students_no_teachers_no_lines(described):
-    grid = dataclasses.replace(described.grid, students=())
+def test_no_students_no_teachers_no_lines(params):
+    grid = dataclasses.replace(params.grid, students=())
     wanted = DatasetSize(100, RGB, "classification", 4, 0)
-    lines = plan.plan(dataclasses.replace(described, grid=grid), {"here": wanted}, "cpu")
+    lines = plan.plan(dataclasses.replace(params, grid=grid), {"here": wanted}, "cpu")
     assert [line.stage for line in lines] == ["prepare", "extract", "tune, train"]
-    elsewhere = dataclasses.replace(described.distill, datasets=("sample-trees",))
-    lines = plan.plan(dataclasses.replace(described, distill=elsewhere), {"here": wanted}, "cpu")
+    elsewhere = dataclasses.replace(params.distill, datasets=("sample-trees",))
+    lines = plan.plan(dataclasses.replace(params, distill=elsewhere), {"here": wanted}, "cpu")
     assert [line.stage for line in lines] == ["prepare", "extract", "tune, train"]
     # A teacher that cannot see the bands teaches nobody.
-    unseen = dataclasses.replace(described.grid, backbones=("lite0",), models=("lite0",), students=("small",))
+    unseen = dataclasses.replace(params.grid, backbones=("lite0",), models=("lite0",), students=("small",))
     radar = DatasetSize(100, (Band("VV", "sar_vv"),), "classification", 4, 0)
-    lines = plan.plan(dataclasses.replace(described, grid=unseen), {"here": radar}, "cpu")
+    lines = plan.plan(dataclasses.replace(params, grid=unseen), {"here": radar}, "cpu")
     assert [line.what for line in lines] == ["here", "here x lite0: left out"]

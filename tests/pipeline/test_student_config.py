@@ -41,9 +41,9 @@ def test_refused(tmp_path, change, says):
         config.load(tmp_path / "params.yaml")
 
 
-def test_the_control_is_always_trained(described):
-    assert described.distill.variants == ["distilled", "labels"]
-    more = dataclasses.replace(described.distill, ablation=("logits", "features"))
+def test_the_control_is_always_trained(params):
+    assert params.distill.variants == ["distilled", "labels"]
+    more = dataclasses.replace(params.distill, extra_variants=("logits", "features"))
     assert more.variants == ["distilled", "features", "logits", "labels"]
 
 

@@ -137,9 +137,9 @@ def clone(folder: Path, archive_folder: Path) -> Job:
 
 
 @pytest.fixture(scope="package")
-def job(tmp_path_factory, weights, raw):
+def job(tmp_path_factory, weights_folder, raw_folder):
     """The small grid, run through to the report; tests leave params.yaml as they found it."""
-    weights("csmask_b4"), weights("lite0"), raw("landuse"), raw("trees")  # the archives are at hand
+    weights_folder("csmask_b4"), weights_folder("lite0"), raw_folder("landuse"), raw_folder("trees")  # the archives are at hand
     made = clone(tmp_path_factory.mktemp("job"), ROOT / "data/archives")
     made.log = made.run(sys.executable, "-m", "stages.repro")
     made.run("git", "add", "-A")
@@ -148,7 +148,7 @@ def job(tmp_path_factory, weights, raw):
 
 
 @pytest.fixture
-def fresh(tmp_path, weights, raw):
+def fresh(tmp_path, weights_folder, raw_folder):
     """A clone in which nothing has run yet."""
-    weights("lite0"), raw("trees")
+    weights_folder("lite0"), raw_folder("trees")
     return clone(tmp_path, ROOT / "data/archives")

@@ -57,7 +57,7 @@ def test_the_student_that_is_left_has_the_scores_that_are_told(job):
     for dataset, task in (("sample-trees", "classification"), ("sample-landuse-seg", "segmentation")):
         folder = job.folder / "results/distill" / dataset / "small"
         told = json.loads((folder / "metadata.json").read_text())
-        student, about = student_files.load(folder / "best")
+        student, about = student_files.load_student(folder / "best")
         assert about["teacher"] == told["teacher"]
         assert told["teacher"] in ("lite0", "csmask_b4+lite0")
         store = image_store.open_images(job.folder / f"data/images/{dataset}.zarr")

@@ -25,7 +25,7 @@ def weights_dir(tmp_path):
 
 
 @pytest.fixture
-def described(job, weights_dir):
+def params(job, weights_dir):
     """params.yaml with the model in it, its file pinned; whatever it leaves behind is removed."""
     pinned = {"repo": "someone/tiny", "file": FILE, "revision": REVISION, "sha256": digest(weights_dir / FILE)}
     backbone = {"family": "prithvi", "variant": "prithvi_eo_v2_tiny_tl", "weights": "pretrained", "input_size": 64}
@@ -40,14 +40,14 @@ def fetch(job, **given) -> str:
     return job.run(sys.executable, "-m", "stages.fetch", "--backbone", NAME, **given)
 
 
-def test_from_a_folder_of_weights_to_a_store_that_names_them(job, described):
+def test_from_a_folder_of_weights_to_a_store_that_names_them(job, params):
     fetch(job)
     said = job.stage("extract", "--dataset", "sample-landuse-seg", "--backbone", NAME)
     assert "sample-landuse-seg x prithvi_tiny: 72 samples at" in said
     root = zarr.open_group(job.folder / "data/features/sample-landuse-seg" / f"{NAME}.zarr", mode="r")
     weights = root.attrs["weights"]
     assert (weights["source"], weights["revision"]) == ("someone/tiny", REVISION)
-    assert weights["file_sha256"] == described["sha256"]
+    assert weights["file_sha256"] == params["sha256"]
     assert root.attrs["place_and_time"] == ["place", "time"]
     assert root["level3/features"].shape == (72, 192, 4, 4)
     manifest = json.loads((job.folder / "data/manifests/sample-landuse-seg" / f"{NAME}.json").read_text())
@@ -55,7 +55,7 @@ def test_from_a_folder_of_weights_to_a_store_that_names_them(job, described):
     assert list(root["pooled"].attrs["vectors"])[-1] == "cls_level3"
 
 
-def test_a_truncated_file_is_refused_and_an_absent_one_asked_for(job, described, weights_dir):
+def test_a_truncated_file_is_refused_and_an_absent_one_asked_for(job, params, weights_dir):
     whole = (weights_dir / FILE).read_bytes()
     (weights_dir / FILE).write_bytes(whole[:1000])
     assert "is pinned: it is damaged or not the same file" in fetch(job, fails=True)

@@ -133,7 +133,7 @@ def test_the_papers_profile_is_planned_whole(fresh):
     assert "There is no profile 'papre'. Profiles: paper" in fresh.stage("profile", "--name", "papre", fails=True)
 
 
-def test_the_papers_table_2(described):
+def test_the_papers_table_2(params):
     """Bands of each model and set: RGB for Hiera everywhere; what Prithvi and DOFA see is the set's."""
     from pipeline.backbones import get_spec
     from pipeline.bands import match_bands
@@ -143,12 +143,12 @@ def test_the_papers_table_2(described):
                      "m-SA-crop-type")  # fmt: skip
     for name in SETS:
         block = merge({"source": "geobench", "options": {"set": name}}, PAPER["datasets"][name])
-        wanted, _ = geobench.expect(config.DatasetConfig(**block), described)
+        wanted, _ = geobench.expect(config.DatasetConfig(**block), params)
         expected = six if name in multispectral else four if name == "m-chesapeake-landcover" else six[:rgb]
         assert [band.common_name for band in wanted.bands] == expected
         for backbone, count in (("hiera_200m", 3), ("prithvi_300m", len(expected)), ("dofa_300m", len(expected))):
-            chosen = described.backbone(backbone)
-            assert len(match_bands(backbone, get_spec(chosen), wanted.bands, 224).slots) == count
+            chosen = params.backbone(backbone)
+            assert len(match_bands(backbone, get_spec(chosen), wanted.bands, 224).input_names) == count
 
 
 def test_the_plan_says_what_a_grid_takes(place, capsys):

@@ -154,7 +154,7 @@ def test_kill_9_in_stages_then_repro_ends_with_the_same_results(job):
 def test_an_experiment_with_other_seeds_and_models(job):
     before = (job.folder / "params.yaml").read_text()
     lock = (job.folder / "dvc.lock").read_text()
-    changes = ["train.seeds=3", "grid.datasets=[sample-trees]", "grid.models=[lite0]", "compose.best=0"]
+    changes = ["train.seeds=3", "grid.datasets=[sample-trees]", "grid.models=[lite0]", "composition.top_k=0"]
     changes += ["grid.students=[]"]
     job.run("dvc", "exp", "run", "-n", "three", *[word for change in changes for word in ("-S", change)])
     runs = pd.read_csv(job.folder / "results/report/runs.csv")

@@ -16,7 +16,7 @@ def test_a_checkpoint_that_runs_code_is_refused_and_runs_nothing(tmp_path):
 
     torch.save({"weight": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="not a checkpoint of tensors.*wants to run [a-z_]*io.open, and nothing"):
-        checkpoints.read(tmp_path / "evil.pt")
+        checkpoints.read_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -27,10 +27,10 @@ def test_a_truncated_file_is_refused(tmp_path, name, keep):
 
     (save_file if name.endswith("safetensors") else torch.save)({"a": torch.zeros(1000)}, tmp_path / name)
     whole = (tmp_path / name).read_bytes()
-    assert torch.equal(checkpoints.read(tmp_path / name)["a"], torch.zeros(1000))
+    assert torch.equal(checkpoints.read_checkpoint(tmp_path / name)["a"], torch.zeros(1000))
     (tmp_path / name).write_bytes(whole[:keep])
     with pytest.raises(UserError, match="not a checkpoint of tensors, or is damaged"):
-        checkpoints.read(tmp_path / name)
+        checkpoints.read_checkpoint(tmp_path / name)
 
 
 def test_a_flipped_bit_is_refused(tmp_path):
@@ -40,7 +40,7 @@ def test_a_flipped_bit_is_refused(tmp_path):
     (tmp_path / "x.pt").write_bytes(whole)
     assert torch.load(tmp_path / "x.pt", weights_only=True)["a"].any()
     with pytest.raises(UserError, match="Bad CRC-32 for file"):
-        checkpoints.read(tmp_path / "x.pt")
+        checkpoints.read_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
@@ -76,10 +76,10 @@ def test_any_damage_to_an_old_file_is_refused_or_harmless(tmp_path):
             bad[random.integers(len(bad))] = random.integers(256)
         whole.write_bytes(bad)
         with suppress(UserError):
-            checkpoints.read(whole)
+            checkpoints.read_checkpoint(whole)
 
 
 def test_tensors_without_names_are_refused(tmp_path):
     torch.save({0: torch.zeros(1)}, tmp_path / "numbered.pt")
     with pytest.raises(UserError, match="not a checkpoint of tensors"):
-        checkpoints.read(tmp_path / "numbered.pt")
+        checkpoints.read_checkpoint(tmp_path / "numbered.pt")

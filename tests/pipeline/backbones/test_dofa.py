@@ -31,21 +31,21 @@ def folder(official, tmp_path):
 
 
 @pytest.fixture
-def opened(store):
-    return image_store.open_images(store("sample-landuse-seg"))
+def images(images_path):
+    return image_store.open_images(images_path("sample-landuse-seg"))
 
 
 @pytest.fixture
-def encoder(opened, folder, encoder_of):
+def encoder(images, folder, make_encoder):
     def make(size=224, **changes):
-        return encoder_of(opened, "dofa", BASE, size, folder, normalisation="dataset", **changes)
+        return make_encoder(images, "dofa", BASE, size, folder, normalisation="dataset", **changes)
 
     return make
 
 
-def test_features_are_those_of_torchgeo_for_the_bands_wavelengths(official, opened, encoder):
+def test_features_are_those_of_torchgeo_for_the_bands_wavelengths(official, images, encoder):
     sealed = encoder(bands=("B11", "B02", "B8A"))
-    image = opened.image[:2].values
+    image = images.image[:2].values
     ours = sealed(image)
     with torch.inference_mode():
         normed = official.forward_features(sealed.prepare(image), [1.614, 0.492, 0.865])
@@ -55,22 +55,22 @@ def test_features_are_those_of_torchgeo_for_the_bands_wavelengths(official, open
     assert "cls_level3" in ours.pooled
 
 
-def test_the_order_of_bands_does_not_matter_as_long_as_wavelengths_go_with_them(opened, encoder):
-    image = opened.image[:1].values
+def test_the_order_of_bands_does_not_matter_as_long_as_wavelengths_go_with_them(images, encoder):
+    image = images.image[:1].values
     one, other = (encoder(bands=bands)(image).levels[3] for bands in (("B02", "B11"), ("B11", "B02")))
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
-def test_wrong_wavelengths_show(opened, encoder):
-    sealed, image = encoder(bands=("B02", "B11")), opened.image[:1].values
+def test_wrong_wavelengths_show(images, encoder):
+    sealed, image = encoder(bands=("B02", "B11")), images.image[:1].values
     right = sealed(image).levels[3]
     sealed.network.wrapper.wavelengths = [1.614, 0.492]
     assert np.abs(sealed(image).levels[3] - right).max() > 1e-3
 
 
-def test_wavelengths_survive_lower_precision(opened, encoder):
+def test_wavelengths_survive_lower_precision(images, encoder):
     sealed = encoder()
-    embed, batch = sealed.network.wrapper.dofa_model.patch_embed, sealed.prepare(opened.image[:1].values)
+    embed, batch = sealed.network.wrapper.dofa_model.patch_embed, sealed.prepare(images.image[:1].values)
     waves = torch.tensor(sealed.network.wrapper.wavelengths)
     with torch.inference_mode():
         exact = embed(batch, waves)[0]
@@ -78,12 +78,12 @@ def test_wavelengths_survive_lower_precision(opened, encoder):
             assert torch.equal(embed(batch, waves)[0], exact)
 
 
-def test_other_sizes_get_the_trained_positions_resized(official, opened, encoder):
+def test_other_sizes_get_the_trained_positions_resized(official, images, encoder):
     sealed = encoder(size=64, bands=("B02",))
     embedded = sealed.network.wrapper.dofa_model.pos_embed
     assert embedded.shape == (1, 17, 768)
     assert torch.equal(embedded[:, 0], official.pos_embed[:, 0])
-    assert sealed(opened.image[:1].values).levels[3].shape == (1, 768, 4, 4)
+    assert sealed(images.image[:1].values).levels[3].shape == (1, 768, 4, 4)
 
 
 def test_the_files_are_those_that_torchgeo_names():

@@ -59,10 +59,10 @@ def encoder_features(path):
     return onnxruntime.InferenceSession(model.SerializeToString()), sorted(names)
 
 
-def test_csmask_gives_what_onnxruntime_gives(weights, prepared):
-    path = weights("csmask_b4") / "model_6b_l1c.onnx"
+def test_csmask_gives_what_onnxruntime_gives(weights_folder, image_dataset):
+    path = weights_folder("csmask_b4") / "model_6b_l1c.onnx"
     session, names = encoder_features(path)
-    tiles = prepared("sample-landuse-seg", chip=256)
+    tiles = image_dataset("sample-landuse-seg", chip=256)
     wanted = ["blue", "green", "red", "nir", "swir16", "swir22"]
     order = [[band.common_name for band in tiles.bands].index(name) for name in wanted]
     declared = efficientnet.VARIANTS["csmask_b4"]
@@ -83,19 +83,19 @@ def test_csmask_gives_what_onnxruntime_gives(weights, prepared):
         assert np.corrcoef(level.numpy().ravel(), reference.ravel())[0, 1] > 0.99999
 
 
-def test_csmask_statistics_are_those_beside_the_weights(weights):
-    described = json.loads((weights("csmask_b4") / "model_6b_l1c.json").read_text())["data"]["dataset_statistics"]
+def test_csmask_statistics_are_those_beside_the_weights(weights_folder):
+    described = json.loads((weights_folder("csmask_b4") / "model_6b_l1c.json").read_text())["data"]["dataset_statistics"]
     declared = efficientnet.VARIANTS["csmask_b4"]
     np.testing.assert_allclose([declared.mean, declared.std], described["img"], atol=1e-7)
     assert described["band_names"] == list(declared.bands)
 
 
-def test_lite0_gives_what_its_authors_network_gives(weights, prepared):
-    folder = weights("lite0")
+def test_lite0_gives_what_its_authors_network_gives(weights_folder, image_dataset):
+    folder = weights_folder("lite0")
     theirs = EfficientNet.from_name("efficientnet-lite0")
     theirs.load_state_dict(torch.load(next(folder.glob("*.pth")), weights_only=True))
     theirs.eval()
-    image = torch.from_numpy((prepared("sample-trees-seg").image[:2] / 255.0 - 0.498) / 0.502).float()
+    image = torch.from_numpy((image_dataset("sample-trees-seg").image[:2] / 255.0 - 0.498) / 0.502).float()
     image = image[..., :224, :224]
     with torch.inference_mode():
         deepest = theirs._swish(theirs._bn0(theirs._conv_stem(image)))
@@ -107,9 +107,9 @@ def test_lite0_gives_what_its_authors_network_gives(weights, prepared):
     torch.testing.assert_close(ours.pooled["mean_level3"], deepest.mean((2, 3)), rtol=1e-3, atol=1e-3)
 
 
-def test_every_name_of_the_checkpoint_has_one_in_timm(weights):
+def test_every_name_of_the_checkpoint_has_one_in_timm(weights_folder):
     network, _ = efficientnet._lite0()
-    tensors = torch.load(next(weights("lite0").glob("*.pth")), weights_only=True)
+    tensors = torch.load(next(weights_folder("lite0").glob("*.pth")), weights_only=True)
     renamed = {efficientnet.timm_name(name): tensor.shape for name, tensor in tensors.items()}
     assert renamed == {name: tensor.shape for name, tensor in network.state_dict().items()}
 
@@ -124,10 +124,10 @@ def test_random_weights_follow_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
-def test_a_random_control_is_alive_on_every_level(variant, store, encoder_of):
+def test_a_random_control_is_alive_on_every_level(variant, images_path, make_encoder):
     """A control whose levels fade to nothing would make any pretrained network look good."""
-    opened = image_store.open_images(store("sample-landuse-seg"))
-    sealed = encoder_of(opened, "efficientnet", variant, 128)
+    opened = image_store.open_images(images_path("sample-landuse-seg"))
+    sealed = make_encoder(opened, "efficientnet", variant, 128)
     pyramid = sealed(opened.image[:16].values)
     for level in pyramid.levels:
         spread = level.std(axis=(0, 2, 3))
@@ -135,16 +135,16 @@ def test_a_random_control_is_alive_on_every_level(variant, store, encoder_of):
         assert (spread > 0).mean() > 0.9
 
 
-def test_damaged_weights_are_refused(weights, tmp_path):
+def test_damaged_weights_are_refused(weights_folder, tmp_path):
     for variant in ("csmask_b4", "lite0"):
-        path = weights(variant) / efficientnet.VARIANTS[variant].weights_file
+        path = weights_folder(variant) / efficientnet.VARIANTS[variant].weights_file
         (tmp_path / path.name).write_bytes(path.read_bytes()[:100_000])
         with pytest.raises(UserError, match=r"Fetch it again"):
             build(variant, "pretrained", tmp_path)
 
 
-def test_missing_and_unexpected_tensors_are_named(weights, tmp_path):
-    tensors = torch.load(next(weights("lite0").glob("*.pth")), weights_only=True)
+def test_missing_and_unexpected_tensors_are_named(weights_folder, tmp_path):
+    tensors = torch.load(next(weights_folder("lite0").glob("*.pth")), weights_only=True)
     tensors["_blocks.3._bn9.weight"] = tensors.pop("_blocks.3._bn2.weight")
     torch.save(tensors, tmp_path / "efficientnet-lite0-57934424.pth")
     with pytest.raises(UserError, match=r"missing blocks.2.0.bn3.weight, unexpected _blocks.3._bn9"):

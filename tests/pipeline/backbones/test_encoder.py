@@ -10,9 +10,9 @@ from pipeline.errors import UserError
 
 
 @pytest.fixture
-def sealed(store, encoder_of, weights):
-    opened = image_store.open_images(store("sample-landuse"))
-    return encoder_of(opened, "efficientnet", "lite0", 64, weights("lite0")), opened
+def sealed(images_path, make_encoder, weights_folder):
+    opened = image_store.open_images(images_path("sample-landuse"))
+    return make_encoder(opened, "efficientnet", "lite0", 64, weights_folder("lite0")), opened
 
 
 def test_batches_do_not_matter_even_after_terratorch_lowered_the_precision(sealed):

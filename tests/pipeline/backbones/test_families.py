@@ -27,4 +27,4 @@ def test_a_description_that_cannot_be_is_refused(described, words):
 
 def test_only_described_families_take_a_description():
     with pytest.raises(UserError, match="declares its own eats; remove it"):
-        get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, eats="unit"))
+        get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, input_units="unit"))

@@ -35,13 +35,13 @@ def folder(official, tmp_path):
 
 
 @pytest.fixture
-def opened(store):
-    return image_store.open_images(store("sample-landuse-seg"))
+def images(images_path):
+    return image_store.open_images(images_path("sample-landuse-seg"))
 
 
-def test_levels_are_those_of_the_official_image_encoder(official, folder, opened, encoder_of):
-    sealed = encoder_of(opened, "hiera", TINY, 96, folder)
-    image = opened.image[:2].values
+def test_levels_are_those_of_the_official_image_encoder(official, folder, images, make_encoder):
+    sealed = make_encoder(images, "hiera", TINY, 96, folder)
+    image = images.image[:2].values
     with torch.inference_mode():
         trunk = official.image_encoder.trunk(sealed.prepare(image))
     ours = sealed(image)
@@ -81,15 +81,15 @@ def test_every_variant_has_a_configuration_of_four_stages(variant):
         ),
     ],
 )
-def test_another_layout_is_refused_by_name(spoil, words, folder, opened, encoder_of):
+def test_another_layout_is_refused_by_name(spoil, words, folder, images, make_encoder):
     path = folder / hiera.VARIANTS[TINY].weights_file
     torch.save(spoil(torch.load(path, weights_only=True)), path)
     with pytest.raises(UserError, match=words):
-        encoder_of(opened, "hiera", TINY, 96, folder)
+        make_encoder(images, "hiera", TINY, 96, folder)
 
 
-def test_random_weights_follow_the_seed(opened, encoder_of):
-    image = opened.image[:1].values
-    first, again, other = (encoder_of(opened, "hiera", TINY, 64, seed=seed)(image).levels[0] for seed in (0, 0, 1))
+def test_random_weights_follow_the_seed(images, make_encoder):
+    image = images.image[:1].values
+    first, again, other = (make_encoder(images, "hiera", TINY, 64, seed=seed)(image).levels[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

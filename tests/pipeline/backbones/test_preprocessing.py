@@ -21,9 +21,9 @@ LITE0 = BackboneConfig("efficientnet", "lite0", "random", 128)
 
 
 @pytest.fixture
-def given(store):
+def given(images_path):
     def make(dataset, backbone, **changes):
-        opened, backbone = images.open_images(store(dataset)), dataclasses.replace(backbone, **changes)
+        opened, backbone = images.open_images(images_path(dataset)), dataclasses.replace(backbone, **changes)
         return preprocessing.make_preprocessor(opened, backbone.variant, backbone, get_spec(backbone)), opened
 
     return make
@@ -128,10 +128,10 @@ def test_photographs_are_seen_by_a_model_of_reflectance_only_standardised(given)
     assert not made.context  # no time is known of these
 
 
-def test_a_picture_without_a_declared_stretch_is_refused(given, prepared, opened):
-    bare = dataclasses.replace(prepared("sample-landuse-seg"), display=None)
+def test_a_picture_without_a_declared_stretch_is_refused(given, image_dataset, open_images):
+    bare = dataclasses.replace(image_dataset("sample-landuse-seg"), display=None)
     with pytest.raises(UserError, match="without a declared stretch"):
-        preprocessing.make_preprocessor(opened(bare), "lite0", LITE0, get_spec(LITE0))
+        preprocessing.make_preprocessor(open_images(bare), "lite0", LITE0, get_spec(LITE0))
 
 
 def test_place_and_time_are_latitude_first_and_days_from_0(given):
@@ -149,20 +149,20 @@ def test_a_backbone_that_takes_no_place_is_given_none(given):
 
 
 @pytest.mark.parametrize("absent", ["lat", "time"])
-def test_place_and_time_are_never_invented(prepared, opened, absent):
+def test_place_and_time_are_never_invented(image_dataset, open_images, absent):
     made = dataclasses.replace(
-        prepared("sample-landuse-seg"), **{absent: None}, **({"lon": None} if absent == "lat" else {})
+        image_dataset("sample-landuse-seg"), **{absent: None}, **({"lon": None} if absent == "lat" else {})
     )
     left = {"lat": ("time",), "time": ("place",)}[absent]
-    given, images = preprocessing.make_preprocessor(opened(made), "prithvi", PRITHVI, get_spec(PRITHVI)), opened(made)
-    assert given.context == left
-    assert tuple(given.where_and_when(images, slice(0, 1))) == left
+    given, images = preprocessing.make_preprocessor(open_images(made), "prithvi", PRITHVI, get_spec(PRITHVI)), open_images(made)
+    assert given.metadata_keys == left
+    assert tuple(given.metadata(images, slice(0, 1))) == left
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32", "float16"])
-def test_the_datasets_own_mean_and_deviation_are_summed_in_float64(store, monkeypatch, dtype):
+def test_the_datasets_own_mean_and_deviation_are_summed_in_float64(images_path, monkeypatch, dtype):
     """A band that hardly changes is where fewer digits show."""
-    some = images.open_images(store("sample-landuse-seg")).isel(sample=slice(0, 20)).load()
+    some = images.open_images(images_path("sample-landuse-seg")).isel(sample=slice(0, 20)).load()
     values = some.image.values.astype(dtype)
     values[:, 1] = 1234.5
     values[0, 1, :64] += 1
@@ -170,6 +170,6 @@ def test_the_datasets_own_mean_and_deviation_are_summed_in_float64(store, monkey
     some["split"] = "sample", np.array(["train"] * 15 + ["test"] * 5)
     monkeypatch.setattr(preprocessing, "_STEP", 4)
     made = preprocessing.make_preprocessor(some, "dofa", DOFA, get_spec(DOFA))
-    exact = values[:15, list(made.seen.positions)].astype(np.float64) / 10_000
+    exact = values[:15, list(made.input_bands.band_indices)].astype(np.float64) / 10_000
     np.testing.assert_allclose(made.mean, exact.mean(axis=(0, 2, 3)), rtol=1e-8)
     np.testing.assert_allclose(made.std, exact.std(axis=(0, 2, 3)), rtol=1e-5)

@@ -27,8 +27,8 @@ def folder(official, tmp_path):
 
 
 @pytest.fixture
-def opened(store):
-    return image_store.open_images(store("sample-landuse-seg"))
+def images(images_path):
+    return image_store.open_images(images_path("sample-landuse-seg"))
 
 
 def directly(folder, image, bands=None, **coordinates):
@@ -47,9 +47,9 @@ def directly(folder, image, bands=None, **coordinates):
         return network.prepare_features_for_image_model([outputs[index] for index in prithvi.OUTPUTS[TINY]])
 
 
-def test_levels_are_those_of_terratorch_with_place_and_time(folder, opened, encoder_of):
-    sealed = encoder_of(opened, "prithvi", TINY, 224, folder)
-    image, known = opened.image[:2].values, sealed.inputs.where_and_when(opened, slice(0, 2))
+def test_levels_are_those_of_terratorch_with_place_and_time(folder, images, make_encoder):
+    sealed = make_encoder(images, "prithvi", TINY, 224, folder)
+    image, known = images.image[:2].values, sealed.inputs.where_and_when(images, slice(0, 2))
     ours = sealed(image, known)
     theirs = directly(
         folder,
@@ -65,20 +65,20 @@ def test_levels_are_those_of_terratorch_with_place_and_time(folder, opened, enco
     assert list(ours.pooled) == [f"{kind}_level{i}" for kind in ("mean", "cls") for i in range(4)]
 
 
-def test_fewer_bands_take_the_columns_that_belong_to_them(folder, official, opened, encoder_of):
+def test_fewer_bands_take_the_columns_that_belong_to_them(folder, official, images, make_encoder):
     from terratorch.datasets import HLSBands
 
-    sealed = encoder_of(opened, "prithvi", TINY, 224, folder, bands=("red", "nir", "swir16"))
-    image = opened.image[:1].values
+    sealed = make_encoder(images, "prithvi", TINY, 224, folder, bands=("red", "nir", "swir16"))
+    image = images.image[:1].values
     theirs = directly(folder, sealed.prepare(image), [HLSBands.RED, HLSBands.NIR_NARROW, HLSBands.SWIR_1])
     np.testing.assert_allclose(sealed(image).levels[3], theirs[3], rtol=1e-4, atol=1e-4)
     columns = official.state_dict()["encoder.patch_embed.proj.weight"][:, [2, 3, 4]]
     assert torch.equal(sealed.network.network.patch_embed.proj.weight, columns)
 
 
-def test_years_and_days_survive_lower_precision(folder, opened, encoder_of):
+def test_years_and_days_survive_lower_precision(folder, images, make_encoder):
     """In bfloat16 the year 2017 would be 2016, and so would the embedding."""
-    sealed = encoder_of(opened, "prithvi", TINY, 224, folder)
+    sealed = make_encoder(images, "prithvi", TINY, 224, folder)
     embed = sealed.network.network.temporal_embed_enc
     when = torch.tensor([[[2017.0, 46.0]]])
     with torch.inference_mode():
@@ -118,8 +118,8 @@ def test_the_files_are_those_that_terratorch_names():
         (lambda file: {**file, "encoder.norm.bias": torch.zeros(3)}, "size mismatch for norm.bias"),
     ],
 )
-def test_another_layout_is_refused_by_name(spoil, words, folder, opened, encoder_of):
+def test_another_layout_is_refused_by_name(spoil, words, folder, images, make_encoder):
     path = folder / prithvi.VARIANTS[TINY].weights_file
     torch.save(spoil(torch.load(path, weights_only=True)), path)
     with pytest.raises(UserError, match=words):
-        encoder_of(opened, "prithvi", TINY, 224, folder)
+        make_encoder(images, "prithvi", TINY, 224, folder)

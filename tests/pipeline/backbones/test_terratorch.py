@@ -14,20 +14,20 @@ DESCRIBED = {"bands": ("blue", "green", "red"), "eats": "reflectance", "normalis
 
 
 @pytest.fixture
-def opened(store):
-    return image_store.open_images(store("sample-landuse-seg"))
+def images(images_path):
+    return image_store.open_images(images_path("sample-landuse-seg"))
 
 
-def test_levels_are_those_of_terratorch(opened, encoder_of, tmp_path):
+def test_levels_are_those_of_terratorch(images, make_encoder, tmp_path):
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
     torch.manual_seed(3)
     theirs = TERRATORCH_BACKBONE_REGISTRY.build(MOCO, **OPTIONS).eval()
     torch.save(theirs.state_dict(), tmp_path / "moco.pth")
-    sealed = encoder_of(
-        opened, "terratorch", MOCO, 64, tmp_path, hub=HubFile("someone/moco", "moco.pth", "0" * 40), **DESCRIBED
+    sealed = make_encoder(
+        images, "terratorch", MOCO, 64, tmp_path, hub=HubFile("someone/moco", "moco.pth", "0" * 40), **DESCRIBED
     )
-    image = opened.image[:2].values
+    image = images.image[:2].values
     with torch.inference_mode():
         expected = theirs(sealed.prepare(image))
     ours = sealed(image)
@@ -36,19 +36,19 @@ def test_levels_are_those_of_terratorch(opened, encoder_of, tmp_path):
         np.testing.assert_allclose(level, other, rtol=1e-4, atol=1e-4)
 
 
-def test_tokens_become_maps(opened, encoder_of):
+def test_tokens_become_maps(images, make_encoder):
     described = {**DESCRIBED, "options": {"bands": ["BLUE", "GREEN", "RED"], "num_frames": 1}, "layers": (1, 3)}
-    sealed = encoder_of(opened, "terratorch", "prithvi_eo_tiny", 224, **described)
-    pyramid = sealed(opened.image[:1].values)
+    sealed = make_encoder(images, "terratorch", "prithvi_eo_tiny", 224, **described)
+    pyramid = sealed(images.image[:1].values)
     assert [level.shape for level in pyramid.levels] == [(1, 256, 14, 14)] * 2
     assert list(pyramid.pooled) == ["mean_level0", "mean_level1", "cls_level0", "cls_level1"]
 
 
-def test_descriptions_that_do_not_fit(opened, encoder_of):
+def test_descriptions_that_do_not_fit(images, make_encoder):
     with pytest.raises(UserError, match="terratorch has no backbone 'moco'"):
-        encoder_of(opened, "terratorch", "moco", 64, **DESCRIBED)
+        make_encoder(images, "terratorch", "moco", 64, **DESCRIBED)
     with pytest.raises(UserError, match="could not build .* with the options {'colour': 'red'}"):
-        encoder_of(opened, "terratorch", MOCO, 64, **{**DESCRIBED, "options": {"colour": "red"}})
-    one = encoder_of(opened, "terratorch", MOCO, 64, **{**DESCRIBED, "options": {"model_bands": ["B", "G", "R"]}})
+        make_encoder(images, "terratorch", MOCO, 64, **{**DESCRIBED, "options": {"colour": "red"}})
+    one = make_encoder(images, "terratorch", MOCO, 64, **{**DESCRIBED, "options": {"model_bands": ["B", "G", "R"]}})
     with pytest.raises(UserError, match="gives 1 outputs, not those numbered"):
-        one(opened.image[:1].values)
+        one(images.image[:1].values)

@@ -20,8 +20,8 @@ HEADS = HeadsConfig(LinearHeadConfig("all", "mean", 10, 10), UPerNetHeadConfig(4
 DESCRIBED = CompositionConfig((), "logistic", 2, False)
 
 
-def test_every_subset_and_the_one_that_knows_all_is_best(known_chips):
-    members, like = known_chips
+def test_every_subset_and_the_one_that_knows_all_is_best(informative_chips):
+    members, like = informative_chips
     found = search.search(members, like, HEADS, DESCRIBED)
     table = found.subsets.set_index("model")
     assert len(table) == 15
@@ -37,8 +37,8 @@ def test_every_subset_and_the_one_that_knows_all_is_best(known_chips):
     assert table.channels["high+low"] == 10
 
 
-def test_neighbours_as_the_probe_and_the_deepest_vector_alone(known_chips):
-    members, like = known_chips
+def test_neighbours_as_the_probe_and_the_deepest_vector_alone(informative_chips):
+    members, like = informative_chips
     heads = dataclasses.replace(HEADS, linear=dataclasses.replace(HEADS.linear, pooled="last"))
     found = search.search(members, like, heads, dataclasses.replace(DESCRIBED, probe="knn"))
     assert found.probe == "knn"
@@ -46,8 +46,8 @@ def test_neighbours_as_the_probe_and_the_deepest_vector_alone(known_chips):
     assert found.subsets.set_index("model").channels["high+low"] == 4
 
 
-def test_greedy_takes_the_layers_that_know_and_stops(known_chips):
-    members, like = known_chips
+def test_greedy_takes_the_layers_that_know_and_stops(informative_chips):
+    members, like = informative_chips
     found = search.search(members, like, HEADS, dataclasses.replace(DESCRIBED, greedy=True))
     steps = found.greedy
     assert {(row.backbone, row.layer) for row in steps.head(2).itertuples()} == {
@@ -57,15 +57,15 @@ def test_greedy_takes_the_layers_that_know_and_stops(known_chips):
     assert len(steps) < 8
 
 
-def test_what_lies_in_the_test_split_changes_nothing(known_chips, member, labelled):
-    members, like = known_chips
+def test_what_lies_in_the_test_split_changes_nothing(informative_chips, feature_store, task_images):
+    members, like = informative_chips
     test = like.split.values == "test"
     spoilt = {}
     for name, store in members.items():
         values = {f"pooled/{layer}": store.read(f"pooled/{layer}", np.arange(COUNT)) for layer in store.pooled}
         for value in values.values():
             value[test] = 1e6
-        spoilt[name] = member(f"{name}-spoilt", values, like)
+        spoilt[name] = feature_store(f"{name}-spoilt", values, like)
     other = like.copy(deep=True).load()
     other.label[test] = 0
     ours, theirs = (search.search(m, one, HEADS, DESCRIBED) for m, one in ((members, like), (spoilt, other)))
@@ -73,18 +73,18 @@ def test_what_lies_in_the_test_split_changes_nothing(known_chips, member, labell
     assert ours.cka.equals(theirs.cka)
 
 
-def test_multilabel(labelled, member):
-    like = labelled("multilabel")
+def test_multilabel(task_images, feature_store):
+    like = task_images("multilabel")
     values = {"pooled/mean_level0": noise(0, 3) + 6 * like.label.values[:, [0]]}
     other = {"pooled/mean_level0": noise(1, 3) + 6 * like.label.values[:, [1]]}
-    members = {"one": member("one", values, like), "two": member("two", other, like)}
+    members = {"one": feature_store("one", values, like), "two": feature_store("two", other, like)}
     table = search.search(members, like, HEADS, DESCRIBED).subsets
     assert table.model[0] == "one+two"
     assert table.score[0] > 0.95
 
 
-def test_masks_are_scored_as_if_the_features_had_been_enlarged(known_masks):
-    members, like = known_masks
+def test_masks_are_scored_as_if_the_features_had_been_enlarged(informative_masks):
+    members, like = informative_masks
     rows = {split: members["knows"].rows(split) for split in ("train", "val")}
     masks = {split: like.label[index].values for split, index in rows.items()}
     train, val = (points.pixels(members, rows[split], masks[split], image_store.IGNORE, 0) for split in rows)
@@ -108,8 +108,8 @@ def test_masks_are_scored_as_if_the_features_had_been_enlarged(known_masks):
     assert ours > 0.5
 
 
-def test_segmentation_finds_who_knows(known_masks):
-    members, like = known_masks
+def test_segmentation_finds_who_knows(informative_masks):
+    members, like = informative_masks
     found = search.search(members, like, HEADS, dataclasses.replace(DESCRIBED, probe="knn"))
     table = found.subsets.set_index("model")
     assert found.probe == "logistic"
@@ -118,8 +118,8 @@ def test_segmentation_finds_who_knows(known_masks):
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 0), ("train", 3), ("val", 0)])
-def test_too_few_labels_are_refused(known_masks, split, count):
-    members, like = known_masks
+def test_too_few_labels_are_refused(informative_masks, split, count):
+    members, like = informative_masks
     masks = like.label.values.copy()
     rows = members["knows"].rows(split)
     masks[rows] = image_store.IGNORE
@@ -128,8 +128,8 @@ def test_too_few_labels_are_refused(known_masks, split, count):
         search.search(members, like.assign(label=(like.label.dims, masks)), HEADS, DESCRIBED)
 
 
-def test_pixels_are_labelled_ones_and_features_those_beneath_them(known_masks, monkeypatch):
-    members, like = known_masks
+def test_pixels_are_labelled_ones_and_features_those_beneath_them(informative_masks, monkeypatch):
+    members, like = informative_masks
     monkeypatch.setattr(points, "PIXELS", 600)
     rows = members["knows"].rows("train")
     masks = like.label[rows].values.copy()

@@ -35,13 +35,13 @@ def test_statistics_are_of_the_training_split_alone(made):
     assert abs(chips.mean[1] - one.image[:, 1].mean()) > 0.1, "or this test could not tell"
 
 
-def test_chips_that_are_not_square_are_only_flipped(opened):
+def test_chips_that_are_not_square_are_only_flipped(open_images):
     from tests.pipeline.distillation.conftest import pixels
 
     image, _ = pixels()
     from pipeline.bands import Band
 
-    like = opened(
+    like = open_images(
         image_store.ImageDataset(
             image=image[:6, :, :16], label=np.zeros(6, int), sample=list("abcdef"),
             split=["train", "val", "test"] * 2, bands=[Band("B1", "red", 0.6, 1.0), Band("B2", "nir", 0.8, 1.0)],

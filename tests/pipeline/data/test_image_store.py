@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["sample-landuse", "sample-landuse-seg", "sample-trees", "sample-trees-seg"])
-def test_a_store_opens_with_xarray_and_states_what_it_is(store, prepared, name):
-    opened, made = xr.open_zarr(store(name)), prepared(name)
+def test_a_store_opens_with_xarray_and_states_what_it_is(images_path, image_dataset, name):
+    opened, made = xr.open_zarr(images_path(name)), image_dataset(name)
     np.testing.assert_array_equal(opened.image, made.image)
     np.testing.assert_array_equal(opened.label, made.label)
     assert opened.image.dims == ("sample", "band", "y", "x")
@@ -28,9 +28,9 @@ def test_a_store_opens_with_xarray_and_states_what_it_is(store, prepared, name):
     assert {"sample", "split", "band", "wavelength"} <= set(opened.coords)
 
 
-def test_two_writes_give_the_same_bytes(prepared, tmp_path):
+def test_two_writes_give_the_same_bytes(image_dataset, tmp_path):
     for name in ("a", "b"):
-        image_writer.write(prepared("sample-landuse"), tmp_path / "scratch", tmp_path / name)
+        image_writer.write(image_dataset("sample-landuse"), tmp_path / "scratch", tmp_path / name)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
     assert len(files) > 10
     for file in files:
@@ -38,12 +38,12 @@ def test_two_writes_give_the_same_bytes(prepared, tmp_path):
     sync_tree(tmp_path)
 
 
-def test_the_digest_follows_the_content(prepared, tmp_path):
+def test_the_digest_follows_the_content(image_dataset, tmp_path):
     def digest(changed):
         image_writer.write(changed, tmp_path / "scratch", tmp_path / "store")
         return xr.open_zarr(tmp_path / "store").attrs["content_sha256"]
 
-    made = prepared("sample-landuse")
+    made = image_dataset("sample-landuse")
     pixel = made.image.copy()
     pixel[0, 0, 0, 0] += 1
     changed = [made, dataclasses.replace(made, image=pixel), dataclasses.replace(made, units="reflectance")]
@@ -63,8 +63,8 @@ def test_the_digest_follows_the_content(prepared, tmp_path):
         ({"lat": lambda m: m.lat + 60}, "Are they swapped"),
     ],
 )
-def test_what_cannot_be_a_dataset_is_refused_and_nothing_written(prepared, tmp_path, change, words):
-    made = prepared("sample-landuse")
+def test_what_cannot_be_a_dataset_is_refused_and_nothing_written(image_dataset, tmp_path, change, words):
+    made = image_dataset("sample-landuse")
     broken = dataclasses.replace(made, **{key: value(made) for key, value in change.items()})
     with pytest.raises(UserError, match=words):
         image_writer.write(broken, tmp_path / "scratch", tmp_path / "store")
@@ -77,10 +77,10 @@ def test_no_store_says_which_stage_makes_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["image/c.1.0.0.0", "label/c.1.0.0"])
-def test_a_lost_or_cut_file_is_named(store, tmp_path, name):
+def test_a_lost_or_cut_file_is_named(images_path, tmp_path, name):
     """zarr reads zeros where a file is missing."""
     damaged = tmp_path / "sample-landuse-seg.zarr"
-    shutil.copytree(store("sample-landuse-seg"), damaged)
+    shutil.copytree(images_path("sample-landuse-seg"), damaged)
     image_store.open_images(damaged)
     size = (damaged / name).stat().st_size
     os.truncate(damaged / name, 1000)
@@ -92,10 +92,10 @@ def test_a_lost_or_cut_file_is_named(store, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["sample", "split", "band", "label", "lat", "lon", "time", "wavelength"])
-def test_a_lost_file_of_small_arrays_is_named(store, tmp_path, name):
+def test_a_lost_file_of_small_arrays_is_named(images_path, tmp_path, name):
     """Else labels would all be the first class, and places lie in the Atlantic."""
     damaged = tmp_path / "sample-landuse.zarr"
-    shutil.copytree(store("sample-landuse"), damaged)
+    shutil.copytree(images_path("sample-landuse"), damaged)
     image_store.open_images(damaged)
     for lose in ((damaged / name / "c/0").unlink, partial(shutil.rmtree, damaged / name)):
         lose()
@@ -103,9 +103,9 @@ def test_a_lost_file_of_small_arrays_is_named(store, tmp_path, name):
             image_store.open_images(damaged)
 
 
-def test_a_file_of_zeros_alone_is_there(prepared, tmp_path):
+def test_a_file_of_zeros_alone_is_there(image_dataset, tmp_path):
     """zarr leaves out such files unless told not to; one that is lost could not be told from them."""
-    made = prepared("sample-landuse")
+    made = image_dataset("sample-landuse")
     zeros = dataclasses.replace(made, label=np.zeros_like(made.label), lat=made.lat * 0, lon=made.lon * 0)
     image_writer.write(zeros, tmp_path / "scratch", tmp_path / "store")
     opened = image_store.open_images(tmp_path / "store")

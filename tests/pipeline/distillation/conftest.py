@@ -25,9 +25,9 @@ COUNT, SIDE = 60, 32
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=200, batch=20), UPerNetHeadConfig(channels=8, steps=60, batch=4)
 )
-SEARCH = SearchConfig(trials=2, parallel=2, seed=0, learning_rate=(5e-3, 1e-2), weight_decay=(1e-3, 1e-2))
+SEARCH = SearchConfig(trials=2, trials_per_round=2, seed=0, learning_rate=(5e-3, 1e-2), weight_decay=(1e-3, 1e-2))
 DISTILL = DistillConfig(
-    (), "best", 1.0, 1.0, 1.0, 2.0, (), chips=StepsConfig(30, 16), masks=StepsConfig(20, 8), seeds=2, search=SEARCH
+    (), "best", 1.0, 1.0, 1.0, 2.0, (), classification=StepsConfig(30, 16), segmentation=StepsConfig(20, 8), seeds=2, search=SEARCH
 )  # fmt: skip
 
 
@@ -104,11 +104,11 @@ class Made:
 
 
 @pytest.fixture
-def made(tmp_path, opened):
+def made(tmp_path, open_images):
     """From a task, views and the splits to a data set, its teacher's store and head."""
 
     def make(task: str, views=(), split=("train", "val", "train", "test", "train", "train")) -> Made:
-        return Made(tmp_path, opened, task, [*split] * (COUNT // len(split)), views)
+        return Made(tmp_path, open_images, task, [*split] * (COUNT // len(split)), views)
 
     return make
 

@@ -19,7 +19,7 @@ TOLD = {
 def made(**changes) -> student_files.Student:
     torch.manual_seed(0)
     shape = student_files.StudentSpec(**{**vars(SHAPE), **changes})
-    return student_files.Student(shape, [100.0] * shape.bands, [10.0] * shape.bands).eval()
+    return student_files.Student(shape, [100.0] * shape.n_bands, [10.0] * shape.n_bands).eval()
 
 
 @pytest.mark.parametrize(("task", "gives"), [("classification", (2, 3)), ("segmentation", (2, 3, 48, 40))])
@@ -54,8 +54,8 @@ def test_a_shrunk_chip_is_not_aliased():
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_saved_and_loaded_it_says_the_same(tmp_path, task):
     student, chips = made(task=task), torch.rand(2, 5, 16, 16) * 200
-    student_files.save(tmp_path / "best", student, {**TOLD, "task": task})
-    loaded, told = student_files.load(tmp_path / "best")
+    student_files.save_student(tmp_path / "best", student, {**TOLD, "task": task})
+    loaded, told = student_files.load_student(tmp_path / "best")
     with torch.inference_mode():
         torch.testing.assert_close(loaded(chips), student(chips), rtol=0, atol=0)
     assert not loaded.training
@@ -84,18 +84,18 @@ def test_networks_that_cannot_be_students_are_refused():
 
 def test_a_folder_that_is_no_student_is_refused(tmp_path):
     with pytest.raises(UserError, match="no student in"):
-        student_files.load(tmp_path)
-    student_files.save(tmp_path, made(), TOLD)
+        student_files.load_student(tmp_path)
+    student_files.save_student(tmp_path, made(), TOLD)
     with pytest.raises(ValueError, match="units"):
-        student_files.save(tmp_path, made(), {key: value for key, value in TOLD.items() if key != "units"})
+        student_files.save_student(tmp_path, made(), {key: value for key, value in TOLD.items() if key != "units"})
     told = json.loads((tmp_path / "student.json").read_text())
     (tmp_path / "student.json").write_text(json.dumps({**told, "classes": ["a", "b"]}))
     with pytest.raises(UserError, match="does not fit the network"):
-        student_files.load(tmp_path)
+        student_files.load_student(tmp_path)
     (tmp_path / "student.json").write_text(json.dumps({"architecture": "x"}))
     with pytest.raises(UserError, match="does not describe a student"):
-        student_files.load(tmp_path)
+        student_files.load_student(tmp_path)
     (tmp_path / "student.json").write_text(json.dumps(told))
     (tmp_path / "student.pt").write_bytes(b"not tensors")
     with pytest.raises(UserError, match="not a checkpoint"):
-        student_files.load(tmp_path)
+        student_files.load_student(tmp_path)

@@ -68,14 +68,14 @@ def test_a_cached_view_has_answers_of_its_own(made):
     assert lesson.teacher.matched(["identity", "rot90", "flip_x"]).tolist() == [True, True, False]
 
 
-def test_stores_that_are_missing_or_of_another_data_set_are_refused(made, tmp_path, opened):
+def test_stores_that_are_missing_or_of_another_data_set_are_refused(made, tmp_path, open_images):
     one = made("classification")
     chips, head = Chips(one.pictures, 1.0), checkpoint.load(one.head())
     with pytest.raises(StoreError, match="no feature store"):
         CachedTeacher({tmp_path / "d/nothing.zarr": None}, one.pictures, head, chips.taught())
     with pytest.raises(StoreError, match="not the store that was resolved"):
         CachedTeacher({one.store: "another digest"}, one.pictures, head, chips.taught())
-    other = type(one)(tmp_path, opened, "segmentation", one.like.split.values.tolist(), name="other")
+    other = type(one)(tmp_path, open_images, "segmentation", one.like.split.values.tolist(), name="other")
     with pytest.raises(StoreError, match="made from other images"):
         CachedTeacher({other.store: None}, one.pictures, head, chips.taught())
     with pytest.raises(UserError, match="the stores are of member for a, b, c"):

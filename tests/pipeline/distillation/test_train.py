@@ -11,7 +11,7 @@ import torch
 from pipeline import metrics
 from pipeline.data import image_store
 from pipeline.distillation import losses, protocol, start, train
-from pipeline.distillation.describe import about, shape_of
+from pipeline.distillation.describe import student_metadata, make_spec
 from pipeline.errors import UserError
 from pipeline.student_params import StudentConfig
 from pipeline.training.loop import HParams
@@ -23,7 +23,7 @@ SETTING = HParams(0.01, 0.01, 0)
 
 def fresh(lesson, seed=0):
     chips = lesson.chips
-    return start.make(shape_of(chips.store, SMALL), chips.mean, chips.std, None, seed)
+    return start.make_student(make_spec(chips.store, SMALL), chips.mean, chips.std, None, seed)
 
 
 def trained(lesson, variant, setting=SETTING):
@@ -61,7 +61,7 @@ def test_a_student_from_labels_learns_the_task(made):
 
 def test_features_are_learned_in_their_places_and_projectors_stay_behind(made):
     """Only if rows, views and grids of image and teacher agree can the validation's features be foretold."""
-    longer = dataclasses.replace(DISTILL, masks=dataclasses.replace(DISTILL.masks, steps=60))
+    longer = dataclasses.replace(DISTILL, segmentation=dataclasses.replace(DISTILL.segmentation, steps=60))
     lesson = made("segmentation").lesson(longer)
     student, projectors = trained(lesson, "features")
     untaught, blank = fresh(lesson), train.projectors_of(fresh(lesson), lesson, 0)
@@ -140,8 +140,8 @@ def test_views_are_the_cached_ones_or_half_upright(made):
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
 def test_the_protocol_on_every_task(made, tmp_path, task):
-    short = dataclasses.replace(DISTILL, chips=dataclasses.replace(DISTILL.chips, steps=6),
-                                masks=dataclasses.replace(DISTILL.masks, steps=3))  # fmt: skip
+    short = dataclasses.replace(DISTILL, classification=dataclasses.replace(DISTILL.classification, steps=6),
+                                segmentation=dataclasses.replace(DISTILL.segmentation, steps=3))  # fmt: skip
     lesson = made(task).lesson(short)
     told = {"dataset": "d", "model": "s/distilled", "weights": "random"}
     taught = protocol.teach(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "study", 1)
@@ -154,7 +154,7 @@ def test_the_protocol_on_every_task(made, tmp_path, task):
     assert protocol._scores([taught.best], lesson, "test")[0] == pytest.approx(taught.runs.score[taught.seed])
     again = protocol.teach(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "other", 1)
     pd.testing.assert_frame_equal(taught.runs, again.runs)
-    kept = about(lesson.chips.store, "d", "distilled", "random", "member")
+    kept = student_metadata(lesson.chips.store, "d", "distilled", "random", "member")
     assert kept["ignore"] == (image_store.IGNORE if task == "segmentation" else None)
     assert [band["common_name"] for band in kept["bands"]] == ["red", "nir"]
     assert metrics.METRICS[task] == taught.runs.metric[0]

@@ -22,7 +22,7 @@ from pipeline.config import (
 from pipeline.data import image_store, image_writer
 from pipeline.distillation import start, train
 from pipeline.distillation.chips import Chips
-from pipeline.distillation.describe import shape_of
+from pipeline.distillation.describe import make_spec
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.extraction import launch
 from pipeline.finetuning.pictures import Pictures
@@ -134,8 +134,8 @@ def on_held_ground(store):
         for way in WAYS
     ],
 )
-def test_heads_cannot_tell_and_students_learn(raw, tiles, tmp_path, way):
-    plain, wide = WAYS[way](raw, tiles, tmp_path / "files")
+def test_heads_cannot_tell_and_students_learn(raw_folder, tiles, tmp_path, way):
+    plain, wide = WAYS[way](raw_folder, tiles, tmp_path / "files")
     (tmp_path / "plain").mkdir()
     (tmp_path / "wide").mkdir()
     first, second = made(plain, tmp_path / "plain"), made(wide, tmp_path / "wide")
@@ -177,8 +177,8 @@ def test_heads_cannot_tell_and_students_learn(raw, tiles, tmp_path, way):
 def learns(folder, count):
     """With a teacher a student learns from chips without labels, and the control does not."""
     steps = StepsConfig(4, 8)
-    search = SearchConfig(trials=1, parallel=1, seed=0, learning_rate=(1e-3, 1e-2), weight_decay=(1e-3, 1e-2))
-    described = DistillConfig((), "best", 1.0, 1.0, 1.0, 2.0, (), chips=steps, masks=steps, seeds=1, search=search)
+    search = SearchConfig(trials=1, trials_per_round=1, seed=0, learning_rate=(1e-3, 1e-2), weight_decay=(1e-3, 1e-2))
+    described = DistillConfig((), "best", 1.0, 1.0, 1.0, 2.0, (), classification=steps, segmentation=steps, seeds=1, search=search)
     chips = Chips(folder / "mine.zarr", 1.0)
     teacher = CachedTeacher(
         {folder / "lite0.zarr": None}, folder / "mine.zarr", checkpoint.load(folder / "head.pt"), chips.taught()
@@ -190,7 +190,7 @@ def learns(folder, count):
     def student(rows):
         """After some steps on these rows alone."""
         small = StudentConfig("test_resnet", "random", chip_size=32, mask_size=32)
-        fresh = start.make(shape_of(chips.store, small), chips.mean, chips.std, None, 0)
+        fresh = start.make_student(make_spec(chips.store, small), chips.mean, chips.std, None, 0)
         alone = _Only(chips, teacher, described, "cpu")
         alone.__dict__["only"] = rows
         ends = train.projectors_of(fresh, alone, 0)

@@ -18,10 +18,10 @@ from pipeline.distillation import student_files
 from pipeline.errors import UserError
 from pipeline.export import files, graphs
 from pipeline.mapping import predict_scene
-from pipeline.mapping.exported import exported, opened
+from pipeline.mapping.exported import load_onnx_student, open_session
 from pipeline.mapping.open_scene import open_scene
 from pipeline.mapping.signature import probabilities
-from pipeline.mapping.students import trained
+from pipeline.mapping.students import load_student
 from tests.conftest import ROOT
 
 # An export takes seconds: one process makes those that all tests share.
@@ -54,7 +54,7 @@ def student_of(opened_images, side, network):
 def told_of(opened_images, dataset):
     attributes = opened_images.attrs
     bands = [{"name": b.name, "common_name": b.common_name, "wavelength": b.wavelength}
-             for b in preprocessing.bands_of(opened_images)]  # fmt: skip
+             for b in preprocessing.image_bands(opened_images)]  # fmt: skip
     return {
         "dataset": dataset, "task": attributes["task"], "classes": attributes["classes"], "ignore": image_store.IGNORE,
         "bands": bands, "units": attributes["units"], "gsd": attributes["gsd"],
@@ -64,16 +64,16 @@ def told_of(opened_images, dataset):
 
 
 @pytest.fixture(scope="module")
-def saved(store, tmp_path_factory):
+def saved(images_path, tmp_path_factory):
     """From a data set's name to the folder of a student of it, and its exported files."""
     made = {}
 
     def save(dataset, side, network=SMALL):
         if (dataset, network) not in made:
             folder = tmp_path_factory.mktemp(dataset)
-            pictures = image_store.open_images(store(dataset))
-            student_files.save(folder, student_of(pictures, side, network), told_of(pictures, dataset))
-            student, told = student_files.load(folder)
+            pictures = image_store.open_images(images_path(dataset))
+            student_files.save_student(folder, student_of(pictures, side, network), told_of(pictures, dataset))
+            student, told = student_files.load_student(folder)
             (folder / "export").mkdir()
             said = files.write(student, told, pictures, folder / "export", int8=True, limit=16)
             made[dataset, network] = folder, pictures, said
@@ -93,13 +93,13 @@ def saved(store, tmp_path_factory):
 )
 def test_files_say_what_the_student_says(saved, dataset, side, network):
     folder, pictures, said = saved(dataset, side, network)
-    student, _ = student_files.load(folder)
+    student, _ = student_files.load_student(folder)
     chips = pictures.image[20:30].values.astype(np.float32)  # others than those it was exported with
     with torch.inference_mode():
         wanted = student(torch.from_numpy(chips)).numpy()
     assert wanted.std() > 1e-3
     for count in (1, 3, 10):
-        given = opened(folder / "export/student.onnx").run(None, {"chips": chips[:count]})[0]
+        given = open_session(folder / "export/student.onnx").run(None, {"chips": chips[:count]})[0]
         assert given.shape == wanted[:count].shape
         assert np.abs(given - wanted[:count]).max() < graphs.TOLERANCE * wanted.std()
     assert graphs.difference(student, graphs.logits(folder / "export/student.pt2"), chips) < graphs.TOLERANCE
@@ -117,13 +117,13 @@ def test_files_say_what_the_student_says(saved, dataset, side, network):
 def test_the_file_describes_itself(saved):
     folder, pictures, _ = saved("sample-landuse", 32)
     for name in ("student.onnx", "student-int8.onnx"):
-        signature = exported(folder / "export" / name).signature
+        signature = load_onnx_student(folder / "export" / name).signature
         assert [band.common_name for band in signature.bands] == pictures.band.values.tolist()
         assert [band.wavelength for band in signature.bands] == pictures.wavelength.values.tolist()
         assert (signature.task, signature.units, signature.gsd) == ("classification", "dn", 10.0)
         assert signature.size == (16, 16)
         assert signature.classes == tuple(pictures.attrs["classes"])
-    said = opened(folder / "export/student.onnx").get_modelmeta().custom_metadata_map
+    said = open_session(folder / "export/student.onnx").get_modelmeta().custom_metadata_map
     assert said["units"] == "dn"
     assert said["bands"].startswith("coastal, blue, green, red")
     assert str(ROOT).encode() not in (folder / "export/student.onnx").read_bytes(), "a path of this machine"
@@ -138,7 +138,7 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
     last = next(one for one in model.graph.initializer if one.name.endswith("head.bias"))
     last.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(last) + 0.1, last.name))
     onnx.save(model, tmp_path / "student.onnx")
-    student, _ = student_files.load(folder)
+    student, _ = student_files.load_student(folder)
     path, chips = tmp_path / "student.onnx", pictures.image[:4].values.astype(np.float32)
     file = graphs.logits(path)
     with pytest.raises(UserError, match=r"student.onnx differs from torch by .* more than 0.001 allows"):
@@ -146,9 +146,9 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
     assert not (tmp_path / "student.onnx").exists()
 
 
-def test_a_student_of_other_images(saved, store, tmp_path):
+def test_a_student_of_other_images(saved, images_path, tmp_path):
     folder, pictures, _ = saved("sample-landuse", 32)
-    student, told = student_files.load(folder)
+    student, told = student_files.load_student(folder)
     with pytest.raises(UserError, match="has the units reflectance, and the images of sample-landuse have dn"):
         files.write(student, {**told, "units": "reflectance"}, pictures, tmp_path, int8=False, limit=4)
     assert not list(tmp_path.iterdir())
@@ -165,7 +165,7 @@ assert not loaded & {"torch", "timm", "terratorch", "torchvision"}, loaded
 """
 
 
-def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw):
+def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw_folder):
     """A chip of the data set as a GeoTIFF, by the command: the class that the student gives the chip."""
     folder, pictures, _ = saved("sample-landuse", 32)
     chip = pictures.image[7].values
@@ -182,7 +182,7 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    student, told = student_files.load(folder)
+    student, told = student_files.load_student(folder)
     with torch.inference_mode():
         logits = student(torch.from_numpy(chip[None].astype(np.float32))).numpy()
     wanted = int(logits.argmax())
@@ -193,9 +193,9 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw):
         assert np.abs(file.read(1) - 100 * probabilities(logits, "classification").max()).max() <= 0.51
 
 
-def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw):
+def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw_folder):
     folder, _, _ = saved("sample-trees-seg", 64)
-    picture = sorted(raw("trees").glob("*crop.png"))[-1]
+    picture = sorted(raw_folder("trees").glob("*crop.png"))[-1]
     with rasterio.open(picture) as file:
         crop = file.read()[:3, :300, :500]
     with rasterio.open(
@@ -205,7 +205,7 @@ def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw):
         file.descriptions = ["red", "green", "blue"]
         file.update_tags(units="uint8")
     scene, maps = open_scene(tmp_path / "crop.tif"), []
-    for name, one in (("torch", trained(folder, "cpu")), ("onnx", exported(folder / "export/student.onnx"))):
+    for name, one in (("torch", load_student(folder, "cpu")), ("onnx", load_onnx_student(folder / "export/student.onnx"))):
         predict_scene.make(scene, one, tmp_path / name)
         with rasterio.open(tmp_path / name / "confidence.tif") as file:
             maps.append(file.read(1).astype(int))
@@ -217,12 +217,12 @@ def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw):
 def test_files_that_are_no_students(tmp_path, saved):
     (tmp_path / "x.onnx").write_bytes(b"not ONNX")
     with pytest.raises(UserError, match="cannot be read as ONNX"):
-        exported(tmp_path / "x.onnx")
+        load_onnx_student(tmp_path / "x.onnx")
     with pytest.raises(UserError, match="no exported student at"):
-        exported(tmp_path / "y.onnx")
+        load_onnx_student(tmp_path / "y.onnx")
     folder, _, _ = saved("sample-landuse", 32)
     model = onnx.load(folder / "export/student.onnx")
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "z.onnx")
     with pytest.raises(UserError, match="does not say which bands and classes"):
-        exported(Path(tmp_path / "z.onnx"))
+        load_onnx_student(Path(tmp_path / "z.onnx"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache.casting import judge, prepare
+from cache.casting import check_cast, cast_array
 from cache.codecs import NONE
 from cache.errors import StoreError
 from cache.schema import LevelSchema, StoreSchema
@@ -21,7 +21,7 @@ def maps():
 
 def by_the_writer(values: torch.Tensor):
     with ThreadPoolExecutor(2) as pool:
-        return prepare(values.contiguous().numpy(), "level0/features", "float16", NONE, pool)
+        return cast_array(values.contiguous().numpy(), "level0/features", "float16", NONE, pool)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -33,9 +33,9 @@ def test_it_is_what_the_writer_would_have_done(maps, layout, odd):
     low, tally = narrow(maps, torch.float16)
     theirs = by_the_writer(maps)
     np.testing.assert_array_equal(low.numpy(), theirs.stored)
-    error, size = judge(tally[:, :6].numpy(), "level0/features", "float16")
-    assert error == pytest.approx(theirs.error, rel=1e-4)
-    assert size == pytest.approx(theirs.size, rel=1e-4)
+    error, size = check_cast(tally[:, :6].numpy(), "level0/features", "float16")
+    assert error == pytest.approx(theirs.squared_error, rel=1e-4)
+    assert size == pytest.approx(theirs.sum_of_squares, rel=1e-4)
     assert 0 < error < 1e-6 * size
 
 
@@ -44,7 +44,7 @@ def test_it_refuses_what_the_writer_refuses(maps, scale):
     maps *= scale
     _, tally = narrow(maps, torch.float16)
     with pytest.raises(StoreError) as ours:
-        judge(tally[:, :6].numpy(), "level0/features", "float16")
+        check_cast(tally[:, :6].numpy(), "level0/features", "float16")
     with pytest.raises(StoreError) as theirs:
         by_the_writer(maps)
     assert str(ours.value) == str(theirs.value)
@@ -54,7 +54,7 @@ def test_zeros_are_not_small_values():
     maps = torch.zeros(8, 3, 4, 4)
     maps[:, 0] = 1.0
     _, tally = narrow(maps, torch.float16)
-    assert judge(tally[:, :6].numpy(), "level0/features", "float16") == (0.0, 8 * 16.0)
+    assert check_cast(tally[:, :6].numpy(), "level0/features", "float16") == (0.0, 8 * 16.0)
 
 
 def test_a_sample_is_counted_alike_in_any_batch(maps):

@@ -15,7 +15,7 @@ from pipeline.data import image_store as images
 from pipeline.extraction import engine
 
 EXTRACT = ExtractConfig(
-    dtype="float16", codec="none", precision="float32", compiled=False, batch=10, shard=16, dense=False,
+    dtype="float16", codec="none", precision="float32", compiled=False, batch=10, shard=16, keep_levels=False,
     views=("identity",),
 )  # fmt: skip
 BACKBONE = BackboneConfig("efficientnet", "lite0", "random", 64)
@@ -45,10 +45,10 @@ class Counting:
 
 
 @pytest.fixture
-def run(store, tmp_path, encoder_of):
+def run(images_path, tmp_path, make_encoder):
     """Extract tiles with an untrained network into a named folder; returns the store's digest."""
-    opened = images.open_images(store("sample-landuse-seg"))
-    sealed, declared = encoder_of(opened, "efficientnet", "lite0", 64), get_spec(BACKBONE)
+    opened = images.open_images(images_path("sample-landuse-seg"))
+    sealed, declared = make_encoder(opened, "efficientnet", "lite0", 64), get_spec(BACKBONE)
     pyramid = sealed(opened.image[:1].values)
 
     def extract(name, limit=10**9, described=EXTRACT):
@@ -138,11 +138,11 @@ def test_other_inputs_start_afresh_and_clear_the_old_scratch(run):
     assert list((run.folder / "a/scratch").iterdir()) == []
 
 
-def test_classification_sets_keep_pooled_vectors_alone_unless_asked(store, run):
-    chips = images.open_images(store("sample-landuse"))
+def test_classification_sets_keep_pooled_vectors_alone_unless_asked(images_path, run):
+    chips = images.open_images(images_path("sample-landuse"))
     pyramid = run.sealed(chips.image[:1].values)
     assert engine.make_layout(chips, get_spec(BACKBONE), pyramid, 64, EXTRACT).levels == ()
-    dense = engine.make_layout(chips, get_spec(BACKBONE), pyramid, 64, dataclasses.replace(EXTRACT, dense=True))
+    dense = engine.make_layout(chips, get_spec(BACKBONE), pyramid, 64, dataclasses.replace(EXTRACT, keep_levels=True))
     assert [level.stride for level in dense.levels] == [4, 8, 16, 32]
 
 
@@ -174,10 +174,10 @@ def test_a_failing_disk_ends_the_run_with_its_own_error(run, monkeypatch):
         run("a")
 
 
-def test_an_image_that_cannot_be_read_ends_it_while_batches_wait(run, store, tmp_path, encoder_of):
+def test_an_image_that_cannot_be_read_ends_it_while_batches_wait(run, images_path, tmp_path, make_encoder):
     """The last batch of a shard still waits for its turn when the reader fails: nobody may wait for it for ever."""
-    opened = images.open_images(store("sample-landuse-seg"))
-    sealed = encoder_of(opened, "efficientnet", "lite0", 64)
+    opened = images.open_images(images_path("sample-landuse-seg"))
+    sealed = make_encoder(opened, "efficientnet", "lite0", 64)
 
     class Slow(Counting):
         def forward(self, batch, context):

@@ -14,19 +14,19 @@ from pipeline.extraction import engine, estimate
 
 BACKBONE = BackboneConfig("efficientnet", "lite0", "random", 64)
 EXTRACT = ExtractConfig(
-    dtype="float16", codec="none", precision="float32", compiled=False, batch=10, shard=16, dense=False,
+    dtype="float16", codec="none", precision="float32", compiled=False, batch=10, shard=16, keep_levels=False,
     views=("identity", "rot90"),
 )  # fmt: skip
 
 
 @pytest.fixture
-def tiles(store):
-    return image_store.open_images(store("sample-landuse-seg"))
+def tiles(images_path):
+    return image_store.open_images(images_path("sample-landuse-seg"))
 
 
 @pytest.fixture
-def sealed(tiles, encoder_of):
-    return encoder_of(tiles, "efficientnet", "lite0", 64)
+def sealed(tiles, make_encoder):
+    return make_encoder(tiles, "efficientnet", "lite0", 64)
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ from pipeline.errors import UserError
 from pipeline.extraction import batch_size, launch
 
 EXTRACT = ExtractConfig(
-    dtype="float32", codec="none", precision="float32", compiled=False, batch=10, shard=16, dense=False,
+    dtype="float32", codec="none", precision="float32", compiled=False, batch=10, shard=16, keep_levels=False,
     views=("identity",),
 )  # fmt: skip
 LITE0 = BackboneConfig("efficientnet", "lite0", "random", 64)
 
 
 @pytest.fixture
-def run(gpu, store, tmp_path):
+def run(gpu, images_path, tmp_path):
     """Extract tiles with an untrained network; returns the store and what it says of itself."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/source.json").write_text(json.dumps({"weights": "random"}))
@@ -31,7 +31,7 @@ def run(gpu, store, tmp_path):
     def extract(name: str, device: str = gpu, backbone: BackboneConfig = LITE0, processes: int = 0, **changes):
         task = launch.ExtractionJob(
             "lite0", backbone, dataclasses.replace(EXTRACT, **changes), device,
-            images=store("sample-landuse-seg"), weights=tmp_path / "weights",
+            images=images_path("sample-landuse-seg"), weights=tmp_path / "weights",
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
         )  # fmt: skip
         said = launch.run(task, ComputeConfig(device, processes, ""))
@@ -77,9 +77,9 @@ def test_a_batch_is_found(run):
     assert apart(given, found) < 1e-4
 
 
-def test_less_memory_gives_a_smaller_batch(gpu, store, encoder_of, monkeypatch):
-    opened = image_store.open_images(store("sample-landuse-seg"))
-    made = encoder_of(opened, "efficientnet", "lite0", 64)
+def test_less_memory_gives_a_smaller_batch(gpu, images_path, make_encoder, monkeypatch):
+    opened = image_store.open_images(images_path("sample-landuse-seg"))
+    made = make_encoder(opened, "efficientnet", "lite0", 64)
     with pytest.raises(UserError, match="The network does not take"):
         batch_size.largest(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
     sealed = Encoder(made.inputs, made.network, gpu, strides=made.strides)

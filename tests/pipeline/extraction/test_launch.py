@@ -16,19 +16,19 @@ from pipeline.config import BackboneConfig, ComputeConfig, ExtractConfig
 from pipeline.extraction import launch
 
 EXTRACT = ExtractConfig(
-    dtype="float16", codec="none", precision="float32", compiled=False, batch=0, shard=3, dense=False,
+    dtype="float16", codec="none", precision="float32", compiled=False, batch=0, shard=3, keep_levels=False,
     views=("identity",),
 )  # fmt: skip
 
 
 @pytest.fixture
-def task(store, weights, tmp_path):
-    (weights("csmask_b4") / "source.json").write_text(json.dumps({"weights": "pretrained"}))
+def task(images_path, weights_folder, tmp_path):
+    (weights_folder("csmask_b4") / "source.json").write_text(json.dumps({"weights": "pretrained"}))
 
     def make(name):
         return launch.ExtractionJob(
             "csmask_b4", BackboneConfig("efficientnet", "csmask_b4", "pretrained", 64), EXTRACT, "cpu",
-            images=store("sample-landuse-seg"), weights=weights("csmask_b4"),
+            images=images_path("sample-landuse-seg"), weights=weights_folder("csmask_b4"),
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
             threads=1,
         )  # fmt: skip

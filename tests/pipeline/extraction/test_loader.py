@@ -14,37 +14,37 @@ VIEWED = ("identity", "flip_x", "rot90")
 
 
 @pytest.fixture
-def opened(store):
+def images(images_path):
     """72 real tiles whose store says that its files have ten."""
-    found = image_store.open_images(store("sample-landuse-seg"))
+    found = image_store.open_images(images_path("sample-landuse-seg"))
     found.image.encoding["preferred_chunks"] = {"sample": 10}
     return found
 
 
 @pytest.mark.parametrize("views", [(), VIEWED])
 @pytest.mark.parametrize("rows", [(0, 20), (20, 50), (60, 72), (13, 31), (70, 72)])
-def test_many_threads_read_what_one_reads(opened, encoder_of, rows, views):
-    sealed = encoder_of(opened, "efficientnet", "lite0", 64)
+def test_many_threads_read_what_one_reads(images, make_encoder, rows, views):
+    sealed = make_encoder(images, "efficientnet", "lite0", 64)
     with ThreadPoolExecutor(4) as readers:
-        made = loader.ImageLoader(opened, sealed, views, readers)
+        made = loader.ImageLoader(images, sealed, views, readers)
         many, one = made._by_many(slice(*rows)), made._by_one(slice(*rows))
-    selected = sealed.inputs.select(opened.image[slice(*rows)].values)
+    selected = sealed.inputs.select(images.image[slice(*rows)].values)
     for view, by_many, by_one in zip(views or ("identity",), many, one, strict=True):
         wanted = torch.from_numpy(np.ascontiguousarray(VIEWS[view](selected)))
         assert torch.equal(by_many, wanted)
         assert torch.equal(by_one, wanted)
 
 
-def test_rows_in_any_order_are_the_stores(opened):
-    read, everything = loader.reader(opened), opened.image.values
+def test_rows_in_any_order_are_the_stores(images):
+    read, everything = loader.reader(images), images.image.values
     for first, last in [(3, 7), (7, 23), (0, 10), (8, 12), (65, 72), (40, 60), (69, 72), (3, 4)]:
         assert np.array_equal(read(slice(first, last)), everything[first:last])
 
 
-def test_a_file_is_read_once_for_the_batches_within_it(opened, monkeypatch):
-    read = loader.reader(opened)
+def test_a_file_is_read_once_for_the_batches_within_it(images, monkeypatch):
+    read = loader.reader(images)
     first = read(slice(20, 24))
-    monkeypatch.setattr(type(opened.image), "__getitem__", None)
+    monkeypatch.setattr(type(images.image), "__getitem__", None)
     assert np.array_equal(read(slice(20, 24)), first)
     assert len(read(slice(24, 29))) == 5
     with pytest.raises(TypeError):

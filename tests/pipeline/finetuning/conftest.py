@@ -36,7 +36,7 @@ HEADS = HeadsConfig(
     segmentation="fcn",
 )
 KEEPS = ExtractConfig("float32", "none", "float32", False, 16, 64, False, ("identity",))
-FEW = FineTuneConfig(steps=4, batch=4, checks=2, seeds=1, learning_rates=(1e-3,))
+FEW = FineTuneConfig(steps=4, batch=4, val_checks=2, seeds=1, learning_rates=(1e-3,))
 BACKBONES = {
     "lite0": BackboneConfig("efficientnet", "lite0", "random", 32),
     "prithvi": BackboneConfig("prithvi", "prithvi_eo_v2_tiny_tl", "random", 32),
@@ -85,13 +85,13 @@ def plain_torch():
 
 
 @pytest.fixture(scope="session")
-def thinned(prepared, tmp_path_factory):
+def thinned(image_dataset, tmp_path_factory):
     """From a dataset's name to a store of some of its images, of all splits."""
     made = {}
 
     def write(name: str, keep: int):
         if name not in made:
-            folder, one = tmp_path_factory.mktemp("thin"), prepared(name)
+            folder, one = tmp_path_factory.mktemp("thin"), image_dataset(name)
             splits = np.asarray(one.split)
             rows = np.concatenate([np.flatnonzero(splits == split)[:keep] for split in ("train", "val", "test")])
             each = ("image", "label", "sample", "split", "lat", "lon", "time", "crs", "transform")
@@ -121,9 +121,9 @@ def frozen(thinned, tmp_path_factory):
             declared = get_spec(backbone)
             given = preprocessing.make_preprocessor(opened, name, backbone, declared)
             encoder = Encoder(
-                given, create_backbone(backbone, declared, given.seen, folder), "cpu", strides=declared.strides
+                given, create_backbone(backbone, declared, given.input_bands, folder), "cpu", strides=declared.strides
             )
-            pyramid = encoder(opened.image[:2].values, given.where_and_when(opened, slice(0, 2)))
+            pyramid = encoder(opened.image[:2].values, given.metadata(opened, slice(0, 2)))
             layout = engine.make_layout(opened, declared, pyramid, backbone.input_size, KEEPS)
             said = engine.provenance(opened, name, backbone, declared, given, {"weights": "random"}, KEEPS, "cpu")
             writer = Writer(folder / f"scratch-{name}", layout, folder / f"{name}.zarr", said)

@@ -16,7 +16,7 @@ from pipeline.training import task_data
 from tests.pipeline.finetuning.conftest import BACKBONES, FEW
 
 # Checkpoints after every step, so that a kill falls between two.
-MANY = dataclasses.replace(FEW, what="lora", steps=6, checks=6, seeds=2, learning_rates=(1e-3, 1e-2))
+MANY = dataclasses.replace(FEW, method="lora", steps=6, val_checks=6, seeds=2, learning_rates=(1e-3, 1e-2))
 TOLD = {"dataset": "d", "model": "lite0", "weights": "random, seed 0"}
 
 

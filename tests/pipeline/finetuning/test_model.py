@@ -44,7 +44,7 @@ def test_the_start_is_the_frozen_model_and_a_step_moves_backbone_and_head(frozen
 @pytest.mark.parametrize(("model", "layer"), [("lite0", "conv_pw"), ("prithvi", "attn.qkv"), ("hiera", "attn.qkv")])
 def test_lora_begins_as_the_frozen_model_and_trains_adapters_and_head_alone(frozen, job, model, layer):
     one = frozen("sample-landuse", model)
-    tuned, asked = one.tuned(what="lora", rank=4), job(one)
+    tuned, asked = one.tuned(method="lora", rank=4), job(one)
     said = torch.cat([logits for logits, _ in train.logits(tuned, asked, "test")])
     np.testing.assert_allclose(said, one.cell.logits(one.group, "test")[0], rtol=1e-3, atol=1e-3)
     trained = [name for name in tuned.trained() if not name.startswith("head.")]
@@ -59,18 +59,18 @@ def test_lora_begins_as_the_frozen_model_and_trains_adapters_and_head_alone(froz
 @pytest.mark.parametrize(("model", "count"), [("lite0", 7), ("prithvi", 12), ("hiera", 12)])
 def test_blocks_and_the_last_of_them(frozen, job, model, count):
     one = frozen("sample-landuse", model)
-    tuned, asked = one.tuned(what="last2"), job(one)
+    tuned, asked = one.tuned(method="last2"), job(one)
     network = tuned.networks[0]
     assert len(layers.blocks(network)) == count
     first = one_step(tuned, asked)
     depth = {f"networks.0.{name}": at for name, at in layers.depths(network).items()}
     assert {depth[name] for name in first if name in depth} == {count - 1, count}
     with pytest.raises(UserError, match=f"'last13', and {model} has {count} blocks. Choose last{count} or fewer"):
-        one.tuned(what="last13")
+        one.tuned(method="last13")
 
 
 def test_layers_near_the_input_learn_slower(frozen):
-    tuned = frozen("sample-landuse", "prithvi").tuned(decay=0.5)
+    tuned = frozen("sample-landuse", "prithvi").tuned(layer_decay=0.5)
     share = layers.rates(tuned.networks[0], 0.5)
     named = {name.removeprefix("network.network."): value for name, value in share.items()}
     assert named["blocks.11.attn.qkv.weight"] == 0.5

@@ -59,21 +59,21 @@ def test_what_is_said_is_what_the_frozen_protocol_says_and_more(frozen, tmp_path
     tried = {rate: torch.load(tmp_path / f"runs/{rate:g}-seed0.pt")["best"] for rate in MANY.learning_rates}
     assert (tmp_path / f"runs/{runs.learning_rate[0]:g}-seed1.pt").exists()
     assert tried[runs.learning_rate[0]] == max(tried.values()) == runs.val_score[0]
-    trained = one.tuned(what="lora").trained()
+    trained = one.tuned(method="lora").trained()
     assert best.keys() == trained.keys()
     assert runs.trained_parameters.tolist() == [sum(values.numel() for values in trained.values())] * 2
 
 
 @pytest.mark.parametrize(("dataset", "model"), [("sample-landuse-seg", "prithvi"), ("sample-landuse", "raw+lite0")])
 def test_scores_recompute_from_predictions_and_the_kept_tensors(frozen, job, tmp_path, dataset, model):
-    one, asked = frozen(dataset, model), job(frozen(dataset, model), steps=2, checks=1, what="lora")
-    tested = finetuning.run(lambda seed: one.tuned(seed, what="lora"), asked, TOLD, tmp_path)
+    one, asked = frozen(dataset, model), job(frozen(dataset, model), steps=2, val_checks=1, method="lora")
+    tested = finetuning.run(lambda seed: one.tuned(seed, method="lora"), asked, TOLD, tmp_path)
     task = asked.task
     samples, counts = predictions.counts(tested.predicted, task.kind, task.classes)
     assert samples == sorted(one.cell.parts["test"].sample)
     assert tested.runs.score[0] == metrics.score(task.kind, counts[0].sum(axis=0), task.classes)
     assert tested.runs.protocol[0] == "fine-tuned (lora)"
-    again = one.tuned(7, what="lora")
+    again = one.tuned(7, method="lora")
     again.load(tested.best)
     assert np.array_equal(train.counts(again, asked, "test").sum(axis=0), counts[0].sum(axis=0))
 
@@ -81,7 +81,7 @@ def test_scores_recompute_from_predictions_and_the_kept_tensors(frozen, job, tmp
 def test_a_backbone_learns_for_a_head_that_is_held_still(frozen, job):
     """Other labels than the head was trained on, so that only a change of the features can tell them."""
     one = frozen("sample-landuse", "prithvi")
-    asked, tuned = job(one), one.tuned(decay=1.0)
+    asked, tuned = job(one), one.tuned(layer_decay=1.0)
     tuned.head.requires_grad_(False)
     rows = asked.pictures.rows("train")
     asked.pictures.label[rows] = (asked.pictures.label[rows] + 1) % asked.task.classes
@@ -92,17 +92,17 @@ def test_a_backbone_learns_for_a_head_that_is_held_still(frozen, job):
 
 def test_a_run_that_diverges_ends_as_the_frozen_model(frozen, job, tmp_path):
     one = frozen("sample-landuse", "lite0")
-    tuned, asked = one.tuned(), job(one, steps=8, checks=8)
+    tuned, asked = one.tuned(), job(one, steps=8, val_checks=8)
     done = train.train(tuned, asked, HParams(1e30, 0.0, 0), tmp_path / "checkpoint.pt")
     assert done.over
     assert done.step < 8
     assert all(torch.isfinite(values).all() for values in tuned.trained().values())
 
 
-def test_images_and_masks_turn_together_and_the_store_stays_as_it_is(store, tmp_path):
+def test_images_and_masks_turn_together_and_the_store_stays_as_it_is(images_path, tmp_path):
     from pipeline.data import image_store
 
-    opened = image_store.open_images(store("sample-landuse-seg")).isel(sample=slice(0, 8)).load()
+    opened = image_store.open_images(images_path("sample-landuse-seg")).isel(sample=slice(0, 8)).load()
     opened["image"] = opened.image.copy(data=np.stack([opened.label.values] * opened.sizes["band"], axis=1))
     pictures = Pictures(opened, tmp_path / "images.npy")
     rows, generator, turned = np.arange(8), np.random.default_rng(0), set()

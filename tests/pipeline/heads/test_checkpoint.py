@@ -37,8 +37,8 @@ def raw(stores, names, split):
 
 
 @pytest.mark.parametrize("fusion", ["concat", "film"])
-def test_of_chips(known_chips, tmp_path, fusion):
-    stores, cell, group = trained(known_chips, ["high", "low"], fusion=fusion)
+def test_of_chips(informative_chips, tmp_path, fusion):
+    stores, cell, group = trained(informative_chips, ["high", "low"], fusion=fusion)
     checkpoint.save(tmp_path / "head.pt", "high+low", cell, group, 1)
     head = checkpoint.load(tmp_path / "head.pt")
     said = head.logits(raw(stores, head.fields, "test"))
@@ -49,8 +49,8 @@ def test_of_chips(known_chips, tmp_path, fusion):
 
 
 @pytest.mark.parametrize("segmentation", ["upernet", "fcn"])
-def test_of_masks(known_masks, tmp_path, segmentation):
-    stores, cell, group = trained(known_masks, ["knows", "coarse"], segmentation=segmentation)
+def test_of_masks(informative_masks, tmp_path, segmentation):
+    stores, cell, group = trained(informative_masks, ["knows", "coarse"], segmentation=segmentation)
     checkpoint.save(tmp_path / "head.pt", "knows+coarse", cell, group, 0)
     head = checkpoint.load(tmp_path / "head.pt")
     features = raw(stores, head.fields, "val")

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.bands import SENTINEL2
-from pipeline.mapping.exported import KEY
+from pipeline.mapping.exported import METADATA_KEY
 from pipeline.mapping.open_scene import SceneConfig, from_rasters
 
 BANDS = [band for band in SENTINEL2 if band.common_name in ("blue", "nir", "swir16")]
@@ -38,7 +38,7 @@ def linear_model(path, tile, bands=BANDS, task="segmentation", units="dn", gsd=1
         "size": size or [tile, tile],
         "bands": [{"name": b.name, "common_name": b.common_name, "wavelength": b.wavelength} for b in bands],
     }  # fmt: skip
-    helper.set_model_props(model, {KEY: json.dumps(told)})
+    helper.set_model_props(model, {METADATA_KEY: json.dumps(told)})
     onnx.save(model, path)
     return path
 
@@ -50,6 +50,6 @@ def linear(tmp_path):
 
 
 @pytest.fixture
-def landuse_scene(raw):
+def landuse_scene(raw_folder):
     """The real Sentinel-2 scene, a file a band."""
-    return from_rasters(sorted(raw("landuse").glob("*_B??.jp2")), SceneConfig("", "dn", SENTINEL2))
+    return from_rasters(sorted(raw_folder("landuse").glob("*_B??.jp2")), SceneConfig("", "dn", SENTINEL2))

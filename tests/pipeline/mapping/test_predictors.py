@@ -38,15 +38,15 @@ pytestmark = pytest.mark.xdist_group("ensemble")
 
 
 @pytest.fixture(scope="module")
-def made(store, described, encoder_of, tmp_path_factory):
+def made(images_path, params, make_encoder, tmp_path_factory):
     """Two members' stores of the real land use masks, and a head trained on them."""
-    path, tmp_path = store("sample-landuse-seg"), tmp_path_factory.mktemp("ensemble")
+    path, tmp_path = images_path("sample-landuse-seg"), tmp_path_factory.mktemp("ensemble")
     opened = image_store.open_images(path)
-    described = dataclasses.replace(described, backbones={**described.backbones, **MEMBERS})
-    extracting = dataclasses.replace(described.extract, dtype="float32", shard=16)
+    params = dataclasses.replace(params, backbones={**params.backbones, **MEMBERS})
+    extracting = dataclasses.replace(params.extract, dtype="float32", shard=16)
     (tmp_path / "weights").mkdir()
     for name, one in MEMBERS.items():
-        encoder = encoder_of(opened, one.family, one.variant, 64, weights=one.weights)
+        encoder = make_encoder(opened, one.family, one.variant, 64, weights=one.weights)
         given = encoder.inputs
         look = estimate.look(opened, encoder, 4)
         layout = engine.make_layout(opened, get_spec(one), look.pyramid, 64, extracting)
@@ -60,7 +60,7 @@ def made(store, described, encoder_of, tmp_path_factory):
     cell = task_data.load(stores, path, HEADS, ("train", "val", "test"), "cpu")
     group = cell.train([loop.HParams(1e-2, 1e-3, 0)])
     checkpoint.save(tmp_path / "head.pt", "+".join(MEMBERS), cell, group, 0)
-    return described, opened, tmp_path
+    return params, opened, tmp_path
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def parts(made, tmp_path):
     return described, EnsemblePaths(tmp_path / "head.pt", opened, tmp_path / "features", tmp_path / "weights")
 
 
-def test_logits_of_chips_are_those_of_the_stored_features(parts, tmp_path, raw):
+def test_logits_of_chips_are_those_of_the_stored_features(parts, tmp_path, raw_folder):
     described, places = parts
     one = ensemble(described, places, "cpu")
     head = checkpoint.load(places.head)
@@ -93,11 +93,11 @@ def test_logits_of_chips_are_those_of_the_stored_features(parts, tmp_path, raw):
     assert not np.allclose(given, one.logits(chips[:, ::-1].copy(), {}), atol=1e-2 * wanted.std())
 
 
-def test_only_bands_that_a_member_sees_are_needed(parts, tmp_path, store):
+def test_only_bands_that_a_member_sees_are_needed(parts, tmp_path, images_path):
     described, places = parts
     head = checkpoint.load(places.head)
     assert head.backbones == ["raw", "lite0_random"]
-    alone = dataclasses.replace(places, head=_alone(parts, store, tmp_path))
+    alone = dataclasses.replace(places, head=_alone(parts, images_path, tmp_path))
     one = ensemble(described, alone, "cpu")
     assert [band.common_name for band in one.signature.bands] == ["blue", "green", "red"]
     chip = places.images.image[0].values
@@ -124,15 +124,15 @@ def _alone(parts, store, folder):
     return folder / "alone.pt"
 
 
-def test_where_and_when_are_told_as_extraction_tells_them(store):
-    opened = image_store.open_images(store("sample-landuse"))
+def test_where_and_when_are_told_as_extraction_tells_them(images_path):
+    opened = image_store.open_images(images_path("sample-landuse"))
     given = dataclasses.replace(
         preprocessing.make_preprocessor(opened, "raw", MEMBERS["raw"], get_spec(MEMBERS["raw"])),
         context=("place", "time"),
     )
     known = {"place": np.stack([opened.lat[:3], opened.lon[:3]], axis=1), "time": opened.time[:3].values}
     told = ensembles._told(SimpleNamespace(inputs=given, device="cpu"), known)
-    wanted = given.where_and_when(opened, slice(0, 3))
+    wanted = given.metadata(opened, slice(0, 3))
     assert set(told) == set(wanted) == {"place", "time"}
     for name, values in wanted.items():
         np.testing.assert_array_equal(told[name].numpy(), values)

@@ -130,9 +130,9 @@ def test_strong_decay_leaves_the_majority_class(points):
     torch.testing.assert_close(probability, frequency, atol=0.05, rtol=0)
 
 
-def test_multilabel(prepared):
+def test_multilabel(image_dataset):
     """Real labels: the land-use classes present in each tile, from the bands' means."""
-    tiles = prepared("sample-landuse-seg", task="multilabel")
+    tiles = image_dataset("sample-landuse-seg", task="multilabel")
     inputs = torch.from_numpy(tiles.image.mean(axis=(2, 3), dtype=np.float64)).float()
     inputs = (inputs - inputs.mean(0)) / inputs.std(0)
     label = torch.from_numpy(tiles.label.astype(np.int64))

@@ -19,9 +19,9 @@ TASK = loop.Task("classification", 2, None)
 
 
 @pytest.fixture(scope="module")
-def bands(prepared, tmp_path_factory):
+def bands(image_dataset, tmp_path_factory):
     """Chips' mean spectra, which are strongly correlated, with one band twice, as a store of 400 vectors."""
-    image = prepared("sample-landuse").image[:400].astype(np.float32)
+    image = image_dataset("sample-landuse").image[:400].astype(np.float32)
     spectra = image.mean(axis=(2, 3))
     spectra = np.concatenate([spectra, spectra[:, 4:5]], axis=1)
     folder = tmp_path_factory.mktemp("bands")

@@ -15,7 +15,7 @@ from pipeline.training.feature_loader import StreamedFeatures
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=100, batch=20), UPerNetHeadConfig(channels=4, steps=10, batch=4)
 )
-SEARCH = SearchConfig(trials=4, parallel=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
+SEARCH = SearchConfig(trials=4, trials_per_round=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
 TOLD = {"dataset": "d", "model": "m", "weights": "none"}
 
 
@@ -25,17 +25,17 @@ def load(given, names, splits=("train", "val", "test"), heads=HEADS):
     return task_data.load(stores, Path(like.encoding["source"]), heads, splits, "cpu")
 
 
-def test_chips_searched_trained_and_kept(known_chips, capsys):
-    cell = load(known_chips, ["high", "low"], ("train", "val"))
+def test_chips_searched_trained_and_kept(informative_chips, capsys):
+    cell = load(informative_chips, ["high", "low"], ("train", "val"))
     tuned = protocol.tune(cell, SEARCH, "d m")
     assert len(tuned["trials"]) == 4
     assert capsys.readouterr().out.count("d m: 2 trials, best on validation") == 2
-    tested = protocol.test(load(known_chips, ["high", "low"]), tuned["best"], 3, TOLD)
+    tested = protocol.test(load(informative_chips, ["high", "low"]), tuned["best"], 3, TOLD)
     runs, kept = tested.runs, tested.predicted
     assert len(runs) == 3
     assert set(runs.protocol) == {"frozen"}
     assert runs.iloc[0].to_dict().items() >= {**TOLD, **tuned["best"], "metric": "accuracy", "n_test": 30}.items()
-    like = known_chips[1]
+    like = informative_chips[1]
     names = like.sample.values[like.split.values == "test"].tolist()
     for seed, table in kept.groupby("seed"):
         assert table["sample"].tolist() == names
@@ -47,19 +47,19 @@ def test_chips_searched_trained_and_kept(known_chips, capsys):
     assert runs.score.mean() > 0.9
 
 
-def test_the_kept_counts_are_those_of_the_evaluation(known_chips):
+def test_the_kept_counts_are_those_of_the_evaluation(informative_chips):
     """Predictions are made apart from `Cell.counts`; both must say the same."""
     from pipeline.training.loop import HParams
 
-    cell = load(known_chips, ["high", "none"])
+    cell = load(informative_chips, ["high", "none"])
     group = cell.train([HParams(0.05, 0.01, seed) for seed in range(3)])
     kept = protocol.test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
     _, counts = predictions.counts(kept, "classification", 4)
     np.testing.assert_array_equal(counts, cell.counts(group, "test"))
 
 
-def test_masks_keep_their_confusion(known_masks):
-    cell = load(known_masks, ["knows", "coarse"])
+def test_masks_keep_their_confusion(informative_masks):
+    cell = load(informative_masks, ["knows", "coarse"])
     tested = protocol.test(cell, {"learning_rate": 0.01, "weight_decay": 0.01}, 2, TOLD)
     runs, kept = tested.runs, tested.predicted
     samples, counts = predictions.counts(kept, "segmentation", 3)
@@ -69,9 +69,9 @@ def test_masks_keep_their_confusion(known_masks):
     assert not any(math.isnan(value) for value in runs.val_score)
 
 
-def test_streamed_chips_are_kept_as_those_in_memory(known_chips):
+def test_streamed_chips_are_kept_as_those_in_memory(informative_chips):
     best = {"learning_rate": 0.05, "weight_decay": 0.01}
-    cell = load(known_chips, ["high", "low"], heads=dataclasses.replace(HEADS, memory=0.0))
+    cell = load(informative_chips, ["high", "low"], heads=dataclasses.replace(HEADS, max_feature_gb=0.0))
     assert isinstance(cell.parts["test"].inputs, StreamedFeatures)
     tested = protocol.test(cell, best, 2, TOLD)
     runs, kept = tested.runs, tested.predicted
@@ -80,14 +80,14 @@ def test_streamed_chips_are_kept_as_those_in_memory(known_chips):
     assert runs.score.mean() > 0.9
 
 
-def test_a_search_whose_heads_all_but_diverge_takes_one_that_does_not(known_chips):
-    cell = load(known_chips, ["high"], ("train", "val"))
+def test_a_search_whose_heads_all_but_diverge_takes_one_that_does_not(informative_chips):
+    cell = load(informative_chips, ["high"], ("train", "val"))
     wild = dataclasses.replace(SEARCH, trials=8, parallel=8, learning_rate=(0.1, 1.0), weight_decay=(1.0, 300.0))
     tuned = protocol.tune(cell, wild, "d m")
     products = {one["learning_rate"] * one["weight_decay"]: one["score"] for one in tuned["trials"]}
     assert max(products) > 20  # which multiplies weights by less than -10 in every step
     assert products[max(products)] == 0
-    tested = protocol.test(load(known_chips, ["high"]), tuned["best"], 2, TOLD)
+    tested = protocol.test(load(informative_chips, ["high"]), tuned["best"], 2, TOLD)
     assert np.isfinite(np.stack(tested.predicted.probability)).all()
 
 
@@ -109,16 +109,16 @@ def diverging(cell: task_data.TaskData, heads: set[int]) -> task_data.TaskData:
 
 
 @pytest.mark.parametrize("of", ["chips", "masks"])
-def test_a_seed_that_diverged_is_no_score(known_chips, known_masks, of):
-    cell = load(known_chips, ["high"]) if of == "chips" else load(known_masks, ["knows"])
+def test_a_seed_that_diverged_is_no_score(informative_chips, informative_masks, of):
+    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["knows"])
     best = {"learning_rate": 0.01, "weight_decay": 0.01}
     with pytest.raises(UserError, match=r"diverged with 1 of 3 seeds \(1\), at"):
         protocol.test(diverging(cell, {1}), best, 3, TOLD)
 
 
 @pytest.mark.parametrize("of", ["chips", "masks"])
-def test_trials_that_diverged_are_not_chosen_and_a_search_of_them_alone_is_refused(known_chips, known_masks, of):
-    cell = load(known_chips, ["high"]) if of == "chips" else load(known_masks, ["knows"])
+def test_trials_that_diverged_are_not_chosen_and_a_search_of_them_alone_is_refused(informative_chips, informative_masks, of):
+    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["knows"])
     tuned = protocol.tune(diverging(cell, {1}), SEARCH, "d m")
     assert [trial.get("diverged", False) for trial in tuned["trials"]] == [False, True] * 2
     assert tuned["best"]["learning_rate"] in {tuned["trials"][place]["learning_rate"] for place in (0, 2)}
@@ -126,13 +126,13 @@ def test_trials_that_diverged_are_not_chosen_and_a_search_of_them_alone_is_refus
         protocol.tune(diverging(cell, {0, 1}), SEARCH, "d m")
 
 
-def test_a_run_says_what_was_trained_on_what(known_chips, known_masks):
+def test_a_run_says_what_was_trained_on_what(informative_chips, informative_masks):
     best = {"learning_rate": 0.01, "weight_decay": 0.01}
-    (head,) = set(protocol.test(load(known_chips, ["high", "low"]), best, 2, TOLD).runs["head"])
+    (head,) = set(protocol.test(load(informative_chips, ["high", "low"]), best, 2, TOLD).runs["head"])
     assert head.startswith("linear, concat, ")
     heads = dataclasses.replace(HEADS, fusion="average", levels=(-1,), class_weights="balanced")
-    (head,) = set(protocol.test(load(known_masks, ["knows", "coarse"], heads=heads), best, 2, TOLD).runs["head"])
+    (head,) = set(protocol.test(load(informative_masks, ["knows", "coarse"], heads=heads), best, 2, TOLD).runs["head"])
     assert head.startswith("upernet of 4 channels, average, level")
     assert head.endswith(", balanced class weights")
-    (head,) = set(protocol.test(load(known_masks, ["knows"], heads=heads), best, 2, TOLD).runs["head"])
+    (head,) = set(protocol.test(load(informative_masks, ["knows"], heads=heads), best, 2, TOLD).runs["head"])
     assert "average" not in head, "one member is not fused"

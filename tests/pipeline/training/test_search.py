@@ -7,7 +7,7 @@ import pytest
 from pipeline.config import SearchConfig
 from pipeline.training.search import search
 
-DESCRIBED = SearchConfig(trials=16, parallel=4, seed=0, learning_rate=(1e-4, 1e-1), weight_decay=(1e-6, 1e-1))
+DESCRIBED = SearchConfig(trials=16, trials_per_round=4, seed=0, learning_rate=(1e-4, 1e-1), weight_decay=(1e-6, 1e-1))
 
 
 def bump(settings):

@@ -28,13 +28,13 @@ GRIDS = {"pyramid": (32, 16, 8, 4), "flat": (8, 8, 8, 8), "three": (16, 8, 4)}
 
 
 @pytest.fixture(scope="module")
-def made(prepared, tmp_path_factory):
+def made(image_dataset, tmp_path_factory):
     """From a task to its images store, and the stores of three backbones: bands averaged over cells, and powers."""
     found = {}
 
     def make(task: str):
         if task not in found:
-            tiles = prepared("sample-landuse-seg", **({} if task == "segmentation" else {"task": task}))
+            tiles = image_dataset("sample-landuse-seg", **({} if task == "segmentation" else {"task": task}))
             folder = tmp_path_factory.mktemp(task)
             image_writer.write(tiles, folder / "scratch", folder / "images.zarr")
             digest = image_store.open_images(folder / "images.zarr").attrs["content_sha256"]
@@ -76,7 +76,7 @@ def score(cell, group, split="val"):
 @pytest.mark.parametrize("task", ["segmentation", "multilabel"])
 def test_streamed_features_are_those_in_memory(made, task):
     """Heads evaluated on either have the same counts; a head among others, streamed, is the head alone."""
-    held, streamed = load(made, task), load(made, task, memory=0.0)
+    held, streamed = load(made, task), load(made, task, max_feature_gb=0.0)
     assert isinstance(streamed.parts["train"].inputs, StreamedFeatures)
     group = held.train(SETTINGS)
     for split in ("train", "val"):
@@ -88,7 +88,7 @@ def test_streamed_features_are_those_in_memory(made, task):
 
 def test_streamed_batches_come_in_one_order_for_every_seed(made):
     """Two seeds in memory differ in their order of samples; streamed, with one start, they do not differ at all."""
-    cell = load(made, "multilabel", memory=0.0)
+    cell = load(made, "multilabel", max_feature_gb=0.0)
     seeds = [HParams(1e-2, 0.0, seed) for seed in (0, 1)]
     group = cell.train(seeds)
     part, recipe = cell.parts["train"], loop.TrainSchedule(60, 32)
@@ -99,7 +99,7 @@ def test_streamed_batches_come_in_one_order_for_every_seed(made):
 
 
 def test_streamed_heads_stop_too(made):
-    cell = load(made, memory=0.0, segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1))
+    cell = load(made, max_feature_gb=0.0, segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1))
     held = load(made, segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1))
     assert "val" in load(made, splits=("train",), segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1)).parts
     for one in (cell, held):
@@ -150,7 +150,7 @@ def test_features_that_are_no_numbers_are_refused_in_any_split(made, tmp_path, t
     array[:] = values
     with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
         task_data.load({tmp_path / "odd.zarr": None}, pictures, HEADS, ("train", "val"), "cpu")
-    heads = dataclasses.replace(HEADS, memory=0.0)
+    heads = dataclasses.replace(HEADS, max_feature_gb=0.0)
     streamed = task_data.load({tmp_path / "odd.zarr": None}, pictures, heads, ("train", "val"), "cpu")
     with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
         streamed.counts(streamed.train(SETTINGS), "val")

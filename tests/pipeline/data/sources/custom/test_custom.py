@@ -39,11 +39,11 @@ def scene_block(raw, **changes) -> DatasetConfig:
 
 
 @pytest.fixture(scope="session")
-def tiles(raw, tmp_path_factory):
+def tiles(raw_folder, tmp_path_factory):
     """The scene's blue, green and red as 48 GeoTIFFs of 128 px with masks, in folders `images` and `masks`."""
     folder = tmp_path_factory.mktemp("tiles")
-    scene, transform, crs = osm_landuse.read_scene(raw("landuse"))
-    mask = osm_landuse.read_mask(raw("landuse"), transform, scene.shape[1:])
+    scene, transform, crs = osm_landuse.read_scene(raw_folder("landuse"))
+    mask = osm_landuse.read_mask(raw_folder("landuse"), transform, scene.shape[1:])
     for kind in ("images", "masks"):
         (folder / kind).mkdir()
     for row in range(0, 768, 128):
@@ -78,8 +78,8 @@ def prepared(block: DatasetConfig, tmp_path):
     return custom.prepare(tmp_path, block)
 
 
-def test_a_scene_with_polygons_is_what_the_sample_source_makes_of_it(raw, sample, tmp_path):
-    stream = prepared(scene_block(raw), tmp_path)
+def test_a_scene_with_polygons_is_what_the_sample_source_makes_of_it(raw_folder, sample, tmp_path):
+    stream = prepared(scene_block(raw_folder), tmp_path)
     theirs = sample("sample-landuse-seg")
     assert len(stream.sample) == len(theirs.sample) == 72
     classes = {name: index for index, name in enumerate(theirs.classes)} | {"grass": theirs.classes.index("meadow")}
@@ -95,11 +95,11 @@ def test_a_scene_with_polygons_is_what_the_sample_source_makes_of_it(raw, sample
 
 @pytest.fixture
 def sample(request):
-    return request.getfixturevalue("prepared")
+    return request.getfixturevalue("image_dataset")
 
 
-def test_blocks_of_ground_are_dealt_whole(raw, tiles, tmp_path):
-    for block in (scene_block(raw), tile_block(tiles)):
+def test_blocks_of_ground_are_dealt_whole(raw_folder, tiles, tmp_path):
+    for block in (scene_block(raw_folder), tile_block(tiles)):
         stream = prepared(block, tmp_path)
         homes = {}
         for (x, y), split in zip(stream.transform[:, [2, 5]], stream.split, strict=True):
@@ -170,13 +170,13 @@ def test_splits_and_several_labels_in_a_table(tiles, tmp_path):
     assert [stream.read(name).label.tolist() for name in stream.sample[:3]] == [[1, 1], [1, 0], [0, 0]]
 
 
-def test_predictions_go_back_on_the_map(raw, tmp_path):
-    image_writer.write(prepared(scene_block(raw), tmp_path), tmp_path / "scratch", tmp_path / "store", workers=1)
+def test_predictions_go_back_on_the_map(raw_folder, tmp_path):
+    image_writer.write(prepared(scene_block(raw_folder), tmp_path), tmp_path / "scratch", tmp_path / "store", workers=1)
     store = image_store.open_images(tmp_path / "store")
     maps.geotiff(store, range(72), store.label.values, tmp_path / "map.tif")
     with (
         rasterio.open(tmp_path / "map.tif") as written,
-        rasterio.open(next(raw("landuse").glob("*_B02.jp2"))) as scene,
+        rasterio.open(next(raw_folder("landuse").glob("*_B02.jp2"))) as scene,
     ):
         assert written.crs == scene.crs
         assert written.transform == scene.transform
@@ -202,7 +202,7 @@ def test_predictions_go_back_on_the_map(raw, tmp_path):
         maps.geotiff(store.drop_vars(["crs"]), [0], store.label.values[:1], tmp_path / "x.tif")
 
 
-def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path, monkeypatch):
+def test_the_readmes_blocks_are_valid_and_the_first_runs(raw_folder, tmp_path, monkeypatch):
     section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
     blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
     assert list(blocks) == ["my-scene", "my-tiles", "my-chips"]
@@ -210,7 +210,7 @@ def test_the_readmes_blocks_are_valid_and_the_first_runs(raw, tmp_path, monkeypa
     for name, block in made.items():
         validate(name, block)
     scene = made["my-scene"]
-    scene = dataclasses.replace(scene, options={**scene.options, "folder": str(raw("landuse"))})
+    scene = dataclasses.replace(scene, options={**scene.options, "folder": str(raw_folder("landuse"))})
     stream = prepared(scene, tmp_path)
     assert stream.classes == ("farm", "forest", "meadow", "water")
     assert stream.shape == (3, 128, 128)

@@ -74,10 +74,10 @@ def test_a_pixel_that_one_band_lacks_has_no_label(tiles, tmp_path):
     np.testing.assert_array_equal(mask[8:], before.read(name).label[8:])
 
 
-def test_the_same_of_a_scene_in_a_file_a_band(raw, tmp_path):
+def test_the_same_of_a_scene_in_a_file_a_band(raw_folder, tmp_path):
     folder = tmp_path / "scene"
-    shutil.copytree(raw("landuse"), folder)
-    stream = prepared(scene_block(raw), tmp_path)
+    shutil.copytree(raw_folder("landuse"), folder)
+    stream = prepared(scene_block(raw_folder), tmp_path)
     name = stream.sample[0]
     row = int(name[1:6])
     before = stream.read(name).label
@@ -88,7 +88,7 @@ def test_the_same_of_a_scene_in_a_file_a_band(raw, tmp_path):
     path.unlink()
     with rasterio.open(path.with_suffix(".tif"), "w", **profile | {"driver": "GTiff", "nodata": EMPTY}) as file:
         file.write(values)
-    block = scene_block(raw, options={"folder": str(folder), "images": "*_B??.[jt]*"})
+    block = scene_block(raw_folder, options={"folder": str(folder), "images": "*_B??.[jt]*"})
     after = prepared(block, tmp_path).read(name).label
     assert (before[:64] != image_store.IGNORE).any()
     assert (after[:64] == image_store.IGNORE).all()
@@ -104,9 +104,9 @@ def test_an_image_with_a_label_and_without_data_is_refused_or_left_out(tiles, tm
 
 
 @pytest.mark.parametrize("how", ["moved", "another system", "coarser and moved"])
-def test_a_bands_file_that_lies_elsewhere_is_refused(raw, tmp_path, how):
+def test_a_bands_file_that_lies_elsewhere_is_refused(raw_folder, tmp_path, how):
     folder = tmp_path / "scene"
-    shutil.copytree(raw("landuse"), folder)
+    shutil.copytree(raw_folder("landuse"), folder)
     (path,) = folder.glob("*_B04.jp2")
     with rasterio.open(path) as file:
         values, profile = file.read(), file.profile | {"driver": "GTiff"}
@@ -122,7 +122,7 @@ def test_a_bands_file_that_lies_elsewhere_is_refused(raw, tmp_path, how):
     path.unlink()
     with rasterio.open(path.with_suffix(".tif"), "w", **profile) as file:
         file.write(values)
-    block = scene_block(raw, options={"folder": str(folder), "images": "*_B??.[jt]*"})
+    block = scene_block(raw_folder, options={"folder": str(folder), "images": "*_B??.[jt]*"})
     with pytest.raises(UserError, match="_B04.tif does not show the ground that .* shows"):
         prepared(block, tmp_path)
 
@@ -150,9 +150,9 @@ def test_an_offset_that_would_be_forgotten_is_refused(tiles, tmp_path):
         prepared(tile_block(folder), tmp_path)
 
 
-def test_an_offset_of_one_of_a_scenes_files_is_refused(raw, tmp_path):
+def test_an_offset_of_one_of_a_scenes_files_is_refused(raw_folder, tmp_path):
     folder = tmp_path / "scene"
-    shutil.copytree(raw("landuse"), folder)
+    shutil.copytree(raw_folder("landuse"), folder)
     (path,) = folder.glob("*_B11.jp2")
     with rasterio.open(path) as file:
         values, profile = file.read(), file.profile | {"driver": "GTiff"}
@@ -160,7 +160,7 @@ def test_an_offset_of_one_of_a_scenes_files_is_refused(raw, tmp_path):
     with rasterio.open(path.with_suffix(".tif"), "w", **profile) as file:
         file.write(values)
         file.offsets = (-1000.0,)
-    block = scene_block(raw, options={"folder": str(folder), "images": "*_B??.[jt]*"})
+    block = scene_block(raw_folder, options={"folder": str(folder), "images": "*_B??.[jt]*"})
     with pytest.raises(UserError, match="_B11.tif states an offset .-1000."):
         prepared(block, tmp_path)
 
@@ -232,10 +232,10 @@ def test_images_of_several_types_are_stored_as_one_that_holds_all(tiles, tmp_pat
     image_writer.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
 
 
-def test_bands_that_are_not_brought_to_a_finer_grid_are_not_said_to_be(raw, tmp_path):
-    coarser = [note for note in prepared(scene_block(raw), tmp_path).notes if "finest grid" in note]
+def test_bands_that_are_not_brought_to_a_finer_grid_are_not_said_to_be(raw_folder, tmp_path):
+    coarser = [note for note in prepared(scene_block(raw_folder), tmp_path).notes if "finest grid" in note]
     assert len(coarser) == 1
     assert "_B11.jp2" in coarser[0]
     assert "_B02.jp2" not in coarser[0]
-    fine = prepared(scene_block(raw, options={"images": "*_B0[2-4].jp2", "bands": THREE}), tmp_path)
+    fine = prepared(scene_block(raw_folder, options={"images": "*_B0[2-4].jp2", "bands": THREE}), tmp_path)
     assert not any("finest grid" in note for note in fine.notes)

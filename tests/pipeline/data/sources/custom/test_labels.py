@@ -114,18 +114,18 @@ POLYGONS = {
 
 
 @pytest.mark.parametrize("what", POLYGONS)
-def test_polygons_that_are_of_no_use(raw, tmp_path, what):
+def test_polygons_that_are_of_no_use(raw_folder, tmp_path, what):
     change, words = POLYGONS[what]
     with pytest.raises(UserError, match=words):
-        prepared(scene_block(raw, options=vector(raw, tmp_path, change)), tmp_path)
+        prepared(scene_block(raw_folder, options=vector(raw_folder, tmp_path, change)), tmp_path)
 
 
-def test_classes_of_polygons_may_be_numbers(raw, tmp_path):
+def test_classes_of_polygons_may_be_numbers(raw_folder, tmp_path):
     codes = {"farm": 1, "forest": 2, "meadow": 3, "water": 4}
-    options = vector(raw, tmp_path, lambda frame: frame.assign(fclass=frame.fclass.map(codes)))
-    stream = prepared(scene_block(raw, options=options | {"classes": ["1", "2"]}), tmp_path)
+    options = vector(raw_folder, tmp_path, lambda frame: frame.assign(fclass=frame.fclass.map(codes)))
+    stream = prepared(scene_block(raw_folder, options=options | {"classes": ["1", "2"]}), tmp_path)
     named = prepared(
-        scene_block(raw, options={"classes": ["farm", "forest"], "images": "*_B02.jp2", "bands": THREE[:1]}), tmp_path
+        scene_block(raw_folder, options={"classes": ["farm", "forest"], "images": "*_B02.jp2", "bands": THREE[:1]}), tmp_path
     )
     assert len(stream.sample) == len(named.sample) > 30
     labels = [(stream.read(name).label == named.read(name).label).mean() for name in stream.sample[:10]]
@@ -133,22 +133,22 @@ def test_classes_of_polygons_may_be_numbers(raw, tmp_path):
     assert any("polygons have no class" in note for note in stream.notes)
 
 
-def test_several_files_of_labels_are_refused(raw, tmp_path):
-    options = vector(raw, tmp_path, lambda frame: frame)
+def test_several_files_of_labels_are_refused(raw_folder, tmp_path):
+    options = vector(raw_folder, tmp_path, lambda frame: frame)
     shutil.copy(tmp_path / "land.geojson", tmp_path / "more.geojson")
     with pytest.raises(UserError, match="labels fits 2 files, land.geojson, more.geojson"):
-        prepared(scene_block(raw, options=options | {"labels": "*.geojson"}), tmp_path)
+        prepared(scene_block(raw_folder, options=options | {"labels": "*.geojson"}), tmp_path)
 
 
-def test_polygons_that_do_not_fit_are_refused(raw, tmp_path):
+def test_polygons_that_do_not_fit_are_refused(raw_folder, tmp_path):
     for options, words in (
         ({"label_column": "klass"}, "has no column 'klass'. It has: "),
         ({"classes": ["farm", "glacier"]}, "has no polygon of glacier. Its 'fclass' has: farm, forest"),
         ({"images": "*_B0[2-4].jp2"}, "Band B01 should be in the name of one file; it is in 0 of"),
     ):
         with pytest.raises(UserError, match=words):
-            prepared(scene_block(raw, options=options), tmp_path)
-    chosen = prepared(scene_block(raw, options={"classes": ["water", "farm"]}), tmp_path)
+            prepared(scene_block(raw_folder, options=options), tmp_path)
+    chosen = prepared(scene_block(raw_folder, options={"classes": ["water", "farm"]}), tmp_path)
     assert chosen.classes == ("water", "farm")
     assert chosen.notes[0].startswith("polygons of forest, grass, meadow")
 
@@ -168,25 +168,25 @@ def test_images_without_a_mask_are_left_out_if_asked_for(tiles, tmp_path):
         prepared(tile_block(folder, options={"skip_bad": True}), tmp_path)
 
 
-def test_classes_of_polygons_that_differ_in_capitals_are_refused(raw, tmp_path):
+def test_classes_of_polygons_that_differ_in_capitals_are_refused(raw_folder, tmp_path):
     def change(frame):
         frame.loc[frame.index[frame.fclass == "farm"][0], "fclass"] = "Farm"
         return frame
 
-    options = vector(raw, tmp_path, change)
+    options = vector(raw_folder, tmp_path, change)
     with pytest.raises(UserError, match="'Farm' and 'farm', which differ in capitals alone"):
-        prepared(scene_block(raw, options=options), tmp_path)
-    said = prepared(scene_block(raw, options=options | {"classes": ["farm", "forest"]}), tmp_path).notes
+        prepared(scene_block(raw_folder, options=options), tmp_path)
+    said = prepared(scene_block(raw_folder, options=options | {"classes": ["farm", "forest"]}), tmp_path).notes
     assert any("polygons of Farm, " in note for note in said)
 
 
-def test_polygons_with_two_classes_are_said(raw, tmp_path):
+def test_polygons_with_two_classes_are_said(raw_folder, tmp_path):
     def change(frame):
         again = frame[frame.fclass == "farm"][:3].assign(fclass="forest")
         return pd.concat([frame, again, frame[:5]], ignore_index=True)
 
-    options = vector(raw, tmp_path, change)
+    options = vector(raw_folder, tmp_path, change)
     # The scene's own have three, of a wetland and what grows there, which do not count where wetland does not.
     for classes, count in (([], 6), (["farm", "forest", "meadow", "water"], 3)):
-        said = prepared(scene_block(raw, options=options | {"classes": classes}), tmp_path).notes
+        said = prepared(scene_block(raw_folder, options=options | {"classes": classes}), tmp_path).notes
         assert f"{count} polygons are there again with another class, and the later counts" in said

@@ -144,16 +144,16 @@ def test_damaged_headers_and_masks_are_left_out_if_asked_for(tiles, tmp_path):
         prepared(tile_block(masks, options={"skip_bad": True}), tmp_path)
 
 
-def test_of_a_scene_in_a_file_a_band_the_damaged_one_is_named(raw, tmp_path):
+def test_of_a_scene_in_a_file_a_band_the_damaged_one_is_named(raw_folder, tmp_path):
     folder = tmp_path / "scene"
-    shutil.copytree(raw("landuse"), folder)
+    shutil.copytree(raw_folder("landuse"), folder)
     (path,) = folder.glob("*_B11.jp2")
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UserError, match="_B11.jp2 cannot be read: "):
-        prepared(scene_block(raw, options={"folder": str(folder)}), tmp_path)
+        prepared(scene_block(raw_folder, options={"folder": str(folder)}), tmp_path)
     path.write_bytes(b"")
     with pytest.raises(UserError, match="_B11.jp2 cannot be read: "):
-        prepared(scene_block(raw, options={"folder": str(folder)}), tmp_path)
+        prepared(scene_block(raw_folder, options={"folder": str(folder)}), tmp_path)
 
 
 def windows(raw, folder, starts):
@@ -173,9 +173,9 @@ def windows(raw, folder, starts):
     return folder
 
 
-def test_no_split_sees_anothers_ground_where_images_overlap(raw, tmp_path):
+def test_no_split_sees_anothers_ground_where_images_overlap(raw_folder, tmp_path):
     starts = [first + more for first in range(0, 1400, 320) for more in (0, 100)]
-    folder = windows(raw, tmp_path / "pairs", starts)
+    folder = windows(raw_folder, tmp_path / "pairs", starts)
     for seed in range(3):
         stream = prepared(tile_block(folder, chip=128, block=128, seed=seed), tmp_path)
         splits = {name[:9]: split for name, split in zip(stream.sample, stream.split, strict=True)}
@@ -184,7 +184,7 @@ def test_no_split_sees_anothers_ground_where_images_overlap(raw, tmp_path):
         assert len(pairs) > 6
         assert all(splits[one] == splits[other] for one, other in pairs)
         assert not any("share ground" in note for note in stream.notes)
-    dense = windows(raw, tmp_path / "dense", range(0, 1400, 96))
+    dense = windows(raw_folder, tmp_path / "dense", range(0, 1400, 96))
     with pytest.raises(UserError, match="hangs together in [12] of the 3 pieces.*split: random"):
         prepared(tile_block(dense, chip=128, block=128), tmp_path)
     loose = prepared(tile_block(dense, chip=128, block=0, options={"split": "random"}), tmp_path)

@@ -38,10 +38,10 @@ PLACES = [(0, 1024), (0, 1152), (0, 1280), (0, 1408), (192, 192), (448, 704)]
 
 
 @pytest.fixture
-def wider(raw, tiles, tmp_path):
+def wider(raw_folder, tiles, tmp_path):
     """The labelled tiles and further images."""
     shutil.copytree(tiles, tmp_path / "wide")
-    more(raw, tmp_path / "wide", PLACES)
+    more(raw_folder, tmp_path / "wide", PLACES)
     return tmp_path / "wide"
 
 
@@ -66,9 +66,9 @@ def test_names_are_of_files_and_chips_lie_where_they_were_cut(wider, tmp_path):
     assert " of 24 unlabelled chips share ground" in told[0]
 
 
-def test_the_ground_of_training_chips_is_no_leak(raw, tiles, tmp_path):
+def test_the_ground_of_training_chips_is_no_leak(raw_folder, tiles, tmp_path):
     folder, options = labelled(tiles, tmp_path, split=["train"] * 40 + ["val"] * 4 + ["test"] * 4)
-    more(raw, folder, [(0, 0), (0, 128), (640, 0), (640, 512), (640, 896)])
+    more(raw_folder, folder, [(0, 0), (0, 128), (640, 0), (640, 512), (640, 896)])
     block = tile_block(
         tiles, task="classification", chip=0, block=0, splits=None,
         options=options | {"split": "column", "unlabelled": "more/*.tif"},
@@ -79,8 +79,8 @@ def test_the_ground_of_training_chips_is_no_leak(raw, tiles, tmp_path):
     ]
 
 
-def test_chips_without_data_are_left_out(raw, wider, tmp_path):
-    more(raw, wider, [(0, 1024)], nodata=0)
+def test_chips_without_data_are_left_out(raw_folder, wider, tmp_path):
+    more(raw_folder, wider, [(0, 1024)], nodata=0)
     path = wider / "more/tile_0000_1024.tif"
     with rasterio.open(path, "r+") as file:
         values = file.read()
@@ -92,9 +92,9 @@ def test_chips_without_data_are_left_out(raw, wider, tmp_path):
     assert "more/tile_0000_1024.tif_r00000c00000" not in stream.sample
 
 
-def test_the_digest_of_the_files_follows_them(wider, described):
+def test_the_digest_of_the_files_follows_them(wider, params):
     plain, wide = both(tile_block(wider))
-    one, two = (custom.fetch(block, described) for block in (plain, wide))
+    one, two = (custom.fetch(block, params) for block in (plain, wide))
     assert two["files"] == one["files"] + len(PLACES)
     assert one["content_sha256"] != two["content_sha256"]
 
@@ -115,13 +115,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_fit_is_refused(raw, wider, tmp_path, what):
-    more(raw, wider, PLACES[:1], "single", slice(1, 2))
-    more(raw, wider, PLACES[:1], "nowhere", crs=None)
-    more(raw, wider, PLACES[:1], "torn")
+def test_what_does_not_fit_is_refused(raw_folder, wider, tmp_path, what):
+    more(raw_folder, wider, PLACES[:1], "single", slice(1, 2))
+    more(raw_folder, wider, PLACES[:1], "nowhere", crs=None)
+    more(raw_folder, wider, PLACES[:1], "torn")
     torn = wider / "torn/tile_0000_1024.tif"
     torn.write_bytes(torn.read_bytes()[:100])
-    more(raw, wider, PLACES[:1], "small", height=60, width=60) if what == "too small" else None
+    more(raw_folder, wider, PLACES[:1], "small", height=60, width=60) if what == "too small" else None
     options, words = REFUSED[what]
     if what == "nothing":
         for name in ("single", "nowhere", "torn"):
@@ -130,9 +130,9 @@ def test_what_does_not_fit_is_refused(raw, wider, tmp_path, what):
         prepared(tile_block(wider, options=options), tmp_path)
 
 
-def test_tables_whose_further_images_differ_are_refused(raw, tiles, tmp_path):
+def test_tables_whose_further_images_differ_are_refused(raw_folder, tiles, tmp_path):
     folder, options = labelled(tiles, tmp_path / "a", time="2017-02-16")
-    more(raw, folder, PLACES)
+    more(raw_folder, folder, PLACES)
     block = both(tile_block(tiles, task="classification", chip=0, block=128, options=options))[1]
     with pytest.raises(UserError, match="labelled images all have a time.*State theirs as time"):
         prepared(block, tmp_path)

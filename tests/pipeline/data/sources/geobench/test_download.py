@@ -135,13 +135,13 @@ def test_other_bytes_than_the_pinned_are_refused(hub, archive, tmp_path):
     assert not (tmp_path / "sets/classification_v1.0/m-so2sat").exists()
 
 
-def test_a_folder_that_is_there_needs_no_hub_and_is_not_copied(geobench_root, monkeypatch, described, tmp_path):
+def test_a_folder_that_is_there_needs_no_hub_and_is_not_copied(geobench_root, monkeypatch, params, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for root in (geobench_root, geobench_root / "classification_v1.0"):
-        params = dataclasses.replace(described, geobench_dir=str(root))
+        params = dataclasses.replace(params, geobench_dir=str(root))
         record = geobench.fetch(block("m-eurosat"), params)
         assert record["folder"] == str(geobench_root / "classification_v1.0/m-eurosat")
-    params = dataclasses.replace(described, geobench_dir=str(tmp_path))
+    params = dataclasses.replace(params, geobench_dir=str(tmp_path))
     with pytest.raises(UserError) as refused:
         geobench.fetch(block("m-eurosat"), params)
     assert f"Put its folder at {tmp_path}/classification_v1.0/m-eurosat, or name yours as geobench_dir" in str(
@@ -198,20 +198,20 @@ def test_archives_that_are_none_leave_nothing(tmp_path, members, damage, words):
     assert list((tmp_path / "sets").iterdir()) == []
 
 
-def test_a_partition_that_is_not_there_is_refused_when_fetched(geobench_root, described):
-    params = dataclasses.replace(described, geobench_dir=str(geobench_root))
+def test_a_partition_that_is_not_there_is_refused_when_fetched(geobench_root, params):
+    params = dataclasses.replace(params, geobench_dir=str(geobench_root))
     wrong = DatasetConfig("geobench", options={"set": "m-so2sat", "partition": "0.1x"})
     with pytest.raises(UserError, match="no .*0.1x_partition.json. Partitions there: .*default"):
         geobench.fetch(wrong, params)
 
 
-def test_a_plan_counts_what_is_there_and_leaves_out_what_may_be(geobench_root, described, tmp_path):
+def test_a_plan_counts_what_is_there_and_leaves_out_what_may_be(geobench_root, params, tmp_path):
     folder = tmp_path / "m-so2sat"
     shutil.copytree(geobench_root / "classification_v1.0/m-so2sat", folder)
     listed = json.loads((folder / "default_partition.json").read_text())
     (folder / "mine_partition.json").write_text(json.dumps(listed | {"train": listed["train"][:2]}))
     (folder / "id_0000.hdf5").write_bytes(b"")
-    here, nowhere = (dataclasses.replace(described, geobench_dir=str(root)) for root in (tmp_path, tmp_path / "none"))
+    here, nowhere = (dataclasses.replace(params, geobench_dir=str(root)) for root in (tmp_path, tmp_path / "none"))
     options = {"set": "m-so2sat", "partition": "mine"}
     with pytest.raises(UserError, match="id_0000.hdf5 cannot be read"):
         geobench.expect(DatasetConfig("geobench", options=options), here)
@@ -222,5 +222,5 @@ def test_a_plan_counts_what_is_there_and_leaves_out_what_may_be(geobench_root, d
         wanted, there = geobench.expect(
             DatasetConfig("geobench", options=options | {"partition": partition}), nowhere
         )
-        assert wanted.samples == train + sum(geobench.SETS["m-so2sat"].counts[1:])
+        assert wanted.samples == train + sum(geobench.SETS["m-so2sat"].split_sizes[1:])
         assert there > 1e9

@@ -21,7 +21,7 @@ ALL = (*geobench_files.CLASSIFICATION, *geobench_files.SEGMENTATION)
 @pytest.mark.parametrize("name", ALL)
 def test_every_set_is_read_as_it_is(geobench_root, stream, name):
     declared, made = geobench.SETS[name], stream(geobench_root, name)
-    assert (declared.size, len(declared.classes)) == (geobench_files.SIZE[name], geobench_files.CLASSES[name])
+    assert (declared.image_size, len(declared.classes)) == (geobench_files.SIZE[name], geobench_files.CLASSES[name])
     assert made.task == ("segmentation" if name in geobench_files.SEGMENTATION else made.task)
     assert [made.split.count(one) for one in ("train", "val", "test")] == [6, 4, 4]
     folder = download.there(declared, geobench_root)
@@ -33,7 +33,7 @@ def test_every_set_is_read_as_it_is(geobench_root, stream, name):
                 values = file[key][...].squeeze()
                 values = values.astype(np.float32) if values.dtype == np.float64 else values
                 values = np.rint(values * 255) if declared.divided_by_255 else values
-                repeat = declared.size // len(values)
+                repeat = declared.image_size // len(values)
                 np.testing.assert_array_equal(found.image[place], values.repeat(repeat, 0).repeat(repeat, 1))
             masks = [file[key][...] for key in file if key.startswith("label")]
         if masks:
