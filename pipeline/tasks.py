@@ -1,0 +1,324 @@
+"""The tasks: classification, multi-label classification and segmentation.
+
+A task class defines the format of the labels, the loss, the predictions, the metric and the kind of head. An instance
+also knows the number of classes and their weights. A new task, such as regression, is one more class in `TASKS`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from pipeline import metrics
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # torch takes 3 s to import; the processes that write images need none
+    import torch
+
+# Mask value of a pixel without a label. It is also the value of all elements of a missing multi-hot label.
+IGNORE = 255
+# Class index of a sample without a label; no class can have it.
+NO_CLASS = -(2**31)
+
+
+class TaskType(StrEnum):
+    """Names of the tasks, as in params.yaml and in the attributes of stores."""
+
+    CLASSIFICATION = "classification"
+    MULTILABEL = "multilabel"
+    SEGMENTATION = "segmentation"
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A task on a dataset. The class attributes and class methods need no number of classes.
+
+    Attributes:
+        n_classes: number of classes.
+        class_weights: weights of the classes in the loss; None for equal weights.
+        type: its name.
+        metric: name of its metric.
+        is_dense: whether it predicts every pixel, from feature pyramids; else a chip, from pooled vectors.
+        is_multilabel: whether several classes, or none, can hold at once.
+        ignore_value: label value that does not count in loss and score; None if every value counts.
+        missing_value: value of the label of a sample without one (split `unlabelled`).
+        label_dims: dimensions of the stored labels.
+        label_dtype: dtype of the stored labels.
+    """
+
+    n_classes: int
+    class_weights: tuple[float, ...] | None = None
+
+    type: ClassVar[TaskType]
+    metric: ClassVar[str]
+    is_dense: ClassVar[bool] = False
+    is_multilabel: ClassVar[bool] = False
+    ignore_value: ClassVar[int | None] = None
+    missing_value: ClassVar[int] = IGNORE
+    label_dims: ClassVar[tuple[str, ...]]
+    label_dtype: ClassVar[type[np.generic]]
+
+    # Labels
+
+    @classmethod
+    @abstractmethod
+    def label_shape(cls, n_classes: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of one sample's label, for images of `image_size` (y, x)."""
+
+    @classmethod
+    def missing_label(cls, n_classes: int, image_size: tuple[int, ...]) -> np.ndarray:
+        """Return the label of a sample without one: `missing_value` everywhere."""
+        return np.full(cls.label_shape(n_classes, image_size), cls.missing_value, cls.label_dtype)
+
+    @classmethod
+    @abstractmethod
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+        """Return the label of a chip whose pixels have the classes of `mask`, (y, x) with `IGNORE`."""
+
+    @classmethod
+    @abstractmethod
+    def classes_present(cls, label: np.ndarray) -> np.ndarray:
+        """Return the sorted indices of the classes in a label, int64 (class,)."""
+
+    def is_valid_label(self, label: np.ndarray) -> bool:
+        """Whether all values of labels are among the classes, or are `ignore_value`."""
+        if label.dtype.kind == "u" and label.size and label.max() < self.n_classes:  # the usual case, in one pass
+            return True
+        outside = (label < 0) | (label >= self.n_classes)
+        return not (outside if self.ignore_value is None else outside & (label != self.ignore_value)).any()
+
+    def class_frequencies(self, label: np.ndarray) -> np.ndarray:
+        """Count how often every class occurs in labels, int64 (class,)."""
+        label = label.ravel() if self.ignore_value is None else label[label != self.ignore_value]
+        return np.bincount(label, minlength=self.n_classes)
+
+    # Predictions of finite logits, with numpy
+
+    @classmethod
+    def predict(cls, logits: np.ndarray, axis: int = 1) -> np.ndarray:
+        """Return the class of highest logit along `axis`, or, multi-label, 0 or 1 for every class; int64."""
+        return logits.argmax(axis=axis)
+
+    @classmethod
+    def probabilities(cls, logits: np.ndarray, axis: int = 1) -> np.ndarray:
+        """Return the probabilities of the classes along `axis`; the shape and dtype of `logits`."""
+        powers = np.exp(logits - logits.max(axis=axis, keepdims=True))
+        return powers / powers.sum(axis=axis, keepdims=True)
+
+    # Scores
+
+    def counts(self, predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
+        """Count every sample's hits and errors, int64 (sample, cell); see pipeline/metrics.py."""
+        return metrics.confusion_counts(predicted, label, self.n_classes, self.ignore_value)
+
+    @abstractmethod
+    def score(self, counts: np.ndarray) -> np.ndarray:
+        """Compute the metric in [0, 1], (…), from added counts (…, cell)."""
+
+    # Training, with torch
+
+    def loss(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
+        """Compute the mean loss of each head, (head,).
+
+        Cross-entropy over the samples or pixels that count. With class weights the mean is over the weights, as in
+        torch. Multi-label: binary cross-entropy.
+
+        Args:
+            logits: (head, batch, class, …).
+            label: (head, batch, …), or, multi-label, (head, batch, class).
+        """
+        from torch.nn import functional  # torch takes 3 s to import; the processes that write images need none
+
+        label = label.long()
+        weights = self._weights_on(logits.device)
+        ignore_index = -100 if self.ignore_value is None else self.ignore_value
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), label.flatten(0, 1), weights, ignore_index=ignore_index, reduction="none"
+        ).view(label.shape)
+        if self.ignore_value is None and weights is None:
+            return losses.flatten(1).mean(dim=1)
+        counted = label != ignore_index
+        counted = counted * weights[label * counted] if weights is not None else counted
+        return losses.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp_min(1e-12)
+
+    def loss_grad(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
+        """Compute the gradient of the sum of `loss` with respect to the logits; their shape.
+
+        Softmax or sigmoid minus the target, divided by the number of elements or their weights (Bishop 2006, section
+        4.3.4).
+        """
+        label, counted = label.long(), None
+        if self.ignore_value is not None:
+            counted = label != self.ignore_value
+            label = label * counted
+        weight = self._element_weights(label, counted, logits)
+        grad = logits.softmax(dim=2).mul_(weight.unsqueeze(2))
+        return grad.scatter_add_(2, label.unsqueeze(2), weight.neg_().unsqueeze(2))
+
+    def predict_labels(self, logits: "torch.Tensor", label: "torch.Tensor", dim: int) -> "torch.Tensor":
+        """Return the predictions, int64; non-finite logits give a wrong prediction.
+
+        The argmax of NaN is 0 in torch, so a diverged head would be right wherever the label is class 0.
+
+        Args:
+            logits: the classes lie along `dim`.
+            label: the labels, broadcast to the predictions; to know what is wrong.
+        """
+        predicted = logits.max(dim=dim).indices
+        if logits.sum().isfinite():
+            return predicted
+        wrong = (label.long() + 1) % self.n_classes
+        return predicted.where(logits.isfinite().all(dim=dim), wrong)
+
+    def _element_weights(
+        self, label: "torch.Tensor", counted: "torch.Tensor | None", logits: "torch.Tensor"
+    ) -> "torch.Tensor":
+        """Weight of each element in the mean loss of its head, (head, batch, …)."""
+        class_weights = self._weights_on(logits.device)
+        if counted is None and class_weights is None:
+            return logits.new_full(label.shape, 1 / label[0].numel())
+        weight = logits.new_ones(()) if class_weights is None else class_weights[label]
+        weight = weight if counted is None else weight * counted
+        return weight / weight.flatten(1).sum(dim=1).clamp_min(1e-12).view(-1, *[1] * (label.ndim - 1))
+
+    def _weights_on(self, device: "torch.device") -> "torch.Tensor | None":
+        return None if self.class_weights is None else _weights_tensor(self.class_weights, device)
+
+
+class Classification(Task):
+    """One class per chip."""
+
+    type, metric = TaskType.CLASSIFICATION, "accuracy"
+    missing_value = NO_CLASS
+    label_dims, label_dtype = ("sample",), np.int64
+
+    @classmethod
+    def label_shape(cls, n_classes: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
+        return ()
+
+    @classmethod
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+        """Return the class of the largest area."""
+        return np.int64(np.bincount(mask[mask != IGNORE], minlength=n_classes).argmax())
+
+    @classmethod
+    def classes_present(cls, label: np.ndarray) -> np.ndarray:
+        return np.atleast_1d(label).astype(np.int64)
+
+    def score(self, counts: np.ndarray) -> np.ndarray:
+        return metrics.accuracy(counts, self.n_classes)
+
+
+class MultiLabel(Task):
+    """Any number of classes per chip."""
+
+    type, metric = TaskType.MULTILABEL, "micro F1"
+    is_multilabel = True
+    label_dims, label_dtype = ("sample", "class"), np.uint8
+
+    @classmethod
+    def label_shape(cls, n_classes: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
+        return (n_classes,)
+
+    @classmethod
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+        """Return a multi-hot label: the classes of at least one pixel."""
+        return (np.bincount(mask[mask != IGNORE], minlength=n_classes) > 0).astype(np.uint8)
+
+    @classmethod
+    def classes_present(cls, label: np.ndarray) -> np.ndarray:
+        return np.flatnonzero(label)
+
+    def is_valid_label(self, label: np.ndarray) -> bool:
+        """Whether labels are multi-hot, of all classes."""
+        return bool(((label == 0) | (label == 1)).all() and label.shape[-1] == self.n_classes)
+
+    def class_frequencies(self, label: np.ndarray) -> np.ndarray:
+        return label.reshape(-1, self.n_classes).sum(axis=0, dtype=np.int64)
+
+    @classmethod
+    def predict(cls, logits: np.ndarray, axis: int = 1) -> np.ndarray:
+        return (logits > 0).astype(np.int64)
+
+    @classmethod
+    def probabilities(cls, logits: np.ndarray, axis: int = 1) -> np.ndarray:
+        return 1 / (1 + np.exp(-logits))
+
+    def counts(self, predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
+        return metrics.multilabel_counts(predicted, label)
+
+    def score(self, counts: np.ndarray) -> np.ndarray:
+        return metrics.micro_f1(counts, self.n_classes)
+
+    def loss(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
+        from torch.nn import functional  # torch takes 3 s to import; the processes that write images need none
+
+        losses = functional.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none")
+        return losses.flatten(1).mean(dim=1)
+
+    def loss_grad(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
+        return logits.sigmoid().sub_(label).div_(logits[0].numel())
+
+    def predict_labels(self, logits: "torch.Tensor", label: "torch.Tensor", dim: int) -> "torch.Tensor":
+        predicted = (logits > 0).long()
+        if logits.sum().isfinite():
+            return predicted
+        return predicted.where(logits.isfinite(), 1 - label.long())
+
+
+class Segmentation(Task):
+    """One class per pixel; pixels without a label have `IGNORE`."""
+
+    type, metric = TaskType.SEGMENTATION, "mean IoU"
+    is_dense = True
+    ignore_value = IGNORE
+    label_dims, label_dtype = ("sample", "y", "x"), np.uint8
+
+    @classmethod
+    def label_shape(cls, n_classes: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(image_size)
+
+    @classmethod
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+        """Return the mask."""
+        return mask
+
+    @classmethod
+    def classes_present(cls, label: np.ndarray) -> np.ndarray:
+        return np.unique(label[label != IGNORE]).astype(np.int64)
+
+    def score(self, counts: np.ndarray) -> np.ndarray:
+        return metrics.mean_iou(counts, self.n_classes)
+
+
+TASKS: dict[str, type[Task]] = {task.type.value: task for task in (Classification, MultiLabel, Segmentation)}
+
+
+def get_task(name: str, key: str = "task") -> type[Task]:
+    """Return the class of a task.
+
+    Args:
+        name: such as `segmentation`.
+        key: where the name comes from, such as `datasets.trees.task`, for the message.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    try:
+        return TASKS[name]
+    except KeyError:
+        raise UserError(
+            f"{key} is '{name}'. Choose one of: {', '.join(TASKS)}.", key=key, value=name, allowed=TASKS
+        ) from None
+
+
+@lru_cache
+def _weights_tensor(weights: tuple[float, ...], device: "torch.device") -> "torch.Tensor":
+    """Class weights, float32, copied to the device once: a CUDA graph cannot copy them."""
+    import torch  # takes 3 s to import; the processes that write images need none
+
+    with torch.inference_mode(False):  # else weights first used in inference could not be trained with
+        return torch.tensor(weights, device=device)
