@@ -1,6 +1,7 @@
-# make run: the environment, then the whole default grid as by `dvc repro`, ending in results/report/index.html
-# make paper: the paper's grid on GEO-Bench: params.yaml, what it will take, and the run
-# make test: the environment, then the tests
+# make run: build the environment, then run the whole default grid, ending in results/report/index.html
+# make paper: run the paper's grid on GEO-Bench: write params.yaml, estimate bytes and hours, run
+# make test: build the environment, then lint, check types and test
+# make lint: format and check
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -17,11 +18,16 @@ paper: .venv/ready
 test: .venv/ready
 	ruff check .
 	ruff format --check .
-	pytest
+	mypy
+	pytest --cov --cov-report=term:skip-covered
 
-# uv installs on all cores, from pip's index; where it cannot be had or cannot reach one, pip does it. compileall
-# compiles on all cores too, and every stage starts twice as fast for it. What is left out, two fifths of all source,
-# is hardly ever imported, and is compiled by whoever imports it.
+lint: .venv/ready
+	ruff check --fix .
+	ruff format .
+	mypy
+
+# uv installs on all cores, from pip's index; without uv, pip installs. compileall compiles on all cores, and every stage
+# starts twice as fast for it. The excluded packages, two fifths of all source, are rarely imported.
 RARE = .*/tests?/|transformers/models/|diffusers/pipelines/|torch/(testing|_inductor|_vendor)/|sqlalchemy/|fontTools/|pygments/|setuptools/|skimage/
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,10 +37,6 @@ RARE = .*/tests?/|transformers/models/|diffusers/pipelines/|torch/(testing|_indu
 	  pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
 	python -m compileall -q -j 0 -x 'site-packages/($(RARE))' .venv/lib > .venv/compile.log || true
 	touch $@
-
-lint: .venv/ready
-	ruff check --fix .
-	ruff format .
 
 clean:
 	rm -rf .venv data results/runs results/tune results/compose results/distill results/export results/map \
