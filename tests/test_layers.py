@@ -1,92 +1,156 @@
-"""Who may import whom, read from the syntax tree, so that the rooms of the README stay rooms."""
+"""Who may import whom, read from the syntax tree."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
+from benchmarks.layout import circles, import_graph, imported_modules, measure, module_name, source_files
+
 ROOT = Path(__file__).parents[1]
-FILES = [path for room in ("cache", "pipeline", "stages") for path in sorted((ROOT / room).rglob("*.py"))]
-# Folders of which no file may import another.
-SEPARATE = ("datasets", "backbones", "heads", "students")
+FILES = source_files(ROOT)
 
-
-def imports(path: Path, top_level: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level else ast.walk(tree)
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms(path):
-    room, found = path.relative_to(ROOT).parts[0], imports(path)
-    roots = {name.split(".")[0] for name in found}
-    assert room == "stages" or "stages" not in roots, "nobody imports stages"
-    if room == "cache":
-        assert not roots & {"pipeline", "stages", "torch", "terratorch", "timm"}
-    if room == "pipeline":
-        assert "dvc" not in roots
-
-
-@pytest.mark.parametrize("folder", SEPARATE)
-def test_files_of_one_folder_do_not_import_one_another(folder):
-    paths = [path for path in FILES if path.parent.name == folder and path.name != "__init__.py"]
-    for path in paths:
-        for other in {other.stem for other in paths} - {path.stem}:
-            assert not any(name.startswith(f"pipeline.{folder}.{other}") for name in imports(path)), (
-                path,
-                other,
-            )
-
-
-# What rooms of `pipeline` may import, besides its own files and those of no room.
-BEFORE = {
-    "imagery": set(),
-    "datasets": {"imagery"},
-    "encoding": set(),
-    "backbones": {"encoding"},
-    "extraction": {"imagery", "encoding", "backbones"},
-    "heads": set(),
-    "training": {"imagery", "heads"},
-    "composing": {"training", "heads"},
-    "students": set(),
-    "reporting": {"imagery", "composing"},
-}
-
-
-@pytest.mark.parametrize("room", BEFORE)
-def test_rooms_import_what_comes_before_them(room):
-    folder = ROOT / "pipeline" / room
-    others = {path.name for path in folder.parent.iterdir() if path.is_dir()} - {room, "__pycache__"}
-    paths = [path for path in FILES if folder in path.parents]
-    assert paths
-    for path in paths:
-        found = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.")}
-        assert found & others <= BEFORE[room], path
-
-
-FAMILIES = [path.stem for path in FILES if path.parent.name == "backbones"]
-LIGHT = [
-    "mapping/make",
-    "mapping/sources",
-    "mapping/exported",
-    "params",
-    "bands",
-    "imagery/images",
-    "archives",
-    "hub",
-    "encoding/inputs",
-    "encoding/pyramid",
+# From the bottom to the top. A package imports only from layers below; modules of the lowest may import each other.
+LAYERS = [
+    {"errors", "config", "bands", "tasks", "metrics", "device", "grids"},
+    {"data"},
+    {"backbones"},
+    {"heads"},
+    {"training"},
+    {"extraction", "composition", "distillation", "finetuning"},
+    {"export", "mapping", "report"},
+    {"cost", "plan"},
 ]
+LAYER_OF = {f"pipeline.{name}": number for number, names in enumerate(LAYERS) for name in names}
+# Packages whose modules never import each other, and the modules that they share.
+SIBLINGS = {
+    "pipeline/data/sources": set(),
+    "pipeline/backbones": {"base", "catalog", "preprocessing", "encoder", "checkpoints"},
+    "pipeline/heads": {"fusion", "config", "checkpoint", "dense", "probes"},
+}
+# What a skipped cell, a fetch or a map by onnxruntime needs: importing torch would take seconds for nothing.
+TORCH_FREE = [
+    "pipeline/backbones/__init__.py",
+    "pipeline/backbones/base.py",
+    "pipeline/backbones/catalog.py",
+    "pipeline/bands.py",
+    "pipeline/config.py",
+    "pipeline/data/download.py",
+    "pipeline/data/image_store.py",
+    "pipeline/data/splits.py",
+    "pipeline/mapping/open_scene.py",
+    "pipeline/mapping/predict_scene.py",
+    "pipeline/tasks.py",
+]
+TORCH = {"torch", "timm", "terratorch", "segmentation_models_pytorch", "sam2"}
 
 
-@pytest.mark.parametrize("name", [*LIGHT, *[f"backbones/{family}" for family in FAMILIES]])
-def test_what_a_left_out_cell_needs_does_not_import_torch(name):
-    roots = {name.split(".")[0] for name in imports(ROOT / "pipeline" / f"{name}.py", top_level=True)}
-    assert not roots & {"torch", "timm", "terratorch", "segmentation_models_pytorch"}
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def local_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_layers_packages_import_only_from_layers_below():
+    graph = import_graph(ROOT)
+    assert {node for node in graph if node.startswith("pipeline.")} == set(LAYER_OF)
+    upward = [
+        (node, other)
+        for node, others in graph.items()
+        for other in others
+        if node in LAYER_OF and other in LAYER_OF
+        if LAYER_OF[other] > LAYER_OF[node] or LAYER_OF[other] == LAYER_OF[node] > 0
+    ]
+    assert not upward
+    assert not any("stages" in others for others in graph.values())
+    assert not graph["cache"]
+    assert not graph["pipeline.extraction"] & {"pipeline.heads", "pipeline.training"}
+
+
+def test_layers_modules_import_in_no_circle():
+    assert circles(ROOT) == []
+
+
+def test_layers_source_files_are_few():
+    assert measure(ROOT)["files"] <= 125
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[-2] != "stages"], ids=local_name)
+def test_layers_science_and_cache_know_neither_dvc_nor_torch_where_they_must_not(path):
+    roots = {name.split(".")[0] for name in imported_modules(parse(path))}
+    assert "dvc" not in roots or local_name(path).startswith("stages")
+    assert not (local_name(path).startswith("cache") and roots & TORCH)
+
+
+@pytest.mark.parametrize("package", SIBLINGS)
+def test_layers_siblings_do_not_import_each_other(package):
+    modules = {
+        path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    separate = modules - SIBLINGS[package] - {"__init__"}
+    for path in FILES:
+        parts = path.relative_to(ROOT / package).parts if path.is_relative_to(ROOT / package) else ("",)
+        own = parts[0].removesuffix(".py")
+        if own not in separate:
+            continue
+        prefix = package.replace("/", ".")
+        siblings = {
+            name.split(".")[prefix.count(".") + 1]
+            for name in imported_modules(parse(path))
+            if name.startswith(f"{prefix}.")
+        }
+        assert not siblings & separate - {own}, path
+
+
+def test_layers_backbones_define_classes_at_module_level():
+    inside = [
+        (local_name(path), node.name)
+        for path in FILES
+        if "backbones" in path.parts
+        for function in ast.walk(parse(path))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert not inside
+
+
+@pytest.mark.parametrize("path", FILES, ids=local_name)
+def test_layers_imports_inside_functions_state_their_reason(path):
+    lines = path.read_text().splitlines()
+    bare = []
+    for function in ast.walk(parse(path)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for block in [node for node in ast.walk(function) if hasattr(node, "body") and isinstance(node.body, list)]:
+            stated = False
+            for node in block.body:
+                if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                    stated = False
+                    continue
+                # One comment serves the imports that follow it without a break.
+                stated = stated or "#" in lines[node.lineno - 1] or lines[node.lineno - 2].strip().startswith("#")
+                if not stated:
+                    bare.append(node.lineno)
+    assert not bare
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_layers_light_modules_do_not_import_torch(name):
+    visited, queue = set(), [ROOT / name]
+    files = {module_name(path, ROOT): path for path in FILES}
+    while queue:
+        path = queue.pop()
+        visited.add(path)
+        names = set()
+        for node in parse(path).body:  # imports at module level only
+            names |= (
+                set(imported_modules(ast.Module([node], [])))
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                else set()
+            )
+        assert not {module.split(".")[0] for module in names} & TORCH, path
+        modules = {module for full in names for module in (full, full.rpartition(".")[0])}
+        queue += [files[module] for module in modules if module in files and files[module] not in visited]
