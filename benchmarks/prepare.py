@@ -175,7 +175,7 @@ def _copy(files: Path, copy: Path) -> None:
 
 
 def _stream(root: Path, name: str):
-    (root / "source.json").write_text(json.dumps(geobench.locate(geobench.SETS[name], "default", root)))
+    (root / "source.json").write_text(json.dumps(geobench.describe_files(geobench.SETS[name], "default", root)))
     return geobench.prepare(root, DatasetConfig("geobench", options={"set": name}))
 
 
@@ -183,7 +183,7 @@ def _read(root: Path, name: str) -> None:
     stream = _stream(root, name)
     memory = np.empty(stream.shape, stream.dtype)
     for sample in stream.sample:
-        stream.read(sample, memory)
+        stream.read_sample(sample, memory)
 
 
 def _prepare(root: Path, name: str, workers: int) -> None:

@@ -42,43 +42,43 @@ def make_report() -> None:
             else:
                 folders[dataset, model] = RUNS / dataset / model
                 if model in grid.finetune:
-                    folders[dataset, model + statements.TUNED] = FINETUNED / dataset / model
+                    folders[dataset, model + statements.FINE_TUNED_SUFFIX] = FINETUNED / dataset / model
         for model in searched[dataset].told["run"]:
             folders[dataset, model] = COMPOSED / dataset / model
     learned = [_learned(dataset, student) for dataset in grid.datasets for student in grid.students]
     folders |= {
         (one.dataset, f"{one.name}/{variant}"): DISTILLED / one.dataset / one.name / variant
         for one in learned
-        for variant in one.told.get("variants", [])
+        for variant in one.metadata.get("variants", [])
     }
     if not folders:
         raise UserError("Every model of the grid is left out: " + " ".join(skipped) + " Add one that fits.")
     tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
     runs = pd.concat(tables, ignore_index=True)
     drawn = _drawn(folders, runs)
-    summary = page.summarise(runs, drawn)
+    summary = page.summarize_runs(runs, drawn)
     costs = pd.read_csv(require(COST)) if learned else pd.DataFrame()
     frozen, large = summary[summary.protocol == page.FROZEN], summary[summary.kind != "student"]
-    said, pairs = statements.headlines(large, drawn), statements.every_pair(frozen, drawn)
+    said, pairs = statements.key_comparisons(large, drawn), statements.all_pairs(frozen, drawn)
 
     with atomic_dir(SCRATCH / "report", REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
         pairs.to_csv(folder / "pairs.csv", index=False)
-        (folder / "summary.md").write_text(page.markdown(page.shown(summary)))
-        figures.boxplots(runs[runs.model.isin(large.model)], large, folder / "boxplots.png")
-        composed = composition.section(searched, frozen, folder)
-        students, kept = distillation.section(learned, summary, drawn, costs, folder)
+        (folder / "summary.md").write_text(page.markdown_table(page.display_table(summary)))
+        figures.draw_boxplots(runs[runs.model.isin(large.model)], large, folder / "boxplots.png")
+        composed = composition.composition_section(searched, frozen, folder)
+        students, kept = distillation.students_section(learned, summary, drawn, costs, folder)
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
-        students += mapped.section(_cells(EXPORTED, grid), pd.read_csv(require(RATES)), _cells(MAPS, grid), folder)
-        text = page.page(summary, runs, pairs, said, skipped, composed, folder / "boxplots.png", students)
+        students += mapped.exports_and_maps_section(_cells(EXPORTED, grid), pd.read_csv(require(RATES)), _cells(MAPS, grid), folder)
+        text = page.render_page(summary, runs, pairs, said, skipped, composed, folder / "boxplots.png", students)
         (folder / "index.html").write_text(text)
     scores: dict[str, dict] = {}
     for row in summary.itertuples():
         one = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
         scores.setdefault(row.dataset, {})[row.model] = one
     write_json(METRICS, scores)
-    print(page.markdown(page.shown(summary)), *said, *kept, *skipped, sep="\n")
+    print(page.markdown_table(page.display_table(summary)), *said, *kept, *skipped, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")
 
 

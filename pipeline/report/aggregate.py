@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import trim_mean
 
-from pipeline.report.significance import DRAWS, interval
+from pipeline.report.significance import N_DRAWS, percentile_interval
 
 
-def normalised(runs: pd.DataFrame) -> pd.Series:
+def min_max_normalized(runs: pd.DataFrame) -> pd.Series:
     """Scores scaled so that the worst run of each data set is 0 and its best is 1.
 
     Args:
@@ -30,13 +30,13 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return trim_mean(values, 0.25, axis=-1)
 
 
-def over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
+def aggregate_over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
     """Interquartile mean over runs and data sets of every model that ran on all of `datasets`.
 
     Returns:
         model, iqm, low, high (95 % over seeds, drawn anew within each data set), best first.
     """
-    runs = runs.assign(normalised=normalised(runs))
+    runs = runs.assign(normalised=min_max_normalized(runs))
     runs, rows = runs[runs.dataset.isin(datasets)], []
     for model, table in runs.groupby("model", sort=False):
         strata = [group.normalised.to_numpy() for _, group in table.groupby("dataset", sort=True)]
@@ -44,8 +44,8 @@ def over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
             continue
         # One generator for each model alike, so that a model's interval depends on its own runs alone.
         generator = np.random.default_rng(0)
-        drawn = [values[generator.integers(len(values), size=(DRAWS, len(values)))] for values in strata]
-        low, high = interval(interquartile_mean(np.concatenate(drawn, axis=1)))
+        drawn = [values[generator.integers(len(values), size=(N_DRAWS, len(values)))] for values in strata]
+        low, high = percentile_interval(interquartile_mean(np.concatenate(drawn, axis=1)))
         iqm = float(interquartile_mean(np.concatenate(strata)))
         rows.append({"model": model, "iqm": iqm, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["model", "iqm", "low", "high"]).sort_values(
@@ -53,7 +53,7 @@ def over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def coverages(runs: pd.DataFrame) -> list[list[str]]:
+def common_dataset_groups(runs: pd.DataFrame) -> list[list[str]]:
     """The lists of two or more data sets that some models ran on, all of them and no others; the longest first.
 
     A model cannot be compared over a data set it was left out of, so each list has a table of its own.

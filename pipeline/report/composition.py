@@ -10,7 +10,7 @@ import pandas as pd
 
 from pipeline.composition import cka as similarity
 from pipeline.report import figures, page
-from pipeline.report.significance import LEVEL
+from pipeline.report.significance import SIGNIFICANCE_LEVEL
 
 PROBES = {"logistic": "logistic regression", "knn": "nearest neighbours"}
 
@@ -30,7 +30,7 @@ class Searched:
     greedy: pd.DataFrame
 
 
-def section(searched: Mapping[str, Searched], summary: pd.DataFrame, folder: Path) -> str:
+def composition_section(searched: Mapping[str, Searched], summary: pd.DataFrame, folder: Path) -> str:
     """HTML; pictures are written to `folder` too.
 
     Args:
@@ -51,7 +51,7 @@ def section(searched: Mapping[str, Searched], summary: pd.DataFrame, folder: Pat
             continue
         tested = summary[(summary.dataset == dataset) & (summary.protocol == "frozen")]
         caption = f"{dataset}: {len(one.subsets)} ensembles. Probe: {PROBES[one.told['probe']]}, frozen, validation."
-        parts.append(page.as_html(_subsets(one.subsets, tested), caption))
+        parts.append(page.html_table(_subsets(one.subsets, tested), caption))
         if len(one.greedy):
             steps = one.greedy.assign(score=one.greedy.score.map("{:.3f}".format))
             what = (
@@ -60,21 +60,21 @@ def section(searched: Mapping[str, Searched], summary: pd.DataFrame, folder: Pat
             )
             if "segmentation" in set(tested.task):
                 what += "; scored on the pixels drawn for the probe, not on whole masks as the ensembles are"
-            parts.append(page.as_html(steps, f"{dataset}: {what}"))
+            parts.append(page.html_table(steps, f"{dataset}: {what}"))
     return "".join(parts) + _alike(searched, folder)
 
 
-def foretold(searched: Mapping[str, Searched]) -> tuple[pd.DataFrame, str]:
+def cka_gain_relation(searched: Mapping[str, Searched]) -> tuple[pd.DataFrame, str]:
     """Pairs of backbones (dataset, model, cka, gain), and a sentence on whether low CKA foretells gain."""
     tables = [one.subsets.assign(dataset=dataset) for dataset, one in searched.items() if len(one.subsets)]
     pairs = pd.concat(tables, ignore_index=True)
     pairs = pairs[pairs.members == 2]
     where = f"{len(pairs)} pairs of backbones on {pairs.dataset.nunique()} data sets"
     try:
-        rank, p = similarity.foretells(pairs.cka.to_numpy(), pairs.gain.to_numpy())
+        rank, p = similarity.correlation_with_gain(pairs.cka.to_numpy(), pairs.gain.to_numpy())
     except ValueError as error:
         return pairs, f"Whether low CKA foretells gain cannot be asked of {where}: {error}."
-    says = "no such relation can be seen" if p >= LEVEL else "unlike gain more" if rank < 0 else "alike gain more"
+    says = "no such relation can be seen" if p >= SIGNIFICANCE_LEVEL else "unlike gain more" if rank < 0 else "alike gain more"
     return pairs, (
         f"Does low CKA foretell gain? Over {where}, Spearman's rank correlation of CKA and gain is {rank:+.2f} "
         f"(permutation p = {p:.2f}): {says}. Below zero would mean that unlike backbones gain more. Pairs that share "
@@ -86,7 +86,7 @@ def foretold(searched: Mapping[str, Searched]) -> tuple[pd.DataFrame, str]:
 def _subsets(subsets: pd.DataFrame, tested: pd.DataFrame) -> pd.DataFrame:
     """Every cell text; the test score of those that the full protocol was run on, whatever their members' order."""
     scores = {
-        frozenset(row.model.split("+")): f"{page.score(row)} ({row.low:.3f}–{row.high:.3f})"
+        frozenset(row.model.split("+")): f"{page.format_score(row)} ({row.low:.3f}–{row.high:.3f})"
         for row in tested.itertuples()
     }
     metric = tested.metric.iloc[0] if len(tested) else "score"
@@ -112,14 +112,14 @@ def _alike(searched: Mapping[str, Searched], folder: Path) -> str:
     tables = [one.cka.assign(dataset=dataset) for dataset, one in searched.items() if len(one.cka)]
     if not tables:
         return ""
-    figures.similarities(pd.concat(tables, ignore_index=True), folder / "cka.png")
-    pairs, sentence = foretold(searched)
-    figures.foretelling(pairs, f"Does low CKA foretell gain? n = {len(pairs)}", folder / "cka_gain.png")
+    figures.draw_cka_matrices(pd.concat(tables, ignore_index=True), folder / "cka.png")
+    pairs, sentence = cka_gain_relation(searched)
+    figures.draw_gain_against_cka(pairs, f"Does low CKA foretell gain? n = {len(pairs)}", folder / "cka_gain.png")
     return (
         "<h3>How alike the backbones are</h3><p>Linear CKA without bias (Kornblith et al. 2019; Nguyen et al. 2021) "
         "of standardised features, level by level (of classification sets their mean vectors), and of all that a "
         "head reads side by side. 1: the same up to rotation; 0: unrelated.</p>"
-        + page.image(folder / "cka.png", "Linear CKA between backbones, a panel a level")
+        + page.embedded_image(folder / "cka.png", "Linear CKA between backbones, a panel a level")
         + f"<p>{html.escape(sentence)}</p>"
-        + page.image(folder / "cka_gain.png", "Gain of joining two backbones against their CKA")
+        + page.embedded_image(folder / "cka_gain.png", "Gain of joining two backbones against their CKA")
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.report import figures, page
-from pipeline.report.significance import BootstrapSamples, difference, interval
+from pipeline.report.significance import BootstrapSamples, paired_difference, percentile_interval
 
 Drawn = Mapping[tuple[str, str], BootstrapSamples]
 
@@ -17,22 +17,22 @@ Drawn = Mapping[tuple[str, str], BootstrapSamples]
 class StudentResult:
     """What the distill stage wrote of one student on one data set: its metadata.json."""
 
-    told: Mapping
+    metadata: Mapping
 
     @property
     def dataset(self) -> str:
-        return self.told["dataset"]
+        return self.metadata["dataset"]
 
     @property
     def name(self) -> str:
-        return self.told["student"]
+        return self.metadata["student"]
 
     @property
     def teacher(self) -> str:
-        return self.told["teacher"]
+        return self.metadata["teacher"]
 
 
-def section(
+def students_section(
     learned: Sequence[StudentResult], summary: pd.DataFrame, drawn: Drawn, costs: pd.DataFrame, folder: Path
 ) -> tuple[str, list[str]]:
     """HTML, and a sentence for every student; the picture is written to `folder` too.
@@ -45,18 +45,18 @@ def section(
         return "", []
     parts, said, points = [], [], []
     for one in learned:
-        if one.told["skipped"]:
-            said.append(f"{one.dataset}: no student {one.name}: {one.told['skipped']}")
+        if one.metadata["skipped"]:
+            said.append(f"{one.dataset}: no student {one.name}: {one.metadata['skipped']}")
             continue
         rows = _rows(one, summary, costs)
-        began = {"random": "random weights", "pretrained": "trained weights"}[one.told["weights"]]
-        parts.append(page.as_html(_table(rows), f"{one.dataset}: student {one.name}, from {began}."))
-        said.append(kept(one, drawn) + _price(one, rows))
+        began = {"random": "random weights", "pretrained": "trained weights"}[one.metadata["weights"]]
+        parts.append(page.html_table(_table(rows), f"{one.dataset}: student {one.name}, from {began}."))
+        said.append(gain_recovered(one, drawn) + _cost_sentence(one, rows))
         points.append(rows)
     picture = ""
     if points:
-        figures.costs(pd.concat(points, ignore_index=True), folder / "students.png")
-        picture = page.image(folder / "students.png", "Score against cost, a panel a data set")
+        figures.draw_score_against_cost(pd.concat(points, ignore_index=True), folder / "students.png")
+        picture = page.embedded_image(folder / "students.png", "Score against cost, a panel a data set")
     return (
         "<h2>Students</h2><p>A student is one compact network that reads the chips themselves. <i>distilled</i>: it "
         "learned from the cached features of the teacher's backbones, from the teacher's answers, and from labels; "
@@ -64,16 +64,16 @@ def section(
         "whether distillation did anything. Both are trained networks, and so another protocol than the frozen "
         "models beside them. The teacher has seen the labels of the training split, as they have. Costs are from a "
         "stored chip to its logits, with all backbones that a model needs.</p>"
-        f"{page.items(said)}{picture}{''.join(parts)}"
+        f"{page.html_list(said)}{picture}{''.join(parts)}"
     ), said
 
 
-def kept(one: StudentResult, drawn: Drawn) -> str:
+def gain_recovered(one: StudentResult, drawn: Drawn) -> str:
     """How much of the teacher's gain over the student from labels alone the distilled student keeps."""
     ours, control, teacher = (
-        drawn[one.dataset, name] for name in (f"{one.name}/distilled", f"{one.name}/labels", one.teacher)
+        drawn[one.dataset, name] for name in (f"{one.name} (distilled)", f"{one.name} (supervised)", one.teacher)
     )
-    gain, did = difference(teacher, control), difference(ours, control)
+    gain, did = paired_difference(teacher, control), paired_difference(ours, control)
     effect = {
         "better": "Distillation helps",
         "worse": "Distillation harms",
@@ -90,14 +90,14 @@ def kept(one: StudentResult, drawn: Drawn) -> str:
             f"told apart from labels alone with this test set ({about})."
         )
     share = did.mean / gain.mean
-    low, high = interval((ours.both - control.both) / (teacher.both - control.both))
+    low, high = percentile_interval((ours.both - control.both) / (teacher.both - control.both))
     return (
         f"{start} {effect} It keeps {share:.0%} of the teacher's gain over labels alone ({about}), 95 % interval "
         f"{low:.0%} to {high:.0%}."
     )
 
 
-def _price(one: StudentResult, rows: pd.DataFrame) -> str:
+def _cost_sentence(one: StudentResult, rows: pd.DataFrame) -> str:
     """What the student costs against its teacher, on a processor."""
     ours, teacher = (rows[rows.shown == name].iloc[0] for name in (f"{one.name}/distilled", one.teacher))
     if not np.isfinite(ours.chips_per_second / teacher.chips_per_second):
@@ -112,7 +112,7 @@ def _price(one: StudentResult, rows: pd.DataFrame) -> str:
 def _rows(one: StudentResult, summary: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """The student's variants, its teacher and the teacher's members alone, with what each costs."""
     members = [name for name in one.teacher.split("+") if name != one.teacher]
-    models = [one.teacher, *members, *[f"{one.name}/{variant}" for variant in one.told["variants"]]]
+    models = [one.teacher, *members, *[f"{one.name} ({variant})" for variant in one.metadata["variants"]]]
     own = summary[summary.dataset == one.dataset].set_index("model")
     table = own.loc[[name for name in models if name in own.index]].reset_index(names="shown")
     role = {one.teacher: "teacher", **dict.fromkeys(members, "member")}
@@ -131,7 +131,7 @@ def _table(rows: pd.DataFrame) -> pd.DataFrame:
         "model": rows.shown,
         "is": rows.role,
         "protocol": rows.protocol,
-        f"test {rows.metric.iloc[0]}, mean ± std over seeds": [page.score(row) for row in rows.itertuples()],
+        f"test {rows.metric.iloc[0]}, mean ± std over seeds": [page.format_score(row) for row in rows.itertuples()],
         "95 % interval": [f"{row.low:.3f}–{row.high:.3f}" for row in rows.itertuples()],
         "million parameters": [_number(value, 1e6, "{:.2f}") for value in rows.parameters],
         "GFLOP a chip": [_number(value, 1e9, "{:.3f}") for value in rows.flops],

@@ -13,7 +13,7 @@ COLOURS = {"joined": "#d95f02", "pretrained": "#1b9e77", "random": "#aaaaaa", "b
            "fine-tuned": "#e7298a"}  # fmt: skip
 
 
-def boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
+def draw_boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
     """Box plots over seeds, a panel a dataset, like the paper's Figure 2; a line is the interval of the mean."""
     datasets = list(summary.dataset.unique())
     columns = min(2, len(datasets))
@@ -44,7 +44,7 @@ def boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
     _save(figure, path)
 
 
-def similarities(cka: pd.DataFrame, path: Path) -> None:
+def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
     """Linear CKA of every two backbones: a row a data set, a panel a level.
 
     Args:
@@ -75,7 +75,7 @@ def similarities(cka: pd.DataFrame, path: Path) -> None:
     _save(figure, path)
 
 
-def foretelling(pairs: pd.DataFrame, title: str, path: Path) -> None:
+def draw_gain_against_cka(pairs: pd.DataFrame, title: str, path: Path) -> None:
     """Gain of every two backbones over the better of them, against how alike they are.
 
     Args:
@@ -97,7 +97,7 @@ def foretelling(pairs: pd.DataFrame, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def costs(rows: pd.DataFrame, path: Path) -> None:
+def draw_score_against_cost(rows: pd.DataFrame, path: Path) -> None:
     """Test score against operations a chip, a panel a data set; a line is the 95 % interval of the mean.
 
     Args:

@@ -11,7 +11,7 @@ _SAID = (
 )
 
 
-def section(runs: pd.DataFrame) -> str:
+def finetuning_section(runs: pd.DataFrame) -> str:
     """HTML; nothing if nothing was fine-tuned.
 
     Args:

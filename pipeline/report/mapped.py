@@ -22,7 +22,7 @@ SIDE = 1024
 Cell = tuple[str, str]
 
 
-def section(exported: Mapping[Cell, Path], rates: pd.DataFrame, maps: Mapping[Cell, Path], folder: Path) -> str:
+def exports_and_maps_section(exported: Mapping[Cell, Path], rates: pd.DataFrame, maps: Mapping[Cell, Path], folder: Path) -> str:
     """HTML; pictures are written to `folder` too.
 
     Args:
@@ -36,7 +36,7 @@ def section(exported: Mapping[Cell, Path], rates: pd.DataFrame, maps: Mapping[Ce
         parts.append(
             "<h2>Exported students</h2><p>Each file was compared with torch on real chips. Scores are on the "
             "validation split, and rates are of this machine's processor. int8: weights stored as int8, activations "
-            "quantised as they come.</p>" + page.as_html(pd.DataFrame(rows))
+            "quantised as they come.</p>" + page.html_table(pd.DataFrame(rows))
         )
     for (dataset, student), path in maps.items():
         told = json.loads((path / "map.json").read_text())
@@ -48,12 +48,12 @@ def section(exported: Mapping[Cell, Path], rates: pd.DataFrame, maps: Mapping[Ce
                 "hold the chips of all splits: a map also shows what a student has learned by heart.</p>"
             )
         name = folder / f"map-{dataset}-{student}.png"
-        picture(path, told, f"{dataset}, student {student}", name)
-        parts.append(page.image(name, f"Map of the scene of {dataset} by the student {student}"))
+        draw_map(path, told, f"{dataset}, student {student}", name)
+        parts.append(page.embedded_image(name, f"Map of the scene of {dataset} by the student {student}"))
     return "".join(parts)
 
 
-def picture(path: Path, told: Mapping, title: str, final: Path) -> None:
+def draw_map(path: Path, told: Mapping, title: str, final: Path) -> None:
     """A map and its confidence side by side; of several labels the first.
 
     Args:

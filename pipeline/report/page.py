@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.report import aggregate, finetuned, statements
-from pipeline.report.significance import BootstrapSamples, interval
+from pipeline.report.significance import BootstrapSamples, percentile_interval
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left}
@@ -19,7 +19,7 @@ img{max-width:100%}caption{text-align:left;padding:.3em 0;color:#444}summary{cur
 FROZEN = "frozen"
 
 
-def kind(model: str, weights: str, protocol: str = FROZEN) -> str:
+def model_kind(model: str, weights: str, protocol: str = FROZEN) -> str:
     """What a model is: `student`, `fine-tuned`, or, frozen, `joined`, `pretrained`, `random` or `baseline`."""
     if protocol.startswith("fine-tuned"):
         return "fine-tuned"
@@ -32,7 +32,7 @@ def kind(model: str, weights: str, protocol: str = FROZEN) -> str:
     return "joined" if "+" in model else "pretrained"
 
 
-def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], BootstrapSamples]) -> pd.DataFrame:
+def summarize_runs(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], BootstrapSamples]) -> pd.DataFrame:
     """One row a dataset and model.
 
     Args:
@@ -46,9 +46,9 @@ def summarise(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], BootstrapSampl
     for (dataset, model), group in runs.groupby(["dataset", "model"], sort=False):
         first = group.iloc[0]
         spread = group.score.std(ddof=1) if len(group) > 1 else float("nan")
-        low, high = interval(drawn[dataset, model].samples)
+        low, high = percentile_interval(drawn[dataset, model].samples)
         rows.append(
-            {"dataset": dataset, "model": model, "kind": kind(model, first.weights, first.protocol),
+            {"dataset": dataset, "model": model, "kind": model_kind(model, first.weights, first.protocol),
              "protocol": first.protocol, "metric": first.metric, "mean": group.score.mean(), "std": spread,
              "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
              "weights": first.weights, "head": _head(first), "learning_rate": first.learning_rate,
@@ -64,7 +64,7 @@ def _head(run: pd.Series) -> str:
     return said if isinstance(said, str) else "–"
 
 
-def shown(summary: pd.DataFrame) -> pd.DataFrame:
+def display_table(summary: pd.DataFrame) -> pd.DataFrame:
     """The table of scores as a reader sees it, every cell text."""
     return pd.DataFrame(
         {
@@ -72,7 +72,7 @@ def shown(summary: pd.DataFrame) -> pd.DataFrame:
             "model": summary.model,
             "kind": summary.kind,
             "metric": summary.metric,
-            "test score, mean ± std over seeds": [score(row) for row in summary.itertuples()],
+            "test score, mean ± std over seeds": [format_score(row) for row in summary.itertuples()],
             "95 % interval": [f"{row.low:.3f}–{row.high:.3f}" for row in summary.itertuples()],
             "test samples": summary.n_test.astype(str),
             "protocol": summary.protocol,
@@ -80,13 +80,13 @@ def shown(summary: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def markdown(table: pd.DataFrame) -> str:
+def markdown_table(table: pd.DataFrame) -> str:
     """A table of text, as the README shows it."""
     lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     return "".join(f"| {' | '.join(line)} |\n" if line[0] != "---" else f"|{'|'.join(line)}|\n" for line in lines)
 
 
-def page(
+def render_page(
     summary: pd.DataFrame,
     runs: pd.DataFrame,
     pairs: pd.DataFrame,
@@ -114,19 +114,19 @@ heads trained on them; learning rate and weight decay are searched on the valida
 split, touched once per seed. A student, or a fine-tuned model, is a trained network and so another protocol: no
 statistic below mixes the two. Random
 networks and the raw-band baseline are controls, not models to use.</p>
-{as_html(shown(summary))}
+{html_table(display_table(summary))}
 <p>± is over seeds; the interval is the 95 % bootstrap of the mean over test samples, apart from the seeds.</p>
-{image(picture, "Box plots of test scores over seeds, one panel a dataset")}
+{embedded_image(picture, "Box plots of test scores over seeds, one panel a dataset")}
 <h2>What can be told</h2>
 <p>Differences are paired: the same test samples are drawn for both models. A verdict goes by the interval over test
-samples and seeds together.</p>{items(said)}
-<h3>Every pair</h3><p>{html.escape(statements.chance(pairs))}</p>{_pairs(pairs)}
+samples and seeds together.</p>{html_list(said)}
+<h3>Every pair</h3><p>{html.escape(statements.multiplicity_note(pairs))}</p>{_pairs(pairs)}
 <h2>Over the data sets</h2>{_aggregated(runs[runs.protocol == FROZEN])}
 {composition}
 {students}
-{finetuned.section(runs)}
+{finetuned.finetuning_section(runs)}
 <h2>Left out</h2>
-<p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{items(skipped)}
+<p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{html_list(skipped)}
 <h2>Settings</h2>
 <details><summary>weights, heads and what they read, chosen learning rates and weight decays, validation scores
 (protocol as stated)</summary>
@@ -135,24 +135,24 @@ samples and seeds together.</p>{items(said)}
 """
 
 
-def as_html(table: pd.DataFrame, caption: str = "") -> str:
+def html_table(table: pd.DataFrame, caption: str = "") -> str:
     """A table of text."""
     text = table.to_html(index=False, na_rep="–")
     return text.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1) if caption else text
 
 
-def items(texts: Sequence[str]) -> str:
+def html_list(texts: Sequence[str]) -> str:
     """A list, or `none`."""
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts or ["none"]) + "</ul>"
 
 
-def image(path: Path, what: str) -> str:
+def embedded_image(path: Path, what: str) -> str:
     """A picture inside the page."""
     coded = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{coded}">'
 
 
-def score(row) -> str:
+def format_score(row) -> str:
     """A row of the summary as its mean and spread over seeds."""
     return f"{row.mean:.3f} ± {f'{row.std:.3f}' if row.runs > 1 else '–'}"
 
@@ -160,15 +160,15 @@ def score(row) -> str:
 def _pairs(pairs: pd.DataFrame) -> str:
     return "".join(
         f"<details><summary>{html.escape(dataset)}, {protocol}: {len(table)} pairs</summary>"
-        f"{items(table.sentence.tolist())}</details>"
+        f"{html_list(table.sentence.tolist())}</details>"
         for (dataset, protocol), table in pairs.groupby(["dataset", "protocol"], sort=False)
     )
 
 
 def _aggregated(runs: pd.DataFrame) -> str:
     texts = []
-    for datasets in aggregate.coverages(runs):
-        table = aggregate.over_datasets(runs, datasets)
+    for datasets in aggregate.common_dataset_groups(runs):
+        table = aggregate.aggregate_over_datasets(runs, datasets)
         text = pd.DataFrame(
             {
                 "model": table.model,
@@ -177,7 +177,7 @@ def _aggregated(runs: pd.DataFrame) -> str:
                 "protocol": " and ".join(runs.protocol.unique()),
             }
         )
-        texts.append(as_html(text, f"Over {', '.join(datasets)}"))
+        texts.append(html_table(text, f"Over {', '.join(datasets)}"))
     if not texts:
         return "<p>No model ran on two data sets, so there is nothing to aggregate.</p>"
     return (

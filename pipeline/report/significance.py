@@ -14,8 +14,8 @@ import numpy as np
 from pipeline import metrics
 
 # So many that hundreds of pairs can still be told apart after Holm's correction: p is at least 2 / DRAWS.
-DRAWS = 10_000
-LEVEL = 0.05
+N_DRAWS = 10_000
+SIGNIFICANCE_LEVEL = 0.05
 # Draws scored at once: many classes would else need gigabytes.
 _AT_ONCE = 1000
 
@@ -73,13 +73,13 @@ def bootstrap(task: str, counts: np.ndarray, classes: int, stream: int = 0) -> B
     # As float64, which is exact for counts and multiplied far faster than integers.
     flat = counts.transpose(1, 0, 2).reshape(samples, -1).astype(np.float64)
     generator, parts = np.random.default_rng(0), []
-    for _ in range(DRAWS // _AT_ONCE):
+    for _ in range(N_DRAWS // _AT_ONCE):
         picked = generator.integers(samples, size=(_AT_ONCE, samples))
         times = np.stack([np.bincount(row, minlength=samples) for row in picked])
         parts.append(metrics.score(task, (times @ flat).reshape(_AT_ONCE, runs, cells), classes))
     drawn = np.concatenate(parts)
     observed = metrics.score(task, counts.sum(axis=1), classes)
-    seeds = np.random.default_rng([1, stream]).integers(runs, size=(DRAWS, runs))
+    seeds = np.random.default_rng([1, stream]).integers(runs, size=(N_DRAWS, runs))
     return BootstrapSamples(
         float(observed.mean()),
         drawn.mean(axis=1),
@@ -88,32 +88,32 @@ def bootstrap(task: str, counts: np.ndarray, classes: int, stream: int = 0) -> B
     )
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of bootstrap values."""
-    low, high = np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2])
+    low, high = np.quantile(values, [SIGNIFICANCE_LEVEL / 2, 1 - SIGNIFICANCE_LEVEL / 2])
     return float(low), float(high)
 
 
-def difference(ours: BootstrapSamples, theirs: BootstrapSamples) -> PairedDifference:
+def paired_difference(ours: BootstrapSamples, theirs: BootstrapSamples) -> PairedDifference:
     """Our mean score minus theirs, paired by test samples."""
     gaps = ours.both - theirs.both
     # Twice the smaller tail; one is added, since the observed set is itself a possible draw.
     tail = 1 + min((gaps <= 0).sum(), (gaps >= 0).sum())
     return PairedDifference(
         ours.mean - theirs.mean,
-        interval(ours.samples - theirs.samples),
-        interval(ours.seeds - theirs.seeds),
-        interval(gaps),
+        percentile_interval(ours.samples - theirs.samples),
+        percentile_interval(ours.seeds - theirs.seeds),
+        percentile_interval(gaps),
         float(min(1.0, 2 * tail / (len(gaps) + 1))),
     )
 
 
-def pairs(draws: Mapping[str, BootstrapSamples]) -> dict[tuple[str, str], PairedDifference]:
+def pairwise_differences(draws: Mapping[str, BootstrapSamples]) -> dict[tuple[str, str], PairedDifference]:
     """Every pair of one data set's models, each once, the first named first."""
-    return {(one, other): difference(draws[one], draws[other]) for one, other in combinations(draws, 2)}
+    return {(one, other): paired_difference(draws[one], draws[other]) for one, other in combinations(draws, 2)}
 
 
-def holm(p: np.ndarray) -> np.ndarray:
+def holm_adjusted(p: np.ndarray) -> np.ndarray:
     """p-values adjusted for so many comparisons by Holm's method.
 
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6, 1979.

@@ -5,14 +5,21 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from pipeline.report.significance import LEVEL, BootstrapSamples, PairedDifference, difference, holm, pairs
+from pipeline.report.significance import (
+    SIGNIFICANCE_LEVEL,
+    BootstrapSamples,
+    PairedDifference,
+    holm_adjusted,
+    paired_difference,
+    pairwise_differences,
+)
 
 Drawn = Mapping[tuple[str, str], BootstrapSamples]
 # What a fine-tuned model is called beside the frozen one.
-TUNED = ", fine-tuned"
+FINE_TUNED_SUFFIX = ", fine-tuned"
 
 
-def headlines(summary: pd.DataFrame, drawn: Drawn) -> list[str]:
+def key_comparisons(summary: pd.DataFrame, drawn: Drawn) -> list[str]:
     """Per data set: joined models against their best members, all networks against the controls, and fine-tuned
     models against themselves frozen, which is the one comparison of two protocols.
 
@@ -42,13 +49,13 @@ def headlines(summary: pd.DataFrame, drawn: Drawn) -> list[str]:
                 if control.removesuffix("_random") == model:
                     said.append(_against(table, drawn, dataset, model, control, "the same network untrained"))
         for model in table[table.kind == "fine-tuned"].index:
-            frozen = model.removesuffix(TUNED)
+            frozen = model.removesuffix(FINE_TUNED_SUFFIX)
             what = f"itself frozen ({table.loc[model].protocol}: another protocol)"
             said.append(_against(table, drawn, dataset, model, frozen, what))
     return said
 
 
-def every_pair(summary: pd.DataFrame, drawn: Drawn) -> pd.DataFrame:
+def all_pairs(summary: pd.DataFrame, drawn: Drawn) -> pd.DataFrame:
     """One row a pair of models of one data set and protocol.
 
     Returns:
@@ -58,8 +65,8 @@ def every_pair(summary: pd.DataFrame, drawn: Drawn) -> pd.DataFrame:
     rows = []
     for (dataset, protocol), table in summary.groupby(["dataset", "protocol"], sort=False):
         table = table.set_index("model")
-        gaps = pairs({model: drawn[dataset, model] for model in table.index})
-        adjusted = holm(np.array([gap.p for gap in gaps.values()]))
+        gaps = pairwise_differences({model: drawn[dataset, model] for model in table.index})
+        adjusted = holm_adjusted(np.array([gap.p for gap in gaps.values()]))
         for ((one, other), gap), p in zip(gaps.items(), adjusted, strict=True):
             rows.append(
                 {"dataset": dataset, "protocol": protocol, "one": one, "other": other,
@@ -72,12 +79,12 @@ def every_pair(summary: pd.DataFrame, drawn: Drawn) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def chance(table: pd.DataFrame) -> str:
+def multiplicity_note(table: pd.DataFrame) -> str:
     """What so many comparisons may be worth."""
     told = table[table.verdict != "cannot be told"]
     return (
-        f"{len(table)} pairs are compared, each at 95 %: about {LEVEL * len(table):.2g} would seem to differ by "
-        f"chance if none did. {len(told)} differ; {int((told.holm < LEVEL).sum())} of them still do after Holm's "
+        f"{len(table)} pairs are compared, each at 95 %: about {SIGNIFICANCE_LEVEL * len(table):.2g} would seem to differ by "
+        f"chance if none did. {len(told)} differ; {int((told.holm < SIGNIFICANCE_LEVEL).sum())} of them still do after Holm's "
         "correction for the pairs of their data set. A difference that was not asked about beforehand should pass "
         "that too."
     )
@@ -89,13 +96,13 @@ def _pair(table: pd.DataFrame, one: str, other: str, gap: PairedDifference, adju
         "worse": f"{one} is worse than {other}",
         "cannot be told": f"{one} and {other} cannot be told apart with this test set",
     }[gap.verdict]
-    lost = gap.verdict != "cannot be told" and adjusted >= LEVEL
+    lost = gap.verdict != "cannot be told" and adjusted >= SIGNIFICANCE_LEVEL
     after = f"; no longer so after Holm's correction for {count} pairs" if lost else ""
     return f"{says}: {_figures(table.loc[one], gap)}{after}."
 
 
 def _against(table: pd.DataFrame, drawn: Drawn, dataset: str, ours: str, theirs: str, what: str) -> str:
-    row, gap = table.loc[ours], difference(drawn[dataset, ours], drawn[dataset, theirs])
+    row, gap = table.loc[ours], paired_difference(drawn[dataset, ours], drawn[dataset, theirs])
     words = {
         "better": "better",
         "worse": "worse",

@@ -20,11 +20,11 @@ def runs():
 
 
 def test_the_worst_run_of_a_set_is_nought_and_its_best_is_one(runs):
-    scaled = runs.assign(score=aggregate.normalised(runs))
+    scaled = runs.assign(score=aggregate.min_max_normalized(runs))
     assert scaled.groupby("dataset").score.agg(["min", "max"]).to_numpy().tolist() == [[0, 1]] * 3
     x = runs[runs.dataset == "x"].score
     np.testing.assert_allclose(scaled[scaled.dataset == "x"].score, (x - x.min()) / (x.max() - x.min()))
-    assert (aggregate.normalised(runs.assign(score=0.4)) == 0).all()
+    assert (aggregate.min_max_normalized(runs.assign(score=0.4)) == 0).all()
 
 
 def test_the_interquartile_mean_leaves_the_quarters_out():
@@ -34,11 +34,11 @@ def test_the_interquartile_mean_leaves_the_quarters_out():
 
 
 def test_models_are_compared_over_the_sets_they_all_saw(runs):
-    assert aggregate.coverages(runs) == [["x", "y", "z"], ["x", "y"]]
-    wide, narrow = (aggregate.over_datasets(runs, chosen) for chosen in aggregate.coverages(runs))
+    assert aggregate.common_dataset_groups(runs) == [["x", "y", "z"], ["x", "y"]]
+    wide, narrow = (aggregate.aggregate_over_datasets(runs, chosen) for chosen in aggregate.common_dataset_groups(runs))
     assert wide.model.tolist() == ["a"]
     assert narrow.model.tolist() == ["a", "b"]
-    pooled = aggregate.normalised(runs)[(runs.model == "b")]
+    pooled = aggregate.min_max_normalized(runs)[(runs.model == "b")]
     assert narrow.iqm[1] == pytest.approx(stats.trim_mean(pooled, 0.25))
     assert (narrow.low <= narrow.iqm).all()
     assert (narrow.iqm <= narrow.high).all()
@@ -48,6 +48,6 @@ def test_seeds_are_drawn_within_each_set(runs):
     """A model whose seeds agree on every set has no spread, however far the sets lie apart."""
     steady = runs[runs.model == "a"].assign(score=lambda t: t.dataset.map({"x": 0.9, "y": 0.4, "z": 0.1}))
     other = runs[runs.model != "a"]
-    table = aggregate.over_datasets(pd.concat([steady, other]), ["x", "y"]).set_index("model")
+    table = aggregate.aggregate_over_datasets(pd.concat([steady, other]), ["x", "y"]).set_index("model")
     assert table.low["a"] == table.high["a"] == table.iqm["a"]
     assert table.low["b"] < table.high["b"]

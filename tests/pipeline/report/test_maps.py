@@ -37,18 +37,18 @@ def folders(tmp_path):
 def test_files_and_maps_are_shown_but_what_was_left_out(folders, tmp_path):
     exported = {("lakes", "small"): folders / "export", ("woods", "small"): folders / "left"}
     maps = {("lakes", "small"): folders / "map", ("woods", "small"): folders / "left"}
-    text = mapped.section(exported, RATES, maps, tmp_path)
+    text = mapped.exports_and_maps_section(exported, RATES, maps, tmp_path)
     assert "<td>student.onnx</td>" in text
     assert "mean IoU 0.500 (n = 18)" in text
     assert "<td>75.5</td>" in text
-    assert "<td>not timed</td>" in mapped.section(exported, RATES[:0], {}, tmp_path)
+    assert "<td>not timed</td>" in mapped.exports_and_maps_section(exported, RATES[:0], {}, tmp_path)
     assert text.count("<img") == 1
     assert "woods" not in text
     first = (tmp_path / "map-lakes-small.png").read_bytes()
-    mapped.section(exported, RATES, maps, tmp_path)
+    mapped.exports_and_maps_section(exported, RATES, maps, tmp_path)
     assert (tmp_path / "map-lakes-small.png").read_bytes() == first
-    assert mapped.section({}, RATES, {}, tmp_path) == ""
-    assert mapped.section({("woods", "small"): folders / "left"}, RATES, {}, tmp_path) == ""
+    assert mapped.exports_and_maps_section({}, RATES, {}, tmp_path) == ""
+    assert mapped.exports_and_maps_section({("woods", "small"): folders / "left"}, RATES, {}, tmp_path) == ""
 
 
 def test_a_large_map_is_read_coarser_and_no_data_is_masked(folders):

@@ -64,7 +64,7 @@ def searched():
 
 def test_summary_and_sentences(grid):
     runs, drawn = grid
-    summary = report.summarise(runs, drawn).set_index("model")
+    summary = report.summarize_runs(runs, drawn).set_index("model")
     assert summary.kind.to_dict() == {
         "a": "pretrained", "b": "pretrained", "a_random": "random", "a+b": "joined", "a+c": "joined",
     }  # fmt: skip
@@ -72,7 +72,7 @@ def test_summary_and_sentences(grid):
         scores = runs[runs.model == model].score
         assert (row["mean"], row["std"]) == pytest.approx((scores.mean(), scores.std()))
         assert row.low < row["mean"] < row.high
-    said = statements.headlines(summary.reset_index(), drawn)
+    said = statements.key_comparisons(summary.reset_index(), drawn)
     assert any("a against a_random, the same network untrained" in one and one.endswith("better.") for one in said)
     assert any("a+b against a, its best member" in one and "cannot be told apart" in one for one in said)
     assert any("a+c is not compared with its members: c not in the grid" in one for one in said)
@@ -80,7 +80,7 @@ def test_summary_and_sentences(grid):
 
 def test_every_pair_has_its_sentence(grid):
     runs, drawn = grid
-    pairs = statements.every_pair(report.summarise(runs, drawn), drawn)
+    pairs = statements.all_pairs(report.summarize_runs(runs, drawn), drawn)
     assert len(pairs) == 10
     told = pairs.set_index(["one", "other"])
     assert told.verdict["a", "b"] == "better"
@@ -91,7 +91,7 @@ def test_every_pair_has_its_sentence(grid):
     assert "the 3 seeds alone" in told.sentence["a", "b"]
     assert (pairs.holm >= pairs.p).all()
     differ = (pairs.verdict != "cannot be told").sum()
-    said = statements.chance(pairs)
+    said = statements.multiplicity_note(pairs)
     assert said.startswith(
         "10 pairs are compared, each at 95 %: about 0.5 would seem to differ by chance if none did."
     )
@@ -101,7 +101,7 @@ def test_every_pair_has_its_sentence(grid):
 def test_a_difference_that_does_not_outlast_the_others_says_so(grid, monkeypatch):
     runs, drawn = grid
     monkeypatch.setattr(statements, "holm", lambda p: np.ones(len(p)))
-    pairs = statements.every_pair(report.summarise(runs, drawn), drawn).set_index(["one", "other"])
+    pairs = statements.all_pairs(report.summarize_runs(runs, drawn), drawn).set_index(["one", "other"])
     assert pairs.sentence["a", "b"].endswith("; no longer so after Holm's correction for 10 pairs.")
     assert "Holm" not in pairs.sentence["a", "a+b"]
 
@@ -111,9 +111,9 @@ def test_protocols_are_not_mixed(grid):
     runs, drawn = grid
     tuned = runs[runs.model == "b"].assign(protocol="fine-tuned", model="b, tuned")
     drawn = drawn | {("d", "b, tuned"): drawn["d", "b"]}
-    summary = report.summarise(pd.concat([runs, tuned]), drawn)
-    assert not any("tuned" in pair for pair in statements.every_pair(summary, drawn).sentence)
-    assert report.shown(summary).protocol.tolist() == ["frozen"] * 5 + ["fine-tuned"]
+    summary = report.summarize_runs(pd.concat([runs, tuned]), drawn)
+    assert not any("tuned" in pair for pair in statements.all_pairs(summary, drawn).sentence)
+    assert report.display_table(summary).protocol.tolist() == ["frozen"] * 5 + ["fine-tuned"]
 
 
 @pytest.fixture
@@ -123,22 +123,22 @@ def tuned(grid):
     label = np.random.default_rng(0).integers(2, size=300)
     counts = np.stack([metrics.counts("classification", label, label, 2, None)] * 3)
     more = runs[runs.model == "b"].assign(
-        protocol="fine-tuned (lora)", model="b" + statements.TUNED, score=1.0, val_score=0.9, learning_rate=1e-3,
+        protocol="fine-tuned (lora)", model="b" + statements.FINE_TUNED_SUFFIX, score=1.0, val_score=0.9, learning_rate=1e-3,
         frozen_val_score=0.6, best_step=40, trained_parameters=1234,
     )  # fmt: skip
-    drawn = drawn | {("d", "b" + statements.TUNED): bootstrap("classification", counts, 2, stream=9)}
+    drawn = drawn | {("d", "b" + statements.FINE_TUNED_SUFFIX): bootstrap("classification", counts, 2, stream=9)}
     return pd.concat([runs, more], ignore_index=True), drawn
 
 
 def test_a_fine_tuned_model_is_compared_with_itself_frozen_and_nothing_else(grid, tuned):
-    frozen, both = (report.summarise(*one) for one in (grid, tuned))
+    frozen, both = (report.summarize_runs(*one) for one in (grid, tuned))
     assert both.set_index("model").kind["b, fine-tuned"] == "fine-tuned"
     pd.testing.assert_frame_equal(both[both.protocol == "frozen"], frozen)
-    more = [one for one in statements.headlines(both, tuned[1]) if one not in statements.headlines(frozen, grid[1])]
+    more = [one for one in statements.key_comparisons(both, tuned[1]) if one not in statements.key_comparisons(frozen, grid[1])]
     assert len(more) == 1
     assert more[0].startswith("d: b, fine-tuned against b, itself frozen (fine-tuned (lora): another protocol): +0.")
     assert more[0].endswith(": better.")
-    assert statements.every_pair(both, tuned[1]).equals(statements.every_pair(frozen, grid[1]))
+    assert statements.all_pairs(both, tuned[1]).equals(statements.all_pairs(frozen, grid[1]))
 
 
 def test_fine_tuned_scores_stand_in_the_page_and_enter_no_frozen_figure(grid, tuned, searched, tmp_path):
@@ -146,11 +146,11 @@ def test_fine_tuned_scores_stand_in_the_page_and_enter_no_frozen_figure(grid, tu
     for name, (runs, drawn) in {"frozen": grid, "tuned": tuned}.items():
         runs = pd.concat([runs, runs[runs.protocol == "frozen"].assign(dataset="e")])  # two sets, to aggregate over
         drawn = drawn | {("e", model): one for (_, model), one in drawn.items()}
-        summary = report.summarise(runs, drawn)
-        said, pairs = statements.headlines(summary, drawn), statements.every_pair(summary, drawn)
-        figures.boxplots(runs, summary, tmp_path / "p.png")
-        composed = composition.section(searched, summary, tmp_path)
-        pages[name] = report.page(summary, runs, pairs, said, [], composed, tmp_path / "p.png")
+        summary = report.summarize_runs(runs, drawn)
+        said, pairs = statements.key_comparisons(summary, drawn), statements.all_pairs(summary, drawn)
+        figures.draw_boxplots(runs, summary, tmp_path / "p.png")
+        composed = composition.composition_section(searched, summary, tmp_path)
+        pages[name] = report.render_page(summary, runs, pairs, said, [], composed, tmp_path / "p.png")
     over = [page.split("<h2>Over the data sets</h2>")[1].split("<h2>Composition")[0] for page in pages.values()]
     assert "interquartile mean" in over[0]
     assert over[0] == over[1]
@@ -166,11 +166,11 @@ def test_fine_tuned_scores_stand_in_the_page_and_enter_no_frozen_figure(grid, tu
 
 def test_the_page_is_whole_and_escapes(grid, searched, tmp_path):
     runs, drawn = grid
-    summary = report.summarise(runs, drawn)
-    said, pairs = statements.headlines(summary, drawn), statements.every_pair(summary, drawn)
-    figures.boxplots(runs, summary, tmp_path / "p.png")
-    composed = composition.section(searched, summary, tmp_path)
-    page = report.page(summary, runs, pairs, said, ["<x>"], composed, tmp_path / "p.png")
+    summary = report.summarize_runs(runs, drawn)
+    said, pairs = statements.key_comparisons(summary, drawn), statements.all_pairs(summary, drawn)
+    figures.draw_boxplots(runs, summary, tmp_path / "p.png")
+    composed = composition.composition_section(searched, summary, tmp_path)
+    page = report.render_page(summary, runs, pairs, said, ["<x>"], composed, tmp_path / "p.png")
     assert "&lt;x&gt;" in page
     assert "<x>" not in page
     assert page.count("data:image/png;base64,") == 3
@@ -184,9 +184,9 @@ def test_settings_say_what_was_trained_on_what(grid, searched, tmp_path):
     heads = runs.model.map(
         {"a": "linear, mean_level0", "a+b": "linear, film, mean_level0"}
     )  # others: of an older run
-    summary = report.summarise(runs.assign(head=heads), drawn)
-    figures.boxplots(runs, summary, tmp_path / "p.png")
-    page = report.page(summary, runs, statements.every_pair(summary, drawn), [], [], "", tmp_path / "p.png")
+    summary = report.summarize_runs(runs.assign(head=heads), drawn)
+    figures.draw_boxplots(runs, summary, tmp_path / "p.png")
+    page = report.render_page(summary, runs, statements.all_pairs(summary, drawn), [], [], "", tmp_path / "p.png")
     settings = page.split("<h2>Settings</h2>")[1]
     rows = {line.split("<td>")[2].split("<")[0]: line for line in settings.split("<tr>")[1:]}
     assert "linear, film, mean_level0" in rows["a+b"]
@@ -196,14 +196,14 @@ def test_settings_say_what_was_trained_on_what(grid, searched, tmp_path):
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_layers_one_by_one_say_what_they_were_scored_on(grid, searched, tmp_path, task):
     runs, drawn = grid
-    text = composition.section(searched, report.summarise(runs, drawn).assign(task=task), tmp_path)
+    text = composition.composition_section(searched, report.summarize_runs(runs, drawn).assign(task=task), tmp_path)
     assert "also what heads.levels and heads.linear leave out" in text
     assert ("not on whole masks" in text) == (task == "segmentation")
 
 
 def test_the_search_beside_the_full_protocol(grid, searched, tmp_path):
     runs, drawn = grid
-    text = composition.section(searched, report.summarise(runs, drawn), tmp_path)
+    text = composition.composition_section(searched, report.summarize_runs(runs, drawn), tmp_path)
     score = runs[runs.model == "a+b"].score
     row = next(line for line in text.split("<tr>") if "b+a" in line)  # the grid's a+b, its members in another order
     assert f"{score.mean():.3f} ± {score.std():.3f}" in row
@@ -217,7 +217,7 @@ def test_low_cka_that_foretells_gain_is_said_so(searched):
     one = searched["d"]
     alike = np.linspace(0.1, 0.9, 7)
     pairs = pd.DataFrame({"model": "a+b", "members": 2, "cka": alike, "gain": -alike})
-    table, sentence = composition.foretold({"d": composition.Searched({}, pairs, one.cka, one.greedy)})
+    table, sentence = composition.cka_gain_relation({"d": composition.Searched({}, pairs, one.cka, one.greedy)})
     assert len(table) == 7
     assert "correlation of CKA and gain is -1.00 (permutation p = 0.00): unlike gain more" in sentence
 

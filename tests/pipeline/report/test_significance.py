@@ -3,7 +3,7 @@ import pytest
 
 from pipeline import metrics
 from pipeline.report import significance
-from pipeline.report.significance import bootstrap, difference
+from pipeline.report.significance import bootstrap, paired_difference
 
 
 def counts(right, seed=0, runs=4, samples=400):
@@ -19,11 +19,11 @@ def draws(counts, stream=0):
 
 
 def gap(ours, theirs):
-    return difference(draws(ours), draws(theirs, 1))
+    return paired_difference(draws(ours), draws(theirs, 1))
 
 
 def width(values):
-    return np.ptp(significance.interval(values))
+    return np.ptp(significance.percentile_interval(values))
 
 
 def test_the_interval_has_the_binomials_width():
@@ -73,7 +73,7 @@ def test_pairing_narrows_the_interval():
 
 
 def test_every_pair_once():
-    found = significance.pairs({name: draws(counts(right, i), i) for i, (name, right) in enumerate(RIGHT.items())})
+    found = significance.pairwise_differences({name: draws(counts(right, i), i) for i, (name, right) in enumerate(RIGHT.items())})
     assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
     assert [one.verdict for one in found.values()] == ["better", "better", "better"]
 
@@ -83,7 +83,7 @@ RIGHT = {"a": 0.95, "b": 0.75, "c": 0.5}
 
 def test_holm_by_hand():
     """Holm 1979: the smallest p times n, the next times n − 1, and none below one before it."""
-    adjusted = significance.holm(np.array([0.03, 0.01, 0.04, 0.5]))
+    adjusted = significance.holm_adjusted(np.array([0.03, 0.01, 0.04, 0.5]))
     np.testing.assert_allclose(adjusted, [0.09, 0.04, 0.09, 0.5])
-    assert significance.holm(np.array([0.7, 0.9])).tolist() == [1, 1]
-    assert len(significance.holm(np.array([]))) == 0
+    assert significance.holm_adjusted(np.array([0.7, 0.9])).tolist() == [1, 1]
+    assert len(significance.holm_adjusted(np.array([]))) == 0

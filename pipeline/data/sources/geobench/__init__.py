@@ -15,17 +15,16 @@ import numpy as np
 from h5py import h5d
 
 from pipeline.bands import Band
-from pipeline.config import DatasetConfig, Params
+from pipeline.config import DatasetConfig, Params, parse
 from pipeline.data.image_store import LazyImageDataset
 from pipeline.data.sources.geobench import classification, partitions, segmentation
 from pipeline.data.sources.geobench import reader as read
-from pipeline.data.sources.geobench.attributes import said
+from pipeline.data.sources.geobench.attributes import short_repr
 from pipeline.data.sources.geobench.band_check import BandMeanCheck
-from pipeline.data.sources.geobench.download import find, locate, there
+from pipeline.data.sources.geobench.download import describe_files, existing_files, local_folder
 from pipeline.data.sources.geobench.spec import GeoBenchSet
 from pipeline.errors import UserError
 from pipeline.plan import DatasetSize
-from pipeline.records import build
 
 SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
 # Standard deviations between two bands' means that tell them apart, where these are of all images, and where they are
@@ -49,27 +48,27 @@ class GeoBenchOptions:
     set: str
     partition: str = "default"
     bands: tuple[str, ...] = ()
-    as_labelled: bool = False
+    keep_released_metadata: bool = False
     ignore_nodata: bool = False
     skip_bad: bool = False
     check_means: bool = True
 
 
-def check(options: GeoBenchOptions, dataset: DatasetConfig, where: str) -> None:
+def validate_options(options: GeoBenchOptions, dataset: DatasetConfig, where: str) -> None:
     """Refuse options that no set has."""
     if options.set not in SETS:
         raise UserError(f"{where}: there is no set '{options.set}'. GEO-Bench has: {', '.join(SETS)}.")
     declared = SETS[options.set]
     _chosen(declared, options)
-    if options.ignore_nodata and declared.nodata is None:
+    if options.ignore_nodata and declared.nodata_class is None:
         raise UserError(f"{where}: {declared.name} has no class 'no data' to ignore.")
 
 
 def fetch(dataset: DatasetConfig, params: Params) -> dict:
     """Find the set in `geobench_dir`, or download it there; nothing is copied."""
-    options = build(GeoBenchOptions, dataset.options, "options")
-    found = locate(SETS[options.set], options.partition, Path(params.geobench_dir))
-    partitions.partition(Path(found["folder"]) / f"{options.partition}_partition.json", options.skip_bad)
+    options = parse(GeoBenchOptions, dataset.options, "options")
+    found = describe_files(SETS[options.set], options.partition, Path(params.geobench_dir))
+    partitions.read_partition(Path(found["folder"]) / f"{options.partition}_partition.json", options.skip_bad)
     return found
 
 
@@ -78,32 +77,32 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
     folder = Path(json.loads((raw / "source.json").read_text())["folder"])
     if not folder.is_dir():
         raise UserError(f"{folder} is gone; it was there when the set was fetched. Run: dvc repro -f fetch")
-    return _stream(folder, build(GeoBenchOptions, dataset.options, "options"))
+    return _stream(folder, parse(GeoBenchOptions, dataset.options, "options"))
 
 
 def _stream(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
     declared = SETS[options.set]
-    names, splits, dropped = partitions.partition(folder / f"{options.partition}_partition.json", options.skip_bad)
+    names, splits, dropped = partitions.read_partition(folder / f"{options.partition}_partition.json", options.skip_bad)
     chosen = _chosen(declared, options)
-    stored = _stored(find(folder, names), declared, tuple(chosen), options.skip_bad)
+    stored = _stored(existing_files(folder, names), declared, tuple(chosen), options.skip_bad)
     dtype = np.result_type(*stored)
     dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
-    as_bytes = declared.divided_by_255 and not options.as_labelled
+    as_bytes = declared.divided_by_255 and not options.keep_released_metadata
     if as_bytes:
         dtype = np.dtype(np.uint8)
     means = None
-    if tuple(splits.count(one) for one in partitions.SPLITS.values()) == declared.counts and options.check_means:
-        published = partitions.published(folder, declared, tuple(chosen), 255 if as_bytes else 1)
-        means = BandMeanCheck(declared.name, published, _TOLD if declared.published else _TOLD_OF_FEW)
+    if tuple(splits.count(one) for one in partitions.SPLITS.values()) == declared.split_sizes and options.check_means:
+        published = partitions.read_published_stats(folder, declared, tuple(chosen), 255 if as_bytes else 1)
+        means = BandMeanCheck(declared.name, published, _TOLD if declared.published_stats else _TOLD_OF_FEW)
         means = means if any(means.published.values()) and not dropped else None
-    labels = partitions.labels(folder, declared)
+    labels = partitions.read_labels(folder, declared)
     notes = _notes(declared, options, dropped)
     if labels is None and declared.task != "segmentation":
         notes.append("labels are those of the files themselves, since the folder lists none")
     notes.append("band means are compared with the published" if means else "band means are compared with none")
     reader = read.GeoBenchReader(
         folder, declared, tuple(chosen), stored, dtype,
-        labels, options.as_labelled, options.ignore_nodata, as_bytes,
+        labels, options.keep_released_metadata, options.ignore_nodata, as_bytes,
     )  # fmt: skip
     return LazyImageDataset(
         sample=names,
@@ -117,17 +116,17 @@ def _stream(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
         source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
         display=declared.display,
         notes=notes,
-        read=reader,
-        shape=(len(chosen), declared.size, declared.size),
+        read_sample=reader,
+        shape=(len(chosen), declared.image_size, declared.image_size),
         dtype=dtype,
-        verify=means,
-        ahead=reader.ahead,
+        check_band_means=means,
+        prefetch=reader.ahead,
     )
 
 
 def _chosen(declared: GeoBenchSet, options: GeoBenchOptions) -> dict[str, Band]:
     """The bands to read by key, as they are in truth unless as labelled."""
-    bands = dict(declared.keys if options.as_labelled or not declared.true else declared.true)
+    bands = dict(declared.released_bands if options.keep_released_metadata or not declared.actual_bands else declared.actual_bands)
     if not options.bands:
         return bands
     known = {name: key for key, band in bands.items() for name in (band.name, band.common_name)}
@@ -143,8 +142,8 @@ def _stored(
     """The dtypes of the bands in the first file, or, if damaged ones may be left out, in the first that is whole."""
     path, *others = paths
     try:
-        with read.opened(path) as file:
-            there = read.keys_of(file, declared)
+        with read.open_hdf5(path) as file:
+            there = read.keys_without_dates(file, declared)
             kinds = tuple(h5d.open(file, there[key]).dtype for key in keys)
         if strange := [
             f"{key} has {kind} values" for key, kind in zip(keys, kinds, strict=True) if kind.kind not in "iuf"
@@ -154,51 +153,51 @@ def _stored(
     except Exception as error:  # a damaged file may fail in any way
         if skip_bad and others:
             return _stored(others, declared, keys, skip_bad)
-        raise UserError(f"{path} cannot be read: {said(error)}") from None
+        raise UserError(f"{path} cannot be read: {short_repr(error)}") from None
 
 
 def _notes(declared: GeoBenchSet, options: GeoBenchOptions, dropped: Sequence[str]) -> list[str]:
-    notes = list(declared.traps)
-    if declared.true and options.as_labelled:
+    notes = list(declared.known_issues)
+    if declared.actual_bands and options.keep_released_metadata:
         notes.append("bands are named as in the released files, which is wrong for most of them (as_labelled)")
-    elif declared.true:
-        wrong = [(key, declared.true[key]) for key, band in declared.keys.items() if band != declared.true[key]]
+    elif declared.actual_bands:
+        wrong = [(key, declared.actual_bands[key]) for key, band in declared.released_bands.items() if band != declared.actual_bands[key]]
         notes.append(
             "bands renamed, the released names are wrong: " + ", ".join(f"{k} is {b.name}" for k, b in wrong)
         )
-    if declared.place == "lat,lon":
-        kept = "kept as they are (as_labelled)" if options.as_labelled else "put right"
+    if declared.location_format == "lat,lon":
+        kept = "kept as they are (as_labelled)" if options.keep_released_metadata else "put right"
         notes.append(f"places whose latitude and longitude are swapped are {kept}")
-    if declared.placeholders:
-        notes.append("placeholder dates kept (as_labelled)" if options.as_labelled else "placeholder dates left out")
-    notes += [f"'{key}' is not read: {reason}" for key, reason in declared.skipped.items()]
-    if declared.nodata is not None:
+    if declared.has_placeholder_dates:
+        notes.append("placeholder dates kept (as_labelled)" if options.keep_released_metadata else "placeholder dates left out")
+    notes += [f"'{key}' is not read: {reason}" for key, reason in declared.unread_keys.items()]
+    if declared.nodata_class is not None:
         kept = "is ignored" if options.ignore_nodata else "counts as a class, as in GEO-Bench"
-        notes.append(f"'{declared.classes[declared.nodata]}' {kept}")
+        notes.append(f"'{declared.classes[declared.nodata_class]}' {kept}")
     if declared.divided_by_255:
-        kept = "are kept (as_labelled)" if options.as_labelled else "are their bytes again"
+        kept = "are kept (as_labelled)" if options.keep_released_metadata else "are their bytes again"
         notes.append(f"8-bit pictures that the released files have divided by 255 {kept}")
     return notes + ([f"listed again and dropped: {', '.join(dropped)}"] if dropped else [])
 
 
-def expect(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, int]:
+def estimate_size(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, int]:
     """What the set will be, before its files are read, and the bytes that are to be downloaded, roughly."""
-    options = build(GeoBenchOptions, dataset.options, "options")
+    options = parse(GeoBenchOptions, dataset.options, "options")
     declared = SETS[options.set]
-    chosen, pixels = _chosen(declared, options), declared.size**2
+    chosen, pixels = _chosen(declared, options), declared.image_size**2
     mask = pixels if declared.task == "segmentation" else 0
-    width = declared.file_width if options.as_labelled else declared.width
+    width = declared.file_bytes_per_value if options.as_labelled else declared.bytes_per_value
     share = re.fullmatch(r"(\d*\.?\d+)x_train", options.partition)
-    train = max(1, round(float(share[1]) * declared.counts[0])) if share else declared.counts[0]
-    folder = there(declared, Path(params.geobench_dir))
+    train = max(1, round(float(share[1]) * declared.split_sizes[0])) if share else declared.split_sizes[0]
+    folder = local_folder(declared, Path(params.geobench_dir))
     stream = _stream(folder, options) if folder else None
     own = stream and not share and options.partition != "default"  # a partition of one's own
     wanted = DatasetSize(
-        len(stream.sample) if own else train + sum(declared.counts[1:]), tuple(chosen.values()), declared.task,
+        len(stream.sample) if own else train + sum(declared.split_sizes[1:]), tuple(chosen.values()), declared.task,
         len(declared.classes), pixels * width * len(chosen) + mask,
         _pace(stream, options.skip_bad) if stream else None,
     )  # fmt: skip
-    return wanted, 0 if folder else sum(declared.counts) * pixels * declared.file_width * len(declared.keys)
+    return wanted, 0 if folder else sum(declared.split_sizes) * pixels * declared.file_bytes_per_value * len(declared.released_bands)
 
 
 def _pace(stream: LazyImageDataset, skip_bad: bool) -> float:
@@ -211,7 +210,7 @@ def _pace(stream: LazyImageDataset, skip_bad: bool) -> float:
     begun = time.perf_counter()
     for name in few:
         try:
-            stream.read(name)
+            stream.read_sample(name)
         except UserError:
             if not skip_bad:
                 raise

@@ -12,7 +12,7 @@ from pipeline.data.sources.geobench import unpickler
 from pipeline.errors import UserError
 
 
-def attributes_of(file: h5f.FileID) -> Mapping:
+def read_attributes(file: h5f.FileID) -> Mapping:
     """What a file says of itself, its pickle read without running it.
 
     Raises:
@@ -44,7 +44,7 @@ def _text(file: h5f.FileID) -> str | None:
     return text[()].decode(errors="surrogateescape")
 
 
-def whole(label) -> np.ndarray:
+def as_integer_label(label) -> np.ndarray:
     """A label's whole numbers, one or a list.
 
     Raises:
@@ -52,15 +52,15 @@ def whole(label) -> np.ndarray:
     """
     parts = label if isinstance(label, list | tuple) else [label]
     if any(isinstance(one, list | tuple | dict | str | bytes) for one in parts):
-        raise UserError(f"its label is {said(label)}; labels are whole numbers")
+        raise UserError(f"its label is {short_repr(label)}; labels are whole numbers")
     values = np.asarray(label)
     with np.errstate(invalid="ignore"):
         cast = values.astype(np.int64) if values.dtype.kind in "biuf" else None
     if cast is None or not np.array_equal(values, cast):
-        raise UserError(f"its label is {said(label)}; labels are whole numbers")
+        raise UserError(f"its label is {short_repr(label)}; labels are whole numbers")
     return cast
 
 
-def said(what) -> str:
+def short_repr(what) -> str:
     """What an error, or a file, says, in a line of no great length."""
     return reprlib.repr(what) if not isinstance(what, Exception) else " ".join(str(what).split())[:300]

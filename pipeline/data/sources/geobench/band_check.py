@@ -26,7 +26,7 @@ class BandMeanCheck:
 
     name: str
     published: Mapping[str, tuple[float, float] | None]
-    told: float
+    min_separation: float
 
     def __call__(self, mean: np.ndarray) -> None:
         known = [(key, value, *pair) for value, (key, pair) in zip(mean, self.published.items(), strict=True) if pair]
@@ -38,7 +38,7 @@ class BandMeanCheck:
                     f"order. {_TRUST}"
                 )
         for (key, value, wanted, std), (other, second, expected, spread) in itertools.combinations(known, 2):
-            apart = abs(wanted - expected) > self.told * math.sqrt(std * spread)
+            apart = abs(wanted - expected) > self.min_separation * math.sqrt(std * spread)
             if apart and 2 * _gap(value, second, expected, wanted) < _gap(value, second, wanted, expected):
                 raise UserError(
                     f"{self.name}: the means of '{key}' and '{other}' are {value:.6g} and {second:.6g}, and "

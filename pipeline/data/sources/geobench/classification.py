@@ -4,7 +4,15 @@ Classes and keys are those of its converters; published means and standard devia
 """
 
 from pipeline.bands import Band
-from pipeline.data.sources.geobench.spec import REFLECTANCE, S2, S2_KEYS, GeoBenchSet, published, rgb, s2
+from pipeline.data.sources.geobench.spec import (
+    REFLECTANCE_DISPLAY_RANGE,
+    S2,
+    S2_KEYS,
+    GeoBenchSet,
+    rgb_bands,
+    sentinel2_bands,
+    stats_by_key,
+)
 
 
 def _radar(key: str) -> Band:
@@ -15,7 +23,7 @@ def _radar(key: str) -> Band:
 _SO2SAT = dict(
     sorted(
         {
-            **s2("B01", "B09", "B10"),
+            **sentinel2_bands("B01", "B09", "B10"),
             **{
                 key: _radar(key)
                 for key in ("01 - VH.Real", "02 - VH.Imaginary", "03 - VV.Real", "04 - VV.Imaginary",
@@ -43,7 +51,7 @@ _PICTURE = tuple(
 SETS = (
     GeoBenchSet(
         name="m-bigearthnet",
-        folders=("m-bigearthnet",),
+        folder_names=("m-bigearthnet",),
         task="multilabel",
         classes=(
             "continuous urban fabric", "discontinuous urban fabric", "industrial or commercial units",
@@ -58,22 +66,22 @@ SETS = (
             "sparsely vegetated areas", "burnt areas", "inland marshes", "peatbogs", "salt marshes", "salines",
             "intertidal flats", "water courses", "water bodies", "coastal lagoons", "estuaries", "sea and ocean",
         ),
-        size=120,
-        counts=(20000, 1000, 1000),
-        keys=s2("B10"),
+        image_size=120,
+        split_sizes=(20000, 1000, 1000),
+        released_bands=sentinel2_bands("B10"),
         units="dn",
-        display=REFLECTANCE,
+        display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
         licence="CDLA-Permissive-1.0, BigEarthNet",
-        published=published(
-            s2("B10"), (386.65, 467.31), (488.99, 510.79), (714.61, 551.8), (738.26, 691.78), (1114.42, 700.45),
+        published_stats=stats_by_key(
+            sentinel2_bands("B10"), (386.65, 467.31), (488.99, 510.79), (714.61, 551.8), (738.26, 691.78), (1114.42, 700.45),
             (1910.19, 976.75), (2191.48, 1134.89), (2334.29, 1238.07), (2392.91, 1215.98), (2367.29, 1153.86),
             (1902.69, 1117.01), (1261.07, 894.74),
         ),
     ),
     GeoBenchSet(
         name="m-so2sat",
-        folders=("m-so2sat",),
+        folder_names=("m-so2sat",),
         task="classification",
         classes=(
             "compact high rise", "compact mid rise", "compact low rise", "open high rise", "open mid rise",
@@ -81,15 +89,15 @@ SETS = (
             "dense trees", "scattered trees", "bush, scrub", "low plants", "bare rock or paved",
             "bare soil or sand", "water",
         ),
-        size=32,
-        counts=(19992, 986, 986),
-        keys=_SO2SAT,
+        image_size=32,
+        split_sizes=(19992, 986, 986),
+        released_bands=_SO2SAT,
         units="reflectance",
-        display=REFLECTANCE,
+        display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
         licence="CC-BY-4.0, So2Sat LCZ42",
-        traps=("eight Sentinel-1 bands lie between the Sentinel-2 ones; they are not optical",),
-        published=published(
+        known_issues=("eight Sentinel-1 bands lie between the Sentinel-2 ones; they are not optical",),
+        published_stats=stats_by_key(
             _SO2SAT, (0, 0.2156), (0.1295, 0.0414), (0.0001, 0.2142), (0.1172, 0.052), (0, 0.5442),
             (0.1138, 0.0733), (-0.0001, 0.5328), (0.0615, 5.4568), (0.1272, 0.0693), (0.3435, 11.8128),
             (0.1707, 0.075), (0.0006, 3.7719), (0.1928, 0.0856), (0.1855, 0.0865), (0.0032, 2.4939),
@@ -98,83 +106,83 @@ SETS = (
     ),
     GeoBenchSet(
         name="m-brick-kiln",
-        folders=("m-brick-kiln",),
+        folder_names=("m-brick-kiln",),
         task="classification",
         classes=("not brick kiln", "brick kiln"),
-        size=64,
-        counts=(15063, 999, 999),
-        keys=s2(),
-        true=dict(zip(S2_KEYS, (*(S2[name] for name in _BRICK), *_PICTURE), strict=True)),
+        image_size=64,
+        split_sizes=(15063, 999, 999),
+        released_bands=sentinel2_bands(),
+        actual_bands=dict(zip(S2_KEYS, (*(S2[name] for name in _BRICK), *_PICTURE), strict=True)),
         units="dn",
-        display=REFLECTANCE,
+        display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
         licence="CC-BY-SA-4.0, SustainBench",
-        traps=("the last three bands are an 8-bit true-colour picture, in other units than the rest",),
-        published=published(
-            s2(), (572.205, 190.09), (669, 234.367), (879.878, 272.815), (807.583, 358.861), (1127.9, 361.903),
+        known_issues=("the last three bands are an 8-bit true-colour picture, in other units than the rest",),
+        published_stats=stats_by_key(
+            sentinel2_bands(), (572.205, 190.09), (669, 234.367), (879.878, 272.815), (807.583, 358.861), (1127.9, 361.903),
             (1960.74, 721.657), (2075.83, 813.801), (2039.48, 789.61), (1625.46, 788.954), (1135.59, 692.586),
             (82.471, 36.0834), (89.8659, 27.5559), (68.4528, 23.7711),
         ),
     ),
     GeoBenchSet(
         name="m-forestnet",
-        folders=("m-forestnet",),
+        folder_names=("m-forestnet",),
         task="classification",
         classes=(
             "oil palm plantation", "timber plantation", "other large-scale plantations", "grassland shrubland",
             "small-scale agriculture", "small-scale mixed plantation", "small-scale oil palm plantation",
             "mining", "fish pond", "logging", "secondary forest", "other",
         ),
-        size=332,
-        counts=(6464, 989, 993),
-        keys=_LANDSAT,
+        image_size=332,
+        split_sizes=(6464, 989, 993),
+        released_bands=_LANDSAT,
         units="uint8",
         gsd=15,
         licence="CC-BY-4.0, ForestNet",
-        place="lat_lon_date",
-        time="name",
-        placeholders=True,
-        traps=("Landsat 8 stretched to 8 bits, not reflectance", "composites of a year are dated 1 January"),
-        published=published(
+        location_format="lat_lon_date",
+        date_source="name",
+        has_placeholder_dates=True,
+        known_issues=("Landsat 8 stretched to 8 bits, not reflectance", "composites of a year are dated 1 January"),
+        published_stats=stats_by_key(
             _LANDSAT, (72.376, 16.2839), (83.1816, 15.3587), (77.0862, 16.6665), (123.543, 16.9485),
             (91.0484, 14.2801), (74.3097, 13.2854),
         ),
     ),
     GeoBenchSet(
         name="m-eurosat",
-        folders=("m-eurosat",),
+        folder_names=("m-eurosat",),
         task="classification",
         classes=(
             "annual crop", "forest", "herbaceous vegetation", "highway", "industrial", "pasture",
             "permanent crop", "residential", "river", "sea or lake",
         ),
-        size=64,
-        counts=(2000, 1000, 1000),
-        keys=s2(),
-        true=dict(zip(S2_KEYS, (S2[name] for name in _EUROSAT), strict=True)),
+        image_size=64,
+        split_sizes=(2000, 1000, 1000),
+        released_bands=sentinel2_bands(),
+        actual_bands=dict(zip(S2_KEYS, (S2[name] for name in _EUROSAT), strict=True)),
         units="dn",
-        display=REFLECTANCE,
+        display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
         licence="CC-BY-4.0, EuroSAT",
-        published=published(
-            s2(), (1359.95, 251.332), (1125.53, 339.685), (1055, 396.733), (957.344, 592.838),
+        published_stats=stats_by_key(
+            sentinel2_bands(), (1359.95, 251.332), (1125.53, 339.685), (1055, 396.733), (957.344, 592.838),
             (1219.67, 555.015), (2051.62, 852.505), (2433.6, 1081.57), (2360.1, 1115.12), (751.164, 404.572),
             (12.2881, 4.7966), (1848.9, 978.83), (1131.27, 745.284), (2665.44, 1223.88),
         ),
     ),
     GeoBenchSet(
         name="m-pv4ger",
-        folders=("m-pv4ger",),
+        folder_names=("m-pv4ger",),
         task="classification",
         classes=("no solar pv", "solar pv"),
-        size=320,
-        counts=(11814, 999, 999),
-        keys=rgb(0.1),
+        image_size=320,
+        split_sizes=(11814, 999, 999),
+        released_bands=rgb_bands(0.1),
         units="uint8",
         gsd=0.1,
         licence="MIT, 3D-PV-Locator",
-        place="lat,lon",
-        traps=("latitude and longitude are swapped in many names; the larger is the latitude in Germany",),
-        published=published(rgb(0.1), (116.316, 44.5176), (119.375, 48.1189), (113.102, 54.0881)),
+        location_format="lat,lon",
+        known_issues=("latitude and longitude are swapped in many names; the larger is the latitude in Germany",),
+        published_stats=stats_by_key(rgb_bands(0.1), (116.316, 44.5176), (119.375, 48.1189), (113.102, 54.0881)),
     ),
 )  # fmt: skip

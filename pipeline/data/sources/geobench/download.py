@@ -29,13 +29,13 @@ SHA256 = {
 }
 
 
-def locate(declared: GeoBenchSet, partition: str, root: Path) -> dict:
+def describe_files(declared: GeoBenchSet, partition: str, root: Path) -> dict:
     """What is to be remembered of a set: where it is, and a digest of its files' names and sizes and of its lists.
 
     Raises:
         UserError: it is not in `root`, and no hub is in reach.
     """
-    folder = there(declared, root) or download(declared, root)
+    folder = local_folder(declared, root) or download(declared, root)
     listing, count, total = hashlib.sha256(), 0, 0
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda one: one.name):
@@ -56,13 +56,13 @@ def locate(declared: GeoBenchSet, partition: str, root: Path) -> dict:
     }
 
 
-def there(declared: GeoBenchSet, root: Path) -> Path | None:
+def local_folder(declared: GeoBenchSet, root: Path) -> Path | None:
     """The set's folder in `root`, as GEO-Bench lays it out or without the folder between."""
-    places = [place / name for place in (root / declared.kind, root) for name in declared.folders]
+    places = [place / name for place in (root / declared.archive_folder, root) for name in declared.folder_names]
     return next((place for place in places if any(place.glob("*_partition.json"))), None)
 
 
-def find(folder: Path, names: Sequence[str]) -> list[Path]:
+def existing_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The samples' files that are there; the first few, since one that can be read is enough.
 
     Raises:
@@ -83,7 +83,7 @@ def download(declared: GeoBenchSet, root: Path) -> Path:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, hf_hub_download
 
-    names = [f"{declared.kind}/{name}.zip" for name in declared.folders]
+    names = [f"{declared.archive_folder}/{name}.zip" for name in declared.folder_names]
     try:
         offered = HfApi().get_paths_info(REPO, names, repo_type="dataset", revision=REVISION)
         if not offered:
@@ -95,7 +95,7 @@ def download(declared: GeoBenchSet, root: Path) -> Path:
         raise
     except Exception as error:  # the hub's client raises its own, requests' and the system's
         reason = (str(error).splitlines() or ["no message"])[0][:150]
-        place = root / declared.kind / declared.folders[0]
+        place = root / declared.archive_folder / declared.folder_names[0]
         raise UserError(
             f"{declared.name} is not in {root}, and could not be downloaded from {REPO} ({type(error).__name__}: "
             f"{reason}). Put its folder at {place}, or name yours as geobench_dir in params.yaml, and run again; "
@@ -104,7 +104,7 @@ def download(declared: GeoBenchSet, root: Path) -> Path:
     wanted = SHA256.get(declared.name) or (archive.lfs.sha256 if archive.lfs else None)
     if wanted and (found := digest(path)) != wanted:
         raise UserError(f"{path} has SHA-256 {found}, but {wanted} is known for it. Delete it and run again.")
-    return _unpack(path, root / declared.kind / declared.folders[0])
+    return _unpack(path, root / declared.archive_folder / declared.folder_names[0])
 
 
 def _room(root: Path, size: int) -> None:

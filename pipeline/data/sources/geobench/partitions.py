@@ -15,7 +15,7 @@ SPLITS = {"train": "train", "valid": "val", "test": "test"}
 _LONGEST = 200
 
 
-def partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[str]]:
+def read_partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[str]]:
     """Names and splits of a partition file's samples, and mentions that were dropped.
 
     Raises:
@@ -71,7 +71,7 @@ def _finite(value) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
-def labels(folder: Path, declared: GeoBenchSet) -> dict | None:
+def read_labels(folder: Path, declared: GeoBenchSet) -> dict | None:
     """Labels by sample from label_map.json (samples by class) or label_stats.json (zeros and ones by sample)."""
     if declared.task == "segmentation":
         return None
@@ -102,11 +102,11 @@ def labels(folder: Path, declared: GeoBenchSet) -> dict | None:
     return found
 
 
-def published(
+def read_published_stats(
     folder: Path, declared: GeoBenchSet, keys: Sequence[str], scale: float
 ) -> dict[str, tuple[float, float] | None]:
     """Published mean and standard deviation of each key, else those that come with the files, times `scale`."""
-    known = dict(declared.published)
+    known = dict(declared.published_stats)
     if not known and (folder / "band_stats.json").exists():
         path = folder / "band_stats.json"
         stats = _json(path)

@@ -13,7 +13,7 @@ import numpy as np
 from h5py import h5d, h5f, h5l, h5p, h5s, h5t
 
 from pipeline.data.image_store import IGNORE, Sample
-from pipeline.data.sources.geobench.attributes import attributes_of, said, whole
+from pipeline.data.sources.geobench.attributes import as_integer_label, read_attributes, short_repr
 from pipeline.data.sources.geobench.spec import GeoBenchSet
 from pipeline.errors import UserError
 
@@ -58,27 +58,27 @@ class GeoBenchReader:
     """
 
     folder: Path
-    declared: GeoBenchSet
+    spec: GeoBenchSet
     keys: tuple[str, ...]
-    stored: tuple[np.dtype, ...]
+    file_dtypes: tuple[np.dtype, ...]
     dtype: np.dtype
     labels: Mapping[str, int | tuple[int, ...]] | None
-    as_labelled: bool = False
+    keep_released_metadata: bool = False
     ignore_nodata: bool = False
-    as_bytes: bool = False
+    restore_bytes: bool = False
 
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         """The sample of a name; its image is read into `out`, if that is given."""
         path = f"{self.folder}/{name}.hdf5"
         try:
-            with opened(path) as file:
+            with open_hdf5(path) as file:
                 return self._sample(file, name, out)
         except FileNotFoundError:
             raise UserError(f"There is no {path}, though the partition lists it.") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except Exception as error:  # a damaged file may fail in any way
-            raise UserError(f"{path} cannot be read: {said(error)}") from None
+            raise UserError(f"{path} cannot be read: {short_repr(error)}") from None
 
     def ahead(self, names: Sequence[str]) -> None:
         """Have the system read files that will be wanted next, beside what is done until then."""
@@ -92,18 +92,18 @@ class GeoBenchReader:
                     os.close(descriptor)
 
     def _sample(self, file: h5f.FileID, name: str, out: np.ndarray | None) -> Sample:
-        size, declared = self.declared.size, self.declared
-        attributes = attributes_of(file)
-        there = keys_of(file, declared)
+        size, declared = self.spec.image_size, self.spec
+        attributes = read_attributes(file)
+        there = keys_without_dates(file, declared)
         image = np.empty((len(self.keys), size, size), self.dtype) if out is None else out
-        for place, (key, kind) in enumerate(zip(self.keys, self.stored, strict=True)):
+        for place, (key, kind) in enumerate(zip(self.keys, self.file_dtypes, strict=True)):
             array = h5d.open(file, there[key])
-            values = _memory((size, size), np.dtype(np.float32)) if self.as_bytes else image[place]
+            values = _memory((size, size), np.dtype(np.float32)) if self.restore_bytes else image[place]
             if array.shape == (size, size) and array.get_type() == _type(kind):
                 _read(file, array, values, same=kind == values.dtype)
             else:
                 values[:] = _fitted(h5py.Dataset(array), key, size, values.dtype, declared)
-            if self.as_bytes and (strange := _into_bytes(values, image[place])) is not None:
+            if self.restore_bytes and (strange := _into_bytes(values, image[place])) is not None:
                 raise UserError(
                     f"its {key} has {strange:.6g}, which is no byte divided by 255, as {declared.name} has them. "
                     "skip_bad: true leaves such files out; as_labelled: true keeps all values, if they are 0 to 1"
@@ -112,14 +112,14 @@ class GeoBenchReader:
             label = self._mask(file, h5d.open(file, there["label"]))
         else:
             label = self._label(attributes, name)
-        lat, lon = place_of(name, declared, self.as_labelled)
+        lat, lon = location_from_name(name, declared, self.keep_released_metadata)
         return Sample(image, label, lat, lon, self._time(name, there))
 
     def _mask(self, file: h5f.FileID, array: h5d.DatasetID) -> np.ndarray:
-        size, count = self.declared.size, len(self.declared.classes)
+        size, count = self.spec.image_size, len(self.spec.classes)
         if array.shape not in ((size, size), (size, size, 1)) or array.dtype.kind not in "biuf":
             raise UserError(
-                f"its label has {array.dtype} values of the shape {array.shape}; {self.declared.name} has {size} x "
+                f"its label has {array.dtype} values of the shape {array.shape}; {self.spec.name} has {size} x "
                 f"{size} px, of numbers"
             )
         mask = _memory(array.shape, array.dtype)
@@ -129,38 +129,38 @@ class GeoBenchReader:
         unsigned = mask.view(mask.dtype.str.replace("i", "u"))
         if not 0 <= unsigned.max() < count or (mask.dtype.kind == "f" and (mask.min() < 0 or (mask % 1).any())):
             strange = sorted({value for value in np.unique(mask).tolist() if value not in range(count)})
-            raise UserError(f"its label has {strange[:5]}; {self.declared.name} has the classes 0 to {count - 1}")
+            raise UserError(f"its label has {strange[:5]}; {self.spec.name} has the classes 0 to {count - 1}")
         mask = mask.astype(np.uint8)
         if self.ignore_nodata:
-            mask[mask == self.declared.nodata] = IGNORE
+            mask[mask == self.spec.nodata_class] = IGNORE
         return mask
 
     def _label(self, attributes: Mapping, name: str) -> np.ndarray:
         """The label in the folder's JSON, which the file's own must not contradict, or the file's own."""
-        own, count = attributes.get("label"), len(self.declared.classes)
+        own, count = attributes.get("label"), len(self.spec.classes)
         listed = self.labels.get(name) if self.labels is not None else None
         if own is None and listed is None:
             raise UserError("it has no label: neither the folder's JSON files nor its attribute 'pickle' give one")
-        own, listed = (None if one is None else whole(one) for one in (own, listed))
+        own, listed = (None if one is None else as_integer_label(one) for one in (own, listed))
         if own is not None and listed is not None and not np.array_equal(own, listed):
             raise UserError(f"its label is {own.tolist()} in the file and {listed.tolist()} in the folder's JSON")
         label = listed if own is None else own
-        if self.declared.task == "multilabel":
+        if self.spec.task == "multilabel":
             if label.shape != (count,) or not ((label == 0) | (label == 1)).all():
                 raise UserError(f"its label is no list of {count} zeros and ones")
             return label.astype(np.uint8)
         if label.shape != () or not 0 <= label < count:
-            raise UserError(f"its label is {label.tolist()}; {self.declared.name} has the classes 0 to {count - 1}")
+            raise UserError(f"its label is {label.tolist()}; {self.spec.name} has the classes 0 to {count - 1}")
         return label
 
     def _time(self, name: str, there: Mapping[str, bytes]) -> np.datetime64:
         date = ""
-        if self.declared.time == "name":
+        if self.spec.date_source == "name":
             date = name[-10:].replace("_", "-")
-        elif self.declared.time == "key":
+        elif self.spec.date_source == "key":
             dates = {dated[2] for key in self.keys if (dated := _DATED.fullmatch(there[key].decode()))}
             date = dates.pop() if len(dates) == 1 else ""  # of several no one is the image's
-        placeholder = self.declared.placeholders and date.endswith("-01-01") and not self.as_labelled
+        placeholder = self.spec.has_placeholder_dates and date.endswith("-01-01") and not self.keep_released_metadata
         try:
             return np.datetime64("NaT" if placeholder or not date else date, "s")
         except ValueError:
@@ -217,7 +217,7 @@ def _in_memory(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: str | Path):
+def open_hdf5(path: str | Path):
     """A file, open for reading, as h5py's low-level calls take it."""
     file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _ACCESS)
     try:
@@ -226,7 +226,7 @@ def opened(path: str | Path):
         file.close()
 
 
-def keys_of(file: h5f.FileID, declared: GeoBenchSet) -> dict[str, bytes]:
+def keys_without_dates(file: h5f.FileID, declared: GeoBenchSet) -> dict[str, bytes]:
     """The file's keys by their names without dates.
 
     Raises:
@@ -237,36 +237,36 @@ def keys_of(file: h5f.FileID, declared: GeoBenchSet) -> dict[str, bytes]:
     for key, kind in links:
         if kind != h5l.TYPE_HARD:
             raise UserError(
-                f"its {said(key)} is a link; GEO-Bench's files have none, and it may lead to another file"
+                f"its {short_repr(key)} is a link; GEO-Bench's files have none, and it may lead to another file"
             )
         dated = _DATED.fullmatch(key.decode())
         base = dated[1] if dated else key.decode()
         if base in there:
             raise UserError(f"it has {base} for several dates; {declared.name} has one")
         there[base] = key
-    wanted = {*declared.keys} | ({"label"} if declared.task == "segmentation" else set())
+    wanted = {*declared.released_bands} | ({"label"} if declared.task == "segmentation" else set())
     if gone := wanted - there.keys():
         has = ", ".join(sorted(there)[:30]) or "nothing"
         raise UserError(f"it lacks {', '.join(sorted(gone))}; it has {has}")
-    if strange := there.keys() - wanted - declared.skipped.keys() - {"label"}:
+    if strange := there.keys() - wanted - declared.unread_keys.keys() - {"label"}:
         raise UserError(f"it has {', '.join(sorted(strange)[:30])}, which {declared.name} does not have")
     return there
 
 
-def place_of(name: str, declared: GeoBenchSet, as_labelled: bool) -> tuple[float, float]:
+def location_from_name(name: str, declared: GeoBenchSet, as_labelled: bool) -> tuple[float, float]:
     """Latitude and longitude in a sample's name, in degrees; not a number where it says none."""
-    found = _PLACES[declared.place].match(name) if declared.place else None
+    found = _PLACES[declared.location_format].match(name) if declared.location_format else None
     if not found:
         return np.nan, np.nan
     first, second = float(found[1]), float(found[2])
-    if declared.place == "lon,lat" or (declared.place == "lat,lon" and first < second and not as_labelled):
+    if declared.location_format == "lon,lat" or (declared.location_format == "lat,lon" and first < second and not as_labelled):
         first, second = second, first
     return first, second
 
 
 def _fitted(array: h5py.Dataset, key: str, size: int, dtype: np.dtype, declared: GeoBenchSet) -> np.ndarray:
     """A band of another dtype than the first file's, or, where the set has such, of a coarser grid."""
-    coarse = declared.keys[key].gsd > declared.gsd
+    coarse = declared.released_bands[key].gsd > declared.gsd
     sides = [side for side in range(1, size + 1) if size % side == 0] if coarse else [size]
     if array.shape not in [(side, side, *more) for side in sides for more in ((), (1,))]:
         raise UserError(f"its {key} has the shape {array.shape}; {declared.name} has {size} x {size} px")

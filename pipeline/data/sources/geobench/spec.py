@@ -22,7 +22,7 @@ S2_KEYS = {
     "12 - SWIR": "B12",
 }
 # Reflectance shown as black and as white.
-REFLECTANCE = (0.0, 0.3)
+REFLECTANCE_DISPLAY_RANGE = (0.0, 0.3)
 
 
 @dataclass(frozen=True)
@@ -49,50 +49,50 @@ class GeoBenchSet:
     """
 
     name: str
-    folders: tuple[str, ...]
+    folder_names: tuple[str, ...]
     task: str
     classes: tuple[str, ...]
-    size: int
-    counts: tuple[int, int, int]
-    keys: Mapping[str, Band]
+    image_size: int
+    split_sizes: tuple[int, int, int]
+    released_bands: Mapping[str, Band]
     units: str
     gsd: float
     licence: str
     display: tuple[float, float] | None = None
     divided_by_255: bool = False
-    true: Mapping[str, Band] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    nodata: int | None = None
-    place: str = ""
-    time: str = ""
-    placeholders: bool = False
-    traps: tuple[str, ...] = ()
-    published: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    actual_bands: Mapping[str, Band] = field(default_factory=dict)
+    unread_keys: Mapping[str, str] = field(default_factory=dict)
+    nodata_class: int | None = None
+    location_format: str = ""
+    date_source: str = ""
+    has_placeholder_dates: bool = False
+    known_issues: tuple[str, ...] = ()
+    published_stats: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
-    def width(self) -> int:
+    def bytes_per_value(self) -> int:
         """Bytes of a value in the images store: 1 of pictures, else at most 4."""
         return 1 if self.units == "uint8" else 4
 
     @property
-    def file_width(self) -> int:
+    def file_bytes_per_value(self) -> int:
         """Bytes of a value in the files, roughly."""
-        return 4 if self.divided_by_255 else self.width
+        return 4 if self.divided_by_255 else self.bytes_per_value
 
     @property
-    def kind(self) -> str:
+    def archive_folder(self) -> str:
         """The folder, and zip, that it lies in."""
         return "segmentation_v1.0" if self.task == "segmentation" else "classification_v1.0"
 
 
-def s2(*skipped: str) -> dict[str, Band]:
+def sentinel2_bands(*skipped: str) -> dict[str, Band]:
     return {key: S2[name] for key, name in S2_KEYS.items() if name not in skipped}
 
 
-def rgb(gsd: float) -> dict[str, Band]:
+def rgb_bands(gsd: float) -> dict[str, Band]:
     centres = {"Blue": 0.49, "Green": 0.56, "Red": 0.665}
     return {name: Band(name, name.lower(), centre, gsd) for name, centre in centres.items()}
 
 
-def published(keys: Mapping[str, Band], *pairs: tuple[float, float]) -> dict[str, tuple[float, float]]:
+def stats_by_key(keys: Mapping[str, Band], *pairs: tuple[float, float]) -> dict[str, tuple[float, float]]:
     return dict(zip(keys, pairs, strict=True))

@@ -21,7 +21,7 @@ def stream(tmp_path):
 
     def make(root, name: str, **options) -> image_store.LazyImageDataset:
         declared = geobench.SETS[name]
-        record = geobench.locate(declared, "default", root)
+        record = geobench.describe_files(declared, "default", root)
         (tmp_path / "source.json").write_text(json.dumps(record))
         validate(name, block(name, **options))
         return geobench.prepare(tmp_path, block(name, **options))
@@ -34,7 +34,7 @@ def copied(geobench_root, tmp_path):
     """From a set's name to a root with a copy of it alone, and its folder."""
 
     def copy(name: str):
-        folder = download.there(geobench.SETS[name], geobench_root)
+        folder = download.local_folder(geobench.SETS[name], geobench_root)
         root = tmp_path / "copied"
         shutil.copytree(folder, root / folder.relative_to(geobench_root))
         return root, root / folder.relative_to(geobench_root)

@@ -73,7 +73,7 @@ def test_published_means_tell_the_true_order(geobench_root):
 def test_two_bands_that_changed_places_are_noticed(name, one, other):
     """Also those whose means are within the tolerance of each other's; and no shift of all, as of other light, is."""
     published = geobench.SETS[name].published_stats
-    means = BandMeanCheck(name, published, told=0.03)
+    means = BandMeanCheck(name, published, min_separation=0.03)
     right = {key: mean for key, (mean, _) in published.items()}
     for shift in (-0.15, 0, 0.15):
         moved = {key: mean + shift * published[key][1] for key, mean in right.items()}

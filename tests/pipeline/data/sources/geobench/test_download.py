@@ -89,7 +89,7 @@ def archive(geobench_root, tmp_path):
     """A set's folder, zipped as it is on the hub."""
 
     def pack(name: str) -> bytes:
-        folder = download.there(geobench.SETS[name], geobench_root)
+        folder = download.local_folder(geobench.SETS[name], geobench_root)
         with zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
             for path in sorted(folder.iterdir()):
                 packed.write(path, f"{folder.name}/{path.name}")
@@ -106,22 +106,22 @@ def test_a_set_is_fetched_once_checked_and_unpacked(hub, archive, geobench_root,
     hub.files["segmentation_v1.0/m-chesapeake.zip"] = archive("m-chesapeake-landcover")
     root = tmp_path / "sets"
     declared = geobench.SETS["m-chesapeake-landcover"]
-    record = download.locate(declared, "default", root)
+    record = download.describe_files(declared, "default", root)
     assert record["files"] == 14
     assert hub.asked == ["segmentation_v1.0/m-chesapeake.zip from 0"]
-    ours, theirs = Path(record["folder"]), download.there(declared, geobench_root)
+    ours, theirs = Path(record["folder"]), download.local_folder(declared, geobench_root)
     assert {path.name for path in ours.iterdir()} == {p.name for p in theirs.iterdir() if p.suffix != ".pkl"}
     for path in ours.iterdir():
         assert path.read_bytes() == (theirs / path.name).read_bytes()
     assert not list(root.rglob("*.zip")), "unpacked, an archive is not kept twice"
-    assert download.locate(declared, "default", root) == record
+    assert download.describe_files(declared, "default", root) == record
     assert len(hub.asked) == 1
 
 
 def test_a_download_that_broke_off_goes_on(hub, archive, tmp_path):
     hub.files["segmentation_v1.0/m-nz-cattle.zip"] = archive("m-nz-cattle")
     hub.breaks_after = 12_000_000
-    record = download.locate(geobench.SETS["m-nz-cattle"], "default", tmp_path / "sets")
+    record = download.describe_files(geobench.SETS["m-nz-cattle"], "default", tmp_path / "sets")
     assert record["files"] == 14
     begins = [int(one.rpartition(" ")[2]) for one in hub.asked]
     assert begins[0] == 0
@@ -131,7 +131,7 @@ def test_a_download_that_broke_off_goes_on(hub, archive, tmp_path):
 def test_other_bytes_than_the_pinned_are_refused(hub, archive, tmp_path):
     hub.files["classification_v1.0/m-so2sat.zip"] = archive("m-so2sat")
     with pytest.raises(UserError, match="m-so2sat.zip has SHA-256 .*, but ec4d7cefeea4a326"):
-        download.locate(geobench.SETS["m-so2sat"], "default", tmp_path / "sets")
+        download.describe_files(geobench.SETS["m-so2sat"], "default", tmp_path / "sets")
     assert not (tmp_path / "sets/classification_v1.0/m-so2sat").exists()
 
 
@@ -153,7 +153,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(hub, arc
     hub.files["segmentation_v1.0/m-nz-cattle.zip"] = archive("m-nz-cattle")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="needs about .* GB while it is unpacked; 0.0 GB are free"):
-        download.locate(geobench.SETS["m-nz-cattle"], "default", tmp_path / "sets")
+        download.describe_files(geobench.SETS["m-nz-cattle"], "default", tmp_path / "sets")
     assert hub.asked == []
 
 
@@ -214,12 +214,12 @@ def test_a_plan_counts_what_is_there_and_leaves_out_what_may_be(geobench_root, p
     here, nowhere = (dataclasses.replace(params, geobench_dir=str(root)) for root in (tmp_path, tmp_path / "none"))
     options = {"set": "m-so2sat", "partition": "mine"}
     with pytest.raises(UserError, match="id_0000.hdf5 cannot be read"):
-        geobench.expect(DatasetConfig("geobench", options=options), here)
-    wanted, there = geobench.expect(DatasetConfig("geobench", options=options | {"skip_bad": True}), here)
+        geobench.estimate_size(DatasetConfig("geobench", options=options), here)
+    wanted, there = geobench.estimate_size(DatasetConfig("geobench", options=options | {"skip_bad": True}), here)
     assert (wanted.samples, there) == (10, 0)
-    assert wanted.pace > 0
+    assert wanted.images_per_second > 0
     for partition, train in (("mine", 19992), ("0.01x_train", 200)):
-        wanted, there = geobench.expect(
+        wanted, there = geobench.estimate_size(
             DatasetConfig("geobench", options=options | {"partition": partition}), nowhere
         )
         assert wanted.samples == train + sum(geobench.SETS["m-so2sat"].split_sizes[1:])

@@ -24,7 +24,7 @@ def test_every_set_is_read_as_it_is(geobench_root, stream, name):
     assert (declared.image_size, len(declared.classes)) == (geobench_files.SIZE[name], geobench_files.CLASSES[name])
     assert made.task == ("segmentation" if name in geobench_files.SEGMENTATION else made.task)
     assert [made.split.count(one) for one in ("train", "val", "test")] == [6, 4, 4]
-    folder = download.there(declared, geobench_root)
+    folder = download.local_folder(declared, geobench_root)
     for sample in (made.sample[0], made.sample[-1]):
         found = made.read(sample)
         with h5py.File(folder / f"{sample}.hdf5") as file:
@@ -209,7 +209,7 @@ def test_a_mask_of_whole_numbers_of_another_make(copied, stream):
 def test_a_file_that_is_cut_while_it_is_read_is_an_error(copied, stream, monkeypatch):
     root, folder = copied("m-so2sat")
     made = stream(root, "m-so2sat")
-    found = reader.keys_of
+    found = reader.keys_without_dates
 
     def then_cut(file, declared):
         there = found(file, declared)

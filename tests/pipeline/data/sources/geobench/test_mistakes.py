@@ -182,7 +182,7 @@ def test_statistics_that_are_none(copied, stream):
     for text, words in (("{", "no JSON file"), ("[1]", "not laid out as"), ('{"01": 3}', "not laid out as")):
         path.write_text(text)
         with pytest.raises(UserError, match=f"band_stats.json is {words}"):
-            partitions.published(folder, geobench.SETS["m-cashew-plantation"], ("01",), 1)
+            partitions.read_published_stats(folder, geobench.SETS["m-cashew-plantation"], ("01",), 1)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def both(geobench_root, tmp_path):
 
     def make(name: str, **options):
         declared = geobench.SETS[name]
-        folder = download.there(declared, geobench_root)
+        folder = download.local_folder(declared, geobench_root)
         if name == "m-eurosat":  # terratorch cannot do without the list that some releases lack
             shutil.copytree(folder, tmp_path / folder.name)
             folder = tmp_path / folder.name
