@@ -85,15 +85,15 @@ class Case:
         self.images, self.described = repeated(dataset, count), described
         self.declared = get_spec(chosen)
         given = preprocessing.make_preprocessor(self.images, backbone, chosen, self.declared)
-        network = create_backbone(chosen, self.declared, given.seen, trained)
+        network = create_backbone(chosen, self.declared, given.input_bands, trained)
         self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
-        self.batch = batch or batch_size.largest(self.images, self.encoder, described.extract.shard)
+        self.batch = batch or batch_size.find_batch_size(self.images, self.encoder, described.extract.shard)
         # A batch does not reach from one shard into the next, and both sides are to have the same.
         shard = max(described.extract.shard, self.batch)
         self.extract = dataclasses.replace(
-            described.extract, batch=self.batch, shard=shard, dense=True, precision=precision
+            described.extract, batch=self.batch, shard=shard, keep_levels=True, precision=precision
         )
-        self.look = estimate.look(self.images, self.encoder, 4)
+        self.look = estimate.dry_run(self.images, self.encoder, 4)
 
     def layout(self, images: xr.Dataset):
         return engine.make_layout(images, self.declared, self.look.pyramid, 224, self.extract)
@@ -117,9 +117,9 @@ class Case:
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
         layout = self.layout(self.images.isel(sample=slice(0, FEW)))
-        block = np.random.default_rng(0).bytes(estimate.nbytes(layout) // FEW * layout.shard)
+        block = np.random.default_rng(0).bytes(estimate.nbytes(layout) // FEW * layout.shard_size)
         begun = time.perf_counter()
-        for number in range(FEW // layout.shard):
+        for number in range(FEW // layout.shard_size):
             with open(SCRATCH / f"{number}", "wb") as file:
                 file.write(block)
                 file.flush()
@@ -141,7 +141,7 @@ class Case:
         """
         image = self.images.image[: self.batch].values
         batch = self.encoder.prepare(image)
-        known = self.encoder.inputs.where_and_when(self.images, slice(0, self.batch))
+        known = self.encoder.preprocessor.metadata(self.images, slice(0, self.batch))
         known = {name: torch.from_numpy(each).to(self.encoder.device) for name, each in known.items()}
         times = max(1, (count or len(self.images.sample)) // self.batch)
         self._wait()
@@ -161,7 +161,7 @@ class Case:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
-            self.encoder(self.images.image[:1].values, self.encoder.inputs.where_and_when(self.images, slice(0, 1)))
+            self.encoder(self.images.image[:1].values, self.encoder.preprocessor.metadata(self.images, slice(0, 1)))
         return counter.get_total_flops()
 
     def _wait(self) -> None:

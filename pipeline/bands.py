@@ -1,7 +1,7 @@
-"""Bands: names, wavelengths and units, and the one rule for whether a backbone can see a dataset.
+"""Bands of a sensor, and units of pixel values.
 
-Wavelengths are Sentinel-2A's band centres from ESA's spectral response functions; the common names are
-those of the STAC electro-optical extension.
+Wavelengths are the band centres of Sentinel-2A, from ESA's spectral response functions. Common names follow the
+electro-optical extension of STAC.
 """
 
 import math
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.backbones.base import BackboneSpec, InputBands
 from pipeline.errors import UserError
 
-# Bands of the same name on two sensors differ by less than this, in micrometres; neighbours of one by more.
-_NEAR = 0.02
-# How many of a unit make 1.0: reflectance of 1, or full scale of an 8-bit camera, or of one scaled to [0, 1].
+# Two bands are the same if their centres differ by at most this. It is more than the difference between sensors for
+# the same band, and less than the difference between neighbouring bands of one sensor.
+WAVELENGTH_TOLERANCE_UM = 0.02
+# Value of each unit that equals 1.0: reflectance 1, or full scale of an 8-bit image, or of an image in [0, 1].
 FULL_SCALE = {"dn": 10000.0, "reflectance": 1.0, "uint8": 255.0, "display": 1.0}
-# Units that are a picture already: nothing is known of its reflectance, and nothing needs to be stretched.
-PICTURES = ("uint8", "display")
+# Units of RGB images: the reflectance is unknown, and no contrast stretch is needed.
+DISPLAY_UNITS = ("uint8", "display")
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Band:
 
     Attributes:
         name: the sensor's own name, such as `B8A`.
-        common_name: the field's name, such as `nir08`; what backbones ask for.
-        wavelength: centre in micrometres; not a number for what is no optical band: radar, elevation, a cloud mask,
-            a rendered picture.
-        gsd: ground sampling distance at which it was taken, in metres; not a number where it is not known.
+        common_name: the name in STAC, such as `nir08`; backbones name their input bands by it.
+        wavelength: centre in micrometres; NaN if the band is not optical (radar, elevation, a cloud mask, a rendered
+            image).
+        gsd: ground sampling distance of the sensor in metres; NaN if unknown.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Band:
     gsd: float = math.nan
 
     @property
-    def optical(self) -> bool:
+    def is_optical(self) -> bool:
         return not math.isnan(self.wavelength)
 
 
@@ -60,88 +60,37 @@ SENTINEL2 = (
 )
 
 
-class MissingBandsError(UserError):
-    """A backbone cannot see these images; the message says why."""
-
-
-def band_index(wanted: str | float, bands: Sequence[Band]) -> int | None:
-    """The place of a band, by its common name, the sensor's name or its wavelength (the nearest within 0.02 µm)."""
-    for place, band in enumerate(bands):
-        if wanted in (band.common_name, band.name):
-            return place
-    try:
-        distances = [abs(band.wavelength - float(wanted)) if band.optical else math.inf for band in bands]
-    except (ValueError, TypeError):
-        return None
-    return int(np.argmin(distances)) if min(distances) <= _NEAR else None
-
-
-def match_bands(
-    name: str, spec: BackboneSpec, bands: Sequence[Band], input_size: int, requested: Sequence[str | float] = ()
-) -> InputBands:
-    """Which of the images' bands go into which of a backbone's inputs.
-
-    The rule: every band that it needs is there; a band that it can do without is left away; all optical bands
-    go into one that takes any.
+def band_index(query: str | float, bands: Sequence[Band]) -> int | None:
+    """Find a band by its common name, its sensor's name or its wavelength.
 
     Args:
-        name: the backbone's, for the message.
-        bands: the images'.
-        wanted: bands to use in place of the backbone's own, by name or wavelength; those that it does not know by
-            name, in the order of its inputs.
+        query: a name, or a wavelength in micrometres, which finds the nearest band within
+            `WAVELENGTH_TOLERANCE_UM`.
 
-    Raises:
-        Unseen: a band that is needed, or wanted, is not there.
-        UserError: bands wanted that do not fit its inputs.
+    Returns:
+        The band's index; None if there is no such band.
     """
-    if requested:
-        places = [band_index(one, bands) for one in requested]
-        needs = requested
-        slots = requested if None in places else _slots(name, spec, [bands[place] for place in places], requested)
-    else:
-        slots = spec.bands or [band.common_name for band in bands if band.optical]
-        needs = slots if spec.needs is None else spec.needs
-        places = [band_index(slot, bands) for slot in slots]
-        for at, slot in enumerate(slots):
-            if places[at] is None and slot in spec.instead:
-                places[at] = band_index(spec.instead[slot], bands)
-    if gone := [str(slot) for slot, place in zip(slots, places, strict=True) if place is None and slot in needs]:
-        there = ", ".join(band.common_name for band in bands)
-        raise MissingBandsError(f"{name} needs the bands {', '.join(gone)}; these images have {there}.")
-    used = [(slot, place) for slot, place in zip(slots, places, strict=True) if place is not None]
-    if spec.bands:
-        used.sort(key=lambda one: spec.bands.index(one[0]))
-    return InputBands(
-        slots=tuple(slot for slot, _ in used),
-        positions=tuple(place for _, place in used),
-        wavelengths=tuple(float(bands[place].wavelength) if bands[place].optical else None for _, place in used),
-        input_size=input_size,
-    )
-
-
-def _slots(name: str, spec: BackboneSpec, chosen: Sequence[Band], wanted: Sequence) -> Sequence[str]:
-    """The network's inputs for bands chosen by hand: by name if it knows all of them, else in order."""
-    if spec.bands is None:
-        return [band.common_name for band in chosen]
-    takes = {**{slot: slot for slot in spec.bands}, **{other: slot for slot, other in spec.instead.items()}}
-    named = [takes.get(band.common_name) for band in chosen]
-    whole = len(chosen) == len(spec.bands)
-    if None not in named and len(set(named)) == len(named) and (whole or spec.needs is not None):
-        return named
-    if whole:
-        return spec.bands
-    raise UserError(
-        f"{name} takes the bands {', '.join(spec.bands)}{'' if spec.needs is None else ' or some of them'}; its "
-        f"bands in params.yaml are {', '.join(map(str, wanted))}."
-    )
+    for index, band in enumerate(bands):
+        if query in (band.common_name, band.name):
+            return index
+    try:
+        distances = [abs(band.wavelength - float(query)) if band.is_optical else math.inf for band in bands]
+    except (ValueError, TypeError):
+        return None
+    return int(np.argmin(distances)) if min(distances) <= WAVELENGTH_TOLERANCE_UM else None
 
 
 def full_scale(units: str) -> float:
-    """How many of a declared unit make 1.0.
+    """Return the value that equals 1.0 in a unit. Units are declared, never guessed from the values.
 
     Raises:
-        UserError: units that are not declared here; they are never guessed from magnitudes.
+        UserError: unknown units.
     """
     if units not in FULL_SCALE:
-        raise UserError(f"Units '{units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
+        raise UserError(
+            f"Unknown units '{units}'. Known units: {', '.join(FULL_SCALE)}. Correct the dataset's units.",
+            key="units",
+            value=units,
+            allowed=FULL_SCALE,
+        )
     return FULL_SCALE[units]

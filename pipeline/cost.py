@@ -25,7 +25,7 @@ from pipeline.distillation.student_files import Student
 from pipeline.heads.checkpoint import TrainedHead
 
 # Chips of one timed batch, and timed batches of each model.
-BATCH, ROUNDS = 16, 5
+BATCH_CHIPS, ROUNDS = 16, 5
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BenchmarkedModel:
     """A model: `answer` takes chips (batch, band, y, x) to logits; `modules` are all its networks."""
 
     modules: Sequence[torch.nn.Module]
-    answer: Callable[[np.ndarray], torch.Tensor]
+    predict: Callable[[np.ndarray], torch.Tensor]
 
 
 def student(one: Student, device: str) -> BenchmarkedModel:
@@ -42,7 +42,7 @@ def student(one: Student, device: str) -> BenchmarkedModel:
     return BenchmarkedModel([one], lambda chips: one(torch.from_numpy(chips.astype(np.float32)).to(device)))
 
 
-def frozen(
+def frozen_ensemble(
     head: TrainedHead, backbones: Mapping[str, BackboneConfig], weights: Path, store: xr.Dataset, device: str
 ) -> BenchmarkedModel:
     """A head with the backbones below it.
@@ -55,7 +55,7 @@ def frozen(
     for name in head.backbones:
         declared = get_spec(backbones[name])
         seen = make_preprocessor(store, name, backbones[name], declared)
-        network = create_backbone(backbones[name], declared, seen.seen, weights / name)
+        network = create_backbone(backbones[name], declared, seen.input_bands, weights / name)
         encoders.append(Encoder(seen, network, device, strides=declared.strides))
 
     def answer(chips: np.ndarray) -> torch.Tensor:
@@ -64,7 +64,7 @@ def frozen(
     return BenchmarkedModel([*[encoder.network for encoder in encoders], head.network], answer)
 
 
-def measure(models: Mapping[str, BenchmarkedModel], chips: np.ndarray, device: str) -> pd.DataFrame:
+def benchmark(models: Mapping[str, BenchmarkedModel], chips: np.ndarray, device: str) -> pd.DataFrame:
     """One row a model, timed in turns, so that what else the machine does hits all alike.
 
     Returns:
@@ -74,12 +74,12 @@ def measure(models: Mapping[str, BenchmarkedModel], chips: np.ndarray, device: s
     taken: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
         for one in models.values():
-            one.answer(chips)
+            one.predict(chips)
         for _ in range(ROUNDS):
             for name, one in models.items():
-                taken[name].append(_seconds(lambda one=one: one.answer(chips), device))
+                taken[name].append(_seconds(lambda one=one: one.predict(chips), device))
     rows = [
-        {"model": name, **_size(one.modules), "flops": flops(lambda one=one: one.answer(chips[:1])), "device": device,
+        {"model": name, **_size(one.modules), "flops": flops(lambda one=one: one.predict(chips[:1])), "device": device,
          "cores": torch.get_num_threads(), "chips_per_second": len(chips) / statistics.median(taken[name])}
         for name, one in models.items()
     ]  # fmt: skip

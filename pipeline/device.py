@@ -1,37 +1,39 @@
-"""Which device to compute on."""
+"""Choice of the device that computes."""
+
+import torch
 
 from pipeline.errors import UserError
 
 
-def resolve_device(wanted: str) -> str:
-    """`cpu` or `cuda` for the parameter `compute.device`.
+def resolve_device(requested: str) -> str:
+    """Return `cpu` or `cuda` for the parameter `compute.device`; on a GPU, disable TF32 convolutions.
+
+    Args:
+        requested: `auto`, `cpu` or `cuda`.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: `cuda` is requested and torch finds no GPU.
     """
-    import torch
-
-    present = torch.cuda.is_available()
-    if wanted == "cuda" and not present:
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
         raise UserError(
-            "compute.device is 'cuda', but torch sees no CUDA device here. "
-            "Set compute.device to 'auto' or 'cpu', or run where `nvidia-smi` lists a GPU."
+            "compute.device is 'cuda', but torch finds no CUDA device. Set compute.device to 'auto' or 'cpu', or run "
+            "on a machine where `nvidia-smi` lists a GPU.",
+            key="compute.device",
+            value=requested,
+            allowed=("auto", "cpu"),
         )
-    if not present or wanted == "cpu":
+    if not available or requested == "cpu":
         return "cpu"
-    _exact()
+    disable_tf32()
     return "cuda"
 
 
-def _exact() -> None:
-    """Have a GPU compute float32 where it is asked for: by default convolutions keep ten bits of the mantissa."""
-    import torch
-
+def disable_tf32() -> None:
+    """Compute float32 convolutions in float32: by default cuDNN keeps ten bits of the mantissa."""
     torch.backends.cudnn.allow_tf32 = False
 
 
-def device_for_rank(device: str, index: int) -> str:
-    """The device of one of several workers: with several GPUs in sight, each its own."""
-    import torch
-
-    return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device
+def device_for_rank(device: str, rank: int) -> str:
+    """Return the device of one of several workers on a machine: one GPU each, in turn."""
+    return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device

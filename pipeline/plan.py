@@ -31,8 +31,8 @@ class DatasetSize:
     bands: tuple[Band, ...]
     task: str
     classes: int
-    image: int
-    pace: float | None = None
+    bytes_per_image: int
+    images_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class OutputShape:
     """What a network gives of an image of these bands: levels (channel, y, x), vectors, and images a second here."""
 
     levels: tuple[tuple[int, int, int], ...]
-    pooled: int
-    rate: float
+    pooled_channels: int
+    images_per_second: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Estimate:
     """One line of a plan: what a stage does to a dataset; None where nothing is known."""
 
     stage: str
-    what: str
+    item: str
     images: int
     gigabytes: float
     hours: float | None
@@ -59,18 +59,18 @@ def plan(params: Params, sets: Mapping[str, DatasetSize], device: str) -> list[E
     """Lines for prepare, extract, the heads and the students of every dataset that is known."""
     lines, looked, stepped = [], {}, {}
     for name, wanted in sets.items():
-        hours = wanted.samples / wanted.pace / 3600 / len(os.sched_getaffinity(0)) if wanted.pace else None
-        lines.append(Estimate("prepare", name, wanted.samples, wanted.samples * wanted.image / 1e9, hours))
+        hours = wanted.samples / wanted.images_per_second / 3600 / len(os.sched_getaffinity(0)) if wanted.images_per_second else None
+        lines.append(Estimate("prepare", name, wanted.samples, wanted.samples * wanted.bytes_per_image / 1e9, hours))
         dense = wanted.task == "segmentation"
         for backbone in params.grid.backbones:
             seen = _look(backbone, params.backbone(backbone), wanted.bands, device, looked)
             if seen is None:
                 lines.append(Estimate("extract", f"{name} x {backbone}: left out", 0, 0.0, 0.0))
                 continue
-            count = seen.pooled + (sum(c * y * x for c, y, x in seen.levels) if dense or params.extract.dense else 0)
+            count = seen.pooled_channels + (sum(c * y * x for c, y, x in seen.levels) if dense or params.extract.keep_levels else 0)
             copies = wanted.samples * len(params.extract.views)
             size = copies * count * _WORD[params.extract.dtype] / 1e9
-            lines.append(Estimate("extract", f"{name} x {backbone}", copies, size, copies / seen.rate / 3600))
+            lines.append(Estimate("extract", f"{name} x {backbone}", copies, size, copies / seen.images_per_second / 3600))
         heads, teachers = params.search.trials + params.train.seeds, 0
         for model in params.grid.models:
             members = [
@@ -83,7 +83,7 @@ def plan(params: Params, sets: Mapping[str, DatasetSize], device: str) -> list[E
             seconds = _step(params, members, dense, wanted.classes, device, stepped)
             hours = heads * head.steps * seconds / 3600
             lines.append(Estimate("tune, train", f"{name} x {model}", heads * head.steps * head.batch, 0.0, hours))
-        if teachers and params.distill.teaches(name):
+        if teachers and params.distill.applies_to(name):
             lines += [_taught(params, name, wanted, student, device) for student in params.grid.students]
     return lines
 
@@ -99,11 +99,11 @@ def _look(
         seen = match_bands(name, declared, bands, backbone.input_size, backbone.bands)
     except MissingBandsError:
         return None
-    key = (name, seen.slots)
+    key = (name, seen.input_names)
     if key not in looked:
         weights = "none" if backbone.weights == "none" else "random"
         network = create_backbone(replace(backbone, weights=weights, hub=None), declared, seen, Path()).to(device)
-        image = torch.zeros(_BATCH[device], len(seen.slots), seen.input_size, seen.input_size, device=device)
+        image = torch.zeros(_BATCH[device], len(seen.input_names), seen.input_size, seen.input_size, device=device)
         with torch.inference_mode():
             network(image)
             _wait(device)
@@ -125,7 +125,7 @@ def _step(
     from pipeline.heads.upernet import UPerNet
 
     head = params.heads.upernet if dense else params.heads.linear
-    key = (tuple((one.levels, one.pooled) for one in members), dense, classes)
+    key = (tuple((one.levels, one.pooled_channels) for one in members), dense, classes)
     if key not in stepped:
         batch = head.batch if device == "cuda" else min(2, head.batch) if dense else head.batch
         if dense:
@@ -135,7 +135,7 @@ def _step(
             given = [torch.randn(batch, *shape, device=device)
                      for shape in ((width, *grid) for width, grid in zip(widths, grids, strict=True))]  # fmt: skip
         else:
-            network = torch.nn.Linear(sum(one.pooled for one in members), classes).to(device)
+            network = torch.nn.Linear(sum(one.pooled_channels for one in members), classes).to(device)
             given = torch.randn(batch, network.in_features, device=device)
         for attempt in range(2):
             _wait(device)
@@ -156,7 +156,7 @@ def _taught(params: Params, name: str, wanted: DatasetSize, student: str, device
     from pipeline.distillation.student_files import Student, StudentSpec
 
     dense, chosen, distill = wanted.task == "segmentation", params.student(student), params.distill
-    side, recipe = (chosen.mask_size, distill.masks) if dense else (chosen.chip_size, distill.chips)
+    side, recipe = (chosen.mask_size, distill.segmentation) if dense else (chosen.chip_size, distill.classification)
     bands = len(wanted.bands)
     network = Student(
         StudentSpec(chosen.network, bands, wanted.classes, wanted.task, side), [0.0] * bands, [1.0] * bands
@@ -180,10 +180,10 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def table(lines: Sequence[Estimate]) -> str:
+def format_table(lines: Sequence[Estimate]) -> str:
     """The lines, and their sums by stage, as text."""
     rows = [("stage", "what", "images", "GB", "hours")]
-    rows += [_row(line.stage, line.what, line.images, line.gigabytes, line.hours) for line in lines]
+    rows += [_row(line.stage, line.item, line.images, line.gigabytes, line.hours) for line in lines]
     for stage in dict.fromkeys(line.stage for line in lines):
         own = [line for line in lines if line.stage == stage]
         known = [line.hours for line in own if line.hours is not None]

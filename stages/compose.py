@@ -17,7 +17,7 @@ def compose(dataset: str) -> None:
     """
     described = config.load()
     described.dataset(dataset)
-    manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.composed()}
+    manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.composition_backbones()}
     stores = {
         name: (FEATURES / dataset / f"{name}.zarr", manifest["content_sha256"])
         for name, manifest in manifests.items()
@@ -37,9 +37,9 @@ def compose(dataset: str) -> None:
 
             members, labelled = task_data.open_aligned(dict(stores.values()), IMAGES / f"{dataset}.zarr")
             found = search.search(
-                dict(zip(stores, members, strict=True)), labelled, described.heads, described.compose
+                dict(zip(stores, members, strict=True)), labelled, described.heads, described.composition
             )
-            chosen = search.best(found.subsets, described.compose.best)
+            chosen = search.top_k(found.subsets, described.composition.top_k)
             new = [model for model in chosen if not _of_grid(model, described)]
             told |= {"probe": found.probe, "chosen": chosen, "run": new}
             for name in ("subsets", "cka", "greedy"):

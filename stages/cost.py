@@ -12,7 +12,7 @@ def cost() -> None:
     And results/rates.csv, a row a data set, student and exported file.
     """
     described = config.load()
-    taught = list(filter(described.distill.teaches, described.grid.datasets if described.grid.students else ()))
+    taught = list(filter(described.distill.applies_to, described.grid.datasets if described.grid.students else ()))
     tables = [_costs(described, dataset) for dataset in taught]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["dataset", "model"])
     rates = [row for dataset in taught for row in _rates(described, dataset)]
@@ -26,9 +26,9 @@ def _costs(described: config.Params, dataset: str) -> pd.DataFrame:
     from pipeline.data import image_store
     from pipeline.device import resolve_device
 
-    chips, tables = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: costs.BATCH].values, []
+    chips, tables = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: costs.BATCH_CHIPS].values, []
     for where in dict.fromkeys(["cpu", resolve_device(described.compute.device)]):
-        tables.append(costs.measure(usable(described, dataset, where), chips, where))
+        tables.append(costs.benchmark(benchmarked_models(described, dataset, where), chips, where))
     return pd.concat(tables, ignore_index=True).assign(dataset=dataset)
 
 
@@ -40,13 +40,13 @@ def _rates(described: config.Params, dataset: str) -> list[tuple]:
     chips, rows = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: price.BATCH].values, []
     for name in described.grid.students:
         if not read_json(EXPORTED / dataset / name / "export.json")["skipped"]:
-            one, _ = student_files.load(DISTILLED / dataset / name / "best")
-            found = files.rates(one, EXPORTED / dataset / name, chips)
+            one, _ = student_files.load_student(DISTILLED / dataset / name / "best")
+            found = files.measure_throughputs(one, EXPORTED / dataset / name, chips)
             rows += [(dataset, name, file, rate) for file, rate in found.items()]
     return rows
 
 
-def usable(described: config.Params, dataset: str, where: str) -> dict:
+def benchmarked_models(described: config.Params, dataset: str, where: str) -> dict:
     """The students and models of the grid, by name, on a device; random controls cost what their likes do."""
     from pipeline import cost as costs
     from pipeline.data import image_store
@@ -56,14 +56,14 @@ def usable(described: config.Params, dataset: str, where: str) -> dict:
     store, models = image_store.open_images(IMAGES / f"{dataset}.zarr"), {}
     for name in described.grid.students:
         if not read_json(DISTILLED / dataset / name / "metadata.json")["skipped"]:
-            one, _ = student_files.load(DISTILLED / dataset / name / "best")
+            one, _ = student_files.load_student(DISTILLED / dataset / name / "best")
             models[name] = costs.student(one, where)
     for model in described.grid.models:
         backbones = {name: described.backbone(name) for name in described.members(model)}
         random = any(one.weights == "random" for one in backbones.values())
         if not random and not read_json(TUNED / dataset / f"{model}.json")["skipped"]:
             head = checkpoint.load(RUNS / dataset / model / "head.pt", where)
-            models[model] = costs.frozen(head, backbones, WEIGHTS, store, where)
+            models[model] = costs.frozen_ensemble(head, backbones, WEIGHTS, store, where)
     return models
 
 

@@ -19,7 +19,7 @@ def distill(dataset: str, student: str) -> None:
     described = config.load()
     described.dataset(dataset)
     described.student(student)
-    from pipeline.distillation.choose import teacher as choose
+    from pipeline.distillation.choose import choose_teacher as choose
 
     tuned = {model: read_json(TUNED / dataset / f"{model}.json") for model in described.grid.models}
     teacher, skipped = choose(described, dataset, tuned)
@@ -40,38 +40,38 @@ def _taught(described: config.Params, dataset: str, name: str, teacher: str, fol
     from pipeline.device import resolve_device
     from pipeline.distillation import protocol, start, student_files
     from pipeline.distillation.chips import Chips
-    from pipeline.distillation.describe import about, shape_of
+    from pipeline.distillation.describe import make_spec, student_metadata
     from pipeline.distillation.teacher import CachedTeacher
     from pipeline.distillation.train import DistillationSetup
     from pipeline.heads import checkpoint
 
     resolved, pictures = read_json(MODELS / dataset / f"{teacher}.json"), IMAGES / f"{dataset}.zarr"
     where, chosen = resolve_device(described.compute.device), described.student(name)
-    chips = Chips(pictures, described.heads.memory)
+    chips = Chips(pictures, described.heads.max_feature_gb)
     stores = {FEATURES / dataset / f"{one['backbone']}.zarr": one["content_sha256"] for one in resolved["members"]}
     head = checkpoint.load(RUNS / dataset / teacher / "head.pt", where)
     lesson = DistillationSetup(chips, CachedTeacher(stores, pictures, head, chips.taught()), described.distill, where)
-    shape, begun = shape_of(chips.store, chosen), None
+    shape, begun = make_spec(chips.store, chosen), None
     if chosen.weights != "random":
         backbone = described.backbone(chosen.weights)
         bands = chips.store.band.values.tolist()
-        begun = start.trained(chosen.weights, backbone, get_spec(backbone), WEIGHTS / chosen.weights, shape, bands)
-    fresh = partial(start.make, shape, chips.mean, chips.std, begun)
+        begun = start.pretrained_state(chosen.weights, backbone, get_spec(backbone), WEIGHTS / chosen.weights, shape, bands)
+    fresh = partial(start.make_student, shape, chips.mean, chips.std, begun)
     weights = "random" if begun is None else "pretrained"
     key = [asdict(chosen), resolved, chips.store.attrs["content_sha256"], where]
     tables, variants = [], {}
     for variant in described.distill.variants:
         study = SCRATCH / "studies" / f"distill-{dataset}-{name}-{variant}.json"
-        row = {"dataset": dataset, "model": f"{name}/{variant}", "weights": weights}
-        taught = protocol.teach(fresh, lesson, variant, row, study, key)
+        row = {"dataset": dataset, "model": f"{name} ({variant})", "weights": weights}
+        taught = protocol.train_variant(fresh, lesson, variant, row, study, key)
         tables.append(taught.runs)
         (folder / variant).mkdir()
         taught.runs.to_csv(folder / variant / "runs.csv", index=False)
         taught.predicted.to_parquet(folder / variant / "predictions.parquet")
         variants[variant] = {**taught.tuned, "seed": taught.seed}
         if variant == "distilled":
-            more = about(chips.store, dataset, variant, weights, teacher)
-            student_files.save(folder / "best", taught.best, more)
+            more = student_metadata(chips.store, dataset, variant, weights, teacher)
+            student_files.save_student(folder / "best", taught.best, more)
         study.unlink(missing_ok=True)
     return {"weights": weights, "variants": variants}, pd.concat(tables, ignore_index=True)
 

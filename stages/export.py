@@ -27,15 +27,15 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
         return
     from pipeline.distillation import student_files
 
-    made, told = student_files.load(folder)
+    made, told = student_files.load_student(folder)
     pictures = image_store.open_images(IMAGES / f"{told['dataset']}.zarr")
     from pipeline.export import files, price
 
     with atomic_dir(SCRATCH / "-".join(["export", *final.resolve().parts[1:]])[-200:], final) as scratch:
-        said = files.write(made, told, pictures, scratch, int8, CHIPS)
+        said = files.write_exports(made, told, pictures, scratch, int8, CHIPS)
         said["skipped"] = None
         write_json(scratch / "export.json", said)
-    rates = {} if dataset else files.rates(made, final, pictures.image[: price.BATCH].values)
+    rates = {} if dataset else files.measure_throughputs(made, final, pictures.image[: price.BATCH].values)
     for name, one in said["files"].items():
         worth = f"{said['metric']} {one['score']:.4f} on {said['chips']} validation chips"
         rate = f", {rates[name]} images/s" if name in rates else ""

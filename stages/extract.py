@@ -36,7 +36,7 @@ def extract(dataset: str, backbone: str) -> None:
         images=(IMAGES / f"{dataset}.zarr").resolve(), weights=(WEIGHTS / backbone).resolve(),
         scratch=(SCRATCH / "features" / dataset / backbone).resolve(), final=Path.cwd() / final,
     )  # fmt: skip
-    said = launch.run(task, described.compute)
+    said = launch.launch(task, described.compute)
     arrays = {f"{name}/{key}": list(array.shape) for name, group in zarr.open_group(final, mode="r").groups()
               for key, array in group.arrays()}  # fmt: skip
     write_json(manifest, {**said, "arrays": arrays, "skipped": None})

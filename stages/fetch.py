@@ -40,7 +40,7 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
             hub.fetch(origin, Path(described.weights_dir).expanduser(), folder)
             record |= {"source": origin.repo, "revision": origin.revision, "licence": origin.licence}
         if origin and name:
-            record["file_sha256"] = download.digest(folder / name)
+            record["file_sha256"] = download.file_sha256(folder / name)
         write_json(folder / "source.json", record)
 
 
@@ -48,7 +48,7 @@ def _code(module) -> str:
     """Digest of a module's file, or of all files of one that is a folder."""
     path = Path(inspect.getfile(module))
     files = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
-    digests = [download.digest(file) for file in files]
+    digests = [download.file_sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 

@@ -39,7 +39,7 @@ def _run(dataset: str, model: str, resolved: dict, described: config.Params, fol
     """Fill the folder; returns that of the checkpoints, which are needed no more once it is published."""
     import torch
 
-    from pipeline.data.download import digest
+    from pipeline.data.download import file_sha256
     from pipeline.device import resolve_device
     from pipeline.finetuning import protocol
     from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble, memory_hint
@@ -57,13 +57,13 @@ def _run(dataset: str, model: str, resolved: dict, described: config.Params, fol
 
     with memory_hint():
         make(0)  # before anything takes long: whether head, images and backbones belong together
-        decides = [asdict(asked), resolved, where, precision, opened.attrs["content_sha256"], sources, digest(head)]
+        decides = [asdict(asked), resolved, where, precision, opened.attrs["content_sha256"], sources, file_sha256(head)]
         decides += [[asdict(member.backbone) for member in members], described.heads.class_weights]
-        checkpoints = protocol.scratch(SCRATCH / "finetune" / dataset / model, decides)
+        checkpoints = protocol.checkpoint_folder(SCRATCH / "finetune" / dataset / model, decides)
         pictures = Pictures(opened, checkpoints / "images.npy")
-        job = FineTuneJob(pictures, protocol.task(opened, pictures, described.heads.class_weights), asked)
+        job = FineTuneJob(pictures, protocol.make_task(opened, pictures, described.heads.class_weights), asked)
         weights = "+".join(str(member["weights"]) for member in resolved["members"])
-        tested = protocol.run(make, job, {"dataset": dataset, "model": model, "weights": weights}, checkpoints)
+        tested = protocol.run_fine_tuning(make, job, {"dataset": dataset, "model": model, "weights": weights}, checkpoints)
     tested.runs.to_csv(folder / "runs.csv", index=False)
     tested.predicted.to_parquet(folder / "predictions.parquet")
     torch.save(tested.best, folder / "tuned.pt")

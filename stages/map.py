@@ -20,16 +20,16 @@ def make_map(scene: str, out: str, onnx: str | None, student: str | None, datase
     if sum(given) != 1 or bool(dataset) != bool(model):
         raise UserError("Say what maps: either --onnx FILE, or --student FOLDER, or both --dataset and --model.")
     opened = open_scene(Path(scene))
-    told = maps.make(opened, _predictor(onnx, student, dataset, model), Path(out))
-    print(f"{scene}: {maps.shares(told)}\n{Path(out) / 'class.tif'}")
+    told = maps.predict_scene(opened, _predictor(onnx, student, dataset, model), Path(out))
+    print(f"{scene}: {maps.class_shares(told)}\n{Path(out) / 'class.tif'}")
 
 
 def _predictor(onnx: str | None, student: str | None, dataset: str | None, model: str | None):
     """The predictor that was asked for; torch is imported for what needs it alone."""
     if onnx:
-        from pipeline.mapping.exported import exported
+        from pipeline.mapping.exported import load_onnx_student
 
-        return exported(Path(onnx))
+        return load_onnx_student(Path(onnx))
     from pipeline import config
     from pipeline.data import image_store
     from pipeline.device import resolve_device
@@ -37,17 +37,17 @@ def _predictor(onnx: str | None, student: str | None, dataset: str | None, model
     described = config.load()
     where = resolve_device(described.compute.device)
     if student:
-        from pipeline.mapping.students import trained
+        from pipeline.mapping.students import load_student
 
-        return trained(Path(student), where)
-    from pipeline.mapping.predictors import EnsemblePaths, ensemble
+        return load_student(Path(student), where)
+    from pipeline.mapping.predictors import EnsemblePaths, load_ensemble
 
     described.members(model)
     pictures = image_store.open_images(IMAGES / f"{dataset}.zarr")
     # A model that the composition search chose is kept with it.
     folder = next((one for one in (RUNS, COMPOSED) if (one / dataset / model).exists()), RUNS)
     places = EnsemblePaths(folder / dataset / model / "head.pt", pictures, FEATURES / dataset, WEIGHTS)
-    return ensemble(described, places, where)
+    return load_ensemble(described, places, where)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ def map_scene(dataset: str, student: str) -> None:
         print(f"left out: {reason}")
         return
     from pipeline.mapping import predict_scene
-    from pipeline.mapping.exported import exported as student_of
+    from pipeline.mapping.exported import load_onnx_student as student_of
     from pipeline.mapping.open_scene import open_scene
 
-    told = predict_scene.make(open_scene(scene), student_of(exported / "student.onnx"), final)
-    print(f"{dataset} {student}: {predict_scene.shares(told)}")
+    told = predict_scene.predict_scene(open_scene(scene), student_of(exported / "student.onnx"), final)
+    print(f"{dataset} {student}: {predict_scene.class_shares(told)}")
 
 
 if __name__ == "__main__":

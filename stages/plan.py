@@ -30,7 +30,7 @@ def plan() -> None:
 
     where = resolve_device(described.compute.device)
     lines = planning.plan(described, sets, where)
-    print(planning.table(lines))
+    print(planning.format_table(lines))
     needs = sum(line.gigabytes for line in lines) + fetched / 1e9
     free = shutil.disk_usage(Path()).free / 1e9
     print(f"\nDisk: {needs:.1f} GB are needed, {free:.1f} GB are free. Times are of this machine's {where}, roughly.")
@@ -41,12 +41,12 @@ def plan() -> None:
 
 
 def _stored(store: Path):
-    from pipeline.backbones.preprocessing import bands_of
+    from pipeline.backbones.preprocessing import image_bands
     from pipeline.plan import DatasetSize
 
     opened = image_store.open_images(store)
     return DatasetSize(
-        opened.sizes["sample"], tuple(bands_of(opened)), opened.attrs["task"], len(opened.attrs["classes"]), 0
+        opened.sizes["sample"], tuple(image_bands(opened)), opened.attrs["task"], len(opened.attrs["classes"]), 0
     )
 
 

@@ -1,30 +1,50 @@
-"""What a backbone eats and what it gives: plain records shared by every family."""
+"""Backbones: specification, input bands, feature pyramids, and the registry of families.
 
-from collections.abc import Mapping, Sequence
+A backbone is one network with its weights and its preprocessing. Networks that share code are a family, such as
+`hiera`. To add a family inside this package, write one module with `create_network` and add an entry to
+pipeline/backbones/catalog.py. From outside, call `register_family`.
+
+torch is not imported here: stages that skip a backbone, or only fetch its weights, need its specification alone.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+from cache.schema import level_array, pooled_array
+from pipeline.bands import DISPLAY_UNITS, Band, band_index
+from pipeline.config import BackboneConfig, HubFile
 from pipeline.data.download import PinnedWheel
-from pipeline.data.hub import HubFile
+from pipeline.data.image_store import image_bands
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    import xarray as xr
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A backbone's declaration, readable without importing torch.
+    """What a backbone expects and what it returns.
 
     Attributes:
-        bands: common names in the order the network wants; None takes all bands of the images.
-        needs: those of `bands` without which it cannot work; None for all of them.
-        instead: for a band, another that may take its place where the images lack it.
-        eats: `reflectance` (0 to 1), `display` (a picture in [0, 1]) or `unit` (either, whatever is there).
-        mean, std: the normalisation it was trained with, per band, after that scaling; None if it has none.
-        standardise: it has none, and must be given the dataset's.
+        bands: common names of the input bands in the network's order; None if it takes any bands.
+        input_units: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them.
+        mean, std: normalisation of pretraining, per input band, in `input_units`; None if there is none.
         strides: input pixels per cell of each level, finest first; empty if only the network knows.
-        layers: the network's own names of the levels.
+        layers: names of the levels within the network.
+        required: input bands without which it cannot run; None if it needs all of `bands`.
+        substitutes: for an input band, the common name of another that replaces it if the images lack it.
+        requires_dataset_stats: it has no normalisation of its own; params.yaml must say `normalisation: dataset`.
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
-        context: it also takes latitude, longitude and time.
-        weights: the file or archive that trained weights come from; None if there are none.
-        weights_file: the file's name once it is fetched.
-        layer_indices, options: of families that params.yaml describes: which outputs, and what to build with.
+        uses_location_and_time: it also takes latitude, longitude and time.
+        weights: where the pretrained weights come from; None if none are published.
+        weights_file: name of their file after fetching.
+        layer_indices: indices of the network's blocks or outputs that become the levels, where it needs them.
+        options: arguments of the network's constructor, from params.yaml.
     """
 
     bands: tuple[str, ...] | None
@@ -33,37 +53,23 @@ class BackboneSpec:
     std: tuple[float, ...] | None
     strides: tuple[int, ...]
     layers: tuple[str, ...]
-    needs: tuple[str, ...] | None = None
-    instead: Mapping[str, str] = field(default_factory=dict)
-    standardise: bool = False
+    required: tuple[str, ...] | None = None
+    substitutes: Mapping[str, str] = field(default_factory=dict)
+    requires_dataset_stats: bool = False
     resize: str = "bilinear"
-    context: bool = False
+    uses_location_and_time: bool = False
     weights: PinnedWheel | HubFile | None = None
     weights_file: str | None = None
     layer_indices: tuple[int, ...] = ()
     options: Mapping = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class InputBands:
-    """What a backbone sees of a dataset's images.
-
-    Attributes:
-        slots: the network's own names of its input bands, in order.
-        positions: each one's place among the images' bands.
-        wavelengths: in micrometres; None of a band that is not optical.
-        input_size: side in pixels.
-    """
-
-    slots: tuple[str, ...]
-    positions: tuple[int, ...]
-    wavelengths: tuple[float | None, ...]
-    input_size: int
+# Feature pyramids
 
 
 @dataclass(frozen=True)
 class FeaturePyramid:
-    """One batch of features.
+    """Features of one batch.
 
     Attributes:
         levels: tensors (batch, channel, y, x), finest first.
@@ -73,23 +79,309 @@ class FeaturePyramid:
     levels: list
     pooled: dict
 
+    @classmethod
+    def from_maps(cls, levels: "Sequence[torch.Tensor]") -> "FeaturePyramid":
+        """Make a pyramid of maps (batch, channel, y, x) and their spatial means, named `mean_level<i>`."""
+        means = {f"mean_level{index}": level.mean(dim=(2, 3)) for index, level in enumerate(levels)}
+        return cls(list(levels), means)
 
-def from_maps(levels: Sequence) -> FeaturePyramid:
-    """A pyramid of maps (batch, channel, y, x) and their means."""
-    return FeaturePyramid(list(levels), {f"mean_level{i}": level.mean(dim=(2, 3)) for i, level in enumerate(levels)})
+    @classmethod
+    def from_tokens(cls, outputs: "Sequence[torch.Tensor]") -> "FeaturePyramid":
+        """Make a pyramid of a vision transformer's outputs: maps, their means, and class tokens `cls_level<i>`.
+
+        Args:
+            outputs: tensors (batch, token, channel). The patches are a square grid in reading order; if there is one
+                more token, it is the class token and comes first.
+
+        Raises:
+            ValueError: the tokens are neither a square grid nor a square grid and a class token.
+        """
+        n_tokens = outputs[0].shape[1]
+        side = int(n_tokens**0.5)
+        n_class_tokens = n_tokens - side * side
+        if n_class_tokens not in (0, 1):
+            raise ValueError(f"{n_tokens} tokens are neither a square grid nor one with a class token")
+        pyramid = cls.from_maps(
+            [tokens[:, n_class_tokens:].transpose(1, 2).unflatten(2, (side, side)) for tokens in outputs]
+        )
+        if n_class_tokens:
+            pyramid.pooled.update({f"cls_level{index}": tokens[:, 0] for index, tokens in enumerate(outputs)})
+        return pyramid
+
+    def arrays(self) -> dict:
+        """Return all tensors by the names of their arrays in a feature store, levels first."""
+        levels = {level_array(index): level for index, level in enumerate(self.levels)}
+        return levels | {pooled_array(name): vector for name, vector in self.pooled.items()}
 
 
-def from_tokens(outputs: Sequence) -> FeaturePyramid:
-    """A pyramid of a vision transformer's outputs (batch, token, channel): maps, their means, and class tokens.
+# Input bands
 
-    The patches are a square grid in reading order; one token more is a class token and comes first.
+
+@dataclass(frozen=True)
+class InputBands:
+    """Which of a dataset's bands a backbone is given, and at which size.
+
+    Attributes:
+        input_names: the network's names of its input bands, in order.
+        band_indices: index of each input band among the images' bands.
+        wavelengths: centre of each input band in micrometres; None if it is not optical.
+        input_size: side in pixels.
     """
-    count = outputs[0].shape[1]
-    side = int(count**0.5)
-    extra = count - side * side
-    if extra not in (0, 1):
-        raise ValueError(f"{count} tokens are neither a square grid nor one with a class token")
-    pyramid = from_maps([tokens[:, extra:].transpose(1, 2).unflatten(2, (side, side)) for tokens in outputs])
-    if extra:
-        pyramid.pooled.update({f"cls_level{i}": tokens[:, 0] for i, tokens in enumerate(outputs)})
-    return pyramid
+
+    input_names: tuple[str, ...]
+    band_indices: tuple[int, ...]
+    wavelengths: tuple[float | None, ...]
+    input_size: int
+
+
+class MissingBandsError(UserError):
+    """A backbone cannot run on these images, since they lack its bands or its units. The cell is skipped."""
+
+
+def match_bands(
+    name: str, spec: BackboneSpec, image_bands: Sequence[Band], input_size: int, requested: Sequence[str | float] = ()
+) -> InputBands:
+    """Match a backbone's input bands to the images' bands.
+
+    Every required band must be there; an optional band that is not there is dropped; a network that takes any bands
+    gets all optical ones.
+
+    Args:
+        name: the backbone's name, for messages.
+        image_bands: the images' bands, in order.
+        requested: bands from params.yaml that replace the backbone's own, by name or wavelength. They are assigned to
+            the network's inputs by name if it knows all of them, else in order.
+
+    Raises:
+        MissingBandsError: a required or requested band is not there.
+        UserError: the requested bands do not fit the network's inputs.
+    """
+    if requested:
+        indices = [band_index(query, image_bands) for query in requested]
+        required = requested
+        input_names = requested
+        if None not in indices:
+            input_names = _order_custom_bands(name, spec, [image_bands[index] for index in indices], requested)
+    else:
+        input_names = spec.bands or [band.common_name for band in image_bands if band.is_optical]
+        required = input_names if spec.required is None else spec.required
+        indices = [band_index(input_name, image_bands) for input_name in input_names]
+        for position, input_name in enumerate(input_names):
+            if indices[position] is None and input_name in spec.substitutes:
+                indices[position] = band_index(spec.substitutes[input_name], image_bands)
+    pairs = list(zip(input_names, indices, strict=True))
+    if missing := [str(input_name) for input_name, index in pairs if index is None and input_name in required]:
+        available = [band.common_name for band in image_bands]
+        raise MissingBandsError(
+            f"{name} needs the bands {', '.join(missing)}; these images have {', '.join(available)}.",
+            key=f"backbones.{name}.bands",
+            value=missing,
+            allowed=available,
+        )
+    pairs = [(input_name, index) for input_name, index in pairs if index is not None]
+    if spec.bands:
+        pairs.sort(key=lambda pair: spec.bands.index(pair[0]))
+    matched = [image_bands[index] for _, index in pairs]
+    return InputBands(
+        input_names=tuple(input_name for input_name, _ in pairs),
+        band_indices=tuple(index for _, index in pairs),
+        wavelengths=tuple(float(band.wavelength) if band.is_optical else None for band in matched),
+        input_size=input_size,
+    )
+
+
+def _order_custom_bands(
+    name: str, spec: BackboneSpec, bands: Sequence[Band], requested: Sequence[str | float]
+) -> Sequence[str]:
+    """Return the network's input of each requested band: by name if it knows all of them, else in order."""
+    if spec.bands is None:
+        return [band.common_name for band in bands]
+    inputs_by_name = {input_name: input_name for input_name in spec.bands}
+    inputs_by_name |= {substitute: input_name for input_name, substitute in spec.substitutes.items()}
+    by_name = [inputs_by_name.get(band.common_name) for band in bands]
+    is_complete = len(bands) == len(spec.bands)
+    all_known = None not in by_name and len(set(by_name)) == len(by_name)
+    if all_known and (is_complete or spec.required is not None):
+        return by_name
+    if is_complete:
+        return spec.bands
+    raise UserError(
+        f"{name} takes the bands {', '.join(spec.bands)}{'' if spec.required is None else ' or some of them'}; its "
+        f"bands in params.yaml are {', '.join(map(str, requested))}. Name as many bands as it takes.",
+        key=f"backbones.{name}.bands",
+        value=requested,
+        allowed=spec.bands,
+    )
+
+
+def match_images(images: "xr.Dataset", name: str, backbone: BackboneConfig, spec: BackboneSpec) -> InputBands:
+    """Match a backbone's input bands and units to an images store.
+
+    Raises:
+        MissingBandsError: a band is missing, or the network needs reflectance and these are RGB images.
+        UserError: the network needs RGB images and the dataset declares no stretch, or its bands do not fit.
+    """
+    input_bands = match_bands(name, spec, image_bands(images), backbone.input_size, backbone.bands)
+    units, is_display = images.attrs["units"], images.attrs["units"] in DISPLAY_UNITS
+    if spec.input_units == "reflectance" and is_display and backbone.normalisation == "native":
+        raise MissingBandsError(
+            f"{name} needs reflectance, and these images are 8-bit RGB photographs ('{units}'). Set its normalisation "
+            "to dataset to use them as they are.",
+            key=f"backbones.{name}.normalisation",
+            value=backbone.normalisation,
+            allowed=("dataset",),
+        )
+    if spec.input_units == "display" and not is_display and not images.attrs.get("display"):
+        raise UserError(
+            f"{name} needs RGB images, and these images are in '{units}' without a declared stretch. Set 'display' "
+            "(the reflectances shown as black and white) in the dataset's source.",
+            key="display",
+            value=images.attrs.get("display"),
+        )
+    return input_bands
+
+
+# Registry
+
+
+class FamilyModule(Protocol):
+    """What the module of a family defines."""
+
+    @staticmethod
+    def create_network(
+        backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
+    ) -> "torch.nn.Module":
+        """Build a module from images (batch, band, y, x), float32, to a `FeaturePyramid`.
+
+        A network whose spec says `uses_location_and_time` also takes `location` (batch, 2), latitude and longitude in
+        degrees, and `time` (batch, 1, 2), year and day of the year from 0, as keywords; either may be missing.
+
+        Args:
+            backbone: with `variant`, `weights` (`pretrained`, `random` or `none`) and `seed` of random weights.
+            spec: from the family's table, or from params.yaml.
+            input_bands: the bands and the size of the images.
+            weights_dir: folder with the file `spec.weights_file`, if the weights are pretrained.
+        """
+
+
+@dataclass(frozen=True)
+class BackboneFamily:
+    """One family of backbones: its variants, and the module that builds them.
+
+    Attributes:
+        module: dotted name of a `FamilyModule`, imported when a network is built.
+        variants: specification by variant; empty if params.yaml describes them.
+        spec_from_config: makes the specification of a variant that params.yaml describes.
+        has_weights: False if the networks have no parameters; params.yaml then says `weights: none`.
+    """
+
+    module: str
+    variants: Mapping[str, BackboneSpec] = field(default_factory=dict)
+    spec_from_config: Callable[[BackboneConfig], BackboneSpec] | None = None
+    has_weights: bool = True
+
+
+_FAMILIES: dict[str, BackboneFamily] = {}
+
+
+def register_family(name: str, family: BackboneFamily) -> None:
+    """Make a family available to params.yaml under `name`, in this process and those that it forks.
+
+    Raises:
+        ValueError: the name belongs to another family.
+    """
+    if _FAMILIES.setdefault(name, family) is not family:
+        raise ValueError(f"There is a backbone family '{name}' already: {_FAMILIES[name].module}")
+
+
+def get_family(name: str) -> BackboneFamily:
+    """Return a registered family.
+
+    Raises:
+        UserError: unknown name.
+    """
+    if name not in _FAMILIES:
+        raise UserError(
+            f"Unknown backbone family '{name}'. Known families: {', '.join(_FAMILIES)}.",
+            key="family",
+            value=name,
+            allowed=_FAMILIES,
+        )
+    return _FAMILIES[name]
+
+
+def get_spec(backbone: BackboneConfig) -> BackboneSpec:
+    """Return the specification of a backbone that params.yaml names.
+
+    Raises:
+        UserError: unknown family or variant, or keys of params.yaml that do not fit it.
+    """
+    family = get_family(backbone.family)
+    if family.spec_from_config:
+        spec = family.spec_from_config(backbone)
+    elif backbone.variant in family.variants:
+        spec = _catalog_spec(family.variants[backbone.variant], backbone)
+    else:
+        raise UserError(
+            f"Unknown variant '{backbone.variant}' of family '{backbone.family}'. Known variants: "
+            f"{', '.join(family.variants)}.",
+            key="variant",
+            value=backbone.variant,
+            allowed=family.variants,
+        )
+    _check_spec(spec, backbone, family)
+    return spec
+
+
+def create_backbone(
+    backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
+) -> "torch.nn.Module":
+    """Build the frozen network, with the weights in `weights_dir` or with random ones drawn from the seed."""
+    module = importlib.import_module(get_family(backbone.family).module)
+    return module.create_network(backbone, spec, input_bands, weights_dir).eval().requires_grad_(False)
+
+
+def _catalog_spec(spec: BackboneSpec, backbone: BackboneConfig) -> BackboneSpec:
+    for key in ("input_units", "layers", "options"):
+        if getattr(backbone, key):
+            raise UserError(
+                f"Family '{backbone.family}' defines its own {key}; remove {key} from params.yaml.",
+                key=key,
+                value=getattr(backbone, key),
+            )
+    if backbone.hub:
+        return dataclasses.replace(spec, weights=backbone.hub, weights_file=Path(backbone.hub.file).name)
+    return spec
+
+
+def _check_spec(spec: BackboneSpec, backbone: BackboneConfig, family: BackboneFamily) -> None:
+    multiple = max(spec.strides, default=1)
+    if backbone.input_size % multiple:
+        raise UserError(
+            f"{backbone.variant} has input_size {backbone.input_size}; it must be a multiple of {multiple}, the "
+            "stride of its deepest level.",
+            key="input_size",
+            value=backbone.input_size,
+        )
+    if backbone.normalisation == "native" and spec.requires_dataset_stats:
+        raise UserError(
+            f"{backbone.variant} has no normalisation of its own. Set its normalisation to dataset.",
+            key="normalisation",
+            value=backbone.normalisation,
+            allowed=("dataset",),
+        )
+    allowed_weights = ("pretrained", "random") if family.has_weights else ("none",)
+    if backbone.weights not in allowed_weights:
+        raise UserError(
+            f"{backbone.variant} has weights: {backbone.weights}; set it to {' or '.join(allowed_weights)}.",
+            key="weights",
+            value=backbone.weights,
+            allowed=allowed_weights,
+        )
+    if backbone.weights == "pretrained" and spec.weights is None:
+        raise UserError(
+            f"No pretrained weights of {backbone.variant} are published. Set its weights to random.",
+            key="weights",
+            value=backbone.weights,
+            allowed=("random",),
+        )

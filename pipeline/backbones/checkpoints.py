@@ -13,7 +13,7 @@ import torch
 from pipeline.errors import UserError
 
 
-def read(path: Path) -> dict:
+def read_checkpoint(path: Path) -> dict:
     """What a checkpoint holds: tensors, numbers, text and containers of these.
 
     Raises:
@@ -49,11 +49,11 @@ def read(path: Path) -> dict:
     return held
 
 
-def load_strictly(
+def load_strict(
     network: torch.nn.Module,
     tensors: Mapping[str, torch.Tensor],
     path: Path,
-    may_lack: Callable[[str], bool] = lambda name: False,
+    allow_missing: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Load tensors by name: none may be left over, none may be missing but those that `may_lack` allows.
 
@@ -72,7 +72,7 @@ def load_strictly(
             f"{path} does not fit the network: {', '.join(odd[:4])} are of whole or complex numbers. It is another "
             "model's file, or a damaged one."
         )
-    lacking = [name for name in found.missing_keys if not may_lack(name)]
+    lacking = [name for name in found.missing_keys if not allow_missing(name)]
     if lacking or found.unexpected_keys:
         raise UserError(
             f"{path} does not fit the network: {_some('missing', lacking)}, "
@@ -80,7 +80,7 @@ def load_strictly(
         )
 
 
-def below(tensors: Mapping, prefix: str, path: Path) -> dict:
+def strip_prefix(tensors: Mapping, prefix: str, path: Path) -> dict:
     """The tensors whose names begin with `prefix`, without it.
 
     Raises:

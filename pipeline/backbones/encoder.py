@@ -34,9 +34,9 @@ class Encoder:
         strides: input pixels per cell of each level, as declared; empty if they are not.
     """
 
-    def __init__(self, inputs: Preprocessor, network, device: str, precision="float32", compiled=False, strides=()):
+    def __init__(self, preprocessor: Preprocessor, network, device: str, precision="float32", compiled=False, strides=()):
         self.device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        self.inputs, self.strides = inputs, strides
+        self.preprocessor, self.strides = preprocessor, strides
         self.precision = precision
         # Channels last is no slower on a CPU (benchmarks/choices.py), and what GPUs want in low precision.
         self.network = convert_conv2d_weight_memory_format(network.to(self.device), torch.channels_last)
@@ -51,7 +51,7 @@ class Encoder:
         """
         shared = {id(each): each for each in [*self.network.parameters(), *self.network.buffers()]}
         network = copy.deepcopy(self.network, shared)
-        return Encoder(self.inputs, network, self.device, self.precision, self._compiled, self.strides)
+        return Encoder(self.preprocessor, network, self.device, self.precision, self._compiled, self.strides)
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
         """The exact tensor that reaches the network: float32 (batch, band, input_size, input_size).
@@ -59,9 +59,9 @@ class Encoder:
         Args:
             image: (batch, band, y, x) in the store's units.
         """
-        return self.inputs.tensor(torch.from_numpy(self.inputs.select(image)).to(self.device))
+        return self.preprocessor.__call__(torch.from_numpy(self.preprocessor.select_bands(image)).to(self.device))
 
-    def __call__(self, image: np.ndarray, context: Mapping[str, np.ndarray] | None = None) -> FeaturePyramid:
+    def __call__(self, image: np.ndarray, metadata: Mapping[str, np.ndarray] | None = None) -> FeaturePyramid:
         """Features of a batch, as float32 numpy arrays.
 
         Args:
@@ -71,14 +71,14 @@ class Encoder:
         Raises:
             UserError: the backbone gave other shapes than it declares.
         """
-        given = {name: torch.from_numpy(values).to(self.device) for name, values in (context or {}).items()}
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in (metadata or {}).items()}
         pyramid = self.forward(self.prepare(image), given)
         return FeaturePyramid(
             [level.float().cpu().numpy() for level in pyramid.levels],
             {name: vector.float().cpu().numpy() for name, vector in pyramid.pooled.items()},
         )
 
-    def forward(self, batch: torch.Tensor, context: Mapping[str, torch.Tensor]) -> FeaturePyramid:
+    def forward(self, batch: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> FeaturePyramid:
         """Features of prepared inputs, tensors on the device."""
         # Importing terratorch 1.2 sets this to "medium" for the whole process, which makes float32
         # convolutions run in bfloat16 on CPUs that can, with errors of some percent.
@@ -89,12 +89,12 @@ class Encoder:
             torch.inference_mode(),
             torch.autocast(torch.device(self.device).type, dtype=lower, enabled=lower is not None),
         ):
-            pyramid = self._forward(batch, **context)
+            pyramid = self._forward(batch, **metadata)
         self._check(pyramid)
         return pyramid
 
     def _check(self, pyramid: FeaturePyramid) -> None:
-        side = self.inputs.seen.input_size
+        side = self.preprocessor.input_bands.input_size
         for level, stride in zip(pyramid.levels, self.strides or [None] * len(pyramid.levels), strict=True):
             shape = tuple(level.shape)
             if len(shape) != 4 or shape[2] != shape[3] or (stride and shape[2] != side // stride):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.backbones.base import BackboneSpec, InputBands, from_maps
-from pipeline.data.hub import HubFile
+from pipeline.config import HubFile
 
 _PREFIX = "image_encoder.trunk."
 
@@ -63,7 +63,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from pipeline.backbones.checkpoints import below, load_strictly, read
+    from pipeline.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 
     class Trunk(torch.nn.Module):
         def __init__(self, trunk):
@@ -79,7 +79,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
         trunk = instantiate(described.model.image_encoder.trunk)
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
-        held = read(path)
+        held = read_checkpoint(path)
         inner = held.get("model")
-        load_strictly(trunk, below(inner if isinstance(inner, Mapping) else held, _PREFIX, path), path)
+        load_strict(trunk, strip_prefix(inner if isinstance(inner, Mapping) else held, _PREFIX, path), path)
     return Trunk(trunk)

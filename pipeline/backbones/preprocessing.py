@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from pipeline.backbones.base import BackboneSpec, InputBands
-from pipeline.bands import PICTURES, Band, MissingBandsError, full_scale, match_bands
+from pipeline.bands import DISPLAY_UNITS, Band, MissingBandsError, full_scale, match_bands
 from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
 
@@ -35,20 +35,20 @@ class Preprocessor:
         context: what else goes in: `place` (latitude and longitude), `time`.
     """
 
-    seen: InputBands
+    input_bands: InputBands
     scale: float
-    display: tuple[float, float] | None
+    display_range: tuple[float, float] | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     normalisation: str
     resize: str
-    context: tuple[str, ...]
+    metadata_keys: tuple[str, ...]
 
-    def select(self, image: np.ndarray) -> np.ndarray:
+    def select_bands(self, image: np.ndarray) -> np.ndarray:
         """The bands that are used, contiguous, in the images' own units and dtype: (batch, band, y, x)."""
-        return np.take(image, self.seen.positions, axis=1)  # faster than indexing
+        return np.take(image, self.input_bands.band_indices, axis=1)  # faster than indexing
 
-    def tensor(self, selected):
+    def __call__(self, selected):
         """The tensor that reaches the network, float32 (batch, band, input_size, input_size), channels last.
 
         Args:
@@ -57,28 +57,28 @@ class Preprocessor:
         import torch
 
         if selected.is_cuda:
-            return self._few(selected).contiguous(memory_format=torch.channels_last)
-        side, bands = self.seen.input_size, selected.shape[1]
+            return self._transform(selected).contiguous(memory_format=torch.channels_last)
+        side, bands = self.input_bands.input_size, selected.shape[1]
         made = torch.empty((len(selected), bands, side, side), memory_format=torch.channels_last)
         # What a processor's cache keeps from one pass to the next.
         step = max(1, _BLOCK // (bands * max(side**2, selected[0, 0].numel())))
         for first in range(0, len(selected), step):
-            made[first : first + step] = self._few(selected[first : first + step])
+            made[first : first + step] = self._transform(selected[first : first + step])
         return made
 
-    def _few(self, selected):
+    def _transform(self, selected):
         """Some of what `tensor` makes, in any memory format."""
         import torch
         from torch.nn import functional
 
         # In place from here on: fresh memory costs more than the arithmetic.
         values = selected.to(torch.float32, copy=True).div_(self.scale)
-        if self.display:
-            low, high = self.display
+        if self.display_range:
+            low, high = self.display_range
             values.sub_(low).div_(high - low).clamp_(0, 1)
         if self.mean is not None:
             values.sub_(_per_band(self.mean, values.device)).div_(_per_band(self.std, values.device))
-        size = (self.seen.input_size,) * 2
+        size = (self.input_bands.input_size,) * 2
         if values.shape[-2:] == size:
             return values
         if self.resize == "nearest":
@@ -89,18 +89,18 @@ class Preprocessor:
             return functional.interpolate(values, size=size, mode="bilinear", antialias=shrinks)
         from pipeline.backbones.resize import bilinear
 
-        return bilinear(values, self.seen.input_size)
+        return bilinear(values, self.input_bands.input_size)
 
-    def where_and_when(self, images: xr.Dataset, rows: slice) -> dict[str, np.ndarray]:
+    def metadata(self, images: xr.Dataset, rows: slice) -> dict[str, np.ndarray]:
         """Where and when samples were taken, as Prithvi wants it, float32; nothing that is not known.
 
         Returns:
             `place` (sample, 2): latitude and longitude in degrees; `time` (sample, 1, 2): year, and its day from 0.
         """
         found = {}
-        if "place" in self.context:
+        if "place" in self.metadata_keys:
             found["place"] = np.stack([images.lat[rows].values, images.lon[rows].values], axis=1)
-        if "time" in self.context:
+        if "time" in self.metadata_keys:
             taken = images.time[rows].dt
             found["time"] = np.stack([taken.year.values, taken.dayofyear.values - 1], axis=1)[:, None]
         return {name: values.astype(np.float32) for name, values in found.items()}
@@ -121,34 +121,34 @@ def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, s
         Unseen: it cannot see these images: a band is missing, or their units are none that it was trained on.
         UserError: reflectances without a declared stretch for a model of pictures, or unfitting bands.
     """
-    seen = match_bands(name, spec, bands_of(images), backbone.input_size, backbone.bands)
+    seen = match_bands(name, spec, image_bands(images), backbone.input_size, backbone.bands)
     units, display, own = images.attrs["units"], images.attrs.get("display"), backbone.normalisation == "native"
-    if spec.input_units == "reflectance" and units in PICTURES and own:
+    if spec.input_units == "reflectance" and units in DISPLAY_UNITS and own:
         raise MissingBandsError(
             f"{name} wants reflectance, and these images are 8-bit photographs; normalisation: dataset would let it "
             "see them as they are."
         )
-    stretched = spec.input_units == "display" and units not in PICTURES
+    stretched = spec.input_units == "display" and units not in DISPLAY_UNITS
     if stretched and not display:
         raise UserError(
             f"{name} wants a picture, and the images are in '{units}' without a declared stretch. "
             "Declare 'display' (the reflectances shown as black and white) in the dataset's source."
         )
     made = Preprocessor(
-        seen=seen,
+        input_bands=seen,
         scale=full_scale(units),
-        display=tuple(display) if stretched else None,
+        display_range=tuple(display) if stretched else None,
         mean=None,
         std=None,
         normalisation=backbone.normalisation,
         resize=spec.resize,
-        context=tuple(name for name, axes in _CONTEXT.items() if spec.context and _known(images, axes)),
+        metadata_keys=tuple(name for name, axes in _CONTEXT.items() if spec.uses_location_and_time and _known(images, axes)),
     )
     mean, std = (_of_inputs(spec, seen) if own else _moments(images, made)) if spec.mean or not own else (None, None)
     return Preprocessor(**{**vars(made), "mean": mean, "std": std})
 
 
-def bands_of(images: xr.Dataset) -> list[Band]:
+def image_bands(images: xr.Dataset) -> list[Band]:
     """The bands of an images store, in order."""
     columns = (images[key].values.tolist() for key in ("band_name", "band", "wavelength"))
     return [Band(*one, gsd=images.attrs["gsd"]) for one in zip(*columns, strict=True)]
@@ -160,7 +160,7 @@ def _known(images: xr.Dataset, axes: Sequence[str]) -> bool:
 
 def _of_inputs(spec: BackboneSpec, seen: InputBands) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The network's own mean and standard deviation of the inputs that are used."""
-    places = [spec.bands.index(slot) for slot in seen.slots]
+    places = [spec.bands.index(slot) for slot in seen.input_names]
     return tuple(spec.mean[place] for place in places), tuple(spec.std[place] for place in places)
 
 
@@ -169,12 +169,12 @@ def _moments(images: xr.Dataset, made: Preprocessor) -> tuple[tuple[float, ...],
     rows = np.flatnonzero(images.split.values == "train")
 
     def sums(start: int) -> tuple[int, np.ndarray, np.ndarray]:
-        some = made.select(images.image[rows[start : start + _STEP]].values)
+        some = made.select_bands(images.image[rows[start : start + _STEP]].values)
         total, squares, values = 0.0, 0.0, np.empty(some.shape[1:])
         for image in some:  # one after another stays in the processor's cache
             np.divide(image, made.scale, out=values, dtype=np.float64)
-            if made.display:
-                low, high = made.display
+            if made.display_range:
+                low, high = made.display_range
                 values -= low
                 values /= high - low
                 values.clip(0, 1, out=values)

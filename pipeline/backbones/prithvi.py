@@ -7,7 +7,7 @@ those are kept. Only the last of its outputs is normalised, as in terratorch.
 from pathlib import Path
 
 from pipeline.backbones.base import BackboneSpec, InputBands, from_tokens
-from pipeline.data.hub import HubFile
+from pipeline.config import HubFile
 
 # terratorch's names of the bands, in the order of the pretrained patch embedding.
 BANDS = {
@@ -30,16 +30,16 @@ def _spec(variant: str, size_name: str, patch: int, revision: str, sha256: str, 
     file = f"Prithvi_EO_V2_{size_name}_TL.pt"
     return BackboneSpec(
         bands=tuple(BANDS),
-        needs=("blue", "green", "red"),
+        required=("blue", "green", "red"),
         # Sensors without the narrow near-infrared band: the broad one overlaps it.
-        instead={"nir08": "nir"},
+        substitutes={"nir08": "nir"},
         input_units="reflectance",
         # terratorch's PRITHVI_V2_MEAN and _STD, which are of reflectance x 10000; a test compares.
         mean=(0.1087, 0.1342, 0.1433, 0.2734, 0.1958, 0.1363),
         std=(0.2248, 0.2179, 0.2178, 0.1850, 0.1242, 0.1049),
         strides=(patch,) * 4,
         layers=tuple(f"blocks.{block}" for block in OUTPUTS[variant]),
-        context=True,
+        uses_location_and_time=True,
         weights=HubFile(
             f"ibm-nasa-geospatial/Prithvi-EO-2.0-{size_name}-TL",
             file,
@@ -99,7 +99,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     from terratorch.models.backbones.prithvi_vit import checkpoint_filter_fn_vit
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-    from pipeline.backbones.checkpoints import below, load_strictly, read
+    from pipeline.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
 
     class Prithvi(torch.nn.Module):
         def __init__(self, network):
@@ -112,7 +112,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
         def forward(self, image, place=None, time=None):
             return from_tokens(self.network(image, temporal_coords=time, location_coords=place))
 
-    used = [HLSBands[BANDS[slot]] for slot in seen.slots]
+    used = [HLSBands[BANDS[slot]] for slot in seen.input_names]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = TERRATORCH_BACKBONE_REGISTRY.build(
@@ -120,11 +120,11 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
         )
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
-        tensors = read(path)
-        below(tensors, "encoder.", path)
+        tensors = read_checkpoint(path)
+        strip_prefix(tensors, "encoder.", path)
         # Drops the decoder, takes the columns of these bands, and keeps the fixed position embedding.
         fitting = checkpoint_filter_fn_vit(tensors, network, [HLSBands[name] for name in BANDS.values()], used)
-        load_strictly(network, fitting, path)
+        load_strict(network, fitting, path)
     return Prithvi(network)
 
 

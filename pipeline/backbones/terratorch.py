@@ -18,10 +18,10 @@ def describe(backbone: BackboneConfig) -> BackboneSpec:
     chosen = backbone.layers or range(-LEVELS, 0)
     return BackboneSpec(
         bands=tuple(map(str, backbone.bands)) or None,
-        input_units=backbone.eats or "unit",
+        input_units=backbone.input_units or "unit",
         mean=None,
         std=None,
-        standardise=True,
+        requires_dataset_stats=True,
         strides=(),
         layers=tuple(f"output {index}" for index in chosen),
         weights=backbone.hub,
@@ -36,7 +36,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     import torch
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-    from pipeline.backbones.checkpoints import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 
     class Outputs(torch.nn.Module):
         def __init__(self, network):
@@ -68,5 +68,5 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
             ) from None
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
-        load_strictly(network, read(path), path)
+        load_strict(network, read_checkpoint(path), path)
     return Outputs(network)

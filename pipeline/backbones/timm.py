@@ -7,8 +7,7 @@ import difflib
 from pathlib import Path
 
 from pipeline.backbones.base import BackboneSpec, InputBands, from_maps
-from pipeline.config import BackboneConfig
-from pipeline.data.hub import HubFile
+from pipeline.config import BackboneConfig, HubFile
 from pipeline.errors import UserError
 
 LEVELS = 4
@@ -33,10 +32,10 @@ def describe(backbone: BackboneConfig) -> BackboneSpec:
     own = known is not None and len(known.mean) == len(bands)
     return BackboneSpec(
         bands=bands,
-        input_units=backbone.eats or "display",
+        input_units=backbone.input_units or "display",
         mean=known.mean if own else None,
         std=known.std if own else None,
-        standardise=not own,
+        requires_dataset_stats=not own,
         strides=(),
         layers=tuple(f"level {index} of the last {LEVELS}" for index in range(LEVELS)),
         weights=hub,
@@ -49,7 +48,7 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
     import timm
     import torch
 
-    from pipeline.backbones.checkpoints import load_strictly, read
+    from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 
     class Maps(torch.nn.Module):
         def __init__(self, network):
@@ -61,12 +60,12 @@ def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands,
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = timm.create_model(variant, in_chans=len(seen.slots))
+        network = timm.create_model(variant, in_chans=len(seen.input_names))
     if not hasattr(network, "forward_intermediates"):
         raise UserError(f"timm's '{variant}' does not give its inner maps. Choose another network.")
     if weights == "pretrained":
         path = Path(folder) / declared.weights_file
-        load_strictly(network, read(path), path)
+        load_strict(network, read_checkpoint(path), path)
     if hasattr(network, "set_input_size"):  # transformers are made for a size, convolutions for any
         network.set_input_size(img_size=seen.input_size)
     return Maps(network)

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.stats import permutation_test, rankdata
 
 # Samples that CKA without bias needs.
-FEWEST = 4
+MIN_SAMPLES = 4
 
 
 def linear_cka(batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> tuple[list[str], np.ndarray]:
@@ -34,8 +34,8 @@ def linear_cka(batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> tup
         count += len(next(iter(batch.values())))
         for name, values in batch.items():
             sums[name] = sums.get(name, 0) + values.sum(axis=0, dtype=np.float64)
-    if count < FEWEST:
-        raise ValueError(f"CKA without bias needs at least {FEWEST} samples; there are {count}.")
+    if count < MIN_SAMPLES:
+        raise ValueError(f"CKA without bias needs at least {MIN_SAMPLES} samples; there are {count}.")
     names = list(sums)
     cross: dict[tuple[int, int], np.ndarray] = {}
     norms, products = np.zeros(len(names)), np.zeros((len(names), len(names)))
@@ -56,7 +56,7 @@ def linear_cka(batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> tup
     return names, hsic / np.outer(scale, scale)
 
 
-def foretells(alike: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
+def correlation_with_gain(alike: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
     """Spearman's rank correlation between similarity and gain, and its two-sided permutation p-value.
 
     The p-value takes the pairs as independent, which pairs that share a backbone or a data set are not: it is, if

@@ -15,7 +15,7 @@ from pipeline.training import feature_inputs
 
 # How many points are looked at: chips, or pixels, spread evenly over a split's masks. Twice as many pixels cost twice
 # the time and move a probe's mean IoU by .01 (LAB.md).
-CHIPS, PIXELS = 8192, 4096
+MAX_CHIPS, MAX_PIXELS = 8192, 4096
 # Samples read at once.
 _STEP = 32
 
@@ -36,22 +36,22 @@ class ProbeSamples:
     features: dict[Layer, np.ndarray]
     label: np.ndarray
 
-    def joined(self, layers: Sequence[Layer], some: slice = slice(None)) -> np.ndarray:
+    def concatenate(self, layers: Sequence[Layer], some: slice = slice(None)) -> np.ndarray:
         """Layers side by side, (point, channel), of all points or some."""
         return np.concatenate([self.features[layer][some] for layer in layers], axis=1)
 
 
-def chips(members: Mapping[str, FeatureStore], rows: np.ndarray, label: np.ndarray) -> ProbeSamples:
+def chip_samples(members: Mapping[str, FeatureStore], rows: np.ndarray, label: np.ndarray) -> ProbeSamples:
     """All pooled vectors of a classification set's samples `rows`."""
     features = {
-        (name, layer): feature_inputs.checked(store, f"pooled/{layer}", rows)
+        (name, layer): feature_inputs.read_finite(store, f"pooled/{layer}", rows)
         for name, store in members.items()
         for layer in store.pooled
     }
     return ProbeSamples(features, label)
 
 
-def pixels(
+def pixel_samples(
     members: Mapping[str, FeatureStore], rows: np.ndarray, masks: np.ndarray, ignore: int, seed: int
 ) -> ProbeSamples:
     """Levels of a segmentation set at labelled pixels drawn from each mask, about PIXELS in all.
@@ -69,7 +69,7 @@ def pixels(
             parts = []
             for start in range(0, len(rows), _STEP):
                 some = slice(start, start + _STEP)
-                maps = torch.from_numpy(feature_inputs.checked(store, f"{level}/features", rows[some]))
+                maps = torch.from_numpy(feature_inputs.read_finite(store, f"{level}/features", rows[some]))
                 parts.append(_sampled(maps, picked[some], masks.shape[1:])[valid[some]])
             features[name, level] = np.concatenate(parts)
     flat = masks.reshape(len(masks), -1)
@@ -78,7 +78,7 @@ def pixels(
 
 def _draw(masks: np.ndarray, ignore: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Flat places of pixels in each mask, (mask, place), and which of them count, where a mask has too few."""
-    each = -(-PIXELS // len(masks))
+    each = -(-MAX_PIXELS // len(masks))
     generator = np.random.default_rng(seed)
     places, valid = np.zeros((len(masks), each), np.int64), np.zeros((len(masks), each), bool)
     for position, mask in enumerate(masks.reshape(len(masks), -1)):

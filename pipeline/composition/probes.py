@@ -31,8 +31,8 @@ class Probe:
         scalers: what standardised them.
     """
 
-    def __init__(self, train: ProbeSamples, val: ProbeSamples, task: Task, kind: str):
-        self.task, self.kind, self.layers = task, kind, list(train.features)
+    def __init__(self, train: ProbeSamples, val: ProbeSamples, task: Task, method: str):
+        self.task, self.kind, self.layers = task, method, list(train.features)
         self.scalers = {layer: StandardScaler().fit(values) for layer, values in train.features.items()}
         self._train, self._val = (
             ProbeSamples(
@@ -45,16 +45,16 @@ class Probe:
         """Channels of a layer."""
         return len(self.scalers[layer].mean_)
 
-    def fit(self, layers: Sequence[Layer]) -> tuple[float, probes.Linear | None]:
+    def fit(self, layers: Sequence[Layer]) -> tuple[float, probes.LinearProbe | None]:
         """The validation score of a probe on these layers side by side, and the probe, if it is linear.
 
         Of the logistic regressions the one with the best penalty by that score.
         """
-        kind, inputs, label = self.task.name, self._train.joined(layers), self._train.label
-        queries = self._val.joined(layers)
+        kind, inputs, label = self.task.type, self._train.concatenate(layers), self._train.label
+        queries = self._val.concatenate(layers)
         if self.kind == "knn":
-            return self._score(probes.neighbours(inputs, label, queries)), None
-        found = probes.logistic(kind, inputs, label, self.task.classes)
+            return self._score(probes.predict_knn(inputs, label, queries)), None
+        found = probes.fit_logistic(kind, inputs, label, self.task.n_classes)
         scores = [self._score(probes.predicted(kind, one.logits(queries))) for one in found]
         best = int(np.argmax(scores))
         return scores[best], found[best]
@@ -66,17 +66,17 @@ class Probe:
         def batches():
             for start in range(0, count, _BLOCK):
                 some = slice(start, start + _BLOCK)
-                yield {name: self._train.joined(layers, some) for name, layers in groups.items()}
+                yield {name: self._train.concatenate(layers, some) for name, layers in groups.items()}
 
         return cka.linear_cka(batches)
 
     def _score(self, predicted: np.ndarray) -> float:
-        counts = metrics.counts(self.task.name, predicted, self._val.label, self.task.classes, self.task.ignore)
-        return float(metrics.score(self.task.name, counts.sum(axis=0), self.task.classes))
+        counts = metrics.counts(self.task.type, predicted, self._val.label, self.task.n_classes, self.task.ignore_value)
+        return float(metrics.score(self.task.type, counts.sum(axis=0), self.task.n_classes))
 
 
 def mask_scores(
-    fitted: Mapping[tuple[str, ...], tuple[list[Layer], probes.Linear]],
+    fitted: Mapping[tuple[str, ...], tuple[list[Layer], probes.LinearProbe]],
     probe: Probe,
     members: Mapping[str, FeatureStore],
     rows: np.ndarray,
@@ -105,12 +105,12 @@ def mask_scores(
                 coarse = torch.einsum("kc,ncyx->nkyx", torch.from_numpy(weight), maps[layer])
                 logits = logits + functional.interpolate(coarse, size=masks.shape[1:], mode="bilinear")
             predicted = logits.max(dim=1).indices.numpy()
-            counts = metrics.counts(task.name, predicted, masks[some], task.classes, task.ignore)
+            counts = metrics.counts(task.type, predicted, masks[some], task.n_classes, task.ignore_value)
             totals[name] = totals.get(name, 0) + counts.sum(axis=0)
-    return {name: float(metrics.score(task.name, total, task.classes)) for name, total in totals.items()}
+    return {name: float(metrics.score(task.type, total, task.n_classes)) for name, total in totals.items()}
 
 
-def _by_layer(layers: Sequence[Layer], linear: probes.Linear, scalers) -> tuple[dict[Layer, np.ndarray], np.ndarray]:
+def _by_layer(layers: Sequence[Layer], linear: probes.LinearProbe, scalers) -> tuple[dict[Layer, np.ndarray], np.ndarray]:
     """A probe's weights a layer, and its bias, for features as they are stored."""
     weights, bias, start = {}, linear.bias.astype(np.float64), 0
     for layer in layers:

@@ -56,8 +56,8 @@ def search(
     """
     task = task_from_store(labelled)
     first = next(iter(members.values()))
-    segmentation = task.name == "segmentation"
-    most = points.PIXELS if segmentation else points.CHIPS
+    segmentation = task.type == "segmentation"
+    most = points.MAX_PIXELS if segmentation else points.MAX_CHIPS
     rows = {
         "train": first.rows("train", min(1.0, most / len(first.rows("train")))),
         "val": first.rows("val"),
@@ -66,14 +66,14 @@ def search(
     layers = {name: _layers(name, store, heads, segmentation) for name, store in members.items()}
     if segmentation:
         taken = {
-            split: points.pixels(members, rows[split], label[split], task.ignore, seed)
+            split: points.pixel_samples(members, rows[split], label[split], task.ignore_value, seed)
             for seed, split in enumerate(rows)
         }
     else:
-        taken = {split: points.chips(members, rows[split], label[split]) for split in rows}
-    _enough({split: len(one.label) for split, one in taken.items()}, "labelled pixels" if segmentation else "samples")
+        taken = {split: points.chip_samples(members, rows[split], label[split]) for split in rows}
+    _check_enough_samples({split: len(one.label) for split, one in taken.items()}, "labelled pixels" if segmentation else "samples")
     probe = Probe(taken["train"], taken["val"], task, "logistic" if segmentation else described.probe)
-    wanted = {names: [layer for name in names for layer in layers[name]] for names in ensembles(list(members))}
+    wanted = {names: [layer for name in names for layer in layers[name]] for names in all_subsets(list(members))}
     with _side_by_side() as each:
         fitted = dict(zip(wanted, each(probe.fit, wanted.values()), strict=True))
     if segmentation:
@@ -81,16 +81,16 @@ def search(
         scores = mask_scores(linear, probe, members, rows["val"], label["val"])
     else:
         scores = {names: score for names, (score, _) in fitted.items()}
-    cka = similarities(probe, layers)
+    cka = cka_table(probe, layers)
     widths = {name: sum(probe.width(layer) for layer in layers[name]) for name in members}
     return CompositionResult(
-        table(scores, cka, widths), cka, greedy(probe, probe.layers if described.greedy else []), probe.kind
+        rank_table(scores, cka, widths), cka, greedy_layers(probe, probe.layers if described.greedy else []), probe.kind
     )
 
 
-def _enough(counts: Mapping[str, int], what: str) -> None:
+def _check_enough_samples(counts: Mapping[str, int], what: str) -> None:
     """Refuse splits that nothing can be fitted on, or compared by, or scored on."""
-    for split, least in (("train", similarity.FEWEST), ("val", 1)):
+    for split, least in (("train", similarity.MIN_SAMPLES), ("val", 1)):
         if counts[split] < least:
             raise UserError(
                 f"The split {split} has {counts[split]} {what}, and the composition search needs at least {least}. "
@@ -98,17 +98,17 @@ def _enough(counts: Mapping[str, int], what: str) -> None:
             )
 
 
-def ensembles(backbones: Sequence[str]) -> list[tuple[str, ...]]:
+def all_subsets(backbones: Sequence[str]) -> list[tuple[str, ...]]:
     """Every subset of the backbones, those of one member first, each in the order given."""
     return [chosen for size in range(1, len(backbones) + 1) for chosen in combinations(backbones, size)]
 
 
-def best(subsets: pd.DataFrame, count: int) -> list[str]:
+def top_k(subsets: pd.DataFrame, count: int) -> list[str]:
     """The best few ensembles of two or more members."""
     return subsets[subsets.members > 1].model.head(count).tolist()
 
 
-def similarities(probe: Probe, read: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
+def cka_table(probe: Probe, read: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
     """Linear CKA of every two backbones: level, one, other, cka.
 
     Level by level, finest first (of a classification set their mean vectors; a level that only one backbone has is
@@ -133,7 +133,7 @@ def similarities(probe: Probe, read: Mapping[str, Sequence[Layer]]) -> pd.DataFr
     return pd.DataFrame(rows, columns=["level", "one", "other", "cka"])
 
 
-def table(scores: Mapping[tuple[str, ...], float], cka: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
+def rank_table(scores: Mapping[tuple[str, ...], float], cka: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
     """One row an ensemble, best first.
 
     Returns:
@@ -156,7 +156,7 @@ def table(scores: Mapping[tuple[str, ...], float], cka: pd.DataFrame, widths: Ma
     )
 
 
-def greedy(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
+def greedy_layers(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
     """Add the layer that helps validation most, one after another, for as long as it helps: layer, score."""
     chosen, best, rows = [], -np.inf, []
     while left := [layer for layer in candidates if layer not in chosen]:
@@ -184,7 +184,7 @@ def _side_by_side():
 def _layers(name: str, store: FeatureStore, heads: config.HeadsConfig, segmentation: bool) -> list[Layer]:
     """What a head reads of a backbone: levels, or the pooled vectors that are its parameters."""
     if segmentation:
-        fields = feature_inputs.maps([store], heads.levels)[0]
+        fields = feature_inputs.select_levels([store], heads.levels)[0]
     else:
-        fields = feature_inputs.vectors([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
+        fields = feature_inputs.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
     return [(name, array.removeprefix("pooled/").removesuffix("/features")) for _, array in fields]

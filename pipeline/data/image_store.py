@@ -108,11 +108,11 @@ class LazyImageDataset(ImageDatasetInfo):
             nothing can be fetched.
     """
 
-    read: Callable[[str, np.ndarray], Sample]
+    read_sample: Callable[[str, np.ndarray], Sample]
     shape: tuple[int, int, int]
     dtype: np.dtype
-    verify: Callable[[np.ndarray], None] | None = None
-    ahead: Callable[[Sequence[str]], None] | None = None
+    check_band_means: Callable[[np.ndarray], None] | None = None
+    prefetch: Callable[[Sequence[str]], None] | None = None
 
 
 def open_images(path: Path) -> "xr.Dataset":
@@ -161,7 +161,7 @@ def label_dims(task: str) -> tuple[str, ...]:
     }[task]
 
 
-def no_label(task: str, classes: int, size: tuple[int, ...]) -> np.ndarray:
+def missing_label(task: str, classes: int, size: tuple[int, ...]) -> np.ndarray:
     """What stands in the label's place of a sample of the split `unlabelled`.
 
     Args:
@@ -175,7 +175,7 @@ def no_label(task: str, classes: int, size: tuple[int, ...]) -> np.ndarray:
     return np.full(size if task == "segmentation" else classes, IGNORE, np.uint8)
 
 
-def check(images: ImageDataset) -> None:
+def validate_dataset(images: ImageDataset) -> None:
     """Refuse what could not be a dataset; every message names what is wrong."""
     count = len(images.image)
     if images.image.ndim != 4 or images.image.shape[1] != len(images.bands):
@@ -184,17 +184,17 @@ def check(images: ImageDataset) -> None:
         values = getattr(images, name)
         if values is not None and len(values) != count:
             raise UserError(f"There are {count} images but {len(values)} values of '{name}'.")
-    check_description(images)
+    validate_info(images)
     if images.label.ndim != len(label_dims(images.task)):
         raise UserError(f"A {images.task} label has dimensions {label_dims(images.task)}, not {images.label.shape}.")
     bare = np.asarray(images.split) == UNLABELLED
     check_label(images.label[~bare], images)
-    check_no_label(images.label[bare], images.task)
+    check_label_is_missing(images.label[bare], images.task)
     if images.lat is not None:
-        check_place(images.lat, images.lon)
+        check_location(images.lat, images.lon)
 
 
-def moment(text: str, what: str) -> np.datetime64:
+def parse_timestamp(text: str, what: str) -> np.datetime64:
     """A time in UTC, or NaT of no text.
 
     Raises:
@@ -210,7 +210,7 @@ def moment(text: str, what: str) -> np.datetime64:
         ) from None
 
 
-def check_description(images: ImageDatasetInfo) -> None:
+def validate_info(images: ImageDatasetInfo) -> None:
     """Refuse names, splits and units that could not be a dataset's."""
     if len(set(images.sample)) != len(images.sample):
         raise UserError("A sample's name appears twice; names must be unique.")
@@ -243,13 +243,13 @@ def check_label(label: np.ndarray, images: ImageDatasetInfo) -> None:
         raise UserError(f"A label lies outside the {len(images.classes)} classes {', '.join(images.classes)}.")
 
 
-def check_no_label(label: np.ndarray, task: str) -> None:
+def check_label_is_missing(label: np.ndarray, task: str) -> None:
     """Refuse labels in the split `unlabelled`, where nothing would use them, and something might by mistake."""
     if (label != (NO_CLASS if task == "classification" else IGNORE)).any():
         raise UserError(f"A sample of the split {UNLABELLED} has a label. Give it another split, or no label.")
 
 
-def check_place(lat, lon) -> None:
+def check_location(lat, lon) -> None:
     """Refuse what is no place on Earth; not a number is one that is not known."""
     if (np.abs(lat) > 90).any() or (np.abs(lon) > 180).any():
         raise UserError("A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?")

@@ -22,15 +22,15 @@ from pathlib import Path
 import numpy as np
 
 from cache.atomic import atomic_dir
-from cache.schema import CHUNK_KEYS, consolidate, put_array
+from cache.schema import CHUNK_KEYS, consolidate_metadata, put_array
 from pipeline.data.image_store import (
     IGNORE,
     UNLABELLED,
     ImageDataset,
     LazyImageDataset,
-    check,
-    check_description,
     label_dims,
+    validate_dataset,
+    validate_info,
 )
 from pipeline.data.imagechunk import ChunkRecord, ChunkWriter
 from pipeline.errors import UserError
@@ -77,7 +77,7 @@ def write(
     """
     skipped = {}
     while True:
-        check(dataset) if isinstance(dataset, ImageDataset) else check_description(dataset)
+        validate_dataset(dataset) if isinstance(dataset, ImageDataset) else validate_info(dataset)
         try:
             with atomic_dir(scratch, final):
                 _write(dataset, scratch, workers or len(os.sched_getaffinity(0)), skip_bad, skipped)
@@ -122,8 +122,8 @@ def _write(
         raise UnreadableSamples(bad)
     for piece in pieces:
         content.update("".join(piece.digests).encode())
-    if not held and dataset.verify:
-        dataset.verify(sum(piece.total for piece in pieces) / count)
+    if not held and dataset.check_band_means:
+        dataset.check_band_means(sum(piece.total for piece in pieces) / count)
     coordinates = []
     for name, (values, dims) in _small(dataset, pieces).items():
         extra = _DESCRIBED.get(name, {})
@@ -145,7 +145,7 @@ def _write(
     }
     content.update(repr(sorted(attributes.items())).encode())
     group.attrs.update({**attributes, "content_sha256": content.hexdigest(), "coordinates": " ".join(coordinates)})
-    consolidate(group)
+    consolidate_metadata(group)
 
 
 def _small(

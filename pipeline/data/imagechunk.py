@@ -21,8 +21,8 @@ from pipeline.data.image_store import (
     LazyImageDataset,
     Sample,
     check_label,
-    check_no_label,
-    check_place,
+    check_label_is_missing,
+    check_location,
 )
 from pipeline.errors import UserError
 
@@ -132,13 +132,13 @@ class ChunkWriter:
         else:
             label = np.zeros((len(names), *empty), kind)
         lat, lon, time, bad = [], [], [], []
-        ahead = stream.ahead or (lambda names: None)
+        ahead = stream.prefetch or (lambda names: None)
         ahead(stream.sample[rows.start : rows.start + _AHEAD])
         for place, name in enumerate(names):
             soon = rows.start + place + _AHEAD
             ahead(stream.sample[soon : soon + 1])
             try:
-                sample = stream.read(name, image[place])
+                sample = stream.read_sample(name, image[place])
                 found, label[place] = _checked(sample, stream, name, splits[place])
                 if found is not sample.image or not np.shares_memory(found, image):
                     image[place] = found
@@ -205,10 +205,10 @@ def _checked(sample: Sample, stream: LazyImageDataset, name: str, split: str):
         raise UserError(f"Sample {name} has pixels that are no finite numbers.")
     try:
         if split == UNLABELLED:
-            check_no_label(np.asarray(sample.label), stream.task)
+            check_label_is_missing(np.asarray(sample.label), stream.task)
         else:
             check_label(np.asarray(sample.label), stream)
-        check_place(sample.lat, sample.lon)
+        check_location(sample.lat, sample.lon)
     except UserError as error:
         raise UserError(f"Sample {name}: {error}") from None
     return image, sample.label

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pipeline.config import Params
 
 
-def teacher(described: Params, dataset: str, tuned: Mapping[str, Mapping]) -> tuple[str | None, str | None]:
+def choose_teacher(described: Params, dataset: str, tuned: Mapping[str, Mapping]) -> tuple[str | None, str | None]:
     """The teacher's name; or None and why there is none on this data set.
 
     `best` is the best by validation score of the models that have a trained network: random controls teach nothing,
@@ -15,7 +15,7 @@ def teacher(described: Params, dataset: str, tuned: Mapping[str, Mapping]) -> tu
     Args:
         tuned: of every model of the grid, what `tune` wrote: `skipped`, and else `score` on validation.
     """
-    if not described.distill.teaches(dataset):
+    if not described.distill.applies_to(dataset):
         return None, f"distill.datasets in params.yaml names {', '.join(described.distill.datasets)}."
     wanted = described.distill.teacher
     if wanted != "best":

@@ -2,19 +2,19 @@
 
 import xarray as xr
 
-from pipeline import student_params
+from pipeline import config
 from pipeline.data import image_store
 from pipeline.distillation.student_files import StudentSpec
 
 
-def shape_of(store: xr.Dataset, student: student_params.StudentConfig) -> StudentSpec:
+def make_spec(store: xr.Dataset, student: config.StudentConfig) -> StudentSpec:
     """What decides a student's tensors."""
     task, dense = store.attrs["task"], store.attrs["task"] == "segmentation"
     side = student.mask_size if dense else student.chip_size
     return StudentSpec(student.network, store.sizes["band"], len(store.attrs["classes"]), task, side)
 
 
-def about(store: xr.Dataset, dataset: str, variant: str, weights: str, teacher: str | None) -> dict:
+def student_metadata(store: xr.Dataset, dataset: str, variant: str, weights: str, teacher: str | None) -> dict:
     """What is kept beside a student's tensors (pipeline/distillation)."""
     columns = zip(store.band_name.values.tolist(), store.band.values.tolist(), store.wavelength.values, strict=True)
     return {

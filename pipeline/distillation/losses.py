@@ -11,7 +11,7 @@ from torch.nn import functional
 COSINE, SMOOTH = 0.9, 0.1
 
 
-def of_features(said: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def feature_loss(said: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Loss of each sample, (batch,), from features (batch, channel, …), wanted ones standardised.
 
     The cosine is over channels at every place; both terms are means over places.
@@ -21,7 +21,7 @@ def of_features(said: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return COSINE * apart.reshape(len(said), -1).mean(dim=1) + SMOOTH * smooth.flatten(1).mean(dim=1)
 
 
-def of_logits(said: torch.Tensor, wanted: torch.Tensor, temperature: float, kind: str) -> torch.Tensor:
+def logit_kl(said: torch.Tensor, wanted: torch.Tensor, temperature: float, kind: str) -> torch.Tensor:
     """Mean divergence of the student's softened answers from the teacher's, times the squared temperature.
 
     The square keeps its gradient as large as the labels', whatever the temperature. Of segmentation every pixel is an

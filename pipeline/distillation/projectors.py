@@ -22,7 +22,7 @@ class Projectors(nn.Module):
     def __init__(self, grids: Sequence[int], channels: Sequence[int], wanted: Sequence[tuple[int, ...]]):
         super().__init__()
         self.wanted = list(wanted)
-        self.source = [nearest(grids, shape[1:]) for shape in wanted]
+        self.source = [nearest_level(grids, shape[1:]) for shape in wanted]
         self.maps = nn.ModuleList(
             nn.Linear(sum(channels), shape[0]) if place is None else nn.Conv2d(channels[place], shape[0], 1)
             for shape, place in zip(wanted, self.source, strict=True)
@@ -40,7 +40,7 @@ class Projectors(nn.Module):
         return said
 
 
-def nearest(grids: Sequence[int], grid: Sequence[int]) -> int | None:
+def nearest_level(grids: Sequence[int], grid: Sequence[int]) -> int | None:
     """Which of the student's levels has the most similar grid; None of a vector, which has none."""
     if not grid:
         return None

@@ -11,10 +11,10 @@ import pandas as pd
 import torch
 
 from pipeline import metrics
+from pipeline.config import VARIANTS
 from pipeline.distillation.student_files import Student
-from pipeline.distillation.train import DistillationSetup, answers, projectors_of, train
+from pipeline.distillation.train import DistillationSetup, make_projectors, predict, train
 from pipeline.errors import UserError
-from pipeline.student_params import VARIANTS
 from pipeline.training import predictions
 from pipeline.training.loop import HParams
 from pipeline.training.losses import predict_labels
@@ -27,7 +27,7 @@ PROTOCOLS = {
     "distilled": "distilled",
     "features": "labels and features",
     "logits": "labels and logits",
-    "labels": "supervised",
+    "supervised": "supervised",
 }
 
 
@@ -49,7 +49,7 @@ class Taught:
     seed: int
 
 
-def teach(
+def train_variant(
     make: Callable[[int], Student], lesson: DistillationSetup, variant: str, told: Mapping, study: Path, about: object
 ) -> Taught:
     """Search learning rate and weight decay on validation, train the seeds, and read the test split once for each.
@@ -62,20 +62,20 @@ def teach(
     Raises:
         UserError: students diverged.
     """
-    name, kind, classes = f"{told['dataset']} {told['model']}", lesson.task.name, lesson.task.classes
+    name, kind, classes = f"{told['dataset']} {told['model']}", lesson.task.type, lesson.task.n_classes
 
     def validation(students: Sequence[Student]) -> np.ndarray:
         return _scores(students, lesson, "val")
 
     def score(settings: Sequence[HParams]) -> np.ndarray:
-        students = _trained(make, lesson, variant, settings)
+        students = _train_students(make, lesson, variant, settings)
         scores = validation(students)
         print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
         return np.where([_diverged(one) for one in students], np.nan, scores)
 
-    tuned = search(score, lesson.described.search, study, [about, variant, asdict(lesson.described)])
-    settings = [HParams(**tuned["best"], seed=seed) for seed in range(lesson.described.seeds)]
-    students = _trained(make, lesson, variant, settings)
+    tuned = search(score, lesson.config.search, study, [about, variant, asdict(lesson.config)])
+    settings = [HParams(**tuned["best"], seed=seed) for seed in range(lesson.config.seeds)]
+    students = _train_students(make, lesson, variant, settings)
     if wrong := [seed for seed, one in enumerate(students) if _diverged(one)]:
         raise UserError(predictions.diverged(wrong, len(students), BOUNDS))
     valid = validation(students)
@@ -97,13 +97,13 @@ def _diverged(student: Student) -> bool:
     return not all(one.isfinite().all() for one in student.state_dict().values() if one.is_floating_point())
 
 
-def _trained(make, lesson: DistillationSetup, variant: str, settings: Sequence[HParams]) -> list[Student]:
+def _train_students(make, lesson: DistillationSetup, variant: str, settings: Sequence[HParams]) -> list[Student]:
     """A student for each setting; on a processor a core trains one, as in pipeline/training/loop.py."""
     # Made one after the other: torch's generator of random numbers is the process's.
     fresh = [make(setting.seed) for setting in settings]
     taught = "features" in VARIANTS[variant]
     ends = [
-        projectors_of(one, lesson, two.seed) if taught else None for one, two in zip(fresh, settings, strict=True)
+        make_projectors(one, lesson, two.seed) if taught else None for one, two in zip(fresh, settings, strict=True)
     ]
     work = partial(train, lesson=lesson, variant=variant)
     if lesson.device != "cpu":
@@ -114,17 +114,17 @@ def _trained(make, lesson: DistillationSetup, variant: str, settings: Sequence[H
 
 
 def _scores(students: Sequence[Student], lesson: DistillationSetup, split: str) -> np.ndarray:
-    each, task = [answers(one, lesson, split) for one in students], lesson.task
-    if not lesson.chips.dense:
-        label = lesson.chips.label(lesson.chips.rows(split))
+    each, task = [predict(one, lesson, split) for one in students], lesson.task
+    if not lesson.images.dense:
+        label = lesson.images.label(lesson.images.rows(split))
         predicted = [predict_labels(torch.from_numpy(one), label, task, dim=1).numpy() for one in each]
-        each = [metrics.counts(task.name, one, label.numpy(), task.classes, None) for one in predicted]
-    return metrics.score(task.name, np.stack([one.sum(axis=0) for one in each]), task.classes)
+        each = [metrics.counts(task.type, one, label.numpy(), task.n_classes, None) for one in predicted]
+    return metrics.score(task.type, np.stack([one.sum(axis=0) for one in each]), task.n_classes)
 
 
 def _predicted(students: Sequence[Student], lesson: DistillationSetup) -> pd.DataFrame:
-    rows, said = lesson.chips.rows("test"), np.stack([answers(one, lesson, "test") for one in students])
-    names = lesson.chips.store.sample.values[rows].tolist()
-    if lesson.chips.dense:
+    rows, said = lesson.images.rows("test"), np.stack([predict(one, lesson, "test") for one in students])
+    names = lesson.images.store.sample.values[rows].tolist()
+    if lesson.images.dense:
         return predictions.of_masks(names, said)
-    return predictions.of_samples(names, lesson.chips.label(rows).numpy(), said, lesson.task.name, BOUNDS)
+    return predictions.of_samples(names, lesson.images.label(rows).numpy(), said, lesson.task.type, BOUNDS)

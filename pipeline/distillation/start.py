@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipeline.backbones.base import BackboneSpec
-from pipeline.backbones.checkpoints import load_strictly, read
+from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 from pipeline.config import BackboneConfig
 from pipeline.distillation.student_files import Student, StudentSpec
 from pipeline.errors import UserError
@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 Tensors = Mapping[str, torch.Tensor]
 
 
-def make(
+def make_student(
     shape: StudentSpec, mean: Sequence[float], std: Sequence[float], start: Tensors | None, seed: int
 ) -> Student:
     """A student before training, drawn from a seed; its network's tensors are replaced by those of `start`."""
@@ -23,11 +23,11 @@ def make(
         torch.manual_seed(seed)
         student = Student(shape, mean, std)
     if start is not None:
-        load_strictly(student.network, start, Path(shape.architecture))
+        load_strict(student.network, start, Path(shape.architecture))
     return student
 
 
-def trained(
+def pretrained_state(
     name: str,
     backbone: BackboneConfig,
     declared: BackboneSpec,
@@ -53,7 +53,7 @@ def trained(
         raise UserError(
             f"Backbone '{name}' has no file of a timm network at {path}, so no student can start from it."
         )
-    held = _timm_names(backbone, read(path))
+    held = _timm_names(backbone, read_checkpoint(path))
     blank = Student(replace(shape, bands=len(declared.bands)), *[[0.0] * len(declared.bands)] * 2).network
     wanted = blank.state_dict()
     tensors = {key: held[key] for key in wanted if key in held}
@@ -65,7 +65,7 @@ def trained(
             "student's weights to random, or its network to the backbone's."
         )
     first = next(key for key, tensor in wanted.items() if tensor.ndim == 4)
-    return {**wanted, **tensors, first: _rebanded(tensors[first], declared.bands, bands)}
+    return {**wanted, **tensors, first: _adapt_input_filters(tensors[first], declared.bands, bands)}
 
 
 def _timm_names(backbone: BackboneConfig, tensors: Tensors) -> Tensors:
@@ -76,7 +76,7 @@ def _timm_names(backbone: BackboneConfig, tensors: Tensors) -> Tensors:
     return {timm_name(name): tensor for name, tensor in tensors.items()}
 
 
-def _rebanded(filters: torch.Tensor, known: Sequence[str], bands: Sequence[str]) -> torch.Tensor:
+def _adapt_input_filters(filters: torch.Tensor, known: Sequence[str], bands: Sequence[str]) -> torch.Tensor:
     """Filters (out, band, y, x) of the backbone's bands as filters of the images'."""
     other = filters.mean(dim=1)
     chosen = [filters[:, known.index(band)] if band in known else other for band in bands]

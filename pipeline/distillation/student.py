@@ -30,8 +30,8 @@ class StudentSpec:
     """
 
     architecture: str
-    bands: int
-    classes: int
+    n_bands: int
+    n_classes: int
     task: str
     input_size: int
 
@@ -51,19 +51,19 @@ class Student(nn.Module):
         UserError: a network that timm does not have, that gives no maps, or whose stride the input is too small for.
     """
 
-    def __init__(self, shape: StudentSpec, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, spec: StudentSpec, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.shape, self.dense = shape, shape.task == "segmentation"
+        self.shape, self.dense = spec, spec.task == "segmentation"
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
-        self.network = _network(shape)
+        self.network = _network(spec)
         self.channels = list(self.network.feature_info.channels())
         self.strides = list(self.network.feature_info.reduction())
         if self.dense:
             self.pyramid = FeaturePyramidNetwork(self.channels, WIDTH)
-            self.head = nn.Conv2d(WIDTH, shape.classes, 1)
+            self.head = nn.Conv2d(WIDTH, spec.n_classes, 1)
         else:
-            self.head = nn.Linear(sum(self.channels), shape.classes)
+            self.head = nn.Linear(sum(self.channels), spec.n_classes)
 
     def forward(self, chips: torch.Tensor) -> torch.Tensor:
         return self.logits(self.levels(chips), chips.shape[-2:])
@@ -93,16 +93,16 @@ def _network(shape: StudentSpec) -> nn.Module:
     """
     if not timm.is_model(shape.architecture):
         raise UserError(f"timm has no network '{shape.architecture}'. `timm.list_models()` lists those it has.")
-    failed = f"timm's '{shape.architecture}' cannot be a student of {shape.input_size} px and {shape.bands} bands"
+    failed = f"timm's '{shape.architecture}' cannot be a student of {shape.input_size} px and {shape.n_bands} bands"
     try:
         network = timm.create_model(
-            shape.architecture, features_only=True, in_chans=shape.bands, out_indices=tuple(range(-LEVELS, 0))
+            shape.architecture, features_only=True, in_chans=shape.n_bands, out_indices=tuple(range(-LEVELS, 0))
         )
         strides, channels = network.feature_info.reduction(), network.feature_info.channels()
         if shape.input_size < max(strides):
             raise UserError(f"{failed}: its deepest level has stride {max(strides)}. Set a larger input_size.")
         with torch.no_grad():
-            maps = network.eval()(torch.zeros(1, shape.bands, shape.input_size, shape.input_size))
+            maps = network.eval()(torch.zeros(1, shape.n_bands, shape.input_size, shape.input_size))
     except (RuntimeError, AssertionError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{failed}: {' '.join(str(error).split())[:160]}. Choose another network.") from None
     if [level.ndim for level in maps] != [4] * LEVELS or [level.shape[1] for level in maps] != channels:

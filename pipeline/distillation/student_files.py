@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 
 from cache.atomic import write_file
-from pipeline.backbones.checkpoints import load_strictly, read
+from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 from pipeline.distillation.student import Student, StudentSpec
 from pipeline.errors import UserError
 
-TENSORS, TOLD = "student.pt", "student.json"
+TENSORS_FILE, METADATA_FILE = "student.pt", "student.json"
 # What student.json says of every student, beside what `save` adds.
-KEYS = (
+METADATA_KEYS = (
     "dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "variant", "weights", "teacher",
 )  # fmt: skip
 
 
-def save(folder: Path, student: Student, told: Mapping) -> None:
+def save_student(folder: Path, student: Student, told: Mapping) -> None:
     """Write a student's tensors (student.pt) and, last, what it is (student.json).
 
     Args:
@@ -31,12 +31,12 @@ def save(folder: Path, student: Student, told: Mapping) -> None:
     Raises:
         ValueError: `told` lacks one of these.
     """
-    if lacking := [key for key in KEYS if key not in told]:
+    if lacking := [key for key in METADATA_KEYS if key not in told]:
         raise ValueError(f"a student is saved with {', '.join(lacking)}")
     shape, held = student.shape, BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in student.state_dict().items()}, held)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / TENSORS, [held.getbuffer()])
+    write_file(folder / TENSORS_FILE, [held.getbuffer()])
     written = {
         **told,
         "architecture": shape.architecture,
@@ -45,31 +45,31 @@ def save(folder: Path, student: Student, told: Mapping) -> None:
         "mean": student.mean.flatten().tolist(),
         "std": student.std.flatten().tolist(),
     }
-    write_file(folder / TOLD, [(json.dumps(written, indent=1, sort_keys=True) + "\n").encode()])
+    write_file(folder / METADATA_FILE, [(json.dumps(written, indent=1, sort_keys=True) + "\n").encode()])
 
 
-def load(folder: Path) -> tuple[Student, dict]:
+def load_student(folder: Path) -> tuple[Student, dict]:
     """A saved student, on the processor and ready to predict, and its student.json.
 
     Raises:
         UserError: nothing there, or files that are damaged or do not belong together.
     """
     try:
-        told = json.loads((folder / TOLD).read_text())
+        told = json.loads((folder / METADATA_FILE).read_text())
         shape = StudentSpec(
             told["architecture"], len(told["bands"]), len(told["classes"]), told["task"], told["input_size"]
         )
         moments = told["mean"], told["std"]
     except FileNotFoundError:
-        raise UserError(f"There is no student in {folder} (no {TOLD}). Run: dvc repro distill") from None
+        raise UserError(f"There is no student in {folder} (no {METADATA_FILE}). Run: dvc repro distill") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / TOLD} does not describe a student ({error!r}). Run: dvc repro distill") from None
-    if not (folder / TENSORS).exists():
-        raise UserError(f"There is no {folder / TENSORS}, the tensors of this student. Run: dvc repro distill")
+        raise UserError(f"{folder / METADATA_FILE} does not describe a student ({error!r}). Run: dvc repro distill") from None
+    if not (folder / TENSORS_FILE).exists():
+        raise UserError(f"There is no {folder / TENSORS_FILE}, the tensors of this student. Run: dvc repro distill")
     with torch.random.fork_rng(devices=[]):
         student = Student(shape, *moments)
-    load_strictly(student, read(folder / TENSORS), folder / TENSORS)
+    load_strict(student, read_checkpoint(folder / TENSORS_FILE), folder / TENSORS_FILE)
     return student.eval(), told
 
 
-__all__ = ["Student", "StudentSpec", "load", "save"]
+__all__ = ["Student", "StudentSpec", "load_student", "save_student"]

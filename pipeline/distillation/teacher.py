@@ -48,20 +48,20 @@ class CachedTeacher:
     def __init__(self, stores: Mapping[Path, str | None], pictures: Path, head: TrainedHead, rows: np.ndarray):
         self.members, labelled = task_data.open_aligned(stores, pictures)
         names = [Path(path).stem for path in stores]
-        if head.backbones != names or list(head.classes) != list(labelled.attrs["classes"]):
+        if head.backbones != names or list(head.class_names) != list(labelled.attrs["classes"]):
             raise UserError(
-                f"The trained head is of {head.model} for the classes {', '.join(head.classes)}; the stores are of "
+                f"The trained head is of {head.model} for the classes {', '.join(head.class_names)}; the stores are of "
                 f"{'+'.join(names)} for {', '.join(labelled.attrs['classes'])}. Run: dvc repro train"
             )
         self.head, self.views = head, self.members[0].view or ["identity"]
         numbered = list(enumerate(self.members))
-        maps = [(place, f"{level}/features") for place, member in numbered for level in member.levels]
-        self.fields = maps + [(place, f"pooled/{name}") for place, member in numbered for name in member.pooled]
-        self.maps = len(maps)
-        self.shapes = [tuple(self.members[place].array(name).shape) for place, name in self.fields]
+        n_maps = [(place, f"{level}/features") for place, member in numbered for level in member.levels]
+        self.arrays = n_maps + [(place, f"pooled/{name}") for place, member in numbered for name in member.pooled]
+        self.maps = len(n_maps)
+        self.shapes = [tuple(self.members[place].array(name).shape) for place, name in self.arrays]
         training = np.flatnonzero(self.members[0].split == "train")
-        by = [feature_inputs.statistics((self.members[place], name), training) for place, name in self.fields]
-        self._by = [tuple(map(torch.from_numpy, feature_inputs.factors(*one))) for one in by]
+        by = [feature_inputs.channel_stats((self.members[place], name), training) for place, name in self.arrays]
+        self._by = [tuple(map(torch.from_numpy, feature_inputs.to_mean_scale(*one))) for one in by]
         self._place = {row: number for number, row in enumerate(rows.tolist())}
         self._answers = self._answered(rows)
 
@@ -73,10 +73,10 @@ class CachedTeacher:
         views = self._known(views)
         return [
             feature_inputs.standardise(self._read(place, name, rows, views), *by)
-            for (place, name), by in zip(self.fields, self._by, strict=True)
+            for (place, name), by in zip(self.arrays, self._by, strict=True)
         ]
 
-    def matched(self, views: Sequence[str]) -> torch.Tensor:
+    def has_cached_view(self, views: Sequence[str]) -> torch.Tensor:
         """Whether the maps are those of the turned chips, bool (batch,)."""
         return torch.tensor([view in self.views for view in views])
 
@@ -108,13 +108,13 @@ class CachedTeacher:
     @torch.inference_mode()
     def _answered(self, rows: np.ndarray) -> np.ndarray:
         """What the head says of every copy, float16 (sample, view, class, …), in an unnamed file: masks are many."""
-        answers, device = None, self.head.by[0][0].device
+        answers, device = None, self.head.mean_scale[0][0].device
         for copy, view in enumerate(self.views):
             for start in range(0, len(rows), _STEP):
                 some = rows[start : start + _STEP]
                 given = [
                     {name: self._read(place, name, some, [view] * len(some)).to(device) for name in names}
-                    for place, names in enumerate(self.head.fields)
+                    for place, names in enumerate(self.head.array_names)
                 ]
                 said = self.head.logits(given).float().cpu().numpy()
                 if answers is None:

@@ -16,7 +16,7 @@ from pipeline.export import graphs, price, quantised
 COMPARED = 16
 
 
-def write(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int8: bool, limit: int) -> dict:
+def write_exports(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int8: bool, limit: int) -> dict:
     """Write a student's files to a folder.
 
     Args:
@@ -30,21 +30,21 @@ def write(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int
         UserError: a file computes something else than the student, or the student is of other images.
     """
     _fits(told, images)
-    chips = price.validation(images, limit)
+    chips = price.validation_chips(images, limit)
     seen = chips.image[:COMPARED]
     student = student.eval()
-    program = graphs.program_of(student, told)
-    graphs.onnx_file(program, told, folder / "student.onnx")
-    graphs.torch_file(program, told, folder / "student.pt2")
-    said = {"torch": _worth(graphs.torch_logits(student), chips, told, _bytes(student), 0.0)}
+    program = graphs.trace(student, told)
+    graphs.write_onnx(program, told, folder / "student.onnx")
+    graphs.write_torch_program(program, told, folder / "student.pt2")
+    said = {"torch": _worth(graphs.torch_predictor(student), chips, told, _bytes(student), 0.0)}
     for name in ("student.onnx", "student.pt2"):
-        path, file = folder / name, graphs.logits(folder / name)
-        said[name] = _worth(file, chips, told, path.stat().st_size, graphs.check(student, path, file, seen))
+        path, file = folder / name, graphs.load_predictor(folder / name)
+        said[name] = _worth(file, chips, told, path.stat().st_size, graphs.check_exported(student, path, file, seen))
     if int8:
         path = folder / "student-int8.onnx"
-        quantised.int8_file(folder / "student.onnx", path)
-        file = graphs.logits(path)
-        said[path.name] = _worth(file, chips, told, path.stat().st_size, graphs.difference(student, file, seen))
+        quantised.write_int8_onnx(folder / "student.onnx", path)
+        file = graphs.load_predictor(path)
+        said[path.name] = _worth(file, chips, told, path.stat().st_size, graphs.relative_logit_error(student, file, seen))
     return {
         "dataset": told["dataset"], "task": told["task"], "metric": metrics.METRICS[told["task"]],
         "architecture": told["architecture"], "chips": len(chips.image), "split": "val", "batch": price.BATCH,
@@ -52,21 +52,21 @@ def write(student: Student, told: Mapping, images: xr.Dataset, folder: Path, int
     }  # fmt: skip
 
 
-def rates(student: Student, folder: Path, image: np.ndarray) -> dict[str, float]:
+def measure_throughputs(student: Student, folder: Path, image: np.ndarray) -> dict[str, float]:
     """Images a second of a student in torch and of each of its files in a folder, on this machine's processor.
 
     Args:
         image: real chips, (sample, band, y, x).
     """
-    ways = {"torch": graphs.torch_logits(student.eval())}
-    ways |= {path.name: graphs.logits(path) for path in sorted(folder.iterdir()) if path.suffix in (".onnx", ".pt2")}
-    return {name: float(f"{price.rate(logits, image.astype(np.float32)):.3g}") for name, logits in ways.items()}
+    ways = {"torch": graphs.torch_predictor(student.eval())}
+    ways |= {path.name: graphs.load_predictor(path) for path in sorted(folder.iterdir()) if path.suffix in (".onnx", ".pt2")}
+    return {name: float(f"{price.throughput(logits, image.astype(np.float32)):.3g}") for name, logits in ways.items()}
 
 
 def _worth(logits: Callable, chips: price.EvalSet, told: Mapping, size: int, found: float) -> dict:
     return {
         "bytes": size,
-        "score": round(price.score(logits, chips, told), 6),
+        "score": round(price.evaluate(logits, chips, told), 6),
         "difference": float(f"{found:.2g}"),
     }
 
@@ -82,7 +82,7 @@ def _fits(told: Mapping, images: xr.Dataset) -> None:
         "classes": list(images.attrs["classes"]),
         "units": images.attrs["units"],
         "size": [images.sizes["y"], images.sizes["x"]],
-        "bands": [band.common_name for band in preprocessing.bands_of(images)],
+        "bands": [band.common_name for band in preprocessing.image_bands(images)],
     }
     said = {**told, "bands": [band["common_name"] for band in told["bands"]]}
     for name, value in there.items():

@@ -10,17 +10,17 @@ import torch
 
 from pipeline.distillation.student_files import Student
 from pipeline.errors import UserError
-from pipeline.mapping.exported import KEY, opened
+from pipeline.mapping.exported import METADATA_KEY, open_session
 
 # The greatest difference of any logit between the file and torch, as a share of the spread of torch's logits.
 TOLERANCE = 1e-3
 OPSET = 20
 # What metadata tells of a student.
-TOLD = ("dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "architecture", "variant", "weights",
+METADATA_KEYS = ("dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "architecture", "variant", "weights",
         "teacher", "parameters", "input_size")  # fmt: skip
 
 
-def program_of(student: Student, told: Mapping) -> torch.export.ExportedProgram:
+def trace(student: Student, told: Mapping) -> torch.export.ExportedProgram:
     """A student's graph, traced once for all files."""
     # Of one chip the number of chips would be taken for a constant.
     example = torch.zeros(2, len(told["bands"]), *told["size"])
@@ -28,13 +28,13 @@ def program_of(student: Student, told: Mapping) -> torch.export.ExportedProgram:
     return torch.export.export(student, (example,), dynamic_shapes=({0: many},))
 
 
-def onnx_file(program: torch.export.ExportedProgram, told: Mapping, path: Path) -> None:
+def write_onnx(program: torch.export.ExportedProgram, told: Mapping, path: Path) -> None:
     """Write a student as ONNX: input `chips` (batch, band, y, x), output `logits`, and what it is as metadata."""
     exported = torch.onnx.export(
         program, dynamo=True, input_names=["chips"], output_names=["logits"], opset_version=OPSET, verbose=False
     )
     model = exported.model_proto
-    onnx.helper.set_model_props(model, metadata(told))
+    onnx.helper.set_model_props(model, onnx_metadata(told))
     model.doc_string = "A student of eo-compose; chips in the units and bands of the metadata"
     for node in model.graph.node:  # where each was traced from: paths of this machine
         del node.metadata_props[:]
@@ -49,11 +49,11 @@ def onnx_file(program: torch.export.ExportedProgram, told: Mapping, path: Path) 
     onnx.save(model, path)
 
 
-def metadata(told: Mapping) -> dict[str, str]:
+def onnx_metadata(told: Mapping) -> dict[str, str]:
     """What a file tells of its student, by name: all of it as JSON, and what a person looks for by itself."""
     bands = [band["common_name"] for band in told["bands"]]
     return {
-        KEY: json.dumps({name: told[name] for name in TOLD if name in told}, sort_keys=True),
+        METADATA_KEY: json.dumps({name: told[name] for name in METADATA_KEYS if name in told}, sort_keys=True),
         "bands": ", ".join(bands),
         "units": told["units"],
         "classes": ", ".join(told["classes"]),
@@ -61,20 +61,20 @@ def metadata(told: Mapping) -> dict[str, str]:
     }
 
 
-def torch_file(program: torch.export.ExportedProgram, told: Mapping, path: Path) -> None:
+def write_torch_program(program: torch.export.ExportedProgram, told: Mapping, path: Path) -> None:
     """Write a student as a program that torch.export.load reads; the metadata is in its `extra_files`."""
-    torch.export.save(program, path, extra_files={f"{KEY}.json": metadata(told)[KEY]})
+    torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": onnx_metadata(told)[METADATA_KEY]})
 
 
-def logits(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def load_predictor(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """A file, loaded: from chips, float32 (batch, band, y, x), to what it says of them."""
     if path.suffix == ".pt2":
-        return torch_logits(torch.export.load(path).module())
-    session = opened(path)
+        return torch_predictor(torch.export.load(path).module())
+    session = open_session(path)
     return lambda chips: session.run(None, {"chips": chips})[0]
 
 
-def torch_logits(network: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]:
+def torch_predictor(network: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]:
     """The same of a network in torch."""
 
     @torch.inference_mode()
@@ -84,7 +84,7 @@ def torch_logits(network: torch.nn.Module) -> Callable[[np.ndarray], np.ndarray]
     return said
 
 
-def difference(student: Student, file: Callable[[np.ndarray], np.ndarray], chips: np.ndarray) -> float:
+def relative_logit_error(student: Student, file: Callable[[np.ndarray], np.ndarray], chips: np.ndarray) -> float:
     """The greatest difference of a logit between a student and its file, as a share of the spread of its logits.
 
     Args:
@@ -93,17 +93,17 @@ def difference(student: Student, file: Callable[[np.ndarray], np.ndarray], chips
     """
     # Importing terratorch 1.2 lets convolutions run in bfloat16 in the whole process.
     torch.set_float32_matmul_precision("highest")
-    wanted = torch_logits(student)(chips)
+    wanted = torch_predictor(student)(chips)
     return float(np.abs(file(chips) - wanted).max() / max(wanted.std(), 1e-12))
 
 
-def check(student: Student, path: Path, file: Callable[[np.ndarray], np.ndarray], chips: np.ndarray) -> float:
+def check_exported(student: Student, path: Path, file: Callable[[np.ndarray], np.ndarray], chips: np.ndarray) -> float:
     """The difference on real chips, one at a time and together, which must be below `TOLERANCE`.
 
     Raises:
         UserError: the file computes something else; it is removed.
     """
-    found = max(difference(student, file, chips), difference(student, file, chips[:1]))
+    found = max(relative_logit_error(student, file, chips), relative_logit_error(student, file, chips[:1]))
     if not found <= TOLERANCE:
         path.unlink()
         raise UserError(

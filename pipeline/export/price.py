@@ -23,13 +23,13 @@ class EvalSet:
     label: np.ndarray
 
 
-def validation(images: xr.Dataset, limit: int) -> EvalSet:
+def validation_chips(images: xr.Dataset, limit: int) -> EvalSet:
     """The validation split, or the first `limit` chips of it."""
     rows = np.flatnonzero(images.split.values == "val")[:limit]
     return EvalSet(images.image[rows].values.astype(np.float32), images.label[rows].values)
 
 
-def score(logits: Callable[[np.ndarray], np.ndarray], chips: EvalSet, told: Mapping) -> float:
+def evaluate(logits: Callable[[np.ndarray], np.ndarray], chips: EvalSet, told: Mapping) -> float:
     """The task's metric (pipeline/metrics.py)."""
     batches = range(0, len(chips.image), BATCH)
     given = np.concatenate([logits(chips.image[at : at + BATCH]) for at in batches])
@@ -40,7 +40,7 @@ def score(logits: Callable[[np.ndarray], np.ndarray], chips: EvalSet, told: Mapp
     return float(metrics.score(task, counts.sum(axis=0), classes))
 
 
-def rate(logits: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> float:
+def throughput(logits: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> float:
     """Images a second in batches, the median of some rounds after one warm-up, on this machine's processor."""
     batch = np.resize(image, (BATCH, *image.shape[1:]))
     taken = []

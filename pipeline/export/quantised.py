@@ -6,7 +6,7 @@ from pathlib import Path
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 
-def int8_file(path: Path, final: Path) -> None:
+def write_int8_onnx(path: Path, final: Path) -> None:
     """Write an exported student with int8 weights (one scale a channel), its metadata kept.
 
     Weights are quantised once, activations by each batch's own range, so no calibration images are needed

@@ -15,14 +15,14 @@ from cache.atomic import write_file
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 from pipeline.backbones.encoder import Encoder
-from pipeline.extraction.estimate import explained
+from pipeline.extraction.estimate import translate_errors
 
 # On a CPU, where larger ones are slower, since more of a layer's output leaves the cache, and take more memory
 # (benchmarks/choices.py); and the share of a GPU's memory to use: narrowing takes some, too.
 _CPU_BATCH, _SHARE = 4, 0.8
 
 
-def agreed(path: Path, find: Callable[[], int]) -> int:
+def shared_choice(path: Path, find: Callable[[], int]) -> int:
     """What the first worker of a store finds, kept at `path`: on another GPU another may find another."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def agreed(path: Path, find: Callable[[], int]) -> int:
     return int(path.read_text())
 
 
-def published(final: Path, said: Mapping, views: Sequence[str]) -> int:
+def batch_of_existing_store(final: Path, said: Mapping, views: Sequence[str]) -> int:
     """The batch of a finished store of the same things, or 0.
 
     Args:
@@ -50,7 +50,7 @@ def published(final: Path, said: Mapping, views: Sequence[str]) -> int:
     return store.attributes.get("batch", 0) if same and (store.view or ("identity",)) == tuple(views) else 0
 
 
-def largest(images: xr.Dataset, encoder: Encoder, most: int, views: int = 1) -> int:
+def find_batch_size(images: xr.Dataset, encoder: Encoder, most: int, views: int = 1) -> int:
     """A batch for `extract.batch: 0`: a few on a processor, on a GPU a power of two that its memory holds with room.
 
     It goes by all of the GPU's memory but what this process has of it, the network, and not by what others leave
@@ -66,7 +66,7 @@ def largest(images: xr.Dataset, encoder: Encoder, most: int, views: int = 1) -> 
     if encoder.device == "cpu":
         return min(_CPU_BATCH, most)
     # Not compiled, which would be done again for several sizes.
-    plain = Encoder(encoder.inputs, encoder.network, encoder.device, encoder.precision, strides=encoder.strides)
+    plain = Encoder(encoder.preprocessor, encoder.network, encoder.device, encoder.precision, strides=encoder.strides)
     whole = torch.cuda.get_device_properties(encoder.device).total_memory
     room = _SHARE * (whole - torch.cuda.memory_allocated(encoder.device))
     batch = _doubled(most, room, lambda batch: _bytes_of(images, plain, batch, views))
@@ -85,10 +85,10 @@ def _doubled(most: int, room: float, needs: Callable[[int], float]) -> int:
 def _bytes_of(images: xr.Dataset, encoder: Encoder, batch: int, views: int) -> int:
     """What a batch takes of a GPU: one view's forward beside what the others made, or all of them joined."""
     rows = np.zeros(batch, int)
-    image, known = images.image[rows].values, encoder.inputs.where_and_when(images, rows)
+    image, known = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
     torch.cuda.reset_peak_memory_stats(encoder.device)
     before = torch.cuda.memory_allocated(encoder.device)
-    with explained(encoder, batch):
+    with translate_errors(encoder, batch):
         pyramid = encoder(image, known)
     forward = torch.cuda.max_memory_allocated(encoder.device) - before
     made = sum(each.nbytes for each in [*pyramid.levels, *pyramid.pooled.values()])

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from cache.casting import judge
+from cache.casting import check_cast
 from cache.errors import StoreError
 from cache.schema import StoreSchema
-from pipeline.extraction.narrow import look, narrow
+from pipeline.extraction.narrow import cast_with_stats, count_nonfinite
 from pipeline.extraction.transfer import DeviceToHost
 
 # Values that are narrowed at once: on a processor what its cache keeps; on a GPU, where each takes some 20 bytes,
@@ -41,9 +41,9 @@ class ShardBuffer:
             self._copy(self._arrays, name, rows, values.float())
             return
         if self._narrows(name):
-            values, tally = narrow(values, getattr(torch, self._layout.dtype), first)
+            values, tally = cast_with_stats(values, getattr(torch, self._layout.dtype), first)
         else:
-            values, tally = values.float(), look(values)
+            values, tally = values.float(), count_nonfinite(values)
         self._copy(self._tallies, name, rows, tally)
         self._copy(self._arrays, name, rows, values)
 
@@ -63,7 +63,7 @@ class ShardBuffer:
                     "float16, set it to bfloat16 or float32."
                 )
         lost = {
-            name: judge(tally[:, :6], name, self._layout.dtype)
+            name: check_cast(tally[:, :6], name, self._layout.dtype)
             for name, tally in tallies.items()
             if self._narrows(name)
         }
@@ -71,12 +71,12 @@ class ShardBuffer:
 
     def _narrows(self, name: str) -> bool:
         # A codec that loses digits of its own measures both losses together, from float32.
-        lossy = self._layout.codec.loses and name.endswith("/features")
+        lossy = self._layout.codec.is_lossy and name.endswith("/features")
         return self._layout.dtype != "float32" and not lossy
 
     def _copy(self, held: dict, name: str, rows: slice, values: torch.Tensor) -> None:
         if name not in held:
-            count = min(self._layout.shard, len(self._layout.sample))
+            count = min(self._layout.shard_size, len(self._layout.sample))
             # Of two threads that find nothing, the first decides.
             held.setdefault(name, self._download.empty((count, *values.shape[1:]), values.dtype))
         self._download.copy(held[name][rows], values)

@@ -37,7 +37,7 @@ class ParallelEncoder:
         self.count = min(_LANES, self._threads) if encoder.device == "cpu" else 1
         self._beside = self.count > 1
         if encoder.device == "cpu":
-            _give_back()
+            _tune_malloc()
         self._free = queue.SimpleQueue()
         for number in range(self.count):
             self._free.put(encoder.clone_sharing_weights() if number else encoder)
@@ -72,7 +72,7 @@ class ParallelEncoder:
             self._free.put(encoder)
 
 
-def _give_back() -> None:
+def _tune_malloc() -> None:
     """Have glibc give layers' outputs back when they are freed, for the rest of the process.
 
     By itself it soon cuts blocks of up to 32 MB from heaps, one a thread, which keep what others lie beside: memory

@@ -34,17 +34,17 @@ from pipeline.backbones.encoder import Encoder
 from pipeline.backbones.preprocessing import Preprocessor
 from pipeline.config import BackboneConfig, ExtractConfig
 from pipeline.data import augmentation
-from pipeline.data.download import digest
+from pipeline.data.download import file_sha256
 from pipeline.extraction import batch_size, buffer, cpu_parallel, estimate, loader, narrow
 from pipeline.extraction.cpu_parallel import ParallelEncoder
-from pipeline.extraction.transfer import DeviceToHost, arrived, threads
+from pipeline.extraction.transfer import DeviceToHost, threads, wait_for_upload
 
 # Shards in memory: one being filled, one being stored. For a GPU more if all fit in so many bytes, so that a disk
 # which takes its time now and then does not stop it.
 _SHARDS, _SMALL_SHARDS, _SMALL = 2, 4, 2**26
 
 
-def scratch_path(folder: Path, described: Mapping, extract: ExtractConfig, clear: bool = True) -> Path:
+def working_dir(folder: Path, described: Mapping, extract: ExtractConfig, clear: bool = True) -> Path:
     """The place in `folder` of one extraction before it is published, named by everything that decides its bytes.
 
     The same inputs resume there after a kill; other inputs or other code start afresh.
@@ -71,7 +71,7 @@ def scratch_path(folder: Path, described: Mapping, extract: ExtractConfig, clear
         zarr_shard,
         write,
     )
-    code = [digest(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
+    code = [file_sha256(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
     decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
     path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
     for old in folder.glob("[!.]*"):
@@ -87,9 +87,9 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
         writer: which may have shards from an earlier run; nothing is pending in it at the end.
         batch: images per forward.
     """
-    layout, download = writer.layout, DeviceToHost(encoder.device)
+    layout, download = writer.schema, DeviceToHost(encoder.device)
     count = len(layout.sample)
-    done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending())
+    done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending_shards())
     shards, memory = _shards(layout, encoder.device), queue.SimpleQueue()
     for _ in range(shards):
         memory.put(buffer.ShardBuffer(layout, download))
@@ -108,7 +108,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
 
         def store(number: int, filled: buffer.ShardBuffer, encoded: list) -> None:
             try:
-                for copied in _all(encoded):
+                for copied in _wait_all(encoded):
                     if copied:
                         copied.synchronize()
                 rows = layout.rows(number)
@@ -135,7 +135,7 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
 
 def _shards(layout: StoreSchema, device: str) -> int:
     """How many are in memory."""
-    small = _SMALL_SHARDS * layout.shard * estimate.nbytes(layout) <= _SMALL * len(layout.sample)
+    small = _SMALL_SHARDS * layout.shard_size * estimate.nbytes(layout) <= _SMALL * len(layout.sample)
     return _SMALL_SHARDS if small and device != "cpu" else _SHARDS
 
 
@@ -143,7 +143,7 @@ def make_layout(
     images: xr.Dataset, spec: BackboneSpec, pyramid: FeaturePyramid, input_size: int, extract: ExtractConfig
 ) -> StoreSchema:
     """The store's layout; classification sets keep pooled vectors alone unless dense levels are asked for."""
-    dense = extract.dense or images.attrs["task"] == "segmentation"
+    dense = extract.keep_levels or images.attrs["task"] == "segmentation"
     levels = [
         LevelSchema(*level.shape[1:], stride=input_size // level.shape[-1], layer=layer)
         for level, layer in zip(pyramid.levels, spec.layers, strict=True)
@@ -154,8 +154,8 @@ def make_layout(
         levels=tuple(levels) if dense else (),
         pooled={name: vector.shape[1] for name, vector in pyramid.pooled.items()},
         dtype=extract.dtype,
-        shard=extract.shard,
-        codec=codecs.parse(extract.codec, extract.dtype),
+        shard_size=extract.shard,
+        codec=codecs.parse_codec(extract.codec, extract.dtype),
         views=extract.views if len(extract.views) > 1 else (),
     )
 
@@ -168,18 +168,18 @@ def provenance(images: xr.Dataset, name: str, backbone: BackboneConfig, spec: Ba
         "family": backbone.family,
         "variant": backbone.variant,
         "weights": dict(weights),
-        "bands": [images.band.values.tolist()[place] for place in given.seen.positions],
-        "network_bands": list(given.seen.slots),
-        "wavelengths_micrometre": list(given.seen.wavelengths),
+        "bands": [images.band.values.tolist()[place] for place in given.input_bands.band_indices],
+        "network_bands": list(given.input_bands.input_names),
+        "wavelengths_micrometre": list(given.input_bands.wavelengths),
         "normalisation": {
             "eats": spec.input_units,
             "images_units": images.attrs["units"],
-            "display": given.display,
+            "display": given.display_range,
             "of": given.normalisation,
             "mean": given.mean,
             "std": given.std,
         },
-        "place_and_time": list(given.context) or False,
+        "place_and_time": list(given.metadata_keys) or False,
         "input_size": backbone.input_size,
         "resampling": spec.resize,
         "precision": extract.precision,
@@ -193,21 +193,21 @@ def provenance(images: xr.Dataset, name: str, backbone: BackboneConfig, spec: Ba
 
 def _encode(encoder: Encoder, given: tuple, layout: StoreSchema) -> dict[str, torch.Tensor]:
     """What the layout keeps of a batch, by array path; with views each array is (sample, view, …)."""
-    tensors, known = arrived(given)
-    seen = [_kept(encoder.forward(encoder.inputs.tensor(tensor), known), layout) for tensor in tensors]
+    tensors, known = wait_for_upload(given)
+    seen = [_flatten(encoder.forward(encoder.preprocessor.__call__(tensor), known), layout) for tensor in tensors]
     if not layout.views:
         return seen[0]
     return {name: torch.stack([one[name] for one in seen], dim=1) for name in seen[0]}
 
 
-def _kept(pyramid: FeaturePyramid, layout: StoreSchema) -> dict:
+def _flatten(pyramid: FeaturePyramid, layout: StoreSchema) -> dict:
     arrays = {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}
     if layout.levels:
         arrays |= {f"level{index}/features": level for index, level in enumerate(pyramid.levels)}
     return arrays
 
 
-def _all(futures: Sequence[Future]) -> list:
+def _wait_all(futures: Sequence[Future]) -> list:
     """What all have made, once all have ended, also if one failed: their memory is used again.
 
     `concurrent.futures.wait` would not wake up if they are cancelled while it waits.

@@ -34,11 +34,11 @@ class DryRunResult:
     """
 
     pyramid: FeaturePyramid
-    rate: float
+    images_per_second: float
     precision_error: dict[str, float]
 
 
-def look(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
+def dry_run(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
     """Encode the first images, a few of them in float32 too if the forward is in lower precision.
 
     Raises:
@@ -46,8 +46,8 @@ def look(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
             fit.
     """
     rows = slice(0, min(batch if encoder.device != "cpu" else _LOOK, len(images.sample)))
-    image, known = images.image[rows].values, encoder.inputs.where_and_when(images, rows)
-    with explained(encoder, len(image)):
+    image, known = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
+    with translate_errors(encoder, len(image)):
         pyramid = encoder(image, known)
     rate = _rate(encoder, image, known)
     if not all(np.isfinite(each).all() for each in [*pyramid.levels, *pyramid.pooled.values()]):
@@ -56,7 +56,7 @@ def look(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
     if encoder.precision == "float32":
         return DryRunResult(pyramid, rate, {})
     few = {name: values[:_LOOK] for name, values in known.items()}
-    exact = Encoder(encoder.inputs, encoder.network, encoder.device, strides=encoder.strides)(image[:_LOOK], few)
+    exact = Encoder(encoder.preprocessor, encoder.network, encoder.device, strides=encoder.strides)(image[:_LOOK], few)
     pairs = zip((level[:_LOOK] for level in pyramid.levels), exact.levels, strict=True)
     errors = [float(np.linalg.norm(lower - level) / np.linalg.norm(level)) for lower, level in pairs]
     if max(errors, default=0) > _WRONG:
@@ -78,7 +78,7 @@ def _rate(encoder: Encoder, image: np.ndarray, known: Mapping[str, np.ndarray]) 
 
 
 @contextmanager
-def explained(encoder: Encoder, count: int):
+def translate_errors(encoder: Encoder, count: int):
     """Around the first forwards, of so many images, where a network shows what it does not take."""
     try:
         yield
@@ -88,15 +88,15 @@ def explained(encoder: Encoder, count: int):
             "see what else uses it."
         ) from None
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        seen = encoder.inputs.seen
+        seen = encoder.preprocessor.input_bands
         raise UserError(
-            f"The network does not take {len(seen.slots)} bands ({', '.join(map(str, seen.slots))}) of "
+            f"The network does not take {len(seen.input_names)} bands ({', '.join(map(str, seen.input_names))}) of "
             f"{seen.input_size} px: {str(error).strip().splitlines()[0]}. Check the backbone's bands, input_size and "
             "options in params.yaml."
         ) from error
 
 
-def announce(layout: StoreSchema, seen: DryRunResult, folder: Path, what: str) -> str:
+def format_estimate(layout: StoreSchema, seen: DryRunResult, folder: Path, what: str) -> str:
     """A line on what an extraction, or what is left of it, will take.
 
     Args:
@@ -108,11 +108,11 @@ def announce(layout: StoreSchema, seen: DryRunResult, folder: Path, what: str) -
     needs = max(0, round(nbytes(layout) * _compressed(layout, seen.pyramid)) - _bytes_in(folder))
     place = next(one for one in (folder, *folder.parents) if one.exists())
     free = shutil.disk_usage(place).free
-    safe = len(list(folder.glob("shards/*.json"))) * layout.shard
-    seconds = max(0, len(layout.sample) - safe) * max(1, len(layout.views)) / seen.rate
+    safe = len(list(folder.glob("shards/*.json"))) * layout.shard_size
+    seconds = max(0, len(layout.sample) - safe) * max(1, len(layout.views)) / seen.images_per_second
     size = f"{needs / 1e9:.2f} GB" + ("" if layout.codec.name == "none" else f" as {layout.codec.label}")
     line = (
-        f"{what}: {len(layout.sample)} samples at {seen.rate:.1f} images/s take this process about "
+        f"{what}: {len(layout.sample)} samples at {seen.images_per_second:.1f} images/s take this process about "
         f"{seconds / 60:.1f} min and {size}; {free / 1e9:.1f} GB are free"
     )
     if needs > free:
@@ -127,7 +127,7 @@ def _compressed(layout: StoreSchema, pyramid: FeaturePyramid) -> float:
     before = after = 0
     for level in pyramid.levels:
         limit = np.finfo(layout.dtype).max  # what is beyond it is refused where it is stored
-        stored, scale = layout.codec.lose(np.clip(level[:_LOOK], -limit, limit).astype(layout.dtype, order="C"))
+        stored, scale = layout.codec.quantize(np.clip(level[:_LOOK], -limit, limit).astype(layout.dtype, order="C"))
         before += stored.size * np.dtype(layout.dtype).itemsize
         after += sum(len(layout.codec.compress(one)) for one in stored)
         after += 0 if scale is None else scale.nbytes

@@ -57,7 +57,7 @@ class ExtractionJob:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
-def run(task: ExtractionJob, compute: ComputeConfig) -> dict:
+def launch(task: ExtractionJob, compute: ComputeConfig) -> dict:
     """Extract, wherever `compute` says; returns what the store says of itself, with its content digest.
 
     Raises:
@@ -71,12 +71,12 @@ def run(task: ExtractionJob, compute: ComputeConfig) -> dict:
             task, device=resolve_device(task.device), threads=max(1, task.threads // max(1, compute.workers))
         )
     if not compute.scheduler and not compute.workers:
-        return work(task, clear=True)
+        return extract_shards(task, clear=True)
     with _client(compute) as client:
-        return _first(client, task)
+        return _wait_for_workers(client, task)
 
 
-def _first(client, task: ExtractionJob) -> dict:
+def _wait_for_workers(client, task: ExtractionJob) -> dict:
     """Have every worker there is, and every one that joins, work at the store until one says that it is finished."""
     given, before, died, waits = {}, -1, 0, False
     while True:
@@ -96,7 +96,7 @@ def _first(client, task: ExtractionJob) -> dict:
             if address not in given:
                 beside = {given[other][1] for other in given if there.get(other, {}).get("host") == worker["host"]}
                 index = next(number for number in range(len(beside) + 1) if number not in beside)
-                future = client.submit(work, task, index, workers=[address], allow_other_workers=False, pure=False)
+                future = client.submit(extract_shards, task, index, workers=[address], allow_other_workers=False, pure=False)
                 given[address] = future, index
         futures = [future for address, (future, _) in given.items() if address in there]
         if finished := [future for future in futures if future.status == "finished"]:
@@ -106,7 +106,7 @@ def _first(client, task: ExtractionJob) -> dict:
         time.sleep(_PATIENCE)
 
 
-def work(task: ExtractionJob, index: int = 0, clear: bool = False) -> dict:
+def extract_shards(task: ExtractionJob, index: int = 0, clear: bool = False) -> dict:
     """Take shards until none is left, and finish the store.
 
     Args:
@@ -124,15 +124,15 @@ def _work(task: ExtractionJob, index: int, clear: bool) -> dict:
     given = preprocessing.make_preprocessor(pictures, task.name, task.backbone, declared)
     weights = json.loads((task.weights / "source.json").read_text())
     said = engine.provenance(pictures, task.name, task.backbone, declared, given, weights, task.extract, where)
-    scratch = engine.scratch_path(task.scratch, said, task.extract, clear)
+    scratch = engine.working_dir(task.scratch, said, task.extract, clear)
     if where == "cuda":
         torch.cuda.set_device(device_for_rank(where, index))
-    network = create_backbone(task.backbone, declared, given.seen, task.weights)
+    network = create_backbone(task.backbone, declared, given.input_bands, task.weights)
     encoder = Encoder(given, network, where, task.extract.precision, task.extract.compiled, declared.strides)
     said["batch"] = batch = _batch(task, pictures, encoder, said, scratch)
-    seen = estimate.look(pictures, encoder, batch)
+    seen = estimate.dry_run(pictures, encoder, batch)
     layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
-    print(estimate.announce(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
+    print(estimate.format_estimate(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
     writer = Writer(scratch, layout, task.final, said)
     engine.extract(pictures, encoder, writer, batch)
     measured = {"precision_error": seen.precision_error} if seen.precision_error else {}
@@ -142,13 +142,13 @@ def _work(task: ExtractionJob, index: int, clear: bool) -> dict:
 def _batch(task: ExtractionJob, pictures: xr.Dataset, encoder: Encoder, said: Mapping, scratch: Path) -> int:
     """Images a forward: as told, or else found; a shard's at most, since a batch does not reach into the next."""
     extract = task.extract
-    find = partial(batch_size.largest, pictures, encoder, extract.shard, len(extract.views))
+    find = partial(batch_size.find_batch_size, pictures, encoder, extract.shard, len(extract.views))
     if extract.batch:
         return min(extract.batch, extract.shard)
     if encoder.device == "cpu":
         return find()
     # A worker that is late finds the store published, and what the others agreed on gone.
-    known = batch_size.published(task.final, said, extract.views) or batch_size.agreed(scratch / "batch", find)
+    known = batch_size.batch_of_existing_store(task.final, said, extract.views) or batch_size.shared_choice(scratch / "batch", find)
     return min(known, extract.shard)
 
 

@@ -30,16 +30,16 @@ def batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int):
     """
     with threads(_THREADS, encoder.device) as readers:
         feed, unlabelled = (
-            ImageLoader(images, encoder, writer.layout.views, readers),
+            ImageLoader(images, encoder, writer.schema.views, readers),
             images.split.values == UNLABELLED,
         )
         given = (
             (number, rows, feed(rows))
-            for number in writer.shards()
-            for rows in cut(writer.layout.rows(number), batch, unlabelled)
+            for number in writer.claim_shards()
+            for rows in batch_slices(writer.schema.rows(number), batch, unlabelled)
         )
         with closing(given), threads(1, encoder.device) as thread:
-            yield _ahead(given, thread)
+            yield _prefetch(given, thread)
 
 
 class ImageLoader:
@@ -52,7 +52,7 @@ class ImageLoader:
     """
 
     def __init__(self, images: xr.Dataset, encoder: Encoder, views: tuple[str, ...], readers: ThreadPoolExecutor):
-        self._images, self._inputs, self._readers = images, encoder.inputs, readers
+        self._images, self._inputs, self._readers = images, encoder.preprocessor, readers
         self._views = [VIEWS[view] for view in views] or [lambda image: image]
         self._upload, self._read = HostToDevice(encoder.device), reader(images)
         self._chunk, self._on_gpu = chunk(images), encoder.device != "cpu"
@@ -60,27 +60,27 @@ class ImageLoader:
     def __call__(self, rows: slice) -> tuple:
         """Images as the device wants them, a tensor a view, and their context."""
         tensors = self._by_many(rows) if self._on_gpu else self._by_one(rows)
-        known = self._inputs.where_and_when(self._images, rows)
+        known = self._inputs.metadata(self._images, rows)
         return self._upload(tensors, {name: torch.from_numpy(each) for name, each in known.items()})
 
     def _by_one(self, rows: slice) -> list[torch.Tensor]:
-        selected = self._inputs.select(self._read(rows))
+        selected = self._inputs.select_bands(self._read(rows))
         return [torch.from_numpy(np.ascontiguousarray(view(selected))) for view in self._views]
 
     def _by_many(self, rows: slice) -> list[torch.Tensor]:
         """Chunks side by side, each right into the memory that a GPU copies from."""
         image = self._images.image
-        whole = (rows.stop - rows.start, len(self._inputs.seen.positions), *image.shape[2:])
+        whole = (rows.stop - rows.start, len(self._inputs.input_bands.band_indices), *image.shape[2:])
         dtype = torch.from_numpy(np.empty(0, image.dtype)).dtype
         shapes = [view(np.broadcast_to(np.empty(()), whole)).shape for view in self._views]
         tensors = [self._upload.empty(shape, dtype) for shape in shapes]
 
         def fill(some: slice) -> None:
-            selected = self._inputs.select(self._read(some))
+            selected = self._inputs.select_bands(self._read(some))
             for view, tensor in zip(self._views, tensors, strict=True):
                 tensor.numpy()[some.start - rows.start : some.stop - rows.start] = view(selected)
 
-        list(self._readers.map(fill, pieces(rows, self._chunk)))
+        list(self._readers.map(fill, chunk_slices(rows, self._chunk)))
         return tensors
 
 
@@ -89,7 +89,7 @@ def chunk(images: xr.Dataset) -> int:
     return images.image.encoding.get("preferred_chunks", {}).get("sample", 1)
 
 
-def pieces(rows: slice, size: int) -> list[slice]:
+def chunk_slices(rows: slice, size: int) -> list[slice]:
     """Rows chunk by chunk; all together where they begin within a chunk, of which the reader keeps the rest."""
     if rows.start % size:
         return [rows]
@@ -117,7 +117,7 @@ def reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
     return read
 
 
-def cut(rows: slice, batch: int, apart: np.ndarray) -> Iterator[slice]:
+def batch_slices(rows: slice, batch: int, apart: np.ndarray) -> Iterator[slice]:
     """A shard's rows in batches, each of samples that are all `apart` (bool, of all samples) or none."""
     edges = np.flatnonzero(np.diff(apart[rows])) + rows.start + 1
     for first, last in pairwise([rows.start, *edges.tolist(), rows.stop]):
@@ -125,7 +125,7 @@ def cut(rows: slice, batch: int, apart: np.ndarray) -> Iterator[slice]:
             yield slice(start, min(start + batch, last))
 
 
-def _ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
+def _prefetch(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
     """The same items, each made by the thread while those before are used."""
     end = object()
     waiting = deque(thread.submit(next, items, end) for _ in range(_AHEAD))

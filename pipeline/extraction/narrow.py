@@ -12,7 +12,7 @@ _EVERY = 8
 _COLUMNS = 7
 
 
-def narrow(values: torch.Tensor, dtype: torch.dtype, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def cast_with_stats(values: torch.Tensor, dtype: torch.dtype, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Values (sample, channel, …) in `dtype`, and float64 (sample, 7) of what that does to each sample.
 
     Nothing here waits for a GPU.
@@ -46,7 +46,7 @@ def narrow(values: torch.Tensor, dtype: torch.dtype, first: int = 0) -> tuple[to
     return low, tally
 
 
-def look(values: torch.Tensor) -> torch.Tensor:
+def count_nonfinite(values: torch.Tensor) -> torch.Tensor:
     """The tally of values that stay as they are, of which only the last column says anything."""
     tally = torch.zeros(len(values), _COLUMNS, dtype=torch.float64, device=values.device)
     tally[:, 6] = (~values.isfinite()).flatten(1).sum(dim=1)

@@ -40,7 +40,7 @@ class HostToDevice:
             return moved, context, self._stream.record_event()
 
 
-def arrived(given: tuple) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def wait_for_upload(given: tuple) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """What `Upload` gave, for use by kernels that are launched from here on; the processor does not wait."""
     tensors, known, event = given
     if event is not None:

@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.heads.checkpoint import TrainedHead
 
 
-def belongs(head: TrainedHead, path: Path, names: Sequence[str], opened: xr.Dataset) -> None:
+def check_head_matches_data(head: TrainedHead, path: Path, names: Sequence[str], opened: xr.Dataset) -> None:
     """Refuse a head of another model, task, classes or size of masks.
 
     Raises:
@@ -20,10 +20,10 @@ def belongs(head: TrainedHead, path: Path, names: Sequence[str], opened: xr.Data
     pairs = {
         "of the model": (head.model, "+".join(names)),
         "for the task": (head.task, opened.attrs["task"]),
-        "for the classes": (", ".join(head.classes), ", ".join(classes)),
+        "for the classes": (", ".join(head.class_names), ", ".join(classes)),
     }
     if head.task == "segmentation":
-        pairs["for masks of"] = (head.blueprint.size, size)
+        pairs["for masks of"] = (head.config.output_size, size)
     for what, (its, wanted) in pairs.items():
         if its != wanted:
             raise UserError(
@@ -32,14 +32,14 @@ def belongs(head: TrainedHead, path: Path, names: Sequence[str], opened: xr.Data
             )
 
 
-def fits(head: TrainedHead, features: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def check_head_matches_features(head: TrainedHead, features: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Refuse features, as `Kept.logits` takes them, of which the head reads others.
 
     Raises:
         UserError: the array, the shape it had in training, and what the backbone gives.
     """
     for name, arrays, shapes, member in zip(
-        head.backbones, head.fields, head.blueprint.shapes, features, strict=True
+        head.backbones, head.array_names, head.config.shapes, features, strict=True
     ):
         for array, shape in zip(arrays, shapes, strict=True):
             given = tuple(member[array].shape[1:]) if array in member else "nothing"

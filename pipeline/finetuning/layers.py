@@ -22,7 +22,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return [block for one in outermost if isinstance(one, _LISTS) and len(one) > 1 for block in _trainable(one)]
 
 
-def depths(network: nn.Module) -> dict[str, int]:
+def layer_index(network: nn.Module) -> dict[str, int]:
     """Of every parameter, by name: 0 for the stem, and the number of the block, from 1."""
     number, deepest, found = {}, 0, {}
     for place, block in enumerate(blocks(network), start=1):
@@ -33,17 +33,17 @@ def depths(network: nn.Module) -> dict[str, int]:
     return found
 
 
-def rates(network: nn.Module, decay: float) -> dict[str, float]:
+def layer_lr_scale(network: nn.Module, decay: float) -> dict[str, float]:
     """Of every parameter, by name, its share of the head's learning rate.
 
     `decay` for the last block, and times `decay` for each one before it; the stem's comes last (layer-wise decay:
     Clark et al., ELECTRA, ICLR 2020, as used by Bao et al., BEiT, ICLR 2022).
     """
     last = len(blocks(network))
-    return {name: decay ** (last + 1 - depth) for name, depth in depths(network).items()}
+    return {name: decay ** (last + 1 - depth) for name, depth in layer_index(network).items()}
 
 
-def thaw(network: nn.Module, last: int, name: str) -> None:
+def unfreeze(network: nn.Module, last: int, name: str) -> None:
     """Have a frozen network's parameters trained: those of the last blocks, or with 0 all.
 
     Raises:
@@ -53,13 +53,13 @@ def thaw(network: nn.Module, last: int, name: str) -> None:
     if last > count:
         has = f"{count} blocks" if count else "no list of blocks"
         fewer = f"last{count} or fewer, " if count else ""
-        raise UserError(f"finetune.what is 'last{last}', and {name} has {has}. Choose {fewer}all or lora.")
-    depth = depths(network)
+        raise UserError(f"finetune.method is 'last{last}', and {name} has {has}. Choose {fewer}all or lora.")
+    depth = layer_index(network)
     for parameter, values in network.named_parameters():
         values.requires_grad_(values.is_floating_point() and (not last or depth[parameter] > count - last))
 
 
-def recompute(network: nn.Module) -> None:
+def enable_checkpointing(network: nn.Module) -> None:
     """Keep only the blocks' inputs for the gradients, and compute what is inside them again (gradient checkpointing:
     Chen et al., arXiv 1604.06174)."""
     for block in blocks(network):

@@ -13,7 +13,7 @@ from pipeline.finetuning.layers import blocks
 _ATTENTION = ("attn", "attention")
 
 
-def adapt(network: nn.Module, rank: int, seed: int, name: str) -> None:
+def add_lora(network: nn.Module, rank: int, seed: int, name: str) -> None:
     """Put adapters, which are trained, into a frozen network.
 
     Args:
@@ -22,11 +22,11 @@ def adapt(network: nn.Module, rank: int, seed: int, name: str) -> None:
     Raises:
         UserError: the network has no layer for them.
     """
-    targets = suitable(network)
+    targets = lora_targets(network)
     if not targets:
         raise UserError(
             f"LoRA adapts the linear layers of attention, or 1x1 convolutions, inside a network's blocks, and {name} "
-            "has none. Set finetune.what to all or last<n>."
+            "has none. Set finetune.method to all or last<n>."
         )
     # peft brings transformers, which takes seconds to import.
     from peft import LoraConfig, inject_adapter_in_model
@@ -36,7 +36,7 @@ def adapt(network: nn.Module, rank: int, seed: int, name: str) -> None:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
 
 
-def suitable(network: nn.Module) -> list[str]:
+def lora_targets(network: nn.Module) -> list[str]:
     """Names of the layers that are adapted."""
     inside = {id(module) for block in blocks(network) for module in block.modules()}
     layers = [(name, module) for name, module in network.named_modules() if id(module) in inside]

@@ -13,11 +13,10 @@ from torch import nn
 from pipeline.backbones import create_backbone, get_spec, preprocessing
 from pipeline.backbones.base import FeaturePyramid
 from pipeline.backbones.encoder import Encoder
-from pipeline.config import BackboneConfig
+from pipeline.config import BackboneConfig, FineTuneConfig
 from pipeline.errors import UserError
-from pipeline.finetune_config import FineTuneConfig
 from pipeline.finetuning import layers, lora
-from pipeline.finetuning.fits import belongs, fits
+from pipeline.finetuning.fits import check_head_matches_data, check_head_matches_features
 from pipeline.heads import checkpoint
 
 
@@ -75,19 +74,19 @@ class FineTunedEnsemble(nn.Module):
         precision: str,
     ):
         super().__init__()
-        self.kept = checkpoint.load(head, device)
-        belongs(self.kept, head, [member.name for member in members], opened)
+        self.trained_head = checkpoint.load(head, device)
+        check_head_matches_data(self.trained_head, head, [member.name for member in members], opened)
         self.encoders = [_encoder(member, opened, described, seed, device, precision) for member in members]
-        self._context = [encoder.inputs.where_and_when(opened, slice(None)) for encoder in self.encoders]
-        self._decay = 1.0 if described.what == "lora" else described.decay
+        self._context = [encoder.preprocessor.metadata(opened, slice(None)) for encoder in self.encoders]
+        self._decay = 1.0 if described.method == "lora" else described.layer_decay
         self.networks = nn.ModuleList(encoder.network for encoder in self.encoders)
-        self.head = self.kept.network
+        self.head = self.trained_head.network
         self.eval()
         self._leave_unused(opened.image[:1].values)
         if not any(values.requires_grad for values in self.networks.parameters()):
             raise UserError(
-                f"{self.kept.model} has no parameters to fine-tune: its head reads nothing of those that "
-                "finetune.what chooses. Name another model in grid.finetune, or choose all."
+                f"{self.trained_head.model} has no parameters to fine-tune: its head reads nothing of those that "
+                "finetune.method chooses. Name another model in grid.finetune, or choose all."
             )
 
     def forward(self, image: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -96,7 +95,7 @@ class FineTunedEnsemble(nn.Module):
         Args:
             rows: which samples of the store they are, for those backbones that want to know where and when.
         """
-        return self.kept.logits(self.features(image, rows))
+        return self.trained_head.logits(self.features(image, rows))
 
     def features(self, image: np.ndarray, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
         """What each backbone gives, by the names that its arrays have in a store; arguments as for `forward`."""
@@ -111,31 +110,31 @@ class FineTunedEnsemble(nn.Module):
         """Not to train, nor to count, what no logit depends on, such as a network's own classifier."""
         with torch.enable_grad():
             features = self.features(image, np.arange(len(image)))
-            fits(self.kept, features)
-            trained = list(self.trained().values())
-            pulled = torch.autograd.grad(self.kept.logits(features).sum(), trained, allow_unused=True)
+            check_head_matches_features(self.trained_head, features)
+            trained = list(self.trainable_parameters().values())
+            pulled = torch.autograd.grad(self.trained_head.logits(features).sum(), trained, allow_unused=True)
         for values, gradient in zip(trained, pulled, strict=True):
             values.requires_grad_(gradient is not None)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         return {name: values for name, values in self.named_parameters() if values.requires_grad}
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_trainable(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Set what is trained."""
         with torch.no_grad():
-            for name, values in self.trained().items():
+            for name, values in self.trainable_parameters().items():
                 values.copy_(tensors[name])
 
-    def groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
         """AdamW's groups: layer by layer its learning rate; biases and normalisation do not decay."""
         stacked = {id(one): decays for one, decays in self.head.parameter_heads()} if self.head.stacked else {}
         share = {f"head.{name}": 1.0 for name, _ in self.head.named_parameters()}
         for place, network in enumerate(self.networks):
-            found = layers.rates(network, self._decay)
+            found = layers.layer_lr_scale(network, self._decay)
             share |= {f"networks.{place}.{name}": value for name, value in found.items()}
         made: dict[tuple[float, bool], list] = {}
-        for name, values in self.trained().items():
+        for name, values in self.trainable_parameters().items():
             decays = stacked.get(id(values), values.ndim > 1)
             made.setdefault((learning_rate * share[name], decays), []).append(values)
         return [
@@ -157,7 +156,7 @@ def memory_hint():
         raise UserError(
             f"Memory ran out ({' '.join(str(error).split())[:120]}). Lower finetune.batch, set "
             "finetune.checkpointing to true or finetune.precision to bfloat16, or train less of the backbone: "
-            "finetune.what lora or last<n>."
+            "finetune.method lora or last<n>."
         ) from None
 
 
@@ -166,14 +165,14 @@ def _encoder(
 ) -> Encoder:
     declared = get_spec(member.backbone)
     given = preprocessing.make_preprocessor(opened, member.name, member.backbone, declared)
-    network = create_backbone(member.backbone, declared, given.seen, member.weights)
+    network = create_backbone(member.backbone, declared, given.input_bands, member.weights)
     if next(network.parameters(), None) is not None:
         if described.checkpointing:
-            layers.recompute(network)
-        if described.what == "lora":
-            lora.adapt(network, described.rank, seed, member.name)
+            layers.enable_checkpointing(network)
+        if described.method == "lora":
+            lora.add_lora(network, described.rank, seed, member.name)
         else:
-            layers.thaw(network, described.last, member.name)
+            layers.unfreeze(network, described.n_last_blocks, member.name)
     return Encoder(given, TrainableBackbone(network), device, precision, strides=declared.strides)
 
 

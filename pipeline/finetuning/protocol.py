@@ -19,7 +19,7 @@ from pipeline.finetuning import train
 from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.finetuning.pictures import Pictures
 from pipeline.finetuning.train import FineTuneJob, TrainState
-from pipeline.heads.config import in_words
+from pipeline.heads.config import describe_head
 from pipeline.training import predictions, task_data
 from pipeline.training.loop import HParams, Task
 
@@ -42,7 +42,7 @@ class Tested:
     best: dict[str, torch.Tensor]
 
 
-def run(make: Callable[[int], FineTunedEnsemble], job: FineTuneJob, told: Mapping, folder: Path) -> Tested:
+def run_fine_tuning(make: Callable[[int], FineTunedEnsemble], job: FineTuneJob, told: Mapping, folder: Path) -> Tested:
     """Fine-tune with every learning rate and the first seed, then with the best one and all seeds.
 
     Args:
@@ -50,54 +50,54 @@ def run(make: Callable[[int], FineTunedEnsemble], job: FineTuneJob, told: Mappin
         told: what else each run's row says, such as its data set and model.
         folder: where checkpoints are kept; finished runs there are not run again.
     """
-    described = job.described
+    described = job.config
 
     def trained(rate: float, seed: int) -> tuple[FineTunedEnsemble, TrainState]:
         gc.collect()  # some networks hold themselves, and a GPU that is full of them does not make Python look
         tuned, path = make(seed), folder / f"{rate:g}-seed{seed}.pt"
         done = train.train(tuned, job, HParams(rate, described.weight_decay, seed), path)
-        print(f"{told['dataset']} {told['model']}: learning rate {rate:g}, seed {seed}: validation {done.start:.4f} "
-              f"frozen, {done.best:.4f} after {done.at} of {described.steps} steps", flush=True)  # fmt: skip
+        print(f"{told['dataset']} {told['model']}: learning rate {rate:g}, seed {seed}: validation {done.frozen_score:.4f} "
+              f"frozen, {done.best_score:.4f} after {done.best_step} of {described.steps} steps", flush=True)  # fmt: skip
         return tuned, done
 
     # Of equals the smallest, which departs least from the frozen model. One alone needs no choice.
     rates = sorted(described.learning_rates)
-    rate = max(rates, key=lambda rate: trained(rate, 0)[1].best) if len(rates) > 1 else rates[0]
+    rate = max(rates, key=lambda rate: trained(rate, 0)[1].best_score) if len(rates) > 1 else rates[0]
     rows, said, best, kept = [], [], -1.0, {}
     for seed in range(described.seeds):
         tuned, done = trained(rate, seed)
         said.append(_said(tuned, job))
         rows.append(
             {**told, "protocol": described.protocol,
-             "head": in_words(tuned.kept.blueprint, tuned.kept.fields, bool(job.task.weights)),
-             "task": job.task.name, "seed": seed, "metric": metrics.METRICS[job.task.name],
-             "score": None, "val_score": done.best,
-             "n_test": len(job.pictures.rows("test")), "classes": job.task.classes, "learning_rate": rate,
-             "weight_decay": described.weight_decay, "frozen_val_score": done.start, "best_step": done.at,
-             "trained_parameters": sum(values.numel() for values in done.kept.values())}
+             "head": describe_head(tuned.trained_head.config, tuned.trained_head.array_names, bool(job.task.class_weights)),
+             "task": job.task.type, "seed": seed, "metric": metrics.METRICS[job.task.type],
+             "score": None, "val_score": done.best_score,
+             "n_test": len(job.images.rows("test")), "classes": job.task.n_classes, "learning_rate": rate,
+             "weight_decay": described.weight_decay, "frozen_val_score": done.frozen_score, "best_step": done.best_step,
+             "trained_parameters": sum(values.numel() for values in done.best_tensors.values())}
         )  # fmt: skip
-        if done.best > best:
-            best, kept = done.best, done.kept
+        if done.best_score > best:
+            best, kept = done.best_score, done.best_tensors
         del tuned  # before the next is made
     predicted = _predicted(job, np.stack(said))
-    _, counts = predictions.counts(predicted, job.task.name, job.task.classes)
-    scores = metrics.score(job.task.name, counts.sum(axis=1), job.task.classes)
+    _, counts = predictions.counts(predicted, job.task.type, job.task.n_classes)
+    scores = metrics.score(job.task.type, counts.sum(axis=1), job.task.n_classes)
     return Tested(pd.DataFrame(rows).assign(score=scores), predicted, kept)
 
 
-def task(opened: xr.Dataset, pictures: Pictures, class_weights: str) -> Task:
+def make_task(opened: xr.Dataset, pictures: Pictures, class_weights: str) -> Task:
     """What an images store asks, its classes weighted as for the frozen heads (`heads.class_weights`)."""
     asked = task_data.task_from_store(opened)
     if class_weights == "none":
         return asked
     label = pictures.label[pictures.rows("train")]
-    label, weights = label[label != asked.ignore], np.ones(asked.classes)
+    label, weights = label[label != asked.ignore_value], np.ones(asked.n_classes)
     present = np.unique(label)
     weights[present] = compute_class_weight("balanced", classes=present, y=label.flatten())
     return replace(asked, weights=tuple(weights.tolist()))
 
 
-def scratch(folder: Path, about: object) -> Path:
+def checkpoint_folder(folder: Path, about: object) -> Path:
     """The place in `folder` of checkpoints, named by everything that decides them; others there are removed."""
     code = Path(__file__).parents[1]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(code.rglob("*.py"))))
@@ -112,15 +112,15 @@ def scratch(folder: Path, about: object) -> Path:
 
 def _said(tuned: FineTunedEnsemble, job: FineTuneJob) -> np.ndarray:
     """Of the test split: counts of masks, (sample, cells), or logits (sample, class)."""
-    if job.task.name == "segmentation":
+    if job.task.type == "segmentation":
         return train.counts(tuned, job, "test")
     return torch.cat([said.float().cpu() for said, _ in train.logits(tuned, job, "test")]).numpy()
 
 
 def _predicted(job: FineTuneJob, said: np.ndarray) -> pd.DataFrame:
-    rows = job.pictures.rows("test")
-    samples = job.pictures.sample[rows].tolist()
-    if job.task.name == "segmentation":
+    rows = job.images.rows("test")
+    samples = job.images.sample[rows].tolist()
+    if job.task.type == "segmentation":
         return predictions.of_masks(samples, said)
-    label = job.pictures.label[rows].astype(np.int64)
-    return predictions.of_samples(samples, label, said, job.task.name, BOUNDS)
+    label = job.images.label[rows].astype(np.int64)
+    return predictions.of_samples(samples, label, said, job.task.type, BOUNDS)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cache.atomic import sync_file, sync_folder
 from pipeline import metrics
-from pipeline.finetune_config import FineTuneConfig
+from pipeline.config import FineTuneConfig
 from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.finetuning.pictures import Pictures
 from pipeline.training.loop import HParams, Task, TrainSchedule, order
@@ -27,9 +27,9 @@ from pipeline.training.optim import BETAS, EPSILON, warm_cosine
 class FineTuneJob:
     """What is learnt from what, and how."""
 
-    pictures: Pictures
+    images: Pictures
     task: Task
-    described: FineTuneConfig
+    config: FineTuneConfig
 
 
 @dataclass
@@ -45,11 +45,11 @@ class TrainState:
     """
 
     step: int = 0
-    start: float = 0.0
-    best: float = -1.0
-    at: int = 0
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
-    over: bool = False
+    frozen_score: float = 0.0
+    best_score: float = -1.0
+    best_step: int = 0
+    best_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    finished: bool = False
 
 
 def train(tuned: FineTunedEnsemble, job: FineTuneJob, setting: HParams, checkpoint: Path) -> TrainState:
@@ -58,37 +58,37 @@ def train(tuned: FineTunedEnsemble, job: FineTuneJob, setting: HParams, checkpoi
     Args:
         checkpoint: a file that is written after every check; if it is there, the run goes on from it.
     """
-    optimiser = torch.optim.AdamW(tuned.groups(setting.learning_rate, setting.weight_decay), betas=BETAS, eps=EPSILON)
-    steps, rows = job.described.steps, job.pictures.rows("train")
-    batches = rows[order(len(rows), TrainSchedule(steps, job.described.batch), setting.seed).numpy()]
-    factor, every = warm_cosine(steps), max(1, steps // job.described.checks)
+    optimiser = torch.optim.AdamW(tuned.parameter_groups(setting.learning_rate, setting.weight_decay), betas=BETAS, eps=EPSILON)
+    steps, rows = job.config.steps, job.images.rows("train")
+    batches = rows[order(len(rows), TrainSchedule(steps, job.config.batch), setting.seed).numpy()]
+    factor, every = warm_cosine(steps), max(1, steps // job.config.val_checks)
     done = _read(checkpoint, tuned, optimiser)
     if done is None:
         done = TrainState()
-        done.start = _check(done, tuned, job)
+        done.frozen_score = _check(done, tuned, job)
     with tqdm(total=steps, initial=done.step, unit="step", mininterval=2, file=sys.stderr) as bar:
-        while not done.over:
+        while not done.finished:
             for group in optimiser.param_groups:
                 group["lr"] = group["rate"] * factor(done.step)
-            draw = np.random.default_rng([setting.seed, done.step]) if job.described.augment else None
+            draw = np.random.default_rng([setting.seed, done.step]) if job.config.augment else None
             lost = update(tuned, optimiser, job, batches[done.step], draw)
             done.step += 1
             bar.update()
             if done.step % every == 0 or done.step == steps:
                 finite = bool(torch.isfinite(lost))
                 says = f"{_check(done, tuned, job):.4f}" if finite else "diverged"
-                done.over = not finite or done.step == steps
+                done.finished = not finite or done.step == steps
                 _write(checkpoint, done, tuned, optimiser)
-                bar.set_postfix_str(f"validation {says}, best {done.best:.4f} at step {done.at}")
-    tuned.load(done.kept)
+                bar.set_postfix_str(f"validation {says}, best {done.best_score:.4f} at step {done.best_step}")
+    tuned.load_trainable(done.best_tensors)
     return done
 
 
 def logits(tuned: FineTunedEnsemble, job: FineTuneJob, split: str) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
     """What the model says of a split, batch by batch, and the labels."""
-    rows, batch = job.pictures.rows(split), job.described.batch
+    rows, batch = job.images.rows(split), job.config.batch
     for start in range(0, len(rows), batch):
-        image, label = job.pictures.batch(rows[start : start + batch])
+        image, label = job.images.batch(rows[start : start + batch])
         with torch.no_grad():
             yield tuned(image, rows[start : start + batch]), label
 
@@ -98,7 +98,7 @@ def counts(tuned: FineTunedEnsemble, job: FineTuneJob, split: str) -> np.ndarray
     task, parts = job.task, []
     for answered, label in logits(tuned, job, split):
         predicted = predict_labels(answered, torch.from_numpy(label).to(answered.device), task, dim=1).cpu().numpy()
-        parts.append(metrics.counts(task.name, predicted, label.astype(np.int64), task.classes, task.ignore))
+        parts.append(metrics.counts(task.type, predicted, label.astype(np.int64), task.n_classes, task.ignore_value))
     return np.concatenate(parts)
 
 
@@ -106,7 +106,7 @@ def update(
     tuned: FineTunedEnsemble, optimiser, job: FineTuneJob, rows: np.ndarray, draw: np.random.Generator | None
 ) -> torch.Tensor:
     """One update; the loss before it."""
-    image, label = job.pictures.batch(rows, draw)
+    image, label = job.images.batch(rows, draw)
     optimiser.zero_grad(set_to_none=True)
     answered = tuned(image, rows)
     lost = loss(answered[None], torch.from_numpy(label).to(answered.device)[None], job.task).sum()
@@ -117,18 +117,18 @@ def update(
 
 def _check(done: TrainState, tuned: FineTunedEnsemble, job: FineTuneJob) -> float:
     """The score on validation; what is trained is kept if it is the best."""
-    score = float(metrics.score(job.task.name, counts(tuned, job, "val").sum(axis=0), job.task.classes))
-    if score >= done.best:
-        done.best, done.at = score, done.step
-        done.kept = {name: values.detach().cpu().clone() for name, values in tuned.trained().items()}
+    score = float(metrics.score(job.task.type, counts(tuned, job, "val").sum(axis=0), job.task.n_classes))
+    if score >= done.best_score:
+        done.best_score, done.best_step = score, done.step
+        done.best_tensors = {name: values.detach().cpu().clone() for name, values in tuned.trainable_parameters().items()}
     return score
 
 
 def _write(path: Path, done: TrainState, tuned: FineTunedEnsemble, optimiser: torch.optim.Optimizer) -> None:
     """A checkpoint that is on the disk, whole, when it has its name; of a run that is over, what it ended with."""
     held = dict(vars(done))
-    if not done.over:
-        held |= {"now": {name: values.detach() for name, values in tuned.trained().items()}}
+    if not done.finished:
+        held |= {"now": {name: values.detach() for name, values in tuned.trainable_parameters().items()}}
         held |= {"optimiser": optimiser.state_dict()}
     partial = path.with_name(f"{path.name}.partial")
     torch.save(held, partial)
@@ -143,6 +143,6 @@ def _read(path: Path, tuned: FineTunedEnsemble, optimiser: torch.optim.Optimizer
         return None
     held = torch.load(path, map_location="cpu", weights_only=True)
     if not held["over"]:
-        tuned.load(held.pop("now"))
+        tuned.load_trainable(held.pop("now"))
         optimiser.load_state_dict(held.pop("optimiser"))
     return TrainState(**held)

@@ -35,20 +35,20 @@ class TrainedHead:
 
     model: str
     task: str
-    classes: tuple[str, ...]
-    fields: tuple[tuple[str, ...], ...]
-    blueprint: HeadConfig
-    by: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    class_names: tuple[str, ...]
+    array_names: tuple[tuple[str, ...], ...]
+    config: HeadConfig
+    mean_scale: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     network: torch.nn.Module
 
     @property
     def backbones(self) -> list[str]:
         return self.model.split("+")
 
-    def standardised(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | list[torch.Tensor]:
+    def standardize(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | list[torch.Tensor]:
         """What `network.pieces` takes, from what `logits` takes; differentiable in the features."""
-        values = [member[name].float() for member, names in zip(features, self.fields, strict=True) for name in names]
-        fresh = [standardise(value.clone(), *by) for value, by in zip(values, self.by, strict=True)]
+        values = [member[name].float() for member, names in zip(features, self.array_names, strict=True) for name in names]
+        fresh = [standardise(value.clone(), *by) for value, by in zip(values, self.mean_scale, strict=True)]
         return torch.cat(fresh, dim=1) if self.network.stacked else [channels_last(level) for level in fresh]
 
     def logits(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
@@ -57,7 +57,7 @@ class TrainedHead:
         Args:
             features: of each member, its arrays by name as in the store, not standardised: (batch, channel, …).
         """
-        ((_, logits),) = self.network.pieces(self.standardised(features), None)
+        ((_, logits),) = self.network.pieces(self.standardize(features), None)
         return logits[0]
 
 
@@ -67,7 +67,7 @@ def save(path: Path, model: str, cell: TaskData, group: torch.nn.Module, head: i
     Args:
         head: its place in the group.
     """
-    one = cell.blueprint.group([0])
+    one = cell.blueprint.create_group([0])
     if group.stacked:
         state = {name: values[head : head + 1] for name, values in group.state_dict().items()}
     else:
@@ -77,7 +77,7 @@ def save(path: Path, model: str, cell: TaskData, group: torch.nn.Module, head: i
         {
             "format": FORMAT,
             "model": model,
-            "task": cell.task.name,
+            "task": cell.task.type,
             "classes": cell.names,
             "fields": cell.fields,
             "blueprint": asdict(cell.blueprint),
@@ -101,7 +101,7 @@ def load(path: Path, device: str = "cpu") -> TrainedHead:
         if read["format"] != FORMAT:
             raise KeyError(read["format"])
         blueprint = HeadConfig(**read["blueprint"])
-        network = blueprint.group([0])
+        network = blueprint.create_group([0])
         network.load_state_dict(read["state"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.heads.dense import HeadList
 from pipeline.heads.fcn import Fcn
-from pipeline.heads.fusion import FusedHead, PyramidFusion, mix, projected
+from pipeline.heads.fusion import FusedHead, PyramidFusion, fuse, projection_shapes
 from pipeline.heads.linear import StackedLinear
 from pipeline.heads.upernet import UPerNet
 
@@ -31,41 +31,41 @@ class HeadConfig:
     head: str
     fusion: str
     shapes: tuple[tuple[tuple[int, ...], ...], ...]
-    classes: int
-    size: tuple[int, ...] = ()
+    n_classes: int
+    output_size: tuple[int, ...] = ()
     channels: int = 0
     neck: bool = False
     precision: str = "float32"
 
-    def group(self, seeds: Sequence[int]) -> StackedLinear | HeadList:
+    def create_group(self, seeds: Sequence[int]) -> StackedLinear | HeadList:
         """Heads, one a seed, not yet trained."""
         if self.head == "linear":
             widths = [sum(shape[0] for shape in member) for member in self.shapes]
-            mixed = partial(mix, self.fusion, dim=2)
-            return StackedLinear(widths, self.classes, seeds, projected(self.fusion, widths), mixed)
-        return HeadList(self._dense, self.size, seeds, self.precision)
+            mixed = partial(fuse, self.fusion, dim=2)
+            return StackedLinear(widths, self.n_classes, seeds, projection_shapes(self.fusion, widths), mixed)
+        return HeadList(self._dense, self.output_size, seeds, self.precision)
 
     def _dense(self) -> FusedHead:
         return FusedHead(PyramidFusion(self.shapes, self.fusion, self.neck), self._head)
 
     def _head(self, channels: Sequence[int]) -> torch.nn.Module:
         if self.head == "fcn":
-            return Fcn(channels, self.classes)
-        return UPerNet(channels, self.channels, self.classes)
+            return Fcn(channels, self.n_classes)
+        return UPerNet(channels, self.channels, self.n_classes)
 
 
-def in_words(blueprint: HeadConfig, fields: Sequence[Sequence[str]], balanced: bool) -> str:
+def describe_head(config: HeadConfig, array_names: Sequence[Sequence[str]], has_class_weights: bool) -> str:
     """What is trained, and on what: upernet of 16 channels, concat, level0, level1, balanced class weights.
 
     Args:
         fields: of each member, the names of the arrays that are read.
         balanced: whether the classes are weighted.
     """
-    arrays = [name.removeprefix("pooled/").removesuffix("/features") for member in fields for name in member]
+    arrays = [name.removeprefix("pooled/").removesuffix("/features") for member in array_names for name in member]
     parts = [
-        f"{blueprint.head} of {blueprint.channels} channels" if blueprint.channels else blueprint.head,
-        *([blueprint.fusion] if len(fields) > 1 else []),
+        f"{config.head} of {config.channels} channels" if config.channels else config.head,
+        *([config.fusion] if len(array_names) > 1 else []),
         *dict.fromkeys(arrays),
-        *(["balanced class weights"] if balanced else []),
+        *(["balanced class weights"] if has_class_weights else []),
     ]
     return ", ".join(parts)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from pipeline.grids import bilinear
+from pipeline.grids import bilinear_weights
 
 
 class HeadList(nn.Module):
@@ -22,7 +22,7 @@ class HeadList(nn.Module):
         direct: `pull` gives the gradients; from the logits' own grid on they are autograd's.
     """
 
-    stacked, direct = False, True
+    is_stacked, has_manual_backward = False, True
 
     def __init__(
         self, make: Callable[[], nn.Module], size: tuple[int, int], seeds: Sequence[int], precision: str = "float32"
@@ -40,7 +40,7 @@ class HeadList(nn.Module):
     def __len__(self) -> int:
         return len(self.heads)
 
-    def lanes(self):
+    def independent_heads(self):
         """One per head, sharing its weights with this group."""
         alone = []
         for head in self.heads:
@@ -49,12 +49,12 @@ class HeadList(nn.Module):
             alone.append(lane)
         return alone
 
-    def pieces(self, inputs: Sequence[torch.Tensor], index: torch.Tensor | None):
+    def forward_heads(self, inputs: Sequence[torch.Tensor], index: torch.Tensor | None):
         """Yield head by head, so that only one head's activations are held: (1, batch, class, y, x)."""
         for position in range(len(self)):
             yield slice(position, position + 1), self._resized(self._coarse(position, inputs, index))[None]
 
-    def pull(
+    def backward(
         self,
         inputs: Sequence[torch.Tensor],
         index: torch.Tensor | None,
@@ -90,4 +90,4 @@ class HeadList(nn.Module):
 
     def _weights(self, coarse: torch.Tensor) -> list[torch.Tensor]:
         grid = zip(coarse.shape[-2:], self.size, strict=True)
-        return [bilinear(old, new, coarse.device) for old, new in grid]
+        return [bilinear_weights(old, new, coarse.device) for old, new in grid]

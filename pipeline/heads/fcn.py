@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pipeline.grids import resized
+from pipeline.grids import resize
 
 
 class Fcn(nn.Module):
@@ -27,5 +27,5 @@ class Fcn(nn.Module):
         """Levels (batch, channel, y, x), finest first, to logits (batch, class, y, x) of the finest size."""
         finest, *others = (score(level) for score, level in zip(self.scores, levels, strict=True))
         for other in others:
-            finest = finest + resized(other, finest.shape[-2:])
+            finest = finest + resize(other, finest.shape[-2:])
         return finest

@@ -13,7 +13,7 @@ from math import log2, prod
 import torch
 from torch import nn
 
-from pipeline.grids import resized
+from pipeline.grids import resize
 from pipeline.heads.neck import LEVELS, LearnedPyramid
 
 METHODS = ("concat", "average", "film", "dot")
@@ -21,13 +21,13 @@ METHODS = ("concat", "average", "film", "dot")
 Shape = tuple[int, int, int]
 
 
-def align(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def resize_to_finest(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Bring maps (sample, channel, y, x) to the finest of their grids, bilinearly."""
     finest = max((part.shape[-2:] for part in parts), key=prod)
-    return [part if part.shape[-2:] == finest else resized(part, finest) for part in parts]
+    return [part if part.shape[-2:] == finest else resize(part, finest) for part in parts]
 
 
-def pairs(shapes: Sequence[Sequence[Shape]]) -> list[list[int]]:
+def match_levels(shapes: Sequence[Sequence[Shape]]) -> list[list[int]]:
     """Which level of each member meets which: for every joined level, finest first, an index a member.
 
     Members of as many levels meet level by level. One of fewer levels gives, each time, the level with the
@@ -45,7 +45,7 @@ def pairs(shapes: Sequence[Sequence[Shape]]) -> list[list[int]]:
     return [[nearest(member, place) for member in shapes] for place in range(len(longest))]
 
 
-def mix(method: str, first: torch.Tensor, others: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def fuse(method: str, first: torch.Tensor, others: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """The first member's features with the others', which are projected (for `film`, to scales and shifts)."""
     if method == "average":
         return (first + sum(others)) / (1 + len(others))
@@ -57,7 +57,7 @@ def mix(method: str, first: torch.Tensor, others: Sequence[torch.Tensor], dim: i
     return first
 
 
-def projected(method: str, widths: Sequence[int]) -> list[tuple[int, int]]:
+def projection_shapes(method: str, widths: Sequence[int]) -> list[tuple[int, int]]:
     """Channels in and out of each projection that a method needs."""
     return [] if method == "concat" else [(w, widths[0] * (2 if method == "film" else 1)) for w in widths[1:]]
 
@@ -68,15 +68,15 @@ class LevelFusion(nn.Module):
     def __init__(self, method: str, widths: Sequence[int]):
         super().__init__()
         self.method = method
-        self.projections = nn.ModuleList(nn.Conv2d(*pair, 1) for pair in projected(method, widths))
+        self.projections = nn.ModuleList(nn.Conv2d(*pair, 1) for pair in projection_shapes(method, widths))
         self.channels = sum(widths) if method == "concat" else widths[0]
 
     def forward(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        first, *others = align(parts)
+        first, *others = resize_to_finest(parts)
         if self.method == "concat":
             return torch.cat([first, *others], dim=1) if others else first
         others = [project(other) for project, other in zip(self.projections, others, strict=True)]
-        return mix(self.method, first, others, dim=1) if others else first
+        return fuse(self.method, first, others, dim=1) if others else first
 
 
 class PyramidFusion(nn.Module):
@@ -101,7 +101,7 @@ class PyramidFusion(nn.Module):
                 self.necks[str(place)] = LearnedPyramid([level[0] for level in member])
                 member = _scaled(self.necks[str(place)].channels, *member[0][1:])
             pyramids.append(member)
-        self.pairs = pairs(pyramids)
+        self.pairs = match_levels(pyramids)
         self.mixes = nn.ModuleList(
             LevelFusion(method, [member[level][0] for member, level in zip(pyramids, chosen, strict=True)])
             for chosen in self.pairs
@@ -128,10 +128,10 @@ class FusedHead(nn.Module):
         head: from the joined channels to the head.
     """
 
-    def __init__(self, join: PyramidFusion, head: Callable[[Sequence[int]], nn.Module]):
+    def __init__(self, fusion: PyramidFusion, head: Callable[[Sequence[int]], nn.Module]):
         super().__init__()
-        self.join = join
-        self.head = head(join.channels)
+        self.join = fusion
+        self.head = head(fusion.channels)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
         return self.head(self.join(levels))

@@ -21,7 +21,7 @@ class StackedLinear(nn.Module):
         direct: one layer a head, whose gradients `pull` gives without autograd.
     """
 
-    stacked = True
+    is_stacked = True
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class StackedLinear(nn.Module):
         mix: Callable | None = None,
     ):
         super().__init__()
-        self.widths, self.mix, self.direct = list(widths), mix, not projected
+        self.widths, self.mix, self.has_manual_backward = list(widths), mix, not projected
         shapes = [*projected, (widths[0] if projected else sum(widths), classes)]
         made = []
         for seed in seeds:
@@ -46,7 +46,7 @@ class StackedLinear(nn.Module):
     def __len__(self) -> int:
         return len(self.biases[-1])
 
-    def lanes(self):
+    def independent_heads(self):
         """One: the heads are trained as one product."""
         return [self]
 
@@ -54,13 +54,13 @@ class StackedLinear(nn.Module):
         """Weights (head, out, in) decay, biases (head, out) do not."""
         return [(one, True) for one in self.weights] + [(one, False) for one in self.biases]
 
-    def pieces(self, inputs: torch.Tensor, index: torch.Tensor | None):
+    def forward_heads(self, inputs: torch.Tensor, index: torch.Tensor | None):
         """Yield once: all heads and their logits (head, batch, class), from inputs (sample, channel)."""
         rows = inputs if index is None else self._picked(inputs, index)
-        yield slice(None), self._logits(rows) if self.direct else self._mixed(rows)
+        yield slice(None), self._logits(rows) if self.has_manual_backward else self._mixed(rows)
 
     @torch.no_grad()
-    def pull(
+    def backward(
         self, inputs: torch.Tensor, index: torch.Tensor | None, slope: Callable[[torch.Tensor, slice], torch.Tensor]
     ) -> None:
         """Set the gradients of all heads' losses, by the product that they are; autograd takes longer to get there.

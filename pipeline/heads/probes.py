@@ -19,7 +19,7 @@ _STEPS, _TOLERANCE = 1000, 1e-3
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearProbe:
     """A linear probe: weight (class, channel), bias (class,)."""
 
     weight: np.ndarray
@@ -30,7 +30,7 @@ class Linear:
         return inputs @ self.weight.T + self.bias
 
 
-def logistic(kind: str, inputs: np.ndarray, label: np.ndarray, classes: int) -> list[Linear]:
+def fit_logistic(kind: str, inputs: np.ndarray, label: np.ndarray, classes: int) -> list[LinearProbe]:
     """Logistic regressions, one a penalty of PENALTIES, each begun where the one before ended.
 
     Args:
@@ -43,7 +43,7 @@ def logistic(kind: str, inputs: np.ndarray, label: np.ndarray, classes: int) -> 
     each = [_path(inputs, column, 2) for column in label.T]
     # Of two classes' logits the difference is what a threshold at zero is set on.
     return [
-        Linear(
+        LinearProbe(
             np.stack([path[i].weight[1] - path[i].weight[0] for path in each]),
             np.array([path[i].bias[1] - path[i].bias[0] for path in each]),
         )
@@ -51,7 +51,7 @@ def logistic(kind: str, inputs: np.ndarray, label: np.ndarray, classes: int) -> 
     ]
 
 
-def neighbours(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
+def predict_knn(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Labels (query,) or (query, class) by the vote of the nearest training samples, by Euclidean distance."""
     votes = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute").fit(inputs, label).predict(queries)
     return votes.reshape(len(queries), *label.shape[1:])  # of a single class scikit-learn gives a vector
@@ -62,13 +62,13 @@ def predicted(kind: str, logits: np.ndarray) -> np.ndarray:
     return (logits > 0).astype(np.int64) if kind == "multilabel" else logits.argmax(axis=1)
 
 
-def _path(inputs: np.ndarray, label: np.ndarray, classes: int) -> list[Linear]:
+def _path(inputs: np.ndarray, label: np.ndarray, classes: int) -> list[LinearProbe]:
     present = np.unique(label)
     # A class that the training samples lack is never predicted.
     weight, bias = np.zeros((classes, inputs.shape[1]), inputs.dtype), np.full(classes, -1e9, inputs.dtype)
     if len(present) == 1:
         bias[present] = 0
-        return [Linear(weight, bias)] * len(PENALTIES)
+        return [LinearProbe(weight, bias)] * len(PENALTIES)
     found, model = [], LogisticRegression(max_iter=_STEPS, tol=_TOLERANCE, warm_start=True)
     for penalty in PENALTIES:
         model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, label)
@@ -79,5 +79,5 @@ def _path(inputs: np.ndarray, label: np.ndarray, classes: int) -> list[Linear]:
             if len(present) == 2
             else (model.coef_, model.intercept_)
         )
-        found.append(Linear(weight, bias))
+        found.append(LinearProbe(weight, bias))
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.grids import resized
+from pipeline.grids import resize
 
 POOL_SCALES = (1, 2, 3, 6)
 
@@ -79,14 +79,14 @@ class UPerNetDecoder(nn.Module):
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
         """Levels (batch, channel, y, x), finest first, to one map (batch, channels, y, x) of the finest size."""
         deepest = levels[-1]
-        contexts = [resized(module(deepest), deepest.shape[-2:], corners=True) for module in self.psp_modules]
+        contexts = [resize(module(deepest), deepest.shape[-2:], align_corners=True) for module in self.psp_modules]
         maps = [lateral(level) for lateral, level in zip(self.lateral_convs, levels[:-1], strict=True)]
         maps.append(self.bottleneck(torch.cat([deepest, *contexts], dim=1)))
         for index in range(len(maps) - 1, 0, -1):
-            maps[index - 1] = maps[index - 1] + resized(maps[index], maps[index - 1].shape[-2:], corners=True)
+            maps[index - 1] = maps[index - 1] + resize(maps[index], maps[index - 1].shape[-2:], align_corners=True)
         smoothed = [conv(level) for conv, level in zip(self.fpn_convs, maps[:-1], strict=True)] + maps[-1:]
         finest = smoothed[0].shape[-2:]
-        joined = torch.cat([smoothed[0], *[resized(level, finest, corners=True) for level in smoothed[1:]]], dim=1)
+        joined = torch.cat([smoothed[0], *[resize(level, finest, align_corners=True) for level in smoothed[1:]]], dim=1)
         return self.fpn_bottleneck(joined)
 
 

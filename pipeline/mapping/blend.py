@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.splits import filled
+from pipeline.data.splits import fill_nodata
 from pipeline.mapping.scene import Scene
-from pipeline.mapping.signature import Predictor, probabilities
-from pipeline.mapping.tiling import OutputBlock, TileAxis, taper
+from pipeline.mapping.signature import Predictor, class_probabilities
+from pipeline.mapping.tiling import OutputBlock, TileAxis, blend_window
 
 # No class, and no confidence, where the scene has no data.
 NODATA = 255
 # Chips that a model sees at once.
-BATCH = 32
+BATCH_TILES = 32
 # Rows of pixels that are read at once, at least: GDAL decodes JPEG 2000 anew for every window.
-READ = 512
+READ_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class MappingJob:
 
     scene: Scene
     predictor: Predictor
-    places: tuple[int, ...]
-    rows: TileAxis
-    columns: TileAxis
+    band_indices: tuple[int, ...]
+    y_tiles: TileAxis
+    x_tiles: TileAxis
 
 
-def block(job: MappingJob, part: OutputBlock, done: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+def predict_block(job: MappingJob, part: OutputBlock, done: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
     """Classes and confidences of a block, uint8 (band, y, x), `NODATA` where the scene has none.
 
     One band with the likeliest class and its probability in percent; or, where several classes may hold at once, a
@@ -46,10 +46,10 @@ def block(job: MappingJob, part: OutputBlock, done: Callable[[int], None]) -> tu
     several = job.predictor.signature.task == "multilabel"
     bands = len(job.predictor.signature.classes) if several else 1
     classes, confidence = (np.full((bands, part.height, part.width), NODATA, np.uint8) for _ in range(2))
-    weight = job.columns.weight[part.column : part.column + part.width]
+    weight = job.x_tiles.weight[part.column : part.column + part.width]
     for row, blended, valid in _rows(job, part, done):
         lines = slice(row - part.row, row - part.row + len(valid))
-        blended = blended / (job.rows.weight[row : row + len(valid), None] * weight)
+        blended = blended / (job.y_tiles.weight[row : row + len(valid), None] * weight)
         chosen = blended > 0.5 if several else blended.argmax(axis=0)[None]
         sure = blended if several else blended.max(axis=0)[None]
         classes[:, lines] = np.where(valid, chosen, NODATA)
@@ -65,7 +65,7 @@ class WindowReader:
     """
 
     def __init__(self, job: MappingJob, part: OutputBlock):
-        self.job, self.starts = job, job.columns.reaching(part.column, part.column + part.width)
+        self.job, self.starts = job, job.x_tiles.overlapping(part.column, part.column + part.width)
         self.first = self.last = -1
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,12 +73,12 @@ class WindowReader:
 
         Beyond a scene smaller than a tile they are mirrored.
         """
-        tile, scene = self.job.rows.tile, self.job.scene
-        column, width = self.starts[0], self.starts[-1] + self.job.columns.tile - self.starts[0]
+        tile, scene = self.job.y_tiles.tile, self.job.scene
+        column, width = self.starts[0], self.starts[-1] + self.job.x_tiles.tile - self.starts[0]
         if row < self.first or min(row + tile, scene.height) > self.last:
-            self.first, self.last = row, min(row + max(READ, 2 * tile), scene.height)
+            self.first, self.last = row, min(row + max(READ_ROWS, 2 * tile), scene.height)
             window = (row, column, self.last - row, min(width, scene.width - column))
-            self.values, self.valid = scene.read(window, self.job.places)
+            self.values, self.valid = scene.read_window(window, self.job.band_indices)
         some = slice(row - self.first, row - self.first + tile)
         values, valid = self.values[:, some], self.valid[some]
         beyond = ((0, tile - valid.shape[0]), (0, width - valid.shape[1]))
@@ -94,8 +94,8 @@ def _rows(
 
     Only as many rows are in memory as a tile has.
     """
-    tile, last = job.rows.tile, part.row + part.height
-    starts, strips = job.rows.reaching(part.row, last), WindowReader(job, part)
+    tile, last = job.y_tiles.tile, part.row + part.height
+    starts, strips = job.y_tiles.overlapping(part.row, last), WindowReader(job, part)
     sums = np.zeros((len(job.predictor.signature.classes), tile, part.width), np.float32)
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         valid = _add_row(job, part, start, strips, sums, done)
@@ -111,12 +111,12 @@ def _add_row(job, part: OutputBlock, start: int, strips: WindowReader, sums: np.
     """Add a row of tiles to the sums, and return where (y, x) the block has data in these rows."""
     tile, starts = job.columns.tile, strips.starts
     values, valid = strips.read(start)
-    falling = np.outer(taper(job.rows.tile, job.rows.overlap), taper(tile, job.columns.overlap))
+    falling = np.outer(blend_window(job.rows.tile, job.rows.overlap), blend_window(tile, job.columns.overlap))
     full = [place for place in starts if valid[:, place - starts[0] : place - starts[0] + tile].any()]
     done(len(starts) - len(full))
-    for some in (full[at : at + BATCH] for at in range(0, len(full), BATCH)):
+    for some in (full[at : at + BATCH_TILES] for at in range(0, len(full), BATCH_TILES)):
         windows = [slice(place - starts[0], place - starts[0] + tile) for place in some]
-        chips = [filled(values[:, :, one].astype(np.float32), valid[:, one]) for one in windows]
+        chips = [fill_nodata(values[:, :, one].astype(np.float32), valid[:, one]) for one in windows]
         for place, one in zip(some, _predicted(job, start, some, np.stack(chips)), strict=True):
             left, right = max(place, part.column), min(place + tile, part.column + part.width)
             inside = slice(left - place, right - place)
@@ -129,10 +129,10 @@ def _add_row(job, part: OutputBlock, start: int, strips: WindowReader, sums: np.
 
 def _predicted(job: MappingJob, row: int, columns: list[int], chips: np.ndarray) -> np.ndarray:
     """Probabilities (batch, class[, y, x]) of tiles of one row."""
-    middle = np.asarray(columns) + job.columns.tile / 2
+    middle = np.asarray(columns) + job.x_tiles.tile / 2
     known = {
-        "place": job.scene.latlon(np.full(len(columns), row + job.rows.tile / 2), middle),
+        "place": job.scene.latlon(np.full(len(columns), row + job.y_tiles.tile / 2), middle),
         "time": np.full(len(columns), job.scene.time),
     }
-    logits = job.predictor.logits(chips, known)
-    return probabilities(logits, job.predictor.signature.task)
+    logits = job.predictor.predict_logits(chips, known)
+    return class_probabilities(logits, job.predictor.signature.task)

@@ -13,7 +13,7 @@ from pipeline.mapping.scene import Scene
 from pipeline.mapping.tiling import COG_TILE, OutputBlock
 
 
-def write(
+def write_cog(
     path: Path,
     scene: Scene,
     blocks: Iterable[tuple[OutputBlock, np.ndarray]],

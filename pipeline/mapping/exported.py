@@ -9,31 +9,31 @@ import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
 
 from pipeline.errors import UserError
-from pipeline.mapping.signature import Predictor, signature_of
+from pipeline.mapping.signature import Predictor, parse_signature
 
 # The key of the file's metadata under which a student is described.
-KEY = "eo_compose"
+METADATA_KEY = "eo_compose"
 
 
-def exported(path: Path) -> Predictor:
+def load_onnx_student(path: Path) -> Predictor:
     """The student in an ONNX file.
 
     Raises:
         UserError: no such file, or one that is no exported student.
     """
     path = Path(path)
-    session = opened(path)
+    session = open_session(path)
     said = session.get_modelmeta().custom_metadata_map
-    if KEY not in said:
+    if METADATA_KEY not in said:
         raise UserError(
-            f"{path} does not say which bands and classes it has (metadata '{KEY}'): no student that stages.export "
+            f"{path} does not say which bands and classes it has (metadata '{METADATA_KEY}'): no student that stages.export "
             "has written."
         )
     try:
-        told = json.loads(said[KEY])
+        told = json.loads(said[METADATA_KEY])
     except ValueError:
         told = None
-    signature = signature_of(told, str(path))
+    signature = parse_signature(told, str(path))
     (given,) = session.get_inputs()
 
     def logits(chips, known):
@@ -42,7 +42,7 @@ def exported(path: Path) -> Predictor:
     return Predictor(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), signature, logits)
 
 
-def opened(path: Path) -> onnxruntime.InferenceSession:
+def open_session(path: Path) -> onnxruntime.InferenceSession:
     """A session on the processors that this process may use.
 
     Raises:

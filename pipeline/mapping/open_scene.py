@@ -25,11 +25,11 @@ from rasterio.windows import Window
 from rioxarray.exceptions import RioXarrayError
 
 from pipeline.bands import FULL_SCALE, Band
-from pipeline.data.image_store import moment
+from pipeline.config import Float, parse
+from pipeline.data.image_store import parse_timestamp
 from pipeline.data.sources.custom import rasters, scenes
 from pipeline.errors import UserError
 from pipeline.mapping.scene import Scene
-from pipeline.records import build
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SceneConfig:
     units: str
     bands: tuple[Band, ...]
     folder: str = ""
-    nodata: float | None = None
+    nodata: Float | None = None
     time: str = ""
 
 
@@ -58,34 +58,34 @@ def open_scene(path: Path) -> Scene:
             told = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        described = build(SceneConfig, told, str(path))
-        found = scenes.files(path.parent / described.folder, described.images)
-        return from_rasters(found, described)
+        described = parse(SceneConfig, told, path=path)
+        found = scenes.find_files(path.parent / described.folder, described.images)
+        return scene_from_rasters(found, described)
     if (path / "zarr.json").exists() or (path / ".zgroup").exists():
         return _from_zarr(path)
-    return from_rasters([path], _own_words(path))
+    return scene_from_rasters([path], _self_described(path))
 
 
-def from_rasters(paths: list[Path], described: SceneConfig) -> Scene:
+def scene_from_rasters(paths: list[Path], described: SceneConfig) -> Scene:
     """One raster with all bands, or a file a band (found by the band's name in the file's)."""
     _check(described.units, str(paths[0]))
-    picture = scenes.scene(paths, described.bands)
+    picture = scenes.open_scene_files(paths, described.bands)
 
     def read(window, chosen):
         row, column, height, width = window
-        values, valid = picture.bands_of(Window(column, row, width, height), chosen)
+        values, valid = picture.read_bands(Window(column, row, width, height), chosen)
         if described.nodata is not None:
             valid &= (values != described.nodata).all(axis=0)
         return values, valid
 
     return Scene(
         str(paths[0]), picture.height, picture.width, picture.transform, picture.crs, described.bands,
-        described.units, moment(described.time, f"{paths[0]}: the time"),
+        described.units, parse_timestamp(described.time, f"{paths[0]}: the time"),
         _state(map(Path, picture.paths), described), read,
     )  # fmt: skip
 
 
-def _own_words(path: Path) -> SceneConfig:
+def _self_described(path: Path) -> SceneConfig:
     """What a raster says of itself.
 
     Raises:
@@ -95,7 +95,7 @@ def _own_words(path: Path) -> SceneConfig:
         "Describe it in a YAML file and give that as the scene (pipeline/mapping/open_scene.py shows one), or write a "
         "description of every band and the tag 'units' into the file."
     )
-    with rasters.reading(path), rasterio.open(path) as file:
+    with rasters.translate_errors(path), rasterio.open(path) as file:
         names, tags = file.descriptions, file.tags()
         units = tags.get("units") or next((one for one in file.units if one), "")
         waves = [file.tags(i, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM") for i in file.indexes]
@@ -131,11 +131,11 @@ def _from_zarr(path: Path) -> Scene:
     def read(window, chosen):
         row, column, height, width = window
         some = array[list(chosen), row : row + height, column : column + width].values
-        return some, rasters.numbers(some)
+        return some, rasters.isfinite_mask(some)
 
     return Scene(
         str(path), array.sizes["y"], array.sizes["x"], transform,
-        crs.to_wkt() if crs else "", bands, units, moment(described.time, f"{path}: the time"),
+        crs.to_wkt() if crs else "", bands, units, parse_timestamp(described.time, f"{path}: the time"),
         _state(path.rglob("*"), described), read,
     )  # fmt: skip
 

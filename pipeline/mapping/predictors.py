@@ -37,7 +37,7 @@ class EnsemblePaths:
     weights: Path
 
 
-def ensemble(described: Params, places: EnsemblePaths, device: str) -> Predictor:
+def load_ensemble(described: Params, places: EnsemblePaths, device: str) -> Predictor:
     """The ensemble of a trained head.
 
     Raises:
@@ -45,14 +45,14 @@ def ensemble(described: Params, places: EnsemblePaths, device: str) -> Predictor
     """
     head = checkpoint.load(places.head, device)
     given = {name: _given(described, places, name) for name in head.backbones}
-    used = sorted({place for one in given.values() for place in one.seen.positions})
+    used = sorted({place for one in given.values() for place in one.input_bands.band_indices})
     encoders = [_encoder(described, places, name, among(one, used), device) for name, one in given.items()]
     signature = _signature(head, places.images, used, encoders)
 
     @torch.inference_mode()
     def logits(chips: np.ndarray, known: Mapping[str, np.ndarray]) -> np.ndarray:
         features = []
-        for encoder, names in zip(encoders, head.fields, strict=True):
+        for encoder, names in zip(encoders, head.array_names, strict=True):
             pyramid = encoder.forward(encoder.prepare(chips), _told(encoder, known))
             features.append({name: _array(pyramid, name) for name in names})
         return head.logits(features).float().cpu().numpy()
@@ -62,8 +62,8 @@ def ensemble(described: Params, places: EnsemblePaths, device: str) -> Predictor
 
 def among(given: preprocessing.Preprocessor, used: Sequence[int]) -> preprocessing.Preprocessor:
     """The same inputs for images that have only the bands `used`, in that order."""
-    positions = tuple(used.index(place) for place in given.seen.positions)
-    return dataclasses.replace(given, seen=dataclasses.replace(given.seen, positions=positions))
+    positions = tuple(used.index(place) for place in given.input_bands.band_indices)
+    return dataclasses.replace(given, seen=dataclasses.replace(given.input_bands, positions=positions))
 
 
 def _given(described: Params, places: EnsemblePaths, name: str) -> preprocessing.Preprocessor:
@@ -80,7 +80,7 @@ def _encoder(
     declared = get_spec(backbone)
     if not (folder / "source.json").exists():
         raise UserError(f"There are no weights of {name} at {folder}. Run: dvc repro fetch_weights@{name}")
-    network = create_backbone(backbone, declared, given.seen, folder)
+    network = create_backbone(backbone, declared, given.input_bands, folder)
     return Encoder(given, network, device, extract.precision, extract.compiled, strides=declared.strides)
 
 
@@ -92,7 +92,7 @@ def _unchanged(store: FeatureStore, given: preprocessing.Preprocessor, name: str
     """
     then, now = store.attributes["normalisation"], {"of": given.normalisation, "mean": given.mean, "std": given.std}
     now = json.loads(json.dumps(now))
-    if store.attributes["input_size"] != given.seen.input_size or any(then[key] != now[key] for key in now):
+    if store.attributes["input_size"] != given.input_bands.input_size or any(then[key] != now[key] for key in now):
         raise UserError(f"params.yaml describes {name} otherwise than when {store.location} was made. Run: dvc repro")
 
 
@@ -102,18 +102,18 @@ def _signature(
     """Of an ensemble: of the images' bands those that any of its members sees."""
     gsd = images.attrs["gsd"]
     return Signature(
-        head.task, head.classes, tuple(preprocessing.bands_of(images)[place] for place in used), images.attrs["units"],
+        head.task, head.class_names, tuple(preprocessing.image_bands(images)[place] for place in used), images.attrs["units"],
         math.nan if gsd is None else gsd, (images.sizes["y"], images.sizes["x"]),
-        tuple(sorted({name for encoder in encoders for name in encoder.inputs.context})),
+        tuple(sorted({name for encoder in encoders for name in encoder.preprocessor.metadata_keys})),
     )  # fmt: skip
 
 
 def _told(encoder: Encoder, known: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """Where and when, as `Inputs.where_and_when` tells it of the images of a store."""
     told = {}
-    if "place" in encoder.inputs.context:
+    if "place" in encoder.preprocessor.metadata_keys:
         told["place"] = known["place"]
-    if "time" in encoder.inputs.context:
+    if "time" in encoder.preprocessor.metadata_keys:
         days = known["time"].astype("datetime64[D]")
         years = days.astype("datetime64[Y]")
         told["time"] = np.stack([years.astype(int) + 1970, (days - years).astype(int)], axis=1)[:, None]
@@ -131,5 +131,5 @@ def _digest(places: EnsemblePaths, backbones: list[str], encoders: list[Encoder]
     digest = hashlib.sha256(places.head.read_bytes())
     for name, encoder in zip(backbones, encoders, strict=True):
         digest.update((places.weights / name / "source.json").read_bytes())
-        digest.update(repr(encoder.inputs).encode() + encoder.precision.encode())
+        digest.update(repr(encoder.preprocessor).encode() + encoder.precision.encode())
     return digest.hexdigest()

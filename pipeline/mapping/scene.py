@@ -43,8 +43,8 @@ class Scene:
     bands: tuple[Band, ...]
     units: str
     time: np.datetime64
-    state: str
-    read: Callable[[tuple[int, int, int, int], Sequence[int]], tuple[np.ndarray, np.ndarray]]
+    fingerprint: str
+    read_window: Callable[[tuple[int, int, int, int], Sequence[int]], tuple[np.ndarray, np.ndarray]]
 
     def latlon(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Latitude and longitude (…, 2) in degrees of places in pixels; not a number where the scene has none."""
@@ -64,7 +64,7 @@ class Scene:
         return Geod(ellps="WGS84").inv(lon, lat, lon_right, lat_right)[2]
 
 
-def places(scene: Scene, wanted: Signature) -> list[int]:
+def match_scene_bands(scene: Scene, wanted: Signature) -> list[int]:
     """Where a model's bands are in a scene.
 
     Raises:
@@ -91,7 +91,7 @@ def places(scene: Scene, wanted: Signature) -> list[int]:
     return found
 
 
-def context(scene: Scene, names: Sequence[str]) -> None:
+def check_metadata(scene: Scene, names: Sequence[str]) -> None:
     """Refuse a scene that lacks a place or a time which the model is told.
 
     Raises:
@@ -113,7 +113,7 @@ def _place(band: Band, there: Sequence[Band]) -> int | None:
 
 
 def _said(band: Band) -> str:
-    return f"{band.common_name} ({band.wavelength} µm)" if band.optical else band.common_name
+    return f"{band.common_name} ({band.wavelength} µm)" if band.is_optical else band.common_name
 
 
 @functools.cache

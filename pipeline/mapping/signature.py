@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.bands import Band
 from pipeline.errors import UserError
-from pipeline.param_checks import TASKS
+from pipeline.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Signature:
     units: str
     gsd: float
     size: tuple[int, int]
-    context: tuple[str, ...] = ()
+    extra_inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Predictor:
     name: str
     digest: str
     signature: Signature
-    logits: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray]
+    predict_logits: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray]
 
 
-def signature_of(told: Mapping, where: str) -> Signature:
+def parse_signature(told: Mapping, where: str) -> Signature:
     """The signature that a student's description tells, in student.json or in an exported file.
 
     Raises:
@@ -70,7 +70,7 @@ def signature_of(told: Mapping, where: str) -> Signature:
     return made
 
 
-def probabilities(logits: np.ndarray, task: str) -> np.ndarray:
+def class_probabilities(logits: np.ndarray, task: str) -> np.ndarray:
     """Probabilities of the classes, second of the axes; float32."""
     if task == "multilabel":
         return 1 / (1 + np.exp(-logits))

@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 
 from pipeline.distillation import student_files
-from pipeline.mapping.signature import Predictor, signature_of
+from pipeline.mapping.signature import Predictor, parse_signature
 
 
-def trained(folder: Path, device: str) -> Predictor:
+def load_student(folder: Path, device: str) -> Predictor:
     """The student that a folder holds.
 
     Raises:
         UserError: it holds none.
     """
     folder = Path(folder)
-    student, told = student_files.load(folder)
+    student, told = student_files.load_student(folder)
     student = student.to(device).eval()
 
     @torch.inference_mode()
@@ -27,4 +27,4 @@ def trained(folder: Path, device: str) -> Predictor:
     digest = hashlib.sha256()
     for file in ("student.pt", "student.json"):
         digest.update((folder / file).read_bytes())
-    return Predictor(name, digest.hexdigest(), signature_of(told, str(folder)), logits)
+    return Predictor(name, digest.hexdigest(), parse_signature(told, str(folder)), logits)

@@ -11,7 +11,7 @@ import numpy as np
 
 # Blocks of the map are of whole COG tiles, and of at least so many strides each way: tiles that reach over a block's
 # edge are computed for both blocks.
-COG_TILE, STRIDES = 512, 16
+COG_TILE, MIN_BLOCK_STRIDES = 512, 16
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,28 @@ class TileAxis:
     starts: np.ndarray
     weight: np.ndarray
 
-    def reaching(self, first: int, last: int) -> np.ndarray:
+    def overlapping(self, first: int, last: int) -> np.ndarray:
         """Starts of the tiles that have pixels in [first, last)."""
         return self.starts[(self.starts + self.tile > first) & (self.starts < last)]
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """Side of a block of the map in pixels."""
-        return -(-STRIDES * (self.tile - self.overlap) // COG_TILE) * COG_TILE
+        return -(-MIN_BLOCK_STRIDES * (self.tile - self.overlap) // COG_TILE) * COG_TILE
 
 
-def axis(length: int, tile: int, overlap: int) -> TileAxis:
+def tile_axis(length: int, tile: int, overlap: int) -> TileAxis:
     """Tiles from 0 on, the last of which ends with the scene."""
     starts = np.arange(0, max(length - tile, 0) + 1, tile - overlap)
     if starts[-1] + tile < length:
         starts = np.append(starts, length - tile)
     weight = np.zeros(max(length, tile), np.float32)
     for start in starts:
-        weight[start : start + tile] += taper(tile, overlap)
+        weight[start : start + tile] += blend_window(tile, overlap)
     return TileAxis(length, tile, overlap, starts, weight[:length])
 
 
-def taper(tile: int, overlap: int) -> np.ndarray:
+def blend_window(tile: int, overlap: int) -> np.ndarray:
     """Weights of a tile's pixels along one side, float32 (tile,): 1 within, falling to its edges over the overlap.
 
     A squared sine (a Tukey window): at a seam of two tiles the weights sum to one. Never zero, since at the edge of a
@@ -73,9 +73,9 @@ class OutputBlock:
     width: int
 
 
-def blocks(rows: TileAxis, columns: TileAxis) -> Iterator[OutputBlock]:
+def output_blocks(rows: TileAxis, columns: TileAxis) -> Iterator[OutputBlock]:
     """All blocks of a map, in reading order."""
-    for row in range(0, rows.length, rows.block):
-        for column in range(0, columns.length, columns.block):
-            height, width = min(rows.block, rows.length - row), min(columns.block, columns.length - column)
+    for row in range(0, rows.length, rows.block_size):
+        for column in range(0, columns.length, columns.block_size):
+            height, width = min(rows.block_size, rows.length - row), min(columns.block_size, columns.length - column)
             yield OutputBlock(row, column, height, width)

@@ -99,7 +99,7 @@ def gain_recovered(one: StudentResult, drawn: Drawn) -> str:
 
 def _cost_sentence(one: StudentResult, rows: pd.DataFrame) -> str:
     """What the student costs against its teacher, on a processor."""
-    ours, teacher = (rows[rows.shown == name].iloc[0] for name in (f"{one.name}/distilled", one.teacher))
+    ours, teacher = (rows[rows.shown == name].iloc[0] for name in (f"{one.name} (distilled)", one.teacher))
     if not np.isfinite(ours.chips_per_second / teacher.chips_per_second):
         return ""
     return (

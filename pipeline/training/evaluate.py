@@ -16,14 +16,14 @@ _MANY = 4096
 
 def evaluate(group: torch.nn.Module, data: Data, task: Task, batch: int) -> np.ndarray:
     """Per-sample counts of every head, int64 (head, sample, cells); see pipeline/metrics."""
-    return np.concatenate(evaluate_all(group.lanes(), data, task, batch))
+    return np.concatenate(evaluate_groups(group.lanes(), data, task, batch))
 
 
-def evaluate_all(groups: Sequence[torch.nn.Module], data: Data, task: Task, batch: int) -> list[np.ndarray]:
+def evaluate_groups(groups: Sequence[torch.nn.Module], data: Data, task: Task, batch: int) -> list[np.ndarray]:
     """Counts of each group; a stream is read once for all."""
     with parallel_map(data, groups[0]) as each:
         if not isinstance(data.inputs, StreamedFeatures):
-            return list(each(lambda group: in_batches(group, data, task, batch), groups))
+            return list(each(lambda group: evaluate_in_memory(group, data, task, batch), groups))
         parts, rows = [], torch.arange(len(data.label)).split(batch)
         for index, inputs in zip(rows, data.inputs.batches(rows), strict=True):
             label = data.label[index.to(data.label.device)]
@@ -31,17 +31,17 @@ def evaluate_all(groups: Sequence[torch.nn.Module], data: Data, task: Task, batc
     return [np.concatenate(some, axis=1) for some in zip(*parts, strict=True)]
 
 
-def in_batches(group: torch.nn.Module, data: Data, task: Task, batch: int) -> np.ndarray:
+def evaluate_in_memory(group: torch.nn.Module, data: Data, task: Task, batch: int) -> np.ndarray:
     """A group's counts on features in memory."""
     size, inputs, parts = _MANY if group.stacked else batch, data.inputs, []
     for start in range(0, len(data.label), size):
         some = slice(start, start + size)
-        parts.append(_counts(group, rows_of(inputs, some), data.label[some], task))
+        parts.append(_counts(group, select_rows(inputs, some), data.label[some], task))
     return np.concatenate(parts, axis=1)
 
 
 @torch.no_grad()
-def diverged(group: torch.nn.Module) -> np.ndarray:
+def diverged_heads(group: torch.nn.Module) -> np.ndarray:
     """Which heads have parameters, or running statistics, that are no numbers, bool (head,)."""
     found = []
     for lane in group.lanes():
@@ -52,7 +52,7 @@ def diverged(group: torch.nn.Module) -> np.ndarray:
 
 
 @torch.no_grad()
-def logits(group: torch.nn.Module, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
+def predict_logits(group: torch.nn.Module, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
     """Logits of every trained head on pooled vectors (sample, channel), float32 (head, sample, class)."""
     rows = torch.arange(len(inputs)).split(_MANY)
     batches = inputs.batches(rows) if isinstance(inputs, StreamedFeatures) else inputs.split(_MANY)
@@ -60,7 +60,7 @@ def logits(group: torch.nn.Module, inputs: torch.Tensor | StreamedFeatures) -> n
     return torch.cat(parts, dim=1).numpy()
 
 
-def rows_of(inputs: torch.Tensor | list[torch.Tensor], index: torch.Tensor | slice):
+def select_rows(inputs: torch.Tensor | list[torch.Tensor], index: torch.Tensor | slice):
     return inputs[index] if isinstance(inputs, torch.Tensor) else [level[index] for level in inputs]
 
 
@@ -73,4 +73,4 @@ def _counts(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task) -> 
     group.train(training)
     predicted = predict_labels(logits, label, task, dim=2).cpu().numpy()
     true = label.long().cpu().numpy()
-    return np.stack([metrics.counts(task.name, one, true, task.classes, task.ignore) for one in predicted])
+    return np.stack([metrics.counts(task.type, one, true, task.n_classes, task.ignore_value) for one in predicted])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cache.errors import StoreError
-from cache.files import CHECK
+from cache.files import VERIFY_HINT
 from cache.reader import FeatureStore
 
 # A channel that varies less than this share of its mean in training is a dead unit and is left at zero.
@@ -25,7 +25,7 @@ Field = tuple[FeatureStore, str]
 Statistics = tuple[np.ndarray, np.ndarray]
 
 
-def vectors(stores: Sequence[FeatureStore], which: str, tokens: str, levels: Sequence[int] = ()) -> list[list[Field]]:
+def select_pooled(stores: Sequence[FeatureStore], which: str, tokens: str, levels: Sequence[int] = ()) -> list[list[Field]]:
     """The pooled vectors of each member.
 
     Args:
@@ -39,7 +39,7 @@ def vectors(stores: Sequence[FeatureStore], which: str, tokens: str, levels: Seq
     return [[(store, f"pooled/{name}") for name in _chosen(store.pooled, which, tokens, levels)] for store in stores]
 
 
-def maps(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) -> list[list[Field]]:
+def select_levels(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) -> list[list[Field]]:
     """The levels of each member, finest first; `levels` as for `vectors`.
 
     Raises:
@@ -51,7 +51,7 @@ def maps(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) -> list[lis
     return [[(store, f"{name}/features") for name in _picked(store.levels, levels)] for store in stores]
 
 
-def statistics(field: Field, training: np.ndarray) -> Statistics:
+def channel_stats(field: Field, training: np.ndarray) -> Statistics:
     """Mean and standard deviation of an array's channels over the training rows, float64 (channel,).
 
     Raises:
@@ -64,11 +64,11 @@ def statistics(field: Field, training: np.ndarray) -> Statistics:
     mean = sum(store.read(name, part).sum(axis=0, dtype=np.float64) for part in parts) / len(training)
     square = sum(((store.read(name, part).astype(np.float64) - mean) ** 2).sum(axis=0) for part in parts)
     if not np.isfinite(square).all():
-        raise StoreError(no_numbers(store, name))
+        raise StoreError(nonfinite_message(store, name))
     return mean, np.sqrt(square / len(training))
 
 
-def checked(store: FeatureStore, name: str, index: np.ndarray) -> np.ndarray:
+def read_finite(store: FeatureStore, name: str, index: np.ndarray) -> np.ndarray:
     """Rows of an array as they are stored, float32.
 
     Raises:
@@ -76,22 +76,22 @@ def checked(store: FeatureStore, name: str, index: np.ndarray) -> np.ndarray:
     """
     values = store.read(name, index).astype(np.float32)
     if not np.isfinite(values).all():
-        raise StoreError(no_numbers(store, name))
+        raise StoreError(nonfinite_message(store, name))
     return values
 
 
-def no_numbers(store: FeatureStore, name: str) -> str:
+def nonfinite_message(store: FeatureStore, name: str) -> str:
     """What to say of an array with values that are no numbers."""
-    return f"{store.location}: {name} has values that are no numbers. {CHECK}; if it is whole, extract in float32."
+    return f"{store.location}: {name} has values that are no numbers. {VERIFY_HINT}; if it is whole, extract in float32."
 
 
-def factors(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def to_mean_scale(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What to take off and what to multiply by, float32 (channel,); a dead channel is multiplied by zero."""
     alive = std > np.maximum(DEAD * np.abs(mean), np.finfo(np.float32).tiny)  # or it divides by what float32 has not
     return mean.astype(np.float32), np.where(alive, 1 / np.where(alive, std, 1), 0).astype(np.float32)
 
 
-def standardised(field: Field, index: np.ndarray, by: Statistics) -> torch.Tensor:
+def standardised(field: Field, index: np.ndarray, stats: Statistics) -> torch.Tensor:
     """Rows `index` of an array, float32 (len(index), channel, …), standardised.
 
     Raises:
@@ -99,9 +99,9 @@ def standardised(field: Field, index: np.ndarray, by: Statistics) -> torch.Tenso
     """
     store, name = field
     values = torch.from_numpy(store.read(name, index)).float()
-    values = standardise(values, *map(torch.from_numpy, factors(*by)))
+    values = standardise(values, *map(torch.from_numpy, to_mean_scale(*stats)))
     if not values.sum().isfinite() and not values.isfinite().all():  # a sum is one pass, and asks for no memory
-        raise StoreError(no_numbers(store, name))
+        raise StoreError(nonfinite_message(store, name))
     return values
 
 
@@ -127,8 +127,8 @@ def pooled(
         index: rows wanted.
         training: rows whose mean and standard deviation standardise every channel.
     """
-    fields = [field for member in vectors(stores, which, tokens, levels) for field in member]
-    return torch.cat([standardised(field, index, statistics(field, training)) for field in fields], dim=1)
+    fields = [field for member in select_pooled(stores, which, tokens, levels) for field in member]
+    return torch.cat([standardised(field, index, channel_stats(field, training)) for field in fields], dim=1)
 
 
 def _chosen(names: Sequence[str], which: str, tokens: str, levels: Sequence[int] = ()) -> list[str]:

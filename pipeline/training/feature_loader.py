@@ -14,7 +14,7 @@ import torch
 from cache.errors import StoreError
 from cache.loader import FeatureDataset
 from cache.reader import FeatureStore
-from pipeline.training.feature_inputs import Field, Statistics, factors, no_numbers, standardise
+from pipeline.training.feature_inputs import Field, Statistics, to_mean_scale, nonfinite_message, standardise
 
 _STEP = 256
 
@@ -42,7 +42,7 @@ class FeatureLoader:
         self._cuda = torch.device(device).type == "cuda"
         self._batches = FeatureDataset(fields, rows, view, empty=_pinned if self._cuda else np.empty)
         self._device = device
-        self._tensors = self._hold() if self._batches.held_bytes <= budget else None
+        self._tensors = self._hold() if self._batches.total_bytes <= budget else None
 
     @property
     def held(self) -> bool:
@@ -65,7 +65,7 @@ class FeatureLoader:
     def _from_device(self, order):
         out = {}
         for index in order:
-            places = torch.from_numpy(self._batches.places(index)).to(self._device)
+            places = torch.from_numpy(self._batches.positions(index)).to(self._device)
             for name, values in self._tensors.items():
                 if name not in out or len(out[name]) < len(index):
                     out[name] = values.new_empty((len(index), *values.shape[1:]))
@@ -100,7 +100,7 @@ class StreamedFeatures:
     ):
         named = {f"{place:03d}": [field] for place, field in enumerate(fields)}
         self._feed, self._rows, self._vectors = FeatureLoader(named, rows, device=device), rows, vectors
-        self._by = [[torch.from_numpy(one).to(device) for one in factors(*each)] for each in by]
+        self._by = [[torch.from_numpy(one).to(device) for one in to_mean_scale(*each)] for each in by]
         self._fields = list(fields)
         self.shapes = [tuple(store.array(name).shape) for store, name in fields]
         self._axes: Sequence[torch.Tensor] = ()
@@ -133,7 +133,7 @@ class StreamedFeatures:
             yield torch.cat(parts, dim=1) if self._vectors else [channels_last(part) for part in parts]
         for place, whole in sound.items():
             if not whole:
-                raise StoreError(no_numbers(*self._fields[place]))
+                raise StoreError(nonfinite_message(*self._fields[place]))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class HeadTrainer:
 
         One that has stopped may be trained on beside others: what it was at its best is kept, and no more noted.
         """
-        scores = metrics.score(self.task.name, counts.sum(axis=1), self.task.classes)
+        scores = metrics.score(self.task.type, counts.sum(axis=1), self.task.n_classes)
         going = self.since < self.recipe.patience
         # Of equals the later: on a small validation split many are equal, and the first of them is the least trained.
         kept, better = going & (scores >= self.best), going & (scores > self.best)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.training.cuda_graphs import GraphedStep
-from pipeline.training.evaluate import diverged, evaluate, evaluate_all, in_batches, logits, rows_of
+from pipeline.training.evaluate import diverged_heads, evaluate, evaluate_groups, evaluate_in_memory, predict_logits, select_rows
 from pipeline.training.feature_loader import Data, StreamedFeatures
 from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.losses import Task
@@ -72,7 +72,7 @@ def _in_memory(lane: HeadTrainer, data: Data, recipe: TrainSchedule, validation:
     for index in _orders(lane, data, recipe):
         lane.step(*_batch(lane, data, index))
         if validation and lane.check_is_due():
-            lane.check(in_batches(lane.group, validation, lane.task, recipe.batch))
+            lane.check(evaluate_in_memory(lane.group, validation, lane.task, recipe.batch))
         if lane.done:
             return
 
@@ -129,7 +129,7 @@ def _repeated(lane: HeadTrainer, step: GraphedStep, validation: Data | None) -> 
         step()
         lane.steps += 1
         if validation and lane.check_is_due():
-            lane.check(in_batches(lane.group, validation, lane.task, lane.recipe.batch))
+            lane.check(evaluate_in_memory(lane.group, validation, lane.task, lane.recipe.batch))
         yield 1
     lane.optimiser.zero_grad()  # gradients are the recording's memory
 
@@ -147,7 +147,7 @@ def _batch(lane: HeadTrainer, data: Data, index: torch.Tensor) -> tuple:
     if len(index) == heads > 1:
         return data.inputs, index, data.label[index]
     label = data.label[index].expand(heads, *index.shape[1:], *data.label.shape[1:])
-    return rows_of(data.inputs, index[0]), None, label
+    return select_rows(data.inputs, index[0]), None, label
 
 
 def _streamed(lanes: Sequence[HeadTrainer], data: Data, recipe: TrainSchedule, validation: Data | None) -> None:
@@ -158,11 +158,11 @@ def _streamed(lanes: Sequence[HeadTrainer], data: Data, recipe: TrainSchedule, v
             label, going = data.label[index.to(device)], [lane for lane in lanes if not lane.done]
             list(each(lambda lane, x=batch, y=label: lane.step(x, None, y.expand(len(lane.group), *y.shape)), going))
             if validation and going[0].check_is_due():
-                counts = evaluate_all([lane.group for lane in going], validation, going[0].task, recipe.batch)
+                counts = evaluate_groups([lane.group for lane in going], validation, going[0].task, recipe.batch)
                 for lane, one in zip(going, counts, strict=True):
                     lane.check(one)
             if all(lane.done for lane in lanes):
                 return
 
 
-__all__ = ["Data", "HParams", "Task", "TrainSchedule", "diverged", "evaluate", "fit", "logits", "order"]
+__all__ = ["Data", "HParams", "Task", "TrainSchedule", "diverged_heads", "evaluate", "fit", "predict_logits", "order"]

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import config, metrics
 from pipeline.errors import UserError
-from pipeline.heads.config import in_words
+from pipeline.heads.config import describe_head
 from pipeline.training import loop, predictions
 from pipeline.training.loop import HParams
 from pipeline.training.search import search
@@ -49,9 +49,9 @@ def tune(
 
     def score(settings):
         group = cell.train(settings)
-        scores = metrics.score(cell.task.name, cell.counts(group, "val").sum(axis=1), cell.task.classes)
+        scores = metrics.score(cell.task.type, cell.counts(group, "val").sum(axis=1), cell.task.n_classes)
         print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
-        return np.where(loop.diverged(group), np.nan, scores)
+        return np.where(loop.diverged_heads(group), np.nan, scores)
 
     return search(score, described, study, about)
 
@@ -69,21 +69,21 @@ def test(cell: TaskData, best: Mapping[str, float], seeds: int, told: Mapping) -
         UserError: heads diverged.
     """
     group = cell.train([HParams(**best, seed=seed) for seed in range(seeds)])
-    if (wrong := loop.diverged(group)).any():
+    if (wrong := loop.diverged_heads(group)).any():
         raise UserError(predictions.diverged(np.flatnonzero(wrong), seeds))
     task, part = cell.task, cell.parts["test"]
-    validation = metrics.score(task.name, cell.counts(group, "val").sum(axis=1), task.classes)
-    if task.name == "segmentation":
+    validation = metrics.score(task.type, cell.counts(group, "val").sum(axis=1), task.n_classes)
+    if task.type == "segmentation":
         predicted = predictions.of_masks(part.sample, cell.counts(group, "test"))
     else:
         label = part.label.cpu().numpy()
-        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.name)
-    _, counts = predictions.counts(predicted, task.name, task.classes)
-    tested = metrics.score(task.name, counts.sum(axis=1), task.classes)
+        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.type)
+    _, counts = predictions.counts(predicted, task.type, task.n_classes)
+    tested = metrics.score(task.type, counts.sum(axis=1), task.n_classes)
     runs = [
-        {**told, "protocol": PROTOCOL, "head": in_words(cell.blueprint, cell.fields, bool(task.weights)),
-         "task": task.name, "seed": seed, "metric": metrics.METRICS[task.name], "score": tested[seed],
-         "val_score": validation[seed], "n_test": len(part.sample), "classes": task.classes,
+        {**told, "protocol": PROTOCOL, "head": describe_head(cell.blueprint, cell.fields, bool(task.class_weights)),
+         "task": task.type, "seed": seed, "metric": metrics.METRICS[task.type], "score": tested[seed],
+         "val_score": validation[seed], "n_test": len(part.sample), "classes": task.n_classes,
          **best}
         for seed in range(seeds)
     ]  # fmt: skip

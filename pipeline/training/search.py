@@ -44,7 +44,7 @@ def search(score: Score, described: SearchConfig, study: Path | None = None, abo
     key = hashlib.sha256(json.dumps([asdict(described), about, _code()], sort_keys=True).encode()).hexdigest()
     trials = _kept(study, key)
     while (left := described.trials - len(trials)) > 0:
-        asked = _ask(trials, space, min(described.parallel, left), described)
+        asked = _ask(trials, space, min(described.trials_per_round, left), described)
         # Every trial has the same seed, so that trials differ in their settings alone.
         scores = score([HParams(**params, seed=described.seed) for params in asked])
         # A head that diverged is the worst there is, and TPE is told so; NaN it would not take.

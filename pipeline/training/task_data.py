@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 from cache.errors import StoreError
-from cache.reader import FeatureStore, aligned
+from cache.reader import FeatureStore, check_aligned
 from pipeline.config import HeadsConfig
 from pipeline.data import image_store
 from pipeline.errors import UserError
@@ -60,7 +60,7 @@ class TaskData:
 
     def logits(self, group: torch.nn.Module, split: str) -> np.ndarray:
         """What every head says of a split's chips, float32 (head, sample, class); for pooled vectors."""
-        return loop.logits(group, self.parts[split].inputs)
+        return loop.predict_logits(group, self.parts[split].inputs)
 
 
 def load(
@@ -68,7 +68,7 @@ def load(
 ) -> TaskData:
     """Open the members' stores, check that they belong together, and bring the splits into memory.
 
-    Splits that are larger than `heads.memory` together stay on disk and are streamed.
+    Splits that are larger than `heads.max_feature_gb` together stay on disk and are streamed.
 
     Args:
         stores: the members' stores, and the content digests they must have; None leaves that unchecked.
@@ -80,22 +80,22 @@ def load(
     """
     members, labelled = open_aligned(stores, pictures)
     task = task_from_store(labelled)
-    kind, classes = task.name, task.classes
+    kind, classes = task.type, task.n_classes
     dense = kind == "segmentation"
     chosen = getattr(heads, heads.segmentation if dense else "linear")
-    recipe = loop.TrainSchedule(chosen.steps, chosen.batch, chosen.patience, heads.checks)
+    recipe = loop.TrainSchedule(chosen.steps, chosen.batch, chosen.patience, heads.val_checks)
     wanted = dict.fromkeys([*splits, *(["val"] if chosen.patience else [])])
     rows = {split: np.flatnonzero(members[0].split == split) for split in [*wanted, "train"]}
     if dense:
         _refuse_unlabelled(labelled, rows)
 
     grouped = (
-        feature_inputs.maps(members, heads.levels)
+        feature_inputs.select_levels(members, heads.levels)
         if dense
-        else feature_inputs.vectors(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
+        else feature_inputs.select_pooled(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
     )
     fields = list(chain(*grouped))
-    by = [feature_inputs.statistics(field, rows["train"]) for field in fields]
+    by = [feature_inputs.channel_stats(field, rows["train"]) for field in fields]
     # What mixes members channel by channel needs their channels.
     straight = dense or (heads.fusion != "concat" and len(members) > 1)
     turns = [] if straight else [one.to(device) for one in pca.principal(fields, by, rows["train"])]
@@ -104,7 +104,7 @@ def load(
     held = 4 * count * sum(prod(_shape(field)) for field in fields)
     parts = {}
     for split in wanted:
-        if held > heads.memory * 1e9:
+        if held > heads.max_feature_gb * 1e9:
             inputs = StreamedFeatures(fields, by, rows[split], device, vectors=not dense)
         else:
             inputs = _in_memory(fields, by, rows[split], device, dense)
@@ -117,7 +117,7 @@ def load(
     blueprint = _blueprint(heads, shapes, classes, tuple(labelled.label.shape[1:]), device if dense else None)
     train = make_trainer(parts, task, recipe, blueprint, turns)
     names = [[name for _, name in member] for member in grouped]
-    factors = [feature_inputs.factors(*each) for each in by]
+    factors = [feature_inputs.to_mean_scale(*each) for each in by]
     return TaskData(parts, task, train, chosen.batch, list(labelled.attrs["classes"]), names, factors, blueprint)
 
 
@@ -135,7 +135,7 @@ def make_trainer(
 
     def train(settings: Sequence[loop.HParams]) -> torch.nn.Module:
         validation = turned(parts["val"]) if recipe.patience else None
-        group = loop.fit(blueprint.group, turned(parts["train"]), task, settings, recipe, validation)
+        group = loop.fit(blueprint.create_group, turned(parts["train"]), task, settings, recipe, validation)
         if turns:
             pca.turn_back(group, turns)
         return group
@@ -158,7 +158,7 @@ def open_aligned(stores: Mapping[Path, str | None], pictures: Path) -> tuple[lis
                 f"There is no feature store at {path}. Run: dvc repro extract@{path.parent.name}-{path.stem}"
             )
     members = [FeatureStore(path) for path in stores]
-    aligned(members)
+    check_aligned(members)
     labelled = image_store.open_images(pictures)
     for member in members:
         if (wanted := stores[member.location]) and member.attributes["content_sha256"] != wanted:

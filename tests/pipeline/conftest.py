@@ -53,11 +53,11 @@ def feature_store(tmp_path):
             levels=tuple(LevelSchema(v.shape[1], *v.shape[2:], SIDE // v.shape[2], "x") for v in levels),
             pooled={key[7:]: value.shape[1] for key, value in values.items() if key.startswith("pooled/")},
             dtype="float32",
-            shard=64,
+            shard_size=64,
         )
         made_from = {"images_sha256": like.attrs["content_sha256"]}
         writer = Writer(tmp_path / f"scratch-{name}", layout, tmp_path / f"{name}.zarr", made_from)
-        for shard in writer.pending():
+        for shard in writer.pending_shards():
             writer.write(shard, {key: value[layout.rows(shard)] for key, value in values.items()})
         writer.finish()
         return FeatureStore(tmp_path / f"{name}.zarr")

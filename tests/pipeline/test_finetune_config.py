@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipeline.config import FineTuneConfig
 from pipeline.errors import UserError
-from pipeline.finetune_config import FineTuneConfig
 from tests.pipeline.test_config import load_with
 
 

@@ -31,12 +31,12 @@ def test_students_are_counted(params, task):
     recipe = distill.masks if task == "segmentation" else distill.chips
     # Three variants: everything, logits, labels alone.
     heads = 3 * (distill.search.trials + distill.seeds)
-    assert (line.what, line.images) == ("here x small", heads * recipe.steps * recipe.batch)
+    assert (line.item, line.images) == ("here x small", heads * recipe.steps * recipe.batch)
     student = Student(StudentSpec("mobilenetv3_small_100", 3, 4, task, 64), [0.0] * 3, [1.0] * 3)
     # The saved tensors and two graphs; buffers are the rest.
     assert line.gigabytes == pytest.approx(3 * 4 * sum(one.numel() for one in student.parameters()) / 1e9)
     assert line.hours > 0
-    assert "distill, export" in plan.table(lines)
+    assert "distill, export" in plan.format_table(lines)
 
 
 def test_no_students_no_teachers_no_lines(params):
@@ -51,4 +51,4 @@ def test_no_students_no_teachers_no_lines(params):
     unseen = dataclasses.replace(params.grid, backbones=("lite0",), models=("lite0",), students=("small",))
     radar = DatasetSize(100, (Band("VV", "sar_vv"),), "classification", 4, 0)
     lines = plan.plan(dataclasses.replace(params, grid=unseen), {"here": radar}, "cpu")
-    assert [line.what for line in lines] == ["here", "here x lite0: left out"]
+    assert [line.item for line in lines] == ["here", "here x lite0: left out"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import zarr
 
-from pipeline.data.download import digest
+from pipeline.data.download import file_sha256
 
 NAME, FILE = "prithvi_tiny", "Prithvi_EO_V2_tiny_TL.pt"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -27,7 +27,7 @@ def weights_dir(tmp_path):
 @pytest.fixture
 def params(job, weights_dir):
     """params.yaml with the model in it, its file pinned; whatever it leaves behind is removed."""
-    pinned = {"repo": "someone/tiny", "file": FILE, "revision": REVISION, "sha256": digest(weights_dir / FILE)}
+    pinned = {"repo": "someone/tiny", "file": FILE, "revision": REVISION, "sha256": file_sha256(weights_dir / FILE)}
     backbone = {"family": "prithvi", "variant": "prithvi_eo_v2_tiny_tl", "weights": "pretrained", "input_size": 64}
     with job.changed({"weights_dir": str(weights_dir), "backbones": {NAME: {**backbone, "hub": pinned}}}):
         yield pinned

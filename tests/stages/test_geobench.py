@@ -69,7 +69,7 @@ def test_all_twelve_sets_go_through_to_a_report(place, capsys):
     for name in TAUGHT:
         distill.distill(name, "small")
         taught = pd.read_csv(f"results/distill/{name}/small/runs.csv")
-        assert taught.model.tolist() == ["small/distilled", "small/labels"]
+        assert taught.model.tolist() == ["small (distilled)", "small (supervised)"]
         assert taught.score.between(0, 1).all()
     # The small grid exports, prices and maps the other tasks' students (test_map.py); the report also wants maps.
     with changed({"distill": {"datasets": TAUGHT[:1]}}):
@@ -143,7 +143,7 @@ def test_the_papers_table_2(params):
                      "m-SA-crop-type")  # fmt: skip
     for name in SETS:
         block = merge({"source": "geobench", "options": {"set": name}}, PAPER["datasets"][name])
-        wanted, _ = geobench.expect(config.DatasetConfig(**block), params)
+        wanted, _ = geobench.estimate_size(config.DatasetConfig(**block), params)
         expected = six if name in multispectral else four if name == "m-chesapeake-landcover" else six[:rgb]
         assert [band.common_name for band in wanted.bands] == expected
         for backbone, count in (("hiera_200m", 3), ("prithvi_300m", len(expected)), ("dofa_300m", len(expected))):

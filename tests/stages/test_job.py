@@ -29,11 +29,11 @@ def test_every_cell_has_its_runs_and_the_report_stands(job):
     frozen = runs[runs.protocol == "frozen"]
     assert set(frozen[~frozen.model.isin(SMALL["grid"]["models"])].dataset) == {"sample-landuse-seg", "sample-trees"}
     others = runs[runs.protocol != "frozen"].groupby("model").protocol.unique().map(list).to_dict()
-    assert others == {"small/distilled": ["distilled"], "small/labels": ["supervised"]}
+    assert others == {"small (distilled)": ["distilled"], "small (supervised)": ["supervised"]}
     assert runs.score.between(0, 1).all()
     assert runs.groupby("dataset").n_test.first().to_dict() == {"sample-landuse-seg": 16, "sample-trees": 267}
     scores = json.loads((job.folder / "results/metrics.json").read_text())
-    assert scores["sample-trees"].keys() == {"raw", "lite0", "raw+lite0", "small/distilled", "small/labels"}
+    assert scores["sample-trees"].keys() == {"raw", "lite0", "raw+lite0", "small (distilled)", "small (supervised)"}
     page = (job.folder / "results/report/index.html").read_text()
     assert "csmask_b4 needs the bands nir, swir16, swir22" in page
     assert page.count("data:image/png;base64,") == 5

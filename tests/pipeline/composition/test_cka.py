@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from pipeline.composition.cka import foretells, linear_cka
+from pipeline.composition.cka import correlation_with_gain, linear_cka
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ def test_too_few_samples(generator):
 
 def test_the_rank_correlation_is_scipys_and_its_p_value_that_of_all_orders(generator):
     alike, gain = generator.normal(size=(2, 7))
-    rank, p = foretells(alike, gain)
+    rank, p = correlation_with_gain(alike, gain)
     assert rank == pytest.approx(spearmanr(alike, gain).statistic)
     assert 0 < p <= 1
-    rank, p = foretells(np.arange(7.0), -(np.arange(7.0) ** 3))
+    rank, p = correlation_with_gain(np.arange(7.0), -(np.arange(7.0) ** 3))
     assert rank == pytest.approx(-1)
     assert p == pytest.approx(2 / 5040)  # of the 7! orders, this one and its reverse
 
@@ -82,4 +82,4 @@ def test_the_rank_correlation_is_scipys_and_its_p_value_that_of_all_orders(gener
 @pytest.mark.parametrize(("alike", "gain"), [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [0, 0, 0, 0])])
 def test_too_few_pairs_say_nothing(alike, gain):
     with pytest.raises(ValueError, match="at least four pairs that differ"):
-        foretells(np.array(alike), np.array(gain))
+        correlation_with_gain(np.array(alike), np.array(gain))

@@ -28,8 +28,8 @@ def test_every_subset_and_the_one_that_knows_all_is_best(informative_chips):
     assert found.subsets.model[0] == "high+low"
     assert table.score["high+low"] > 0.95
     assert table.gain["high+low"] == table.score["high+low"] - max(table.score["high"], table.score["low"]) > 0.2
-    assert search.best(found.subsets, 2)[0] == "high+low"
-    assert all("+" in model for model in search.best(found.subsets, 9))
+    assert search.top_k(found.subsets, 2)[0] == "high+low"
+    assert all("+" in model for model in search.top_k(found.subsets, 9))
     cka = found.cka.set_index(["level", "one", "other"]).cka
     assert cka["all", "none", "copy"] == pytest.approx(1, abs=1e-6)
     assert cka["level1", "high", "none"] < 0.2
@@ -87,7 +87,7 @@ def test_masks_are_scored_as_if_the_features_had_been_enlarged(informative_masks
     members, like = informative_masks
     rows = {split: members["knows"].rows(split) for split in ("train", "val")}
     masks = {split: like.label[index].values for split, index in rows.items()}
-    train, val = (points.pixels(members, rows[split], masks[split], image_store.IGNORE, 0) for split in rows)
+    train, val = (points.pixel_samples(members, rows[split], masks[split], image_store.IGNORE, 0) for split in rows)
     probe = Probe(train, val, search.task_from_store(like), "logistic")
     names, layers = ("knows", "coarse"), probe.layers
     _, linear = probe.fit(layers)
@@ -135,7 +135,7 @@ def test_pixels_are_labelled_ones_and_features_those_beneath_them(informative_ma
     masks = like.label[rows].values.copy()
     masks[0] = image_store.IGNORE
     masks[0, 5, 9] = 1  # one labelled pixel alone
-    taken = points.pixels(members, rows, masks, image_store.IGNORE, seed=3)
+    taken = points.pixel_samples(members, rows, masks, image_store.IGNORE, seed=3)
     assert len(taken.label) == 1 + 59 * 10
     assert taken.label[0] == 1
     assert image_store.IGNORE not in taken.label
@@ -147,4 +147,4 @@ def test_pixels_are_labelled_ones_and_features_those_beneath_them(informative_ma
 
 def test_joined_layers_keep_their_order():
     taken = ProbeSamples({("a", "x"): np.zeros((3, 2)), ("b", "x"): np.ones((3, 1))}, np.zeros(3))
-    assert taken.joined([("b", "x"), ("a", "x")]).tolist() == [[1, 0, 0]] * 3
+    assert taken.concatenate([("b", "x"), ("a", "x")]).tolist() == [[1, 0, 0]] * 3

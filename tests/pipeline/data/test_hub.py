@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from pipeline.config import HubFile
 from pipeline.data import download, hub
-from pipeline.data.hub import HubFile
 from pipeline.errors import UserError
 
 FILE = HubFile("someone/small-model", "model.pt", "a" * 40, size=1_348_512_262)
@@ -13,7 +13,7 @@ FILE = HubFile("someone/small-model", "model.pt", "a" * 40, size=1_348_512_262)
 def pinned(tmp_path):
     """A file as its publisher has it, and its description."""
     (tmp_path / "published").write_bytes(b"weights")
-    return dataclasses.replace(FILE, sha256=download.digest(tmp_path / "published"))
+    return dataclasses.replace(FILE, sha256=download.file_sha256(tmp_path / "published"))
 
 
 @pytest.mark.parametrize("place", ["model.pt", "small-model/model.pt"])

@@ -10,14 +10,21 @@ from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
 from pipeline.bands import Band
-from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
+from pipeline.config import (
+    DistillConfig,
+    HeadsConfig,
+    LinearHeadConfig,
+    LossWeights,
+    SearchConfig,
+    StepsConfig,
+    UPerNetHeadConfig,
+)
 from pipeline.data import image_store
 from pipeline.data.augmentation import VIEWS
 from pipeline.distillation.chips import Chips
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.distillation.train import DistillationSetup
 from pipeline.heads import checkpoint
-from pipeline.student_params import DistillConfig, SearchConfig, StepsConfig
 from pipeline.training import task_data
 from pipeline.training.loop import HParams
 
@@ -27,7 +34,7 @@ HEADS = HeadsConfig(
 )
 SEARCH = SearchConfig(trials=2, trials_per_round=2, seed=0, learning_rate=(5e-3, 1e-2), weight_decay=(1e-3, 1e-2))
 DISTILL = DistillConfig(
-    (), "best", 1.0, 1.0, 1.0, 2.0, (), classification=StepsConfig(30, 16), segmentation=StepsConfig(20, 8), seeds=2, search=SEARCH
+    (), "best", LossWeights(1.0, 1.0, 1.0), 2.0, (), classification=StepsConfig(30, 16), segmentation=StepsConfig(20, 8), seeds=2, search=SEARCH
 )  # fmt: skip
 
 
@@ -59,7 +66,7 @@ class Made:
             "segmentation": np.where(np.arange(SIDE) < 4, image_store.IGNORE, mask),
         }[task]
         classes = ["a", "b", "c"][: 2 if task == "multilabel" else 3]
-        label[np.array(split) == image_store.UNLABELLED] = image_store.no_label(task, len(classes), (SIDE, SIDE))
+        label[np.array(split) == image_store.UNLABELLED] = image_store.missing_label(task, len(classes), (SIDE, SIDE))
         self.image, self.mask, self.folder, self.task = image, mask, folder, task
         self.like = opened(
             image_store.ImageDataset(
@@ -76,7 +83,7 @@ class Made:
         one = features_of(self.image)
         layout = StoreSchema(
             sample=tuple(self.like.sample.values.tolist()), split=tuple(self.like.split.values.tolist()),
-            levels=(LevelSchema(3, 4, 4, 8, "x"),), pooled={"mean_level0": 3}, dtype="float32", shard=32,
+            levels=(LevelSchema(3, 4, 4, 8, "x"),), pooled={"mean_level0": 3}, dtype="float32", shard_size=32,
             **({"views": tuple(views)} if views else {}),
         )  # fmt: skip
         if views:
@@ -84,7 +91,7 @@ class Made:
             one = {key: np.stack([copy[key] for copy in copies], axis=1) for key in one}
         made_from = {"images_sha256": self.like.attrs["content_sha256"]}
         writer = Writer(self.folder / "scratch-features", layout, self.store, made_from)
-        for shard in writer.pending():
+        for shard in writer.pending_shards():
             writer.write(shard, {key: value[layout.rows(shard)] for key, value in one.items()})
         writer.finish()
         FeatureStore(self.store)

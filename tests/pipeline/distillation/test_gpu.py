@@ -22,7 +22,7 @@ def test_a_gpu_teaches_the_processors_student(gpu, made, task):
 
 def test_the_whole_protocol(gpu, made, tmp_path):
     lesson = dataclasses.replace(made("classification").lesson(), device=gpu)
-    taught = protocol.teach(lambda seed: fresh(lesson, seed), lesson, "distilled", TOLD, tmp_path / "study", "")
+    taught = protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "distilled", TOLD, tmp_path / "study", "")
     assert len(taught.runs) == 2
     assert taught.runs.score.between(0, 1).all()
     assert {one.device.type for one in taught.best.parameters()} == {torch.device(gpu).type}

@@ -1,11 +1,11 @@
 import torch
 
-from pipeline.distillation.projectors import Projectors, nearest
+from pipeline.distillation.projectors import Projectors, nearest_level
 
 
 def test_a_map_is_foretold_from_the_most_similar_grid():
-    assert [nearest([32, 16, 8, 4], (side, side)) for side in (37, 16, 9, 2)] == [0, 1, 2, 3]
-    assert nearest([32, 16, 8, 4], ()) is None
+    assert [nearest_level([32, 16, 8, 4], (side, side)) for side in (37, 16, 9, 2)] == [0, 1, 2, 3]
+    assert nearest_level([32, 16, 8, 4], ()) is None
 
 
 def test_shapes_are_those_wanted():

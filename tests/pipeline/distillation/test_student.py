@@ -12,7 +12,7 @@ SHAPE = student_files.StudentSpec("mobilenetv3_small_050", 5, 3, "classification
 TOLD = {
     "dataset": "d", "task": "classification", "classes": ["a", "b", "c"], "ignore": None, "units": "dn", "gsd": 10.0,
     "bands": [{"name": f"B{i}", "common_name": f"c{i}", "wavelength": None} for i in range(5)], "size": [16, 16],
-    "variant": "labels", "weights": "random", "teacher": None,
+    "variant": "supervised", "weights": "random", "teacher": None,
 }  # fmt: skip
 
 

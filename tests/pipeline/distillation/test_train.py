@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pipeline import metrics
+from pipeline.config import StudentConfig
 from pipeline.data import image_store
 from pipeline.distillation import losses, protocol, start, train
-from pipeline.distillation.describe import student_metadata, make_spec
+from pipeline.distillation.describe import make_spec, student_metadata
 from pipeline.errors import UserError
-from pipeline.student_params import StudentConfig
 from pipeline.training.loop import HParams
 from tests.pipeline.distillation.conftest import DISTILL
 
@@ -28,7 +28,7 @@ def fresh(lesson, seed=0):
 
 def trained(lesson, variant, setting=SETTING):
     student = fresh(lesson, setting.seed)
-    ends = train.projectors_of(student, lesson, setting.seed) if variant in ("distilled", "features") else None
+    ends = train.make_projectors(student, lesson, setting.seed) if variant in ("distilled", "features") else None
     return train.train(student, ends, lesson, variant, setting), ends
 
 
@@ -46,7 +46,7 @@ def test_labels_alone_never_ask_a_teacher_and_start_and_turn_alike(made):
     lesson = made("classification").lesson()
     teacher = Silent(lesson.teacher.views, lesson.teacher.maps, lesson.teacher.shapes)
     alone = dataclasses.replace(lesson, teacher=teacher)
-    one, two = (trained(each, "labels")[0] for each in (lesson, alone))
+    one, two = (trained(each, "supervised")[0] for each in (lesson, alone))
     for ours, theirs in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(AssertionError, match="asked its teacher for logits"):
@@ -55,7 +55,7 @@ def test_labels_alone_never_ask_a_teacher_and_start_and_turn_alike(made):
 
 def test_a_student_from_labels_learns_the_task(made):
     lesson = made("classification").lesson()
-    scores = protocol._scores([fresh(lesson), trained(lesson, "labels")[0]], lesson, "val")
+    scores = protocol._scores([fresh(lesson), trained(lesson, "supervised")[0]], lesson, "val")
     assert scores[1] > max(scores[0], 0.6)
 
 
@@ -64,14 +64,14 @@ def test_features_are_learned_in_their_places_and_projectors_stay_behind(made):
     longer = dataclasses.replace(DISTILL, segmentation=dataclasses.replace(DISTILL.segmentation, steps=60))
     lesson = made("segmentation").lesson(longer)
     student, projectors = trained(lesson, "features")
-    untaught, blank = fresh(lesson), train.projectors_of(fresh(lesson), lesson, 0)
+    untaught, blank = fresh(lesson), train.make_projectors(fresh(lesson), lesson, 0)
     rows = lesson.chips.rows("val")
     wanted = lesson.teacher.features(rows, ["identity"] * len(rows))
 
     def apart(one, ends, wanted):
         with torch.inference_mode():
             said = ends(one.eval().levels(lesson.chips.image(rows)))
-        return losses.of_features(said[0], wanted[0]).mean()
+        return losses.feature_loss(said[0], wanted[0]).mean()
 
     assert apart(student, projectors, wanted) < 0.6 * apart(untaught, blank, wanted)
     shifted = [array.roll(1, dims=0) for array in wanted]
@@ -87,7 +87,7 @@ def test_the_teachers_answers_reach_pixels_without_labels(made):
     rows = lesson.chips.rows("train")[:8]
     student, said = fresh(lesson), {}
     image = lesson.chips.image(rows)
-    for variant in ("labels", "logits"):
+    for variant in ("supervised", "logits"):
         student.zero_grad()
         out = student(image).detach().requires_grad_()
         stub = dataclasses.replace(lesson)
@@ -95,14 +95,14 @@ def test_the_teachers_answers_reach_pixels_without_labels(made):
         train._loss(student, None, stub, variant, rows, ["identity"] * 8).backward()
         del student.levels, student.logits
         said[variant] = out.grad[..., :4].abs().sum()
-    assert said["labels"] == 0
+    assert said["supervised"] == 0
     assert said["logits"] > 0
 
 
 def test_chips_without_labels_join_where_there_is_a_teacher(made):
     lesson = made("classification", split=("train", "val", "test", "unlabelled")).lesson()
     assert set(lesson.chips.split[lesson.rows("distilled")]) == {"train", "unlabelled"}
-    assert set(lesson.chips.split[lesson.rows("labels")]) == {"train"}
+    assert set(lesson.chips.split[lesson.rows("supervised")]) == {"train"}
     rows = lesson.chips.rows("unlabelled")[:8]
     student = fresh(lesson)
     torch.manual_seed(0)
@@ -119,23 +119,23 @@ def test_maps_of_chips_turned_otherwise_do_not_count(made):
     said = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
     wanted = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
     matched = lesson.teacher.matched(["identity", "rot90"])
-    one = train._apart(said, wanted, matched, lesson.teacher)
+    one = train._feature_loss(said, wanted, matched, lesson.teacher)
     wanted[0][1] += 5  # the map of the turned chip
-    assert train._apart(said, wanted, matched, lesson.teacher) == one
+    assert train._feature_loss(said, wanted, matched, lesson.teacher) == one
     wanted[1][1] += 5  # its pooled vector, which does count
-    assert train._apart(said, wanted, matched, lesson.teacher) != one
+    assert train._feature_loss(said, wanted, matched, lesson.teacher) != one
     assert len(rows) == 2
 
 
 def test_views_are_the_cached_ones_or_half_upright(made):
     lesson = made("segmentation").lesson()
-    drawn = train.views(lesson, 400, np.random.default_rng(0))
+    drawn = train.draw_views(lesson, 400, np.random.default_rng(0))
     assert 0.45 < drawn.count("identity") / 400 < 0.65
     assert len(set(drawn)) == 8
     lesson.teacher.views = ["identity", "flip_y"]
-    assert set(train.views(lesson, 100, np.random.default_rng(0))) == {"identity", "flip_y"}
+    assert set(train.draw_views(lesson, 100, np.random.default_rng(0))) == {"identity", "flip_y"}
     lesson.teacher.views, lesson.teacher.maps = ["identity"], 0
-    assert train.views(lesson, 400, np.random.default_rng(0)).count("identity") < 100
+    assert train.draw_views(lesson, 400, np.random.default_rng(0)).count("identity") < 100
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
@@ -143,8 +143,8 @@ def test_the_protocol_on_every_task(made, tmp_path, task):
     short = dataclasses.replace(DISTILL, classification=dataclasses.replace(DISTILL.classification, steps=6),
                                 segmentation=dataclasses.replace(DISTILL.segmentation, steps=3))  # fmt: skip
     lesson = made(task).lesson(short)
-    told = {"dataset": "d", "model": "s/distilled", "weights": "random"}
-    taught = protocol.teach(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "study", 1)
+    told = {"dataset": "d", "model": "s (distilled)", "weights": "random"}
+    taught = protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "study", 1)
     assert len(taught.tuned["trials"]) == 2
     assert set(taught.runs.protocol) == {"distilled"}
     assert taught.runs.seed.tolist() == [0, 1]
@@ -152,7 +152,7 @@ def test_the_protocol_on_every_task(made, tmp_path, task):
     names = lesson.chips.store.sample.values[lesson.chips.rows("test")].tolist()
     assert taught.predicted[taught.predicted.seed == 0]["sample"].tolist() == names
     assert protocol._scores([taught.best], lesson, "test")[0] == pytest.approx(taught.runs.score[taught.seed])
-    again = protocol.teach(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "other", 1)
+    again = protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "other", 1)
     pd.testing.assert_frame_equal(taught.runs, again.runs)
     kept = student_metadata(lesson.chips.store, "d", "distilled", "random", "member")
     assert kept["ignore"] == (image_store.IGNORE if task == "segmentation" else None)
@@ -163,7 +163,7 @@ def test_the_protocol_on_every_task(made, tmp_path, task):
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_students_that_diverged_are_no_score_and_are_not_chosen(made, monkeypatch, tmp_path, task):
     lesson = made(task).lesson()
-    told, real = {"dataset": "d", "model": "small"}, protocol._trained
+    told, real = {"dataset": "d", "model": "small"}, protocol._train_students
 
     def some(*given):
         students = real(*given)
@@ -172,6 +172,6 @@ def test_students_that_diverged_are_no_score_and_are_not_chosen(made, monkeypatc
 
     monkeypatch.setattr(protocol, "_trained", some)
     with pytest.raises(UserError, match="with 1 of 2 seeds .*distill.search.learning_rate"):
-        protocol.teach(lambda seed: fresh(lesson, seed), lesson, "labels", told, tmp_path / "study", "")
+        protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "supervised", told, tmp_path / "study", "")
     trials = json.loads((tmp_path / "study").read_text())["trials"]
     assert [trial.get("diverged", False) for trial in trials] == [False, True]

@@ -14,9 +14,14 @@ from pipeline.config import (
     BackboneConfig,
     CompositionConfig,
     ComputeConfig,
+    DistillConfig,
     ExtractConfig,
     HeadsConfig,
     LinearHeadConfig,
+    LossWeights,
+    SearchConfig,
+    StepsConfig,
+    StudentConfig,
     UPerNetHeadConfig,
 )
 from pipeline.data import image_store, image_writer
@@ -28,7 +33,6 @@ from pipeline.extraction import launch
 from pipeline.finetuning.pictures import Pictures
 from pipeline.heads import checkpoint, probes
 from pipeline.metrics import counts
-from pipeline.student_params import DistillConfig, SearchConfig, StepsConfig, StudentConfig
 from pipeline.training import protocol, task_data
 from pipeline.training.loop import HParams
 from pipeline.training.losses import Task, loss, loss_grad
@@ -94,7 +98,7 @@ def made(block, folder):
     (folder / "source.json").write_text('{"weights": "random, seed 0"}')
     # Normalised by the data set: by its training split, or every feature would be another.
     backbone = BackboneConfig("efficientnet", "lite0", "random", 32, normalisation="dataset")
-    launch.run(
+    launch.launch(
         launch.ExtractionJob(
             "lite0", backbone, KEEPS, "cpu", folder / "mine.zarr", folder, folder / "s", folder / "lite0.zarr"
         ),
@@ -148,7 +152,7 @@ def test_heads_cannot_tell_and_students_learn(raw_folder, tiles, tmp_path, way):
             np.testing.assert_array_equal(one[name], two[name][:count], err_msg=name)
     assert one.coords.keys() == two.coords.keys()
     assert set(two.split.values[count:].tolist()) == {NONE}
-    wanted = image_store.no_label(plain.task, len(two.attrs["classes"]), (two.sizes["y"], two.sizes["x"]))
+    wanted = image_store.missing_label(plain.task, len(two.attrs["classes"]), (two.sizes["y"], two.sizes["x"]))
     assert (two.label[count:].values == wanted).all()
     assert (two.image[count:].values != 0).any(axis=(1, 2, 3)).all()
     assert one.attrs["classes"] == two.attrs["classes"]
@@ -178,14 +182,14 @@ def learns(folder, count):
     """With a teacher a student learns from chips without labels, and the control does not."""
     steps = StepsConfig(4, 8)
     search = SearchConfig(trials=1, trials_per_round=1, seed=0, learning_rate=(1e-3, 1e-2), weight_decay=(1e-3, 1e-2))
-    described = DistillConfig((), "best", 1.0, 1.0, 1.0, 2.0, (), classification=steps, segmentation=steps, seeds=1, search=search)
+    described = DistillConfig((), "best", LossWeights(1.0, 1.0, 1.0), 2.0, (), classification=steps, segmentation=steps, seeds=1, search=search)
     chips = Chips(folder / "mine.zarr", 1.0)
     teacher = CachedTeacher(
         {folder / "lite0.zarr": None}, folder / "mine.zarr", checkpoint.load(folder / "head.pt"), chips.taught()
     )
     lesson = train.DistillationSetup(chips, teacher, described, "cpu")
     assert set(lesson.rows("distilled")) >= set(range(count, len(chips.split)))
-    assert set(lesson.rows("labels")) == set(np.flatnonzero(chips.split == "train"))
+    assert set(lesson.rows("supervised")) == set(np.flatnonzero(chips.split == "train"))
 
     def student(rows):
         """After some steps on these rows alone."""
@@ -193,10 +197,10 @@ def learns(folder, count):
         fresh = start.make_student(make_spec(chips.store, small), chips.mean, chips.std, None, 0)
         alone = _Only(chips, teacher, described, "cpu")
         alone.__dict__["only"] = rows
-        ends = train.projectors_of(fresh, alone, 0)
+        ends = train.make_projectors(fresh, alone, 0)
         return train.train(fresh, ends, alone, "distilled", HParams(0.01, 0.01, 0)).state_dict()
 
-    one, two = student(lesson.rows("distilled")), student(lesson.rows("labels"))
+    one, two = student(lesson.rows("distilled")), student(lesson.rows("supervised"))
     assert any(not torch.equal(ours, theirs) for ours, theirs in zip(one.values(), two.values(), strict=True))
     assert all(torch.isfinite(values.float()).all() for values in student(chips.rows(NONE)).values())
 
@@ -219,7 +223,7 @@ def test_what_stands_for_a_class_is_none_to_anything_that_counts():
         lambda: loss_grad(logits, given, weighted),
         lambda: counts("classification", np.zeros(100, int), label, 3, None),
         lambda: task_data._balanced(label, "classification", 3),
-        lambda: probes.logistic("classification", np.random.default_rng(0).normal(size=(100, 2)), label, 3),
+        lambda: probes.fit_logistic("classification", np.random.default_rng(0).normal(size=(100, 2)), label, 3),
         lambda: ["a", "b", "c"][label[-1]],
     ):
         with pytest.raises((IndexError, ValueError, RuntimeError)):

@@ -20,7 +20,7 @@ from pipeline.export import files, graphs
 from pipeline.mapping import predict_scene
 from pipeline.mapping.exported import load_onnx_student, open_session
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.signature import probabilities
+from pipeline.mapping.signature import class_probabilities
 from pipeline.mapping.students import load_student
 from tests.conftest import ROOT
 
@@ -58,7 +58,7 @@ def told_of(opened_images, dataset):
     return {
         "dataset": dataset, "task": attributes["task"], "classes": attributes["classes"], "ignore": image_store.IGNORE,
         "bands": bands, "units": attributes["units"], "gsd": attributes["gsd"],
-        "size": [opened_images.sizes["y"], opened_images.sizes["x"]], "variant": "labels", "weights": "random",
+        "size": [opened_images.sizes["y"], opened_images.sizes["x"]], "variant": "supervised", "weights": "random",
         "teacher": None,
     }  # fmt: skip
 
@@ -75,7 +75,7 @@ def saved(images_path, tmp_path_factory):
             student_files.save_student(folder, student_of(pictures, side, network), told_of(pictures, dataset))
             student, told = student_files.load_student(folder)
             (folder / "export").mkdir()
-            said = files.write(student, told, pictures, folder / "export", int8=True, limit=16)
+            said = files.write_exports(student, told, pictures, folder / "export", int8=True, limit=16)
             made[dataset, network] = folder, pictures, said
         return made[dataset, network]
 
@@ -102,10 +102,10 @@ def test_files_say_what_the_student_says(saved, dataset, side, network):
         given = open_session(folder / "export/student.onnx").run(None, {"chips": chips[:count]})[0]
         assert given.shape == wanted[:count].shape
         assert np.abs(given - wanted[:count]).max() < graphs.TOLERANCE * wanted.std()
-    assert graphs.difference(student, graphs.logits(folder / "export/student.pt2"), chips) < graphs.TOLERANCE
+    assert graphs.relative_logit_error(student, graphs.load_predictor(folder / "export/student.pt2"), chips) < graphs.TOLERANCE
     for name in ("student.onnx", "student.pt2", "student-int8.onnx"):
         assert said["files"][name]["bytes"] == (folder / "export" / name).stat().st_size
-    rates = files.rates(student, folder / "export", pictures.image[:4].values)
+    rates = files.measure_throughputs(student, folder / "export", pictures.image[:4].values)
     assert rates.keys() == said["files"].keys()
     assert min(rates.values()) > 0
     assert said["files"]["student.onnx"]["score"] == said["files"]["torch"]["score"]
@@ -140,9 +140,9 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
     onnx.save(model, tmp_path / "student.onnx")
     student, _ = student_files.load_student(folder)
     path, chips = tmp_path / "student.onnx", pictures.image[:4].values.astype(np.float32)
-    file = graphs.logits(path)
+    file = graphs.load_predictor(path)
     with pytest.raises(UserError, match=r"student.onnx differs from torch by .* more than 0.001 allows"):
-        graphs.check(student, path, file, chips)
+        graphs.check_exported(student, path, file, chips)
     assert not (tmp_path / "student.onnx").exists()
 
 
@@ -150,7 +150,7 @@ def test_a_student_of_other_images(saved, images_path, tmp_path):
     folder, pictures, _ = saved("sample-landuse", 32)
     student, told = student_files.load_student(folder)
     with pytest.raises(UserError, match="has the units reflectance, and the images of sample-landuse have dn"):
-        files.write(student, {**told, "units": "reflectance"}, pictures, tmp_path, int8=False, limit=4)
+        files.write_exports(student, {**told, "units": "reflectance"}, pictures, tmp_path, int8=False, limit=4)
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +190,7 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw_folder):
     with rasterio.open(tmp_path / "map/class.tif") as file:
         assert (file.read(1) == wanted).all()
     with rasterio.open(tmp_path / "map/confidence.tif") as file:
-        assert np.abs(file.read(1) - 100 * probabilities(logits, "classification").max()).max() <= 0.51
+        assert np.abs(file.read(1) - 100 * class_probabilities(logits, "classification").max()).max() <= 0.51
 
 
 def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw_folder):
@@ -206,7 +206,7 @@ def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw_fold
         file.update_tags(units="uint8")
     scene, maps = open_scene(tmp_path / "crop.tif"), []
     for name, one in (("torch", load_student(folder, "cpu")), ("onnx", load_onnx_student(folder / "export/student.onnx"))):
-        predict_scene.make(scene, one, tmp_path / name)
+        predict_scene.predict_scene(scene, one, tmp_path / name)
         with rasterio.open(tmp_path / name / "confidence.tif") as file:
             maps.append(file.read(1).astype(int))
         assert file.crs is None

@@ -24,8 +24,8 @@ def test_a_batch_is_doubled_until_the_next_may_not_fit(most, room, found):
 
 def test_a_store_keeps_to_the_batch_that_was_found_first(tmp_path):
     place = tmp_path / "scratch/batch"
-    assert batch_size.agreed(place, lambda: 16) == 16
-    assert batch_size.agreed(place, lambda: pytest.fail("it is known")) == 16
+    assert batch_size.shared_choice(place, lambda: 16) == 16
+    assert batch_size.shared_choice(place, lambda: pytest.fail("it is known")) == 16
     assert [path.name for path in place.parent.iterdir()] == ["batch"]
 
 
@@ -34,7 +34,7 @@ def test_a_late_worker_takes_the_batch_of_the_finished_store(tmp_path):
     writer = Writer(tmp_path / "scratch", described, tmp_path / "store.zarr", {**said, "batch": 16})
     writer.write(0, drawn(described, 0))
     writer.finish()
-    assert batch_size.published(tmp_path / "store.zarr", said, ("identity",)) == 16
-    assert batch_size.published(tmp_path / "store.zarr", said, ("identity", "flip_x")) == 0
-    assert batch_size.published(tmp_path / "store.zarr", {**said, "bands": ("nir",)}, ("identity",)) == 0
-    assert batch_size.published(tmp_path / "none.zarr", said, ("identity",)) == 0
+    assert batch_size.batch_of_existing_store(tmp_path / "store.zarr", said, ("identity",)) == 16
+    assert batch_size.batch_of_existing_store(tmp_path / "store.zarr", said, ("identity", "flip_x")) == 0
+    assert batch_size.batch_of_existing_store(tmp_path / "store.zarr", {**said, "bands": ("nir",)}, ("identity",)) == 0
+    assert batch_size.batch_of_existing_store(tmp_path / "none.zarr", said, ("identity",)) == 0

@@ -57,7 +57,7 @@ def run(images_path, tmp_path, make_encoder):
             opened, "lite0", BACKBONE, declared, sealed.inputs, {"weights": "random"}, described, "cpu"
         )
         layout = engine.make_layout(opened, declared, pyramid, 64, described)
-        scratch = engine.scratch_path(tmp_path / name / "scratch", said, described)
+        scratch = engine.working_dir(tmp_path / name / "scratch", said, described)
         writer = Writer(scratch, layout, tmp_path / name / "store.zarr", said)
         try:
             engine.extract(opened, counting, writer, described.batch)

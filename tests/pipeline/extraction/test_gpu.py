@@ -34,7 +34,7 @@ def run(gpu, images_path, tmp_path):
             images=images_path("sample-landuse-seg"), weights=tmp_path / "weights",
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
         )  # fmt: skip
-        said = launch.run(task, ComputeConfig(device, processes, ""))
+        said = launch.launch(task, ComputeConfig(device, processes, ""))
         return FeatureStore(task.final), said
 
     return extract
@@ -81,14 +81,14 @@ def test_less_memory_gives_a_smaller_batch(gpu, images_path, make_encoder, monke
     opened = image_store.open_images(images_path("sample-landuse-seg"))
     made = make_encoder(opened, "efficientnet", "lite0", 64)
     with pytest.raises(UserError, match="The network does not take"):
-        batch_size.largest(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
+        batch_size.find_batch_size(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
     sealed = Encoder(made.inputs, made.network, gpu, strides=made.strides)
-    assert batch_size.largest(opened, sealed, 64) == 64
+    assert batch_size.find_batch_size(opened, sealed, 64) == 64
     each = batch_size._bytes_of(opened, sealed, 8, 1) / 8
     scarce = SimpleNamespace(total_memory=torch.cuda.memory_allocated(gpu) + 20 * each / batch_size._SHARE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: scarce)
-    assert 8 <= batch_size.largest(opened, sealed, 64) <= 16
-    assert batch_size.largest(opened, sealed, 64, views=4) < 8
+    assert 8 <= batch_size.find_batch_size(opened, sealed, 64) <= 16
+    assert batch_size.find_batch_size(opened, sealed, 64, views=4) < 8
 
 
 def test_a_compiled_network_gives_the_same_features(run):

@@ -64,9 +64,9 @@ def kill_one_at_work(shards) -> int:
 
 
 def test_two_workers_one_killed_make_the_store_of_one_process(task):
-    alone = launch.run(task("alone"), ComputeConfig("cpu", workers=0, scheduler=""))
+    alone = launch.launch(task("alone"), ComputeConfig("cpu", workers=0, scheduler=""))
     shared, together = task("shared"), {}
-    thread = threading.Thread(target=lambda: together.update(launch.run(shared, ComputeConfig("cpu", 2, ""))))
+    thread = threading.Thread(target=lambda: together.update(launch.launch(shared, ComputeConfig("cpu", 2, ""))))
     thread.start()
     killed = kill_one_at_work(lambda: next(shared.scratch.glob("*/shards"), shared.scratch))
     thread.join(timeout=240)
@@ -82,7 +82,7 @@ def test_two_workers_one_killed_make_the_store_of_one_process(task):
 
 def test_a_store_in_lower_precision_is_whole_and_says_what_that_changed(task):
     lower = task("lower")
-    said = launch.run(
+    said = launch.launch(
         replace(lower, extract=replace(EXTRACT, precision="bfloat16", shard=16)), ComputeConfig("cpu", 0, "")
     )
     assert "whole" in verify(lower.final)
@@ -96,7 +96,7 @@ def test_a_store_in_lower_precision_is_whole_and_says_what_that_changed(task):
 def test_the_workers_of_a_scheduler(task):
     from distributed import LocalCluster
 
-    alone = launch.run(task("alone"), ComputeConfig("cpu", workers=0, scheduler=""))
+    alone = launch.launch(task("alone"), ComputeConfig("cpu", workers=0, scheduler=""))
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
-        again = launch.run(task("again"), ComputeConfig("cpu", workers=0, scheduler=cluster.scheduler_address))
+        again = launch.launch(task("again"), ComputeConfig("cpu", workers=0, scheduler=cluster.scheduler_address))
     assert again == alone

@@ -52,13 +52,13 @@ def test_a_file_is_read_once_for_the_batches_within_it(images, monkeypatch):
 
 
 def test_pieces_are_files_where_rows_begin_with_one():
-    assert loader.pieces(slice(20, 47), 10) == [slice(20, 30), slice(30, 40), slice(40, 47)]
-    assert loader.pieces(slice(25, 47), 10) == [slice(25, 47)]
+    assert loader.chunk_slices(slice(20, 47), 10) == [slice(20, 30), slice(30, 40), slice(40, 47)]
+    assert loader.chunk_slices(slice(25, 47), 10) == [slice(25, 47)]
 
 
 def test_batches_end_where_labels_begin_or_end():
     apart = np.zeros(20, bool)
     apart[7:12] = True
-    assert list(loader.cut(slice(0, 20), 6, apart)) == [
+    assert list(loader.batch_slices(slice(0, 20), 6, apart)) == [
         slice(0, 6), slice(6, 7), slice(7, 12), slice(12, 18), slice(18, 20),
     ]  # fmt: skip

@@ -16,13 +16,13 @@ from pipeline.config import (
     BackboneConfig,
     ExtractConfig,
     FcnHeadConfig,
+    FineTuneConfig,
     HeadsConfig,
     LinearHeadConfig,
     UPerNetHeadConfig,
 )
 from pipeline.data import image_store, image_writer
 from pipeline.extraction import engine
-from pipeline.finetune_config import FineTuneConfig
 from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble
 from pipeline.finetuning.pictures import Pictures
 from pipeline.finetuning.train import FineTuneJob

@@ -26,7 +26,7 @@ def fine_tune(pictures: Path, head: Path, folder: Path) -> tuple[pd.DataFrame, d
     opened = image_store.open_images(pictures)
     members = [EnsembleMember("lite0", BACKBONES["lite0"], folder)]
     job = FineTuneJob(Pictures(opened, folder / "images.npy"), task_data.task_from_store(opened), MANY)
-    tested = protocol.run(
+    tested = protocol.run_fine_tuning(
         lambda seed: FineTunedEnsemble(opened, members, head, MANY, seed, "cpu", "float32"), job, TOLD, folder
     )
     return tested.runs, tested.best

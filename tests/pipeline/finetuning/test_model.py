@@ -63,7 +63,7 @@ def test_blocks_and_the_last_of_them(frozen, job, model, count):
     network = tuned.networks[0]
     assert len(layers.blocks(network)) == count
     first = one_step(tuned, asked)
-    depth = {f"networks.0.{name}": at for name, at in layers.depths(network).items()}
+    depth = {f"networks.0.{name}": at for name, at in layers.layer_index(network).items()}
     assert {depth[name] for name in first if name in depth} == {count - 1, count}
     with pytest.raises(UserError, match=f"'last13', and {model} has {count} blocks. Choose last{count} or fewer"):
         one.tuned(method="last13")
@@ -71,7 +71,7 @@ def test_blocks_and_the_last_of_them(frozen, job, model, count):
 
 def test_layers_near_the_input_learn_slower(frozen):
     tuned = frozen("sample-landuse", "prithvi").tuned(layer_decay=0.5)
-    share = layers.rates(tuned.networks[0], 0.5)
+    share = layers.layer_lr_scale(tuned.networks[0], 0.5)
     named = {name.removeprefix("network.network."): value for name, value in share.items()}
     assert named["blocks.11.attn.qkv.weight"] == 0.5
     assert named["blocks.10.attn.qkv.weight"] == 0.25
@@ -149,7 +149,7 @@ def test_a_model_without_parameters_or_layers_for_lora(frozen):
         frozen("sample-landuse", "raw").tuned()
     plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3))
     with pytest.raises(UserError, match="plain has none. Set finetune.what to all"):
-        lora.adapt(plain, 4, 0, "plain")
+        lora.add_lora(plain, 4, 0, "plain")
 
 
 def test_memory_that_runs_out_says_what_needs_less():

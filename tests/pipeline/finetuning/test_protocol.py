@@ -67,7 +67,7 @@ def test_what_is_said_is_what_the_frozen_protocol_says_and_more(frozen, tmp_path
 @pytest.mark.parametrize(("dataset", "model"), [("sample-landuse-seg", "prithvi"), ("sample-landuse", "raw+lite0")])
 def test_scores_recompute_from_predictions_and_the_kept_tensors(frozen, job, tmp_path, dataset, model):
     one, asked = frozen(dataset, model), job(frozen(dataset, model), steps=2, val_checks=1, method="lora")
-    tested = finetuning.run(lambda seed: one.tuned(seed, method="lora"), asked, TOLD, tmp_path)
+    tested = finetuning.run_fine_tuning(lambda seed: one.tuned(seed, method="lora"), asked, TOLD, tmp_path)
     task = asked.task
     samples, counts = predictions.counts(tested.predicted, task.kind, task.classes)
     assert samples == sorted(one.cell.parts["test"].sample)
@@ -94,7 +94,7 @@ def test_a_run_that_diverges_ends_as_the_frozen_model(frozen, job, tmp_path):
     one = frozen("sample-landuse", "lite0")
     tuned, asked = one.tuned(), job(one, steps=8, val_checks=8)
     done = train.train(tuned, asked, HParams(1e30, 0.0, 0), tmp_path / "checkpoint.pt")
-    assert done.over
+    assert done.finished
     assert done.step < 8
     assert all(torch.isfinite(values).all() for values in tuned.trained().values())
 
@@ -123,15 +123,15 @@ def test_classes_are_weighted_as_for_frozen_heads(frozen, job):
     pictures = job(one).pictures
     heads = HeadsConfig(**{**vars(HEADS), "class_weights": "balanced"})
     wanted = task_data.load(one.stores, one.path, heads, ("train",), "cpu").task
-    found = finetuning.task(one.opened, pictures, "balanced")
-    assert found.weights == pytest.approx(wanted.weights)
-    assert dataclasses.replace(found, weights=None) == finetuning.task(one.opened, pictures, "none")
+    found = finetuning.make_task(one.opened, pictures, "balanced")
+    assert found.class_weights == pytest.approx(wanted.class_weights)
+    assert dataclasses.replace(found, weights=None) == finetuning.make_task(one.opened, pictures, "none")
 
 
 def test_other_settings_have_other_checkpoints(tmp_path):
-    first = finetuning.scratch(tmp_path, [dataclasses.asdict(FEW)])
+    first = finetuning.checkpoint_folder(tmp_path, [dataclasses.asdict(FEW)])
     (first / "x.pt").touch()
-    assert finetuning.scratch(tmp_path, [dataclasses.asdict(FEW)]) == first
+    assert finetuning.checkpoint_folder(tmp_path, [dataclasses.asdict(FEW)]) == first
     assert (first / "x.pt").exists()
-    assert finetuning.scratch(tmp_path, [dataclasses.asdict(dataclasses.replace(FEW, rank=4))]) != first
+    assert finetuning.checkpoint_folder(tmp_path, [dataclasses.asdict(dataclasses.replace(FEW, rank=4))]) != first
     assert not first.exists()

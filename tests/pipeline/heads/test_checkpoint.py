@@ -41,11 +41,11 @@ def test_of_chips(informative_chips, tmp_path, fusion):
     stores, cell, group = trained(informative_chips, ["high", "low"], fusion=fusion)
     checkpoint.save(tmp_path / "head.pt", "high+low", cell, group, 1)
     head = checkpoint.load(tmp_path / "head.pt")
-    said = head.logits(raw(stores, head.fields, "test"))
+    said = head.logits(raw(stores, head.array_names, "test"))
     np.testing.assert_allclose(said.detach(), cell.logits(group, "test")[1], rtol=1e-4, atol=1e-5)
     assert not np.allclose(said.detach(), cell.logits(group, "test")[0], atol=1e-3)
     assert head.backbones == ["high", "low"]
-    assert (head.task, len(head.classes)) == ("classification", 4)
+    assert (head.task, len(head.class_names)) == ("classification", 4)
 
 
 @pytest.mark.parametrize("segmentation", ["upernet", "fcn"])
@@ -53,7 +53,7 @@ def test_of_masks(informative_masks, tmp_path, segmentation):
     stores, cell, group = trained(informative_masks, ["knows", "coarse"], segmentation=segmentation)
     checkpoint.save(tmp_path / "head.pt", "knows+coarse", cell, group, 0)
     head = checkpoint.load(tmp_path / "head.pt")
-    features = raw(stores, head.fields, "val")
+    features = raw(stores, head.array_names, "val")
     before = [value.clone() for member in features for value in member.values()]
     ((_, wanted), _) = group.pieces(cell.parts["val"].inputs, None)
     torch.testing.assert_close(head.logits(features), wanted[0], rtol=1e-4, atol=1e-5)

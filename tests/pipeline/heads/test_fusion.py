@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.heads.fusion import METHODS, FusedHead, PyramidFusion, align, mix, pairs
+from pipeline.heads.fusion import METHODS, FusedHead, PyramidFusion, fuse, match_levels, resize_to_finest
 
 HIERA = [(6, 56, 56), (8, 28, 28), (10, 14, 14), (12, 7, 7)]
 PRITHVI = [(8, 14, 14)] * 4
@@ -21,11 +21,11 @@ def sizes(levels):
 def test_bilinear_alignment_keeps_a_constant_and_a_place():
     fine, coarse = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 4, 4)
     coarse[..., 1, 2] = 1
-    aligned = align([fine, coarse])[1]
+    aligned = resize_to_finest([fine, coarse])[1]
     peak = divmod(int(aligned.argmax()), 8)
     assert peak[0] in (2, 3)
     assert peak[1] in (4, 5)
-    torch.testing.assert_close(align([fine, torch.ones(1, 1, 4, 4)])[1], torch.ones(1, 1, 8, 8))
+    torch.testing.assert_close(resize_to_finest([fine, torch.ones(1, 1, 4, 4)])[1], torch.ones(1, 1, 8, 8))
 
 
 def test_a_pyramid_and_transformers_meet_on_the_finest_grids():
@@ -47,8 +47,8 @@ def test_a_lone_pyramid_passes_untouched():
 
 def test_fewer_levels_meet_the_nearest_grid_and_depth():
     resnet = [(2, 112, 112), *HIERA]
-    assert pairs([resnet, HIERA]) == [[0, 0], [1, 0], [2, 1], [3, 2], [4, 3]]
-    assert pairs([HIERA, [(3, 14, 14)] * 2]) == [[0, 0], [1, 0], [2, 1], [3, 1]]
+    assert match_levels([resnet, HIERA]) == [[0, 0], [1, 0], [2, 1], [3, 2], [4, 3]]
+    assert match_levels([HIERA, [(3, 14, 14)] * 2]) == [[0, 0], [1, 0], [2, 1], [3, 1]]
     assert sizes(PyramidFusion([resnet, HIERA])(maps(resnet, HIERA)))[0] == (8, 112, 112)
 
 
@@ -66,7 +66,7 @@ def test_every_method_learns_from_every_member(method):
 
 def test_mixing_by_hand():
     x, y, z = torch.randn(3, 2, 4, 5, 5)
-    torch.testing.assert_close(mix("average", x, [y, z], 1), (x + y + z) / 3)
-    torch.testing.assert_close(mix("dot", x, [y, z], 1), x * y * z)
+    torch.testing.assert_close(fuse("average", x, [y, z], 1), (x + y + z) / 3)
+    torch.testing.assert_close(fuse("dot", x, [y, z], 1), x * y * z)
     scales, shifts = torch.cat([y, z], 1), torch.cat([z, y], 1)
-    torch.testing.assert_close(mix("film", x, [scales, shifts], 1), x * (1 + y + z) + z + y)
+    torch.testing.assert_close(fuse("film", x, [scales, shifts], 1), x * (1 + y + z) + z + y)

@@ -1,6 +1,6 @@
 import torch
 
-from pipeline.heads.fusion import mix, projected
+from pipeline.heads.fusion import fuse, projection_shapes
 from pipeline.heads.linear import StackedLinear
 
 
@@ -14,7 +14,7 @@ def test_one_product_is_k_linear_layers():
     for count in (4, 40):
         inputs = torch.randn(count, 6)
         for index in (torch.tensor([[0, 3, 2], [2, 2, 1]]), None):
-            ((heads, logits),) = group.pieces(inputs, index)
+            ((heads, logits),) = group.forward_heads(inputs, index)
             assert heads == slice(None)
             rows = [inputs if index is None else inputs[index[k]] for k in (0, 1)]
             expected = torch.stack([layer(group, k, rows[k]) for k in (0, 1)])
@@ -41,9 +41,9 @@ def test_members_averaged_modulated_and_multiplied():
     for method in ("average", "film", "dot"):
         widths = [4, 3]
         group = StackedLinear(
-            widths, 2, (0, 1), projected(method, widths), lambda x, y, m=method: mix(m, x, y, dim=2)
+            widths, 2, (0, 1), projection_shapes(method, widths), lambda x, y, m=method: fuse(m, x, y, dim=2)
         )
-        ((_, logits),) = group.pieces(inputs, index)
+        ((_, logits),) = group.forward_heads(inputs, index)
         for head in (0, 1):
             x, y = inputs[index[head]].split(widths, 1)
             z = torch.nn.functional.linear(y, group.weights[0][head], group.biases[0][head])

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.bands import SENTINEL2
 from pipeline.mapping.exported import METADATA_KEY
-from pipeline.mapping.open_scene import SceneConfig, from_rasters
+from pipeline.mapping.open_scene import SceneConfig, scene_from_rasters
 
 BANDS = [band for band in SENTINEL2 if band.common_name in ("blue", "nir", "swir16")]
 # Three classes of three bands in DN, each frequent in the sample scene.
@@ -52,4 +52,4 @@ def linear(tmp_path):
 @pytest.fixture
 def landuse_scene(raw_folder):
     """The real Sentinel-2 scene, a file a band."""
-    return from_rasters(sorted(raw_folder("landuse").glob("*_B??.jp2")), SceneConfig("", "dn", SENTINEL2))
+    return scene_from_rasters(sorted(raw_folder("landuse").glob("*_B??.jp2")), SceneConfig("", "dn", SENTINEL2))

@@ -7,7 +7,7 @@ import xarray as xr
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.scene import places
+from pipeline.mapping.scene import match_scene_bands
 from pipeline.mapping.signature import Signature
 from tests.pipeline.mapping.conftest import BANDS
 
@@ -38,7 +38,7 @@ def test_a_scene_of_a_file_a_band_is_what_the_source_reads(described_scene, raw_
     assert (scene.height, scene.width) == image.shape[1:]
     assert scene.transform == tuple(transform)[:6]
     assert rasterio.CRS.from_wkt(scene.crs) == crs
-    values, valid = scene.read((100, 900, 64, 48), [12, 0, 7])
+    values, valid = scene.read_window((100, 900, 64, 48), [12, 0, 7])
     assert (values == image[[12, 0, 7], 100:164, 900:948]).all()
     assert valid.all()
     assert scene.time == osm_landuse.TIME
@@ -69,7 +69,7 @@ def test_a_zarr_store_and_a_geotiff_of_the_same_pixels_are_the_same_scene(raw_fo
     assert rasterio.CRS.from_wkt(one.crs) == rasterio.CRS.from_wkt(other.crs)
     assert [band.common_name for band in one.bands] == [band.common_name for band in other.bands]
     for window in ((0, 0, 100, 220), (10, 20, 5, 7)):
-        (values, valid), (others, also) = one.read(window, [1, 0]), other.read(window, [1, 0])
+        (values, valid), (others, also) = one.read_window(window, [1, 0]), other.read_window(window, [1, 0])
         assert (values == others).all()
         assert valid.all()
         assert also.all()
@@ -86,7 +86,7 @@ def test_a_raster_that_says_nothing_of_itself(raw_folder, tmp_path):
     scene = open_scene(tmp_path / "trees.yaml")
     assert scene.crs == ""
     assert np.isnan(scene.gsd)
-    assert scene.read((5, 6, 4, 4), [0, 1, 2])[0].shape == (3, 4, 4)
+    assert scene.read_window((5, 6, 4, 4), [0, 1, 2])[0].shape == (3, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_small_pixels_are_measured(tmp_path):
 
 def test_a_band_of_the_same_name_and_another_wavelength_is_another_band(described_scene):
     wanted = Signature("segmentation", ("a", "b"), tuple(BANDS), "dn", 10.0, (32, 32))
-    assert places(open_scene(described_scene), wanted) == [1, 7, 11]
+    assert match_scene_bands(open_scene(described_scene), wanted) == [1, 7, 11]
     text = described_scene.read_text()
     described_scene.write_text(
         text.replace("common_name: nir, wavelength: 0.833", "common_name: nir, wavelength: 0.865")
     )
     with pytest.raises(UserError, match=r"lacks the bands nir.*nir \(0.865 µm\)"):
-        places(open_scene(described_scene), wanted)
+        match_scene_bands(open_scene(described_scene), wanted)

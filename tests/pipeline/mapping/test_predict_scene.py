@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.mapping import blend, predict_scene
 from pipeline.mapping.exported import load_onnx_student
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.signature import probabilities
-from pipeline.mapping.tiling import blocks
+from pipeline.mapping.signature import class_probabilities
+from pipeline.mapping.tiling import output_blocks
 from tests.conftest import ROOT
 from tests.pipeline.mapping.conftest import BANDS, BIAS, WEIGHT
 
@@ -25,7 +25,7 @@ PLACES = [osm_landuse.BANDS.index(band) for band in BANDS]
 def whole(image):
     """Class and probability of every pixel, computed from the whole scene at once."""
     logits = np.tensordot(WEIGHT, image[PLACES].astype(np.float32), axes=1) + BIAS[:, None, None]
-    given = probabilities(logits[None], "segmentation")[0]
+    given = class_probabilities(logits[None], "segmentation")[0]
     return given.argmax(axis=0), given.max(axis=0), np.sort(given, axis=0)
 
 
@@ -55,7 +55,7 @@ def read(folder, name):
 
 def test_a_map_of_the_real_scene_is_that_of_the_whole_scene_at_once(landuse_scene, raw_folder, linear, tmp_path):
     image, transform, crs = osm_landuse.read_scene(raw_folder("landuse"))
-    told = predict_scene.make(landuse_scene, load_onnx_student(linear(32)), tmp_path / "map")
+    told = predict_scene.predict_scene(landuse_scene, load_onnx_student(linear(32)), tmp_path / "map")
     wanted, sure, ranked = whole(image)
     classes, profile, tags = read(tmp_path / "map", "class")
     percent, other, _ = read(tmp_path / "map", "confidence")
@@ -76,7 +76,7 @@ def test_a_map_of_the_real_scene_is_that_of_the_whole_scene_at_once(landuse_scen
 
 
 def test_a_map_is_a_cloud_optimized_geotiff(landuse_scene, linear, tmp_path):
-    predict_scene.make(landuse_scene, load_onnx_student(linear(32)), tmp_path / "map")
+    predict_scene.predict_scene(landuse_scene, load_onnx_student(linear(32)), tmp_path / "map")
     for name in ("class", "confidence"):
         with rasterio.open(tmp_path / f"map/{name}.tif") as file:
             assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
@@ -89,7 +89,7 @@ def test_rows_and_columns_are_not_swapped(geotiff, linear, tmp_path):
     values = np.full((3, 40, 100), 1000, np.uint16)
     values[0, 3, 70] = 5000  # blue: class a
     values[1, 30, 5] = 5000  # nir: class b
-    predict_scene.make(open_scene(geotiff(values)), load_onnx_student(linear(32)), tmp_path / "map")
+    predict_scene.predict_scene(open_scene(geotiff(values)), load_onnx_student(linear(32)), tmp_path / "map")
     classes, profile, _ = read(tmp_path / "map", "class")
     background = classes[0, 0, 0]
     assert np.argwhere(classes[0] != background).tolist() == [
@@ -106,12 +106,12 @@ def test_a_model_is_told_latitude_and_longitude_of_its_tiles(geotiff, linear, tm
 
     def logits(chips, known):
         seen.append(known["place"])
-        return one.logits(chips, known)
+        return one.predict_logits(chips, known)
 
     transform = rasterio.Affine(0.0001, 0, 13.0, 0, -0.0001, 52.0)
     values = np.full((3, 32, 96), 1000, np.uint16)
     path = geotiff(values, crs="EPSG:4326", transform=transform)
-    predict_scene.make(open_scene(path), make_predictor(one, logits), tmp_path / "map")
+    predict_scene.predict_scene(open_scene(path), make_predictor(one, logits), tmp_path / "map")
     centres = np.concatenate(seen)
     np.testing.assert_allclose(centres[:, 0], 52 - 0.0016, atol=1e-5)
     np.testing.assert_allclose(centres[0, 1], 13 + 0.0016, atol=1e-5)
@@ -128,7 +128,7 @@ def test_no_data_is_kept_and_does_not_spread(geotiff, linear, tmp_path, raw_fold
     hole[50:150, 100:220] = True
     hole[:, 290:] = True
     image[:, hole] = 0
-    predict_scene.make(open_scene(geotiff(image, nodata=0)), load_onnx_student(linear(32)), tmp_path / "map")
+    predict_scene.predict_scene(open_scene(geotiff(image, nodata=0)), load_onnx_student(linear(32)), tmp_path / "map")
     classes, percent = read(tmp_path / "map", "class")[0][0], read(tmp_path / "map", "confidence")[0][0]
     assert ((classes == 255) == hole).all()
     assert ((percent == 255) == hole).all()
@@ -142,13 +142,13 @@ def test_no_data_is_kept_and_does_not_spread(geotiff, linear, tmp_path, raw_fold
 def test_one_band_without_data_is_no_data(geotiff, linear, tmp_path):
     values = np.full((3, 40, 40), 1000.0, np.float32)
     values[1, 7, 9] = np.nan
-    predict_scene.make(open_scene(geotiff(values)), load_onnx_student(linear(32)), tmp_path / "map")
+    predict_scene.predict_scene(open_scene(geotiff(values)), load_onnx_student(linear(32)), tmp_path / "map")
     assert np.argwhere(read(tmp_path / "map", "class")[0][0] == 255).tolist() == [[7, 9]]
 
 
 def test_a_scene_smaller_than_a_tile(geotiff, linear, tmp_path, raw_folder):
     image = osm_landuse.read_scene(raw_folder("landuse"))[0][:, :13, :21]
-    predict_scene.make(open_scene(geotiff(image[PLACES])), load_onnx_student(linear(32)), tmp_path / "map")
+    predict_scene.predict_scene(open_scene(geotiff(image[PLACES])), load_onnx_student(linear(32)), tmp_path / "map")
     wanted, _, ranked = whole(image)
     classes = read(tmp_path / "map", "class")[0][0]
     assert (classes == wanted)[ranked[-1] - ranked[-2] > 1e-4].all()
@@ -158,7 +158,7 @@ def test_chips_with_one_class_are_mapped_where_they_lie(geotiff, linear, tmp_pat
     """Two halves: far from their border every pixel has the class of the chips around it."""
     values = np.zeros((3, 64, 128), np.uint16)
     values[0, :, :64], values[1, :, 64:] = 3000, 3000
-    predict_scene.make(open_scene(geotiff(values)), load_onnx_student(linear(16, task="classification")), tmp_path / "map")
+    predict_scene.predict_scene(open_scene(geotiff(values)), load_onnx_student(linear(16, task="classification")), tmp_path / "map")
     classes, percent = read(tmp_path / "map", "class")[0][0], read(tmp_path / "map", "confidence")[0][0]
     assert (classes[:, :56] == 0).all()
     assert (classes[:, 72:] == 1).all()
@@ -168,7 +168,7 @@ def test_chips_with_one_class_are_mapped_where_they_lie(geotiff, linear, tmp_pat
 def test_several_labels_have_a_band_each(geotiff, linear, tmp_path):
     values = np.full((3, 40, 40), 1000, np.uint16)
     values[0] = 5000
-    told = predict_scene.make(open_scene(geotiff(values)), load_onnx_student(linear(16, task="multilabel")), tmp_path / "map")
+    told = predict_scene.predict_scene(open_scene(geotiff(values)), load_onnx_student(linear(16, task="multilabel")), tmp_path / "map")
     classes, percent = read(tmp_path / "map", "class")[0], read(tmp_path / "map", "confidence")[0]
     logits = WEIGHT @ np.array([5000, 1000, 1000]) + BIAS
     assert classes.shape == (3, 40, 40)
@@ -186,7 +186,7 @@ def test_a_missing_band_other_units_and_pixels_of_another_size(geotiff, linear, 
     ]
     for number, (changes, words) in enumerate(cases):
         with pytest.raises(UserError) as error:
-            predict_scene.make(open_scene(geotiff(values, f"{number}.tif", **changes)), model, tmp_path / "map")
+            predict_scene.predict_scene(open_scene(geotiff(values, f"{number}.tif", **changes)), model, tmp_path / "map")
         assert all(word in str(error.value) for word in words), error.value
         assert not (tmp_path / "map").exists()
     assert not list(tmp_path.glob(".*"))
@@ -195,7 +195,7 @@ def test_a_missing_band_other_units_and_pixels_of_another_size(geotiff, linear, 
 def test_bands_are_found_by_name_wherever_they_are(geotiff, linear, tmp_path, raw_folder):
     image = osm_landuse.read_scene(raw_folder("landuse"))[0][:, :40, :50]
     turned = image[[PLACES[2], PLACES[0], PLACES[1]]]
-    predict_scene.make(
+    predict_scene.predict_scene(
         open_scene(geotiff(turned, names=["swir16", "blue", "nir"])), load_onnx_student(linear(32)), tmp_path / "map"
     )
     wanted, _, ranked = whole(image)
@@ -207,7 +207,7 @@ def test_a_folder_that_is_no_map_is_left_alone(geotiff, linear, tmp_path):
     (tmp_path / "map/mine").touch()
     scene = open_scene(geotiff(np.full((3, 40, 40), 1000, np.uint16)))
     with pytest.raises(UserError, match="is no map"):
-        predict_scene.make(scene, load_onnx_student(linear(32)), tmp_path / "map")
+        predict_scene.predict_scene(scene, load_onnx_student(linear(32)), tmp_path / "map")
     assert (tmp_path / "map/mine").exists()
 
 
@@ -258,11 +258,11 @@ def test_what_another_model_left_is_not_used(geotiff, linear, tmp_path, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(predict_scene, "_publish", full)
         with pytest.raises(OSError, match="No space"):
-            predict_scene.make(scene, load_onnx_student(linear(32)), tmp_path / "map")
+            predict_scene.predict_scene(scene, load_onnx_student(linear(32)), tmp_path / "map")
     (old,) = tmp_path.glob(".map.partial/*")
     (block,) = old.iterdir()
     block.write_bytes(b"\x01" * block.stat().st_size)  # what the first model would have left
-    predict_scene.make(scene, load_onnx_student(linear(16)), tmp_path / "map")
+    predict_scene.predict_scene(scene, load_onnx_student(linear(16)), tmp_path / "map")
     assert (read(tmp_path / "map", "class")[0] != 1).all()
     assert not old.exists()
 
@@ -273,8 +273,8 @@ def test_a_block_is_read_by_parts(landuse_scene, linear, monkeypatch):
         **vars(landuse_scene),
         "read": lambda window, places, inner=landuse_scene.read: asked.append(window) or inner(window, places),
     })  # fmt: skip
-    made = predict_scene.job(landuse_scene, load_onnx_student(linear(32)))
-    blend.predict_block(made, next(blocks(made.y_tiles, made.x_tiles)), lambda _: None)
+    made = predict_scene.plan_mapping(landuse_scene, load_onnx_student(linear(32)))
+    blend.predict_block(made, next(output_blocks(made.y_tiles, made.x_tiles)), lambda _: None)
     assert max(height for _, _, height, _ in asked) == blend.READ_ROWS
     assert len(asked) == 2
     assert max(width for *_, width in asked) <= 512 + 2 * 32

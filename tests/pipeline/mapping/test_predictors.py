@@ -21,8 +21,8 @@ from pipeline.heads import checkpoint
 from pipeline.mapping import predict_scene
 from pipeline.mapping import predictors as ensembles
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.predictors import EnsemblePaths, ensemble
-from pipeline.mapping.scene import places as bands_at
+from pipeline.mapping.predictors import EnsemblePaths, load_ensemble
+from pipeline.mapping.scene import match_scene_bands as bands_at
 from pipeline.training import loop, task_data
 
 MEMBERS = {
@@ -48,7 +48,7 @@ def made(images_path, params, make_encoder, tmp_path_factory):
     for name, one in MEMBERS.items():
         encoder = make_encoder(opened, one.family, one.variant, 64, weights=one.weights)
         given = encoder.inputs
-        look = estimate.look(opened, encoder, 4)
+        look = estimate.dry_run(opened, encoder, 4)
         layout = engine.make_layout(opened, get_spec(one), look.pyramid, 64, extracting)
         told = engine.provenance(opened, name, one, get_spec(one), given, {"weights": one.weights}, extracting, "cpu")
         writer = Writer(tmp_path / "scratch", layout, tmp_path / f"features/{name}.zarr", told)
@@ -73,7 +73,7 @@ def parts(made, tmp_path):
 
 def test_logits_of_chips_are_those_of_the_stored_features(parts, tmp_path, raw_folder):
     described, places = parts
-    one = ensemble(described, places, "cpu")
+    one = load_ensemble(described, places, "cpu")
     head = checkpoint.load(places.head)
     rows = np.array([3, 0, 5])
     stored = [
@@ -81,16 +81,16 @@ def test_logits_of_chips_are_those_of_the_stored_features(parts, tmp_path, raw_f
             name: torch.from_numpy(FeatureStore(places.features / f"{member}.zarr").read(name, rows)).float()
             for name in names
         }
-        for member, names in zip(head.backbones, head.fields, strict=True)
+        for member, names in zip(head.backbones, head.array_names, strict=True)
     ]
     wanted = head.logits(stored).detach().numpy()
     names = places.images.band.values.tolist()
     chosen = [names.index(band.common_name) for band in one.signature.bands]
     chips = places.images.image[rows].values[:, chosen].astype(np.float32)
-    given = one.logits(chips, {})
+    given = one.predict_logits(chips, {})
     assert given.shape == wanted.shape == (3, 7, 128, 128)
     np.testing.assert_allclose(given, wanted, atol=1e-3 * wanted.std())
-    assert not np.allclose(given, one.logits(chips[:, ::-1].copy(), {}), atol=1e-2 * wanted.std())
+    assert not np.allclose(given, one.predict_logits(chips[:, ::-1].copy(), {}), atol=1e-2 * wanted.std())
 
 
 def test_only_bands_that_a_member_sees_are_needed(parts, tmp_path, images_path):
@@ -98,7 +98,7 @@ def test_only_bands_that_a_member_sees_are_needed(parts, tmp_path, images_path):
     head = checkpoint.load(places.head)
     assert head.backbones == ["raw", "lite0_random"]
     alone = dataclasses.replace(places, head=_alone(parts, images_path, tmp_path))
-    one = ensemble(described, alone, "cpu")
+    one = load_ensemble(described, alone, "cpu")
     assert [band.common_name for band in one.signature.bands] == ["blue", "green", "red"]
     chip = places.images.image[0].values
     with rasterio.open(
@@ -110,8 +110,8 @@ def test_only_bands_that_a_member_sees_are_needed(parts, tmp_path, images_path):
         file.update_tags(units="dn")
     scene = open_scene(tmp_path / "s.tif")
     assert bands_at(scene, one.signature) == [2, 1, 0]
-    predict_scene.make(scene, one, tmp_path / "map")
-    wanted = one.logits(chip[None, [1, 2, 3]].astype(np.float32), {})[0].argmax(axis=0)
+    predict_scene.predict_scene(scene, one, tmp_path / "map")
+    wanted = one.predict_logits(chip[None, [1, 2, 3]].astype(np.float32), {})[0].argmax(axis=0)
     with rasterio.open(tmp_path / "map/class.tif") as file:
         assert (file.read(1) == wanted).mean() > 0.999
 
@@ -144,13 +144,13 @@ def test_a_backbone_that_was_described_otherwise(parts):
     larger = dataclasses.replace(MEMBERS["lite0_random"], input_size=96)
     described = dataclasses.replace(described, backbones={**described.backbones, "lite0_random": larger})
     with pytest.raises(UserError, match="describes lite0_random otherwise than when"):
-        ensemble(described, places, "cpu")
+        load_ensemble(described, places, "cpu")
 
 
 def test_no_weights_and_no_head(parts, tmp_path):
     described, places = parts
     (places.weights / "raw/source.json").unlink()
     with pytest.raises(UserError, match="fetch_weights@raw"):
-        ensemble(described, places, "cpu")
+        load_ensemble(described, places, "cpu")
     with pytest.raises(UserError, match="no trained head"):
-        ensemble(described, dataclasses.replace(places, head=tmp_path / "none.pt"), "cpu")
+        load_ensemble(described, dataclasses.replace(places, head=tmp_path / "none.pt"), "cpu")

@@ -20,10 +20,10 @@ def stores(tmp_path):
             levels=(LevelSchema(3, side, side, 4, "x"), LevelSchema(2, side // 2, side // 2, 8, "y")),
             pooled={"mean_level0": 3, "mean_level1": 2},
             dtype="float32",
-            shard=16,
+            shard_size=16,
         )
         writer = Writer(tmp_path / f"scratch-{name}", layout, tmp_path / f"{name}.zarr", {})
-        for shard in writer.pending():
+        for shard in writer.pending_shards():
             count = layout.rows(shard).stop - layout.rows(shard).start
             levels = {
                 f"level{i}/features": (level.channels, level.height, level.width)
@@ -61,23 +61,23 @@ def test_last_takes_the_deepest_vector_of_each(stores):
 
 
 def test_levels_are_standardised_each_on_its_own_grid(stores):
-    members = feature_inputs.maps(stores)
+    members = feature_inputs.select_levels(stores)
     assert [[name for _, name in member] for member in members] == [["level0/features", "level1/features"]] * 2
     rows = np.arange(30)
     for (field, _), side in zip(members, (8, 4), strict=True):
-        level = feature_inputs.standardised(field, rows, feature_inputs.statistics(field, rows))
+        level = feature_inputs.standardised(field, rows, feature_inputs.channel_stats(field, rows))
         assert level.shape == (30, 3, side, side)
         torch.testing.assert_close(level[:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
         assert (level[:, 1] == 0).all(), "a dead channel"
 
 
 def test_some_levels_alone(stores):
-    names = [[name for _, name in member] for member in feature_inputs.maps(stores, (-1,))]
+    names = [[name for _, name in member] for member in feature_inputs.select_levels(stores, (-1,))]
     assert names == [["level1/features"]] * 2
-    names = [[name for _, name in member] for member in feature_inputs.vectors(stores, "all", "mean", (0,))]
+    names = [[name for _, name in member] for member in feature_inputs.select_pooled(stores, "all", "mean", (0,))]
     assert names == [["pooled/mean_level0"]] * 2
     with pytest.raises(StoreError, match="asks for level 2, and a member of this model has 2: level0, level1"):
-        feature_inputs.maps(stores, (0, 2))
+        feature_inputs.select_levels(stores, (0, 2))
 
 
 def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
@@ -87,17 +87,17 @@ def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
         levels=(LevelSchema(3, 4, 4, 4, "x"),),
         pooled={"mean_level0": 3},
         dtype="float32",
-        shard=8,
+        shard_size=8,
         views=("identity", "flip_x"),
     )
     writer = Writer(tmp_path / "scratch", layout, tmp_path / "v.zarr", {})
     drawn = {key: np.random.default_rng(0).normal(size=(20, *shape)) for key, shape in layout.shapes().items()}
-    for shard in writer.shards():
+    for shard in writer.claim_shards():
         writer.write(shard, {key: values[layout.rows(shard)] for key, values in drawn.items()})
     writer.finish()
     store, index = FeatureStore(tmp_path / "v.zarr"), np.arange(20)
-    [[field]] = feature_inputs.maps([store])
-    level = feature_inputs.standardised(field, index, feature_inputs.statistics(field, index))
+    [[field]] = feature_inputs.select_levels([store])
+    level = feature_inputs.standardised(field, index, feature_inputs.channel_stats(field, index))
     mean, std = (values[:, None, None] for values in store.statistics("level0"))
     np.testing.assert_allclose(level, (drawn["level0/features"][:, 0] - mean) / std, atol=1e-5)
     vector = drawn["pooled/mean_level0"][:, 0]

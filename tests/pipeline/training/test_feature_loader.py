@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_store import everything, layout, write
 
-from cache.loader import shuffled
+from cache.loader import shuffled_batches
 from cache.reader import FeatureStore
 from pipeline import device as compute
 from pipeline.training.feature_loader import FeatureLoader
@@ -21,7 +21,7 @@ def test_an_epoch_on_the_device(tmp_path, chosen, budget):
     feed = FeatureLoader({"x": [(features, "level0/features")]}, train, device=device, budget=budget)
     assert feed.held == bool(budget)
     seen = []
-    for index, batch in feed.stream(shuffled(train, 16, seed=0)):
+    for index, batch in feed.stream(shuffled_batches(train, 16, seed=0)):
         assert batch["x"].device.type == device
         np.testing.assert_array_equal(batch["x"].cpu(), expected[index])
         seen += index.tolist()

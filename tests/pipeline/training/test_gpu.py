@@ -48,7 +48,7 @@ def test_patience_on_a_gpu(groups, maps):
     levels, label = maps
     validation = Data([level.cuda() for level in levels], label.cuda())
     group = groups("upernet", SETTINGS, steps=60, patience=2, validation=validation)
-    counts = loop.evaluate(group, validation, loop.Task("segmentation", 2, ignore=255), 8)
+    counts = loop.evaluate(group, validation, loop.Task("segmentation", 2, ignore_value=255), 8)
     assert metrics.score("segmentation", counts.sum(1), 2).max() > 0.7
 
 
@@ -80,7 +80,7 @@ def test_linear_heads_that_stop_are_the_processors(gpu, points):
 
 def test_class_weights_are_the_processors(gpu, maps):
     def train(device: str) -> torch.nn.Module:
-        task = loop.Task("segmentation", 2, ignore=255, weights=(1.0, 20.0))
+        task = loop.Task("segmentation", 2, ignore_value=255, class_weights=(1.0, 20.0))
         data = Data([level.to(device) for level in maps[0]], maps[1].to(device))
         make = partial(HeadList, lambda: UPerNet([4] * 4, 8, 2), (32, 32))
         return loop.fit(make, data, task, SETTINGS, loop.TrainSchedule(10, batch=4))

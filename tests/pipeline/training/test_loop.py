@@ -35,7 +35,7 @@ def upernet(levels, label, settings, steps=20, precision="float32", **more):
     def make(seeds):
         return HeadList(lambda: UPerNet([4] * 4, 8, 2), (32, 32), seeds, precision)
 
-    task, patience = Task("segmentation", 2, ignore=255), more.pop("patience", 0)
+    task, patience = Task("segmentation", 2, ignore_value=255), more.pop("patience", 0)
     recipe = TrainSchedule(steps, batch=4, patience=patience, checks=5)
     return loop.fit(make, Data(levels, label), task, settings, recipe, **more), task
 
@@ -64,7 +64,7 @@ def test_ignored_pixels_do_not_pull(maps):
     """Only labelled pixels pull: with every label ignored the loss is nothing, with some it is theirs alone."""
     _, label = maps
     logits = torch.randn(1, 20, 2, 32, 32)
-    task = Task("segmentation", 2, ignore=255)
+    task = Task("segmentation", 2, ignore_value=255)
     assert loss(logits, torch.full_like(label, 255)[None], task).item() == 0
     valid = (label != 255).nonzero(as_tuple=True)
     alone = torch.nn.functional.cross_entropy(logits[0].permute(0, 2, 3, 1)[valid], label[valid])
@@ -190,7 +190,7 @@ def test_class_weights_are_torchs(maps):
     label[:, :, :3] = 255
     task = Task("segmentation", 3, 255, (0.2, 1.0, 4.0))
     for ours, x, y in zip(loss(logits, label, task), logits, label, strict=True):
-        theirs = torch.nn.functional.cross_entropy(x, y, torch.tensor(task.weights), ignore_index=255)
+        theirs = torch.nn.functional.cross_entropy(x, y, torch.tensor(task.class_weights), ignore_index=255)
         torch.testing.assert_close(ours, theirs)
 
 

@@ -10,15 +10,15 @@ from pipeline.training.losses import Task, loss, loss_grad, predict_labels
 
 TASKS = {
     "classes": Task("classification", 4),
-    "weighted": Task("classification", 4, weights=(0.2, 1.0, 4.0, 0.0)),
+    "weighted": Task("classification", 4, class_weights=(0.2, 1.0, 4.0, 0.0)),
     "multilabel": Task("multilabel", 4),
 }
 
 
 def labels(task: Task, heads: int, batch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = (heads, batch, task.classes) if task.name == "multilabel" else (heads, batch)
-    return torch.randint(2 if task.name == "multilabel" else task.classes, shape, generator=generator)
+    shape = (heads, batch, task.n_classes) if task.type == "multilabel" else (heads, batch)
+    return torch.randint(2 if task.type == "multilabel" else task.n_classes, shape, generator=generator)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -37,17 +37,17 @@ def test_linear_heads_pull_as_autograd_does(name, own):
     group, label = StackedLinear([6], 4, seeds=(0, 1, 2)), labels(task, 3, 8)
     index = torch.randint(30, (3, 8)) if own else None
     rows = inputs if own else inputs[:8]
-    ((_, logits),) = group.pieces(rows, index)
+    ((_, logits),) = group.forward_heads(rows, index)
     wanted = torch.autograd.grad(loss(logits, label, task).sum(), list(group.parameters()))
-    group.pull(rows, index, lambda logits, heads: loss_grad(logits, label[heads], task))
+    group.backward(rows, index, lambda logits, heads: loss_grad(logits, label[heads], task))
     for parameter, theirs in zip(group.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, theirs)
 
 
 MASKS = {
     "all pixels": Task("segmentation", 4),
-    "some ignored": Task("segmentation", 4, ignore=255),
-    "some ignored, others weighted": Task("segmentation", 4, ignore=255, weights=(0.2, 1.0, 4.0, 0.0)),
+    "some ignored": Task("segmentation", 4, ignore_value=255),
+    "some ignored, others weighted": Task("segmentation", 4, ignore_value=255, class_weights=(0.2, 1.0, 4.0, 0.0)),
 }
 
 
@@ -58,14 +58,14 @@ def test_dense_heads_pull_as_autograd_does_through_torchs_resize(name, size):
     task, generator = MASKS[name], torch.Generator().manual_seed(0)
     levels = [torch.randn(6, 5, side, side, generator=generator) for side in (8, 4, 2)]
     label = torch.randint(4, (2, 3, *size), generator=generator).to(torch.uint8)
-    if task.ignore is not None:
+    if task.ignore_value is not None:
         label[:, 0], label[:, 1, :2] = 255, 255
     group, index = HeadList(lambda: UPerNet([5, 5, 5], 6, 4), size, (0, 1)), torch.tensor([[0, 1, 2], [5, 3, 2]])
     wanted = []
     for head, rows, true in zip(group.heads, index, label, strict=True):
         resized = torch.nn.functional.interpolate(head([one[rows] for one in levels]), size, mode="bilinear")
         wanted += torch.autograd.grad(loss(resized[None], true[None], task).sum(), list(head.parameters()))
-    group.pull(levels, index, lambda logits, heads: loss_grad(logits, label[heads], task))
+    group.backward(levels, index, lambda logits, heads: loss_grad(logits, label[heads], task))
     for parameter, theirs in zip(group.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, theirs, rtol=1e-4, atol=1e-6)
     assert max(one.abs().max() for one in wanted) > 0.01
@@ -90,12 +90,12 @@ def test_what_is_no_number_is_wrong(name):
     if name == "multilabel":
         plain[3, 2] = 1 - label[3, 2]
     else:
-        plain[3] = (label[3] + 1) % task.classes
+        plain[3] = (label[3] + 1) % task.n_classes
     assert torch.equal(found[1], plain)
 
 
 def test_masks_of_a_diverged_head_are_wrong_where_they_count():
-    task, label = Task("segmentation", 2, ignore=255), torch.tensor([[[0, 1], [255, 1]]], dtype=torch.uint8)
+    task, label = Task("segmentation", 2, ignore_value=255), torch.tensor([[[0, 1], [255, 1]]], dtype=torch.uint8)
     found = predict_labels(torch.full((1, 2, 2, 2), torch.nan), label, task, dim=1)
     assert found[0, 0].tolist() == [1, 0]
     assert found[0, 1, 1] == 0

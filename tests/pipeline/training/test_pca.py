@@ -32,12 +32,12 @@ def bands(image_dataset, tmp_path_factory):
     )  # fmt: skip
     writer = Writer(folder / "scratch", layout, folder / "bands.zarr", {})
     drawn = {"pooled/mean_first": spectra[:, :4], "pooled/mean_rest": spectra[:, 4:]}
-    for shard in writer.shards():
+    for shard in writer.claim_shards():
         writer.write(shard, {name: values[layout.rows(shard)] for name, values in drawn.items()})
     writer.finish()
     store = FeatureStore(folder / "bands.zarr")
     fields = [(store, name) for name in drawn]
-    return fields, [feature_inputs.statistics(field, TRAINING) for field in fields]
+    return fields, [feature_inputs.channel_stats(field, TRAINING) for field in fields]
 
 
 def inputs_of(bands, rows=TRAINING) -> torch.Tensor:
@@ -75,10 +75,10 @@ def test_axes_do_not_depend_on_how_many_threads_there_are(bands):
 def test_a_head_turned_back_says_the_same(bands):
     turns, plain = turns_of(bands), inputs_of(bands)
     group = StackedLinear([plain.shape[1]], 5, [0, 1])
-    ((_, wanted),) = group.pieces(pca.turned(plain, turns), None)
+    ((_, wanted),) = group.forward_heads(pca.turned(plain, turns), None)
     wanted = wanted.detach().clone()
     pca.turn_back(group, turns)
-    ((_, said),) = group.pieces(plain, None)
+    ((_, said),) = group.forward_heads(plain, None)
     torch.testing.assert_close(said, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_a_small_difference_of_two_bands_is_learnt_sooner(bands):
         train = task_data.make_trainer({"train": part}, TASK, loop.TrainSchedule(200, 32), blueprint, turns)
         group = train([HParams(rate, 1e-2, 0) for rate in (1e-3, 1e-2, 1e-1)])
         counts = loop.evaluate(group, part, TASK, 32)
-        right.append((loop.logits(group, plain).argmax(axis=2) == label.numpy()).mean(axis=1).max())
+        right.append((loop.predict_logits(group, plain).argmax(axis=2) == label.numpy()).mean(axis=1).max())
         assert counts.shape[:2] == (3, len(plain))
     assert right[1] > right[0] + 0.02
 
@@ -122,14 +122,14 @@ def test_channels_that_differ_by_little_are_still_told_apart():
     assert np.corrcoef(values[:, 0], values[:, 1])[0, 1] > 0.999
     field = (_Array(values.astype(np.float32)), "pooled/x")
     rows = np.arange(1500)
-    by = feature_inputs.statistics(field, rows)
+    by = feature_inputs.channel_stats(field, rows)
     turns = pca.principal([field], [by], rows)
     part = task_data.SplitData(
         feature_inputs.standardised(field, rows, by), torch.from_numpy(label), [str(row) for row in rows]
     )
     blueprint = HeadConfig("linear", "concat", (((3,),),), 2)
     train = task_data.make_trainer({"train": part}, TASK, loop.TrainSchedule(600, 32), blueprint, turns)
-    said = loop.logits(train([HParams(rate, 1e-2, 0) for rate in (1e-2, 1e-1)]), part.inputs).argmax(axis=2)
+    said = loop.predict_logits(train([HParams(rate, 1e-2, 0) for rate in (1e-2, 1e-1)]), part.inputs).argmax(axis=2)
     assert (said == label).mean(axis=1).max() > 0.98
 
 

@@ -56,7 +56,7 @@ def store(folder, name, tiles, sides, digest):
     writer = Writer(folder / f"scratch-{name}", layout, folder / f"{name}.zarr", {"images_sha256": digest})
     drawn = {f"level{place}/features": level.numpy() for place, level in enumerate(levels)}
     drawn |= {f"pooled/mean_level{place}": level.mean((2, 3)).numpy() for place, level in enumerate(levels)}
-    for shard in writer.shards():
+    for shard in writer.claim_shards():
         writer.write(shard, {key: values[layout.rows(shard)] for key, values in drawn.items()})
     writer.finish()
     return folder / f"{name}.zarr"
@@ -177,9 +177,9 @@ def test_chosen_levels(made):
 def test_balanced_weights_follow_the_training_split(made):
     cell = load(made, class_weights="balanced")
     label = cell.parts["train"].label
-    count = label[label != 255].long().bincount(minlength=cell.task.classes)
-    assert torch.tensor(cell.task.weights)[count > 0] @ count[count > 0].float() == pytest.approx(count.sum().item())
+    count = label[label != 255].long().bincount(minlength=cell.task.n_classes)
+    assert torch.tensor(cell.task.class_weights)[count > 0] @ count[count > 0].float() == pytest.approx(count.sum().item())
     rarest = int(torch.where(count > 0, count, count.max()).argmin())
-    assert cell.task.weights[rarest] == max(cell.task.weights)
+    assert cell.task.class_weights[rarest] == max(cell.task.class_weights)
     with pytest.raises(UserError, match="this set is multi-label"):
         load(made, "multilabel", class_weights="balanced")

@@ -17,35 +17,34 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import DatasetConfig, Params
-from pipeline.data.download import digest
+from pipeline.config import DatasetConfig, Params, parse
+from pipeline.data.download import file_sha256
 from pipeline.data.image_store import UNLABELLED, LazyImageDataset
-from pipeline.data.sources.custom.csv_labels import table
-from pipeline.data.sources.custom.mask_labels import MaskLabels, pair
-from pipeline.data.sources.custom.options import CustomOptions, check, is_table, verify
-from pipeline.data.sources.custom.polygon_labels import polygons
-from pipeline.data.sources.custom.samples import Chip, CustomSampleReader, each, splits
-from pipeline.data.sources.custom.scenes import beside, files, picture, scene
-from pipeline.data.sources.custom.unlabelled import further, without_labels
-from pipeline.data.splits import SPLITS, corners
+from pipeline.data.sources.custom.csv_labels import read_table
+from pipeline.data.sources.custom.mask_labels import MaskLabels, pair_masks
+from pipeline.data.sources.custom.options import CustomOptions, is_table, validate_options, check_band_means
+from pipeline.data.sources.custom.polygon_labels import read_polygons
+from pipeline.data.sources.custom.samples import Chip, CustomSampleReader, assign_splits, read_all
+from pipeline.data.sources.custom.scenes import find_files, open_image, open_scene_files, sidecar_files
+from pipeline.data.sources.custom.unlabelled import unlabelled_files, unlabelled_samples
+from pipeline.data.splits import SPLITS, chip_corners
 from pipeline.errors import UserError
-from pipeline.records import build
 
-__all__ = ["NEEDS", "TAKES", "CustomOptions", "check", "fetch", "prepare"]
+__all__ = ["REQUIRED_KEYS", "OPTIONAL_KEYS", "CustomOptions", "validate_options", "fetch", "prepare"]
 
-NEEDS = ("task",)
-TAKES = ("chip", "block", "splits")
+REQUIRED_KEYS = ("task",)
+OPTIONAL_KEYS = ("chip", "block", "splits")
 _RASTERS = (".tif", ".tiff", ".png", ".jp2", ".vrt", ".img")
 
 
 def fetch(dataset: DatasetConfig, params: Params) -> dict:
     """A digest of all files; they stay where they are."""
-    options = build(CustomOptions, dataset.options, "options")
+    options = parse(CustomOptions, dataset.options, "options")
     folder = Path(options.folder)
-    found = [*files(folder, options.images), *files(folder, options.labels), *further(options, folder)]
+    found = [*find_files(folder, options.images), *find_files(folder, options.labels), *unlabelled_files(options, folder)]
     total = hashlib.sha256()
-    for path in dict.fromkeys(one for named in found for one in beside(named)):
-        total.update(f"{os.path.relpath(path, folder)} {digest(path)}\n".encode())
+    for path in dict.fromkeys(one for named in found for one in sidecar_files(named)):
+        total.update(f"{os.path.relpath(path, folder)} {file_sha256(path)}\n".encode())
     return {
         "source": options.source,
         "licence": options.licence,
@@ -57,14 +56,14 @@ def fetch(dataset: DatasetConfig, params: Params) -> dict:
 
 def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
     """The chips as a stream, split by blocks of ground unless another rule is given; the unlabelled come last."""
-    options = build(CustomOptions, dataset.options, "options")
+    options = parse(CustomOptions, dataset.options, "options")
     folder = Path(options.folder)
-    paths = further(options, folder)
+    paths = unlabelled_files(options, folder)
     if is_table(options):
         reader, notes, classes = _from_table(options, dataset, folder)
     else:
         reader, notes, classes = _from_masks(options, dataset, folder)
-    areas = each(reader.chips, lambda name: reader.areas(reader.chips[name]), options.skip_bad, notes)
+    areas = read_all(reader.chips, lambda name: reader.areas(reader.chips[name]), options.skip_bad, notes)
     if len(classes) < 2 and dataset.task != "multilabel":
         raise UserError(
             f"There is one class, {', '.join(classes)}, and nothing to tell it from. Ground without a label does not "
@@ -78,25 +77,25 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
         raise UserError(
             f"No chip of {dataset.chip} px can be used ({notes[-1]}). Use smaller chips or another purity."
         )
-    deal, shared = splits(
+    deal, shared = assign_splits(
         {name: reader.chips[name] for name in kept}, areas, reader.size if reader.mask else 0, options.split, dataset
     )
     notes += [shared] if shared else []
     notes += _absent(classes, np.stack([areas[name] for name in kept]), np.array(deal))
     more = {}
     if paths:
-        more, said = without_labels(paths, options, reader, dict(zip(kept, deal, strict=True)))
+        more, said = unlabelled_samples(paths, options, reader, dict(zip(kept, deal, strict=True)))
         notes += said
     reader = replace(reader, chips={name: reader.chips[name] for name in kept} | more)
     chips = list(reader.chips.values())
-    first = chips[0].picture
+    first = chips[0].image
     height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
-    if any(chip.picture.gaps for chip in chips):
+    if any(chip.image.may_have_nodata for chip in chips):
         notes.append("where some band has no data, all have the mean of their chip's other pixels")
-    if len(kinds := sorted({str(chip.picture.dtype) for chip in chips})) > 1:
+    if len(kinds := sorted({str(chip.image.dtype) for chip in chips})) > 1:
         notes.append(f"images have {', '.join(kinds)} values, and are stored as {np.result_type(*kinds)}")
-    located = all(chip.picture.crs for chip in chips)
-    if nowhere := {chip.picture.paths[0] for chip in chips if not chip.picture.crs}:
+    located = all(chip.image.crs for chip in chips)
+    if nowhere := {chip.image.paths[0] for chip in chips if not chip.image.crs}:
         notes.append(
             f"chips keep no place on the map: {len(nowhere)} images, such as {Path(min(nowhere)).name}, state no "
             "coordinate reference system"
@@ -113,15 +112,15 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
         source=options.source,
         display=options.display or None,
         notes=notes,
-        crs=[chip.picture.crs for chip in chips] if located else None,
+        crs=[chip.image.crs for chip in chips] if located else None,
         transform=np.array([
-            chip.picture.resampled_transform(reader.size) if reader.size and not reader.mask
-            else chip.picture.window_transform(chip.row, chip.column) for chip in chips
+            chip.image.resampled_transform(reader.size) if reader.size and not reader.mask
+            else chip.image.window_transform(chip.row, chip.column) for chip in chips
         ]) if located else None,
-        read=reader,
-        verify=functools.partial(verify, options),
+        read_sample=reader,
+        check_band_means=functools.partial(check_band_means, options),
         shape=(len(options.bands), height, width),
-        dtype=np.result_type(*{chip.picture.dtype for chip in chips}),
+        dtype=np.result_type(*{chip.image.dtype for chip in chips}),
     )  # fmt: skip
 
 
@@ -136,17 +135,17 @@ def _absent(classes: Sequence[str], areas: np.ndarray, deal: np.ndarray) -> list
 
 
 def _from_table(options: CustomOptions, dataset: DatasetConfig, folder: Path):
-    images = files(folder, options.images)
+    images = find_files(folder, options.images)
     several = dataset.task == "multilabel"
     if dataset.task == "segmentation":
         raise UserError("A table gives a label an image; segmentation needs masks or polygons as labels.")
-    paths = files(folder, options.labels)
+    paths = find_files(folder, options.labels)
     if len(paths) > 1:
         raise UserError(f"labels fits {len(paths)} tables, {paths[0].name}, {paths[1].name}, ...; name one.")
     needed = ("file", options.label_column, *(("split",) if options.split == "column" else ()))
-    frame = table(paths[0], images, needed, options.classes, several, options.skip_bad)
+    frame = read_table(paths[0], images, needed, options.classes, several, options.skip_bad)
     chips, sizes, notes = {}, {}, frame.attrs["notes"]
-    pictures = each(frame.path, lambda path: picture(Path(path), options.bands), options.skip_bad, notes)
+    pictures = read_all(frame.path, lambda path: open_image(Path(path), options.bands), options.skip_bad, notes)
     for row in frame[frame.path.isin(pictures)].to_dict("records"):
         one = pictures[row["path"]]
         sizes.setdefault((one.height, one.width), row["path"])
@@ -171,7 +170,7 @@ def _from_table(options: CustomOptions, dataset: DatasetConfig, folder: Path):
 
 
 def _from_masks(options: CustomOptions, dataset: DatasetConfig, folder: Path):
-    images, given = files(folder, options.images), files(folder, options.labels)
+    images, given = find_files(folder, options.images), find_files(folder, options.labels)
     if both := {*images} & {*given}:
         raise UserError(f"images ({options.images}) and labels ({options.labels}) both fit {min(both)}.")
     if any(one.suffix.lower() == ".shp" for one in given):  # whose metadata may have a name like another file's
@@ -180,26 +179,26 @@ def _from_masks(options: CustomOptions, dataset: DatasetConfig, folder: Path):
         if not options.classes:
             raise UserError("Masks have numbers and no names: list the classes, from the one of value 0.")
         notes = []
-        pairs = pair(images, given, options.skip_bad, notes)
+        pairs = pair_masks(images, given, options.skip_bad, notes)
         mask = MaskLabels(pairs, options.classes, options.ignore)
-        read = each(map(Path, pairs), lambda path: picture(path, options.bands), options.skip_bad, notes)
+        read = read_all(map(Path, pairs), lambda path: open_image(path, options.bands), options.skip_bad, notes)
         pictures = list(read.values())
         classes = options.classes
     else:
-        pictures = [scene(images, options.bands)]
+        pictures = [open_scene_files(images, options.bands)]
         if len({path.with_suffix("") for path in given}) > 1:
             raise UserError(f"labels fits {len(given)} files, {given[0].name}, {given[1].name}, ...; name one.")
         path = next((one for one in given if one.suffix.lower() == ".shp"), given[0])
-        mask, notes = polygons(path, pictures[0], options.label_column, options.classes, options.layer)
+        mask, notes = read_polygons(path, pictures[0], options.label_column, options.classes, options.layer)
         notes.append("where polygons overlap the smaller one counts; where none lies, there is no label")
-        if brought := pictures[0].brought():
+        if brought := pictures[0].resampled_bands():
             notes.append(f"{', '.join(brought)} brought to the finest grid by nearest neighbour")
         classes = mask.classes
     chips = {}
     unique = len({one.name for one in pictures}) == len(pictures)
     for one in pictures:
         whose = one.name if unique else str(Path(one.paths[0]).relative_to(folder).with_suffix(""))
-        for row, column in corners(one.height, one.width, dataset.chip).tolist():
+        for row, column in chip_corners(one.height, one.width, dataset.chip).tolist():
             name = f"r{row:05d}c{column:05d}"
             chips[f"{whose}_{name}" if len(pictures) > 1 else name] = Chip(one, row, column, time=options.time)
     if small := [one.name for one in pictures if min(one.height, one.width) < dataset.chip]:

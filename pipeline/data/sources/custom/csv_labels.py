@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.data.image_store import moment
-from pipeline.data.sources.custom.names import composed, unlike
+from pipeline.data.image_store import parse_timestamp
+from pipeline.data.sources.custom.names import normalize_unicode, unique_class_names
 from pipeline.errors import UserError
 
 _SEVERAL = "|"
 
 
-def table(
+def read_table(
     path: Path,
     images: Sequence[Path],
     columns: Sequence[str],
@@ -52,9 +52,9 @@ def table(
     if frame.empty:
         raise UserError(f"{path} has no row with an image and a label; {notes[0]}.")
     frame["path"] = _paths(path, frame.file, known)
-    said = [[composed(one) for one in (value.split(_SEVERAL) if several else [value])] for value in frame[column]]
+    said = [[normalize_unicode(one) for one in (value.split(_SEVERAL) if several else [value])] for value in frame[column]]
     used = {name for names in said for name in names if name}
-    named = [composed(name) for name in classes] or unlike(used, f"The labels of {path}")
+    named = [normalize_unicode(name) for name in classes] or unique_class_names(used, f"The labels of {path}")
     if strange := used - set(named):
         raise UserError(f"{path} has the label '{min(strange)}', and the classes are {', '.join(named)}.")
     if several:
@@ -63,7 +63,7 @@ def table(
         frame["label"] = [named.index(names[0]) for names in said]
     if "time" in frame:
         for file, time in zip(frame.file, frame.time, strict=True):
-            moment(time, f"{path}: the time of {file}")
+            parse_timestamp(time, f"{path}: the time of {file}")
     frame.attrs["classes"] = tuple(named)
     frame.attrs["notes"] = notes
     return frame
@@ -71,7 +71,7 @@ def table(
 
 def _key(name: str) -> str:
     """One way to write a file's name or path."""
-    return composed(name).replace("\\", "/").removeprefix("./")
+    return normalize_unicode(name).replace("\\", "/").removeprefix("./")
 
 
 def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import shapely
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pipeline.data.sources.custom.rasters import RasterImage, placed, to_latlon
+from pipeline.data.sources.custom.rasters import RasterImage, is_georeferenced, to_latlon
 
 # Edges that meet overlap by rounding; more than this share of the smaller chip is ground in both.
 _SHARED = 0.01
@@ -17,23 +17,23 @@ _SHARED = 0.01
 Place = tuple[RasterImage, int, int, int, int]
 
 
-def overlapping(places: Sequence[Place]) -> np.ndarray:
+def overlapping_pairs(places: Sequence[Place]) -> np.ndarray:
     """Pairs of chips of different pictures that lie on the same ground, as int (pair, 2)."""
     if len({picture.paths for picture, *_ in places if _placed(picture)}) < 2:
         return np.empty((0, 2), int)
-    pairs = shared(places, places)
+    pairs = overlaps_between(places, places)
     return pairs[pairs[:, 0] < pairs[:, 1]]
 
 
-def shared(places: Sequence[Place], others: Sequence[Place]) -> np.ndarray:
+def overlaps_between(places: Sequence[Place], others: Sequence[Place]) -> np.ndarray:
     """Pairs of one chip each of two lists, of different pictures, that lie on the same ground, as int (pair, 2).
 
     Pictures that have a transform and state no system are compared among themselves, as if they had the same.
     """
     found = []
     for system in (True, False):
-        ours = _prints(places, system)
-        theirs = ours if others is places else _prints(others, system)
+        ours = _footprints(places, system)
+        theirs = ours if others is places else _footprints(others, system)
         for turn in (0, 360, -360) if system else (0,):
             found.append(_pairs(places, ours, others, theirs, turn))
     return np.unique(np.concatenate(found), axis=0)
@@ -60,10 +60,10 @@ def _pairs(places: Sequence[Place], ours: tuple, others: Sequence[Place], theirs
 
 
 def _placed(picture: RasterImage) -> bool:
-    return bool(picture.crs) or placed(picture.transform, picture.height)
+    return bool(picture.crs) or is_georeferenced(picture.transform, picture.height)
 
 
-def _prints(places: Sequence[Place], system: bool) -> tuple[np.ndarray, np.ndarray]:
+def _footprints(places: Sequence[Place], system: bool) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the chips that have a place, with or without a system, and their footprints."""
     numbers = [at for at, (picture, *_) in enumerate(places) if _placed(picture) and bool(picture.crs) == system]
     # Images that all lie at one place, without a system, lie at none.
@@ -72,7 +72,7 @@ def _prints(places: Sequence[Place], system: bool) -> tuple[np.ndarray, np.ndarr
     return np.array(numbers), shapely.polygons(np.stack([_corners(*places[number]) for number in numbers]))
 
 
-def merged(homes: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+def merge_blocks(homes: Sequence[str], pairs: np.ndarray) -> np.ndarray:
     """Numbers of blocks, (chip,), where blocks with chips that overlap are one."""
     _, block = np.unique(homes, return_inverse=True)
     count = block.max() + 1
@@ -83,7 +83,7 @@ def merged(homes: Sequence[str], pairs: np.ndarray) -> np.ndarray:
 def _corners(picture: RasterImage, row: int, column: int, height: int, width: int) -> np.ndarray:
     """Longitudes and latitudes of a chip's corners, (4, 2), in one piece; or x and y where it states no system."""
     ends = ((row, column), (row, column + width), (row + height, column + width), (row + height, column))
-    x, y = zip(*[picture.place(*end) for end in ends], strict=True)
+    x, y = zip(*[picture.xy(*end) for end in ends], strict=True)
     if not picture.crs:
         return np.stack([x, y], axis=1)
     lon, lat = map(np.asarray, to_latlon(picture.crs).transform(x, y))

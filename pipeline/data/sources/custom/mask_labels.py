@@ -11,8 +11,8 @@ from rasterio.crs import CRS
 from rasterio.windows import Window
 
 from pipeline.data.image_store import IGNORE
-from pipeline.data.sources.custom.rasters import RasterImage, placed, reading
-from pipeline.data.sources.custom.scenes import contains
+from pipeline.data.sources.custom.rasters import RasterImage, is_georeferenced, translate_errors
+from pipeline.data.sources.custom.scenes import has_token
 from pipeline.errors import UserError
 
 
@@ -31,7 +31,7 @@ class MaskLabels:
 
     def __call__(self, picture: RasterImage, window: Window) -> np.ndarray:
         path = self.paths[picture.paths[0]]
-        with reading(path):
+        with translate_errors(path):
             file = _opened(path)
             _same_grid(path, file, picture)
             mask = file.read(1, window=window)
@@ -46,7 +46,7 @@ class MaskLabels:
         return (mask if self.ignore is None else np.where(mask == self.ignore, IGNORE, mask)).astype(np.uint8)
 
 
-def pair(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: list[str]) -> dict[str, str]:
+def pair_masks(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: list[str]) -> dict[str, str]:
     """The mask of each image: the file of the same name, or the one whose name contains the image's.
 
     Of several, as where folders repeat names, the one whose folder is named as the image's. Images that have none are
@@ -65,7 +65,7 @@ def pair(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: l
     for image in images:
         within = [] if image.stem in called else [path for path in masks if image.stem in path.stem]
         # Of tile_1_mask and tile_10_mask, which both contain tile_1, the one that has it whole.
-        fit = called.get(image.stem) or [path for path in within if contains(path.stem, image.stem)]
+        fit = called.get(image.stem) or [path for path in within if has_token(path.stem, image.stem)]
         fit = fit or (within if len(within) == 1 else [])
         alike = [_alike(path.parent, image.parent) for path in fit]
         best = max(alike, default=0)
@@ -107,7 +107,7 @@ def _same_grid(path: str, file, picture: RasterImage) -> None:
         raise UserError(
             f"{path} has {file.height} x {file.width} px, and its image {picture.height} x {picture.width}."
         )
-    if not placed(file.transform, file.height) or not placed(picture.transform, picture.height):
+    if not is_georeferenced(file.transform, file.height) or not is_georeferenced(picture.transform, picture.height):
         return
     back = ~rasterio.Affine(*picture.transform) @ file.transform
     gap = max(np.abs(np.subtract(back @ end, end)).max() for end in ((0, 0), (file.width, file.height)))

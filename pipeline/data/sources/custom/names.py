@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 _NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{0,30})?", re.ASCII)
 
 
-def unlike(names: Iterable[str], whose: str) -> list[str]:
+def unique_class_names(names: Iterable[str], whose: str) -> list[str]:
     """Names of classes in order.
 
     Raises:
@@ -18,7 +18,7 @@ def unlike(names: Iterable[str], whose: str) -> list[str]:
     """
     found: dict[str, str] = {}
     for name in sorted(names):
-        other = found.setdefault(_plainly(name), name)
+        other = found.setdefault(_normalize(name), name)
         if other != name:
             raise UserError(
                 f"{whose} have the classes '{other}' and '{name}', which differ in capitals alone, or in how a "
@@ -27,11 +27,11 @@ def unlike(names: Iterable[str], whose: str) -> list[str]:
     return list(found.values())
 
 
-def _plainly(name: str) -> str:
+def _normalize(name: str) -> str:
     """A name without capitals, and a number as it is written shortest."""
     return f"{Decimal(name).normalize():f}" if _NUMBER.fullmatch(name) else name.casefold()
 
 
-def composed(name: str) -> str:
+def normalize_unicode(name: str) -> str:
     """One way to write a name: macOS and some editors take letters and their accents apart."""
     return unicodedata.normalize("NFC", name.strip())

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.bands import FULL_SCALE, Band
-from pipeline.config import DatasetConfig
-from pipeline.data.image_store import IGNORE, moment
+from pipeline.config import DatasetConfig, Float
+from pipeline.data.image_store import IGNORE, parse_timestamp
 from pipeline.errors import UserError
 
 # More is no reflectance, and longer no optical wavelength in micrometres: each is another unit.
@@ -40,18 +40,18 @@ class CustomOptions:
     classes: tuple[str, ...] = ()
     label_column: str = "label"
     layer: str = ""
-    gsd: float = math.nan
-    display: tuple[float, ...] = ()
+    gsd: Float = math.nan
+    display: tuple[Float, ...] = ()
     split: str = "blocks"
     ignore: int | None = None
-    purity: float = 0.6
+    purity: Float = 0.6
     time: str = ""
     licence: str = "not stated"
     source: str = "own data"
     skip_bad: bool = False
 
 
-def check(options: CustomOptions, dataset: DatasetConfig, where: str) -> None:
+def validate_options(options: CustomOptions, dataset: DatasetConfig, where: str) -> None:
     """Refuse what does not fit together, before any file is opened."""
     if options.units not in FULL_SCALE:
         raise UserError(f"{where}: units '{options.units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
@@ -75,7 +75,7 @@ def check(options: CustomOptions, dataset: DatasetConfig, where: str) -> None:
     if options.gsd <= 0:
         raise UserError(f"{where}: gsd is {options.gsd:g}; it is in metres, and positive.")
     _check_bands(options.bands, where)
-    moment(options.time, f"{where}: time")
+    parse_timestamp(options.time, f"{where}: time")
 
 
 def _lacking(options: CustomOptions, dataset: DatasetConfig) -> list[str]:
@@ -107,16 +107,16 @@ def _check_bands(bands: Sequence[Band], where: str) -> None:
             raise UserError(f"{where}: band {band.name} has the gsd {band.gsd:g}; it is in metres, and positive.")
 
 
-def verify(options: CustomOptions, means: np.ndarray) -> None:
+def check_band_means(options: CustomOptions, means: np.ndarray) -> None:
     """Refuse units that the pixels cannot have; values that would do for several are believed."""
     for band, mean in zip(options.bands, means, strict=True):
         full = FULL_SCALE[options.units]
-        if band.optical and mean < -_DARKEST * full:
+        if band.is_optical and mean < -_DARKEST * full:
             raise UserError(
                 f"Band {band.name} has the mean {mean:.5g}, and no light is below 0. Is there a value for pixels "
                 "without data that the files do not declare? Write it into them (gdal_edit.py -a_nodata VALUE)."
             )
-        if band.optical and mean > _REFLECTANCE * full:
+        if band.is_optical and mean > _REFLECTANCE * full:
             raise UserError(
                 f"Band {band.name} has the mean {mean:.5g}, and in {options.units}, as units says, "
                 f"{FULL_SCALE[options.units]:g} is full. Other units: dn (reflectance x 10000), reflectance, uint8, "

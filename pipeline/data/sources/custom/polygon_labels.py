@@ -13,7 +13,7 @@ from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from pipeline.data.image_store import IGNORE
-from pipeline.data.sources.custom.names import composed, unlike
+from pipeline.data.sources.custom.names import normalize_unicode, unique_class_names
 from pipeline.data.sources.custom.rasters import RasterImage
 from pipeline.errors import UserError
 
@@ -48,7 +48,7 @@ class PolygonLabels:
         return rasterize(drawn, out_shape=size, transform=transform, fill=IGNORE, dtype="uint8")
 
 
-def polygons(
+def read_polygons(
     path: Path, picture: RasterImage, column: str, classes: Sequence[str], layer: str = ""
 ) -> tuple[PolygonLabels, list[str]]:
     """Polygons of any format that geopandas reads, and notes on those that are not used.
@@ -76,9 +76,9 @@ def polygons(
         )
     if frame.crs is None or not picture.crs:
         raise UserError(f"{path if frame.crs is None else picture.paths[0]} states no coordinate reference system.")
-    frame[column], classes = _names(frame[column]), [composed(name) for name in classes]
+    frame[column], classes = _names(frame[column]), [normalize_unicode(name) for name in classes]
     found = sorted(frame[column].dropna().unique())
-    found = found if classes else unlike(found, f"The polygons of {path}")
+    found = found if classes else unique_class_names(found, f"The polygons of {path}")
     if gone := [name for name in classes if name not in found]:
         raise UserError(f"{path} has no polygon of {', '.join(gone)}. Its '{column}' has: {', '.join(found)}.")
     _meet(path, frame.to_crs(picture.crs).total_bounds, picture)
@@ -132,7 +132,7 @@ def _names(values: pd.Series) -> pd.Series:
     """Names of classes, also of those that are numbers; drivers give whole ones as 1.0 where some are missing."""
     if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
         values = values.astype("Int64")
-    return values.astype(object).where(values.notna()).map(lambda value: composed(str(value)), na_action="ignore")
+    return values.astype(object).where(values.notna()).map(lambda value: normalize_unicode(str(value)), na_action="ignore")
 
 
 @functools.lru_cache(maxsize=4)

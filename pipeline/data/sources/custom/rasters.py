@@ -40,8 +40,8 @@ class RasterImage:
     transform: tuple[float, ...]
     crs: str
     dtype: np.dtype
-    bands: int
-    gaps: bool
+    n_bands: int
+    may_have_nodata: bool
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class RasterImage:
     @property
     def bounds(self) -> tuple[float, float, float, float]:
         """West, south, east and north, in the picture's CRS."""
-        x, y = zip(*[self.place(row, column) for row in (0, self.height) for column in (0, self.width)], strict=True)
+        x, y = zip(*[self.xy(row, column) for row in (0, self.height) for column in (0, self.width)], strict=True)
         return min(x), min(y), max(x), max(y)
 
     def read(self, window: Window | None = None, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -61,63 +61,63 @@ class RasterImage:
         """
         shape = (size, size) if size else None
         image = self._pixels(window, shape)
-        return image, self._declared(window, shape) & numbers(image)
+        return image, self._declared(window, shape) & isfinite_mask(image)
 
-    def valid(self, window: Window) -> np.ndarray:
+    def is_valid(self, window: Window) -> np.ndarray:
         """Where (y, x) all bands of a window hold data: not their nodata, and numbers.
 
         Raises:
             UserError: a file is damaged.
         """
         declared = self._declared(window, None)
-        return declared & numbers(self._pixels(window, None)) if self.dtype.kind == "f" else declared
+        return declared & isfinite_mask(self._pixels(window, None)) if self.dtype.kind == "f" else declared
 
     def _pixels(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
         if len(self.paths) == 1:
-            with reading(self.paths[0]):
-                out = (self.bands, *shape) if shape else None
+            with translate_errors(self.paths[0]):
+                out = (self.n_bands, *shape) if shape else None
                 return _opened(self.paths[0]).read(out_shape=out, window=window, resampling=Resampling.bilinear)
         return np.stack([self._band(path, window) for path in self.paths])
 
     def _declared(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
         """Where (y, x) no file says that a band has no data."""
         if len(self.paths) == 1:
-            with reading(self.paths[0]):
-                out = (self.bands, *shape) if shape else None
+            with translate_errors(self.paths[0]):
+                out = (self.n_bands, *shape) if shape else None
                 return _opened(self.paths[0]).read_masks(out_shape=out, window=window).all(axis=0)
         return np.stack([self._mask(path, window) for path in self.paths]).all(axis=0)
 
-    def bands_of(self, window: Window, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read_bands(self, window: Window, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Some bands' pixels (band, y, x) of a window, and where (y, x) all of them hold data.
 
         Raises:
             UserError: a file is damaged.
         """
         if len(self.paths) == 1:
-            with reading(self.paths[0]):
+            with translate_errors(self.paths[0]):
                 source, indexes = _opened(self.paths[0]), [place + 1 for place in places]
                 image, masks = source.read(indexes, window=window), source.read_masks(indexes, window=window)
         else:
             paths = [self.paths[place] for place in places]
             image = np.stack([self._band(path, window) for path in paths])
             masks = [self._mask(path, window) for path in paths]
-        return image, np.stack(masks).all(axis=0) & numbers(image)
+        return image, np.stack(masks).all(axis=0) & isfinite_mask(image)
 
     def _band(self, path: str, window: Window | None) -> np.ndarray:
         """Pixels (y, x) of a band that has a file of its own."""
-        with reading(path):
+        with translate_errors(path):
             return _on_grid(path, self).read(1, window=window).astype(self.dtype)
 
     def _mask(self, path: str, window: Window | None) -> np.ndarray:
         """Where (y, x) such a band has data; 0 is nowhere."""
-        with reading(path):
+        with translate_errors(path):
             return _on_grid(path, self).read_masks(1, window=window)
 
-    def brought(self) -> list[str]:
+    def resampled_bands(self) -> list[str]:
         """Names of the files that are brought to the grid of another, the finest."""
         return [Path(path).name for path in self.paths if isinstance(_on_grid(path, self), WarpedVRT)]
 
-    def place(self, row: float, column: float) -> tuple[float, float]:
+    def xy(self, row: float, column: float) -> tuple[float, float]:
         """x and y, in the picture's CRS, of a place in pixels from its upper left corner."""
         return rasterio.Affine(*self.transform) @ (column, row)
 
@@ -125,7 +125,7 @@ class RasterImage:
         """Latitude and longitude of a place in pixels; not a number where the picture has none."""
         if not self.crs:
             return np.nan, np.nan
-        lon, lat = to_latlon(self.crs).transform(*self.place(row, column))
+        lon, lat = to_latlon(self.crs).transform(*self.xy(row, column))
         return lat, (lon + 180) % 360 - 180 if abs(lon) > 180 else lon  # of grids from 0 to 360 degrees
 
     def window_transform(self, row: int, column: int) -> tuple[float, ...]:
@@ -139,7 +139,7 @@ class RasterImage:
 
 
 @contextlib.contextmanager
-def reading(path: str | Path):
+def translate_errors(path: str | Path):
     """What rasterio cannot read becomes an error that names the file."""
     try:
         yield
@@ -150,12 +150,12 @@ def reading(path: str | Path):
         raise UserError(f"{path} cannot be read: {said}") from None
 
 
-def placed(transform: Sequence[float], height: int) -> bool:
+def is_georeferenced(transform: Sequence[float], height: int) -> bool:
     """Whether a transform says a place, and does not just count pixels from a corner."""
     return tuple(transform)[:6] not in ((1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), (1, 0, 0, 0, -1, height))
 
 
-def numbers(image: np.ndarray) -> np.ndarray:
+def isfinite_mask(image: np.ndarray) -> np.ndarray:
     """Where (y, x) all bands of an image (band, y, x) are finite numbers."""
     return np.isfinite(image).all(axis=0) if image.dtype.kind == "f" else np.ones(image.shape[1:], bool)
 

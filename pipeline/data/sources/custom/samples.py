@@ -9,10 +9,10 @@ import rasterio
 from rasterio.windows import Window
 
 from pipeline.config import DatasetConfig
-from pipeline.data.image_store import IGNORE, Sample, moment, no_label
-from pipeline.data.sources.custom.ground import Place, merged, overlapping
+from pipeline.data.image_store import IGNORE, Sample, missing_label, parse_timestamp
+from pipeline.data.sources.custom.ground import Place, merge_blocks, overlapping_pairs
 from pipeline.data.sources.custom.rasters import RasterImage
-from pipeline.data.splits import SPLITS, assign_blocks, filled
+from pipeline.data.splits import SPLITS, assign_blocks_to_splits, fill_nodata
 from pipeline.errors import UserError
 
 # Deals of blocks that are tried, times their number: ten thousand blocks need no twenty thousand deals.
@@ -28,7 +28,7 @@ class Chip:
         labelled: whether it has a label at all, of the table or of a mask.
     """
 
-    picture: RasterImage
+    image: RasterImage
     row: int = 0
     column: int = 0
     label: int | tuple[int, ...] | None = None
@@ -49,20 +49,20 @@ class CustomSampleReader:
     chips: dict[str, Chip]
     size: int
     task: str
-    classes: int
+    n_classes: int
     purity: float
     mask: Callable[[RasterImage, Window], np.ndarray] | None
 
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         chip = self.chips[name]
-        lat, lon = chip.picture.latlon(*_centre(chip, self.size if self.mask else 0))
-        time = moment(chip.time, "the time")
-        image, valid = chip.picture.read(self.window(chip)) if self.mask else chip.picture.read(size=self.size)
+        lat, lon = chip.image.latlon(*_centre(chip, self.size if self.mask else 0))
+        time = parse_timestamp(chip.time, "the time")
+        image, valid = chip.image.read(self.window(chip)) if self.mask else chip.image.read(size=self.size)
         if not valid.any():
-            raise UserError(f"{chip.picture.paths[0]} has no data here: every pixel is nodata in some band.")
-        image = filled(image, valid)
+            raise UserError(f"{chip.image.paths[0]} has no data here: every pixel is nodata in some band.")
+        image = fill_nodata(image, valid)
         if not chip.labelled:
-            label = no_label(self.task, self.classes, image.shape[1:])
+            label = missing_label(self.task, self.n_classes, image.shape[1:])
         else:
             label = self.label(chip, valid) if self.mask else np.array(chip.label)
         return Sample(image, label, lat, lon, time)
@@ -75,27 +75,27 @@ class CustomSampleReader:
         mask = self._labels(chip, valid)
         if self.task == "segmentation":
             return mask
-        areas = np.bincount(mask[mask != IGNORE], minlength=self.classes)
+        areas = np.bincount(mask[mask != IGNORE], minlength=self.n_classes)
         return np.int64(areas.argmax()) if self.task == "classification" else (areas > 0).astype(np.uint8)
 
     def areas(self, chip: Chip) -> np.ndarray:
         """How much of each class a chip has; nothing for one that cannot be used."""
         if not self.mask:
-            one = np.zeros(self.classes)
+            one = np.zeros(self.n_classes)
             one[np.flatnonzero(chip.label) if self.task == "multilabel" else [chip.label]] = 1
             return one
-        mask = self._labels(chip, chip.picture.valid(self.window(chip)))
-        areas = np.bincount(mask[mask != IGNORE], minlength=self.classes).astype(float)
+        mask = self._labels(chip, chip.image.is_valid(self.window(chip)))
+        areas = np.bincount(mask[mask != IGNORE], minlength=self.n_classes).astype(float)
         if self.task == "classification" and areas.max() < self.purity * mask.size:
-            return np.zeros(self.classes)
+            return np.zeros(self.n_classes)
         return areas
 
     def _labels(self, chip: Chip, valid: np.ndarray) -> np.ndarray:
         """Labels of a chip's pixels, of those that hold data."""
-        return np.where(valid, self.mask(chip.picture, self.window(chip)), IGNORE).astype(np.uint8)
+        return np.where(valid, self.mask(chip.image, self.window(chip)), IGNORE).astype(np.uint8)
 
 
-def each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
+def read_all(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
     """What is read of each, without those that cannot be if they may be left out; the notes say which.
 
     Raises:
@@ -115,7 +115,7 @@ def each(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> d
     return found
 
 
-def splits(
+def assign_splits(
     chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], size: int, rule: str, dataset: DatasetConfig
 ) -> tuple[list[str], str]:
     """The split of every chip, by a rule: `blocks` of ground, `random`, or its own `column`; and what to say of it.
@@ -125,28 +125,28 @@ def splits(
     Args:
         size: a chip's side in pixels; 0 for whole pictures.
     """
-    pairs = overlapping([extent(chip, size) for chip in chips.values()])
-    deal = np.array(_deal(chips, areas, pairs, rule, dataset))
+    pairs = overlapping_pairs([footprint(chip, size) for chip in chips.values()])
+    deal = np.array(_assign(chips, areas, pairs, rule, dataset))
     across = pairs[deal[pairs[:, 0]] != deal[pairs[:, 1]]]
     names = list(chips)
     said = f"{len(np.unique(across))} chips share ground with one of another split" if len(across) else ""
     return deal.tolist(), f"{said}, such as {' and '.join(names[place] for place in across[0])}" if said else ""
 
 
-def extent(chip: Chip, size: int) -> Place:
+def footprint(chip: Chip, size: int) -> Place:
     """Where a chip lies; of a whole picture `size` is 0."""
-    whole = (chip.picture.height, chip.picture.width)
-    return (chip.picture, chip.row, chip.column, *((size, size) if size else whole))
+    whole = (chip.image.height, chip.image.width)
+    return (chip.image, chip.row, chip.column, *((size, size) if size else whole))
 
 
-def _deal(chips, areas, pairs: np.ndarray, rule: str, dataset: DatasetConfig) -> list[str]:
+def _assign(chips, areas, pairs: np.ndarray, rule: str, dataset: DatasetConfig) -> list[str]:
     if rule == "column":
         for name, chip in chips.items():
             if chip.split not in SPLITS:
                 raise UserError(f"The split of {name} is '{chip.split}'; it must be one of {', '.join(SPLITS)}.")
         return [chip.split for chip in chips.values()]
-    homes = list(chips) if rule == "random" else [_home(chip, chips, dataset.block) for chip in chips.values()]
-    block = merged([str(home) for home in homes], pairs if rule == "blocks" else pairs[:0])
+    homes = list(chips) if rule == "random" else [_block_id(chip, chips, dataset.block) for chip in chips.values()]
+    block = merge_blocks([str(home) for home in homes], pairs if rule == "blocks" else pairs[:0])
     count = block.max() + 1
     if count < len(SPLITS) <= len(set(homes)):
         raise UserError(
@@ -157,21 +157,21 @@ def _deal(chips, areas, pairs: np.ndarray, rule: str, dataset: DatasetConfig) ->
     counts = np.zeros((count, len(next(iter(areas.values())))))
     np.add.at(counts, block, np.stack([areas[name] for name in chips]))
     draws = int(np.clip(_DEALS // count, 200, 20000))
-    deal = assign_blocks(counts, dataset.splits, dataset.seed, draws)
+    deal = assign_blocks_to_splits(counts, dataset.splits, dataset.seed, draws)
     return [SPLITS[split] for split in deal[block]]
 
 
-def _home(chip: Chip, chips: Mapping[str, Chip], block: int) -> tuple:
+def _block_id(chip: Chip, chips: Mapping[str, Chip], block: int) -> tuple:
     """The block of ground that a chip lies in, on one grid for all pictures of a CRS."""
-    origin = next(one.picture for one in chips.values() if one.picture.crs == chip.picture.crs)
-    if not chip.picture.crs:
-        if chip.picture.height < 2 * block and chip.picture.width < 2 * block and len(chips) > 1:
-            return (chip.picture.paths,)
-        return (chip.picture.paths, chip.row // block, chip.column // block)
-    column, row = ~rasterio.Affine(*origin.transform) @ chip.picture.place(chip.row, chip.column)
-    return (chip.picture.crs, math.floor(column / block + 1e-6), math.floor(row / block + 1e-6))
+    origin = next(one.image for one in chips.values() if one.image.crs == chip.image.crs)
+    if not chip.image.crs:
+        if chip.image.height < 2 * block and chip.image.width < 2 * block and len(chips) > 1:
+            return (chip.image.paths,)
+        return (chip.image.paths, chip.row // block, chip.column // block)
+    column, row = ~rasterio.Affine(*origin.transform) @ chip.image.xy(chip.row, chip.column)
+    return (chip.image.crs, math.floor(column / block + 1e-6), math.floor(row / block + 1e-6))
 
 
 def _centre(chip: Chip, size: int) -> tuple[float, float]:
-    height, width = (size, size) if size else (chip.picture.height, chip.picture.width)
+    height, width = (size, size) if size else (chip.image.height, chip.image.width)
     return chip.row + height / 2, chip.column + width / 2

@@ -14,7 +14,7 @@ from rasterio.errors import RasterioError
 from rasterio.warp import transform as warp
 
 from pipeline.bands import Band
-from pipeline.data.sources.custom.rasters import RasterImage, placed, reading
+from pipeline.data.sources.custom.rasters import RasterImage, is_georeferenced, translate_errors
 from pipeline.errors import UserError
 
 # Metres in a degree of latitude, for pixels that are given in degrees.
@@ -23,7 +23,7 @@ _DEGREE = 111_320.0
 _BESIDE = (".dbf", ".shx", ".prj", ".cpg")
 
 
-def files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
+def find_files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
     """Files below a folder that fit a pattern, or several; of folders, geodatabases alone.
 
     Raises:
@@ -41,7 +41,7 @@ def files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
     return found
 
 
-def beside(path: Path) -> list[Path]:
+def sidecar_files(path: Path) -> list[Path]:
     """The files that one's content is in: of a folder all, of a Shapefile or raster also those that belong to it."""
     if path.is_dir():
         return sorted(one for one in path.rglob("*") if one.is_file())
@@ -55,23 +55,23 @@ def beside(path: Path) -> list[Path]:
         return [path]
 
 
-def contains(text: str, name: str) -> bool:
+def has_token(text: str, name: str) -> bool:
     """Whether a file's name has another, whole: tile_1_mask has tile_1, and tile_10_mask has not."""
     return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
-def _ends_a_word(text: str, name: str) -> bool:
+def _has_suffix_token(text: str, name: str) -> bool:
     """Whether a name with a capital ends a word in small letters: sceneB02 ends with B02, sceneB8A not with B8."""
     return name[0].isupper() and re.search(rf"(?<=[a-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
-def picture(path: Path, bands: Sequence[Band]) -> RasterImage:
+def open_image(path: Path, bands: Sequence[Band]) -> RasterImage:
     """One file with all bands.
 
     Raises:
         UserError: it cannot be read, or has another number of bands.
     """
-    with reading(path), rasterio.open(path) as file:
+    with translate_errors(path), rasterio.open(path) as file:
         if file.count != len(bands):
             raise UserError(f"{path} has {file.count} bands, and {len(bands)} are described.")
         _check_order(path, file.descriptions, bands)
@@ -80,18 +80,18 @@ def picture(path: Path, bands: Sequence[Band]) -> RasterImage:
         return _described((str(path),), [file], file, kind, len(bands))
 
 
-def scene(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
+def open_scene_files(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
     """One scene: a file with all bands, or a file a band, found by the band's name in the file's.
 
     Raises:
         UserError: files that are not those of the bands.
     """
     if len(paths) == 1:
-        return picture(paths[0], bands)
+        return open_image(paths[0], bands)
     chosen = []
     for band in bands:
-        fit = [path for path in paths if contains(path.stem, band.name)]
-        fit = fit or [path for path in paths if _ends_a_word(path.stem, band.name)]
+        fit = [path for path in paths if has_token(path.stem, band.name)]
+        fit = fit or [path for path in paths if _has_suffix_token(path.stem, band.name)]
         if len(fit) != 1 or fit[0] in chosen:
             names = ", ".join(path.name for path in (fit or paths)[:8])
             raise UserError(
@@ -104,7 +104,7 @@ def scene(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
     with contextlib.ExitStack() as stack:
         opened = []
         for path in chosen:
-            with reading(path):
+            with translate_errors(path):
                 opened.append(stack.enter_context(rasterio.open(path)))
         finest = min(opened, key=_pixel)
         for path, file in zip(chosen, opened, strict=True):
@@ -130,7 +130,7 @@ def _check_order(path: Path, said: Sequence[str | None], bands: Sequence[Band]) 
 
 def _check_ground(path: Path, file, finest) -> None:
     """Raises UserError if a band's file does not show all the ground that the finest does, within a pixel."""
-    if not placed(file.transform, file.height) or not placed(finest.transform, finest.height):
+    if not is_georeferenced(file.transform, file.height) or not is_georeferenced(finest.transform, finest.height):
         return
     corners = [finest.transform @ (column, row) for column in (0, finest.width) for row in (0, finest.height)]
     x, y = zip(*corners, strict=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache.atomic import publish
-from pipeline.data.download import digest
+from pipeline.data.download import file_sha256
 from pipeline.data.sources.geobench.spec import GeoBenchSet
 from pipeline.errors import UserError
 
@@ -44,7 +44,7 @@ def describe_files(declared: GeoBenchSet, partition: str, root: Path) -> dict:
                 count, total = count + 1, total + size
                 listing.update(f"{entry.name} {size}\n".encode())
             elif entry.name.endswith(".json"):
-                listing.update(f"{entry.name} {digest(Path(entry))}\n".encode())
+                listing.update(f"{entry.name} {file_sha256(Path(entry))}\n".encode())
     return {
         "source": f"GEO-Bench 1.0, {declared.name} ({REPO})",
         "licence": declared.licence,
@@ -102,7 +102,7 @@ def download(declared: GeoBenchSet, root: Path) -> Path:
             "what was downloaded so far is kept."
         ) from None
     wanted = SHA256.get(declared.name) or (archive.lfs.sha256 if archive.lfs else None)
-    if wanted and (found := digest(path)) != wanted:
+    if wanted and (found := file_sha256(path)) != wanted:
         raise UserError(f"{path} has SHA-256 {found}, but {wanted} is known for it. Delete it and run again.")
     return _unpack(path, root / declared.archive_folder / declared.folder_names[0])
 

@@ -11,12 +11,11 @@ import rasterio
 import yaml
 from rasterio.windows import Window
 
-from pipeline.config import DatasetConfig, SplitFractions
+from pipeline.config import DatasetConfig, SplitFractions, parse
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import custom, osm_landuse, validate
 from pipeline.errors import UserError
 from pipeline.mapping import maps
-from pipeline.records import build
 from tests.conftest import ROOT
 
 BANDS = [
@@ -86,7 +85,7 @@ def test_a_scene_with_polygons_is_what_the_sample_source_makes_of_it(raw_folder,
     renumber = np.full(256, image_store.IGNORE)
     renumber[: len(stream.classes)] = [classes[name] for name in stream.classes]
     for number in (0, 30, 71):
-        one = stream.read(stream.sample[number])
+        one = stream.read_sample(stream.sample[number])
         np.testing.assert_array_equal(one.image, theirs.image[number])
         np.testing.assert_array_equal(renumber[one.label], theirs.label[number])
         assert (one.lat, one.lon) == pytest.approx((theirs.lat[number], theirs.lon[number]))
@@ -114,16 +113,16 @@ def test_images_with_masks(tiles, tmp_path):
     stream = prepared(tile_block(tiles), tmp_path)
     assert stream.shape == (3, 64, 64)
     name = next(name for name in stream.sample if name.startswith("tile_0128_0256") and name.endswith("c00064"))
-    one = stream.read(name)
+    one = stream.read_sample(name)
     with rasterio.open(tiles / "images/tile_0128_0256.tif") as file:
         np.testing.assert_array_equal(one.image, file.read()[:, int(name[-11:-6]) :, 64:][:, :64])
     with rasterio.open(tiles / "masks/tile_0128_0256_mask.tif") as file:
         np.testing.assert_array_equal(one.label, file.read(1)[int(name[-11:-6]) :, 64:][:64])
     classified = prepared(tile_block(tiles, task="classification", chip=32), tmp_path)
-    assert all((classified.read(name).label < 7).all() for name in classified.sample[:9])
+    assert all((classified.read_sample(name).label < 7).all() for name in classified.sample[:9])
     assert "no class covers 60%" in classified.notes[0]
     several = prepared(tile_block(tiles, task="multilabel"), tmp_path)
-    assert several.read(name).label.tolist() == [int((one.label == index).any()) for index in range(7)]
+    assert several.read_sample(name).label.tolist() == [int((one.label == index).any()) for index in range(7)]
 
 
 def labelled(tiles, tmp_path, **columns):
@@ -140,12 +139,12 @@ def test_images_with_a_table(tiles, tmp_path):
     stream = prepared(tile_block(tiles, task="classification", chip=0, block=128, options=options), tmp_path)
     assert stream.classes == ("farm", "forest")
     assert len(stream.sample) == 48
-    one = stream.read("images/tile_0000_0128")
+    one = stream.read_sample("images/tile_0000_0128")
     assert one.label == 1
     with rasterio.open(folder / "images/tile_0000_0128.tif") as file:
         np.testing.assert_array_equal(one.image, file.read())
     small = prepared(tile_block(tiles, task="classification", chip=64, block=128, options=options), tmp_path)
-    assert small.read("images/tile_0000_0128").image.shape == (3, 64, 64)
+    assert small.read_sample("images/tile_0000_0128").image.shape == (3, 64, 64)
     # Both lie where the file does, in pixels of 10 m and of 20 m.
     place = small.sample.index("images/tile_0000_0128")
     same = prepared(tile_block(tiles, task="classification", chip=128, block=128, options=options), tmp_path)
@@ -167,7 +166,7 @@ def test_splits_and_several_labels_in_a_table(tiles, tmp_path):
     block = tile_block(tiles, task="multilabel", chip=0, block=0, splits=None, options=options | {"split": "column"})
     stream = prepared(block, tmp_path)
     assert stream.split == splits
-    assert [stream.read(name).label.tolist() for name in stream.sample[:3]] == [[1, 1], [1, 0], [0, 0]]
+    assert [stream.read_sample(name).label.tolist() for name in stream.sample[:3]] == [[1, 1], [1, 0], [0, 0]]
 
 
 def test_predictions_go_back_on_the_map(raw_folder, tmp_path):
@@ -206,7 +205,7 @@ def test_the_readmes_blocks_are_valid_and_the_first_runs(raw_folder, tmp_path, m
     section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
     blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
     assert list(blocks) == ["my-scene", "my-tiles", "my-chips"]
-    made = {name: build(DatasetConfig, block, name) for name, block in blocks.items()}
+    made = {name: parse(DatasetConfig, block, name) for name, block in blocks.items()}
     for name, block in made.items():
         validate(name, block)
     scene = made["my-scene"]

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import rasterio
 
+from pipeline.config import parse
 from pipeline.data import image_store, image_writer
-from pipeline.data.splits import filled
+from pipeline.data.splits import fill_nodata
 from pipeline.errors import UserError
 from pipeline.mapping import open_scene
-from pipeline.records import build
 from tests.pipeline.data.sources.custom.test_custom import THREE, labelled, prepared, scene_block, tile_block, tiles
 from tests.pipeline.data.sources.custom.test_labels import rewrite
 
@@ -66,12 +66,12 @@ def test_a_pixel_that_one_band_lacks_has_no_label(tiles, tmp_path):
     name = next(
         name
         for name in before.sample
-        if name[-11:-6] == "00000" and (before.read(name).label[:8] != image_store.IGNORE).any()
+        if name[-11:-6] == "00000" and (before.read_sample(name).label[:8] != image_store.IGNORE).any()
     )
     emptied(folder / f"images/{name[:-13]}.tif", 8, bands=2)
-    mask = prepared(tile_block(folder), tmp_path).read(name).label
+    mask = prepared(tile_block(folder), tmp_path).read_sample(name).label
     assert (mask[:8] == image_store.IGNORE).all()
-    np.testing.assert_array_equal(mask[8:], before.read(name).label[8:])
+    np.testing.assert_array_equal(mask[8:], before.read_sample(name).label[8:])
 
 
 def test_the_same_of_a_scene_in_a_file_a_band(raw_folder, tmp_path):
@@ -80,7 +80,7 @@ def test_the_same_of_a_scene_in_a_file_a_band(raw_folder, tmp_path):
     stream = prepared(scene_block(raw_folder), tmp_path)
     name = stream.sample[0]
     row = int(name[1:6])
-    before = stream.read(name).label
+    before = stream.read_sample(name).label
     (path,) = folder.glob("*_B11.jp2")
     with rasterio.open(path) as file:
         values, profile = file.read(), file.profile
@@ -89,7 +89,7 @@ def test_the_same_of_a_scene_in_a_file_a_band(raw_folder, tmp_path):
     with rasterio.open(path.with_suffix(".tif"), "w", **profile | {"driver": "GTiff", "nodata": EMPTY}) as file:
         file.write(values)
     block = scene_block(raw_folder, options={"folder": str(folder), "images": "*_B??.[jt]*"})
-    after = prepared(block, tmp_path).read(name).label
+    after = prepared(block, tmp_path).read_sample(name).label
     assert (before[:64] != image_store.IGNORE).any()
     assert (after[:64] == image_store.IGNORE).all()
     np.testing.assert_array_equal(after[64:], before[64:])
@@ -100,7 +100,7 @@ def test_an_image_with_a_label_and_without_data_is_refused_or_left_out(tiles, tm
     emptied(folder / f"images/{FIRST}.tif", 128)
     stream = prepared(tile_block(tiles, task="classification", chip=0, block=128, options=options), tmp_path)
     with pytest.raises(UserError, match=f"{FIRST}.tif has no data here: every pixel is nodata"):
-        stream.read(f"images/{FIRST}")
+        stream.read_sample(f"images/{FIRST}")
 
 
 @pytest.mark.parametrize("how", ["moved", "another system", "coarser and moved"])
@@ -198,11 +198,11 @@ def test_pixels_without_data_have_the_mean_of_the_others(tiles, tmp_path, kind):
 
         rewrite(path, change)
     stream = prepared(tile_block(folder), tmp_path)
-    image, known = stream.read(name).image, before.read(name).image[:, 8:]
+    image, known = stream.read_sample(name).image, before.read_sample(name).image[:, 8:]
     np.testing.assert_array_equal(image[:, 8:], known)
     assert (np.ptp(image[:, :8], axis=(1, 2)) == 0).all()
     np.testing.assert_allclose(image[:, 0, 0], known.mean(axis=(1, 2)), atol=0.5 if kind == "declared" else 1e-2)
-    assert (stream.read(name).label[:8] == image_store.IGNORE).all()
+    assert (stream.read_sample(name).label[:8] == image_store.IGNORE).all()
     said = "where some band has no data, all have the mean"
     assert any(said in note for note in stream.notes)
     assert not any(said in note for note in before.notes)
@@ -213,12 +213,12 @@ def test_chips_are_what_maps_read_filled(tiles, tmp_path):
     name = next(name for name in prepared(tile_block(tiles), tmp_path).sample if name[-11:] == "00000c00000")
     path = folder / f"images/{name[:-13]}.tif"
     emptied(path, 8)
-    scene = open_scene.from_rasters(
-        [path], build(open_scene.SceneConfig, {"images": "", "units": "dn", "bands": THREE}, "")
+    scene = open_scene.scene_from_rasters(
+        [path], parse(open_scene.SceneConfig, {"images": "", "units": "dn", "bands": THREE})
     )
-    values, valid = scene.read((0, 0, 64, 64), [0, 1, 2])
-    chip = prepared(tile_block(folder), tmp_path).read(name).image
-    np.testing.assert_array_equal(chip, filled(values, valid))
+    values, valid = scene.read_window((0, 0, 64, 64), [0, 1, 2])
+    chip = prepared(tile_block(folder), tmp_path).read_sample(name).image
+    np.testing.assert_array_equal(chip, fill_nodata(values, valid))
     assert (values[:, :8] != chip[:, :8]).all()
 
 

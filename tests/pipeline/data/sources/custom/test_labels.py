@@ -9,8 +9,8 @@ import pytest
 import rasterio
 import shapely
 
-from pipeline.data.sources.custom.mask_labels import pair
-from pipeline.data.sources.custom.scenes import contains
+from pipeline.data.sources.custom.mask_labels import pair_masks
+from pipeline.data.sources.custom.scenes import has_token
 from pipeline.errors import UserError
 from tests.pipeline.data.sources.custom.test_custom import THREE, prepared, scene_block, tile_block, tiles
 
@@ -65,14 +65,14 @@ def test_masks_that_do_not_fit(tiles, tmp_path, what):
 def test_masks_are_found_by_whole_names(tmp_path):
     images = [tmp_path / f"images/tile_{number}.tif" for number in range(12)]
     masks = [tmp_path / f"masks/tile_{number}_mask.tif" for number in range(12)]
-    found = pair(images, masks, False, [])
+    found = pair_masks(images, masks, False, [])
     assert [found[str(image)] for image in images] == list(map(str, masks))
     with pytest.raises(UserError, match="tile_1.tif has 0 masks"):
-        pair(images, masks[:1] + masks[2:], False, [])
+        pair_masks(images, masks[:1] + masks[2:], False, [])
     with pytest.raises(UserError, match="tile_a.tif is the mask of both .*tile.tif and .*tile_a.tif"):
-        pair([tmp_path / "tile.tif", tmp_path / "tile_a.tif"], [tmp_path / "m/tile_a.tif"], False, [])
-    assert contains("LC08_B1", "B1")
-    assert not contains("LC08_B10", "B1")
+        pair_masks([tmp_path / "tile.tif", tmp_path / "tile_a.tif"], [tmp_path / "m/tile_a.tif"], False, [])
+    assert has_token("LC08_B1", "B1")
+    assert not has_token("LC08_B10", "B1")
 
 
 def test_folders_may_repeat_names(tiles, tmp_path):
@@ -88,7 +88,7 @@ def test_folders_may_repeat_names(tiles, tmp_path):
     assert len(stream.sample) == len(theirs.sample) > 100
     name = next(name for name in stream.sample if name.startswith("images/b/t03") and name.endswith("r00000c00000"))
     with rasterio.open(paths["masks"][7]) as file:
-        np.testing.assert_array_equal(stream.read(name).label, file.read(1)[:64, :64])
+        np.testing.assert_array_equal(stream.read_sample(name).label, file.read(1)[:64, :64])
     shutil.copytree(folder / "masks/a", folder / "masks/c/a")
     with pytest.raises(UserError, match="has 2 masks"):
         prepared(tile_block(folder, options=block), tmp_path)
@@ -128,7 +128,7 @@ def test_classes_of_polygons_may_be_numbers(raw_folder, tmp_path):
         scene_block(raw_folder, options={"classes": ["farm", "forest"], "images": "*_B02.jp2", "bands": THREE[:1]}), tmp_path
     )
     assert len(stream.sample) == len(named.sample) > 30
-    labels = [(stream.read(name).label == named.read(name).label).mean() for name in stream.sample[:10]]
+    labels = [(stream.read_sample(name).label == named.read_sample(name).label).mean() for name in stream.sample[:10]]
     assert min(labels) > 0.99
     assert any("polygons have no class" in note for note in stream.notes)
 

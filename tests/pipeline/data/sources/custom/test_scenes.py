@@ -65,7 +65,7 @@ def test_of_several_layers_one_is_named(raw_folder, tmp_path):
     one = prepared(scene_block(raw_folder, options=options), tmp_path)
     found = prepared(scene_block(raw_folder, options=options | {"labels": "two.gpkg", "layer": "final"}), tmp_path)
     name = one.sample[0]
-    np.testing.assert_array_equal(found.read(name).label, one.read(name).label)
+    np.testing.assert_array_equal(found.read_sample(name).label, one.read_sample(name).label)
 
 
 @pytest.mark.parametrize("name", ["land.shp", "land.parquet", "land.gdb"])
@@ -85,7 +85,7 @@ def test_polygons_of_other_formats_are_the_same_and_every_file_of_them_counts(ra
     block = scene_block(raw_folder, options=options)
     found = prepared(block, tmp_path)
     assert found.classes == known.classes
-    np.testing.assert_array_equal(found.read(found.sample[0]).label, known.read(known.sample[0]).label)
+    np.testing.assert_array_equal(found.read_sample(found.sample[0]).label, known.read_sample(known.sample[0]).label)
     before = custom.fetch(block, params)["content_sha256"]
     inner = tmp_path / "land.dbf" if name.endswith(".shp") else tmp_path / name
     inner = next(one for one in sorted(inner.iterdir()) if one.is_file()) if inner.is_dir() else inner
@@ -108,7 +108,7 @@ def test_a_band_that_ends_short_of_the_scene_has_no_data_there(raw_folder, tmp_p
     written(tmp_path / "s_B01.tif", counted(64, 63, 5000), GRID * Affine.scale(6))
     options = scene_of(tmp_path, ["B02", "B03", "B01"])
     stream = prepared(scene_block(raw_folder, chip=64, block=64, options=options), tmp_path)
-    sample = stream.read("r00000c00320")
+    sample = stream.read_sample("r00000c00320")
     assert (sample.label[:, 58:] == image_store.IGNORE).all()
     assert (sample.label[:, :58] != image_store.IGNORE).all()
     assert sample.image[2].min() >= 5000
@@ -124,7 +124,7 @@ def test_the_finest_grid_is_told_by_metres(raw_folder, tmp_path):
     options = scene_of(tmp_path, ["B02", "B03", "DEM"])
     stream = prepared(scene_block(raw_folder, chip=64, block=64, options=options), tmp_path)
     assert len(stream.sample) == 16
-    np.testing.assert_array_equal(stream.read("r00064c00000").image[0], counted(256, 256)[0, 64:128, :64])
+    np.testing.assert_array_equal(stream.read_sample("r00064c00000").image[0], counted(256, 256)[0, 64:128, :64])
     assert [note for note in stream.notes if "finest grid" in note] == [
         "s_DEM.tif brought to the finest grid by nearest neighbour"
     ]
@@ -169,7 +169,7 @@ def test_splits_know_shared_ground_across_the_antimeridian(tmp_path, seed):
     home = dict(zip(stream.sample, stream.split, strict=True))
     for one, other in ((0, 4), (8, 9)):
         assert home[f"t{one:02d}_r00000c00000"] == home[f"t{other:02d}_r00000c00000"]
-    places = {name: stream.read(name) for name in stream.sample}
+    places = {name: stream.read_sample(name) for name in stream.sample}
     assert all(-180 <= one.lon < 180 for one in places.values())
     assert places["t08_r00000c00000"].lon == pytest.approx(180.0532 - 360)
     image_writer.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
@@ -211,6 +211,6 @@ def test_bands_names_at_a_words_end_and_with_an_alpha_band(raw_folder, tmp_path)
     written(tmp_path / "sceneB03.tif", alpha, GRID, photometric="MINISBLACK", alpha="YES")
     options = scene_of(tmp_path, ["B02", "B03", "B8A"])
     stream = prepared(scene_block(raw_folder, chip=32, block=32, options=options), tmp_path)
-    np.testing.assert_array_equal(stream.read("r00000c00000").image[1], alpha[0, :32, :32])
+    np.testing.assert_array_equal(stream.read_sample("r00000c00000").image[1], alpha[0, :32, :32])
     with pytest.raises(UserError, match="Band B8 should be in the name of one file; it is in 0"):
         prepared(scene_block(raw_folder, options=scene_of(tmp_path, ["B02", "B8"])), tmp_path)

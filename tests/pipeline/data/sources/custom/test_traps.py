@@ -23,7 +23,7 @@ def test_times_that_numpy_would_take_for_others_are_refused(tiles, tmp_path, tim
     with pytest.raises(UserError, match="the time of tile_0000_0000.tif is '.*'; write it as 2017-02-16"):
         prepared(tile_block(folder, task="classification", chip=0, block=128, options=options), tmp_path)
     for text in ("2017-02-16T10:21:01Z", "2017-02-16 10:21:01+00:00"):
-        assert image_store.moment(text, "") == np.datetime64("2017-02-16T10:21:01")
+        assert image_store.parse_timestamp(text, "") == np.datetime64("2017-02-16T10:21:01")
 
 
 def test_values_for_no_data_that_are_not_declared_are_noticed(tiles, tmp_path):
@@ -127,7 +127,7 @@ def test_masks_may_ignore_what_no_byte_holds(tiles, tmp_path, ignore, kind):
     known = prepared(tile_block(tiles), tmp_path)
     found = prepared(tile_block(folder, options={"ignore": ignore}), tmp_path)
     name = known.sample[0]
-    np.testing.assert_array_equal(found.read(name).label, known.read(name).label)
+    np.testing.assert_array_equal(found.read_sample(name).label, known.read_sample(name).label)
 
 
 def test_long_numbers_may_be_classes(tiles, tmp_path):

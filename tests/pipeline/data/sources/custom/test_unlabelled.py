@@ -55,12 +55,12 @@ def test_names_are_of_files_and_chips_lie_where_they_were_cut(wider, tmp_path):
     name = "more/tile_0000_1152.tif_r00064c00000"
     place = stream.sample.index(name)
     with rasterio.open(wider / "more/tile_0000_1152.tif") as file:
-        np.testing.assert_array_equal(stream.read(name).image, file.read()[:, 64:, :64])
+        np.testing.assert_array_equal(stream.read_sample(name).image, file.read()[:, 64:, :64])
         assert tuple(stream.transform[place]) == tuple(
             file.transform @ rasterio.Affine.translation(0, 64)
         )[:6]  # fmt: skip
     assert stream.split[place] == NONE
-    assert (stream.read(name).label == image_store.IGNORE).all()
+    assert (stream.read_sample(name).label == image_store.IGNORE).all()
     told = [note for note in stream.notes if "share ground with val or test" in note]
     assert len(told) == 1
     assert " of 24 unlabelled chips share ground" in told[0]
@@ -138,8 +138,8 @@ def test_tables_whose_further_images_differ_are_refused(raw_folder, tiles, tmp_p
         prepared(block, tmp_path)
     block = dataclasses.replace(block, options=block.options | {"time": "2018-01-01"})
     stream = prepared(block, tmp_path)
-    assert stream.read("more/tile_0000_1024.tif").time == np.datetime64("2018-01-01", "s")
-    assert stream.read("images/tile_0000_0000").time == np.datetime64("2017-02-16", "s")
+    assert stream.read_sample("more/tile_0000_1024.tif").time == np.datetime64("2018-01-01", "s")
+    assert stream.read_sample("images/tile_0000_0000").time == np.datetime64("2017-02-16", "s")
     path = folder / "more/tile_0000_1024.tif"
     with rasterio.open(path) as file:
         small, profile = file.read(window=Window(0, 0, 100, 100)), {**file.profile, "height": 100, "width": 100}
@@ -156,7 +156,7 @@ def test_a_tables_split_of_that_name_makes_no_unlabelled_chip(tiles, tmp_path):
     block = tile_block(tiles, task="classification", chip=0, block=128, options=options)
     stream = prepared(block, tmp_path)
     assert NONE not in stream.split
-    assert stream.read("images/tile_0000_0128").label == 1
+    assert stream.read_sample("images/tile_0000_0128").label == 1
     with pytest.raises(UserError, match="is 'unlabelled'; it must be one of train, val, test"):
         prepared(dataclasses.replace(block, options=block.options | {"split": "column"}), tmp_path)
 
@@ -172,7 +172,7 @@ def test_damaged_ones_are_left_out_if_asked_for(wider, tmp_path):
 def test_a_store_holds_no_label_of_an_unlabelled_chip(wider, tmp_path):
     stream = prepared(both(tile_block(wider))[1], tmp_path)
     name = stream.sample[-1]
-    stream.read.chips[name] = dataclasses.replace(stream.read.chips[stream.sample[0]])
+    stream.read_sample.chips[name] = dataclasses.replace(stream.read_sample.chips[stream.sample[0]])
     with pytest.raises(UserError, match="Sample more/.*: A sample of the split unlabelled has a label"):
         image_writer.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
     assert not (tmp_path / "store").exists()
