@@ -127,13 +127,13 @@ def fused_adamw() -> float:
 
 
 def dense_pull() -> float:
-    inputs, task = [level[:4] for level in levels(torch.channels_last)], loop.Task("segmentation", 2, ignore=255)
+    inputs, task = [level[:4] for level in levels(torch.channels_last)], loop.Task("segmentation", 2, ignore_value=255)
     label = torch.randint(2, (1, 4, 256, 256), dtype=torch.uint8)
     group = HeadList(lambda: UPerNet(WIDTHS, 16, 2), (256, 256), (0,))
 
     def pulled():
         for _ in range(5):
-            group.pull(inputs, None, lambda logits, heads: loss_grad(logits, label[heads], task))
+            group.backward(inputs, None, lambda logits, heads: loss_grad(logits, label[heads], task))
 
     def pushed():
         for _ in range(5):
@@ -168,7 +168,7 @@ def many_readers() -> float:
 
     def by_one():
         for start in batches:
-            selected = given.select(opened.image[start : start + 256].values)
+            selected = given.select_bands(opened.image[start : start + 256].values)
             torch.from_numpy(selected).clone()
 
     with ThreadPoolExecutor(4) as readers:
@@ -183,7 +183,7 @@ def moments_by_image() -> float:
     def all_at_once():
         total = squares = 0
         for start in range(0, len(rows), 256):
-            values = given.select(opened.image[rows[start : start + 256]].values) / np.float64(given.scale)
+            values = given.select_bands(opened.image[rows[start : start + 256]].values) / np.float64(given.scale)
             total, squares = total + values.sum(axis=(0, 2, 3)), squares + np.square(values).sum(axis=(0, 2, 3))
 
     return ratio(lambda: inputs._moments(opened, given), all_at_once, ROUNDS)

@@ -12,7 +12,7 @@ from benchmarks.features import FOLDER, remade
 from pipeline import config
 from pipeline.data import image_writer
 from pipeline.data.image_store import open_images
-from pipeline.data.splits import SPLITS, assign_blocks
+from pipeline.data.splits import SPLITS, assign_blocks_to_splits
 
 
 def deal(labelled, described: config.DatasetConfig, seed: int) -> np.ndarray:
@@ -24,7 +24,7 @@ def deal(labelled, described: config.DatasetConfig, seed: int) -> np.ndarray:
     names, block = np.unique(homes, return_inverse=True)
     counts = np.zeros((len(names), len(labelled.attrs["classes"])))
     np.add.at(counts, (block, labelled.label.values), 1)
-    return np.array(SPLITS)[assign_blocks(counts, described.splits, seed)[block]]
+    return np.array(SPLITS)[assign_blocks_to_splits(counts, described.splits, seed)[block]]
 
 
 def store(dataset: str, described: config.DatasetConfig, seed: int) -> Path:

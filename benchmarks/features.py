@@ -42,7 +42,7 @@ def remade(opened, rows=slice(None), **changes) -> image_store.ImageDataset:
     attributes = ("classes", "task", "units", "gsd", "licence", "source", "display")
     said = {name: opened.attrs[name] for name in attributes if name in opened.attrs}
     said |= {name: opened[name].values[rows] for name in ("image", "sample", *variables)}
-    return image_store.ImageDataset(**{**said, "bands": preprocessing.bands_of(opened), **changes})
+    return image_store.ImageDataset(**{**said, "bands": preprocessing.image_bands(opened), **changes})
 
 
 def repeated(features: FeatureStore, times: int) -> FeatureStore:
@@ -52,14 +52,14 @@ def repeated(features: FeatureStore, times: int) -> FeatureStore:
         count, root = len(features.sample) // 64 * 64, features.root
         layout = StoreSchema(
             sample=tuple(f"{name}-{again}" for again in range(times) for name in features.sample[:count]),
-            split=("train",) * (count * times), pooled={}, dtype="float16", shard=64,
+            split=("train",) * (count * times), pooled={}, dtype="float16", shard_size=64,
             levels=tuple(
                 LevelSchema(*features.array(f"{level}/features").shape, root[level].attrs["stride"], "repeated")
                 for level in features.levels
             ),
         )  # fmt: skip
         writer = Writer(FOLDER / "scratch-repeated", layout, path, {"repeated": times})
-        for shard in tqdm(writer.shards(), desc=path.name, total=layout.shards, file=sys.stderr):
+        for shard in tqdm(writer.claim_shards(), desc=path.name, total=layout.n_shards, file=sys.stderr):
             start = shard * 64 % count
             maps = values(features, start, start + 64)
             writer.write(shard, {f"{level}/features": one for level, one in maps.items()})
@@ -80,7 +80,7 @@ def _make(path: Path, dataset: str, backbone: str, size: int, copies: int) -> No
     chosen = dataclasses.replace(chosen, input_size=size)
     declared = get_spec(chosen)
     given = preprocessing.make_preprocessor(opened, backbone, chosen, declared)
-    encoder = Encoder(given, create_backbone(chosen, declared, given.seen, Path(f"data/weights/{backbone}")), "cpu")
+    encoder = Encoder(given, create_backbone(chosen, declared, given.input_bands, Path(f"data/weights/{backbone}")), "cpu")
     chips = opened.image.values
     turns = list(VIEWS.items())[:copies]
     pyramid = encoder(chips[:1])
@@ -91,13 +91,13 @@ def _make(path: Path, dataset: str, backbone: str, size: int, copies: int) -> No
             LevelSchema(*level.shape[1:], stride, layer)
             for level, stride, layer in zip(pyramid.levels, declared.strides, declared.layers, strict=True)
         ),
-        pooled={}, dtype="float16", shard=64,
+        pooled={}, dtype="float16", shard_size=64,
     )  # fmt: skip
     shutil.rmtree(FOLDER / "scratch", ignore_errors=True)
     provenance = {"backbone": backbone, "images_sha256": opened.attrs["content_sha256"]}
     writer = Writer(FOLDER / "scratch", layout, path, provenance)
     everything = np.concatenate([turn(chips) for _, turn in turns])
-    for shard in tqdm(writer.shards(), desc=path.name, total=layout.shards, file=sys.stderr):
+    for shard in tqdm(writer.claim_shards(), desc=path.name, total=layout.n_shards, file=sys.stderr):
         levels = encoder(everything[layout.rows(shard)]).levels
         writer.write(shard, {f"level{number}/features": level for number, level in enumerate(levels)})
     writer.finish()

@@ -73,7 +73,7 @@ def write_student(path: Path) -> None:
         "units": "dn", "gsd": 10.0, "size": [128, 128],
     }  # fmt: skip
     student = Student(shape, [1500.0] * len(bands), [400.0] * len(bands)).eval()
-    graphs.onnx_file(graphs.program_of(student, told), told, path)
+    graphs.write_onnx(graphs.trace(student, told), told, path)
 
 
 def peak(scene: Path, way: str) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from benchmarks.timing import ratio
 from pipeline.composition.cka import linear_cka
 from pipeline.composition.points import ProbeSamples
 from pipeline.composition.probes import Probe
-from pipeline.composition.search import ensembles
+from pipeline.composition.search import all_subsets
 from pipeline.heads import probes
 from pipeline.training.loop import Task
 
@@ -45,7 +45,7 @@ def probe() -> Probe:
 
 def main() -> None:
     made = probe()
-    wanted = [[(name, "all") for name in names] for names in ensembles(list(WIDTHS))]
+    wanted = [[(name, "all") for name in names] for names in all_subsets(list(WIDTHS))]
 
     def ours() -> list[float]:
         with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:

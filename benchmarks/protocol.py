@@ -72,7 +72,7 @@ def load(described: config.Params, dataset: str, model: str) -> task_data.TaskDa
 
 
 def scores(cell: task_data.TaskData, group, split: str) -> np.ndarray:
-    return metrics.score(cell.task.name, cell.counts(group, split).sum(axis=1), cell.task.classes)
+    return metrics.score(cell.task.type, cell.counts(group, split).sum(axis=1), cell.task.n_classes)
 
 
 def protocol(described: config.Params, cell: task_data.TaskData) -> tuple[dict, np.ndarray]:
@@ -105,10 +105,10 @@ def plain(cell: task_data.TaskData, recipe: loop.TrainSchedule, threads: int) ->
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     begun = time.perf_counter()
-    head = torch.nn.Linear(part.inputs.shape[1], cell.task.classes).to(part.inputs.device)
+    head = torch.nn.Linear(part.inputs.shape[1], cell.task.n_classes).to(part.inputs.device)
     optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(recipe.steps))
-    for index in loop.order(len(part.label), recipe, 0).to(part.inputs.device):
+    for index in loop.batch_order(len(part.label), recipe, 0).to(part.inputs.device):
         optimiser.zero_grad()
         functional.cross_entropy(head(part.inputs[index]), part.label[index]).backward()
         optimiser.step()
@@ -161,7 +161,7 @@ def all_cores(described: config.Params, cell: task_data.TaskData) -> float:
     group = cell.train([setting])  # made, and trained outside of the clock
     lane = HeadTrainer(group.lanes()[0].train(), [setting], cell.task, recipe)
     begun = time.perf_counter()
-    for index in loop.order(len(cell.parts["train"].label), recipe, 0):
+    for index in loop.batch_order(len(cell.parts["train"].label), recipe, 0):
         lane.step(
             [level[index] for level in cell.parts["train"].inputs], None, cell.parts["train"].label[index][None]
         )
@@ -209,16 +209,16 @@ def terratorch(described: config.Params, dealt: int | None = None) -> dict:
     images, chosen = open_images(pictures), described.backbone(backbone)
     declared = get_spec(chosen)
     given = preprocessing.make_preprocessor(images, backbone, chosen, declared)
-    network = create_backbone(chosen, declared, given.seen, Path(f"data/weights/{backbone}"))
+    network = create_backbone(chosen, declared, given.input_bands, Path(f"data/weights/{backbone}"))
 
     shutil.rmtree(scratch := FOLDER / "protocol", ignore_errors=True)
     begun = time.perf_counter()
     encoder = Encoder(given, network, "cpu", strides=declared.strides)
-    look = estimate.look(images, encoder, 4)
+    look = estimate.dry_run(images, encoder, 4)
     layout = engine.make_layout(images, declared, look.pyramid, chosen.input_size, described.extract)
     provenance = {"images_sha256": images.attrs["content_sha256"]}
     writer = Writer(scratch / "scratch", layout, scratch / "store.zarr", provenance)
-    batch = described.extract.batch or batch_size.largest(images, encoder, described.extract.shard)
+    batch = described.extract.batch or batch_size.find_batch_size(images, encoder, described.extract.shard)
     engine.extract(images, encoder, writer, batch)
     writer.finish()
     cell = task_data.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")

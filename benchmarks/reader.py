@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import peers
 from benchmarks.features import store
 from benchmarks.peers import BATCH, PEERS, Way
-from cache.loader import FeatureDataset, shuffled
+from cache.loader import FeatureDataset, shuffled_batches
 from cache.reader import FeatureStore
 
 ROUNDS = 5
@@ -51,7 +51,7 @@ def rates(
     rows = np.arange(len(features.sample))
     counts, measured = {}, {name: [] for name in ways}
     for number in range(-2, rounds):  # two rounds to warm up and to find how many batches a way can do in time
-        order = [index for index in shuffled(rows, BATCH, seed=0, epoch=number + 2) if len(index) == BATCH]
+        order = [index for index in shuffled_batches(rows, BATCH, seed=0, epoch=number + 2) if len(index) == BATCH]
         for name, way in ways.items():
             prepare(name)
             found = rate(way, order[: 1 + counts.get(name, least)])
@@ -131,7 +131,7 @@ def fused(first: FeatureStore, second: FeatureStore) -> dict:
         f"{level}-{number}": [(one, f"{level}/features")]
         for level in levels for number, one in enumerate((first, second))
     })  # fmt: skip
-    out, parts = into_one.memory(BATCH), apart.memory(BATCH)
+    out, parts = into_one.allocate(BATCH), apart.allocate(BATCH)
 
     def join(batch, out):
         for level in levels:
@@ -140,13 +140,13 @@ def fused(first: FeatureStore, second: FeatureStore) -> dict:
 
     def concatenated(order):
         for index in order:
-            batch = apart.take(index, parts)
+            batch = apart.get(index, parts)
             yield [np.concatenate([batch[f"{level}-0"], batch[f"{level}-1"]], axis=1) for level in levels]
 
     ways = {
-        "fused": lambda order: (into_one.take(index, out) for index in order),
+        "fused": lambda order: (into_one.get(index, out) for index in order),
         "concatenated": concatenated,
-        "concatenated_in_place": lambda order: (join(apart.take(index, parts), out) for index in order),
+        "concatenated_in_place": lambda order: (join(apart.get(index, parts), out) for index in order),
         "fused_overlapped": into_one.stream,
         "concatenated_overlapped": lambda order: (join(batch, out) for _, batch in apart.stream(order)),
     }

@@ -14,8 +14,8 @@ import torch
 from benchmarks.timing import ratio
 from pipeline import config, cost
 from pipeline.data import image_store
-from stages.cli import DISTILLED, IMAGES, read_json
-from stages.cost import usable
+from stages.cli import DISTILLATION, IMAGES, read_json
+from stages.cost import benchmarked_models
 
 ROUNDS = 7
 
@@ -23,10 +23,10 @@ ROUNDS = 7
 def main() -> None:
     described, found = config.load(), {"cores": torch.get_num_threads()}
     for dataset in described.grid.datasets:
-        models = usable(described, dataset, "cpu")
-        chips = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: cost.BATCH].values
+        models = benchmarked_models(described, dataset, "cpu")
+        chips = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: cost.BATCH_CHIPS].values
         for name in described.grid.students:
-            told = read_json(DISTILLED / dataset / name / "metadata.json")
+            told = read_json(DISTILLATION / dataset / name / "metadata.json")
             if told["skipped"]:
                 continue
             ours, theirs = models[name], models[told["teacher"]]

@@ -20,7 +20,7 @@ import zarr
 
 from benchmarks.features import FOLDER, store, values
 from cache.atomic import sync_file, sync_folder
-from cache.schema import LevelSchema, StoreSchema, create
+from cache.schema import LevelSchema, StoreSchema, create_store
 from cache.writer import Writer
 
 ROUNDS = 9
@@ -36,14 +36,14 @@ def main() -> None:
     size = SHARDS * sum(maps.nbytes for maps in plain.values())
     layout = StoreSchema(
         sample=tuple(map(str, range(64 * SHARDS))), split=("train",) * 64 * SHARDS, pooled={}, dtype="float16",
-        levels=tuple(LevelSchema(*maps.shape[1:], 1, "") for maps in shard.values()), shard=64,
+        levels=tuple(LevelSchema(*maps.shape[1:], 1, "") for maps in shard.values()), shard_size=64,
     )  # fmt: skip
 
     def ours(given: dict) -> tuple[float, float]:
         """Seconds until the last shard is safe, and until the store is published with its statistics."""
         begun = time.perf_counter()
         writer = Writer(SCRATCH / "scratch", layout, SCRATCH / "store.zarr", {})
-        for number in writer.shards():
+        for number in writer.claim_shards():
             writer.write(number, given)
         written = time.perf_counter() - begun
         writer.finish()
@@ -51,7 +51,7 @@ def main() -> None:
 
     def zarr_python() -> float:
         """Seconds for zarr-python's own writing of the same shards, flushed as ours are."""
-        create(SCRATCH / "zarr", layout)
+        create_store(SCRATCH / "zarr", layout)
         root = zarr.open_group(SCRATCH / "zarr", mode="r+")
         begun = time.perf_counter()
         for number in range(SHARDS):

@@ -41,16 +41,16 @@ def cell_of(described: config.Params, dataset: str, model: str, seed: int) -> ta
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     chosen, levels, parts = described.heads.linear, described.heads.levels, {}
     fields = [
-        field for member in feature_inputs.vectors(members, chosen.pooled, chosen.tokens, levels) for field in member
+        field for member in feature_inputs.select_pooled(members, chosen.pooled, chosen.tokens, levels) for field in member
     ]
-    by = [feature_inputs.statistics(field, rows["train"]) for field in fields]
+    by = [feature_inputs.channel_stats(field, rows["train"]) for field in fields]
     for name, index in rows.items():
-        inputs = feature_inputs.pooled(members, chosen.pooled, chosen.tokens, index, rows["train"], levels)
+        inputs = feature_inputs.read_pooled(members, chosen.pooled, chosen.tokens, index, rows["train"], levels)
         label = torch.from_numpy(labelled.label.values[index].astype(np.int64))
         parts[name] = task_data.SplitData(inputs, label, members[0].sample[index].tolist())
     task, recipe = task_data.task_from_store(labelled), loop.TrainSchedule(chosen.steps, chosen.batch)
-    blueprint = HeadConfig("linear", "concat", (((parts["train"].inputs.shape[1],),),), task.classes)
-    turns = pca.principal(fields, by, rows["train"])
+    blueprint = HeadConfig("linear", "concat", (((parts["train"].inputs.shape[1],),),), task.n_classes)
+    turns = pca.principal_axes(fields, by, rows["train"])
     train = task_data.make_trainer(parts, task, recipe, blueprint, turns)
     return task_data.TaskData(parts, task, train, chosen.batch, [], [], [], blueprint)
 

@@ -20,9 +20,9 @@ from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec
 
 from cache import zarr_shard
-from cache.codecs import restore
+from cache.codecs import dequantize
 from cache.errors import StoreError
-from cache.files import CHECK, MmapFile, MmapPool
+from cache.files import VERIFY_HINT, MmapFile, MmapPool
 from cache.remote import RemoteArray
 from cache.schema import CHUNK_KEYS
 
@@ -53,7 +53,7 @@ class LocalArray:
             rows = [file.content[None, start : start + length] for _, file, start, length in places]
             np.concatenate(rows, out=target)
 
-    def at_hand(self, place: tuple) -> bool:
+    def in_page_cache(self, place: tuple) -> bool:
         """Whether a row can be read without waiting for the disk, by its first byte; True where no one can say."""
         if not hasattr(os, "RWF_NOWAIT"):
             return True
@@ -65,7 +65,7 @@ class LocalArray:
         except OSError:  # this file system does not say
             return True
 
-    def advise(self, places: Sequence[tuple]) -> None:
+    def prefetch(self, places: Sequence[tuple]) -> None:
         """Tell the system that rows will be read soon, so that it fetches them side by side."""
         if hasattr(os, "posix_fadvise"):
             for _, file, start, length in places:
@@ -78,11 +78,11 @@ class LocalArray:
             except (RuntimeError, ValueError):
                 raise self._damaged(path, "a chunk cannot be decompressed") from None
 
-    def find(self, index: Sequence[int]) -> list[tuple[str, MmapFile, int, int]]:
+    def locate(self, index: Sequence[int]) -> list[tuple[str, MmapFile, int, int]]:
         """Where rows lie: path, file, offset and length of each."""
         found = []
         with self._files.lock:
-            self._files.copying()
+            self._files.release_excess()
             opened = self._files.opened[self._path]
             for number, row in [divmod(row, self._rows) for row in index]:
                 path, file, places = opened.get(number) or self._open(number)
@@ -108,7 +108,7 @@ class LocalArray:
         Raises:
             StoreError: naming the first file of which that is not so.
         """
-        self.find(range(self._total))
+        self.locate(range(self._total))
         plain = np.arange(self._rows, dtype="<u8") * self._bytes
         for number in range(-(-self._total // self._rows) if self._sharded else 0):
             with self._files.lock:
@@ -124,7 +124,7 @@ class LocalArray:
         """Bytes of an uncompressed file none of whose rows is missing."""
         if not self._sharded:
             return self._rows * self._bytes
-        return min(self._rows, self._total - number * self._rows) * self._bytes + zarr_shard.index_bytes(self._rows)
+        return min(self._rows, self._total - number * self._rows) * self._bytes + zarr_shard.index_size(self._rows)
 
     def _read_index(self, path: str, file: MmapFile) -> np.ndarray:
         """Offset and length of a file's rows."""
@@ -132,7 +132,7 @@ class LocalArray:
         if not self._sharded:
             raise self._damaged(path, f"it has {size} bytes, not {self._rows * self._bytes}")
         try:
-            index = zarr_shard.decode_index(file.content[-zarr_shard.index_bytes(self._rows) :].tobytes(), self._rows)
+            index = zarr_shard.decode_index(file.content[-zarr_shard.index_size(self._rows) :].tobytes(), self._rows)
         except ValueError as error:
             raise self._damaged(path, str(error)) from None
         written = index[index[:, 1] != zarr_shard.EMPTY]
@@ -143,7 +143,7 @@ class LocalArray:
         return index
 
     def _damaged(self, path: str, how: str) -> StoreError:
-        return StoreError(f"{path} of {self._files.folder} is damaged: {how}. {CHECK}")
+        return StoreError(f"{path} of {self._files.folder} is damaged: {how}. {VERIFY_HINT}")
 
 
 class DequantizedArray:
@@ -154,8 +154,8 @@ class DequantizedArray:
         self.shape, self.dtype = steps.shape, np.dtype(dtype)
         self._own = threading.local()
 
-    def find(self, index: Sequence[int]) -> list[tuple]:
-        return list(zip(self._steps.find(index), self._scale.find(index), strict=True))
+    def locate(self, index: Sequence[int]) -> list[tuple]:
+        return list(zip(self._steps.locate(index), self._scale.locate(index), strict=True))
 
     def read(self, places: Sequence[tuple], out: np.ndarray) -> None:
         if not hasattr(self._own, "steps"):
@@ -164,21 +164,21 @@ class DequantizedArray:
         for (steps, scale), target in zip(places, out, strict=True):
             self._steps.read([steps], self._own.steps)
             self._scale.read([scale], self._own.scale)
-            restore(self._own.steps[0], self._own.scale[0], target)
+            dequantize(self._own.steps[0], self._own.scale[0], target)
 
-    def at_hand(self, place: tuple) -> bool:
-        return self._steps.at_hand(place[0])
+    def in_page_cache(self, place: tuple) -> bool:
+        return self._steps.in_page_cache(place[0])
 
     def check(self) -> None:
         self._steps.check()
         self._scale.check()
 
-    def advise(self, places: Sequence[tuple]) -> None:
-        self._steps.advise([steps for steps, _ in places])
-        self._scale.advise([scale for _, scale in places])
+    def prefetch(self, places: Sequence[tuple]) -> None:
+        self._steps.prefetch([steps for steps, _ in places])
+        self._scale.prefetch([scale for _, scale in places])
 
 
-def readable(array: zarr.Array) -> bool:
+def is_mappable(array: zarr.Array) -> bool:
     """Whether `LocalRows` understands the layout: files along the first axis, of raw or Blosc rows."""
     codecs, sharding = array.metadata.codecs, array.metadata.codecs[0]
     if array.metadata.chunk_key_encoding.to_dict().get("configuration") != {"separator": CHUNK_KEYS["separator"]}:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # Files flushed at once.
-_FLUSHES = 16
+_CONCURRENT_FLUSHES = 16
 # Parts that one call may write.
-_VECTOR = os.sysconf("SC_IOV_MAX")
+_MAX_BUFFERS_PER_WRITE = os.sysconf("SC_IOV_MAX")
 
 
 def sync_file(path: Path) -> None:
@@ -33,7 +33,7 @@ def sync_tree(path: Path, durable: Container[str] = ()) -> None:
     """
     walked = list(os.walk(path, topdown=False))
     files = (os.path.join(folder, name) for folder, _, names in walked for name in names)
-    with ThreadPoolExecutor(_FLUSHES) as pool:
+    with ThreadPoolExecutor(_CONCURRENT_FLUSHES) as pool:
         list(pool.map(sync_file, (file for file in files if os.path.relpath(file, path) not in durable)))
     for folder, _, _ in walked:
         sync_folder(Path(folder))
@@ -58,7 +58,7 @@ def _write_all(file, parts: Iterable[bytes | memoryview]) -> None:
     """Write parts in as few calls as there can be: the system then caches the file in larger pages."""
     rest = [memoryview(part).cast("B") for part in parts if len(part)]
     while rest:
-        written = os.writev(file.fileno(), rest[:_VECTOR])
+        written = os.writev(file.fileno(), rest[:_MAX_BUFFERS_PER_WRITE])
         while rest and written >= len(rest[0]):
             written -= len(rest.pop(0))
         if rest:
@@ -93,11 +93,11 @@ def atomic_dir(scratch: Path, final: Path):
         yield scratch
         publish(scratch, final)
     finally:
-        _settle()
+        _drain_zarr_writes()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _settle() -> None:
+def _drain_zarr_writes() -> None:
     """Wait for zarr's writes under way: when one fails it reports at once and lets those beside it go on."""
     import asyncio
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache.codecs import Codec, restore
+from cache.codecs import Codec, dequantize
 from cache.errors import StoreError
 
 # A float16 below its smallest normal number loses digits; a few such values are noise, most of them are a loss.
-_FAINT_SHARE = 0.5
+_MAX_SUBNORMAL_FRACTION = 0.5
 # Values in a task: few enough that they stay in a core's own cache from one step to the next.
-_BLOCK = 2**18
+_BLOCK_VALUES = 2**18
 
 
 @dataclass
@@ -26,34 +26,34 @@ class CastArray:
 
     stored: np.ndarray
     scale: np.ndarray | None
-    error: float = 0.0
-    size: float = 0.0
+    squared_error: float = 0.0
+    sum_of_squares: float = 0.0
 
 
-def prepare(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Executor) -> CastArray:
+def cast_array(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Executor) -> CastArray:
     """Narrow `values` (sample, …) to `dtype` and then lose what the codec loses, a block of samples a task.
 
     Raises:
         StoreError: finite values that do not fit the dtype, values most of which would underflow, or NaN and
             infinities for int8. NaN and infinities pass through every other codec.
     """
-    if values.dtype == dtype and not codec.loses:
+    if values.dtype == dtype and not codec.is_lossy:
         return CastArray(np.ascontiguousarray(values), None)
-    step = max(1, _BLOCK // max(1, values[:1].size))
+    step = max(1, _BLOCK_VALUES // max(1, values[:1].size))
     prepared = CastArray(
-        np.empty(values.shape, codec.stored(dtype)),
-        np.empty(values.shape[:-2], "float32") if codec.scaled else None,
+        np.empty(values.shape, codec.stored_dtype(dtype)),
+        np.empty(values.shape[:-2], "float32") if codec.has_scale else None,
     )
     blocks = [slice(start, start + step) for start in range(0, len(values), step)]
     try:
-        counts = np.array(list(pool.map(lambda rows: _block(values, rows, dtype, codec, prepared), blocks)))
+        counts = np.array(list(pool.map(lambda rows: _cast_block(values, rows, dtype, codec, prepared), blocks)))
     except ValueError as error:
         raise StoreError(f"{name} has {error}. Store this backbone with extract.codec: none.") from None
-    prepared.error, prepared.size = judge(counts, name, dtype)
+    prepared.squared_error, prepared.sum_of_squares = check_cast(counts, name, dtype)
     return prepared
 
 
-def judge(counts: np.ndarray, name: str, dtype: str) -> tuple[float, float]:
+def check_cast(counts: np.ndarray, name: str, dtype: str) -> tuple[float, float]:
     """Whether values survived being narrowed to `dtype`.
 
     Args:
@@ -74,7 +74,7 @@ def judge(counts: np.ndarray, name: str, dtype: str) -> tuple[float, float]:
             f"{int(too_large)} values of {name} are too large for {dtype} (up to {counts[:, 1].max():.4g}, limit "
             f"{np.finfo(dtype).max:.5g}). Store this backbone with extract.dtype: float32."
         )
-    if faint > _FAINT_SHARE * nonzero:
+    if faint > _MAX_SUBNORMAL_FRACTION * nonzero:
         raise StoreError(
             f"Most values of {name} ({faint / nonzero:.0%}) are too small for {dtype}, below its smallest normal "
             f"number {np.finfo(dtype).tiny:.2g}, and would lose their digits. Store this backbone with "
@@ -83,10 +83,10 @@ def judge(counts: np.ndarray, name: str, dtype: str) -> tuple[float, float]:
     return error, size
 
 
-def _block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, into: CastArray) -> tuple[float, ...]:
+def _cast_block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, into: CastArray) -> tuple[float, ...]:
     """Store a few samples; what `judge` wants to know of them."""
     given = np.ascontiguousarray(values[rows])
-    narrow = np.empty(given.shape, dtype) if codec.loses else into.stored[rows]
+    narrow = np.empty(given.shape, dtype) if codec.is_lossy else into.stored[rows]
     with np.errstate(over="ignore"):
         np.copyto(narrow, given, casting="same_kind")
     magnitude = np.abs(given)
@@ -97,12 +97,12 @@ def _block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, into: Cast
     if np.any(lost):
         return np.count_nonzero(lost), magnitude[lost].max(), faint, nonzero, 0.0, 0.0
     kept = narrow
-    if codec.loses:
-        into.stored[rows], scale = codec.lose(narrow)
+    if codec.is_lossy:
+        into.stored[rows], scale = codec.quantize(narrow)
         kept = into.stored[rows]
-    if codec.scaled:
+    if codec.has_scale:
         into.scale[rows] = scale
-        restore(kept, scale, narrow)
+        dequantize(kept, scale, narrow)
         kept = narrow
     # No square of a float16 is too large for float32.
     precise = np.float32 if fits and dtype == "float16" else np.float64

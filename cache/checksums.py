@@ -17,7 +17,7 @@ from cache.atomic import write_file
 from cache.errors import StoreError
 
 NAME = "SHA256SUMS"
-_REMEDY = "Delete the store and extract again, or fetch it again from where it came."
+_REPAIR_HINT = "Delete the store and extract again, or fetch it again from where it came."
 
 
 def fingerprint(*parts: object) -> str:
@@ -60,7 +60,7 @@ def write(store: Path, known: Mapping[str, str]) -> None:
     write_file(store / NAME, [_listing(digests).encode()])
 
 
-def content(described: Mapping, shards: Mapping[str, str]) -> str:
+def content_digest(described: Mapping, shards: Mapping[str, str]) -> str:
     """The SHA-256 of a store's content: its attributes, and the digests of its shard files by path."""
     listed = json.dumps([dict(described), _listing(shards)], sort_keys=True)
     return hashlib.sha256(listed.encode()).hexdigest()
@@ -82,17 +82,17 @@ def check(store: Path) -> dict[str, str]:
         actual = dict(zip(found, pool.map(lambda file: digest(store / file), found), strict=True))
     for file in sorted({*found, *listed}):
         if file not in actual:
-            raise StoreError(f"{file} is listed in {NAME} but is not in {store}. {_REMEDY}")
+            raise StoreError(f"{file} is listed in {NAME} but is not in {store}. {_REPAIR_HINT}")
         if file not in listed:
-            raise StoreError(f"{file} of {store} is not listed in {NAME}. {_REMEDY}")
+            raise StoreError(f"{file} of {store} is not listed in {NAME}. {_REPAIR_HINT}")
         if actual[file] != listed[file]:
-            raise StoreError(f"{file} of {store} is damaged: its SHA-256 is not the one in {NAME}. {_REMEDY}")
+            raise StoreError(f"{file} of {store} is damaged: its SHA-256 is not the one in {NAME}. {_REPAIR_HINT}")
     if text != _listing(actual):
-        raise StoreError(f"{store / NAME} is damaged. {_REMEDY}")
+        raise StoreError(f"{store / NAME} is damaged. {_REPAIR_HINT}")
     return actual
 
 
-def lacking(store: Path) -> list[str]:
+def missing_files(store: Path) -> list[str]:
     """The listed files, or the list itself, that are not there; what is in them is not looked at."""
     try:
         listed = _parsed(_text(store))

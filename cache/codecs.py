@@ -14,9 +14,9 @@ import numpy as np
 if TYPE_CHECKING:
     from zarr.codecs import BloscCodec
 
-LEVEL = 5
-_COMPRESSION = {"lz4": "lz4", "zstd": "zstd", "bitround": "zstd"}
-_STEPS = 127
+COMPRESSION_LEVEL = 5
+_COMPRESSORS = {"lz4": "lz4", "zstd": "zstd", "bitround": "zstd"}
+_INT8_MAX = 127
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Codec:
     keepbits: int = 0
 
     @property
-    def scaled(self) -> bool:
+    def has_scale(self) -> bool:
         """The store has a `scale` beside the features."""
         return self.name == "int8"
 
     @property
-    def loses(self) -> bool:
+    def is_lossy(self) -> bool:
         """Values come back changed."""
         return self.name in ("bitround", "int8")
 
@@ -46,27 +46,27 @@ class Codec:
         """The name as `parse` reads it."""
         return f"bitround{self.keepbits}" if self.name == "bitround" else self.name
 
-    def stored(self, dtype: str) -> str:
+    def stored_dtype(self, dtype: str) -> str:
         """The dtype on disk of features whose reader gets `dtype`."""
-        return "int8" if self.scaled else dtype
+        return "int8" if self.has_scale else dtype
 
     def compressor(self) -> "BloscCodec | None":
         """What the arrays' metadata says of each chunk's compression."""
         from zarr.codecs import BloscCodec
 
-        name = _COMPRESSION.get(self.name)
-        return BloscCodec(cname=name, clevel=LEVEL, shuffle="shuffle") if name else None
+        name = _COMPRESSORS.get(self.name)
+        return BloscCodec(cname=name, clevel=COMPRESSION_LEVEL, shuffle="shuffle") if name else None
 
     def compress(self, chunk: np.ndarray) -> bytes | memoryview:
         """The bytes of one chunk (C order)."""
-        if self.name not in _COMPRESSION:
+        if self.name not in _COMPRESSORS:
             return chunk.data.cast("B")
         from numcodecs import blosc
 
-        name = _COMPRESSION[self.name].encode()
-        return blosc.compress(chunk, name, LEVEL, blosc.SHUFFLE, 0, typesize=chunk.dtype.itemsize)
+        name = _COMPRESSORS[self.name].encode()
+        return blosc.compress(chunk, name, COMPRESSION_LEVEL, blosc.SHUFFLE, 0, typesize=chunk.dtype.itemsize)
 
-    def lose(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def quantize(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """What is stored of `values` (…, channel, y, x): the array, and the scale (…, channel) or None.
 
         Raises:
@@ -79,22 +79,22 @@ class Codec:
             rounded = rounded.view(values.dtype).reshape(values.shape)
             # Rounding would turn NaN into a number and the largest numbers into infinity.
             return np.where(np.isfinite(values) & np.isfinite(rounded), rounded, values), None
-        if self.scaled:
+        if self.has_scale:
             if not np.isfinite(values).all():
                 raise ValueError("NaN or infinite values, which int8 cannot hold")
             largest = np.float32(np.finfo(values.dtype).max)
             # Rounded down at the end of the range, so that no value comes back as infinity.
-            limit = np.nextafter(largest / np.float32(_STEPS), np.float32(0))
-            scale = np.minimum(np.abs(values).max(axis=(-2, -1)).astype(np.float32) / np.float32(_STEPS), limit)
+            limit = np.nextafter(largest / np.float32(_INT8_MAX), np.float32(0))
+            scale = np.minimum(np.abs(values).max(axis=(-2, -1)).astype(np.float32) / np.float32(_INT8_MAX), limit)
             steps = np.where(scale > 0, scale, 1)[..., None, None]
-            return np.clip(np.rint(values / steps), -_STEPS, _STEPS).astype(np.int8), scale
+            return np.clip(np.rint(values / steps), -_INT8_MAX, _INT8_MAX).astype(np.int8), scale
         return values, None
 
 
 NONE = Codec("none")
 
 
-def parse(name: str, dtype: str) -> Codec:
+def parse_codec(name: str, dtype: str) -> Codec:
     """The codec of a name such as `zstd` or `bitround6`.
 
     Raises:
@@ -110,6 +110,6 @@ def parse(name: str, dtype: str) -> Codec:
     return Codec(name)
 
 
-def restore(steps: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
+def dequantize(quantized: np.ndarray, scale: np.ndarray, out: np.ndarray) -> None:
     """int8 steps (…, channel, y, x) times their scale (…, channel), into `out`."""
-    np.multiply(steps, scale[..., None, None], out=out, casting="unsafe")
+    np.multiply(quantized, scale[..., None, None], out=out, casting="unsafe")

@@ -14,24 +14,24 @@ import numpy as np
 
 from cache.errors import StoreError
 
-CHECK = "Check the store with: python -m cache.verify PATH"
-_MOST_FILES = 1 << 14
+VERIFY_HINT = "Check the store with: python -m cache.verify PATH"
+_MAX_OPEN_FILES = 1 << 14
 
 
 @cache
-def files_allowed() -> int:
+def max_open_files() -> int:
     """How many files all stores together may hold open: a quarter of what the process may, since each counts twice.
 
     The usual limit of 1,024 is there for programs that call `select`; like Go's runtime this asks for what the
     system grants, since opening a file again for every row would cost as much as reading it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 4 * _MOST_FILES
+    most = 4 * _MAX_OPEN_FILES
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
-    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(_MOST_FILES, soft // 4)
+    return _MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, soft // 4)
 
 
 class MmapPool:
@@ -63,7 +63,7 @@ class MmapPool:
 
     def open(self, path: str) -> "MmapFile":
         """The open file at `path` within the store; it stays open while anyone holds what is returned."""
-        if self._count >= max(1, files_allowed() // len(MmapPool._live)):
+        if self._count >= max(1, max_open_files() // len(MmapPool._live)):
             self._count = 0
             for files in self.opened.values():
                 files.clear()
@@ -72,13 +72,13 @@ class MmapPool:
             file = MmapFile(path, self._root.number)
         except FileNotFoundError:
             raise StoreError(
-                f"{path} is missing from {self.folder}, or that store was replaced while it was read. {CHECK}"
+                f"{path} is missing from {self.folder}, or that store was replaced while it was read. {VERIFY_HINT}"
             ) from None
         if file.map:
             self._in_small_pieces(file.map)
         return file
 
-    def copying(self) -> None:
+    def release_excess(self) -> None:
         """Let go of what is mapped if that is more than may stay so; to be called before rows are copied."""
         held = _mapped_bytes()
         if held - self._others <= self._mapped:

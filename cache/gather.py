@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from cache.arrays import DequantizedArray, LocalArray
-from cache.files import files_allowed
+from cache.files import max_open_files
 from cache.remote import RemoteArray
 
 THREADS = 4
@@ -30,7 +30,7 @@ def gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
     """
     cold = False
     count = len(parts[0][1])
-    step = max(1, files_allowed() // 2 // len(parts))  # each row may be in a file of its own
+    step = max(1, max_open_files() // 2 // len(parts))  # each row may be in a file of its own
     for first in range(0, count, step):
         some = slice(first, first + step)
         cold |= _gather([(rows, index[some], out[some]) for rows, index, out in parts], pool)
@@ -39,11 +39,11 @@ def gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
 
 def _gather(parts: Sequence[Part], pool: ThreadPoolExecutor) -> bool:
     # Found by one thread, since two would wait for each other's lock longer than finding takes.
-    found = [(rows, rows.find(index), out) for rows, index, out in parts]
-    cold = not all(rows.at_hand(place) for rows, places, _ in found for place in places[:_ASKED])
+    found = [(rows, rows.locate(index), out) for rows, index, out in parts]
+    cold = not all(rows.in_page_cache(place) for rows, places, _ in found for place in places[:_ASKED])
     if cold:
         for rows, places, _ in found:
-            rows.advise(places)
+            rows.prefetch(places)
     count, size = len(found[0][1]), sum(out.nbytes for _, _, out in found)
     threads = THREADS if cold else min(THREADS, _CORES, 1 + size // _SMALL)
     bounds = [count * number // threads for number in range(threads + 1)]

@@ -10,14 +10,14 @@ import numpy as np
 
 from cache.errors import StoreError
 from cache.gather import THREADS, gather
-from cache.reader import FeatureStore, aligned
+from cache.reader import FeatureStore, check_aligned
 
 # One batch in use, one being filled; a third would only push the others out of the processor's cache.
 _BUFFERS = 2
 # Batches told ahead after one that had to come from the disk.
-_TOLD_AHEAD = 16
+_PREFETCH_BATCHES = 16
 # Samples read at once while a set is brought into memory.
-_STEP = 256
+_ROWS_PER_READ = 256
 
 
 class FeatureDataset:
@@ -57,25 +57,25 @@ class FeatureDataset:
         if not self._fields or not all(self._fields.values()):
             raise StoreError(f"Batches need fields, and each at least one (store, array) pair; given {dict(fields)}.")
         self.stores = list({id(store): store for parts in self._fields.values() for store, _ in parts}.values())
-        aligned(self.stores)
+        check_aligned(self.stores)
         self.shapes, self.dtypes = {}, {}
         for name, parts in self._fields.items():
             self.shapes[name], self.dtypes[name] = _joined(name, parts)
-        self.rows = self.stores[0].checked(np.arange(len(self.stores[0].sample)) if rows is None else rows)
+        self.rows = self.stores[0].validate_index(np.arange(len(self.stores[0].sample)) if rows is None else rows)
         self._places = np.full(len(self.stores[0].sample), -1)
         self._places[self.rows] = np.arange(len(self.rows))
         self._view, self._empty = view, empty
         self._pool, self._process = None, None
         self._held = None
-        if self.held_bytes <= budget:
+        if self.total_bytes <= budget:
             self._held = self._hold()
 
     @property
-    def held(self) -> bool:
+    def in_memory(self) -> bool:
         return self._held is not None
 
     @property
-    def held_bytes(self) -> int:
+    def total_bytes(self) -> int:
         """What all the rows would take in memory."""
         return sum(
             len(self.rows) * int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
@@ -87,8 +87,8 @@ class FeatureDataset:
     def __getitem__(self, position: int | Sequence[int]) -> dict[str, np.ndarray]:
         """One sample, or a batch of them, by position among `rows`."""
         if isinstance(position, (int, np.integer)):
-            return {name: values[0] for name, values in self.take(self.rows[[position]]).items()}
-        return self.take(self.rows[np.asarray(position, dtype=np.int64)])
+            return {name: values[0] for name, values in self.get(self.rows[[position]]).items()}
+        return self.get(self.rows[np.asarray(position, dtype=np.int64)])
 
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, np.ndarray]]:
         """What a DataLoader that batches by itself asks for."""
@@ -98,7 +98,7 @@ class FeatureDataset:
     def __reduce__(self):
         return FeatureDataset, self._given
 
-    def take(self, index: np.ndarray, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    def get(self, index: np.ndarray, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """Samples `index` of the stores, in that order.
 
         Args:
@@ -108,7 +108,7 @@ class FeatureDataset:
         self._fill(out, np.asarray(index))
         return {name: values[: len(index)] for name, values in out.items()}
 
-    def memory(self, count: int) -> dict[str, np.ndarray]:
+    def allocate(self, count: int) -> dict[str, np.ndarray]:
         """Memory for `count` samples, made by `empty`."""
         return self._allocate(count, self._empty)
 
@@ -152,7 +152,7 @@ class FeatureDataset:
                 if cold and following is not None:
                     self._advise(following)
                 # A batch that was told ahead is at hand; that does not say that the next one would be.
-                cold = _TOLD_AHEAD if self._fill(buffer, index) else max(0, cold - 1)
+                cold = _PREFETCH_BATCHES if self._fill(buffer, index) else max(0, cold - 1)
                 ready.put((index, buffer))
                 index = following
             ready.put(failed)
@@ -161,7 +161,7 @@ class FeatureDataset:
 
     def _fill(self, out: Mapping[str, np.ndarray], index: np.ndarray) -> bool:
         """Gather samples into memory; returns whether they had to come from the disk."""
-        places = self.places(index)
+        places = self.positions(index)
         if self._held is not None:
             for name, held in self._held.items():
                 np.take(held, places, axis=0, out=out[name][: len(index)], mode="clip")
@@ -176,7 +176,7 @@ class FeatureDataset:
             for store, array in members:
                 rows = store.array(array)
                 target = out[name][: len(index), start : start + rows.shape[0]]
-                found.append((rows, store.flat(index, self._view).tolist(), target))
+                found.append((rows, store.row_index(index, self._view).tolist(), target))
                 start += rows.shape[0]
         return found
 
@@ -184,22 +184,22 @@ class FeatureDataset:
         for members in self._fields.values():
             for store, array in members:
                 rows = store.array(array)
-                rows.advise(rows.find(store.flat(index, self._view).tolist()))
+                rows.prefetch(rows.locate(store.row_index(index, self._view).tolist()))
 
     def _hold(self) -> dict[str, np.ndarray]:
         held = self._allocate(len(self.rows), np.empty)
-        for start in range(0, len(self.rows), _STEP):
-            some = slice(start, start + _STEP)
+        for start in range(0, len(self.rows), _ROWS_PER_READ):
+            some = slice(start, start + _ROWS_PER_READ)
             self._fill({name: out[some] for name, out in held.items()}, self.rows[some])
         return held
 
-    def places(self, index: np.ndarray) -> np.ndarray:
+    def positions(self, index: np.ndarray) -> np.ndarray:
         """Where samples of the store stand among `rows`.
 
         Raises:
             StoreError: a sample that is not among them.
         """
-        places = self._places[self.stores[0].checked(index)]
+        places = self._places[self.stores[0].validate_index(index)]
         if len(places) and places.min() < 0:
             raise StoreError(f"Sample {index[np.argmin(places)]} is not among the rows these batches were made for.")
         return places
@@ -229,7 +229,7 @@ def _joined(name: str, parts: Sequence[tuple[FeatureStore, str]]) -> tuple[tuple
     return (sum(one.shape[0] for one in rows), *rows[0].shape[1:]), rows[0].dtype
 
 
-def shuffled(rows: np.ndarray, batch: int, seed: int, epoch: int = 0) -> Iterator[np.ndarray]:
+def shuffled_batches(rows: np.ndarray, batch: int, seed: int, epoch: int = 0) -> Iterator[np.ndarray]:
     """The rows of one epoch in random order, a batch at a time, the last one as it comes out."""
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     for start in range(0, len(order), batch):

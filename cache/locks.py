@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 @contextmanager
-def locked(path: Path):
+def file_lock(path: Path):
     """Hold a lock that its holder's death releases; gives False if its folder is gone."""
-    lock = take(path, wait=True)
+    lock = try_lock(path, wait=True)
     try:
         yield lock is not None
     finally:
@@ -17,7 +17,7 @@ def locked(path: Path):
             os.close(lock)
 
 
-def take(path: Path, wait: bool = False) -> int | None:
+def try_lock(path: Path, wait: bool = False) -> int | None:
     """A descriptor that holds the lock until it is closed; None if another has it or its folder is gone."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT)

@@ -11,7 +11,7 @@ import zarr
 from zarr.abc.store import Store
 
 from cache import checksums
-from cache.arrays import DequantizedArray, LocalArray, readable
+from cache.arrays import DequantizedArray, LocalArray, is_mappable
 from cache.errors import StoreError
 from cache.files import MmapPool
 from cache.gather import THREADS, gather
@@ -19,7 +19,7 @@ from cache.remote import RemoteArray, open_store
 from cache.schema import CONTRACT
 
 # Rows read side by side.
-_STEP = 256
+_ROWS_PER_READ = 256
 
 
 class FeatureStore:
@@ -123,7 +123,7 @@ class FeatureStore:
             (len(index), …) in the dtype the store was given, int8 restored.
         """
         rows = self.array(name)
-        index = self.flat(index, view)
+        index = self.row_index(index, view)
         shape = (len(index), *rows.shape)
         out = np.empty(shape, rows.dtype) if out is None else out
         if out.shape != shape or out.dtype != rows.dtype or not (len(out) == 0 or out[0].flags.c_contiguous):
@@ -132,8 +132,8 @@ class FeatureStore:
                 f"{out.dtype}."
             )
         with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(index), _STEP):
-                some = slice(start, start + _STEP)
+            for start in range(0, len(index), _ROWS_PER_READ):
+                some = slice(start, start + _ROWS_PER_READ)
                 gather([(rows, index[some].tolist(), out[some])], pool)
         return out
 
@@ -147,20 +147,20 @@ class FeatureStore:
             self._arrays[name] = self._open(name)
         return self._arrays[name]
 
-    def flat(self, index: np.ndarray, view: str | None = None) -> np.ndarray:
+    def row_index(self, index: np.ndarray, view: str | None = None) -> np.ndarray:
         """Row numbers of samples' views, int64.
 
         Raises:
             StoreError: not row numbers, one out of range, or no such view.
         """
-        index = self.checked(index)
+        index = self.validate_index(index)
         if view is None:
             return index * max(1, len(self.view))
         if view not in self.view:
             raise StoreError(f"{self.location} has no view '{view}'; it has {self.view or 'none'}.")
         return index * len(self.view) + self.view.index(view)
 
-    def checked(self, index: np.ndarray) -> np.ndarray:
+    def validate_index(self, index: np.ndarray) -> np.ndarray:
         """Sample numbers as int64, each of which the store has.
 
         Raises:
@@ -217,7 +217,7 @@ class FeatureStore:
             raise StoreError(f"{self.location} has no array '{name}'; it has {', '.join(known)}.")
         array = self.root[name]
         scale = self.root[name.replace("features", "scale")] if array.dtype == np.int8 else None
-        local = self._files and all(readable(one) for one in (array, scale) if one is not None)
+        local = self._files and all(is_mappable(one) for one in (array, scale) if one is not None)
         leading = 2 if self.view else 1
 
         def rows(one: zarr.Array) -> LocalArray | RemoteArray:
@@ -226,7 +226,7 @@ class FeatureStore:
         return rows(array) if scale is None else DequantizedArray(rows(array), rows(scale), self.attributes["dtype"])
 
 
-def aligned(stores: Sequence[FeatureStore]) -> None:
+def check_aligned(stores: Sequence[FeatureStore]) -> None:
     """Check that stores hold the same samples in the same order with the same splits and views.
 
     Raises:

@@ -70,7 +70,7 @@ class RemoteArray:
         # A chunk of many rows is kept for the others of a batch.
         self._chunk = lru_cache(maxsize=8)(lambda start: array[start : start + self._step])
 
-    def find(self, index: Sequence[int]) -> list[tuple[int, ...]]:
+    def locate(self, index: Sequence[int]) -> list[tuple[int, ...]]:
         """Sample, and view where there are views, of each row."""
         return [divmod(row, *self._views) if self._views else (row,) for row in index]
 
@@ -83,8 +83,8 @@ class RemoteArray:
             else:
                 out[number] = self._chunk(sample - sample % self._step)[(sample % self._step, *view)]
 
-    def at_hand(self, place: tuple) -> bool:
+    def in_page_cache(self, place: tuple) -> bool:
         return True
 
-    def advise(self, places: Sequence[tuple]) -> None:
+    def prefetch(self, places: Sequence[tuple]) -> None:
         """Nothing that can be told ahead."""

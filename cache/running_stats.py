@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Values in a piece: few enough that, as float64, they stay in a processor's cache from one step to the next.
-_PIECE = 2**17
+_BLOCK_VALUES = 2**17
 
 
 @dataclass(frozen=True)
@@ -22,39 +22,39 @@ class RunningStats:
 
     count: int
     mean: np.ndarray
-    squares: np.ndarray
+    squared_deviations: np.ndarray
 
-    def record(self) -> list:
+    def to_json(self) -> list:
         """As JSON; `Moments.read` gives the same bits back."""
-        return [self.count, self.mean.tolist(), self.squares.tolist()]
+        return [self.count, self.mean.tolist(), self.squared_deviations.tolist()]
 
     @classmethod
-    def read(cls, record: list) -> "RunningStats":
+    def from_json(cls, record: list) -> "RunningStats":
         count, *arrays = record
         return cls(count, *map(np.array, arrays))
 
     def std(self) -> np.ndarray:
-        return np.sqrt(self.squares / self.count)
+        return np.sqrt(self.squared_deviations / self.count)
 
 
-def pieces(count: int, size: int, values: int = _PIECE) -> list[slice]:
+def block_slices(count: int, size: int, values: int = _BLOCK_VALUES) -> list[slice]:
     """Rows of `count` maps with `size` values each, cut into pieces of about so many values."""
     step = max(1, values // size)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def of(maps: np.ndarray) -> RunningStats | None:
+def from_array(maps: np.ndarray) -> RunningStats | None:
     """Moments of maps (map, channel, y, x); None of none.
 
     Values that are NaN or infinite make their channel's moments so.
     """
     flat = maps.reshape(*maps.shape[:2], math.prod(maps.shape[2:]))
-    cut = pieces(len(flat), math.prod(flat.shape[1:]))
+    cut = block_slices(len(flat), math.prod(flat.shape[1:]))
     memory = np.empty(flat[cut[0]].shape) if cut else None  # fresh memory costs more than the sums
-    return merged(_of(part, memory[: len(part)]) for part in map(flat.__getitem__, cut))
+    return merge(_of(part, memory[: len(part)]) for part in map(flat.__getitem__, cut))
 
 
-def merged(parts: Iterable[RunningStats]) -> RunningStats | None:
+def merge(parts: Iterable[RunningStats]) -> RunningStats | None:
     """Moments of all parts together, in their order, so that the same parts give the same bits; None of none.
 
     Source: Chan, Golub, LeVeque 1983, doi:10.1080/00031305.1983.10483115.
@@ -69,7 +69,7 @@ def _two(one: RunningStats, other: RunningStats) -> RunningStats:
     count = one.count + other.count
     away = other.mean - one.mean
     mean = one.mean + away * (other.count / count)
-    squares = one.squares + other.squares + away**2 * (one.count * other.count / count)
+    squares = one.squared_deviations + other.squared_deviations + away**2 * (one.count * other.count / count)
     return RunningStats(count, mean, squares)
 
 

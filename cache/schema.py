@@ -72,7 +72,7 @@ class StoreSchema:
     levels: tuple[LevelSchema, ...]
     pooled: dict[str, int]
     dtype: str
-    shard: int
+    shard_size: int
     codec: Codec = NONE
     views: tuple[str, ...] = ()
 
@@ -88,18 +88,18 @@ class StoreSchema:
             raise StoreError("A sample's name, or its split, is empty; each needs one.")
         if self.dtype not in DTYPES:
             raise StoreError(f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.")
-        sizes = [self.shard, *self.pooled.values()]
+        sizes = [self.shard_size, *self.pooled.values()]
         sizes += [size for level in self.levels for size in (level.channels, level.height, level.width)]
         if min(sizes) < 1:
             raise StoreError(f"Shard, channels and cells must be at least 1; there are {sizes}.")
 
     @property
-    def shards(self) -> int:
-        return -(-len(self.sample) // self.shard)
+    def n_shards(self) -> int:
+        return -(-len(self.sample) // self.shard_size)
 
     def rows(self, shard: int) -> slice:
         """The samples of a shard."""
-        return slice(shard * self.shard, min((shard + 1) * self.shard, len(self.sample)))
+        return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.sample)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """One sample's shape, with its views, by the path of each array that a writer is given."""
@@ -110,12 +110,12 @@ class StoreSchema:
         }
         return shapes | {pooled_array(name): (*views, channels) for name, channels in self.pooled.items()}
 
-    def arrays(self) -> list[str]:
+    def array_names(self) -> list[str]:
         """Paths of the arrays that a writer is given."""
         return list(self.shapes())
 
 
-def create(path: Path, layout: StoreSchema) -> None:
+def create_store(path: Path, layout: StoreSchema) -> None:
     """Lay down the groups and empty arrays of a store that is yet to be filled."""
     import zarr
 
@@ -126,7 +126,7 @@ def create(path: Path, layout: StoreSchema) -> None:
     view = ("view",) if layout.views else ()
     if layout.views:
         put_array(root, "view", np.array(layout.views, dtype=object), view)
-    count, shard = len(layout.sample), min(layout.shard, len(layout.sample))
+    count, shard = len(layout.sample), min(layout.shard_size, len(layout.sample))
     shapes = layout.shapes()
     for index, level in enumerate(layout.levels):
         group = root.create_group(
@@ -136,12 +136,12 @@ def create(path: Path, layout: StoreSchema) -> None:
         shape = shapes[level_array(index)]
         # One map a chunk, so that a minibatch reads what it needs; one file a shard.
         _create_empty(
-            group, "features", (count, *shape), layout.codec.stored(layout.dtype),
+            group, "features", (count, *shape), layout.codec.stored_dtype(layout.dtype),
             ("sample", *view, "channel", "y", "x"),
             chunks=(*[1] * (1 + len(view)), level.channels, level.height, level.width),
             shards=(shard, *shape), compressors=layout.codec.compressor(),
         )  # fmt: skip
-        if layout.codec.scaled:
+        if layout.codec.has_scale:
             _create_empty(
                 group, "scale", (count, *shape[:-2]), "float32", ("sample", *view, "channel"), (shard, *shape[:-2])
             )
@@ -175,7 +175,7 @@ def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attr
     array[...] = values
 
 
-def consolidate(group: "zarr.Group") -> None:
+def consolidate_metadata(group: "zarr.Group") -> None:
     """Gather all metadata in the root's zarr.json, so that xarray opens the store with one read."""
     import zarr
     from zarr.errors import ZarrUserWarning

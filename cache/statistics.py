@@ -36,12 +36,12 @@ def channel_statistics(
         for index in _blocks(features, level, split)
         for one in views
     ]
-    whole = running_stats.merged(dask.compute(*parts, scheduler="threads"))
+    whole = running_stats.merge(dask.compute(*parts, scheduler="threads"))
     return whole.mean, whole.std()
 
 
 def principal_components(
-    features: FeatureStore, level: str, components: int = 3, split: str = "train"
+    features: FeatureStore, level: str, n_components: int = 3, split: str = "train"
 ) -> "IncrementalPCA":
     """PCA of a level's cells over a split, for pictures and for reduced features.
 
@@ -58,20 +58,20 @@ def principal_components(
     """
     cells = len(features.rows(split)) * int(np.prod(features.array(f"{level}/features").shape[1:]))
     channels = features.array(f"{level}/features").shape[0]
-    if not 0 < components <= min(cells, channels):
+    if not 0 < n_components <= min(cells, channels):
         raise StoreError(
-            f"{components} components were asked for of {channels} channels in {cells} cells of split '{split}'; "
+            f"{n_components} components were asked for of {channels} channels in {cells} cells of split '{split}'; "
             "there can be as many as the fewer of them."
         )
     # As slow to import as torch, and whoever writes a store imports this file.
     from sklearn.decomposition import IncrementalPCA
 
-    pca = IncrementalPCA(components)
+    pca = IncrementalPCA(n_components)
     waiting: list[np.ndarray] = []
     for index in _blocks(features, level, split):
         waiting.append(_cells(features.read(f"{level}/features", index)))
         # partial_fit wants at least as many cells as components; a small last block joins the one before it.
-        if sum(map(len, waiting)) >= 8 * components and len(waiting) > 1:
+        if sum(map(len, waiting)) >= 8 * n_components and len(waiting) > 1:
             pca.partial_fit(np.concatenate(waiting[:-1]))
             waiting = waiting[-1:]
     pca.partial_fit(np.concatenate(waiting))
@@ -97,4 +97,4 @@ def _blocks(features: FeatureStore, level: str, split: str) -> Iterator[np.ndarr
 
 
 def _moments(features: FeatureStore, name: str, index: np.ndarray, view: str | None) -> running_stats.RunningStats:
-    return running_stats.of(features.read(name, index, view))
+    return running_stats.from_array(features.read(name, index, view))

@@ -13,7 +13,7 @@ import zarr
 from zarr.codecs import BloscCodec
 
 from cache import checksums
-from cache.codecs import Codec, parse
+from cache.codecs import Codec, parse_codec
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.schema import CONTRACT
@@ -36,7 +36,7 @@ def verify(path: Path) -> str:
         if (reason := root.attrs.get("skipped")) and root.attrs.get("complete"):
             return f"{path}: empty and whole ({len(listed)} files): {reason}"
         features = FeatureStore(path)
-        codec = parse(features.attributes["codec"], features.attributes["dtype"])
+        codec = parse_codec(features.attributes["codec"], features.attributes["dtype"])
         for level in features.levels:
             _check_level(features, level, codec)
         for name in features.pooled:
@@ -50,11 +50,11 @@ def verify(path: Path) -> str:
 
 def _check_level(features: FeatureStore, level: str, codec: Codec) -> None:
     dtype = features.attributes["dtype"]
-    _check_array(features, f"{level}/features", ("channel", "y", "x"), codec.stored(dtype))
+    _check_array(features, f"{level}/features", ("channel", "y", "x"), codec.stored_dtype(dtype))
     wanted = codec.compressor()
     if features.root[f"{level}/features"].compressors != (() if wanted is None else (_evolved(wanted, dtype),)):
         raise StoreError(f"{level}/features is not compressed as codec '{codec.label}' says.")
-    if codec.scaled:
+    if codec.has_scale:
         _check_array(features, f"{level}/scale", ("channel",), "float32")
     channels, height, width = features.array(f"{level}/features").shape
     for name, length, dim in (
@@ -92,7 +92,7 @@ def _check_content(features: FeatureStore, listed: dict[str, str]) -> None:
     for name in ("complete", "coordinates", "measured"):
         said.pop(name, None)
     shards = {file: value for file, value in listed.items() if _SHARD.match(file)}
-    if checksums.content(said, shards) != digest:
+    if checksums.content_digest(said, shards) != digest:
         raise StoreError(f"The attributes or shards of {features.location} are not those of its content_sha256.")
 
 

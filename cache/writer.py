@@ -26,16 +26,16 @@ import zarr
 from cache import checksums, running_stats
 from cache import zarr_shard as shard_format
 from cache.atomic import atomic_dir, publish, sync_folder, write_file
-from cache.casting import CastArray, prepare
-from cache.codecs import NONE, restore
+from cache.casting import CastArray, cast_array
+from cache.codecs import NONE, dequantize
 from cache.errors import StoreError
-from cache.locks import locked, take
-from cache.schema import CONTRACT, StoreSchema, consolidate, create, put_array
+from cache.locks import file_lock, try_lock
+from cache.schema import CONTRACT, StoreSchema, consolidate_metadata, create_store, put_array
 
 # Seconds between looks at shards that others have in hand.
-_PATIENCE = 0.2
+_POLL_SECONDS = 0.2
 # Values in a task that sums them.
-_BLOCK = 2**20
+_BLOCK_VALUES = 2**20
 
 
 class Writer:
@@ -52,18 +52,18 @@ class Writer:
         StoreError: the scratch folder holds the beginning of another store.
     """
 
-    def __init__(self, scratch: Path, layout: StoreSchema, final: Path, provenance: Mapping):
-        self._held, self._given_up = {}, False
-        self.scratch, self.layout, self.final = Path(scratch), layout, Path(final)
+    def __init__(self, scratch: Path, schema: StoreSchema, final: Path, provenance: Mapping):
+        self._claimed, self._given_up = {}, False
+        self.scratch, self.schema, self.final = Path(scratch), schema, Path(final)
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
-        made_from = json.dumps([repr(layout), dict(provenance)], sort_keys=True)
+        made_from = json.dumps([repr(schema), dict(provenance)], sort_keys=True)
         self._provenance = {**provenance, "made_from_sha256": hashlib.sha256(made_from.encode()).hexdigest()}
         held = False
         while not held:  # a writer that finishes takes the folder away while this one is arriving
             self._records.mkdir(parents=True, exist_ok=True)
-            with locked(self.scratch / "lock") as held:
+            with file_lock(self.scratch / "lock") as held:
                 if held and self.published() is None:
-                    self._lay_down()
+                    self._create()
                 elif held:
                     self._remove_scratch()
 
@@ -72,17 +72,17 @@ class Writer:
         with suppress(FileNotFoundError):
             said = json.loads((self.final / "zarr.json").read_text())["attributes"]
             ours = said.get("made_from_sha256") == self._provenance["made_from_sha256"]
-            if said.get("complete") and ours and not checksums.lacking(self.final):
+            if said.get("complete") and ours and not checksums.missing_files(self.final):
                 return said["content_sha256"]
         return None
 
-    def pending(self) -> list[int]:
+    def pending_shards(self) -> list[int]:
         """Shards still to be written, in order."""
         if not self._store.exists():
             return []
-        return [shard for shard in range(self.layout.shards) if not self._record(shard).exists()]
+        return [shard for shard in range(self.schema.n_shards) if not self._record(shard).exists()]
 
-    def shards(self) -> Iterator[int]:
+    def claim_shards(self) -> Iterator[int]:
         """Shards to write, one after another, none that another living writer has in hand.
 
         A shard is in this writer's hand from here until it is written. At the end waits for those in other hands, and
@@ -91,22 +91,22 @@ class Writer:
         """
         self._given_up = False
         try:
-            while open_ones := [shard for shard in self.pending() if shard not in self._held]:
-                before = len(self._held)
+            while open_ones := [shard for shard in self.pending_shards() if shard not in self._claimed]:
+                before = len(self._claimed)
                 for shard in open_ones:
                     if self._given_up:
                         self.release()  # what was taken while another thread let go
                         return
-                    lock = take(self._records / f"{shard}.lock")
+                    lock = try_lock(self._records / f"{shard}.lock")
                     if lock is None:
                         continue
                     if self._record(shard).exists() or not self._store.exists():
                         os.close(lock)
                         continue
-                    self._held[shard] = lock
+                    self._claimed[shard] = lock
                     yield shard
-                if len(self._held) == before:  # never wait for a lock itself: two that wait may wait for each other
-                    time.sleep(_PATIENCE)
+                if len(self._claimed) == before:  # never wait for a lock itself: two that wait may wait for each other
+                    time.sleep(_POLL_SECONDS)
         except GeneratorExit:  # its user gave up
             self.release()
             raise
@@ -114,12 +114,12 @@ class Writer:
     def release(self) -> None:
         """Let go of the shards in this writer's hand that are not being written, and take no more."""
         self._given_up = True
-        while self._held:
-            os.close(self._held.popitem()[1])
+        while self._claimed:
+            os.close(self._claimed.popitem()[1])
 
     __del__ = release
 
-    def write(self, shard: int, values: Mapping[str, np.ndarray], lost: Mapping | None = None) -> None:
+    def write(self, shard: int, values: Mapping[str, np.ndarray], cast_errors: Mapping | None = None) -> None:
         """Write one whole shard of every array, make it durable, and record it.
 
         Args:
@@ -131,34 +131,34 @@ class Writer:
             StoreError: no such shard; an array is missing or of the wrong shape, or holds values that the dtype
                 cannot.
         """
-        lock = self._held.pop(shard, None)
+        lock = self._claimed.pop(shard, None)
         try:
-            self._write(shard, values, lost or {})
+            self._write(shard, values, cast_errors or {})
         finally:
             if lock is not None:
                 os.close(lock)
 
     def _write(self, shard: int, values: Mapping[str, np.ndarray], lost: Mapping) -> None:
-        if not 0 <= shard < self.layout.shards:
-            raise StoreError(f"There is no shard {shard}; there are 0 to {self.layout.shards - 1}.")
-        rows = self.layout.rows(shard)
-        shapes = {name: (rows.stop - rows.start, *shape) for name, shape in self.layout.shapes().items()}
+        if not 0 <= shard < self.schema.n_shards:
+            raise StoreError(f"There is no shard {shard}; there are 0 to {self.schema.n_shards - 1}.")
+        rows = self.schema.rows(shard)
+        shapes = {name: (rows.stop - rows.start, *shape) for name, shape in self.schema.shapes().items()}
         given = {name: np.shape(array) for name, array in values.items()}
         if given != shapes:
             raise StoreError(f"Shard {shard} has the arrays {given}; wanted {shapes}.")
         with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(4) as disk:
             persisted, loss, measured = {}, {}, {}
             for name, array in values.items():
-                codec = self.layout.codec if name.endswith("/features") else NONE
-                prepared = prepare(np.asarray(array), name, self.layout.dtype, codec, pool)
-                loss[name] = lost.get(name) or [prepared.error, prepared.size]
+                codec = self.schema.codec if name.endswith("/features") else NONE
+                prepared = cast_array(np.asarray(array), name, self.schema.dtype, codec, pool)
+                loss[name] = lost.get(name) or [prepared.squared_error, prepared.sum_of_squares]
                 # The disk works on this array while the processor prepares the next.
                 persisted[name] = disk.submit(self._persist, shard, name, prepared.stored, pool)
                 if prepared.scale is not None:
                     scale = name.replace("features", "scale")
                     persisted[scale] = disk.submit(self._persist, shard, scale, prepared.scale, pool)
                 if name.endswith("/features"):
-                    measured[name] = self._moments(rows, prepared, pool)
+                    measured[name] = self._training_stats(rows, prepared, pool)
             digests = dict(file.result() for file in persisted.values())
         for name in persisted:
             sync_folder(self._store / name)
@@ -181,14 +181,14 @@ class Writer:
         Raises:
             StoreError: shards are missing.
         """
-        with locked(self.scratch / "lock") as held:
+        with file_lock(self.scratch / "lock") as held:
             if held and self._store.exists():
                 return self._finish(measured or {})
         if (digest := self.published()) is None:
             raise StoreError(f"{self.scratch} was taken away before its store was at {self.final}. Run again.")
         return digest
 
-    def _lay_down(self) -> None:
+    def _create(self) -> None:
         """Create the store if no writer has, and check that those before meant the same one."""
         ours = self._provenance["made_from_sha256"]
         if not self._store.exists():
@@ -196,7 +196,7 @@ class Writer:
             for record in self._records.glob("*.json"):
                 record.unlink()
             laid = self.scratch / "laid.zarr"
-            create(laid, self.layout)
+            create_store(laid, self.schema)
             write_file(self.scratch / "made_from", [ours.encode()])
             publish(laid, self._store)
         if (self.scratch / "made_from").read_text() != ours:
@@ -206,26 +206,26 @@ class Writer:
             )
 
     def _finish(self, measured: Mapping) -> str:
-        if pending := self.pending():
+        if pending := self.pending_shards():
             raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
-        shards, found = self._gathered()
+        shards, found = self._merge_records()
         for torn in [*self._store.rglob("*.partial"), self._store / checksums.NAME]:
             torn.unlink(missing_ok=True)
         root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
-        for index in range(len(self.layout.levels)):
+        for index in range(len(self.schema.levels)):
             self._describe_level(root[f"level{index}"], *found[f"level{index}/features"])
         described = {
             **self._provenance,
             "contract": CONTRACT,
-            "dtype": self.layout.dtype,
-            "codec": self.layout.codec.label,
+            "dtype": self.schema.dtype,
+            "codec": self.schema.codec.label,
         }
-        content = checksums.content(described, shards)
+        content = checksums.content_digest(described, shards)
         beside = {"measured": dict(measured)} if measured else {}
         root.attrs.update(
             {**described, **beside, "content_sha256": content, "coordinates": "split", "complete": True}
         )
-        consolidate(root)
+        consolidate_metadata(root)
         checksums.write(self._store, shards)
         publish(self._store, self.final, shards)
         self._remove_scratch()
@@ -247,39 +247,39 @@ class Writer:
 
     def _parts(self, name: str, array: np.ndarray) -> list[bytes | memoryview]:
         """The bytes of one shard file: sharded for features, one chunk padded to full size for the rest."""
-        full = min(self.layout.shard, len(self.layout.sample))
+        full = min(self.schema.shard_size, len(self.schema.sample))
         if not name.endswith("/features"):
             padding = np.full((full - len(array), *array.shape[1:]), np.nan, dtype=array.dtype)
             return [array.data.cast("B"), padding.tobytes()]
         maps = array.reshape(-1, *array.shape[-3:])
-        chunks = [self.layout.codec.compress(one) for one in maps]
+        chunks = [self.schema.codec.compress(one) for one in maps]
         return shard_format.encode(chunks, full * (len(maps) // len(array)))
 
-    def _moments(self, rows: slice, prepared: CastArray, pool: Executor) -> list | None:
+    def _training_stats(self, rows: slice, prepared: CastArray, pool: Executor) -> list | None:
         """Of a shard's training samples, all views, as a reader gets them; None if it has none."""
-        training = np.flatnonzero(np.array(self.layout.split[rows]) == "train")
+        training = np.flatnonzero(np.array(self.schema.split[rows]) == "train")
 
         def of(some: np.ndarray) -> running_stats.RunningStats:
             maps = prepared.stored[some]
             if prepared.scale is not None:
-                steps, maps = maps, np.empty(maps.shape, self.layout.dtype)
-                restore(steps, prepared.scale[some], maps)
-            return running_stats.of(maps.reshape(-1, *maps.shape[-3:]))
+                steps, maps = maps, np.empty(maps.shape, self.schema.dtype)
+                dequantize(steps, prepared.scale[some], maps)
+            return running_stats.from_array(maps.reshape(-1, *maps.shape[-3:]))
 
-        blocks = [training[some] for some in running_stats.pieces(len(training), prepared.stored[0].size, _BLOCK)]
-        whole = running_stats.merged(pool.map(of, blocks))
-        return whole and whole.record()
+        blocks = [training[some] for some in running_stats.block_slices(len(training), prepared.stored[0].size, _BLOCK_VALUES)]
+        whole = running_stats.merge(pool.map(of, blocks))
+        return whole and whole.to_json()
 
-    def _gathered(self) -> tuple[dict[str, str], dict[str, tuple]]:
+    def _merge_records(self) -> tuple[dict[str, str], dict[str, tuple]]:
         """From the records, one after another: every file's SHA-256, and each level's moments and losses."""
         digests, found = {}, {}
-        for shard in range(self.layout.shards):
+        for shard in range(self.schema.n_shards):
             record = json.loads(self._record(shard).read_text())
             digests |= record["sha256"]
             for name, part in record["moments"].items():
                 whole, losses = found.get(name, (None, []))
-                parts = [one for one in (whole, part and running_stats.RunningStats.read(part)) if one]
-                found[name] = running_stats.merged(parts), [*losses, record["loss"][name]]
+                parts = [one for one in (whole, part and running_stats.RunningStats.from_json(part)) if one]
+                found[name] = running_stats.merge(parts), [*losses, record["loss"][name]]
         return digests, found
 
     def _describe_level(self, group: zarr.Group, training: running_stats.RunningStats | None, losses: list) -> None:
@@ -302,7 +302,7 @@ def write_skipped(final: Path, scratch: Path, reason: str) -> None:
     with atomic_dir(scratch, final):
         root = zarr.open_group(scratch, mode="w", zarr_format=3)
         root.attrs.update({"contract": CONTRACT, "skipped": reason, "complete": True})
-        consolidate(root)
+        consolidate_metadata(root)
         checksums.write(scratch, {})
 
 

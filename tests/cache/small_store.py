@@ -16,7 +16,7 @@ def layout(dtype="float16", samples=SAMPLES, shard=64, codec="none", views=()):
         levels=(LevelSchema(5, 8, 8, 4, "a"), LevelSchema(7, 4, 4, 8, "b")),
         pooled={"mean_level0": 5, "mean_level1": 7},
         dtype=dtype,
-        shard=shard,
+        shard_size=shard,
         codec=parse_codec(codec, dtype),
         views=views,
     )
@@ -32,14 +32,14 @@ def values(described, shard, seed=0):
 
 
 def everything(described, name, seed=0):
-    return np.concatenate([values(described, shard, seed)[name] for shard in range(described.shards)])
+    return np.concatenate([values(described, shard, seed)[name] for shard in range(described.n_shards)])
 
 
 def write(folder, described=None, stop_after=None, seed=0, given=values):
     """The digest of `folder`/store.zarr, or None if the writer stopped after so many shards."""
     described = described or layout()
     writer = Writer(folder / "scratch", described, folder / "store.zarr", {"backbone": "b"})
-    for done, shard in enumerate(writer.shards()):
+    for done, shard in enumerate(writer.claim_shards()):
         if done == stop_after:
             return None
         writer.write(shard, given(described, shard, seed))

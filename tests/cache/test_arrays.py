@@ -46,7 +46,7 @@ def test_every_value_of_a_lossless_codec_comes_back(tmp_path, dtype, codec):
     with np.errstate(invalid="ignore"):
         given = words if dtype == "float16" else words.astype(np.float32) * np.float32(1.1)
     described = StoreSchema(
-        sample=tuple(f"s{i}" for i in range(64)), split=("train",) * 64, pooled={}, dtype=dtype, shard=64,
+        sample=tuple(f"s{i}" for i in range(64)), split=("train",) * 64, pooled={}, dtype=dtype, shard_size=64,
         levels=(layout().levels[0].__class__(16, 8, 8, 4, "a"),), codec=layout(codec=codec).codec,
     )  # fmt: skip
     maps = given.reshape(64, 16, 8, 8)

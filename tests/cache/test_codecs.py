@@ -22,7 +22,7 @@ def maps(image_dataset):
 def stored(maps, tmp_path):
     def store(codec, dtype="float16", values=maps):
         described = StoreSchema(
-            sample=tuple(f"s{i}" for i in range(len(values))), split=("train",) * len(values), pooled={}, shard=16,
+            sample=tuple(f"s{i}" for i in range(len(values))), split=("train",) * len(values), pooled={}, shard_size=16,
             levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse_codec(codec, dtype), dtype=dtype,
         )  # fmt: skip
         folder = tmp_path / f"{codec}-{dtype}"

@@ -9,7 +9,7 @@ from small_store import SAMPLES, everything, layout, write
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from cache.errors import StoreError
-from cache.loader import FeatureDataset, shuffled
+from cache.loader import FeatureDataset, shuffled_batches
 from cache.reader import FeatureStore
 from cache.schema import StoreSchema
 
@@ -41,9 +41,9 @@ def test_an_epoch_has_every_row_once_and_the_right_values(stores, budget):
     a, b, fused = stores
     train = a.rows("train")
     batches = FeatureDataset(fields(a, b), train, budget=budget)
-    assert batches.held == bool(budget)
+    assert batches.in_memory == bool(budget)
     seen = []
-    for index, batch in batches.stream(shuffled(train, 16, seed=0)):
+    for index, batch in batches.stream(shuffled_batches(train, 16, seed=0)):
         np.testing.assert_array_equal(batch["fused"], fused[index])
         np.testing.assert_array_equal(batch["deep"], a.read("level1/features", index))
         np.testing.assert_array_equal(batch["vector"], b.read("pooled/mean", index))
@@ -61,7 +61,7 @@ def test_memory_is_reused_and_bounded(stores):
         return np.empty(shape, dtype)
 
     batches = FeatureDataset(fields(a, b), empty=empty)
-    for _ in batches.stream(shuffled(batches.rows, 8, seed=0)):
+    for _ in batches.stream(shuffled_batches(batches.rows, 8, seed=0)):
         pass
     assert len(made) == 2 * 3  # two buffers of three fields for nineteen batches
     assert max(shape[0] for shape in made) == 8
@@ -69,7 +69,7 @@ def test_memory_is_reused_and_bounded(stores):
 
 def test_orders_differ_by_epoch_and_repeat_by_seed():
     rows = np.arange(100)
-    first, again, later = (np.concatenate(list(shuffled(rows, 7, 3, epoch))) for epoch in (0, 0, 1))
+    first, again, later = (np.concatenate(list(shuffled_batches(rows, 7, 3, epoch))) for epoch in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != later).any()
     assert sorted(later) == rows.tolist()
@@ -79,7 +79,7 @@ def test_leaving_early_ends_the_thread_and_errors_arrive(stores):
     a, b, _ = stores
     batches = FeatureDataset(fields(a, b))
     before = threading.active_count()
-    for _ in batches.stream(shuffled(batches.rows, 4, seed=0)):
+    for _ in batches.stream(shuffled_batches(batches.rows, 4, seed=0)):
         break
     list(batches.stream([]))
     with pytest.raises(StoreError, match="has samples 0 to 149; asked for 3 to 150"):
@@ -115,9 +115,9 @@ def test_one_sample_and_new_memory(stores):
     batches = FeatureDataset(fields(a, b), a.rows("test"))
     assert len(batches) == SAMPLES // 3
     np.testing.assert_array_equal(batches[2]["fused"], fused[a.rows("test")[2]])
-    first = batches.take(np.array([3]))["fused"]
+    first = batches.get(np.array([3]))["fused"]
     kept = first.copy()
-    batches.take(np.array([6]))
+    batches.get(np.array([6]))
     np.testing.assert_array_equal(first, kept)
 
 
@@ -129,7 +129,7 @@ def test_views_by_name(tmp_path):
     for budget in (0, 1 << 30):
         for number, view in enumerate(described.views):
             batches = FeatureDataset({"x": [(features, "level0/features")]}, view=view, budget=budget)
-            np.testing.assert_array_equal(batches.take(np.array([7, 140]))["x"], expected[[7, 140], number])
+            np.testing.assert_array_equal(batches.get(np.array([7, 140]))["x"], expected[[7, 140], number])
 
 
 def test_stores_that_do_not_belong_together_are_refused(stores, tmp_path):
@@ -151,8 +151,8 @@ def test_memory_and_disk_refuse_and_accept_the_same(stores, budget):
     fields = {"x": [(a, "level0/features")]}
     batches = FeatureDataset(fields, a.rows("train"), budget=budget)
     with pytest.raises(StoreError, match="Sample 0 is not among the rows"):
-        batches.take(np.array([1, 0]))
-    assert batches.take([])["x"].shape == (0, 5, 8, 8)
+        batches.get(np.array([1, 0]))
+    assert batches.get([])["x"].shape == (0, 5, 8, 8)
     assert batches[[]]["x"].shape == (0, 5, 8, 8)
     for rows, said in ((a.split == "train", "A mask becomes one by np.flatnonzero"), ([-1], "asked for -1 to -1")):
         with pytest.raises(StoreError, match=said):

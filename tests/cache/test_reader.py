@@ -8,7 +8,7 @@ import pytest
 from small_store import everything, layout, write
 
 from cache.errors import StoreError
-from cache.reader import FeatureStore, aligned
+from cache.reader import FeatureStore, check_aligned
 from cache.schema import StoreSchema
 
 INDEX = np.array([149, 0, 64, 63, 7, 149])
@@ -95,11 +95,11 @@ def test_misaligned_stores_are_refused(tmp_path):
     write(tmp_path / "b", StoreSchema(**{**swapped.__dict__, "sample": tuple(names)}))
     write(tmp_path / "c", layout(samples=149))
     a, b, c = (FeatureStore(tmp_path / name / "store.zarr") for name in "abc")
-    aligned([a, a])
+    check_aligned([a, a])
     with pytest.raises(StoreError, match="differ in 'sample' at row 4: 's004' and 's005'"):
-        aligned([a, b])
+        check_aligned([a, b])
     with pytest.raises(StoreError, match="has 150 samples, .* has 149"):
-        aligned([a, c])
+        check_aligned([a, c])
 
 
 @pytest.mark.parametrize("array", ["sample", "split"])

@@ -14,7 +14,7 @@ def drawn(dtype, count=40, shape=(6, 9, 11)):
 
 
 def whole(maps, cuts):
-    return running_stats.merged(running_stats.of(part) for part in np.split(maps, cuts))
+    return running_stats.merge(running_stats.from_array(part) for part in np.split(maps, cuts))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -44,10 +44,10 @@ def test_one_value_that_differs_in_its_last_bit_shows():
 
 def test_a_record_gives_the_same_bits_back():
     found = whole(drawn("float16"), [5])
-    again = running_stats.RunningStats.read(json.loads(json.dumps(found.record())))
+    again = running_stats.RunningStats.from_json(json.loads(json.dumps(found.to_json())))
     assert again.count == found.count
     assert again.mean.tobytes() == found.mean.tobytes()
-    assert again.squares.tobytes() == found.squares.tobytes()
+    assert again.squared_deviations.tobytes() == found.squared_deviations.tobytes()
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
@@ -61,5 +61,5 @@ def test_values_that_are_no_finite_numbers_show_in_their_channel_alone(odd, plac
 
 
 def test_of_nothing_there_are_none():
-    assert running_stats.of(drawn("float16")[:0]) is None
-    assert running_stats.merged([]) is None
+    assert running_stats.from_array(drawn("float16")[:0]) is None
+    assert running_stats.merge([]) is None

@@ -13,7 +13,7 @@ from small_store import layout, write
 from cache import checksums
 from cache.errors import StoreError
 from cache.reader import FeatureStore
-from cache.schema import consolidate
+from cache.schema import consolidate_metadata
 from cache.verify import verify
 from cache.writer import write_skipped
 
@@ -125,7 +125,7 @@ def rewrite(folder, change):
     root = zarr.open_group(folder / "store.zarr", mode="r+", use_consolidated=False)
     change(root)
     (folder / "store.zarr" / checksums.NAME).unlink()
-    consolidate(root)
+    consolidate_metadata(root)
     checksums.write(folder / "store.zarr", {})
     return folder / "store.zarr"
 

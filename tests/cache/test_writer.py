@@ -58,7 +58,7 @@ def test_two_writers_share_a_store_and_the_second_to_finish_gets_its_digest(tmp_
     alone = write(tmp_path / "alone", layout(shard=10))
     described = layout(shard=10)
     writers = [new_writer(tmp_path, described) for _ in range(2)]
-    first, second = (writer.shards() for writer in writers)
+    first, second = (writer.claim_shards() for writer in writers)
     mine, theirs = next(first), next(second)
     assert mine != theirs
     writers[0].write(mine, values(described, mine))
@@ -78,9 +78,9 @@ def test_two_writers_share_a_store_and_the_second_to_finish_gets_its_digest(tmp_
     assert sorted(written[0] + written[1]) == list(range(15))
     assert writers[0].finish() == alone
     assert writers[1].finish() == alone
-    assert list(writers[1].shards()) == []
+    assert list(writers[1].claim_shards()) == []
     late = new_writer(tmp_path, described)
-    assert late.pending() == list(late.shards()) == []
+    assert late.pending_shards() == list(late.claim_shards()) == []
     assert late.finish() == alone
     assert not (tmp_path / "scratch").exists()
 
@@ -88,9 +88,9 @@ def test_two_writers_share_a_store_and_the_second_to_finish_gets_its_digest(tmp_
 def test_a_shard_in_dead_hands_is_taken_over(tmp_path):
     described = layout()
     hands, other = (new_writer(tmp_path, described) for _ in range(2))
-    held = hands.shards()
+    held = hands.claim_shards()
     assert next(held) == 0
-    rest = other.shards()
+    rest = other.claim_shards()
     assert [next(rest), next(rest)] == [1, 2]
     held.close()  # as its process' death would
     assert next(rest) in (0, 1, 2)
@@ -123,11 +123,11 @@ def test_overflow_is_reported_and_infinities_pass(tmp_path):
     large["level0/features"][9, 1, 2, 2] = -80000
     with pytest.raises(StoreError, match=r"2 values of level0/features are too large for float16 \(up to 8e\+04"):
         writer.write(0, large)
-    assert writer.pending() == [0, 1, 2]
+    assert writer.pending_shards() == [0, 1, 2]
     large["level0/features"][3, 1, 2, 2:4] = np.inf, np.nan
     large["level0/features"][9, 1, 2, 2] = -np.inf
     writer.write(0, large)
-    assert writer.pending() == [1, 2]
+    assert writer.pending_shards() == [1, 2]
 
 
 def test_underflow_is_reported(tmp_path):
@@ -188,14 +188,14 @@ def test_a_kill_after_publishing_leaves_the_store_and_nothing_to_do(tmp_path, mo
             write(tmp_path / "broken", described)
     whole = content(tmp_path / "broken/store.zarr")
     writer = new_writer(tmp_path / "broken", described)
-    assert writer.pending() == []
+    assert writer.pending_shards() == []
     assert writer.finish() == digest
     assert content(tmp_path / "broken/store.zarr") == whole == content(tmp_path / "unbroken/store.zarr")
     # Deleted, it is written again in full, whatever records a kill left behind.
     (tmp_path / "broken/scratch/shards").mkdir(parents=True)
     (tmp_path / "broken/scratch/shards/0.json").write_text("{}")
     shutil.rmtree(tmp_path / "broken/store.zarr")
-    assert new_writer(tmp_path / "broken", described).pending() == [0, 1, 2]
+    assert new_writer(tmp_path / "broken", described).pending_shards() == [0, 1, 2]
     assert write(tmp_path / "broken", described) == digest
 
 
@@ -203,9 +203,9 @@ def test_a_kill_after_publishing_leaves_the_store_and_nothing_to_do(tmp_path, mo
 def test_a_finished_store_that_lost_a_file_is_written_again(tmp_path, file):
     digest = write(tmp_path)
     whole = content(tmp_path / "store.zarr")
-    assert new_writer(tmp_path).pending() == []
+    assert new_writer(tmp_path).pending_shards() == []
     (tmp_path / "store.zarr" / file).unlink()
-    assert new_writer(tmp_path).pending() == [0, 1, 2]
+    assert new_writer(tmp_path).pending_shards() == [0, 1, 2]
     assert write(tmp_path) == digest
     assert content(tmp_path / "store.zarr") == whole
 
@@ -233,7 +233,7 @@ def test_bytes_are_safe_before_their_record_and_the_record_before_the_next_shard
         return next(number for number, path in enumerate(done) if path.startswith(start))
 
     record = first("shards/0.json")
-    for name in layout().arrays():
+    for name in layout().array_names():
         assert first(f"store.zarr/{name}/c.0") < done.index(f"store.zarr/{name}") < record
     assert done[-1] == "shards"
 
@@ -287,7 +287,7 @@ def test_a_shard_that_is_taken_while_another_thread_lets_go_is_let_go(tmp_path, 
         held.append(lock)
         return lock
 
-    take = cache.writer.take
+    take = cache.writer.try_lock
     monkeypatch.setattr("cache.writer.take", slow)
-    assert list(writer.shards()) == [0]
-    assert not writer._held
+    assert list(writer.claim_shards()) == [0]
+    assert not writer._claimed
