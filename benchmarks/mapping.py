@@ -26,14 +26,14 @@ SIDE = 1024
 MAP = """
 import sys
 from pathlib import Path
-from pipeline.mapping.exported import exported
-from pipeline.mapping.predict_scene import make
 from pipeline.mapping.open_scene import open_scene
+from pipeline.mapping.predict_scene import predict_scene
+from pipeline.mapping.predictors import load_onnx_student
 
 scene, kept = open_scene(Path(sys.argv[1])), None
 if sys.argv[3] == "whole":
     kept = scene.read((0, 0, scene.height, scene.width), range(len(scene.bands)))
-make(scene, exported(Path("data/scratch/mapping/student.onnx")), Path(sys.argv[2]))
+predict_scene(scene, load_onnx_student(Path("data/scratch/mapping/student.onnx")), Path(sys.argv[2]))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) / 1024)
 """
@@ -61,7 +61,7 @@ def write_student(path: Path) -> None:
     import torch
 
     from pipeline.data.sources import osm_landuse
-    from pipeline.distillation.student_files import Student, StudentSpec
+    from pipeline.distillation.student import Student, StudentSpec
     from pipeline.export import graphs
 
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.distillation.student_files import Student
 from pipeline.errors import UserError
-from pipeline.mapping.exported import METADATA_KEY, open_session
+from pipeline.mapping.predictors import METADATA_KEY, open_session
 
 # The greatest difference of any logit between the file and torch, as a share of the spread of torch's logits.
 TOLERANCE = 1e-3

@@ -1,4 +1,4 @@
-"""A scene of any size becomes a map: overlapping tiles, blended, in memory that does not grow with the scene.
+"""Map a scene of any size: predict overlapping tiles, blend them, and write Cloud Optimized GeoTIFFs.
 
-Nothing here imports torch but the predictors that need it: an exported student maps with onnxruntime alone.
+Memory does not grow with the scene. Only `torch_predictors` imports torch: exported students need onnxruntime alone.
 """

@@ -1,4 +1,4 @@
-"""Finished blocks of a map as one Cloud Optimized GeoTIFF, written by windows."""
+"""Write the finished blocks of a map as one Cloud Optimized GeoTIFF."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,33 +17,33 @@ def write_cog(
     path: Path,
     scene: Scene,
     blocks: Iterable[tuple[OutputBlock, np.ndarray]],
-    bands: int,
+    n_bands: int,
     tags: Mapping[str, str],
-    names: Iterable[str],
-    overview: str,
+    band_names: Iterable[str],
+    overview_resampling: str,
     scale: float = 1.0,
 ) -> None:
-    """Write a map on the scene's own grid.
+    """Write a map on the grid of its scene.
 
     Args:
-        blocks: uint8 (band, y, x) of every block.
-        names: of the bands.
-        overview: how GDAL makes coarser copies, for looking at the map from afar: `mode` or `average`.
-        scale: what a value of 1 stands for.
+        path: the file; a GeoTIFF without overviews lies next to it until it is finished.
+        blocks: every block and its values, uint8 (band, y, x).
+        overview_resampling: how GDAL computes the overviews: `mode` or `average`.
+        scale: factor from stored values to physical values.
     """
     plain = path.with_name(f"{path.stem}-plain.tif")
     with rasterio.open(
-        plain, "w", driver="GTiff", height=scene.height, width=scene.width, count=bands, dtype="uint8", nodata=NODATA,
-        crs=scene.crs or None, transform=rasterio.Affine(*scene.transform), tiled=True, blockxsize=COG_TILE,
-        blockysize=COG_TILE, bigtiff="IF_SAFER",
+        plain, "w", driver="GTiff", height=scene.height, width=scene.width, count=n_bands, dtype="uint8",
+        nodata=NODATA, crs=scene.crs or None, transform=rasterio.Affine(*scene.transform), tiled=True,
+        blockxsize=COG_TILE, blockysize=COG_TILE, bigtiff="IF_SAFER",
     ) as file:  # fmt: skip
-        for part, values in blocks:
-            file.write(values, window=Window(part.column, part.row, part.width, part.height))
+        for block, values in blocks:
+            file.write(values, window=Window(block.column, block.row, block.width, block.height))
         file.update_tags(**tags)
-        file.descriptions = tuple(names)
-        file.scales = (scale,) * bands
+        file.descriptions = tuple(band_names)
+        file.scales = (scale,) * n_bands
     rasterio.shutil.copy(
         plain, path, driver="COG", compress="DEFLATE", blocksize=COG_TILE, bigtiff="IF_SAFER",
-        overview_resampling=overview,
+        overview_resampling=overview_resampling,
     )  # fmt: skip
     plain.unlink()

@@ -1,19 +1,18 @@
-"""Making a map: block by block, each safe on the disk before the next, so that a killed run goes on where it was.
+"""Map a scene block by block. Finished blocks are on disk, so that a killed run resumes after its last one.
 
-The finished map is a folder that appears whole:
+The finished map is a folder that is published atomically:
 
-    class.tif        uint8, a class index, 255 where the scene has no data; classes in the tags
-    confidence.tif   uint8, its probability in percent
-    map.json         the classes' shares, and what was mapped by what
+    class.tif        uint8, class index, 255 where the scene has no data; the names of the classes are in the tags
+    confidence.tif   uint8, probability of the class in percent
+    map.json         shares of the classes, the scene and the model
 
-With `multilabel` models both have a band a class: whether it holds, and its probability.
+Maps of multi-label models have one band per class: whether the class holds, and its probability.
 """
 
-import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,144 +20,174 @@ import rasterio
 from tqdm import tqdm
 
 from cache.atomic import atomic_dir, sync_folder, write_file
+from cache.checksums import fingerprint
 from pipeline.errors import UserError
 from pipeline.mapping import blend, cog, open_scene, tiling
-from pipeline.mapping import scene as scenes
+from pipeline.mapping import scene as scene_module
 from pipeline.mapping.blend import NODATA, MappingJob
+from pipeline.mapping.predictors import Predictor
 from pipeline.mapping.scene import Scene
-from pipeline.mapping.signature import Predictor
 from pipeline.mapping.tiling import OutputBlock, output_blocks, tile_axis
 
-# Share of a tile by which neighbours overlap. A class of a whole chip is known only as finely as tiles overlap.
-OVERLAP_FRACTION = {"segmentation": 0.25, "classification": 0.5, "multilabel": 0.5}
-# Of GDAL, in megabytes; its own is a share of the machine's memory.
+# Overlap of neighbouring tiles as a fraction of a tile. Models with one prediction per chip locate a class only as
+# finely as their tiles overlap.
+DENSE_OVERLAP, CHIP_OVERLAP = 0.25, 0.5
+# GDAL's own default is a fraction of the machine's memory.
 GDAL_CACHE_MB = 32
 
 
 def plan_mapping(scene: Scene, predictor: Predictor) -> MappingJob:
-    """A scene and what maps it, checked to fit together.
+    """Match a scene with a model and place the tiles.
 
     Raises:
-        UserError: a band is missing, or units or the size of pixels are others.
+        UserError: a band or a metadata input is missing, or units or pixel size differ.
     """
-    wanted = predictor.signature
-    scenes.check_metadata(scene, wanted.extra_inputs)
-    height, width = wanted.size
-    share = OVERLAP_FRACTION[wanted.task]
-    rows = tile_axis(scene.height, height, int(height * share))
-    return MappingJob(scene, predictor, tuple(scenes.match_scene_bands(scene, wanted)), rows,
-               tile_axis(scene.width, width, int(width * share)))  # fmt: skip
+    signature = predictor.signature
+    scene_module.check_metadata(scene, signature.metadata_keys)
+    height, width = signature.size
+    overlap = DENSE_OVERLAP if signature.task.is_dense else CHIP_OVERLAP
+    return MappingJob(
+        scene=scene,
+        predictor=predictor,
+        band_indices=tuple(scene_module.match_scene_bands(scene, signature)),
+        y_tiles=tile_axis(scene.height, height, int(height * overlap)),
+        x_tiles=tile_axis(scene.width, width, int(width * overlap)),
+    )
 
 
-def predict_scene(scene: Scene, predictor: Predictor, final: Path) -> dict:
-    """Map a scene; a run that was killed goes on from its last finished block, and ends with the same bytes.
+def predict_scene(scene: Scene, predictor: Predictor, folder: Path) -> dict:
+    """Map a scene. A killed run resumes after its last finished block and ends with the same bytes.
 
     Args:
-        final: the map's folder, which appears in one step; beside it, until then, `.<name>.partial`.
+        folder: the map's folder, published atomically. Finished blocks lie in `.<name>.partial` next to it.
 
     Returns:
-        what map.json says.
+        The content of map.json.
 
     Raises:
-        UserError: the scene does not fit the model, or `final` is something else than a map.
+        UserError: the scene does not fit the model, or `folder` exists and is not a map.
     """
-    if final.exists() and not (final / "map.json").exists():
-        raise UserError(f"{final} exists and is no map. Give another folder, or remove it.")
-    made = plan_mapping(scene, predictor)
-    partial = final.with_name(f".{final.name}.partial")
-    finished = partial / _cache_key(made)
-    _clear(partial, finished)
-    finished.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not (folder / "map.json").exists():
+        raise UserError(f"{folder} exists and is not a map. Choose another folder, or remove it.", path=folder)
+    job = plan_mapping(scene, predictor)
+    partial = folder.with_name(f".{folder.name}.partial")
+    block_folder = partial / _cache_key(job)
+    _remove_stale_blocks(partial, block_folder)
+    block_folder.mkdir(parents=True, exist_ok=True)
     with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB):
-        _predict(made, finished)
-        with atomic_dir(partial / "map", final) as folder:
-            told = _publish(made, finished, folder)
+        _predict_missing_blocks(job, block_folder)
+        with atomic_dir(partial / "map", folder) as map_folder:
+            metadata = _publish(job, block_folder, map_folder)
     shutil.rmtree(partial)
-    return told
+    return metadata
 
 
-def _predict(made: MappingJob, finished: Path) -> None:
-    """Every block that an earlier run has not finished."""
-    parts = list(output_blocks(made.y_tiles, made.x_tiles))
-    counts = [_tiles(made, part) for part in parts]
-    there = [_path(finished, part).exists() for part in parts]
-    initial = sum(count for count, is_there in zip(counts, there, strict=True) if is_there)
-    with tqdm(total=sum(counts), initial=initial, unit="tile", mininterval=2, file=sys.stderr) as progress:
-        for part, is_there in zip(parts, there, strict=True):
-            if not is_there:
-                arrays = blend.predict_block(made, part, progress.update)
-                write_file(_path(finished, part), [np.ascontiguousarray(one).data for one in arrays])
-                sync_folder(finished)
+def class_shares(metadata: Mapping) -> str:
+    """Format the share of each class in a map, the largest first.
+
+    Args:
+        metadata: the content of map.json.
+    """
+    shares = [
+        (share, name)
+        for share, name in zip(metadata["class_shares"], metadata["classes"], strict=True)
+        if share is not None
+    ]
+    return ", ".join(f"{name} {share:.1%}" for share, name in sorted(shares, reverse=True)) or "no data"
 
 
-def _publish(made: MappingJob, finished: Path, folder: Path) -> dict:
-    """Both maps from the finished blocks, and what is to be told of them."""
-    wanted, scene = made.predictor.signature, made.scene
-    several = wanted.task == "multilabel"
-    bands = len(wanted.classes) if several else 1
-    areas = np.zeros((bands, 256), np.int64)
+def _predict_missing_blocks(job: MappingJob, block_folder: Path) -> None:
+    """Predict and save every block that an earlier run has not finished."""
+    blocks = list(output_blocks(job.y_tiles, job.x_tiles))
+    n_tiles = [_count_tiles(job, block) for block in blocks]
+    is_finished = [_block_path(block_folder, block).exists() for block in blocks]
+    initial = sum(count for count, finished in zip(n_tiles, is_finished, strict=True) if finished)
+    with tqdm(total=sum(n_tiles), initial=initial, unit="tile", mininterval=2, file=sys.stderr) as progress:
+        for block, finished in zip(blocks, is_finished, strict=True):
+            if not finished:
+                arrays = blend.predict_block(job, block, progress.update)
+                write_file(_block_path(block_folder, block), [np.ascontiguousarray(array).data for array in arrays])
+                sync_folder(block_folder)
 
-    def read(which: int):
-        for part in output_blocks(made.y_tiles, made.x_tiles):
-            shape = (2, bands, part.height, part.width)
-            values = np.fromfile(_path(finished, part), np.uint8).reshape(shape)[which]
-            if which == 0:
-                for band, one in enumerate(values):
-                    areas[band] += np.bincount(one.ravel(), minlength=256)
-            yield part, values
 
-    tags = {"classes": ", ".join(wanted.classes), "model": made.predictor.name, "task": wanted.task}
-    names = wanted.classes if several else ("class",)
-    cog.write_cog(folder / "class.tif", scene, read(0), bands, tags, names, "mode")
-    names = wanted.classes if several else ("probability of the class",)
-    cog.write_cog(folder / "confidence.tif", scene, read(1), bands, tags, names, "average", scale=0.01)
-    there = int(areas[0, :NODATA].sum())
-    held = areas[:, 1] if several else areas[0, : len(wanted.classes)]
-    told = {
+def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
+    """Write both maps from the finished blocks, and map.json; return the content of map.json."""
+    signature, scene = job.predictor.signature, job.scene
+    class_names, is_multilabel = signature.class_names, signature.task.is_multilabel
+    n_bands = len(class_names) if is_multilabel else 1
+    tags = {"classes": ", ".join(class_names), "model": job.predictor.name, "task": signature.task.type}
+
+    # Pixels of every value, by band.
+    pixel_counts = np.zeros((n_bands, 256), np.int64)
+
+    def classes() -> Iterator[tuple[OutputBlock, np.ndarray]]:
+        for block, values, _ in _read_blocks(job, block_folder, n_bands):
+            for counts, band in zip(pixel_counts, values, strict=True):
+                counts += np.bincount(band.ravel(), minlength=256)
+            yield block, values
+
+    def confidences() -> Iterator[tuple[OutputBlock, np.ndarray]]:
+        return ((block, values) for block, _, values in _read_blocks(job, block_folder, n_bands))
+
+    band_names = class_names if is_multilabel else ("class",)
+    cog.write_cog(folder / "class.tif", scene, classes(), n_bands, tags, band_names, "mode")
+    band_names = class_names if is_multilabel else ("probability of the class",)
+    cog.write_cog(folder / "confidence.tif", scene, confidences(), n_bands, tags, band_names, "average", scale=0.01)
+    n_valid = int(pixel_counts[0, :NODATA].sum())
+    n_per_class = pixel_counts[:, 1] if is_multilabel else pixel_counts[0, : len(class_names)]
+    metadata = {
         "skipped": None,
         "scene": scene.name,
         "size": [scene.height, scene.width],
-        "model": made.predictor.name,
-        "model_sha256": made.predictor.digest,
-        "task": wanted.task,
-        "classes": list(wanted.classes),
-        "shares": [round(float(one) / there, 6) if there else None for one in held],
-        "nodata": round(1 - there / (scene.height * scene.width), 6),
-        "tile": list(wanted.size),
-        "overlap": [made.y_tiles.overlap, made.x_tiles.overlap],
+        "model": job.predictor.name,
+        "model_sha256": job.predictor.digest,
+        "task": signature.task.type,
+        "classes": list(class_names),
+        "class_shares": [round(float(count) / n_valid, 6) if n_valid else None for count in n_per_class],
+        "nodata_share": round(1 - n_valid / (scene.height * scene.width), 6),
+        "tile": list(signature.size),
+        "overlap": [job.y_tiles.overlap, job.x_tiles.overlap],
     }
-    (folder / "map.json").write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
-    return told
+    (folder / "map.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
+    return metadata
 
 
-def class_shares(told: Mapping) -> str:
-    """How much of a map each class covers, the largest first, as text."""
-    known = [(share, name) for share, name in zip(told["shares"], told["classes"], strict=True) if share is not None]
-    return ", ".join(f"{name} {share:.1%}" for share, name in sorted(known, reverse=True)) or "no data"
+def _read_blocks(
+    job: MappingJob, block_folder: Path, n_bands: int
+) -> Iterator[tuple[OutputBlock, np.ndarray, np.ndarray]]:
+    """Iterate over all finished blocks, with their classes and confidences, uint8 (band, y, x)."""
+    for block in output_blocks(job.y_tiles, job.x_tiles):
+        values = np.fromfile(_block_path(block_folder, block), np.uint8)
+        yield block, *values.reshape(2, n_bands, block.height, block.width)
 
 
-def _tiles(made: MappingJob, part: OutputBlock) -> int:
-    rows = made.y_tiles.overlapping(part.row, part.row + part.height)
-    return len(rows) * len(made.x_tiles.overlapping(part.column, part.column + part.width))
+def _count_tiles(job: MappingJob, block: OutputBlock) -> int:
+    y_starts = job.y_tiles.overlapping(block.row, block.row + block.height)
+    return len(y_starts) * len(job.x_tiles.overlapping(block.column, block.column + block.width))
 
 
-def _path(finished: Path, part: OutputBlock) -> Path:
-    return finished / f"r{part.row:06d}c{part.column:06d}"
+def _block_path(block_folder: Path, block: OutputBlock) -> Path:
+    return block_folder / f"r{block.row:06d}c{block.column:06d}"
 
 
-def _cache_key(made: MappingJob) -> str:
-    """Of all that decides a block's bytes."""
-    wanted = made.predictor.signature
-    code = [
-        Path(module.__file__).read_bytes() for module in (blend, scenes, open_scene, tiling, sys.modules[__name__])
-    ]
-    decides = [made.scene.fingerprint, made.predictor.digest, made.band_indices, wanted.size, wanted.task, blend.BATCH_TILES,
-               [hashlib.sha256(one).hexdigest() for one in code]]  # fmt: skip
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+def _cache_key(job: MappingJob) -> str:
+    """Fingerprint of everything that decides the bytes of a block, the code included."""
+    signature = job.predictor.signature
+    modules = (blend, scene_module, open_scene, tiling, sys.modules[__name__])
+    code = [Path(module.__file__).read_bytes() for module in modules]
+    return fingerprint(
+        job.scene.fingerprint,
+        job.predictor.digest,
+        job.band_indices,
+        signature.size,
+        signature.task.type,
+        blend.BATCH_TILES,
+        code,
+    )[:16]
 
 
-def _clear(partial: Path, finished: Path) -> None:
-    """Remove what an earlier run left that mapped another scene or by another model."""
-    for old in partial.glob("*"):
-        if old != finished:
-            shutil.rmtree(old, ignore_errors=True)
+def _remove_stale_blocks(partial: Path, block_folder: Path) -> None:
+    """Remove the blocks of earlier runs with another scene, model or version of the code."""
+    for folder in partial.glob("*"):
+        if folder != block_folder:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,135 +1,147 @@
-"""An ensemble of frozen backbones and its trained head as a predictor: tile → pyramids → the head."""
+"""Models that map scenes: their inputs and outputs, and exported students, which run without torch."""
 
-import dataclasses
-import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import xarray as xr
+import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
 
-from cache.reader import FeatureStore
-from pipeline.backbones import create_backbone, get_spec, preprocessing
-from pipeline.backbones.encoder import Encoder
-from pipeline.config import Params
+from cache import checksums
+from pipeline.bands import Band
 from pipeline.errors import UserError
-from pipeline.heads import checkpoint
-from pipeline.mapping.signature import Predictor, Signature
+from pipeline.tasks import Task, get_task
+
+# Key of a student's metadata in an ONNX file.
+METADATA_KEY = "eo_compose"
 
 
-@dataclasses.dataclass(frozen=True)
-class EnsemblePaths:
-    """Where an ensemble's parts lie.
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of a model.
 
     Attributes:
-        head: the trained one's file.
-        images: that it was trained on.
-        features: the folder of its backbones' stores, which tell how their inputs were made.
-        weights: the folder of the backbones' weights.
+        task: class of its task (pipeline/tasks.py).
+        class_names: names of the classes.
+        bands: bands of the chips, in order.
+        units: units of the chips' values (pipeline/bands.py).
+        gsd: ground sampling distance in metres; NaN if unknown.
+        size: (y, x) of a chip in pixels.
+        metadata_keys: other inputs of the model: `location`, `time`.
     """
 
-    head: Path
-    images: xr.Dataset
-    features: Path
-    weights: Path
+    task: type[Task]
+    class_names: tuple[str, ...]
+    bands: tuple[Band, ...]
+    units: str
+    gsd: float
+    size: tuple[int, int]
+    metadata_keys: tuple[str, ...] = ()
 
 
-def load_ensemble(described: Params, places: EnsemblePaths, device: str) -> Predictor:
-    """The ensemble of a trained head.
+@dataclass(frozen=True)
+class Predictor:
+    """A loaded model.
+
+    Attributes:
+        name: written into the map's tags.
+        digest: SHA-256 of everything that decides its predictions.
+        signature: its inputs and outputs.
+        predict_logits: a function from chips, float32 (batch, band, y, x), in the bands and units of the signature,
+            and metadata to logits, float32 (batch, class) or (batch, class, y, x). The metadata are `location`
+            (batch, 2), latitude and longitude of the chips' centres in degrees, and `time` (batch,), UTC,
+            datetime64[s].
+    """
+
+    name: str
+    digest: str
+    signature: Signature
+    predict_logits: Callable[[np.ndarray, Mapping[str, np.ndarray]], np.ndarray]
+
+
+def parse_signature(metadata: Mapping, path: Path | str) -> Signature:
+    """Read a signature from a student's metadata, which are in student.json and in exported files.
+
+    Args:
+        path: the file, for messages.
 
     Raises:
-        UserError: something that it consists of is not there, or was changed since the head was trained.
+        UserError: a key is missing, or a value is invalid.
     """
-    head = checkpoint.load(places.head, device)
-    given = {name: _given(described, places, name) for name in head.backbones}
-    used = sorted({place for one in given.values() for place in one.input_bands.band_indices})
-    encoders = [_encoder(described, places, name, among(one, used), device) for name, one in given.items()]
-    signature = _signature(head, places.images, used, encoders)
-
-    @torch.inference_mode()
-    def logits(chips: np.ndarray, known: Mapping[str, np.ndarray]) -> np.ndarray:
-        features = []
-        for encoder, names in zip(encoders, head.array_names, strict=True):
-            pyramid = encoder.forward(encoder.prepare(chips), _told(encoder, known))
-            features.append({name: _array(pyramid, name) for name in names})
-        return head.logits(features).float().cpu().numpy()
-
-    return Predictor(head.model, _digest(places, head.backbones, encoders), signature, logits)
-
-
-def among(given: preprocessing.Preprocessor, used: Sequence[int]) -> preprocessing.Preprocessor:
-    """The same inputs for images that have only the bands `used`, in that order."""
-    positions = tuple(used.index(place) for place in given.input_bands.band_indices)
-    return dataclasses.replace(given, seen=dataclasses.replace(given.input_bands, positions=positions))
-
-
-def _given(described: Params, places: EnsemblePaths, name: str) -> preprocessing.Preprocessor:
-    backbone = described.backbone(name)
-    given = preprocessing.make_preprocessor(places.images, name, backbone, get_spec(backbone))
-    _unchanged(FeatureStore(places.features / f"{name}.zarr"), given, name)
-    return given
+    try:
+        bands = tuple(
+            Band(band["name"], band["common_name"], _float_or_nan(band["wavelength"])) for band in metadata["bands"]
+        )
+        task, class_names, units = metadata["task"], tuple(metadata["classes"]), metadata["units"]
+        gsd, size = _float_or_nan(metadata["gsd"]), tuple(int(side) for side in metadata["size"])
+    except (KeyError, TypeError, ValueError) as error:
+        key = error.args[0] if isinstance(error, KeyError) else None
+        raise UserError(
+            f"The metadata of {path} are incomplete or invalid ({error!r}). Export the student again.",
+            key=key,
+            path=path,
+        ) from None
+    if len(size) != 2:
+        raise UserError(
+            f"The metadata of {path} give the size {size}; a size is [y, x] in pixels. Export the student again.",
+            key="size",
+            value=size,
+            path=path,
+        )
+    return Signature(get_task(task, f"The task of {path}"), class_names, bands, units, gsd, size)
 
 
-def _encoder(
-    described: Params, places: EnsemblePaths, name: str, given: preprocessing.Preprocessor, device: str
-) -> Encoder:
-    backbone, folder, extract = described.backbone(name), places.weights / name, described.extract
-    declared = get_spec(backbone)
-    if not (folder / "source.json").exists():
-        raise UserError(f"There are no weights of {name} at {folder}. Run: dvc repro fetch_weights@{name}")
-    network = create_backbone(backbone, declared, given.input_bands, folder)
-    return Encoder(given, network, device, extract.precision, extract.compiled, strides=declared.strides)
-
-
-def _unchanged(store: FeatureStore, given: preprocessing.Preprocessor, name: str) -> None:
-    """Refuse a backbone that is described otherwise now than when its features were computed.
+def load_onnx_student(path: Path) -> Predictor:
+    """Load an exported student from an ONNX file.
 
     Raises:
-        UserError: its input, or how that is normalised, differs.
+        UserError: the file is missing, or is not an exported student.
     """
-    then, now = store.attributes["normalisation"], {"of": given.normalisation, "mean": given.mean, "std": given.std}
-    now = json.loads(json.dumps(now))
-    if store.attributes["input_size"] != given.input_bands.input_size or any(then[key] != now[key] for key in now):
-        raise UserError(f"params.yaml describes {name} otherwise than when {store.location} was made. Run: dvc repro")
+    path = Path(path)
+    session = open_session(path)
+    properties = session.get_modelmeta().custom_metadata_map
+    if METADATA_KEY not in properties:
+        raise UserError(
+            f"{path} has no metadata '{METADATA_KEY}' with its bands and classes: it was not written by "
+            "stages.export. Export a student with: python -m stages.export",
+            key=METADATA_KEY,
+            path=path,
+        )
+    try:
+        metadata = json.loads(properties[METADATA_KEY])
+    except ValueError:
+        metadata = None
+    signature = parse_signature(metadata, path)
+    (model_input,) = session.get_inputs()
+
+    def predict_logits(chips, metadata):
+        return session.run(None, {model_input.name: chips})[0]
+
+    return Predictor(path.name, checksums.digest(path), signature, predict_logits)
 
 
-def _signature(
-    head: checkpoint.TrainedHead, images: xr.Dataset, used: Sequence[int], encoders: list[Encoder]
-) -> Signature:
-    """Of an ensemble: of the images' bands those that any of its members sees."""
-    gsd = images.attrs["gsd"]
-    return Signature(
-        head.task, head.class_names, tuple(preprocessing.image_bands(images)[place] for place in used), images.attrs["units"],
-        math.nan if gsd is None else gsd, (images.sizes["y"], images.sizes["x"]),
-        tuple(sorted({name for encoder in encoders for name in encoder.preprocessor.metadata_keys})),
-    )  # fmt: skip
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """Open an ONNX file on the CPU cores that this process may use.
+
+    Raises:
+        UserError: the file is missing, or is not an ONNX file.
+    """
+    if not path.exists():
+        raise UserError(
+            f"There is no exported student at {path}. Export one with: python -m stages.export", path=path
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    # The arena holds memory between batches; a map has many tiles and its memory must stay small.
+    options.enable_cpu_mem_arena = False
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except (Fail, InvalidGraph, InvalidProtobuf) as error:
+        raise UserError(f"{path} is not a readable ONNX file: {' '.join(str(error).split())}", path=path) from None
 
 
-def _told(encoder: Encoder, known: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Where and when, as `Inputs.where_and_when` tells it of the images of a store."""
-    told = {}
-    if "place" in encoder.preprocessor.metadata_keys:
-        told["place"] = known["place"]
-    if "time" in encoder.preprocessor.metadata_keys:
-        days = known["time"].astype("datetime64[D]")
-        years = days.astype("datetime64[Y]")
-        told["time"] = np.stack([years.astype(int) + 1970, (days - years).astype(int)], axis=1)[:, None]
-    return {name: torch.from_numpy(values.astype(np.float32)).to(encoder.device) for name, values in told.items()}
-
-
-def _array(pyramid, name: str) -> torch.Tensor:
-    """An array of the store by its name, as `level2/features` or `pooled/mean_level3`."""
-    group, field = name.split("/")
-    return pyramid.pooled[field] if group == "pooled" else pyramid.levels[int(group.removeprefix("level"))]
-
-
-def _digest(places: EnsemblePaths, backbones: list[str], encoders: list[Encoder]) -> str:
-    """Of the head, and of what its backbones were told and have learnt."""
-    digest = hashlib.sha256(places.head.read_bytes())
-    for name, encoder in zip(backbones, encoders, strict=True):
-        digest.update((places.weights / name / "source.json").read_bytes())
-        digest.update(repr(encoder.preprocessor).encode() + encoder.precision.encode())
-    return digest.hexdigest()
+def _float_or_nan(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,22 +1,22 @@
-"""A scene to map: where it lies, what its bands and units are, and its pixels by windows, never whole."""
+"""A scene to map: its location, bands and units, and its pixels, which are read in windows, never all at once."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import rasterio
-from pyproj import CRS, Geod, Transformer
+from pyproj import Geod
 
 from pipeline.bands import Band, band_index
+from pipeline.data.sources.custom.rasters import to_latlon
 from pipeline.errors import UserError
-from pipeline.mapping.signature import Signature
+from pipeline.mapping.predictors import Signature
 
-# Bands of the same name whose centres are farther apart, in micrometres, are not the same band.
-_APART = 0.02
-# A model has learnt what a pixel of its size looks like; larger or smaller ones by this factor are refused.
-_OTHER_SCALE = 1.5
+# Bands of one name whose centre wavelengths differ by more are different bands, in micrometres.
+MAX_WAVELENGTH_DIFFERENCE_UM = 0.02
+# Models are trained on one pixel size. Scenes whose pixels are larger or smaller by this factor are refused.
+MAX_GSD_RATIO = 1.5
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,16 @@ class Scene:
     """One image of any size.
 
     Attributes:
-        name: for messages.
-        transform: affine coefficients a to f, from (column, row) to the CRS; the identity's where it has no place.
-        crs: as WKT; empty where it has none.
-        bands: as far as known, in the scene's order.
-        units: of its values (pipeline/bands.py).
-        time: when it was taken, UTC; not a time where unknown.
-        state: what tells this scene from any other, and from itself when it has changed.
-        read: from (row, column, height, width) and places of bands to pixels (band, y, x) of any type, and where
-            (y, x) all of them hold data.
+        name: its path, for messages.
+        height, width: its size in pixels.
+        transform: affine coefficients a to f, from (column, row) to the CRS; the identity without georeference.
+        crs: coordinate reference system as WKT; empty without georeference.
+        bands: its bands, as far as known, in order.
+        units: units of its values (pipeline/bands.py).
+        time: acquisition time, UTC; NaT if unknown.
+        fingerprint: changes with its files and its description.
+        read_window: a function from a window (row, column, height, width) and band indices to pixels (band, y, x) of
+            any dtype, and where (y, x) all of these bands hold data.
     """
 
     name: str
@@ -47,16 +48,16 @@ class Scene:
     read_window: Callable[[tuple[int, int, int, int], Sequence[int]], tuple[np.ndarray, np.ndarray]]
 
     def latlon(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-        """Latitude and longitude (…, 2) in degrees of places in pixels; not a number where the scene has none."""
+        """Compute latitude and longitude (…, 2), in degrees, of positions in pixels; NaN without georeference."""
         if not self.crs:
             return np.full((*np.shape(row), 2), np.nan)
         x, y = rasterio.Affine(*self.transform) @ (np.asarray(column, float), np.asarray(row, float))
-        lon, lat = _to_latlon(self.crs).transform(x, y)
+        lon, lat = to_latlon(self.crs).transform(x, y)
         return np.stack([lat, lon], axis=-1)
 
     @property
     def gsd(self) -> float:
-        """Side of a pixel in metres at the scene's centre; not a number where the scene has no place."""
+        """Side of the pixel at the scene's centre in metres; NaN without georeference."""
         if not self.crs:
             return math.nan
         row, column = self.height / 2, self.width / 2
@@ -64,58 +65,78 @@ class Scene:
         return Geod(ellps="WGS84").inv(lon, lat, lon_right, lat_right)[2]
 
 
-def match_scene_bands(scene: Scene, wanted: Signature) -> list[int]:
-    """Where a model's bands are in a scene.
+def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
+    """Find a model's bands in a scene by name, and check units and pixel size.
+
+    Returns:
+        The indices of the model's bands in the scene.
 
     Raises:
-        UserError: a band that is not there, other units, or pixels of another size.
+        UserError: a band is missing, or units or pixel size differ.
     """
-    found = [_place(band, scene.bands) for band in wanted.bands]
-    if gone := [band.common_name for band, place in zip(wanted.bands, found, strict=True) if place is None]:
-        there = ", ".join(_said(band) for band in scene.bands)
+    indices = [_find_band(band, scene.bands) for band in signature.bands]
+    missing = [band.common_name for band, index in zip(signature.bands, indices, strict=True) if index is None]
+    if missing:
+        present = [_describe_band(band) for band in scene.bands]
         raise UserError(
-            f"{scene.name} lacks the bands {', '.join(gone)} that the model was trained with; it has {there}. "
-            "A band is known by its common name, and its wavelength where that is stated."
+            f"{scene.name} lacks the bands {', '.join(missing)}, which the model needs. It has {', '.join(present)}. "
+            "Bands are matched by common name, and by wavelength where it is stated.",
+            key="bands",
+            value=missing,
+            allowed=present,
+            path=scene.name,
         )
-    if scene.units != wanted.units:
+    if scene.units != signature.units:
         raise UserError(
-            f"{scene.name} is in '{scene.units}', and the model was trained on '{wanted.units}'. Give it a scene in "
-            f"'{wanted.units}', or correct the scene's units if they are stated wrong."
+            f"{scene.name} is in '{scene.units}', and the model was trained on '{signature.units}'. Convert the "
+            "scene, or correct its units if they are stated wrong.",
+            key="units",
+            value=scene.units,
+            allowed=[signature.units],
+            path=scene.name,
         )
-    ratio = scene.gsd / wanted.gsd
-    if not math.isnan(ratio) and not 1 / _OTHER_SCALE < ratio < _OTHER_SCALE:
+    ratio = scene.gsd / signature.gsd
+    if not math.isnan(ratio) and not 1 / MAX_GSD_RATIO < ratio < MAX_GSD_RATIO:
         raise UserError(
-            f"{scene.name} has pixels of {scene.gsd:.3g} m, and the model was trained on {wanted.gsd:.3g} m. "
-            "Resample it first, for instance with gdalwarp -tr."
+            f"{scene.name} has pixels of {scene.gsd:.3g} m, and the model was trained on {signature.gsd:.3g} m. "
+            "Resample the scene first, for instance with gdalwarp -tr.",
+            key="gsd",
+            value=scene.gsd,
+            allowed=[signature.gsd],
+            path=scene.name,
         )
-    return found
+    return indices
 
 
-def check_metadata(scene: Scene, names: Sequence[str]) -> None:
-    """Refuse a scene that lacks a place or a time which the model is told.
+def check_metadata(scene: Scene, metadata_keys: Sequence[str]) -> None:
+    """Check that a scene has the location and the time that a model takes as inputs.
 
     Raises:
-        UserError: which is missing.
+        UserError: one of them is missing.
     """
-    if "place" in names and not scene.crs:
-        raise UserError(f"The model is told where it looks, and {scene.name} has no coordinate reference system.")
-    if "time" in names and np.isnat(scene.time):
-        raise UserError(f"The model is told when it looks; describe {scene.name} in a YAML file with its time.")
+    if "location" in metadata_keys and not scene.crs:
+        raise UserError(
+            f"The model takes latitude and longitude as inputs, and {scene.name} has no coordinate reference system.",
+            key="crs",
+            path=scene.name,
+        )
+    if "time" in metadata_keys and np.isnat(scene.time):
+        raise UserError(
+            f"The model takes the acquisition time as input, and {scene.name} has none. Describe the scene in a YAML "
+            "file with its time.",
+            key="time",
+            path=scene.name,
+        )
 
 
-def _place(band: Band, there: Sequence[Band]) -> int | None:
-    place = band_index(band.common_name, there)
-    place = band_index(band.name, there) if place is None else place
-    if place is None:
+def _find_band(band: Band, scene_bands: Sequence[Band]) -> int | None:
+    index = band_index(band.common_name, scene_bands)
+    index = band_index(band.name, scene_bands) if index is None else index
+    if index is None:
         return None
-    apart = abs(there[place].wavelength - band.wavelength)
-    return None if apart > _APART else place
+    difference = abs(scene_bands[index].wavelength - band.wavelength)
+    return None if difference > MAX_WAVELENGTH_DIFFERENCE_UM else index
 
 
-def _said(band: Band) -> str:
+def _describe_band(band: Band) -> str:
     return f"{band.common_name} ({band.wavelength} µm)" if band.is_optical else band.common_name
-
-
-@functools.cache
-def _to_latlon(crs: str) -> Transformer:
-    return Transformer.from_crs(CRS.from_wkt(crs), "EPSG:4326", always_xy=True)

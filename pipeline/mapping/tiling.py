@@ -1,7 +1,7 @@
-"""Overlapping tiles of a scene, and how much each counts where they overlap.
+"""Overlapping tiles of a scene, their weights in the blend, and the blocks of the map.
 
-Tiles lie on one grid for the whole scene; a block of the map is made of all tiles that reach into it, so that it does
-not matter in which order, or in how many runs, blocks are made.
+The tiles lie on one grid for the whole scene, and a block is computed from all tiles that overlap it. The order of
+the blocks, and the number of runs, therefore do not change the map.
 """
 
 from collections.abc import Iterator
@@ -9,21 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Blocks of the map are of whole COG tiles, and of at least so many strides each way: tiles that reach over a block's
-# edge are computed for both blocks.
-COG_TILE, MIN_BLOCK_STRIDES = 512, 16
+# Side in pixels of the tiles of the GeoTIFF. Blocks consist of whole ones.
+COG_TILE = 512
+# Smallest side of a block in strides of the prediction tiles. Tiles across the edge of a block are predicted for both
+# blocks, so smaller blocks cost more.
+MIN_BLOCK_STRIDES = 16
 
 
 @dataclass(frozen=True)
 class TileAxis:
-    """Tiles along one side of a scene.
+    """Tiles along one side of a scene, in pixels.
 
     Attributes:
-        length: of the scene, in pixels.
-        tile: of a tile, in pixels; it may be longer than the scene, which is then padded.
-        overlap: of neighbouring tiles, in pixels.
-        starts: of the tiles; the last is moved back to end with the scene.
-        weight: of every pixel of the scene, the sum over tiles.
+        length: length of the scene.
+        tile: length of a tile. It may exceed the scene, which is then padded.
+        overlap: overlap of neighbouring tiles.
+        starts: first pixels of the tiles, int (tile,). The last tile is moved back to end with the scene.
+        weight: sum of the tiles' blend weights at every pixel of the scene, float32 (length,).
     """
 
     length: int
@@ -33,7 +35,7 @@ class TileAxis:
     weight: np.ndarray
 
     def overlapping(self, first: int, last: int) -> np.ndarray:
-        """Starts of the tiles that have pixels in [first, last)."""
+        """Return the starts of the tiles that have pixels in [first, last)."""
         return self.starts[(self.starts + self.tile > first) & (self.starts < last)]
 
     @property
@@ -43,7 +45,7 @@ class TileAxis:
 
 
 def tile_axis(length: int, tile: int, overlap: int) -> TileAxis:
-    """Tiles from 0 on, the last of which ends with the scene."""
+    """Place tiles from pixel 0 on; the last one ends with the scene."""
     starts = np.arange(0, max(length - tile, 0) + 1, tile - overlap)
     if starts[-1] + tile < length:
         starts = np.append(starts, length - tile)
@@ -54,10 +56,10 @@ def tile_axis(length: int, tile: int, overlap: int) -> TileAxis:
 
 
 def blend_window(tile: int, overlap: int) -> np.ndarray:
-    """Weights of a tile's pixels along one side, float32 (tile,): 1 within, falling to its edges over the overlap.
+    """Compute the blend weights of a tile along one side, float32 (tile,).
 
-    A squared sine (a Tukey window): at a seam of two tiles the weights sum to one. Never zero, since at the edge of a
-    scene there is but one tile.
+    They are 1 inside and fall to the edges over the overlap as a squared sine (Tukey window), so that the weights of
+    two tiles sum to 1 at their seam. They are never 0, since a pixel at the edge of a scene has a single tile.
     """
     rise = np.sin(np.pi / 2 * (np.arange(overlap) + 0.5) / overlap) ** 2 if overlap else np.empty(0)
     return np.concatenate([rise, np.ones(tile - 2 * overlap), rise[::-1]]).astype(np.float32)
@@ -65,7 +67,7 @@ def blend_window(tile: int, overlap: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class OutputBlock:
-    """A part of the map: its first row and column, and its size, in pixels."""
+    """A block of the map: its first row and column, and its size, in pixels."""
 
     row: int
     column: int
@@ -73,9 +75,12 @@ class OutputBlock:
     width: int
 
 
-def output_blocks(rows: TileAxis, columns: TileAxis) -> Iterator[OutputBlock]:
-    """All blocks of a map, in reading order."""
-    for row in range(0, rows.length, rows.block_size):
-        for column in range(0, columns.length, columns.block_size):
-            height, width = min(rows.block_size, rows.length - row), min(columns.block_size, columns.length - column)
+def output_blocks(y_tiles: TileAxis, x_tiles: TileAxis) -> Iterator[OutputBlock]:
+    """Iterate over the blocks of a map, row by row."""
+    for row in range(0, y_tiles.length, y_tiles.block_size):
+        for column in range(0, x_tiles.length, x_tiles.block_size):
+            height, width = (
+                min(y_tiles.block_size, y_tiles.length - row),
+                min(x_tiles.block_size, x_tiles.length - column),
+            )
             yield OutputBlock(row, column, height, width)

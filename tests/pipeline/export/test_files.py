@@ -14,14 +14,14 @@ import torch
 
 from pipeline.backbones import preprocessing
 from pipeline.data import image_store
-from pipeline.distillation import student_files
+from pipeline.distillation.student import Student, StudentSpec, load_student, save_student
 from pipeline.errors import UserError
 from pipeline.export import files, graphs
-from pipeline.mapping import predict_scene
-from pipeline.mapping.exported import load_onnx_student, open_session
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.signature import class_probabilities
-from pipeline.mapping.students import load_student
+from pipeline.mapping.predict_scene import predict_scene
+from pipeline.mapping.predictors import load_onnx_student, open_session
+from pipeline.mapping.torch_predictors import load_torch_student
+from pipeline.tasks import Classification
 from tests.conftest import ROOT
 
 # An export takes seconds: one process makes those that all tests share.
@@ -36,7 +36,7 @@ def student_of(opened_images, side, network):
     """A network whose BatchNorm has seen real chips; its other weights are drawn."""
     chips = opened_images.image[:16].values.astype(np.float32)
     mean, std = chips.mean(axis=(0, 2, 3)), chips.std(axis=(0, 2, 3))
-    shape = student_files.StudentSpec(
+    shape = StudentSpec(
         network,
         chips.shape[1],
         len(opened_images.attrs["classes"]),
@@ -44,7 +44,7 @@ def student_of(opened_images, side, network):
         side,
     )
     torch.manual_seed(0)
-    student = student_files.Student(shape, mean, std).train()
+    student = Student(shape, mean, std).train()
     with torch.no_grad():
         for _ in range(5):
             student(torch.from_numpy(chips))
@@ -72,8 +72,8 @@ def saved(images_path, tmp_path_factory):
         if (dataset, network) not in made:
             folder = tmp_path_factory.mktemp(dataset)
             pictures = image_store.open_images(images_path(dataset))
-            student_files.save_student(folder, student_of(pictures, side, network), told_of(pictures, dataset))
-            student, told = student_files.load_student(folder)
+            save_student(folder, student_of(pictures, side, network), told_of(pictures, dataset))
+            student, told = load_student(folder)
             (folder / "export").mkdir()
             said = files.write_exports(student, told, pictures, folder / "export", int8=True, limit=16)
             made[dataset, network] = folder, pictures, said
@@ -93,7 +93,7 @@ def saved(images_path, tmp_path_factory):
 )
 def test_files_say_what_the_student_says(saved, dataset, side, network):
     folder, pictures, said = saved(dataset, side, network)
-    student, _ = student_files.load_student(folder)
+    student, _ = load_student(folder)
     chips = pictures.image[20:30].values.astype(np.float32)  # others than those it was exported with
     with torch.inference_mode():
         wanted = student(torch.from_numpy(chips)).numpy()
@@ -138,7 +138,7 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
     last = next(one for one in model.graph.initializer if one.name.endswith("head.bias"))
     last.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(last) + 0.1, last.name))
     onnx.save(model, tmp_path / "student.onnx")
-    student, _ = student_files.load_student(folder)
+    student, _ = load_student(folder)
     path, chips = tmp_path / "student.onnx", pictures.image[:4].values.astype(np.float32)
     file = graphs.load_predictor(path)
     with pytest.raises(UserError, match=r"student.onnx differs from torch by .* more than 0.001 allows"):
@@ -148,7 +148,7 @@ def test_a_file_that_computes_something_else_is_refused(saved, tmp_path):
 
 def test_a_student_of_other_images(saved, images_path, tmp_path):
     folder, pictures, _ = saved("sample-landuse", 32)
-    student, told = student_files.load_student(folder)
+    student, told = load_student(folder)
     with pytest.raises(UserError, match="has the units reflectance, and the images of sample-landuse have dn"):
         files.write_exports(student, {**told, "units": "reflectance"}, pictures, tmp_path, int8=False, limit=4)
     assert not list(tmp_path.iterdir())
@@ -182,7 +182,7 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw_folder):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    student, told = student_files.load_student(folder)
+    student, told = load_student(folder)
     with torch.inference_mode():
         logits = student(torch.from_numpy(chip[None].astype(np.float32))).numpy()
     wanted = int(logits.argmax())
@@ -190,7 +190,7 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw_folder):
     with rasterio.open(tmp_path / "map/class.tif") as file:
         assert (file.read(1) == wanted).all()
     with rasterio.open(tmp_path / "map/confidence.tif") as file:
-        assert np.abs(file.read(1) - 100 * class_probabilities(logits, "classification").max()).max() <= 0.51
+        assert np.abs(file.read(1) - 100 * Classification.probabilities(logits).max()).max() <= 0.51
 
 
 def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw_folder):
@@ -205,8 +205,8 @@ def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw_fold
         file.descriptions = ["red", "green", "blue"]
         file.update_tags(units="uint8")
     scene, maps = open_scene(tmp_path / "crop.tif"), []
-    for name, one in (("torch", load_student(folder, "cpu")), ("onnx", load_onnx_student(folder / "export/student.onnx"))):
-        predict_scene.predict_scene(scene, one, tmp_path / name)
+    for name, one in (("torch", load_torch_student(folder, "cpu")), ("onnx", load_onnx_student(folder / "export/student.onnx"))):
+        predict_scene(scene, one, tmp_path / name)
         with rasterio.open(tmp_path / name / "confidence.tif") as file:
             maps.append(file.read(1).astype(int))
         assert file.crs is None

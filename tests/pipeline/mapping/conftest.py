@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.bands import SENTINEL2
-from pipeline.mapping.exported import METADATA_KEY
+from pipeline.mapping.predictors import METADATA_KEY
 from pipeline.mapping.open_scene import SceneConfig, scene_from_rasters
 
 BANDS = [band for band in SENTINEL2 if band.common_name in ("blue", "nir", "swir16")]

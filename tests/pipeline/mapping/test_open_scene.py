@@ -8,7 +8,7 @@ from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
 from pipeline.mapping.open_scene import open_scene
 from pipeline.mapping.scene import match_scene_bands
-from pipeline.mapping.signature import Signature
+from pipeline.mapping.predictors import Signature
 from tests.pipeline.mapping.conftest import BANDS
 
 YAML = """

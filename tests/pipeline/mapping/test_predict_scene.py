@@ -12,9 +12,9 @@ import rasterio
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
 from pipeline.mapping import blend, predict_scene
-from pipeline.mapping.exported import load_onnx_student
+from pipeline.mapping.predictors import load_onnx_student
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.signature import class_probabilities
+from pipeline.mapping.predictors import class_probabilities
 from pipeline.mapping.tiling import output_blocks
 from tests.conftest import ROOT
 from tests.pipeline.mapping.conftest import BANDS, BIAS, WEIGHT

@@ -21,7 +21,7 @@ from pipeline.heads import checkpoint
 from pipeline.mapping import predict_scene
 from pipeline.mapping import predictors as ensembles
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.predictors import EnsemblePaths, load_ensemble
+from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble
 from pipeline.mapping.scene import match_scene_bands as bands_at
 from pipeline.training import loop, task_data
 

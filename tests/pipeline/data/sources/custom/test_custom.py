@@ -15,7 +15,6 @@ from pipeline.config import DatasetConfig, SplitFractions, parse
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import custom, osm_landuse, validate
 from pipeline.errors import UserError
-from pipeline.mapping import maps
 from tests.conftest import ROOT
 
 BANDS = [
@@ -169,36 +168,15 @@ def test_splits_and_several_labels_in_a_table(tiles, tmp_path):
     assert [stream.read_sample(name).label.tolist() for name in stream.sample[:3]] == [[1, 1], [1, 0], [0, 0]]
 
 
-def test_predictions_go_back_on_the_map(raw_folder, tmp_path):
+def test_prepare_scene_chips_keep_crs_and_transform(raw_folder, tmp_path):
     image_writer.write(prepared(scene_block(raw_folder), tmp_path), tmp_path / "scratch", tmp_path / "store", workers=1)
     store = image_store.open_images(tmp_path / "store")
-    maps.geotiff(store, range(72), store.label.values, tmp_path / "map.tif")
-    with (
-        rasterio.open(tmp_path / "map.tif") as written,
-        rasterio.open(next(raw_folder("landuse").glob("*_B02.jp2"))) as scene,
-    ):
-        assert written.crs == scene.crs
-        assert written.transform == scene.transform
-        drawn = written.read(1)
-    x, y = (int(store.sample[40].item()[place]) for place in (slice(7, 12), slice(1, 6)))
-    np.testing.assert_array_equal(drawn[y : y + 128, x : x + 128], store.label[40])
-    # Half as many cells are half as fine.
-    maps.geotiff(store, range(72), store.label.values[:, ::2, ::2], tmp_path / "coarse.tif")
-    with rasterio.open(tmp_path / "coarse.tif") as written:
-        assert written.res == (20, 20)
-    label = store.label.values
-    for values, words in (
-        (label[:2], r"shape \(2, 128, 128\) for 3 chips"),
-        (np.array([1, 2, 3]), r"shape \(3,\) for 3 chips"),
-        (label[:3] + 0.5, "argmax of logits"),
-        (label[:3].astype(int) + 300, "a map holds classes, 0 to"),
-    ):
-        with pytest.raises(UserError, match=words):
-            maps.geotiff(store, range(3), values, tmp_path / "refused.tif")
-    assert not (tmp_path / "refused.tif").exists()
-    maps.geotiff(store, range(3), label[:3], tmp_path / "new" / "map.tif")
-    with pytest.raises(UserError, match="no place on a map"):
-        maps.geotiff(store.drop_vars(["crs"]), [0], store.label.values[:1], tmp_path / "x.tif")
+    with rasterio.open(next(raw_folder("landuse").glob("*_B02.jp2"))) as scene:
+        for index in (0, 40, 71):
+            x, y = (int(store.sample[index].item()[digits]) for digits in (slice(7, 12), slice(1, 6)))
+            corner = scene.transform @ rasterio.Affine.translation(x, y)
+            assert rasterio.CRS.from_wkt(store.crs[index].item()) == scene.crs
+            assert store.transform[index].values.tolist() == pytest.approx(list(corner)[:6])
 
 
 def test_the_readmes_blocks_are_valid_and_the_first_runs(raw_folder, tmp_path, monkeypatch):
