@@ -1,4 +1,4 @@
-"""The verbs: one screen each, one per DVC stage, run as `python -m stages.<stage>`."""
+"""One command per file, each a DVC stage or a tool: `python -m stages.<command>`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What every stage shares: its names from the command line, its places on disk, and errors a user can read."""
+"""Shared by all stages: command-line arguments, paths of inputs and outputs, and messages for known failures."""
 
 import argparse
 import errno
@@ -25,70 +25,83 @@ FEATURES = Path("data/features")
 MANIFESTS = Path("data/manifests")
 MODELS = Path("data/models")
 SCRATCH = Path("data/scratch")
-TUNED = Path("results/tune")
+TUNING = Path("results/tune")
 RUNS = Path("results/runs")
-COMPOSED = Path("results/compose")
-DISTILLED = Path("results/distill")
-EXPORTED = Path("results/export")
+COMPOSITION = Path("results/compose")
+DISTILLATION = Path("results/distill")
+EXPORTS = Path("results/export")
 MAPS = Path("results/map")
 COST = Path("results/cost.csv")
 RATES = Path("results/rates.csv")
-FINETUNED = Path("results/finetune")
+FINETUNING = Path("results/finetune")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
+
+# Longest name of a lock file, in characters.
+MAX_LOCK_NAME = 200
 
 
 def run(
     stage: Callable,
     *names: str,
-    either: bool = False,
+    exactly_one: bool = False,
     flags: Mapping[str, str] = MappingProxyType({}),
     options: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Run a stage with its `--names`; a known failure ends in one paragraph and exit status 1.
+    """Run a stage with its command-line arguments; a known failure ends in one paragraph and exit status 1.
 
     Args:
-        either: exactly one of the names is given, instead of all.
-        flags: switches that may be given, with their help.
-        options: names that may be given, with their help; None if not.
+        stage: the function to call with the arguments by name.
+        names: required arguments.
+        exactly_one: whether exactly one of `names` is required, instead of all.
+        flags: optional switches, with their help.
+        options: optional arguments, with their help; None if absent.
     """
     parser = argparse.ArgumentParser(prog=f"python -m stages.{Path(sys.argv[0]).stem}", description=stage.__doc__)
-    required = parser.add_mutually_exclusive_group(required=True) if either else parser
+    required = parser.add_mutually_exclusive_group(required=True) if exactly_one else parser
     for name in names:
-        required.add_argument(f"--{name}", **({} if either else {"required": True}))
+        required.add_argument(f"--{name}", **({} if exactly_one else {"required": True}))
     for flag, text in flags.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=text)
     for name, text in options.items():
         parser.add_argument(f"--{name}", help=text)
     arguments = vars(parser.parse_args())
-    said = [arguments[name] for name in (*names, *options) if arguments[name]]
+    values = [arguments[name] for name in (*names, *options) if arguments[name]]
     try:
-        with exclusive("-".join([stage.__name__, *said]).replace(os.sep, "_")[-200:]):
+        with exclusive("-".join([stage.__name__, *values]).replace(os.sep, "_")[-MAX_LOCK_NAME:]):
             stage(**arguments)
     except (UserError, StoreError) as error:
-        # Names in files that are not ours may hold what a terminal takes for commands.
-        sys.exit("".join(one if one.isprintable() or one == "\n" else f"{one!r}"[1:-1] for one in f"error: {error}"))
+        sys.exit(_printable(f"error: {error}"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # zarr writes chunks side by side; those that fail after the first would each print a traceback.
+        # zarr writes chunks in parallel; those that fail after the first would each print a traceback.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         warnings.simplefilter("ignore")
-        place = next(path for path in (SCRATCH, SCRATCH.parent, Path()) if path.exists())
-        sys.exit(
-            f"error: The disk is full: {error.filename or 'a chunk of a store'} could not be written, and "
-            f"{shutil.disk_usage(place).free / 1e6:.1f} MB are free where {place.resolve()} lies. Nothing unfinished "
-            "was left under its final name. Free some space and run the same command again; it goes on from the "
-            "last finished piece."
-        )
+        sys.exit(_disk_full_message(error))
+
+
+def _printable(text: str) -> str:
+    """Escape control characters: file names may hold what a terminal takes for commands."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+def _disk_full_message(error: OSError) -> str:
+    folder = next(path for path in (SCRATCH, SCRATCH.parent, Path()) if path.exists())
+    return (
+        f"error: The disk is full: {error.filename or 'a chunk of a store'} could not be written, and "
+        f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free on the disk of {folder.resolve()}. No unfinished "
+        "file has its final name. Free some space and run the same command again; it resumes after the last finished "
+        "piece."
+    )
 
 
 @contextmanager
 def exclusive(name: str):
-    """Run with no other living process in the same cell, waiting for one to end.
+    """Lock a stage's arguments against other processes; wait while another process holds the lock.
 
-    A killed `dvc repro` leaves its stage running; the next one must not write beside it. Processes that are given
-    this one's open files (`subprocess.run(..., close_fds=False)`) are waited for too.
+    A killed `dvc repro` may leave its stage running, and the next one must not write the same files. Processes that
+    inherit this one's open files (`subprocess.run(..., close_fds=False)`) hold the lock too.
     """
     SCRATCH.mkdir(parents=True, exist_ok=True)
     with open(SCRATCH / f"{name}.lock", "w") as lock:
@@ -102,32 +115,28 @@ def exclusive(name: str):
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that an earlier stage wrote.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """Read a JSON file of an earlier stage; UserError if it does not exist."""
     return json.loads(require(path).read_text())
 
 
 def require(path: Path) -> Path:
-    """The path itself.
+    """Return the path if it exists.
 
     Raises:
-        UserError: an earlier stage has not written it.
+        UserError: no earlier stage has written it.
     """
     if not path.exists():
-        raise UserError(f"There is no {path}; an earlier stage writes it. Run: dvc repro")
+        raise UserError(f"There is no {path}; an earlier stage writes it. Run: dvc repro", path=path)
     return path
 
 
 def write_json(path: Path, content) -> None:
-    """Write JSON so that the file appears whole."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole."""
+    """Write a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     try:

@@ -1,84 +1,88 @@
-"""compose: every ensemble of a data set's backbones by a quick probe, and the full protocol on the best few.
+"""compose: probe every ensemble of a dataset's backbones, and train the best by the full protocol.
 
-Validation alone chooses; the test split is read once per seed of those chosen, as in train.
+Ensembles are selected on validation. The test split is read once per seed of the selected, as in train.
 """
 
 from dataclasses import asdict
+from pathlib import Path
 
 from cache.atomic import atomic_dir
 from pipeline import config
-from stages.cli import COMPOSED, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
+from stages.cli import COMPOSITION, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
 
 
 def compose(dataset: str) -> None:
-    """Write results/compose/<dataset>: compose.json, subsets.csv, cka.csv, greedy.csv, and a folder a model run.
+    """Write results/compose/<dataset>.
 
-    A model that the grid has is chosen like any other, but run by tune and train alone.
+    It has composition.json, subsets.csv, cka.csv, greedy.csv and a folder per trained model. Selected models that are
+    in the grid are not trained here, because tune and train do that.
     """
-    described = config.load()
-    described.dataset(dataset)
-    manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.composition_backbones()}
+    params = config.load()
+    params.dataset(dataset)
+    manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in params.composition_backbones()}
     stores = {
         name: (FEATURES / dataset / f"{name}.zarr", manifest["content_sha256"])
         for name, manifest in manifests.items()
         if not manifest["skipped"]
     }
-    told = {
+    metadata = {
         "dataset": dataset,
         "backbones": list(stores),
         "skipped": [manifest["skipped"] for manifest in manifests.values() if manifest["skipped"]],
-        "chosen": [],
-        "run": [],
+        "selected": [],
+        "trained": [],
     }
-    with atomic_dir(SCRATCH / f"compose-{dataset}", COMPOSED / dataset) as folder:
+    with atomic_dir(SCRATCH / f"compose-{dataset}", COMPOSITION / dataset) as folder:
         if stores:
+            # torch takes 3 s to import; a skipped dataset needs none of it
             from pipeline.composition import search
             from pipeline.training import task_data
 
-            members, labelled = task_data.open_aligned(dict(stores.values()), IMAGES / f"{dataset}.zarr")
-            found = search.search(
-                dict(zip(stores, members, strict=True)), labelled, described.heads, described.composition
-            )
-            chosen = search.top_k(found.subsets, described.composition.top_k)
-            new = [model for model in chosen if not _of_grid(model, described)]
-            told |= {"probe": found.probe, "chosen": chosen, "run": new}
+            members, images = task_data.open_aligned(dict(stores.values()), IMAGES / f"{dataset}.zarr")
+            result = search.search(dict(zip(stores, members, strict=True)), images, params.heads, params.composition)
+            selected = search.top_k(result.subsets, params.composition.top_k)
+            new_models = [model for model in selected if not _is_in_grid(model, params)]
+            metadata |= {"probe": result.probe, "selected": selected, "trained": new_models}
             for name in ("subsets", "cka", "greedy"):
-                getattr(found, name).to_csv(folder / f"{name}.csv", index=False)
-            print(f"{dataset}: {len(found.subsets)} ensembles probed; best: {', '.join(chosen)}", flush=True)
-            for model in new:
-                _run(dataset, model, stores, manifests, described, folder / model)
-        write_json(folder / "compose.json", told)
+                getattr(result, name).to_csv(folder / f"{name}.csv", index=False)
+            print(f"{dataset}: {len(result.subsets)} ensembles probed; best: {', '.join(selected)}", flush=True)
+            for model in new_models:
+                _tune_and_train(dataset, model, stores, manifests, params, folder / model)
+        write_json(folder / "composition.json", metadata)
 
 
-def _of_grid(model: str, described: config.Params) -> bool:
-    """Whether the grid has it, with its members in whatever order."""
-    return any(set(model.split("+")) == set(one.split("+")) for one in described.grid.models)
+def _is_in_grid(model: str, params: config.Params) -> bool:
+    """Return whether the grid has a model with the same members, in any order."""
+    return any(set(model.split("+")) == set(grid_model.split("+")) for grid_model in params.grid.models)
 
 
-def _run(dataset: str, model: str, stores: dict, manifests: dict, described: config.Params, folder) -> None:
-    """The full protocol on one model: tune.json, runs.csv, predictions.parquet, head.pt."""
+def _tune_and_train(
+    dataset: str, model: str, stores: dict, manifests: dict, params: config.Params, folder: Path
+) -> None:
+    """Write a folder with tune.json, runs.csv, predictions.parquet and head.pt."""
+    # torch takes 3 s to import; a skipped dataset needs none of it
     from pipeline.device import resolve_device
     from pipeline.heads import checkpoint
     from pipeline.training import protocol, task_data
 
     members = model.split("+")
-    where, pictures = resolve_device(described.compute.device), IMAGES / f"{dataset}.zarr"
-    cell = task_data.load(
-        dict(stores[name] for name in members), pictures, described.heads, ("train", "val", "test"), where
+    device, images_path = resolve_device(params.compute.device), IMAGES / f"{dataset}.zarr"
+    data = task_data.load(
+        dict(stores[name] for name in members), images_path, params.heads, ("train", "val", "test"), device
     )
-    study = SCRATCH / "studies" / f"{dataset}-{model}.json"
-    about = [[stores[name][1] for name in members], asdict(described.heads), where]
-    tuned = protocol.tune(cell, described.search, f"{dataset} {model}", study, about)
+    study_path = SCRATCH / "studies" / f"{dataset}-{model}.json"
+    cache_key = [[stores[name][1] for name in members], asdict(params.heads), device]
+    tuned = protocol.tune(data, params.search, f"{dataset} {model}", study_path, cache_key)
     weights = "+".join(str(manifests[name]["weights"]["weights"]) for name in members)
-    told = {"dataset": dataset, "model": model, "weights": weights}
-    tested = protocol.test(cell, tuned["best"], described.train.seeds, told)
+    metadata = {"dataset": dataset, "model": model, "weights": weights}
+    result = protocol.train_and_test(data, tuned["best"], params.train.seeds, metadata)
     folder.mkdir()
     write_json(folder / "tune.json", tuned)
-    tested.runs.to_csv(folder / "runs.csv", index=False)
-    tested.predicted.to_parquet(folder / "predictions.parquet")
-    checkpoint.save(folder / "head.pt", model, cell, tested.group, tested.best)
-    study.unlink(missing_ok=True)
-    print(f"{dataset} {model}: test {tested.runs.score.mean():.4f}, the mean of {len(tested.runs)} seeds", flush=True)
+    result.runs.to_csv(folder / "runs.csv", index=False)
+    result.predicted.to_parquet(folder / "predictions.parquet")
+    checkpoint.save(folder / "head.pt", model, data, result.group, result.best_index)
+    study_path.unlink(missing_ok=True)
+    print(f"{dataset} {model}: test {result.runs.score.mean():.4f}, mean of {len(result.runs)} seeds", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,69 +1,76 @@
-"""cost: every student, its files, and every frozen model beside it, used and timed on real chips of its data set."""
+"""cost: benchmark every student, its exported files and every frozen model on real images of its dataset."""
 
 import pandas as pd
 
 from pipeline import config
-from stages.cli import COST, DISTILLED, EXPORTED, IMAGES, RATES, RUNS, TUNED, WEIGHTS, read_json, run, write_text
+from stages.cli import COST, DISTILLATION, EXPORTS, IMAGES, RATES, RUNS, TUNING, WEIGHTS, read_json, run, write_text
 
 
 def cost() -> None:
-    """Write results/cost.csv, a row a data set, model and device, of the data sets that have students.
+    """Write results/cost.csv and results/rates.csv, for the datasets that have students.
 
-    And results/rates.csv, a row a data set, student and exported file.
+    cost.csv has one row per dataset, model and device; rates.csv one per dataset, student and exported file.
     """
-    described = config.load()
-    taught = list(filter(described.distill.applies_to, described.grid.datasets if described.grid.students else ()))
-    tables = [_costs(described, dataset) for dataset in taught]
+    params = config.load()
+    datasets = list(filter(params.distill.applies_to, params.grid.datasets if params.grid.students else ()))
+    tables = [_costs(params, dataset) for dataset in datasets]
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["dataset", "model"])
-    rates = [row for dataset in taught for row in _rates(described, dataset)]
+    rates = [row for dataset in datasets for row in _rates(params, dataset)]
     columns = ["dataset", "student", "file", "images_per_second"]
     write_text(COST, table.to_csv(index=False))
     write_text(RATES, pd.DataFrame(rates, columns=columns).to_csv(index=False))
 
 
-def _costs(described: config.Params, dataset: str) -> pd.DataFrame:
+def _costs(params: config.Params, dataset: str) -> pd.DataFrame:
+    # torch takes 3 s to import; a grid without students needs none of it
     from pipeline import cost as costs
     from pipeline.data import image_store
     from pipeline.device import resolve_device
 
-    chips, tables = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: costs.BATCH_CHIPS].values, []
-    for where in dict.fromkeys(["cpu", resolve_device(described.compute.device)]):
-        tables.append(costs.benchmark(benchmarked_models(described, dataset, where), chips, where))
+    images = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: costs.BATCH_CHIPS].values
+    tables = []
+    for device in dict.fromkeys(["cpu", resolve_device(params.compute.device)]):
+        tables.append(costs.benchmark(benchmarked_models(params, dataset, device), images, device))
     return pd.concat(tables, ignore_index=True).assign(dataset=dataset)
 
 
-def _rates(described: config.Params, dataset: str) -> list[tuple]:
+def _rates(params: config.Params, dataset: str) -> list[tuple]:
+    # torch takes 3 s to import; a grid without students needs none of it
     from pipeline.data import image_store
-    from pipeline.distillation import student_files
-    from pipeline.export import files, price
+    from pipeline.distillation.student import load_student
+    from pipeline.export import files
 
-    chips, rows = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: price.BATCH].values, []
-    for name in described.grid.students:
-        if not read_json(EXPORTED / dataset / name / "export.json")["skipped"]:
-            one, _ = student_files.load_student(DISTILLED / dataset / name / "best")
-            found = files.measure_throughputs(one, EXPORTED / dataset / name, chips)
-            rows += [(dataset, name, file, rate) for file, rate in found.items()]
+    images, rows = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: files.BATCH].values, []
+    for name in params.grid.students:
+        if not read_json(EXPORTS / dataset / name / "export.json")["skipped"]:
+            student, _ = load_student(DISTILLATION / dataset / name / "best")
+            throughputs = files.measure_throughputs(student, EXPORTS / dataset / name, images)
+            rows += [(dataset, name, file, rate) for file, rate in throughputs.items()]
     return rows
 
 
-def benchmarked_models(described: config.Params, dataset: str, where: str) -> dict:
-    """The students and models of the grid, by name, on a device; random controls cost what their likes do."""
+def benchmarked_models(params: config.Params, dataset: str, device: str) -> dict:
+    """Load the students and models of the grid on a device, by name.
+
+    Models with random weights are excluded: they cost what the same networks with trained weights cost.
+    """
+    # torch takes 3 s to import; a grid without students needs none of it
     from pipeline import cost as costs
     from pipeline.data import image_store
-    from pipeline.distillation import student_files
+    from pipeline.distillation.student import load_student
     from pipeline.heads import checkpoint
 
-    store, models = image_store.open_images(IMAGES / f"{dataset}.zarr"), {}
-    for name in described.grid.students:
-        if not read_json(DISTILLED / dataset / name / "metadata.json")["skipped"]:
-            one, _ = student_files.load_student(DISTILLED / dataset / name / "best")
-            models[name] = costs.student(one, where)
-    for model in described.grid.models:
-        backbones = {name: described.backbone(name) for name in described.members(model)}
-        random = any(one.weights == "random" for one in backbones.values())
-        if not random and not read_json(TUNED / dataset / f"{model}.json")["skipped"]:
-            head = checkpoint.load(RUNS / dataset / model / "head.pt", where)
-            models[model] = costs.frozen_ensemble(head, backbones, WEIGHTS, store, where)
+    images, models = image_store.open_images(IMAGES / f"{dataset}.zarr"), {}
+    for name in params.grid.students:
+        if not read_json(DISTILLATION / dataset / name / "metadata.json")["skipped"]:
+            student, _ = load_student(DISTILLATION / dataset / name / "best")
+            models[name] = costs.student(student, device)
+    for model in params.grid.models:
+        backbones = {name: params.backbone(name) for name in params.members(model)}
+        random = any(backbone.weights == "random" for backbone in backbones.values())
+        if not random and not read_json(TUNING / dataset / f"{model}.json")["skipped"]:
+            head = checkpoint.load(RUNS / dataset / model / "head.pt", device)
+            models[model] = costs.frozen_ensemble(head, backbones, WEIGHTS, images, device)
     return models
 
 

@@ -1,78 +1,113 @@
-"""distill: a compact student learns from a model's cached features and head, and its twin from labels alone."""
+"""distill: train a compact student on labels and a teacher's cached features and logits, and a supervised baseline."""
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 
 from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.backbones import get_spec
-from stages.cli import DISTILLED, FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED, WEIGHTS, read_json, run, write_json
+from stages.cli import (
+    DISTILLATION,
+    FEATURES,
+    IMAGES,
+    MODELS,
+    RUNS,
+    SCRATCH,
+    TUNING,
+    WEIGHTS,
+    read_json,
+    run,
+    write_json,
+)
 
 
 def distill(dataset: str, student: str) -> None:
-    """Write results/distill/<dataset>/<student>: metadata.json, runs.csv; best/, the student to deploy.
+    """Write results/distill/<dataset>/<student>.
 
-    A folder a variant has its own runs.csv, and predictions.parquet.
+    It has metadata.json, runs.csv, best/ (the student to deploy), and per variant a folder with its runs.csv and
+    predictions.parquet.
     """
-    described = config.load()
-    described.dataset(dataset)
-    described.student(student)
-    from pipeline.distillation.choose import choose_teacher as choose
+    params = config.load()
+    params.dataset(dataset)
+    params.student(student)
+    # torch takes 3 s to import; an unknown name is refused without it
+    from pipeline.distillation.teacher import choose_teacher
 
-    tuned = {model: read_json(TUNED / dataset / f"{model}.json") for model in described.grid.models}
-    teacher, skipped = choose(described, dataset, tuned)
-    with atomic_dir(SCRATCH / f"distill-{dataset}-{student}", DISTILLED / dataset / student) as folder:
-        told = {"dataset": dataset, "student": student, "teacher": teacher, "skipped": skipped}
+    tuned = {model: read_json(TUNING / dataset / f"{model}.json") for model in params.grid.models}
+    teacher, skipped = choose_teacher(params, dataset, tuned)
+    with atomic_dir(SCRATCH / f"distill-{dataset}-{student}", DISTILLATION / dataset / student) as folder:
+        metadata = {"dataset": dataset, "student": student, "teacher": teacher, "skipped": skipped}
         runs = pd.DataFrame(columns=["dataset", "model"])
         if skipped:
-            print(f"{dataset} {student}: left out: {skipped}")
+            print(f"{dataset} {student}: skipped: {skipped}")
         else:
-            more, runs = _taught(described, dataset, student, teacher, folder)
-            told |= more
-        write_json(folder / "metadata.json", told)
+            details, runs = _train_variants(params, dataset, student, teacher, folder)
+            metadata |= details
+        write_json(folder / "metadata.json", metadata)
         runs.to_csv(folder / "runs.csv", index=False)
 
 
-def _taught(described: config.Params, dataset: str, name: str, teacher: str, folder):
-    """All variants: what metadata.json says of them, and their runs. Writes best/ and the variants' folders."""
+def _train_variants(
+    params: config.Params, dataset: str, name: str, teacher: str, folder: Path
+) -> tuple[dict, pd.DataFrame]:
+    """Train all variants of a student. Write best/ and a folder per variant.
+
+    Returns:
+        Metadata of the variants, and one row per run.
+    """
+    # torch takes 3 s to import; a skipped dataset needs none of it
+    from pipeline.data.augmentation import AugmentedImages
+    from pipeline.data.image_store import UNLABELLED
     from pipeline.device import resolve_device
-    from pipeline.distillation import protocol, start, student_files
-    from pipeline.distillation.chips import Chips
-    from pipeline.distillation.describe import make_spec, student_metadata
+    from pipeline.distillation import protocol
+    from pipeline.distillation.student import (
+        make_spec,
+        make_student,
+        pretrained_state,
+        save_student,
+        student_metadata,
+    )
     from pipeline.distillation.teacher import CachedTeacher
     from pipeline.distillation.train import DistillationSetup
     from pipeline.heads import checkpoint
 
-    resolved, pictures = read_json(MODELS / dataset / f"{teacher}.json"), IMAGES / f"{dataset}.zarr"
-    where, chosen = resolve_device(described.compute.device), described.student(name)
-    chips = Chips(pictures, described.heads.max_feature_gb)
-    stores = {FEATURES / dataset / f"{one['backbone']}.zarr": one["content_sha256"] for one in resolved["members"]}
-    head = checkpoint.load(RUNS / dataset / teacher / "head.pt", where)
-    lesson = DistillationSetup(chips, CachedTeacher(stores, pictures, head, chips.taught()), described.distill, where)
-    shape, begun = make_spec(chips.store, chosen), None
-    if chosen.weights != "random":
-        backbone = described.backbone(chosen.weights)
-        bands = chips.store.band.values.tolist()
-        begun = start.pretrained_state(chosen.weights, backbone, get_spec(backbone), WEIGHTS / chosen.weights, shape, bands)
-    fresh = partial(start.make_student, shape, chips.mean, chips.std, begun)
-    weights = "random" if begun is None else "pretrained"
-    key = [asdict(chosen), resolved, chips.store.attrs["content_sha256"], where]
+    resolved, images_path = read_json(MODELS / dataset / f"{teacher}.json"), IMAGES / f"{dataset}.zarr"
+    device, student = resolve_device(params.compute.device), params.student(name)
+    images = AugmentedImages.load(images_path, params.heads.max_feature_gb)
+    stores = {
+        FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"] for member in resolved["members"]
+    }
+    head = checkpoint.load(RUNS / dataset / teacher / "head.pt", device)
+    setup = DistillationSetup(
+        images, CachedTeacher(stores, images_path, head, images.rows("train", UNLABELLED)), params.distill, device
+    )
+    spec, initial_state = make_spec(images.images, student), None
+    if student.weights != "random":
+        backbone = params.backbone(student.weights)
+        bands = images.images.band.values.tolist()
+        initial_state = pretrained_state(
+            student.weights, backbone, get_spec(backbone), WEIGHTS / student.weights, spec, bands
+        )
+    create_student = partial(make_student, spec, images.mean, images.std, initial_state)
+    weights = "random" if initial_state is None else "pretrained"
+    cache_key = [asdict(student), resolved, images.images.attrs["content_sha256"], device]
     tables, variants = [], {}
-    for variant in described.distill.variants:
-        study = SCRATCH / "studies" / f"distill-{dataset}-{name}-{variant}.json"
+    for variant in params.distill.variants:
+        study_path = SCRATCH / "studies" / f"distill-{dataset}-{name}-{variant}.json"
         row = {"dataset": dataset, "model": f"{name} ({variant})", "weights": weights}
-        taught = protocol.train_variant(fresh, lesson, variant, row, study, key)
-        tables.append(taught.runs)
+        result = protocol.train_variant(create_student, setup, variant, row, study_path, cache_key)
+        tables.append(result.runs)
         (folder / variant).mkdir()
-        taught.runs.to_csv(folder / variant / "runs.csv", index=False)
-        taught.predicted.to_parquet(folder / variant / "predictions.parquet")
-        variants[variant] = {**taught.tuned, "seed": taught.seed}
+        result.runs.to_csv(folder / variant / "runs.csv", index=False)
+        result.predicted.to_parquet(folder / variant / "predictions.parquet")
+        variants[variant] = {**result.tuned, "seed": result.seed}
         if variant == "distilled":
-            more = student_metadata(chips.store, dataset, variant, weights, teacher)
-            student_files.save_student(folder / "best", taught.best, more)
-        study.unlink(missing_ok=True)
+            details = student_metadata(images.images, dataset, variant, weights, teacher)
+            save_student(folder / "best", result.best, details)
+        study_path.unlink(missing_ok=True)
     return {"weights": weights, "variants": variants}, pd.concat(tables, ignore_index=True)
 
 

@@ -1,49 +1,49 @@
-"""export: a student as ONNX and torch.export, checked on real chips; its int8 form, and what that costs."""
+"""export: write a student as ONNX and torch.export files, check them on real images and score them."""
 
 from pathlib import Path
 
 from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.data import image_store
-from stages.cli import DISTILLED, EXPORTED, IMAGES, SCRATCH, read_json, run, write_json
+from stages.cli import DISTILLATION, EXPORTS, IMAGES, SCRATCH, read_json, run, write_json
 
-# Chips of the validation split that files are scored on; each way of running them sees the same.
-CHIPS = 512
+# Images of the validation split on which every exported file is scored.
+EVAL_IMAGES = 512
 
 
 def export(student: str, dataset: str | None, int8: bool) -> None:
-    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json, what each is worth.
+    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json with their scores.
 
-    How fast they are is measured by `cost` when nothing else runs, or here if the student is not of the grid.
+    The throughput of a grid's student is measured by `cost`, when nothing else runs; that of another student here.
     """
     if dataset:
-        config.load().dataset(dataset)  # or what it lacks would seem to be a run of an earlier stage
-    folder = DISTILLED / dataset / student / "best" if dataset else Path(student)
-    final = EXPORTED / dataset / student if dataset else folder / "export"
+        config.load().dataset(dataset)  # an unknown name is not a missing result
+    folder = DISTILLATION / dataset / student / "best" if dataset else Path(student)
+    final = EXPORTS / dataset / student if dataset else folder / "export"
     if dataset and (reason := read_json(folder.parent / "metadata.json")["skipped"]):
         with atomic_dir(SCRATCH / f"export-{dataset}-{student}", final) as scratch:
             write_json(scratch / "export.json", {"skipped": reason})
-        print(f"left out: {reason}")
+        print(f"skipped: {reason}")
         return
-    from pipeline.distillation import student_files
+    # torch takes 3 s to import; a skipped student needs none of it
+    from pipeline.distillation.student import load_student
+    from pipeline.export import files
 
-    made, told = student_files.load_student(folder)
-    pictures = image_store.open_images(IMAGES / f"{told['dataset']}.zarr")
-    from pipeline.export import files, price
-
+    model, metadata = load_student(folder)
+    images = image_store.open_images(IMAGES / f"{metadata['dataset']}.zarr")
     with atomic_dir(SCRATCH / "-".join(["export", *final.resolve().parts[1:]])[-200:], final) as scratch:
-        said = files.write_exports(made, told, pictures, scratch, int8, CHIPS)
-        said["skipped"] = None
-        write_json(scratch / "export.json", said)
-    rates = {} if dataset else files.measure_throughputs(made, final, pictures.image[: price.BATCH].values)
-    for name, one in said["files"].items():
-        worth = f"{said['metric']} {one['score']:.4f} on {said['chips']} validation chips"
-        rate = f", {rates[name]} images/s" if name in rates else ""
-        print(f"{name}: {one['bytes'] / 1e6:.1f} MB{rate}, {worth}")
+        summary = files.write_exports(model, metadata, images, scratch, int8, EVAL_IMAGES)
+        summary["skipped"] = None
+        write_json(scratch / "export.json", summary)
+    throughputs = {} if dataset else files.measure_throughputs(model, final, images.image[: files.BATCH].values)
+    for name, entry in summary["files"].items():
+        score = f"{summary['metric']} {entry['score']:.4f} on {summary['chips']} validation chips"
+        rate = f", {throughputs[name]} images/s" if name in throughputs else ""
+        print(f"{name}: {entry['bytes'] / 1e6:.1f} MB{rate}, {score}")
 
 
 if __name__ == "__main__":
     run(
-        export, "student", flags={"int8": "also write it with int8 weights"},
-        options={"dataset": "that the student is of; without it --student is its folder"},
+        export, "student", flags={"int8": "also write a file with int8 weights"},
+        options={"dataset": "dataset of the student; without it, --student is the folder of a trained student"},
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""extract: one frozen backbone sees every image of a dataset once."""
+"""extract: encode every image of a dataset by one frozen backbone."""
 
 from pathlib import Path
 
@@ -6,40 +6,43 @@ import zarr
 
 from cache.writer import write_skipped
 from pipeline import config
-from pipeline.backbones import get_spec, preprocessing
-from pipeline.bands import MissingBandsError
+from pipeline.backbones import get_spec
+from pipeline.backbones.base import MissingBandsError, match_images
 from pipeline.data import image_store
 from stages.cli import FEATURES, IMAGES, MANIFESTS, SCRATCH, WEIGHTS, read_json, run, write_json
 
 
 def extract(dataset: str, backbone: str) -> None:
-    """Write data/features/<dataset>/<backbone>.zarr and its manifest."""
-    described = config.load()
-    described.dataset(dataset)
-    chosen = described.backbone(backbone)
-    pictures = image_store.open_images(IMAGES / f"{dataset}.zarr")
+    """Write data/features/<dataset>/<backbone>.zarr and its manifest.
+
+    Where the images lack bands that the backbone needs, both files only state the reason.
+    """
+    params = config.load()
+    params.dataset(dataset)
+    backbone_config = params.backbone(backbone)
+    images = image_store.open_images(IMAGES / f"{dataset}.zarr")
     final, manifest = FEATURES / dataset / f"{backbone}.zarr", MANIFESTS / dataset / f"{backbone}.json"
     try:
-        preprocessing.make_preprocessor(pictures, backbone, chosen, get_spec(chosen))
+        match_images(images, backbone, backbone_config, get_spec(backbone_config))
     except MissingBandsError as reason:
-        print(f"left out: {reason}")
-        write_skipped(final, SCRATCH / f"left-out-{dataset}-{backbone}", str(reason))
+        print(f"skipped: {reason}")
+        write_skipped(final, SCRATCH / f"skipped-{dataset}-{backbone}", str(reason))
         write_json(manifest, {"backbone": backbone, "skipped": str(reason)})
         return
 
-    read_json(WEIGHTS / backbone / "source.json")  # or say which stage writes it
-    # torch is slow to import, and a left-out cell needs none.
+    read_json(WEIGHTS / backbone / "source.json")  # fails before torch is imported if fetch has not run
+    # torch takes 3 s to import; a skipped dataset needs none of it
     from pipeline.extraction import launch
 
-    task = launch.ExtractionJob(
-        backbone, chosen, described.extract, described.compute.device,
+    job = launch.ExtractionJob(
+        backbone, backbone_config, params.extract, params.compute.device,
         images=(IMAGES / f"{dataset}.zarr").resolve(), weights=(WEIGHTS / backbone).resolve(),
         scratch=(SCRATCH / "features" / dataset / backbone).resolve(), final=Path.cwd() / final,
     )  # fmt: skip
-    said = launch.launch(task, described.compute)
+    manifest_entries = launch.launch(job, params.compute)
     arrays = {f"{name}/{key}": list(array.shape) for name, group in zarr.open_group(final, mode="r").groups()
               for key, array in group.arrays()}  # fmt: skip
-    write_json(manifest, {**said, "arrays": arrays, "skipped": None})
+    write_json(manifest, {**manifest_entries, "arrays": arrays, "skipped": None})
 
 
 if __name__ == "__main__":

@@ -1,52 +1,56 @@
-"""plan: what params.yaml's grid will take: sizes, disk and expected time of every stage, before any of it runs."""
+"""plan: estimate the size and time of every stage of the grid before any of it runs."""
 
 import shutil
 from pathlib import Path
 
 from pipeline import config
 from pipeline.data import image_store
-from pipeline.data.sources import get_source
+from pipeline.data.image_store import image_bands
+from pipeline.data.sources import DatasetSize, get_source
 from stages.cli import IMAGES, run
 
 
 def plan() -> None:
-    """Print the plan of the grid; networks are built with random weights and timed on this machine."""
-    described = config.load()
-    sets, unknown, fetched = {}, [], 0.0
-    for name in described.grid.datasets:
-        block = described.dataset(name)
-        module, store = get_source(block.source), IMAGES / f"{name}.zarr"
-        if store.exists():
-            sets[name] = _stored(store)
-        elif hasattr(module, "expect"):
-            sets[name], there = module.expect(block, described)
-            fetched += there
-            print(f"fetch  {name}: " + (f"about {there / 1e9:.2f} GB to download" if there else "is there"))
+    """Print a table of estimates. Networks with random weights are timed on this machine."""
+    params = config.load()
+    sizes, unknown, download_bytes = {}, [], 0.0
+    for name in params.grid.datasets:
+        section = params.dataset(name)
+        source, images_path = get_source(section.source), IMAGES / f"{name}.zarr"
+        if images_path.exists():
+            sizes[name] = _prepared_size(images_path)
+        elif estimate := source.estimate_size(section, params):
+            sizes[name], to_download = estimate
+            download_bytes += to_download
+            print(
+                f"fetch  {name}: " + (f"about {to_download / 1e9:.2f} GB to download" if to_download else "present")
+            )
         else:
             unknown.append(name)
 
+    # torch takes 3 s to import; sizes of downloads are printed before that
     from pipeline import plan as planning
     from pipeline.device import resolve_device
 
-    where = resolve_device(described.compute.device)
-    lines = planning.plan(described, sets, where)
-    print(planning.format_table(lines))
-    needs = sum(line.gigabytes for line in lines) + fetched / 1e9
+    device = resolve_device(params.compute.device)
+    estimates = planning.plan(params, sizes, device)
+    print(planning.format_table(estimates))
+    required = sum(estimate.gigabytes for estimate in estimates) + download_bytes / 1e9
     free = shutil.disk_usage(Path()).free / 1e9
-    print(f"\nDisk: {needs:.1f} GB are needed, {free:.1f} GB are free. Times are of this machine's {where}, roughly.")
+    print(
+        f"\nDisk: {required:.1f} GB are needed, {free:.1f} GB are free. Times are estimates for this machine's {device}."
+    )
     if unknown:
-        print(f"Not known before they are prepared: {', '.join(unknown)}.")
-    if needs > free:
-        print("The disk cannot hold it: free some space, or choose an extract.codec or fewer datasets.")
+        print(f"Datasets without an estimate, because they are not prepared yet: {', '.join(unknown)}.")
+    if required > free:
+        print("The disk is too small: free some space, choose an extract.codec or use fewer datasets.")
 
 
-def _stored(store: Path):
-    from pipeline.backbones.preprocessing import image_bands
-    from pipeline.plan import DatasetSize
-
-    opened = image_store.open_images(store)
+def _prepared_size(images_path: Path) -> DatasetSize:
+    """Return the size of a dataset that is prepared already."""
+    images = image_store.open_images(images_path)
     return DatasetSize(
-        opened.sizes["sample"], tuple(image_bands(opened)), opened.attrs["task"], len(opened.attrs["classes"]), 0
+        images.sizes["sample"], tuple(image_bands(images)), images.attrs["task"], len(images.attrs["classes"]), 0
     )
 
 

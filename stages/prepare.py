@@ -1,4 +1,4 @@
-"""prepare: a dataset's raw files become one images store."""
+"""prepare: convert a dataset's raw files to one images store."""
 
 from dataclasses import replace
 
@@ -11,22 +11,27 @@ from stages.cli import IMAGES, RAW, SCRATCH, run
 
 def prepare(dataset: str, skip_bad: bool) -> None:
     """Write data/images/<dataset>.zarr."""
-    described = config.load().dataset(dataset)
+    config_block = config.load().dataset(dataset)
     if skip_bad:
-        if not hasattr(get_source(described.source), "Options"):
-            raise UserError(f"Source '{described.source}' reads its files at once; it has no samples to skip.")
-        described = replace(described, options={**described.options, "skip_bad": True})
-    validate(dataset, described)
-    prepared = get_source(described.source).prepare(RAW / dataset, described)
-    skip = bool(described.options.get("skip_bad"))
-    written = image_writer.write(prepared, SCRATCH / f"images-{dataset}", IMAGES / f"{dataset}.zarr", skip_bad=skip)
-    for note in prepared.notes:
+        if get_source(config_block.source).Options is None:
+            raise UserError(
+                f"Source '{config_block.source}' reads all files at once; it cannot skip samples. Omit --skip-bad.",
+                key="skip_bad",
+            )
+        config_block = replace(config_block, options={**config_block.options, "skip_bad": True})
+    validate(dataset, config_block)
+    image_dataset = get_source(config_block.source).prepare(RAW / dataset, config_block)
+    skip = bool(config_block.options.get("skip_bad"))
+    summary = image_writer.write(
+        image_dataset, SCRATCH / f"images-{dataset}", IMAGES / f"{dataset}.zarr", skip_bad=skip
+    )
+    for note in image_dataset.notes:
         print(f"{dataset}: {note}")
-    for name, reason in written.skipped.items():
-        print(f"left out {name}: {reason}")
-    shape = getattr(prepared, "shape", None) or prepared.image.shape[1:]
-    print(f"{dataset}: {written.counts} of {shape}, classes {', '.join(prepared.classes)}")
+    for name, reason in summary.skipped.items():
+        print(f"skipped {name}: {reason}")
+    shape = getattr(image_dataset, "shape", None) or image_dataset.image.shape[1:]
+    print(f"{dataset}: {summary.counts} of {shape}, classes {', '.join(image_dataset.classes)}")
 
 
 if __name__ == "__main__":
-    run(prepare, "dataset", flags={"skip_bad": "leave out samples that cannot be read, and list them"})
+    run(prepare, "dataset", flags={"skip_bad": "skip samples that cannot be read, and list them"})

@@ -1,4 +1,4 @@
-"""report: every run of the grid and of the composition search, what they can tell, pictures and one page."""
+"""report: summarize all runs of the grid and of the composition search in tables, figures and one HTML page."""
 
 from pathlib import Path
 
@@ -8,21 +8,21 @@ from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.errors import UserError
 from pipeline.report import composition, distillation, figures, mapped, page, statements
-from pipeline.report.significance import bootstrap
+from pipeline.report.significance import BootstrapSamples, bootstrap
 from pipeline.training import predictions
 from stages.cli import (
-    COMPOSED,
+    COMPOSITION,
     COST,
-    DISTILLED,
-    EXPORTED,
-    FINETUNED,
+    DISTILLATION,
+    EXPORTS,
+    FINETUNING,
     MAPS,
     METRICS,
     RATES,
     REPORT,
     RUNS,
     SCRATCH,
-    TUNED,
+    TUNING,
     read_json,
     require,
     run,
@@ -31,35 +31,37 @@ from stages.cli import (
 
 
 def make_report() -> None:
-    """Write results/report and results/metrics.json from the grid's runs; others lying about are not read."""
+    """Write results/report and results/metrics.json from the runs of the grid; other runs are ignored."""
     grid = config.load().grid
-    folders, skipped = {}, []
-    searched = {dataset: _searched(dataset) for dataset in grid.datasets}
-    for dataset in grid.datasets:
-        for model in grid.models:
-            if reason := read_json(TUNED / dataset / f"{model}.json")["skipped"]:
-                skipped.append(f"{dataset}, {model}: {reason}")
-            else:
-                folders[dataset, model] = RUNS / dataset / model
-                if model in grid.finetune:
-                    folders[dataset, model + statements.FINE_TUNED_SUFFIX] = FINETUNED / dataset / model
-        for model in searched[dataset].told["run"]:
-            folders[dataset, model] = COMPOSED / dataset / model
-    learned = [_learned(dataset, student) for dataset in grid.datasets for student in grid.students]
+    compositions = {dataset: _load_composition(dataset) for dataset in grid.datasets}
+    students = [_load_student_result(dataset, student) for dataset in grid.datasets for student in grid.students]
+    folders, skipped = _model_folders(grid)
     folders |= {
-        (one.dataset, f"{one.name}/{variant}"): DISTILLED / one.dataset / one.name / variant
-        for one in learned
-        for variant in one.metadata.get("variants", [])
+        (dataset, model): COMPOSITION / dataset / model
+        for dataset, result in compositions.items()
+        for model in result.told["trained"]
+    }
+    folders |= {
+        (student.dataset, f"{student.name} ({variant})"): DISTILLATION / student.dataset / student.name / variant
+        for student in students
+        for variant in student.metadata.get("variants", [])
     }
     if not folders:
-        raise UserError("Every model of the grid is left out: " + " ".join(skipped) + " Add one that fits.")
+        raise UserError(
+            "Every model of grid.models is skipped: "
+            + " ".join(skipped)
+            + " Add a model that the datasets' bands allow.",
+            key="grid.models",
+            value=grid.models,
+        )
     tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
     runs = pd.concat(tables, ignore_index=True)
-    drawn = _drawn(folders, runs)
-    summary = page.summarize_runs(runs, drawn)
-    costs = pd.read_csv(require(COST)) if learned else pd.DataFrame()
+    draws = _bootstrap_all(folders, runs)
+    summary = page.summarize_runs(runs, draws)
+    costs = pd.read_csv(require(COST)) if students else pd.DataFrame()
     frozen, large = summary[summary.protocol == page.FROZEN], summary[summary.kind != "student"]
-    said, pairs = statements.key_comparisons(large, drawn), statements.all_pairs(frozen, drawn)
+    model_sentences = statements.key_comparisons(large, draws)
+    pairs = statements.all_pairs(frozen, draws)
 
     with atomic_dir(SCRATCH / "report", REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
@@ -67,55 +69,83 @@ def make_report() -> None:
         pairs.to_csv(folder / "pairs.csv", index=False)
         (folder / "summary.md").write_text(page.markdown_table(page.display_table(summary)))
         figures.draw_boxplots(runs[runs.model.isin(large.model)], large, folder / "boxplots.png")
-        composed = composition.composition_section(searched, frozen, folder)
-        students, kept = distillation.students_section(learned, summary, drawn, costs, folder)
-        (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in [*said, *kept]))
-        students += mapped.exports_and_maps_section(_cells(EXPORTED, grid), pd.read_csv(require(RATES)), _cells(MAPS, grid), folder)
-        text = page.render_page(summary, runs, pairs, said, skipped, composed, folder / "boxplots.png", students)
-        (folder / "index.html").write_text(text)
-    scores: dict[str, dict] = {}
-    for row in summary.itertuples():
-        one = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
-        scores.setdefault(row.dataset, {})[row.model] = one
-    write_json(METRICS, scores)
-    print(page.markdown_table(page.display_table(summary)), *said, *kept, *skipped, sep="\n")
+        composition_html = composition.composition_section(compositions, frozen, folder)
+        students_html, student_sentences = distillation.students_section(students, summary, draws, costs, folder)
+        students_html += mapped.exports_and_maps_section(
+            _student_folders(EXPORTS, grid), pd.read_csv(require(RATES)), _student_folders(MAPS, grid), folder
+        )
+        sentences = [*model_sentences, *student_sentences]
+        (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in sentences))
+        html = page.render_page(
+            summary, runs, pairs, model_sentences, skipped, composition_html, folder / "boxplots.png", students_html
+        )
+        (folder / "index.html").write_text(html)
+    write_json(METRICS, _metrics(summary))
+    print(page.markdown_table(page.display_table(summary)), *sentences, *skipped, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")
 
 
-def _drawn(folders: dict, runs: pd.DataFrame) -> dict:
-    """Bootstrap draws of every (dataset, model).
+def _model_folders(grid: config.GridConfig) -> tuple[dict[tuple[str, str], Path], list[str]]:
+    """Return the result folder of every (dataset, model) of the grid, and the reasons of the skipped ones."""
+    folders, skipped = {}, []
+    for dataset in grid.datasets:
+        for model in grid.models:
+            if reason := read_json(TUNING / dataset / f"{model}.json")["skipped"]:
+                skipped.append(f"{dataset}, {model}: {reason}")
+                continue
+            folders[dataset, model] = RUNS / dataset / model
+            if model in grid.finetune:
+                folders[dataset, model + statements.FINE_TUNED_SUFFIX] = FINETUNING / dataset / model
+    return folders, skipped
+
+
+def _bootstrap_all(
+    folders: dict[tuple[str, str], Path], runs: pd.DataFrame
+) -> dict[tuple[str, str], BootstrapSamples]:
+    """Return the bootstrap samples of every (dataset, model).
 
     Raises:
-        UserError: models of one data set were tested on different samples.
+        UserError: models of one dataset were tested on different samples.
     """
-    drawn, tested = {}, {}
+    draws, tested_samples = {}, {}
     for number, (key, folder) in enumerate(folders.items()):
-        first = runs[(runs.dataset == key[0]) & (runs.model == key[1])].iloc[0]
+        first_run = runs[(runs.dataset == key[0]) & (runs.model == key[1])].iloc[0]
         table = pd.read_parquet(folder / "predictions.parquet")
-        samples, counts = predictions.counts(table, first.task, first.classes)
-        if samples != tested.setdefault(key[0], samples):
-            raise UserError(f"{folder} was tested on other samples than the models before it. Run: dvc repro")
-        drawn[key] = bootstrap(first.task, counts, first.classes, stream=number)
-    return drawn
+        samples, counts = predictions.counts_from_table(table, first_run.task, first_run.classes)
+        if samples != tested_samples.setdefault(key[0], samples):
+            raise UserError(
+                f"{folder} was tested on other samples than the other models of {key[0]}. Run: dvc repro", path=folder
+            )
+        draws[key] = bootstrap(first_run.task, counts, first_run.classes, stream=number)
+    return draws
 
 
-def _learned(dataset: str, student: str) -> distillation.StudentResult:
-    return distillation.StudentResult(read_json(DISTILLED / dataset / student / "metadata.json"))
+def _metrics(summary: pd.DataFrame) -> dict[str, dict]:
+    """Return mean and standard deviation of the score by dataset and model; no deviation of a single run."""
+    scores: dict[str, dict] = {}
+    for row in summary.itertuples():
+        score = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
+        scores.setdefault(row.dataset, {})[row.model] = score
+    return scores
 
 
-def _cells(folder: Path, grid: config.GridConfig) -> dict[tuple[str, str], Path]:
-    """Folders of what was made of every student."""
-    return {(dataset, name): folder / dataset / name for dataset in grid.datasets for name in grid.students}
+def _load_student_result(dataset: str, student: str) -> distillation.StudentResult:
+    return distillation.StudentResult(read_json(DISTILLATION / dataset / student / "metadata.json"))
 
 
-def _searched(dataset: str) -> composition.Searched:
-    folder = COMPOSED / dataset
-    told = read_json(folder / "compose.json")
+def _student_folders(root: Path, grid: config.GridConfig) -> dict[tuple[str, str], Path]:
+    """Return the folder of every (dataset, student) below a folder of results."""
+    return {(dataset, name): root / dataset / name for dataset in grid.datasets for name in grid.students}
+
+
+def _load_composition(dataset: str) -> composition.Searched:
+    folder = COMPOSITION / dataset
+    metadata = read_json(folder / "composition.json")
     tables = [
         pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").exists() else pd.DataFrame()
         for name in ("subsets", "cka", "greedy")
     ]
-    return composition.Searched(told, *tables)
+    return composition.Searched(metadata, *tables)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""resolve: a model's name becomes the digests of its members' stores; training depends on these files alone."""
+"""resolve: list the feature stores of every model, with their digests; heads are trained from these files."""
 
 from cache.atomic import atomic_dir
 from pipeline import config
@@ -7,11 +7,11 @@ from stages.cli import MANIFESTS, MODELS, SCRATCH, read_json, run, write_json
 
 def resolve(dataset: str) -> None:
     """Write data/models/<dataset>/<model>.json for every model of the grid."""
-    described = config.load()
-    described.dataset(dataset)
+    params = config.load()
+    params.dataset(dataset)
     with atomic_dir(SCRATCH / f"models-{dataset}", MODELS / dataset) as folder:
-        for model in described.grid.models:
-            manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in described.members(model)}
+        for model in params.grid.models:
+            manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in params.members(model)}
             reasons = [manifest["skipped"] for manifest in manifests.values() if manifest["skipped"]]
             members = [
                 {

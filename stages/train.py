@@ -1,25 +1,28 @@
-"""train: a model's seeds at its best setting; the only stage but compose that reads the test split, once per seed."""
+"""train: train a model's heads with the best hyperparameters and score each seed once on the test split."""
 
 import pandas as pd
 
 from cache.atomic import atomic_dir
 from pipeline import config
-from stages.cli import FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNED, read_json, run
+from stages.cli import FEATURES, IMAGES, MODELS, RUNS, SCRATCH, TUNING, read_json, run
 
 
 def train(dataset: str, model: str) -> None:
-    """Write runs.csv, one row a seed; predictions.parquet, one row a seed and test sample; and head.pt, one head."""
-    described = config.load()
-    described.dataset(dataset)
-    described.members(model)
-    resolved, tuned = (
-        read_json(MODELS / dataset / f"{model}.json"),
-        read_json(TUNED / dataset / f"{model}.json"),
-    )
+    """Write results/runs/<dataset>/<model>.
+
+    runs.csv has one row per seed, predictions.parquet one row per seed and test sample, head.pt the best head on
+    validation.
+    """
+    params = config.load()
+    params.dataset(dataset)
+    params.members(model)
+    resolved = read_json(MODELS / dataset / f"{model}.json")
+    tuned = read_json(TUNING / dataset / f"{model}.json")
     with atomic_dir(SCRATCH / f"runs-{dataset}-{model}", RUNS / dataset / model) as folder:
         if resolved["skipped"]:
             pd.DataFrame(columns=["dataset", "model"]).to_csv(folder / "runs.csv", index=False)
             return
+        # torch takes 3 s to import; a skipped model needs none of it
         from pipeline.device import resolve_device
         from pipeline.heads import checkpoint
         from pipeline.training import protocol, task_data
@@ -28,15 +31,15 @@ def train(dataset: str, model: str) -> None:
             FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"]
             for member in resolved["members"]
         }
-        where = resolve_device(described.compute.device)
-        cell = task_data.load(stores, IMAGES / f"{dataset}.zarr", described.heads, ("train", "val", "test"), where)
+        device = resolve_device(params.compute.device)
+        data = task_data.load(stores, IMAGES / f"{dataset}.zarr", params.heads, ("train", "val", "test"), device)
         weights = "+".join(str(member["weights"]) for member in resolved["members"])
-        told = {"dataset": dataset, "model": model, "weights": weights}
-        tested = protocol.test(cell, tuned["best"], described.train.seeds, told)
-        tested.runs.to_csv(folder / "runs.csv", index=False)
-        tested.predicted.to_parquet(folder / "predictions.parquet")
-        checkpoint.save(folder / "head.pt", model, cell, tested.group, tested.best)
-        print(f"{dataset} {model}: test {tested.runs.score.mean():.4f}, the mean of {len(tested.runs)} seeds")
+        row = {"dataset": dataset, "model": model, "weights": weights}
+        result = protocol.train_and_test(data, tuned["best"], params.train.seeds, row)
+        result.runs.to_csv(folder / "runs.csv", index=False)
+        result.predicted.to_parquet(folder / "predictions.parquet")
+        checkpoint.save(folder / "head.pt", model, data, result.group, result.best_index)
+        print(f"{dataset} {model}: test {result.runs.score.mean():.4f}, mean of {len(result.runs)} seeds")
 
 
 if __name__ == "__main__":

@@ -1,53 +1,76 @@
-"""check: params.yaml is read and refused before anything else runs."""
+"""validate: check params.yaml before any other stage runs."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline import config
 from pipeline.backbones import get_spec
+from pipeline.config import Params
 from pipeline.data import sources
 from pipeline.errors import UserError
-from stages.cli import DISTILLED, EXPORTED, FINETUNED, MAPS, run, write_json
+from stages.cli import DISTILLATION, EXPORTS, FINETUNING, MAPS, run, write_json, write_text
 
 
-def check() -> None:
-    """Check every key, name and value of params.yaml."""
-    described = config.load()
-    for name, dataset in described.datasets.items():
-        sources.validate(name, dataset)
-    layers = {name: get_spec(backbone).layers for name, backbone in described.backbones.items()}
-    for name in {name: None for model in described.grid.models for name in described.members(model)}:
-        if described.backbone(name).weights != "none":  # a baseline's one pooled vector is of no level
-            _check_levels(described.heads.levels, name, layers[name])
-    _check_networks({name: described.students[name].network for name in described.grid.students})
-    # The same content every time: later stages depend on this file's existence alone.
-    # Some are where students will be, so that the folders that later stages read are there without any.
-    for folder in (Path("data"), DISTILLED, EXPORTED, MAPS):
-        write_json(folder / "params.checked", {"params.yaml": "checked"})
-    write_json(FINETUNED / "models.json", list(described.grid.finetune))
+def validate(schema: bool) -> None:
+    """Check every key, name and value of params.yaml.
 
-
-def _check_levels(levels: Iterable[int], name: str, layers: tuple[str, ...]) -> None:
-    if wrong := [level for level in levels if not -len(layers) <= level < len(layers)]:
-        raise UserError(
-            f"heads.levels asks for level {wrong[0]}, and {name} has {len(layers)}. Choose from 0 (finest) to "
-            f"{len(layers) - 1}, or count from -1, the deepest; or take {name} out of grid.models."
-        )
-
-
-def _check_networks(students: dict[str, str]) -> None:
-    if not students:
+    Writes params.schema.json, and to each folder of results that may stay empty a grid.json: what the grid asks for.
+    The folders must exist, because later stages depend on them as a whole.
+    """
+    write_text(Path(config.SCHEMA_FILE), config.json_schema())
+    if schema:
         return
-    import timm  # takes seconds
+    params = config.load()
+    for name, dataset in params.datasets.items():
+        sources.validate(name, dataset)
+    specs = {name: get_spec(backbone) for name, backbone in params.backbones.items()}
+    for name in dict.fromkeys(name for model in params.grid.models for name in params.members(model)):
+        if params.backbone(name).weights != "none":  # a baseline without weights has pooled features only
+            _check_levels(params.heads.levels, name, specs[name].layers)
+    _check_networks({name: params.student(name).network for name in params.grid.students})
+    _write_grids(params)
 
-    for name, network in students.items():
-        if not timm.is_model(network):
-            near = ", ".join(difflib.get_close_matches(network, timm.list_models(), n=6)) or "none"
+
+def _check_levels(levels: Sequence[int], name: str, layers: tuple[str, ...]) -> None:
+    for level in levels:
+        if not -len(layers) <= level < len(layers):
             raise UserError(
-                f"students.{name}.network is '{network}', which timm does not have. Similar ones: {near}."
+                f"heads.levels has level {level}, but {name} has {len(layers)} levels. Choose from 0 (finest) to "
+                f"{len(layers) - 1}, or count from -1, the deepest; or remove {name} from grid.models.",
+                key="heads.levels",
+                value=level,
+                allowed=range(-len(layers), len(layers)),
+                path=config.FILE,
             )
 
 
+def _check_networks(networks: Mapping[str, str]) -> None:
+    """Refuse networks of students that timm does not have."""
+    if not networks:
+        return
+    # timm takes 3 s to import; a grid without students needs none of it
+    import timm
+
+    for name, network in networks.items():
+        if not timm.is_model(network):
+            similar = difflib.get_close_matches(network, timm.list_models(), n=6)
+            raise UserError(
+                f"students.{name}.network is '{network}', which timm does not have. Similar networks: "
+                f"{', '.join(similar) or 'none'}. Choose one that timm.list_models() lists.",
+                key=f"students.{name}.network",
+                value=network,
+                allowed=similar,
+                path=config.FILE,
+            )
+
+
+def _write_grids(params: Params) -> None:
+    datasets, students = list(params.grid.datasets), list(params.grid.students)
+    for folder in (DISTILLATION, EXPORTS, MAPS):
+        write_json(folder / "grid.json", {"datasets": datasets, "students": students})
+    write_json(FINETUNING / "grid.json", {"datasets": datasets, "models": list(params.grid.finetune)})
+
+
 if __name__ == "__main__":
-    run(check)
+    run(validate, flags={"schema": f"only write the JSON schema of params.yaml to {config.SCHEMA_FILE}"})
