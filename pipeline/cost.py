@@ -17,11 +17,10 @@ import xarray as xr
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.backbones import create_backbone, get_spec
-from pipeline.backbones.base import FeaturePyramid
 from pipeline.backbones.encoder import Encoder
 from pipeline.backbones.preprocessing import make_preprocessor
 from pipeline.config import BackboneConfig
-from pipeline.distillation.student_files import Student
+from pipeline.distillation.student import Student
 from pipeline.heads.checkpoint import TrainedHead
 
 # Chips of one timed batch, and timed batches of each model.
@@ -59,7 +58,7 @@ def frozen_ensemble(
         encoders.append(Encoder(seen, network, device, strides=declared.strides))
 
     def answer(chips: np.ndarray) -> torch.Tensor:
-        return head.logits([_named(encoder.network(encoder.prepare(chips))) for encoder in encoders])
+        return head.logits([encoder.network(encoder.prepare(chips)).arrays() for encoder in encoders])
 
     return BenchmarkedModel([*[encoder.network for encoder in encoders], head.network], answer)
 
@@ -107,9 +106,3 @@ def _seconds(work: Callable[[], object], device: str) -> float:
     work()
     wait()
     return time.perf_counter() - begun
-
-
-def _named(pyramid: FeaturePyramid) -> dict[str, torch.Tensor]:
-    """By the names of the store's arrays."""
-    levels = {f"level{place}/features": level for place, level in enumerate(pyramid.levels)}
-    return levels | {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}

@@ -10,29 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.backbones import create_backbone, get_spec
-from pipeline.bands import Band, MissingBandsError, match_bands
+from pipeline.backbones.base import MissingBandsError, match_bands
+from pipeline.bands import Band
 from pipeline.config import BackboneConfig, Params
+from pipeline.data.sources import DatasetSize
 
 # Images of the measured forward, and head-steps measured, by device.
 _BATCH = {"cpu": 2, "cuda": 64}
 _WORD = {"float16": 2, "float32": 4}
-
-
-@dataclass(frozen=True)
-class DatasetSize:
-    """One dataset as far as it is known beforehand.
-
-    Attributes:
-        image: bytes of one image and its mask in the store; 0 of one that is prepared already.
-        pace: images a second that one process reads; None where that is not known.
-    """
-
-    samples: int
-    bands: tuple[Band, ...]
-    task: str
-    classes: int
-    bytes_per_image: int
-    images_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +138,7 @@ def _taught(params: Params, name: str, wanted: DatasetSize, student: str, device
     """
     import torch
 
-    from pipeline.distillation.student_files import Student, StudentSpec
+    from pipeline.distillation.student import Student, StudentSpec
 
     dense, chosen, distill = wanted.task == "segmentation", params.student(student), params.distill
     side, recipe = (chosen.mask_size, distill.segmentation) if dense else (chosen.chip_size, distill.classification)

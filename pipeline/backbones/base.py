@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 from cache.schema import level_array, pooled_array
 from pipeline.bands import DISPLAY_UNITS, Band, band_index
 from pipeline.config import BackboneConfig, HubFile
+from pipeline.data import image_store
 from pipeline.data.download import PinnedWheel
-from pipeline.data.image_store import image_bands
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -221,12 +221,12 @@ def match_images(images: "xr.Dataset", name: str, backbone: BackboneConfig, spec
         MissingBandsError: a band is missing, or the network needs reflectance and these are RGB images.
         UserError: the network needs RGB images and the dataset declares no stretch, or its bands do not fit.
     """
-    input_bands = match_bands(name, spec, image_bands(images), backbone.input_size, backbone.bands)
+    input_bands = match_bands(name, spec, image_store.image_bands(images), backbone.input_size, backbone.bands)
     units, is_display = images.attrs["units"], images.attrs["units"] in DISPLAY_UNITS
     if spec.input_units == "reflectance" and is_display and backbone.normalisation == "native":
         raise MissingBandsError(
-            f"{name} needs reflectance, and these images are 8-bit RGB photographs ('{units}'). Set its normalisation "
-            "to dataset to use them as they are.",
+            f"{name} needs reflectance, and these images are 8-bit RGB photographs ('{units}'). Set its "
+            "normalisation to dataset to use them as they are.",
             key=f"backbones.{name}.normalisation",
             value=backbone.normalisation,
             allowed=("dataset",),

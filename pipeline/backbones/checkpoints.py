@@ -1,52 +1,55 @@
-"""Checkpoints of tensors: read without running anything they hold, and loaded with every name accounted for."""
+"""Checkpoints: read without running the code in them, and loaded only if every tensor fits."""
 
 import pickle
 import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 
+# What torch.load raises for damaged files of its formats.
+_READ_ERRORS = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    AssertionError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+_MAX_NAMES = 4
 
-def read_checkpoint(path: Path) -> dict:
-    """What a checkpoint holds: tensors, numbers, text and containers of these.
+
+def read_checkpoint(path: Path) -> Mapping:
+    """Read a checkpoint (.safetensors, or torch's formats): tensors, numbers, text and containers of these.
 
     Raises:
-        UserError: damaged, not a checkpoint, or one that wants to run code.
+        UserError: a damaged file, one that is not a checkpoint, or one that would run code.
     """
     if Path(path).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             return load_file(path)
         except SafetensorError as error:
             raise _unreadable(path, error) from None
     try:
-        _check_sums(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        EOFError,
-        struct.error,
-        AssertionError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+        _verify_checksums(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except _READ_ERRORS as error:
         raise _unreadable(path, error) from None
-    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
-        raise _unreadable(path, TypeError(f"it holds a {type(held).__name__}, not tensors by name"))
-    return held
+    if not isinstance(checkpoint, Mapping) or not all(isinstance(name, str) for name in checkpoint):
+        raise _unreadable(path, TypeError(f"it contains a {type(checkpoint).__name__}, not tensors by name"))
+    return checkpoint
 
 
 def load_strict(
@@ -55,75 +58,87 @@ def load_strict(
     path: Path,
     allow_missing: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Load tensors by name: none may be left over, none may be missing but those that `may_lack` allows.
+    """Load tensors into a network by name; every name and shape must fit.
+
+    Args:
+        path: the file, for messages.
+        allow_missing: whether a tensor of the network may be missing in the file, by its name.
 
     Raises:
-        UserError: names, shapes or kinds of numbers that do not fit; the message gives the first of them.
+        UserError: missing or unexpected names, other shapes, or integer or complex numbers.
     """
     try:
-        # A network's own load_state_dict may drop what it does not know and return nothing: call torch's.
-        found = torch.nn.Module.load_state_dict(network, tensors, strict=False)
+        # A network may override load_state_dict, ignore unknown names and return nothing: call torch's.
+        result = torch.nn.Module.load_state_dict(network, tensors, strict=False)
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
-        raise UserError(f"{path} does not fit the network: {reason}") from None
-    wanted = dict(network.named_parameters())
-    if odd := [name for name, value in tensors.items() if name in wanted and not value.is_floating_point()]:
+        raise UserError(f"{path} does not fit the network: {reason}.", path=path) from None
+    hint = "It is the file of another model, or it is damaged."
+    parameters = dict(network.named_parameters())
+    if invalid := [name for name, value in tensors.items() if name in parameters and not value.is_floating_point()]:
         raise UserError(
-            f"{path} does not fit the network: {', '.join(odd[:4])} are of whole or complex numbers. It is another "
-            "model's file, or a damaged one."
+            f"{path} does not fit the network: {', '.join(invalid[:_MAX_NAMES])} contain integer or complex numbers. "
+            f"{hint}",
+            path=path,
+            value=invalid,
         )
-    lacking = [name for name in found.missing_keys if not allow_missing(name)]
-    if lacking or found.unexpected_keys:
+    missing = [name for name in result.missing_keys if not allow_missing(name)]
+    if missing or result.unexpected_keys:
         raise UserError(
-            f"{path} does not fit the network: {_some('missing', lacking)}, "
-            f"{_some('unexpected', found.unexpected_keys)}. It is another model's file, or a damaged one."
+            f"{path} does not fit the network: {_count_names('missing', missing)}, "
+            f"{_count_names('unexpected', result.unexpected_keys)}. {hint}",
+            path=path,
+            value=[*missing, *result.unexpected_keys],
         )
 
 
 def strip_prefix(tensors: Mapping, prefix: str, path: Path) -> dict:
-    """The tensors whose names begin with `prefix`, without it.
+    """Select the tensors whose names begin with `prefix`, and remove it from the names.
 
     Raises:
-        UserError: there are none; the message says what there is.
+        UserError: there are none.
     """
-    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if str(name).startswith(prefix)}
-    if not found:
-        raise UserError(f"{path} holds no tensors named {prefix}…; it has {', '.join(map(str, list(tensors)[:4]))}.")
-    return found
+    selected = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if str(name).startswith(prefix)}
+    if not selected:
+        names = [str(name) for name in tensors]
+        raise UserError(
+            f"{path} contains no tensors named {prefix}…; it contains {', '.join(names[:_MAX_NAMES])}. It is the "
+            "file of another model.",
+            path=path,
+            value=names,
+            allowed=(prefix,),
+        )
+    return selected
 
 
-def _check_sums(path: Path) -> None:
-    """Of the files in a checkpoint that is an archive: torch reads them without a look."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for one in archive.infolist():
-                if one.CRC:  # torch can be told to compute none
-                    _read_through(archive, one)
-
-
-def _read_through(archive: zipfile.ZipFile, one: zipfile.ZipInfo) -> None:
-    with archive.open(one) as file:
-        while file.read(2**20):
-            pass
+def _verify_checksums(path: Path) -> None:
+    """Verify the CRC-32 of every file in a checkpoint that is a zip archive; torch does not."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if not member.CRC:  # torch can write archives without checksums
+                continue
+            with archive.open(member) as file:
+                while file.read(2**20):  # zipfile raises BadZipFile at the end of a damaged member
+                    pass
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:160] or "it ends too early"
-    if isinstance(error, pickle.UnpicklingError):  # torch's words are advice to run what is in it
-        wants = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = (
-            f"it wants to run {wants[1]}, and nothing in it was run" if wants else "it is no file of tensors alone"
-        )
+    if isinstance(error, pickle.UnpicklingError):  # torch's message recommends to run the code
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it would run {code[1]}; nothing was run" if code else "it contains more than tensors"
     return UserError(
-        f"{path} is not a checkpoint of tensors, or is damaged, and is not used ({reason}). Fetch it again, or take "
-        "one that holds tensors alone."
+        f"{path} is not a checkpoint of tensors, or it is damaged ({reason}). Fetch it again, or use a file that "
+        "contains tensors only.",
+        path=path,
     )
 
 
-def _some(what: str, names) -> str:
-    names = list(names)
-    return (
-        f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-        if names
-        else f"none {what}"
-    )
+def _count_names(description: str, names: Sequence[str]) -> str:
+    """Return `missing a, b, c, d and 2 more`, or `none missing`."""
+    if not names:
+        return f"none {description}"
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{description} {', '.join(list(names)[:_MAX_NAMES])}{more}"

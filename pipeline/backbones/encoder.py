@@ -1,11 +1,11 @@
-"""The one sealed way from stored images to features: select → `Inputs.tensor` → backbone → check.
+"""The only way from stored images to features: select bands, preprocess, run the backbone, check the shapes.
 
-Nothing else may call a backbone, so that no step can be forgotten or done twice.
+Nothing else calls a backbone, so that no step is forgotten or done twice.
 """
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from pipeline.backbones.base import FeaturePyramid
 from pipeline.backbones.preprocessing import Preprocessor
+from pipeline.device import disable_tf32
 from pipeline.errors import UserError
 
-# On a CPU torch takes fresh memory for every layer's output; in large pages that costs less
-# (benchmarks/choices.py). torch reads this when it first makes a tensor.
+# On a CPU torch allocates memory for every layer's output; huge pages make that cheaper (benchmarks/choices.py).
+# torch reads this variable when it creates its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,79 +27,90 @@ class Encoder:
     """Encodes batches of one dataset's images with one frozen backbone.
 
     Args:
-        inputs: what the backbone is given.
-        network: its torch module.
-        device: `cpu`, `cuda` or one of several, such as `cuda:1`.
-        precision: of the forward: `float32`, or autocast to `bfloat16` or `float16`.
-        compiled: by torch.compile.
-        strides: input pixels per cell of each level, as declared; empty if they are not.
+        preprocessor: makes the network's input.
+        network: the backbone.
+        device: `cpu`, `cuda`, or one GPU such as `cuda:1`.
+        precision: of the forward pass: `float32`, or autocast to `bfloat16` or `float16`.
+        compiled: whether to use torch.compile.
+        strides: input pixels per cell of each level, as in the spec; empty if unknown.
     """
 
-    def __init__(self, preprocessor: Preprocessor, network, device: str, precision="float32", compiled=False, strides=()):
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        network: torch.nn.Module,
+        device: str,
+        precision: str = "float32",
+        compiled: bool = False,
+        strides: Sequence[int] = (),
+    ):
         self.device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         self.preprocessor, self.strides = preprocessor, strides
         self.precision = precision
-        # Channels last is no slower on a CPU (benchmarks/choices.py), and what GPUs want in low precision.
+        # Channels last is as fast on a CPU (benchmarks/choices.py), and GPUs need it in low precision.
         self.network = convert_conv2d_weight_memory_format(network.to(self.device), torch.channels_last)
         self._compiled = compiled
         self._forward = torch.compile(self.network) if compiled else self.network
 
     def clone_sharing_weights(self) -> "Encoder":
-        """Another encoder of the same weights, for a forward beside this one's.
+        """Return another encoder with the same weights in memory, for a concurrent forward pass.
 
-        Some networks keep things in themselves while they compute (timm's feature hooks do), which two forwards
-        through one network would mix up without an error.
+        Some networks store intermediate results in themselves, such as timm's feature hooks. Two forward passes
+        through one network would mix these up without an error.
         """
-        shared = {id(each): each for each in [*self.network.parameters(), *self.network.buffers()]}
+        shared = {id(tensor): tensor for tensor in [*self.network.parameters(), *self.network.buffers()]}
         network = copy.deepcopy(self.network, shared)
         return Encoder(self.preprocessor, network, self.device, self.precision, self._compiled, self.strides)
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
-        """The exact tensor that reaches the network: float32 (batch, band, input_size, input_size).
+        """Make the network's input, float32 (batch, band, input_size, input_size), on the device.
 
         Args:
-            image: (batch, band, y, x) in the store's units.
+            image: (batch, band, y, x) in the images store's units.
         """
-        return self.preprocessor.__call__(torch.from_numpy(self.preprocessor.select_bands(image)).to(self.device))
+        return self.preprocessor(torch.from_numpy(self.preprocessor.select_bands(image)).to(self.device))
 
     def __call__(self, image: np.ndarray, metadata: Mapping[str, np.ndarray] | None = None) -> FeaturePyramid:
-        """Features of a batch, as float32 numpy arrays.
+        """Compute the features of a batch, as float32 NumPy arrays.
 
         Args:
-            image: (batch, band, y, x) in the store's units.
-            context: `Inputs.where_and_when` of the same samples; without it nothing is known of them.
+            image: (batch, band, y, x) in the images store's units.
+            metadata: `Preprocessor.metadata` of the same samples; None if unknown.
 
         Raises:
-            UserError: the backbone gave other shapes than it declares.
+            UserError: the network returns other shapes than its spec says.
         """
-        given = {name: torch.from_numpy(values).to(self.device) for name, values in (metadata or {}).items()}
-        pyramid = self.forward(self.prepare(image), given)
+        tensors = {name: torch.from_numpy(values).to(self.device) for name, values in (metadata or {}).items()}
+        pyramid = self.forward(self.prepare(image), tensors)
         return FeaturePyramid(
             [level.float().cpu().numpy() for level in pyramid.levels],
             {name: vector.float().cpu().numpy() for name, vector in pyramid.pooled.items()},
         )
 
     def forward(self, batch: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> FeaturePyramid:
-        """Features of prepared inputs, tensors on the device."""
-        # Importing terratorch 1.2 sets this to "medium" for the whole process, which makes float32
-        # convolutions run in bfloat16 on CPUs that can, with errors of some percent.
+        """Compute the features of preprocessed images, as tensors on the device; arguments as for `__call__`."""
+        # Importing terratorch 1.2 sets this to "medium" for the whole process. Float32 convolutions then run in
+        # bfloat16 on CPUs that can, with errors of some percent.
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False  # torch lets GPUs convolve float32 with ten bits of mantissa
-        lower = PRECISIONS[self.precision]
+        disable_tf32()
+        autocast_dtype = PRECISIONS[self.precision]
         with (
             torch.inference_mode(),
-            torch.autocast(torch.device(self.device).type, dtype=lower, enabled=lower is not None),
+            torch.autocast(torch.device(self.device).type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
         ):
             pyramid = self._forward(batch, **metadata)
-        self._check(pyramid)
+        self._check_shapes(pyramid)
         return pyramid
 
-    def _check(self, pyramid: FeaturePyramid) -> None:
+    def _check_shapes(self, pyramid: FeaturePyramid) -> None:
         side = self.preprocessor.input_bands.input_size
         for level, stride in zip(pyramid.levels, self.strides or [None] * len(pyramid.levels), strict=True):
             shape = tuple(level.shape)
             if len(shape) != 4 or shape[2] != shape[3] or (stride and shape[2] != side // stride):
-                wanted = (
-                    f"{side // stride}x{side // stride} cells were declared" if stride else "square maps are needed"
+                expected = f"{side // stride}x{side // stride} cells" if stride else "square maps"
+                raise UserError(
+                    f"The backbone returned a level of shape {shape} for an input of {side} px; expected {expected}. "
+                    "Check the backbone's layers and input_size in params.yaml.",
+                    key="strides" if stride else "layers",
+                    value=shape,
                 )
-                raise UserError(f"A level has shape {shape} for an input of {side} px; {wanted}.")

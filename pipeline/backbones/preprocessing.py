@@ -1,38 +1,47 @@
-"""From stored images to the exact tensor that a backbone is given: bands → units → stretch → normalise → resize."""
+"""Preprocessing: from stored images to a backbone's input tensor.
 
+The order is: select bands, convert units, stretch, normalise, resize.
+"""
+
+import dataclasses
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 import xarray as xr
+from torch.nn import functional
 
-from pipeline.backbones.base import BackboneSpec, InputBands
-from pipeline.bands import DISPLAY_UNITS, Band, MissingBandsError, full_scale, match_bands
+from pipeline.backbones.base import BackboneSpec, InputBands, match_images
+from pipeline.bands import DISPLAY_UNITS, full_scale
 from pipeline.config import BackboneConfig
-from pipeline.errors import UserError
 
-_CONTEXT = {"place": ("lat", "lon"), "time": ("time",)}
-# Images read at once, by each of so many threads, while their mean and standard deviation are taken.
-_STEP, _THREADS = 64, 8
-# Values made at once on a processor.
-_BLOCK = 2**18
+# Coordinates of an images store that make up each metadata input.
+_METADATA_COORDINATES = {"location": ("lat", "lon"), "time": ("time",)}
+# Images per read, and threads that read, for the statistics of the training split.
+_READ_BATCH, _READ_THREADS = 64, 8
+# Values per step on a CPU: what a core's cache keeps from one operation to the next.
+_BLOCK_VALUES = 2**18
+# Output columns per matrix product of the resize.
+_RESIZE_COLUMNS = 32
+# A band with a smaller standard deviation is constant; dividing by it would amplify noise.
+_MIN_STD = 1e-6
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """How one dataset's images become one backbone's input.
+    """The preprocessing of one dataset's images for one backbone.
 
     Attributes:
-        seen: which bands, and the size.
-        scale: of the images' units that make 1.0.
-        display: the [low, high] reflectance that is stretched to [0, 1], or None.
-        mean, std: per band, after scaling and stretching, or None.
-        normalisation: `native` or `dataset`: whose they are.
+        input_bands: which bands, and the size.
+        scale: value of the images' units that equals 1.0.
+        display_range: the reflectances [low, high] that are stretched to [0, 1]; None if there is no stretch.
+        mean, std: per band, after scaling and stretching; None if there is no normalisation.
+        normalisation: `native` or `dataset`: where mean and std come from.
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
-        context: what else goes in: `place` (latitude and longitude), `time`.
+        metadata_keys: further inputs: `location`, `time`.
     """
 
     input_bands: InputBands
@@ -45,149 +54,216 @@ class Preprocessor:
     metadata_keys: tuple[str, ...]
 
     def select_bands(self, image: np.ndarray) -> np.ndarray:
-        """The bands that are used, contiguous, in the images' own units and dtype: (batch, band, y, x)."""
+        """Select the input bands of images (batch, band, y, x); units and dtype stay, the result is contiguous."""
         return np.take(image, self.input_bands.band_indices, axis=1)  # faster than indexing
 
-    def __call__(self, selected):
-        """The tensor that reaches the network, float32 (batch, band, input_size, input_size), channels last.
+    def __call__(self, selected: torch.Tensor) -> torch.Tensor:
+        """Make the network's input.
 
         Args:
-            selected: a tensor of what `select` gave, on the device that is to compute.
-        """
-        import torch
+            selected: what `select_bands` returned, as a tensor on the device that computes.
 
+        Returns:
+            float32 (batch, band, input_size, input_size), channels last.
+        """
         if selected.is_cuda:
             return self._transform(selected).contiguous(memory_format=torch.channels_last)
-        side, bands = self.input_bands.input_size, selected.shape[1]
-        made = torch.empty((len(selected), bands, side, side), memory_format=torch.channels_last)
-        # What a processor's cache keeps from one pass to the next.
-        step = max(1, _BLOCK // (bands * max(side**2, selected[0, 0].numel())))
-        for first in range(0, len(selected), step):
-            made[first : first + step] = self._transform(selected[first : first + step])
-        return made
+        side, n_bands = self.input_bands.input_size, selected.shape[1]
+        result = torch.empty((len(selected), n_bands, side, side), memory_format=torch.channels_last)
+        step = max(1, _BLOCK_VALUES // (n_bands * max(side**2, selected[0, 0].numel())))
+        for start in range(0, len(selected), step):
+            result[start : start + step] = self._transform(selected[start : start + step])
+        return result
 
-    def _transform(self, selected):
-        """Some of what `tensor` makes, in any memory format."""
-        import torch
-        from torch.nn import functional
-
-        # In place from here on: fresh memory costs more than the arithmetic.
+    def _transform(self, selected: torch.Tensor) -> torch.Tensor:
+        """Scale, stretch, normalise and resize; in any memory format."""
+        # In place after the first step: allocating memory costs more than the arithmetic.
         values = selected.to(torch.float32, copy=True).div_(self.scale)
         if self.display_range:
             low, high = self.display_range
             values.sub_(low).div_(high - low).clamp_(0, 1)
         if self.mean is not None:
             values.sub_(_per_band(self.mean, values.device)).div_(_per_band(self.std, values.device))
-        size = (self.input_bands.input_size,) * 2
-        if values.shape[-2:] == size:
+        side = self.input_bands.input_size
+        if values.shape[-2:] == (side, side):
             return values
         if self.resize == "nearest":
-            return functional.interpolate(values, size=size, mode="nearest-exact")
+            return functional.interpolate(values, size=(side, side), mode="nearest-exact")
         if values.is_cuda:
-            # Enlarged, it is the same with and without, and faster without.
-            shrinks = max(values.shape[-2:]) > size[0]
-            return functional.interpolate(values, size=size, mode="bilinear", antialias=shrinks)
-        from pipeline.backbones.resize import bilinear
+            # Antialiasing changes nothing when enlarging, and costs time.
+            shrinks = max(values.shape[-2:]) > side
+            return functional.interpolate(values, size=(side, side), mode="bilinear", antialias=shrinks)
+        return resize_bilinear(values, side)
 
-        return bilinear(values, self.input_bands.input_size)
-
-    def metadata(self, images: xr.Dataset, rows: slice) -> dict[str, np.ndarray]:
-        """Where and when samples were taken, as Prithvi wants it, float32; nothing that is not known.
+    def metadata(self, images: xr.Dataset, rows: slice | np.ndarray) -> dict[str, np.ndarray]:
+        """Read location and time of samples, as Prithvi takes them.
 
         Returns:
-            `place` (sample, 2): latitude and longitude in degrees; `time` (sample, 1, 2): year, and its day from 0.
+            float32 arrays of those in `metadata_keys`: `location` (sample, 2), latitude and longitude in degrees;
+            `time` (sample, 1, 2), year and day of the year from 0.
         """
-        found = {}
-        if "place" in self.metadata_keys:
-            found["place"] = np.stack([images.lat[rows].values, images.lon[rows].values], axis=1)
+        arrays = {}
+        if "location" in self.metadata_keys:
+            arrays["location"] = np.stack([images.lat[rows].values, images.lon[rows].values], axis=1)
         if "time" in self.metadata_keys:
-            taken = images.time[rows].dt
-            found["time"] = np.stack([taken.year.values, taken.dayofyear.values - 1], axis=1)[:, None]
-        return {name: values.astype(np.float32) for name, values in found.items()}
+            time = images.time[rows].dt
+            arrays["time"] = np.stack([time.year.values, time.dayofyear.values - 1], axis=1)[:, None]
+        return {name: values.astype(np.float32) for name, values in arrays.items()}
 
 
 @lru_cache
-def _per_band(values: tuple[float, ...], device):
-    """Float32 (band, 1, 1), kept on the device: bringing it there makes the processor wait for a GPU."""
-    import torch
-
+def _per_band(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return float32 (band, 1, 1) on the device; cached, since each transfer makes the CPU wait for the GPU."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, spec: BackboneSpec) -> Preprocessor:
-    """What a backbone is given of a dataset.
+    """Make the preprocessing of a dataset's images for a backbone.
+
+    With `normalisation: dataset` this reads the training split.
+
+    Args:
+        images: an images store.
+        name: the backbone's name, for messages.
 
     Raises:
-        Unseen: it cannot see these images: a band is missing, or their units are none that it was trained on.
-        UserError: reflectances without a declared stretch for a model of pictures, or unfitting bands.
+        MissingBandsError: the backbone cannot run on these images.
+        UserError: see `match_images`.
     """
-    seen = match_bands(name, spec, image_bands(images), backbone.input_size, backbone.bands)
-    units, display, own = images.attrs["units"], images.attrs.get("display"), backbone.normalisation == "native"
-    if spec.input_units == "reflectance" and units in DISPLAY_UNITS and own:
-        raise MissingBandsError(
-            f"{name} wants reflectance, and these images are 8-bit photographs; normalisation: dataset would let it "
-            "see them as they are."
-        )
-    stretched = spec.input_units == "display" and units not in DISPLAY_UNITS
-    if stretched and not display:
-        raise UserError(
-            f"{name} wants a picture, and the images are in '{units}' without a declared stretch. "
-            "Declare 'display' (the reflectances shown as black and white) in the dataset's source."
-        )
-    made = Preprocessor(
-        input_bands=seen,
+    input_bands = match_images(images, name, backbone, spec)
+    units, is_native = images.attrs["units"], backbone.normalisation == "native"
+    is_stretched = spec.input_units == "display" and units not in DISPLAY_UNITS
+    preprocessor = Preprocessor(
+        input_bands=input_bands,
         scale=full_scale(units),
-        display_range=tuple(display) if stretched else None,
+        display_range=tuple(images.attrs["display"]) if is_stretched else None,
         mean=None,
         std=None,
         normalisation=backbone.normalisation,
         resize=spec.resize,
-        metadata_keys=tuple(name for name, axes in _CONTEXT.items() if spec.uses_location_and_time and _known(images, axes)),
+        metadata_keys=_available_metadata(images) if spec.uses_location_and_time else (),
     )
-    mean, std = (_of_inputs(spec, seen) if own else _moments(images, made)) if spec.mean or not own else (None, None)
-    return Preprocessor(**{**vars(made), "mean": mean, "std": std})
+    if not is_native:
+        mean, std = _training_stats(images, preprocessor)
+    elif spec.mean:
+        mean, std = _native_stats(spec, input_bands)
+    else:
+        return preprocessor
+    return dataclasses.replace(preprocessor, mean=mean, std=std)
 
 
-def image_bands(images: xr.Dataset) -> list[Band]:
-    """The bands of an images store, in order."""
-    columns = (images[key].values.tolist() for key in ("band_name", "band", "wavelength"))
-    return [Band(*one, gsd=images.attrs["gsd"]) for one in zip(*columns, strict=True)]
+def _available_metadata(images: xr.Dataset) -> tuple[str, ...]:
+    """Return the metadata inputs that are known of every sample."""
+    return tuple(
+        key
+        for key, coordinates in _METADATA_COORDINATES.items()
+        if all(name in images.coords and bool(images[name].notnull().all()) for name in coordinates)
+    )
 
 
-def _known(images: xr.Dataset, axes: Sequence[str]) -> bool:
-    return all(axis in images.coords and bool(images[axis].notnull().all()) for axis in axes)
+def _native_stats(spec: BackboneSpec, input_bands: InputBands) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the pretraining's mean and standard deviation of the input bands that are used."""
+    indices = [spec.bands.index(input_name) for input_name in input_bands.input_names]
+    return tuple(spec.mean[index] for index in indices), tuple(spec.std[index] for index in indices)
 
 
-def _of_inputs(spec: BackboneSpec, seen: InputBands) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The network's own mean and standard deviation of the inputs that are used."""
-    places = [spec.bands.index(slot) for slot in seen.input_names]
-    return tuple(spec.mean[place] for place in places), tuple(spec.std[place] for place in places)
-
-
-def _moments(images: xr.Dataset, made: Preprocessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each band over the training split, in float64, as the network would see it."""
+def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compute mean and standard deviation of each band over the training split, in float64, after the stretch."""
     rows = np.flatnonzero(images.split.values == "train")
 
     def sums(start: int) -> tuple[int, np.ndarray, np.ndarray]:
-        some = made.select_bands(images.image[rows[start : start + _STEP]].values)
-        total, squares, values = 0.0, 0.0, np.empty(some.shape[1:])
-        for image in some:  # one after another stays in the processor's cache
-            np.divide(image, made.scale, out=values, dtype=np.float64)
-            if made.display_range:
-                low, high = made.display_range
+        """Return the number of pixels, and the sums of their values and squares by band."""
+        batch = preprocessor.select_bands(images.image[rows[start : start + _READ_BATCH]].values)
+        total, squares, values = 0.0, 0.0, np.empty(batch.shape[1:])
+        for image in batch:  # one image at a time stays in the CPU's cache
+            np.divide(image, preprocessor.scale, out=values, dtype=np.float64)
+            if preprocessor.display_range:
+                low, high = preprocessor.display_range
                 values -= low
                 values /= high - low
                 values.clip(0, 1, out=values)
             total = total + values.sum(axis=(1, 2))
             squares = squares + np.square(values, out=values).sum(axis=(1, 2))
-        return some.size // some.shape[1], total, squares
+        return batch.size // batch.shape[1], total, squares
 
-    with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as pool:
-        # Added up in order, so that the number of threads decides no digit.
-        count, total, squares = map(sum, zip(*pool.map(sums, range(0, len(rows), _STEP)), strict=True))
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    # A band that never changes says nothing; dividing by its spread would make noise of it.
-    std[std < 1e-6] = 1.0
-    # Rounded, so that machines of other kinds agree on what the store is made with.
-    return tuple(float(f"{one:.9g}") for one in mean), tuple(float(f"{one:.9g}") for one in std)
+    with ThreadPoolExecutor(min(_READ_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        # Added in order, so that the result does not depend on the number of threads.
+        n_pixels, total, squares = map(sum, zip(*pool.map(sums, range(0, len(rows), _READ_BATCH)), strict=True))
+    mean = total / n_pixels
+    std = np.sqrt(np.maximum(squares / n_pixels - mean**2, 0))
+    std[std < _MIN_STD] = 1.0
+    # Rounded to nine digits, so that machines whose sums differ in the last digits make the same store.
+    return tuple(float(f"{value:.9g}") for value in mean), tuple(float(f"{value:.9g}") for value in std)
+
+
+# Bilinear resize on a CPU, antialiased when shrinking, several times faster than torch's for float images. Each
+# output row or column is a weighted sum of a few neighbouring ones. Rows are summed by `embedding_bag`. Columns are
+# summed by matrix products, a few output columns each, so that each product has few input columns.
+
+
+def resize_bilinear(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize images (sample, band, y, x), float32 and contiguous, to (sample, band, side, side).
+
+    The result equals torch's `interpolate` with `antialias=True` up to the rounding of its weights to float32.
+    """
+    if values.shape[2] > side:  # shrink before enlarging: less work for the second step
+        return _resize_columns(_resize_rows(values, side), side)
+    return _resize_rows(_resize_columns(values, side), side)
+
+
+def _resize_rows(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize (sample, band, y, x) to (sample, band, side, x)."""
+    *shape, height, width = values.shape
+    source_rows, first, weights = _row_weights(height, side)
+    image_number = torch.arange(shape[0] * shape[1])[:, None]
+    resized = functional.embedding_bag(
+        (source_rows + height * image_number).flatten(),
+        values.reshape(-1, width),
+        (first + len(source_rows) * image_number).flatten(),
+        mode="sum",
+        per_sample_weights=weights.repeat(len(image_number)),
+    )
+    return resized.view(*shape, side, width)
+
+
+def _resize_columns(values: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize (sample, band, y, x) to (sample, band, y, side)."""
+    lines = values.reshape(-1, values.shape[-1])
+    resized = values.new_empty(len(lines), side)
+    for target, source, weights in _column_weights(values.shape[-1], side):
+        torch.mm(lines[:, source], weights, out=resized[:, target])
+    return resized.view(*values.shape[:-1], side)
+
+
+@lru_cache
+def _row_weights(old: int, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the source rows of all new rows, the position of each new row's first one, and their weights."""
+    weights = _interpolation_weights(old, new)
+    new_rows, source_rows = np.nonzero(weights)
+    first = np.searchsorted(new_rows, np.arange(new))
+    nonzero = weights[new_rows, source_rows].astype(np.float32)
+    return torch.from_numpy(source_rows), torch.from_numpy(first), torch.from_numpy(nonzero)
+
+
+@lru_cache
+def _column_weights(old: int, new: int) -> list[tuple[slice, slice, torch.Tensor]]:
+    """Return blocks of new columns, their source columns, and weights float32 (source, new)."""
+    weights, products = _interpolation_weights(old, new), []
+    for start in range(0, new, _RESIZE_COLUMNS):
+        block = weights[start : start + _RESIZE_COLUMNS]
+        used = np.flatnonzero(block.any(axis=0))
+        source = slice(used[0], used[-1] + 1)
+        block_weights = np.ascontiguousarray(block[:, source].T, dtype=np.float32)
+        products.append((slice(start, start + len(block)), source, torch.from_numpy(block_weights)))
+    return products
+
+
+def _interpolation_weights(old: int, new: int) -> np.ndarray:
+    """Return the weights of old positions in new ones, float64 (new, old).
+
+    Each row is a triangle around the new position's centre; its half-width is one old or one new position, whichever
+    is larger.
+    """
+    centre = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(old) - centre) / max(1, old / new))
+    return weights / weights.sum(axis=1, keepdims=True)

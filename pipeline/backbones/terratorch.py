@@ -1,72 +1,77 @@
-"""Any backbone of terratorch's registry: `variant` is its name there, and params.yaml says the rest.
+"""Any backbone of terratorch's registry: `variant` is its name there; params.yaml describes the rest.
 
-`options` go to its constructor as they are; `layers` picks from its outputs, of which the last four are taken
-otherwise. Trained weights are a checkpoint of this very network, at the place that `hub` names.
+`options` are arguments of its constructor. `layers` selects from its outputs; by default the last four. Pretrained
+weights are a checkpoint of this very network, from the file that `hub` names.
 """
 
 from pathlib import Path
 
-from pipeline.backbones.base import BackboneSpec, InputBands, from_maps, from_tokens
+import torch
+from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
+
+from pipeline.backbones.base import BackboneSpec, FeaturePyramid, InputBands
+from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
 
-LEVELS = 4
+
+class SelectedOutputs(torch.nn.Module):
+    """A network of terratorch, from images (batch, band, y, x) to a pyramid of some of its outputs.
+
+    Args:
+        variant: its name, for messages.
+        indices: of the outputs to use.
+    """
+
+    def __init__(self, network: torch.nn.Module, variant: str, indices: tuple[int, ...]):
+        super().__init__()
+        self.network, self.variant, self.indices = network, variant, indices
+
+    def forward(self, image: torch.Tensor) -> FeaturePyramid:
+        outputs = self.network(image)
+        try:
+            selected = [outputs[index] for index in self.indices]
+        except (IndexError, KeyError, TypeError):
+            raise UserError(
+                f"'{self.variant}' returns {len(outputs)} outputs, without those of index {self.indices}. Set the "
+                "backbone's layers in params.yaml to the outputs to use.",
+                key="layers",
+                value=self.indices,
+                allowed=range(len(outputs)),
+            ) from None
+        is_tokens = selected[0].ndim == 3
+        return FeaturePyramid.from_tokens(selected) if is_tokens else FeaturePyramid.from_maps(selected)
 
 
-def describe(backbone: BackboneConfig) -> BackboneSpec:
-    """The declaration that params.yaml makes; terratorch is asked nothing until the network is built."""
-    chosen = backbone.layers or range(-LEVELS, 0)
-    return BackboneSpec(
-        bands=tuple(map(str, backbone.bands)) or None,
-        input_units=backbone.input_units or "unit",
-        mean=None,
-        std=None,
-        requires_dataset_stats=True,
-        strides=(),
-        layers=tuple(f"output {index}" for index in chosen),
-        weights=backbone.hub,
-        weights_file=Path(backbone.hub.file).name if backbone.hub else None,
-        layer_indices=tuple(chosen),
-        options=dict(backbone.options),
-    )
+def create_network(
+    backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
+) -> SelectedOutputs:
+    """Build the network; see `FamilyModule`.
 
-
-def build(variant: str, weights: str, folder: Path, seed: int, seen: InputBands, declared: BackboneSpec):
-    """A frozen torch module from (batch, band, y, x) to a Pyramid."""
-    import torch
-    from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
-
-    from pipeline.backbones.checkpoints import load_strict, read_checkpoint
-
-    class Outputs(torch.nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
-        def forward(self, image):
-            outputs = self.network(image)
-            try:
-                chosen = [outputs[index] for index in declared.layer_indices]
-            except (IndexError, KeyError, TypeError):
-                raise UserError(
-                    f"'{variant}' gives {len(outputs)} outputs, not those numbered {declared.layer_indices}. Name "
-                    "those to take as its 'layers' in params.yaml."
-                ) from None
-            return from_tokens(chosen) if chosen[0].ndim == 3 else from_maps(chosen)
-
+    Raises:
+        UserError: no such backbone, or options that do not fit it.
+    """
+    variant = backbone.variant
     if variant not in TERRATORCH_BACKBONE_REGISTRY:
+        known = sorted(TERRATORCH_BACKBONE_REGISTRY)
         raise UserError(
-            f"terratorch has no backbone '{variant}'. It has: {', '.join(sorted(TERRATORCH_BACKBONE_REGISTRY))}."
+            f"terratorch has no backbone '{variant}'. It has: {', '.join(known)}.",
+            key="variant",
+            value=variant,
+            allowed=known,
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(backbone.seed)
         try:
-            network = TERRATORCH_BACKBONE_REGISTRY.build(variant, **declared.options)
+            network = TERRATORCH_BACKBONE_REGISTRY.build(variant, **spec.options)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"terratorch could not build '{variant}' with the options {declared.options}: {error}"
+                f"terratorch could not build '{variant}' with the options {spec.options}: {error}. Correct the "
+                "backbone's options in params.yaml.",
+                key="options",
+                value=spec.options,
             ) from None
-    if weights == "pretrained":
-        path = Path(folder) / declared.weights_file
+    if backbone.weights == "pretrained":
+        path = Path(weights_dir) / spec.weights_file
         load_strict(network, read_checkpoint(path), path)
-    return Outputs(network)
+    return SelectedOutputs(network, variant, spec.layer_indices)

@@ -132,6 +132,12 @@ def open_images(path: Path) -> "xr.Dataset":
     return xr.open_zarr(path, chunks=None)
 
 
+def image_bands(images: "xr.Dataset") -> list[Band]:
+    """Return the bands of an images store, in order."""
+    columns = (images[name].values.tolist() for name in ("band_name", "band", "wavelength"))
+    return [Band(*row, gsd=images.attrs["gsd"]) for row in zip(*columns, strict=True)]
+
+
 def _again(store: Path) -> str:
     return f"Delete {store} and make it again with: dvc repro prepare@{store.stem}"
 

@@ -14,9 +14,9 @@ from cache.checksums import fingerprint
 from cache.reader import FeatureStore
 from pipeline.backbones import create_backbone, get_spec
 from pipeline.backbones.encoder import Encoder
-from pipeline.backbones.preprocessing import Preprocessor, image_bands, make_preprocessor
+from pipeline.backbones.preprocessing import Preprocessor, make_preprocessor
 from pipeline.config import Params
-from pipeline.data.image_store import open_images
+from pipeline.data.image_store import image_bands, open_images
 from pipeline.distillation.student import METADATA_FILE, TENSORS_FILE, load_student
 from pipeline.errors import UserError
 from pipeline.heads import checkpoint
@@ -124,7 +124,7 @@ def _check_unchanged(store: FeatureStore, preprocessor: Preprocessor, name: str)
         UserError: input size or normalization differ.
     """
     recorded = store.attributes["normalisation"]
-    current = {"of": preprocessor.normalisation, "mean": preprocessor.mean, "std": preprocessor.std}
+    current = {"statistics": preprocessor.normalisation, "mean": preprocessor.mean, "std": preprocessor.std}
     current = json.loads(json.dumps(current))
     has_other_size = store.attributes["input_size"] != preprocessor.input_bands.input_size
     if has_other_size or any(recorded[key] != current[key] for key in current):
