@@ -19,15 +19,15 @@ from stages.cli import FINETUNING, IMAGES, MODELS, RUNS, SCRATCH, WEIGHTS, read_
 def finetune(dataset: str, model: str) -> None:
     """Write results/finetune/<dataset>/<model>.
 
-    runs.csv has one row per seed, predictions.parquet one row per seed and test sample, tuned.pt the trained weights of
-    the best seed on validation.
+    runs.csv has one row per seed, predictions.parquet one row per seed and test sample, tuned.pt the trained weights
+    of the best seed on validation.
     """
     params = config.load()
     params.members(model)
     if model not in params.grid.models:
         raise UserError(
-            f"'{model}' is not in grid.models ({', '.join(params.grid.models)}), so there is no head on frozen features "
-            "to start from. Add it there and run: dvc repro train",
+            f"'{model}' is not in grid.models ({', '.join(params.grid.models)}), so there is no head on frozen "
+            "features to start from. Add it there and run: dvc repro train",
             key="grid.models",
             value=model,
             allowed=params.grid.models,

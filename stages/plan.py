@@ -38,7 +38,7 @@ def plan() -> None:
     required = sum(estimate.gigabytes for estimate in estimates) + download_bytes / 1e9
     free = shutil.disk_usage(Path()).free / 1e9
     print(
-        f"\nDisk: {required:.1f} GB are needed, {free:.1f} GB are free. Times are estimates for this machine's {device}."
+        f"\nDisk: {required:.1f} GB are needed, {free:.1f} GB are free. Times are for this machine's {device}."
     )
     if unknown:
         print(f"Datasets without an estimate, because they are not prepared yet: {', '.join(unknown)}.")

@@ -9,12 +9,12 @@ import torch
 from cache.errors import StoreError
 from cache.schema import StoreSchema
 from cache.writer import Writer
-from pipeline import metrics
 from pipeline.bands import Band
 from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.data import image_store, image_writer
 from pipeline.data.image_store import IGNORE
 from pipeline.data.sources import osm_landuse
+from pipeline.tasks import Classification
 from pipeline.training import loop, task_data
 
 SMALL = HeadsConfig(
@@ -145,7 +145,7 @@ def load(cell, stores, splits=("train", "val")):
 
 def score(loaded, split="val", seed=0):
     counts = loaded.counts(loaded.train([loop.HParams(1e-2, 1e-4, seed)]), split)
-    return metrics.score("classification", counts.sum(1), loaded.task.classes)[0]
+    return Classification(loaded.task.classes).score(counts.sum(1))[0]
 
 
 def test_misaligned_sample_order_between_stores_is_refused(cell):
@@ -179,9 +179,9 @@ def test_what_lies_in_the_test_split_changes_nothing_in_the_search(cell):
 
     clean, spoilt = load(cell, [cell("a")]), load(cell, [cell("b", spoil)])
     for split in ("train", "val"):
-        assert torch.equal(clean.parts[split].inputs, spoilt.parts[split].inputs)
+        assert torch.equal(clean.splits[split].inputs, spoilt.splits[split].inputs)
     assert score(clean) == score(spoilt)
-    assert "test" not in clean.parts
+    assert "test" not in clean.splits
 
 
 def test_standardisation_comes_from_the_training_split_alone(cell):
@@ -191,8 +191,8 @@ def test_standardisation_comes_from_the_training_split_alone(cell):
         return features, layout
 
     clean, shifted = load(cell, [cell("a")]), load(cell, [cell("b", shift)])
-    assert torch.equal(clean.parts["train"].inputs, shifted.parts["train"].inputs)
-    assert not torch.equal(clean.parts["val"].inputs, shifted.parts["val"].inputs)
+    assert torch.equal(clean.splits["train"].inputs, shifted.splits["train"].inputs)
+    assert not torch.equal(clean.splits["val"].inputs, shifted.splits["val"].inputs)
 
 
 def test_shuffled_features_know_nothing(cell):
@@ -209,6 +209,6 @@ def test_shuffled_features_know_nothing(cell):
 
 def test_labels_are_joined_by_the_stores_order(cell):
     loaded = load(cell, [cell("a")])
-    for part in loaded.parts.values():
+    for part in loaded.splits.values():
         expected = [cell.made.label[list(cell.made.sample).index(name)] for name in part.sample]
         assert part.label.tolist() == expected

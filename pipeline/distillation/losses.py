@@ -1,41 +1,106 @@
-"""What a student is told by its teachers.
+"""Distillation losses, and the projectors from a student's levels to its teacher's features.
 
-Sources: features by cosine and smooth-L1, Shang et al., Theia, CoRL 2024, arXiv 2407.20179; logits by temperature,
-Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
+Sources: features by cosine and smooth L1 distance, Shang et al., Theia, CoRL 2024, arXiv 2407.20179; logits by
+temperature, Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv 1503.02531.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 from torch.nn import functional
 
-# Theia's weights of the two, which sum to one.
-COSINE, SMOOTH = 0.9, 0.1
+# Theia's weights of the two terms of the feature loss.
+COSINE_WEIGHT, SMOOTH_L1_WEIGHT = 0.9, 0.1
 
 
-def feature_loss(said: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Loss of each sample, (batch,), from features (batch, channel, …), wanted ones standardised.
+def feature_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compute the distance of predicted features from the teacher's, for each sample.
 
-    The cosine is over channels at every place; both terms are means over places.
-    """
-    apart = 1 - functional.cosine_similarity(said, wanted, dim=1)
-    smooth = functional.smooth_l1_loss(said, wanted, reduction="none")
-    return COSINE * apart.reshape(len(said), -1).mean(dim=1) + SMOOTH * smooth.flatten(1).mean(dim=1)
-
-
-def logit_kl(said: torch.Tensor, wanted: torch.Tensor, temperature: float, kind: str) -> torch.Tensor:
-    """Mean divergence of the student's softened answers from the teacher's, times the squared temperature.
-
-    The square keeps its gradient as large as the labels', whatever the temperature. Of segmentation every pixel is an
-    answer, also those without a label; of multi-label every class is one, yes or no.
+    The cosine is over the channels of each location. Both terms are means over locations.
 
     Args:
-        said, wanted: logits (batch, class, …).
+        prediction: (batch, channel, …).
+        target: standardised features of the teacher, the same shape.
+
+    Returns:
+        Losses (batch,).
     """
-    said, wanted = said / temperature, wanted / temperature
-    if kind == "multilabel":
-        soft = torch.sigmoid(wanted)
-        binary = functional.binary_cross_entropy_with_logits
-        apart = (binary(said, soft) - binary(wanted, soft)).mean()
+    cosine_distance = 1 - functional.cosine_similarity(prediction, target, dim=1)
+    smooth_l1 = functional.smooth_l1_loss(prediction, target, reduction="none")
+    cosine_term = COSINE_WEIGHT * cosine_distance.reshape(len(prediction), -1).mean(dim=1)
+    return cosine_term + SMOOTH_L1_WEIGHT * smooth_l1.flatten(1).mean(dim=1)
+
+
+def logit_kl(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, is_multilabel: bool = False
+) -> torch.Tensor:
+    """Compute the Kullback-Leibler divergence of the student's softened predictions from the teacher's.
+
+    It is the mean over samples, for segmentation also over all pixels (with or without a label), for multi-label also
+    over classes, each of them a Bernoulli variable. The factor temperature² keeps the gradient's magnitude
+    independent of the temperature.
+
+    Args:
+        student, teacher: logits (batch, class, …).
+        temperature: divides the logits.
+        is_multilabel: whether several classes can hold at once.
+
+    Returns:
+        A scalar.
+    """
+    student, teacher = student / temperature, teacher / temperature
+    if is_multilabel:
+        target = torch.sigmoid(teacher)
+        cross_entropy = functional.binary_cross_entropy_with_logits
+        divergence = (cross_entropy(student, target) - cross_entropy(teacher, target)).mean()
     else:
-        ours, theirs = functional.log_softmax(said, dim=1), functional.log_softmax(wanted, dim=1)
-        apart = (theirs.exp() * (theirs - ours)).sum(dim=1).mean()
-    return apart * temperature**2
+        log_student, log_teacher = functional.log_softmax(student, dim=1), functional.log_softmax(teacher, dim=1)
+        divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=1).mean()
+    return divergence * temperature**2
+
+
+class Projectors(nn.Module):
+    """One linear map from a student's levels to each of the teacher's arrays; used in training only.
+
+    A teacher's map (channel, y, x) is predicted from the student's level of the most similar size, resized to the
+    teacher's. A teacher's pooled vector (channel,) is predicted from the spatial means of all the student's levels.
+
+    Args:
+        level_sizes: sides of the student's levels in pixels, finest first.
+        channels: number of channels of these levels.
+        target_shapes: shapes of the teacher's arrays.
+    """
+
+    def __init__(self, level_sizes: Sequence[int], channels: Sequence[int], target_shapes: Sequence[tuple[int, ...]]):
+        super().__init__()
+        self.target_shapes = list(target_shapes)
+        self.source_levels = [nearest_level(level_sizes, shape[1:]) for shape in target_shapes]
+        self.maps = nn.ModuleList(
+            nn.Linear(sum(channels), shape[0]) if level is None else nn.Conv2d(channels[level], shape[0], 1)
+            for shape, level in zip(target_shapes, self.source_levels, strict=True)
+        )
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Predict each of the teacher's arrays, (batch, channel, …), from levels (batch, channel, y, x)."""
+        pooled = torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
+        predictions = []
+        for project, index, shape in zip(self.maps, self.source_levels, self.target_shapes, strict=True):
+            source = pooled if index is None else _resize(levels[index], shape[1:])
+            predictions.append(project(source))
+        return predictions
+
+
+def nearest_level(level_sizes: Sequence[int], target_size: Sequence[int]) -> int | None:
+    """Return the index of the student's level whose size is most similar to a map's (y, x); None for a vector, ()."""
+    if not target_size:
+        return None
+    ratios = [max(side, target_size[0]) / min(side, target_size[0]) for side in level_sizes]
+    return ratios.index(min(ratios))
+
+
+def _resize(level: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resize a level to (y, x), bilinear and antialiased."""
+    if tuple(level.shape[-2:]) == tuple(size):
+        return level
+    return functional.interpolate(level, size=tuple(size), mode="bilinear", antialias=True)

@@ -1,28 +1,27 @@
-"""A student's variants, each by the protocol of the heads: search on validation, then seeds on the test split."""
+"""Protocol of students: search on validation, then several seeds that each read the test split once."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from pipeline import metrics
 from pipeline.config import VARIANTS
-from pipeline.distillation.student_files import Student
+from pipeline.distillation.losses import Projectors
+from pipeline.distillation.student import Student
 from pipeline.distillation.train import DistillationSetup, make_projectors, predict, train
 from pipeline.errors import UserError
 from pipeline.training import predictions
 from pipeline.training.loop import HParams
-from pipeline.training.losses import predict_labels
+from pipeline.training.protocol import ProtocolResult
 from pipeline.training.search import search
 
-# What holds the students' learning rate and weight decay down.
-BOUNDS = "distill.search.learning_rate, distill.search.weight_decay"
-# The runs' `protocol`, by variant; frozen heads have another.
+# Keys of params.yaml that bound the students' learning rate and weight decay.
+SEARCH_KEYS = "distill.search.learning_rate, distill.search.weight_decay"
+# Name of the protocol in tables of runs, by variant.
 PROTOCOLS = {
     "distilled": "distilled",
     "features": "labels and features",
@@ -31,100 +30,101 @@ PROTOCOLS = {
 }
 
 
-@dataclass(frozen=True)
-class Taught:
-    """What became of one variant.
-
-    Attributes:
-        tuned: of `search`.
-        runs: one row a seed, as `pipeline.training.protocol.test` gives them.
-        predicted: one row a seed and test sample (pipeline/training/predictions.py).
-        best: the student of the seed that is best on validation; `seed` is its seed.
-    """
-
-    tuned: dict
-    runs: pd.DataFrame
-    predicted: pd.DataFrame
-    best: Student
-    seed: int
-
-
 def train_variant(
-    make: Callable[[int], Student], lesson: DistillationSetup, variant: str, told: Mapping, study: Path, about: object
-) -> Taught:
+    create_student: Callable[[int], Student],
+    setup: DistillationSetup,
+    variant: str,
+    metadata: Mapping,
+    study_path: Path,
+    cache_key: object,
+) -> tuple[dict, ProtocolResult]:
     """Search learning rate and weight decay on validation, train the seeds, and read the test split once for each.
 
     Args:
-        make: from a seed to a student before training.
-        told: what else each run's row says.
-        study, about: as for `search`.
+        create_student: from a seed to a student before training.
+        setup: images, teacher and configuration.
+        variant: a key of `VARIANTS`.
+        metadata: further columns of each run: `dataset`, `model` and others.
+        study_path, cache_key: as for `search`.
+
+    Returns:
+        The result of `search`; and the runs, the predictions and the students of all seeds, with the index of the
+        student that is best on validation. A student's index is its seed.
 
     Raises:
         UserError: students diverged.
     """
-    name, kind, classes = f"{told['dataset']} {told['model']}", lesson.task.type, lesson.task.n_classes
+    name, task = f"{metadata['dataset']} {metadata['model']}", setup.task
 
-    def validation(students: Sequence[Student]) -> np.ndarray:
-        return _scores(students, lesson, "val")
+    def score(trials: Sequence[HParams]) -> np.ndarray:
+        students = _train_students(create_student, setup, variant, trials)
+        scores = _scores(students, setup, "val")
+        print(f"{name}: {len(trials)} trials, best on validation {scores.max():.4f}", flush=True)
+        return np.where([_diverged(student) for student in students], np.nan, scores)
 
-    def score(settings: Sequence[HParams]) -> np.ndarray:
-        students = _train_students(make, lesson, variant, settings)
-        scores = validation(students)
-        print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
-        return np.where([_diverged(one) for one in students], np.nan, scores)
-
-    tuned = search(score, lesson.config.search, study, [about, variant, asdict(lesson.config)])
-    settings = [HParams(**tuned["best"], seed=seed) for seed in range(lesson.config.seeds)]
-    students = _train_students(make, lesson, variant, settings)
-    if wrong := [seed for seed, one in enumerate(students) if _diverged(one)]:
-        raise UserError(predictions.diverged(wrong, len(students), BOUNDS))
-    valid = validation(students)
-    predicted = _predicted(students, lesson)
-    samples, counts = predictions.counts(predicted, kind, classes)
-    tested = metrics.score(kind, counts.sum(axis=1), classes)
+    config = setup.config
+    search_result = search(score, config.search, study_path, [cache_key, variant, asdict(config)])
+    hparams = [HParams(**search_result["best"], seed=seed) for seed in range(config.seeds)]
+    students = _train_students(create_student, setup, variant, hparams)
+    if diverged := [seed for seed, student in enumerate(students) if _diverged(student)]:
+        raise UserError(predictions.divergence_message(diverged, len(students), SEARCH_KEYS), key=SEARCH_KEYS)
+    val_scores = _scores(students, setup, "val")
+    table = _predictions(students, setup)
+    samples, counts = predictions.counts_from_table(table, task.type, task.n_classes)
+    test_scores = task.score(counts.sum(axis=1))
     runs = [
-        {**told, "protocol": PROTOCOLS[variant], "task": kind, "seed": seed, "metric": metrics.METRICS[kind],
-         "score": tested[seed], "val_score": valid[seed], "n_test": len(samples), "classes": classes, **tuned["best"]}
+        {**metadata, "protocol": PROTOCOLS[variant], "task": task.type, "seed": seed, "metric": task.metric,
+         "score": test_scores[seed], "val_score": val_scores[seed], "n_test": len(samples),
+         "classes": task.n_classes, **search_result["best"]}
         for seed in range(len(students))
     ]  # fmt: skip
-    best = int(np.argmax(valid))
-    print(f"{name}: test {tested.mean():.4f}, the mean of {len(runs)} seeds", flush=True)
-    return Taught(tuned, pd.DataFrame(runs), predicted, students[best], best)
+    print(f"{name}: test {test_scores.mean():.4f}, mean of {len(runs)} seeds", flush=True)
+    return search_result, ProtocolResult(pd.DataFrame(runs), table, students, int(np.argmax(val_scores)))
 
 
 def _diverged(student: Student) -> bool:
-    """Whether it has parameters, or running statistics, that are no numbers."""
-    return not all(one.isfinite().all() for one in student.state_dict().values() if one.is_floating_point())
+    """Return whether a parameter or a running statistic is not finite."""
+    return not all(tensor.isfinite().all() for tensor in student.state_dict().values() if tensor.is_floating_point())
 
 
-def _train_students(make, lesson: DistillationSetup, variant: str, settings: Sequence[HParams]) -> list[Student]:
-    """A student for each setting; on a processor a core trains one, as in pipeline/training/loop.py."""
-    # Made one after the other: torch's generator of random numbers is the process's.
-    fresh = [make(setting.seed) for setting in settings]
-    taught = "features" in VARIANTS[variant]
-    ends = [
-        make_projectors(one, lesson, two.seed) if taught else None for one, two in zip(fresh, settings, strict=True)
-    ]
-    work = partial(train, lesson=lesson, variant=variant)
-    if lesson.device != "cpu":
-        return [work(*one[:2], setting=one[2]) for one in zip(fresh, ends, settings, strict=True)]
-    cores = torch.get_num_threads()
-    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(lambda *one: work(*one[:2], setting=one[2]), fresh, ends, settings))
+def _train_students(
+    create_student: Callable[[int], Student], setup: DistillationSetup, variant: str, hparams: Sequence[HParams]
+) -> list[Student]:
+    """Train one student for each entry of `hparams`; on a CPU in parallel, one core each."""
+    # Created one after the other, because torch's random generator belongs to the whole process.
+    students = [create_student(entry.seed) for entry in hparams]
+    projectors: list[Projectors | None] = [None] * len(students)
+    if "features" in VARIANTS[variant]:
+        projectors = [
+            make_projectors(student, setup, entry.seed) for student, entry in zip(students, hparams, strict=True)
+        ]
+
+    def train_one(student: Student, projector: Projectors | None, entry: HParams) -> Student:
+        return train(student, projector, setup, variant, entry)
+
+    if setup.device != "cpu":
+        return list(map(train_one, students, projectors, hparams))
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(train_one, students, projectors, hparams))
 
 
-def _scores(students: Sequence[Student], lesson: DistillationSetup, split: str) -> np.ndarray:
-    each, task = [predict(one, lesson, split) for one in students], lesson.task
-    if not lesson.images.dense:
-        label = lesson.images.label(lesson.images.rows(split))
-        predicted = [predict_labels(torch.from_numpy(one), label, task, dim=1).numpy() for one in each]
-        each = [metrics.counts(task.type, one, label.numpy(), task.n_classes, None) for one in predicted]
-    return metrics.score(task.type, np.stack([one.sum(axis=0) for one in each]), task.n_classes)
+def _scores(students: Sequence[Student], setup: DistillationSetup, split: str) -> np.ndarray:
+    """Compute each student's score on a split, (student,)."""
+    task, outputs = setup.task, [predict(student, setup, split) for student in students]
+    if task.is_dense:
+        counts = outputs
+    else:
+        label = setup.images.label_tensor(setup.images.rows(split))
+        predicted = [task.predict_labels(torch.from_numpy(logits), label, dim=1).numpy() for logits in outputs]
+        counts = [task.counts(classes, label.numpy()) for classes in predicted]
+    return task.score(np.stack([student_counts.sum(axis=0) for student_counts in counts]))
 
 
-def _predicted(students: Sequence[Student], lesson: DistillationSetup) -> pd.DataFrame:
-    rows, said = lesson.images.rows("test"), np.stack([predict(one, lesson, "test") for one in students])
-    names = lesson.images.store.sample.values[rows].tolist()
-    if lesson.images.dense:
-        return predictions.of_masks(names, said)
-    return predictions.of_samples(names, lesson.images.label(rows).numpy(), said, lesson.task.type, BOUNDS)
+def _predictions(students: Sequence[Student], setup: DistillationSetup) -> pd.DataFrame:
+    """Return the table of predictions of the test split, one row per seed and sample."""
+    rows = setup.images.rows("test")
+    outputs = np.stack([predict(student, setup, "test") for student in students])
+    samples = setup.images.sample[rows].tolist()
+    if setup.task.is_dense:
+        return predictions.confusion_table(samples, outputs)
+    return predictions.prediction_table(samples, setup.images.label(rows), outputs, setup.task.type, SEARCH_KEYS)

@@ -1,32 +1,49 @@
-"""A student: a compact network of timm from chips, as the images store has them, to logits."""
+"""Students: compact timm networks from raw chips to logits; how they are initialised, saved and loaded."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
 
 import timm
 import torch
+import xarray as xr
 from torch import nn
 from torch.nn import functional
 from torchvision.ops import FeaturePyramidNetwork
 
+from cache.atomic import write_file
+from pipeline.backbones.base import BackboneSpec
+from pipeline.backbones.checkpoints import load_strict, read_checkpoint
+from pipeline.backbones.efficientnet import timm_name
+from pipeline.config import BackboneConfig, StudentConfig
 from pipeline.errors import UserError
+from pipeline.tasks import get_task
 
-# Channels of the decoder of masks.
-WIDTH = 32
-# Levels that a student has, the deepest ones of its network.
-LEVELS = 4
+Tensors = Mapping[str, torch.Tensor]
+
+# Channels of the decoder for segmentation.
+DECODER_CHANNELS = 32
+# Number of levels of a student: the deepest ones of its network.
+N_LEVELS = 4
+TENSORS_FILE, METADATA_FILE = "student.pt", "student.json"
+# Keys that the caller of `save_student` must give.
+METADATA_KEYS = (
+    "dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "variant", "weights", "teacher",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """What decides a student's tensors.
+    """Everything that determines the shapes of a student's tensors.
 
     Attributes:
         architecture: timm's name of the network.
-        bands: how many the chips have.
-        classes: how many.
-        task: classification, multilabel or segmentation.
-        input_size: side in pixels to which chips are resized inside.
+        n_bands: number of bands of the chips.
+        n_classes: number of classes.
+        task: name of the task.
+        input_size: side in pixels to which chips are resized inside the student.
     """
 
     architecture: str
@@ -37,74 +54,297 @@ class StudentSpec:
 
 
 class Student(nn.Module):
-    """Chips, float32 (batch, band, y, x) in the images store's own units and band order, to logits.
+    """Network from chips, float32 (batch, band, y, x) in the units and band order of the images store, to logits.
 
-    Normalisation by the training split's mean and standard deviation of each band, and the resize to the network's
-    input (bilinear; antialiased when shrinking), are inside, so an exported graph takes raw chips. Logits are float32
-    (batch, class), from the means of every level, or, for segmentation, (batch, class, y, x) of the chips' own size,
-    by a feature pyramid (Lin et al., CVPR 2017, arXiv 1612.03144).
+    Two steps are inside the network, so that an exported graph takes raw chips: normalisation by each band's mean and
+    standard deviation over the training split, and the bilinear resize to the network's input size (antialiased when
+    it shrinks). Logits are float32. For classification they are (batch, class), from the spatial means of all
+    levels. For segmentation they are (batch, class, y, x) of the chips' own size, from a feature pyramid network
+    (Lin et al., CVPR 2017, arXiv 1612.03144).
 
     Args:
-        mean, std: per band, in the chips' units.
+        spec: architecture and sizes.
+        mean, std: of each band, in the chips' units.
 
     Raises:
-        UserError: a network that timm does not have, that gives no maps, or whose stride the input is too small for.
+        UserError: timm does not have the network, the network has no feature maps, or the input is smaller than its
+            stride.
     """
 
     def __init__(self, spec: StudentSpec, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.shape, self.dense = spec, spec.task == "segmentation"
+        self.spec, self.is_dense = spec, get_task(spec.task).is_dense
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
-        self.network = _network(spec)
+        self.network = _create_network(spec)
         self.channels = list(self.network.feature_info.channels())
         self.strides = list(self.network.feature_info.reduction())
-        if self.dense:
-            self.pyramid = FeaturePyramidNetwork(self.channels, WIDTH)
-            self.head = nn.Conv2d(WIDTH, spec.n_classes, 1)
+        if self.is_dense:
+            self.pyramid = FeaturePyramidNetwork(self.channels, DECODER_CHANNELS)
+            self.head = nn.Conv2d(DECODER_CHANNELS, spec.n_classes, 1)
         else:
             self.head = nn.Linear(sum(self.channels), spec.n_classes)
 
     def forward(self, chips: torch.Tensor) -> torch.Tensor:
+        """Compute logits from raw chips."""
         return self.logits(self.levels(chips), chips.shape[-2:])
 
     def levels(self, chips: torch.Tensor) -> list[torch.Tensor]:
-        """The network's maps of the chips, (batch, channel, y, x), finest first."""
-        values, side = (chips - self.mean) / self.std, self.shape.input_size
+        """Compute the network's feature maps (batch, channel, y, x), finest first."""
+        values, side = (chips - self.mean) / self.std, self.spec.input_size
         if chips.shape[-2:] != (side, side):
             shrinks = side < min(chips.shape[-2:])
             values = functional.interpolate(values, size=(side, side), mode="bilinear", antialias=shrinks)
         return self.network(values)
 
     def logits(self, levels: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
-        """What the head says of the maps; of masks, brought to `size` [y, x]."""
-        if not self.dense:
+        """Apply the head to feature maps; segmentation logits are resized to `size` (y, x)."""
+        if not self.is_dense:
             return self.head(torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1))
-        finest = self.pyramid({str(place): level for place, level in enumerate(levels)})["0"]
-        # Of few channels, channels last is slow to resize, and all that follows.
+        finest = self.pyramid({str(index): level for index, level in enumerate(levels)})["0"]
+        # With few channels, resizing a channels-last tensor is slow, and so is everything after it.
         return functional.interpolate(self.head(finest).contiguous(), size=tuple(size), mode="bilinear")
 
 
-def _network(shape: StudentSpec) -> nn.Module:
-    """The network without a classifier, its tensors drawn by torch's generator as it stands.
-
-    Raises:
-        UserError: timm has no such network, it has no maps, or its input is too small.
-    """
-    if not timm.is_model(shape.architecture):
-        raise UserError(f"timm has no network '{shape.architecture}'. `timm.list_models()` lists those it has.")
-    failed = f"timm's '{shape.architecture}' cannot be a student of {shape.input_size} px and {shape.n_bands} bands"
+def _create_network(spec: StudentSpec) -> nn.Module:
+    """Create timm's network without its classifier; weights come from torch's global random generator."""
+    name = spec.architecture
+    if not timm.is_model(name):
+        raise UserError(
+            f"timm has no network '{name}'. List its networks with `timm.list_models()`.",
+            key="students.network",
+            value=name,
+        )
+    problem = f"timm's '{name}' cannot be a student with an input of {spec.input_size} px and {spec.n_bands} bands"
     try:
         network = timm.create_model(
-            shape.architecture, features_only=True, in_chans=shape.n_bands, out_indices=tuple(range(-LEVELS, 0))
+            name, features_only=True, in_chans=spec.n_bands, out_indices=tuple(range(-N_LEVELS, 0))
         )
         strides, channels = network.feature_info.reduction(), network.feature_info.channels()
-        if shape.input_size < max(strides):
-            raise UserError(f"{failed}: its deepest level has stride {max(strides)}. Set a larger input_size.")
+        if spec.input_size < max(strides):
+            raise UserError(
+                f"{problem}: the stride of its deepest level is {max(strides)}. Set a larger chip_size or mask_size.",
+                key="students.input_size",
+                value=spec.input_size,
+            )
         with torch.no_grad():
-            maps = network.eval()(torch.zeros(1, shape.n_bands, shape.input_size, shape.input_size))
+            maps = network.eval()(torch.zeros(1, spec.n_bands, spec.input_size, spec.input_size))
     except (RuntimeError, AssertionError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{failed}: {' '.join(str(error).split())[:160]}. Choose another network.") from None
-    if [level.ndim for level in maps] != [4] * LEVELS or [level.shape[1] for level in maps] != channels:
-        raise UserError(f"{failed}: its outputs are not maps (channel, y, x). Choose another network.")
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{problem}: {reason}. Choose another network.", key="students.network", value=name) from None
+    if [level.ndim for level in maps] != [4] * N_LEVELS or [level.shape[1] for level in maps] != channels:
+        raise UserError(
+            f"{problem}: its outputs are not maps (channel, y, x). Choose another network.",
+            key="students.network",
+            value=name,
+        )
     return network.train()
+
+
+# Initial weights
+
+
+def make_spec(images: xr.Dataset, student: StudentConfig) -> StudentSpec:
+    """Return the spec of a student for the bands, classes and task of an images store."""
+    task = images.attrs["task"]
+    input_size = student.mask_size if get_task(task).is_dense else student.chip_size
+    return StudentSpec(student.network, images.sizes["band"], len(images.attrs["classes"]), task, input_size)
+
+
+def make_student(
+    spec: StudentSpec, mean: Sequence[float], std: Sequence[float], network_state: Tensors | None, seed: int
+) -> Student:
+    """Create a student before training.
+
+    Args:
+        spec, mean, std: as for `Student`.
+        network_state: initial tensors of the network, from `pretrained_state`; None for random ones.
+        seed: of all random tensors.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = Student(spec, mean, std)
+    if network_state is not None:
+        load_strict(student.network, network_state, Path(spec.architecture))
+    return student
+
+
+def pretrained_state(
+    name: str,
+    backbone: BackboneConfig,
+    backbone_spec: BackboneSpec,
+    weights_dir: Path,
+    spec: StudentSpec,
+    bands: Sequence[str],
+) -> Tensors:
+    """Read a backbone's weights as the initial tensors of a student's network.
+
+    The input layer is adapted to the images' bands: a band that the backbone knows keeps its filters, another band
+    gets the mean of all filters. The filters are then scaled by the ratio of the numbers of bands, so that the
+    layer's outputs keep their magnitude.
+
+    Args:
+        name: the backbone's name in params.yaml.
+        backbone, backbone_spec: its configuration and its spec.
+        weights_dir: folder of its weights, as fetched.
+        spec: the student's spec.
+        bands: common names of the images' bands, in order.
+
+    Returns:
+        Tensors of the student's network, by name.
+
+    Raises:
+        UserError: the file is absent or damaged, or has the tensors of another network.
+    """
+    path = Path(weights_dir) / (backbone_spec.weights_file or "")
+    if not path.is_file() or path.suffix == ".onnx":
+        raise UserError(
+            f"A student cannot start from backbone '{name}': there is no weights file of a timm network at {path}. "
+            "Set the student's weights to random.",
+            key="students.weights",
+            value=name,
+            path=path,
+        )
+    stored = _timm_names(backbone, read_checkpoint(path))
+    n_bands = len(backbone_spec.bands)
+    blank = Student(replace(spec, n_bands=n_bands), [0.0] * n_bands, [0.0] * n_bands).network
+    expected = blank.state_dict()
+    tensors = {key: stored[key] for key in expected if key in stored}
+    matching = {key for key, tensor in tensors.items() if tensor.shape == expected[key].shape}
+    missing = [key for key in expected if key not in matching and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise UserError(
+            f"Backbone '{name}' is not the network {spec.architecture}: {missing[0]} is absent from its weights or "
+            "has another shape. Set the student's weights to random, or its network to the backbone's.",
+            key="students.weights",
+            value=name,
+            path=path,
+        )
+    input_layer = next(key for key, tensor in expected.items() if tensor.ndim == 4)
+    return {
+        **expected,
+        **tensors,
+        input_layer: _adapt_input_filters(tensors[input_layer], backbone_spec.bands, bands),
+    }
+
+
+def _timm_names(backbone: BackboneConfig, tensors: Tensors) -> Tensors:
+    """Rename the tensors of a backbone's file to timm's names."""
+    if backbone.family != "efficientnet":
+        return tensors
+    return {timm_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _adapt_input_filters(
+    filters: torch.Tensor, backbone_bands: Sequence[str], image_bands: Sequence[str]
+) -> torch.Tensor:
+    """Reorder filters (out, band, y, x) of the backbone's bands to the images' bands."""
+    unknown_band = filters.mean(dim=1)
+    adapted = [
+        filters[:, backbone_bands.index(band)] if band in backbone_bands else unknown_band for band in image_bands
+    ]
+    return torch.stack(adapted, dim=1) * (filters.shape[1] / len(image_bands))
+
+
+# Saved students
+
+
+def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: str, teacher: str | None) -> dict:
+    """Return what `save_student` needs to know of a student besides its tensors.
+
+    Args:
+        images: the images store that it was trained on.
+        dataset: the store's name.
+        variant: what the student learned from, such as `distilled`.
+        weights: `pretrained` or `random`, of the initial network.
+        teacher: name of the teacher model, or None.
+    """
+    task = images.attrs["task"]
+    columns = zip(
+        images.band_name.values.tolist(), images.band.values.tolist(), images.wavelength.values, strict=True
+    )
+    return {
+        "dataset": dataset,
+        "task": task,
+        "classes": list(images.attrs["classes"]),
+        "ignore": get_task(task).ignore_value,
+        "bands": [
+            # A band without a wavelength has NaN in the store.
+            {"name": name, "common_name": common, "wavelength": float(length) if length == length else None}
+            for name, common, length in columns
+        ],
+        "units": images.attrs["units"],
+        "gsd": float(images.attrs["gsd"]),
+        "size": [images.sizes["y"], images.sizes["x"]],
+        "variant": variant,
+        "weights": weights,
+        "teacher": teacher,
+    }
+
+
+def save_student(folder: Path, student: Student, metadata: Mapping) -> None:
+    """Write a student's tensors (student.pt) and then its metadata (student.json).
+
+    Args:
+        folder: created if absent.
+        student: on any device.
+        metadata: at least `METADATA_KEYS`, as `student_metadata` returns them: `ignore` is the label value that does
+            not count (or None), `bands` have name, common_name and wavelength in micrometres, `gsd` is in metres,
+            `size` is [y, x] of the chips in pixels. Further keys must be JSON.
+
+    Raises:
+        ValueError: a key is missing.
+    """
+    if missing := [key for key in METADATA_KEYS if key not in metadata]:
+        raise ValueError(f"metadata of a student must have {', '.join(missing)}")
+    buffer = BytesIO()
+    torch.save({name: tensor.cpu() for name, tensor in student.state_dict().items()}, buffer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / TENSORS_FILE, [buffer.getbuffer()])
+    written = {
+        **metadata,
+        "architecture": student.spec.architecture,
+        "input_size": student.spec.input_size,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "mean": student.mean.flatten().tolist(),
+        "std": student.std.flatten().tolist(),
+    }
+    write_file(folder / METADATA_FILE, [(json.dumps(written, indent=1, sort_keys=True) + "\n").encode()])
+
+
+def load_student(folder: Path) -> tuple[Student, dict]:
+    """Load a saved student.
+
+    Returns:
+        The student on the CPU in evaluation mode, and its metadata (student.json).
+
+    Raises:
+        UserError: a file is absent or damaged, or the two files do not match.
+    """
+    metadata_path, tensors_path = folder / METADATA_FILE, folder / TENSORS_FILE
+    try:
+        metadata = json.loads(metadata_path.read_text())
+        spec = StudentSpec(
+            architecture=metadata["architecture"],
+            n_bands=len(metadata["bands"]),
+            n_classes=len(metadata["classes"]),
+            task=metadata["task"],
+            input_size=metadata["input_size"],
+        )
+        mean, std = metadata["mean"], metadata["std"]
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no student in {folder}: {METADATA_FILE} is absent. Run: dvc repro distill", path=metadata_path
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{metadata_path} does not describe a student ({error!r}). Run: dvc repro distill", path=metadata_path
+        ) from None
+    if not tensors_path.exists():
+        raise UserError(
+            f"{tensors_path}, the tensors of the student, is absent. Run: dvc repro distill", path=tensors_path
+        )
+    with torch.random.fork_rng(devices=[]):
+        student = Student(spec, mean, std)
+    load_strict(student, read_checkpoint(tensors_path), tensors_path)
+    return student.eval(), metadata

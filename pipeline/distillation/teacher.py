@@ -1,7 +1,4 @@
-"""What the cache holds of the teachers: their features and, by the head that was trained on them, their answers.
-
-The networks that made the features are not needed, and nothing here could load one.
-"""
+"""Teachers: which model of the grid teaches, and its cached features and logits. No backbone is run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,116 +7,177 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from pipeline.distillation.chips import turned
+from cache.schema import level_array, pooled_array
+from pipeline.config import Params
+from pipeline.data.augmentation import apply_views
 from pipeline.errors import UserError
 from pipeline.heads.checkpoint import TrainedHead
 from pipeline.training import feature_inputs, task_data
 
-# Samples that the head is asked about at once.
-_STEP = 16
-# Of a float16, in which answers are kept.
-_LARGEST = float(np.finfo(np.float16).max)
+# Samples per forward pass of the head.
+HEAD_BATCH = 16
+# Logits are stored as float16; larger ones are clipped.
+MAX_FLOAT16 = float(np.finfo(np.float16).max)
+
+
+def choose_teacher(params: Params, dataset: str, tuning: Mapping[str, Mapping]) -> tuple[str | None, str | None]:
+    """Choose the model of the grid that teaches on a dataset.
+
+    With `distill.teacher: best` it is the model with the best validation score among those that have a pretrained
+    network. Models with random weights teach nothing, and a student of the raw bands' mean and standard deviation
+    would be larger than its teacher. Ties: the model with more members wins, then the first of the grid.
+
+    Args:
+        params: all of params.yaml.
+        dataset: name of the dataset.
+        tuning: of every model of the grid, the result of the stage `tune`: `skipped` (a reason or None), and `score`
+            on validation if it is not skipped.
+
+    Returns:
+        The teacher's name and None; or None and the reason why there is no teacher.
+    """
+    distill = params.distill
+    if not distill.applies_to(dataset):
+        return None, f"distill.datasets in params.yaml names {', '.join(distill.datasets)}."
+    weights = {
+        model: {params.backbone(name).weights for name in params.members(model)} for model in params.grid.models
+    }
+    if distill.teacher != "best":
+        reason = tuning[distill.teacher]["skipped"]
+        if "random" in weights[distill.teacher]:
+            reason = f"{distill.teacher} has random weights. Choose a model with pretrained weights."
+        if reason:
+            return None, f"The teacher {distill.teacher} is skipped: {reason}"
+        return distill.teacher, None
+    candidates = {
+        model: (tuning[model]["score"], model.count("+"))
+        for model in params.grid.models
+        if not tuning[model]["skipped"] and "pretrained" in weights[model] and "random" not in weights[model]
+    }
+    if not candidates:
+        return None, "No model of the grid with a pretrained network can use these images, so there is no teacher."
+    return max(candidates, key=candidates.get), None
 
 
 class CachedTeacher:
-    """An ensemble as its stores and its trained head.
+    """Features and logits of an ensemble, from its feature stores and its trained head.
 
-    A store holds features of upright chips, and of the turned copies that `extract.views` names. Of a chip turned
-    another way its maps are not known (turning features is not what the backbone would have said), and are not
-    taught; what should not change by turning is: pooled vectors, classes, and what the head says of each place, which
-    turns with the ground as a mask does.
+    A store holds the features of upright chips and of the views that `extract.views` names. For any other view the
+    feature maps are unknown: rotating features differs from the features of a rotated image. Three things do not
+    depend on the view and are available for all: pooled vectors and class logits (approximately), and the logits of
+    each pixel, which rotate with the image as a mask does.
 
     Args:
-        stores: the members' stores, and the content digests they must have; None leaves that unchecked.
-        pictures: the images store they were made from.
-        head: of these members, in this order.
-        rows: the samples that may be asked about.
+        stores: feature stores of the members and their expected content digests; None for no check.
+        images_path: the images store from which the features were extracted.
+        head: trained on these members, in this order.
+        rows: indices of the samples whose logits are needed, (sample,).
 
     Attributes:
-        views: turned copies whose features are known; `identity` is always.
-        fields: names of the arrays, and their members' numbers; maps first.
-        shapes: of these arrays, (channel, y, x) or (channel,).
+        views: names of the views with cached features; `identity` is always among them.
+        arrays: (index of the member, name of the array in its store) of every feature array; maps come first.
+        n_maps: number of arrays that are maps.
+        shapes: shape of each array, (channel, y, x) or (channel,).
 
     Raises:
-        StoreError: a store that is missing or was made from other images.
-        UserError: a head of other members or classes.
+        StoreError: a store is missing or was extracted from other images.
+        UserError: the head was trained for other members or classes.
     """
 
-    def __init__(self, stores: Mapping[Path, str | None], pictures: Path, head: TrainedHead, rows: np.ndarray):
-        self.members, labelled = task_data.open_aligned(stores, pictures)
-        names = [Path(path).stem for path in stores]
-        if head.backbones != names or list(head.class_names) != list(labelled.attrs["classes"]):
-            raise UserError(
-                f"The trained head is of {head.model} for the classes {', '.join(head.class_names)}; the stores are of "
-                f"{'+'.join(names)} for {', '.join(labelled.attrs['classes'])}. Run: dvc repro train"
-            )
-        self.head, self.views = head, self.members[0].view or ["identity"]
-        numbered = list(enumerate(self.members))
-        n_maps = [(place, f"{level}/features") for place, member in numbered for level in member.levels]
-        self.arrays = n_maps + [(place, f"pooled/{name}") for place, member in numbered for name in member.pooled]
-        self.maps = len(n_maps)
-        self.shapes = [tuple(self.members[place].array(name).shape) for place, name in self.arrays]
+    def __init__(self, stores: Mapping[Path, str | None], images_path: Path, head: TrainedHead, rows: np.ndarray):
+        self.members, images = task_data.open_aligned(stores, images_path)
+        self.head = head
+        _check_head(head, [Path(path).stem for path in stores], images.attrs["classes"])
+        self.views = self.members[0].view or ["identity"]
+        maps = [
+            (index, level_array(level))
+            for index, member in enumerate(self.members)
+            for level in range(len(member.levels))
+        ]
+        vectors = [(index, pooled_array(name)) for index, member in enumerate(self.members) for name in member.pooled]
+        self.arrays, self.n_maps = maps + vectors, len(maps)
+        self.shapes = [tuple(self.members[index].array(name).shape) for index, name in self.arrays]
         training = np.flatnonzero(self.members[0].split == "train")
-        by = [feature_inputs.channel_stats((self.members[place], name), training) for place, name in self.arrays]
-        self._by = [tuple(map(torch.from_numpy, feature_inputs.to_mean_scale(*one))) for one in by]
-        self._place = {row: number for number, row in enumerate(rows.tolist())}
-        self._answers = self._answered(rows)
+        self._mean_scale = []
+        for index, name in self.arrays:
+            stats = feature_inputs.channel_stats((self.members[index], name), training)
+            self._mean_scale.append(tuple(map(torch.from_numpy, feature_inputs.to_mean_scale(*stats))))
+        self._position = {row: position for position, row in enumerate(rows.tolist())}
+        self._logits = self._compute_logits(rows)
 
     def features(self, rows: np.ndarray, views: Sequence[str]) -> list[torch.Tensor]:
-        """The arrays of some samples, standardised by the training split's statistics, float32 (batch, channel, …).
+        """Read the features of samples, standardised by the training split's statistics.
 
-        Of a sample whose view is not known they are those of its upright copy.
+        A view without cached features gets those of the upright chip.
+
+        Returns:
+            One float32 tensor (batch, channel, …) for each of `arrays`.
         """
-        views = self._known(views)
+        views = self._cached_views(views)
         return [
-            feature_inputs.standardise(self._read(place, name, rows, views), *by)
-            for (place, name), by in zip(self.arrays, self._by, strict=True)
+            feature_inputs.standardize_(self._read(index, name, rows, views), *mean_scale)
+            for (index, name), mean_scale in zip(self.arrays, self._mean_scale, strict=True)
         ]
 
     def has_cached_view(self, views: Sequence[str]) -> torch.Tensor:
-        """Whether the maps are those of the turned chips, bool (batch,)."""
+        """Return whether each view has cached feature maps, bool (batch,)."""
         return torch.tensor([view in self.views for view in views])
 
     def logits(self, rows: np.ndarray, views: Sequence[str]) -> torch.Tensor:
-        """What the head says, float32 (batch, class) or (batch, class, y, x), turned as the chips are."""
-        known = self._known(views)
-        places = [self._place[row] for row in rows.tolist()]
-        copies = [self.views.index(view) for view in known]
-        said = self._answers[places, copies].astype(np.float32)
-        if said.ndim == 4:
-            left = ["identity" if view in self.views else view for view in views]
-            said = np.ascontiguousarray(turned(said, left))
-        return torch.from_numpy(said)
+        """Return the head's logits, float32 (batch, class), or (batch, class, y, x) transformed by each view."""
+        positions = [self._position[row] for row in rows.tolist()]
+        copies = [self.views.index(view) for view in self._cached_views(views)]
+        logits = self._logits[positions, copies].astype(np.float32)
+        if logits.ndim == 4:
+            remaining = ["identity" if view in self.views else view for view in views]
+            logits = np.ascontiguousarray(apply_views(logits, remaining))
+        return torch.from_numpy(logits)
 
-    def _known(self, views: Sequence[str]) -> list[str]:
+    def _cached_views(self, views: Sequence[str]) -> list[str]:
+        """Replace views without cached features by `identity`."""
         return [view if view in self.views else "identity" for view in views]
 
-    def _read(self, place: int, name: str, rows: np.ndarray, views: Sequence[str]) -> torch.Tensor:
-        """Rows of an array as they are stored, each of its view, float32."""
-        member, views = self.members[place], np.asarray(views)
+    def _read(self, index: int, name: str, rows: np.ndarray, views: Sequence[str]) -> torch.Tensor:
+        """Read rows of a member's array, each of its own view, as float32."""
+        member, views = self.members[index], np.asarray(views)
         if not member.view:
             return torch.from_numpy(member.read(name, rows)).float()
         values = torch.empty(len(rows), *member.array(name).shape)
         for view in np.unique(views).tolist():
-            mine = np.flatnonzero(views == view)
-            values[torch.from_numpy(mine)] = torch.from_numpy(member.read(name, rows[mine], view)).float()
+            selected = np.flatnonzero(views == view)
+            values[torch.from_numpy(selected)] = torch.from_numpy(member.read(name, rows[selected], view)).float()
         return values
 
     @torch.inference_mode()
-    def _answered(self, rows: np.ndarray) -> np.ndarray:
-        """What the head says of every copy, float16 (sample, view, class, …), in an unnamed file: masks are many."""
-        answers, device = None, self.head.mean_scale[0][0].device
+    def _compute_logits(self, rows: np.ndarray) -> np.ndarray:
+        """Compute the head's logits of all rows and views, float16 (sample, view, class, …).
+
+        They are mapped from a file without a name, because logits of segmentation can exceed the memory.
+        """
+        stored, device = None, self.head.mean_scale[0][0].device
         for copy, view in enumerate(self.views):
-            for start in range(0, len(rows), _STEP):
-                some = rows[start : start + _STEP]
-                given = [
-                    {name: self._read(place, name, some, [view] * len(some)).to(device) for name in names}
-                    for place, names in enumerate(self.head.array_names)
+            for start in range(0, len(rows), HEAD_BATCH):
+                batch = rows[start : start + HEAD_BATCH]
+                features = [
+                    {name: self._read(index, name, batch, [view] * len(batch)).to(device) for name in names}
+                    for index, names in enumerate(self.head.array_names)
                 ]
-                said = self.head.logits(given).float().cpu().numpy()
-                if answers is None:
-                    shape = (len(rows), len(self.views), *said.shape[1:])
-                    with TemporaryDirectory() as folder:  # what is mapped lives on without its name
-                        answers = np.memmap(Path(folder, "answers"), np.float16, "w+", shape=shape)
-                answers[start : start + _STEP, copy] = said.clip(-_LARGEST, _LARGEST)
-        return answers
+                logits = self.head.logits(features).float().cpu().numpy()
+                if stored is None:
+                    shape = (len(rows), len(self.views), *logits.shape[1:])
+                    with TemporaryDirectory() as folder:  # the mapping outlives the name of its file
+                        stored = np.memmap(Path(folder, "logits"), np.float16, "w+", shape=shape)
+                stored[start : start + HEAD_BATCH, copy] = logits.clip(-MAX_FLOAT16, MAX_FLOAT16)
+        return stored
+
+
+def _check_head(head: TrainedHead, backbones: Sequence[str], class_names: Sequence[str]) -> None:
+    """Refuse a head of other backbones or classes than those of the stores."""
+    if head.backbones != list(backbones) or list(head.class_names) != list(class_names):
+        raise UserError(
+            f"The trained head is for the model {head.model} and the classes {', '.join(head.class_names)}; the "
+            f"stores have {'+'.join(backbones)} and the classes {', '.join(class_names)}. Run: dvc repro train",
+            key="head",
+            value=head.model,
+            allowed=["+".join(backbones)],
+        )

@@ -1,152 +1,179 @@
-"""One student's training, and what it says afterwards."""
+"""Training of one student, and its predictions."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pipeline import metrics
 from pipeline.config import VARIANTS, DistillConfig
+from pipeline.data.augmentation import AugmentedImages
 from pipeline.data.image_store import UNLABELLED
 from pipeline.distillation import losses
-from pipeline.distillation.chips import Chips
-from pipeline.distillation.projectors import Projectors
-from pipeline.distillation.student_files import Student
+from pipeline.distillation.losses import Projectors
+from pipeline.distillation.student import Student
 from pipeline.distillation.teacher import CachedTeacher
+from pipeline.tasks import Task
 from pipeline.training import loop
-from pipeline.training.losses import Task, loss, predict_labels
-from pipeline.training.optim import TorchAdamW, warm_cosine
+from pipeline.training.optim import FusedAdamW, warm_cosine
 from pipeline.training.task_data import task_from_store
 
-# Chips in a batch that is predicted.
-_PREDICTED = 64
+# Chips per batch at prediction.
+PREDICTION_BATCH = 64
 
 
 @dataclass(frozen=True)
 class DistillationSetup:
-    """What a student learns from.
+    """Everything that the training of students shares.
 
     Attributes:
-        chips, teacher: of the same images store.
-        described: the losses' weights, the temperature, and how long.
-        device: where it is trained.
+        images: chips and labels of a dataset.
+        teacher: for the same dataset.
+        config: the section `distill` of params.yaml.
+        device: torch device of the training.
     """
 
-    images: Chips
+    images: AugmentedImages
     teacher: CachedTeacher
     config: DistillConfig
     device: str
 
     @property
     def task(self) -> Task:
-        """What is asked."""
-        return task_from_store(self.images.store)
+        """The task of the dataset."""
+        return task_from_store(self.images.images)
 
     @property
     def schedule(self) -> loop.TrainSchedule:
-        steps = self.config.segmentation if self.images.dense else self.config.classification
-        return loop.TrainSchedule(steps.steps, steps.batch)
+        """Number of steps, and chips per step."""
+        length = self.config.segmentation if self.task.is_dense else self.config.classification
+        return loop.TrainSchedule(length.steps, length.batch)
 
-    def rows(self, variant: str) -> np.ndarray:
-        """Samples that a variant learns from: with a teacher, also those without a label."""
+    def training_rows(self, variant: str) -> np.ndarray:
+        """Return the indices of the training samples; variants with a teacher also use unlabelled samples."""
         return self.images.rows("train", *([UNLABELLED] if VARIANTS[variant] else []))
 
 
-def make_projectors(student: Student, lesson: DistillationSetup, seed: int) -> Projectors:
-    """Projectors to what the lesson's teachers have, drawn from a seed."""
-    sides = [-(-student.shape.input_size // stride) for stride in student.strides]
+def make_projectors(student: Student, setup: DistillationSetup, seed: int) -> Projectors:
+    """Create projectors from a student's levels to the teacher's arrays, with random weights from a seed."""
+    level_sizes = [-(-student.spec.input_size // stride) for stride in student.strides]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Projectors(sides, student.channels, lesson.teacher.shapes)
+        return Projectors(level_sizes, student.channels, setup.teacher.shapes)
 
 
 def train(
-    student: Student, projectors: Projectors | None, lesson: DistillationSetup, variant: str, setting: loop.HParams
+    student: Student,
+    projectors: Projectors | None,
+    setup: DistillationSetup,
+    variant: str,
+    hparams: loop.HParams,
 ) -> Student:
-    """Train a student by AdamW with a warmed-up cosine schedule; what a variant does not name it never sees.
+    """Train a student with AdamW and a cosine schedule with warm-up.
 
-    Every chip is turned by one of its symmetries (see `views`). Its maps are learned where the cache has them of the
-    chip so turned (pipeline/distillation/teacher.py).
+    Every chip is flipped or rotated at random (see `draw_views`). A chip whose view has no cached feature maps does
+    not count in the loss on maps.
 
     Args:
-        projectors: for variants that learn features; they end here.
+        student: before training.
+        projectors: for variants that learn from features; discarded afterwards.
+        setup: images, teacher and configuration.
+        variant: a key of `VARIANTS`; decides which losses are used.
+        hparams: learning rate, weight decay and seed.
+
+    Returns:
+        The trained student, in evaluation mode.
     """
-    student = student.to(lesson.device, memory_format=torch.channels_last).train()
-    parts = torch.nn.ModuleList([student, *([projectors.to(lesson.device)] if projectors else [])])
-    optimiser, factor = (
-        TorchAdamW(parts, setting.learning_rate, setting.weight_decay),
-        warm_cosine(lesson.schedule.steps),
-    )
-    rows, generator = lesson.rows(variant), np.random.default_rng(setting.seed)
-    for step, places in enumerate(loop.order(len(rows), lesson.schedule, setting.seed).numpy()):
-        chosen, turned = rows[places], draw_views(lesson, len(places), generator)
-        optimiser.zero_grad()
-        _loss(student, projectors, lesson, variant, chosen, turned).backward()
-        optimiser.step(factor(step))
+    student = student.to(setup.device, memory_format=torch.channels_last).train()
+    trained = torch.nn.ModuleList([student, *([projectors.to(setup.device)] if projectors else [])])
+    optimizer = FusedAdamW(trained, hparams.learning_rate, hparams.weight_decay)
+    schedule, lr_factor = setup.schedule, warm_cosine(setup.schedule.steps)
+    rows, generator = setup.training_rows(variant), np.random.default_rng(hparams.seed)
+    for step, positions in enumerate(loop.batch_order(len(rows), schedule, hparams.seed).numpy()):
+        views = draw_views(setup, len(positions), generator)
+        optimizer.zero_grad()
+        _loss(student, projectors, setup, variant, rows[positions], views).backward()
+        optimizer.step(lr_factor(step))
     return student.eval()
 
 
-def draw_views(lesson: DistillationSetup, count: int, generator: np.random.Generator) -> list[str]:
-    """A symmetry for each of so many chips.
+def draw_views(setup: DistillationSetup, count: int, generator: np.random.Generator) -> list[str]:
+    """Draw a view for each of `count` chips.
 
-    Those whose features are cached, if there are any but upright ones. Else any; of masks every second chip stays
-    upright, since only then are the teachers' maps known.
+    Views are drawn from those with cached features, if there are others than `identity`. Otherwise they are drawn
+    from all views. If the teacher has feature maps, about half of the chips then stay upright, because maps are
+    cached for upright chips only.
     """
-    known = [view for view in lesson.teacher.views if view in lesson.images.views]
-    if len(known) > 1:
-        return generator.choice(known, count).tolist()
-    drawn = generator.choice(lesson.images.views, count)
-    upright = generator.random(count) < 0.5
-    return np.where(upright & bool(lesson.teacher.maps), "identity", drawn).tolist()
+    cached = [view for view in setup.teacher.views if view in setup.images.views]
+    if len(cached) > 1:
+        return generator.choice(cached, count).tolist()
+    views = generator.choice(setup.images.views, count)
+    stays_upright = generator.random(count) < 0.5
+    return np.where(stays_upright & bool(setup.teacher.n_maps), "identity", views).tolist()
 
 
 def _loss(
-    student, projectors, lesson: DistillationSetup, variant: str, rows: np.ndarray, turned: list[str]
+    student: Student,
+    projectors: Projectors | None,
+    setup: DistillationSetup,
+    variant: str,
+    rows: np.ndarray,
+    views: list[str],
 ) -> torch.Tensor:
-    """The weighted sum of what the variant learns from."""
-    chips, teacher, described, device = lesson.images, lesson.teacher, lesson.config, lesson.device
-    image = chips.image(rows, turned).to(device)
-    levels = student.levels(image)
-    said = student.logits(levels, image.shape[-2:])
-    known = torch.from_numpy(chips.split[rows] != UNLABELLED).to(device)
-    total = said.sum() * 0
-    if known.any():
-        label = chips.label(rows, turned).to(device)
-        total = described.loss_weights.labels * loss(said[known][None], label[known][None], lesson.task).sum()
+    """Compute the weighted sum of a variant's losses on a batch."""
+    images, teacher, config, device = setup.images, setup.teacher, setup.config, setup.device
+    chips = images.image_tensor(rows, views).to(device)
+    levels = student.levels(chips)
+    logits = student.logits(levels, chips.shape[-2:])
+    has_label = torch.from_numpy(images.split[rows] != UNLABELLED).to(device)
+    total = logits.sum() * 0
+    if has_label.any():
+        label = images.label_tensor(rows, views).to(device)
+        label_loss = setup.task.loss(logits[has_label][None], label[has_label][None]).sum()
+        total = config.loss_weights.labels * label_loss
     if "logits" in VARIANTS[variant]:
-        wanted = teacher.logits(rows, turned).to(device)
-        total = total + described.loss_weights.logits * losses.logit_kl(said, wanted, described.temperature, lesson.task.type)
+        teacher_logits = teacher.logits(rows, views).to(device)
+        kl = losses.logit_kl(logits, teacher_logits, config.temperature, setup.task.is_multilabel)
+        total = total + config.loss_weights.logits * kl
     if projectors is not None:
-        matched = teacher.has_cached_view(turned).to(device)
-        wanted = [array.to(device) for array in teacher.features(rows, turned)]
-        total = total + described.loss_weights.features * _feature_loss(projectors(levels), wanted, matched, teacher)
+        has_maps = teacher.has_cached_view(views).to(device)
+        targets = [array.to(device) for array in teacher.features(rows, views)]
+        total = total + config.loss_weights.features * _feature_loss(projectors(levels), targets, has_maps, teacher)
     return total
 
 
-def _feature_loss(said, wanted, matched: torch.Tensor, teacher: CachedTeacher) -> torch.Tensor:
-    """Mean over the teachers, each the mean of its arrays; maps of chips turned otherwise do not count."""
-    by_member: dict[int, list[torch.Tensor]] = {}
-    for number, ((member, _), ours, theirs) in enumerate(zip(teacher.arrays, said, wanted, strict=True)):
-        each = losses.feature_loss(ours, theirs)
-        counts = matched if number < teacher.maps else torch.ones_like(matched)
-        by_member.setdefault(member, []).append((each * counts).sum() / counts.sum().clamp_min(1))
-    return torch.stack([torch.stack(parts).mean() for parts in by_member.values()]).mean()
+def _feature_loss(
+    predictions: list[torch.Tensor], targets: list[torch.Tensor], has_maps: torch.Tensor, teacher: CachedTeacher
+) -> torch.Tensor:
+    """Average the feature loss over the arrays of each member, and then over the members.
+
+    Args:
+        predictions, targets: one tensor (batch, channel, …) for each of the teacher's arrays.
+        has_maps: bool (batch,); other samples do not count for maps.
+        teacher: with the order of the arrays.
+    """
+    member_losses: dict[int, list[torch.Tensor]] = {}
+    for index, ((member, _), prediction, target) in enumerate(zip(teacher.arrays, predictions, targets, strict=True)):
+        sample_losses = losses.feature_loss(prediction, target)
+        weights = has_maps if index < teacher.n_maps else torch.ones_like(has_maps)
+        array_loss = (sample_losses * weights).sum() / weights.sum().clamp_min(1)
+        member_losses.setdefault(member, []).append(array_loss)
+    return torch.stack([torch.stack(array_losses).mean() for array_losses in member_losses.values()]).mean()
 
 
 @torch.inference_mode()
-def predict(student: Student, lesson: DistillationSetup, split: str) -> np.ndarray:
-    """What a student says of a split's upright chips: logits float32 (sample, class), or of masks their counts.
+def predict(student: Student, setup: DistillationSetup, split: str) -> np.ndarray:
+    """Predict the upright chips of a split.
 
-    Counts are int64 (sample, cells), see pipeline/metrics.
+    Returns:
+        Logits, float32 (sample, class); for segmentation counts, int64 (sample, cell), see pipeline/metrics.py.
     """
-    rows, task, parts = lesson.images.rows(split), lesson.task, []
-    for start in range(0, len(rows), _PREDICTED):
-        some = rows[start : start + _PREDICTED]
-        answered = student(lesson.images.image(some).to(lesson.device)).float().cpu()
-        if lesson.images.dense:
-            label = lesson.images.label(some)
-            predicted = predict_labels(answered, label, task, dim=1).numpy()
-            parts.append(metrics.counts(task.type, predicted, label.numpy(), task.n_classes, task.ignore_value))
+    rows, task, batches = setup.images.rows(split), setup.task, []
+    for start in range(0, len(rows), PREDICTION_BATCH):
+        batch = rows[start : start + PREDICTION_BATCH]
+        logits = student(setup.images.image_tensor(batch).to(setup.device)).float().cpu()
+        if task.is_dense:
+            label = setup.images.label_tensor(batch)
+            batches.append(task.counts(task.predict_labels(logits, label, dim=1).numpy(), label.numpy()))
         else:
-            parts.append(answered.numpy())
-    return np.concatenate(parts)
+            batches.append(logits.numpy())
+    return np.concatenate(batches)

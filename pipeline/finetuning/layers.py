@@ -1,78 +1,145 @@
-"""The blocks of any network: what is trained of it, at which rate, and what is computed twice to save memory.
+"""Blocks of a network: which are trained, at which learning rate, with LoRA adapters, and with activation checkpoints.
 
-Blocks are the members of the network's outermost lists of modules (`blocks` of a vision transformer, `layer1` to
-`layer4` of a ResNet, `stages` of a ConvNeXt), in order. Parameters that are registered before them are the stem;
-those after them, such as a last normalisation, go with the last block.
+Blocks are the members of the network's outermost module lists (`blocks` of a vision transformer, `layer1` to `layer4`
+of a ResNet, `stages` of a ConvNeXt), in order. Parameters registered before them are the stem; parameters after them,
+such as a last normalisation, belong to the last block.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import UserError
 
-_LISTS = (nn.ModuleList, nn.Sequential)
+_MODULE_LISTS = (nn.ModuleList, nn.Sequential)
+# Names of attention modules in timm, terratorch and SAM 2.
+_ATTENTION_NAMES = ("attn", "attention")
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a network, those next to the input first; none if it has no lists of modules."""
+    """Return the blocks of a network, first those next to the input; none if it has no module lists."""
     module = network
-    while not isinstance(module, _LISTS) and len(inside := _trainable(module)) == 1:
-        module = inside[0]
-    outermost = [module] if isinstance(module, _LISTS) else _trainable(module)
-    return [block for one in outermost if isinstance(one, _LISTS) and len(one) > 1 for block in _trainable(one)]
+    while not isinstance(module, _MODULE_LISTS) and len(children := _children_with_parameters(module)) == 1:
+        module = children[0]
+    outermost = [module] if isinstance(module, _MODULE_LISTS) else _children_with_parameters(module)
+    lists = [child for child in outermost if isinstance(child, _MODULE_LISTS) and len(child) > 1]
+    return [block for module_list in lists for block in _children_with_parameters(module_list)]
 
 
 def layer_index(network: nn.Module) -> dict[str, int]:
-    """Of every parameter, by name: 0 for the stem, and the number of the block, from 1."""
-    number, deepest, found = {}, 0, {}
-    for place, block in enumerate(blocks(network), start=1):
-        number |= {id(parameter): place for parameter in block.parameters()}
+    """Return the number of each parameter's block by the parameter's name: 0 for the stem, blocks from 1."""
+    block_of = {
+        id(parameter): index for index, block in enumerate(blocks(network), 1) for parameter in block.parameters()
+    }
+    deepest, indices = 0, {}
     for name, parameter in network.named_parameters():
-        found[name] = number.get(id(parameter), deepest)
-        deepest = max(deepest, found[name])
-    return found
+        indices[name] = block_of.get(id(parameter), deepest)
+        deepest = max(deepest, indices[name])
+    return indices
 
 
-def layer_lr_scale(network: nn.Module, decay: float) -> dict[str, float]:
-    """Of every parameter, by name, its share of the head's learning rate.
+def layer_lr_scale(network: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Return the factor on the head's learning rate for each parameter, by name.
 
-    `decay` for the last block, and times `decay` for each one before it; the stem's comes last (layer-wise decay:
-    Clark et al., ELECTRA, ICLR 2020, as used by Bao et al., BEiT, ICLR 2022).
+    Layer-wise decay (Clark et al., ELECTRA, ICLR 2020; as in Bao et al., BEiT, ICLR 2022): `layer_decay` for the last
+    block, its square for the block before, and so on to the stem.
     """
-    last = len(blocks(network))
-    return {name: decay ** (last + 1 - depth) for name, depth in layer_index(network).items()}
+    n_blocks = len(blocks(network))
+    return {name: layer_decay ** (n_blocks + 1 - index) for name, index in layer_index(network).items()}
 
 
-def unfreeze(network: nn.Module, last: int, name: str) -> None:
-    """Have a frozen network's parameters trained: those of the last blocks, or with 0 all.
+def unfreeze(network: nn.Module, n_last_blocks: int, name: str) -> None:
+    """Make the parameters of the last blocks trainable; with 0, all parameters.
+
+    Args:
+        network: a frozen network.
+        n_last_blocks: number of blocks.
+        name: the backbone's name, for the message.
 
     Raises:
-        UserError: it has fewer blocks.
+        UserError: the network has fewer blocks.
     """
-    count = len(blocks(network))
-    if last > count:
-        has = f"{count} blocks" if count else "no list of blocks"
-        fewer = f"last{count} or fewer, " if count else ""
-        raise UserError(f"finetune.method is 'last{last}', and {name} has {has}. Choose {fewer}all or lora.")
-    depth = layer_index(network)
-    for parameter, values in network.named_parameters():
-        values.requires_grad_(values.is_floating_point() and (not last or depth[parameter] > count - last))
+    n_blocks = len(blocks(network))
+    if n_last_blocks > n_blocks:
+        available = f"{n_blocks} blocks" if n_blocks else "no list of blocks"
+        choices = [f"last{n_blocks} or fewer"] * bool(n_blocks) + ["all", "lora"]
+        raise UserError(
+            f"finetune.method is 'last{n_last_blocks}', and {name} has {available}. Choose one of: "
+            f"{', '.join(choices)}.",
+            key="finetune.method",
+            value=f"last{n_last_blocks}",
+            allowed=[f"last{n_blocks}"] * bool(n_blocks) + ["all", "lora"],
+        )
+    indices = layer_index(network)
+    for parameter_name, parameter in network.named_parameters():
+        is_chosen = not n_last_blocks or indices[parameter_name] > n_blocks - n_last_blocks
+        parameter.requires_grad_(parameter.is_floating_point() and is_chosen)
 
 
 def enable_checkpointing(network: nn.Module) -> None:
-    """Keep only the blocks' inputs for the gradients, and compute what is inside them again (gradient checkpointing:
-    Chen et al., arXiv 1604.06174)."""
+    """Recompute the activations inside each block in the backward pass (Chen et al., arXiv 1604.06174)."""
     for block in blocks(network):
-        block.forward = _again(block.forward)
+        block.forward = _checkpointed(block.forward)
 
 
-def _again(forward):
-    def computed(*args, **kwargs):
+def _checkpointed(forward: Callable) -> Callable:
+    def recomputed(*args, **kwargs):
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return computed
+    return recomputed
 
 
-def _trainable(module: nn.Module) -> list[nn.Module]:
-    """Its parts that hold parameters."""
+def add_lora(network: nn.Module, rank: int, seed: int, name: str) -> None:
+    """Insert trainable low-rank adapters into a frozen network (Hu et al., LoRA, ICLR 2022), with peft.
+
+    The adapters start at zero, so the outputs of the network do not change.
+
+    Args:
+        network: a frozen network.
+        rank: of the adapters.
+        seed: of the adapters' initial values.
+        name: the backbone's name, for the message.
+
+    Raises:
+        UserError: the network has no layers that can be adapted.
+    """
+    targets = lora_targets(network)
+    if not targets:
+        raise UserError(
+            f"{name} has no layers for LoRA: no linear layers of attention and no 1x1 convolutions inside its blocks. "
+            "Set finetune.method to all or last<n>.",
+            key="finetune.method",
+            value="lora",
+            allowed=("all", "last<n>"),
+        )
+    from peft import LoraConfig, inject_adapter_in_model  # takes 3.4 s to import; other methods need none
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
+
+
+def lora_targets(network: nn.Module) -> list[str]:
+    """Return the names of the layers that LoRA adapts.
+
+    In transformers these are the linear layers of attention, as in the paper. In networks without attention they are
+    the ungrouped 1x1 convolutions, which have most of the weights.
+    """
+    in_blocks = {id(module) for block in blocks(network) for module in block.modules()}
+    layers = [(name, module) for name, module in network.named_modules() if id(module) in in_blocks]
+    attention = [
+        name
+        for name, module in layers
+        if isinstance(module, nn.Linear) and any(part in _ATTENTION_NAMES for part in name.split("."))
+    ]
+    return attention or [name for name, module in layers if _is_pointwise(module)]
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def _children_with_parameters(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.children() if next(child.parameters(), None) is not None]

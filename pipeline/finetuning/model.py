@@ -1,6 +1,6 @@
-"""A model whose backbones are trained: the very way from images to features that extraction goes, and a kept head."""
+"""A model with trainable backbones, from images to logits with the preprocessing of extraction and a trained head."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,137 +15,164 @@ from pipeline.backbones.base import FeaturePyramid
 from pipeline.backbones.encoder import Encoder
 from pipeline.config import BackboneConfig, FineTuneConfig
 from pipeline.errors import UserError
-from pipeline.finetuning import layers, lora
-from pipeline.finetuning.fits import check_head_matches_data, check_head_matches_features
+from pipeline.finetuning import layers
 from pipeline.heads import checkpoint
+from pipeline.heads.checkpoint import TrainedHead
+from pipeline.tasks import get_task
 
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One backbone of a model: its description, and the folder of its weights."""
+    """One backbone of a model.
+
+    Attributes:
+        name: its name in params.yaml.
+        backbone: its configuration.
+        weights_dir: folder of its weights.
+    """
 
     name: str
     backbone: BackboneConfig
-    weights: Path
+    weights_dir: Path
 
 
 class TrainableBackbone(nn.Module):
-    """A backbone that gives gradients inside `Encoder`, which allows none.
+    """Wrapper that allows gradients inside `Encoder`, which runs in inference mode.
 
-    So that nothing but an Encoder calls a backbone here either, and inputs are those of extraction.
+    So the backbone is called by `Encoder` here too, and its inputs are those of extraction.
     """
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network, self.gradients = network, False
+        self.network, self.gradients_enabled = network, False
 
-    def forward(self, image: torch.Tensor, **context: torch.Tensor) -> FeaturePyramid:
-        with torch.inference_mode(False), torch.set_grad_enabled(self.gradients):
-            return self.network(image, **context)
+    def forward(self, image: torch.Tensor, **metadata: torch.Tensor) -> FeaturePyramid:
+        """Compute features, with gradients if `gradients_enabled`."""
+        with torch.inference_mode(False), torch.set_grad_enabled(self.gradients_enabled):
+            return self.network(image, **metadata)
 
 
 class FineTunedEnsemble(nn.Module):
-    """Backbones and their head, of which some parameters are trained.
+    """Backbones and their head, some of whose parameters are trained.
 
-    It is always in evaluation mode. BatchNorm so keeps the statistics that the weights came with: the head and its
-    standardisation were trained on features made with these, and statistics of small batches would make the start
-    another model than the frozen one; its scales and shifts are trained like other weights. Dropout is off, as it was
-    for the head. The standardisation of the features is the frozen model's, and is not trained.
+    The model is always in evaluation mode. BatchNorm keeps the statistics of the pretrained weights: the head was
+    trained on features computed with them, and with statistics of small batches the first step would start from
+    another model than the frozen one. The scales and shifts of BatchNorm are trained like other weights. There is no
+    dropout, as in the training of the head. The standardisation of features is that of the frozen model and is not
+    trained.
 
     Args:
-        opened: the images store.
-        members: of the model, in the head's order.
-        head: the path of the frozen model's kept head.
-        seed: of adapters.
+        images: the images store.
+        members: backbones of the model, in the order of the head.
+        head_path: file of the frozen model's trained head.
+        config: the section `finetune` of params.yaml.
+        seed: of LoRA adapters.
         device, precision: of the backbones, as for `Encoder`.
 
     Raises:
-        UserError: a head that does not belong to these images or backbones, or nothing to train.
+        UserError: the head was trained for other images or backbones, or no parameter can be trained.
     """
 
     def __init__(
         self,
-        opened: xr.Dataset,
+        images: xr.Dataset,
         members: Sequence[EnsembleMember],
-        head: Path,
-        described: FineTuneConfig,
+        head_path: Path,
+        config: FineTuneConfig,
         seed: int,
         device: str,
         precision: str,
     ):
         super().__init__()
-        self.trained_head = checkpoint.load(head, device)
-        check_head_matches_data(self.trained_head, head, [member.name for member in members], opened)
-        self.encoders = [_encoder(member, opened, described, seed, device, precision) for member in members]
-        self._context = [encoder.preprocessor.metadata(opened, slice(None)) for encoder in self.encoders]
-        self._decay = 1.0 if described.method == "lora" else described.layer_decay
+        self.trained_head = checkpoint.load(head_path, device)
+        check_head_matches_data(self.trained_head, head_path, [member.name for member in members], images)
+        self.encoders = [_create_encoder(member, images, config, seed, device, precision) for member in members]
+        self._metadata = [encoder.preprocessor.metadata(images, slice(None)) for encoder in self.encoders]
+        self._layer_decay = 1.0 if config.method == "lora" else config.layer_decay
         self.networks = nn.ModuleList(encoder.network for encoder in self.encoders)
         self.head = self.trained_head.network
         self.eval()
-        self._leave_unused(opened.image[:1].values)
-        if not any(values.requires_grad for values in self.networks.parameters()):
+        self._freeze_unused(images.image[:1].values)
+        if not any(parameter.requires_grad for parameter in self.networks.parameters()):
+            model = self.trained_head.model
             raise UserError(
-                f"{self.trained_head.model} has no parameters to fine-tune: its head reads nothing of those that "
-                "finetune.method chooses. Name another model in grid.finetune, or choose all."
+                f"{model} has no backbone parameters to fine-tune: the head uses no output of those that "
+                f"finetune.method '{config.method}' selects. Name another model in grid.finetune, or set "
+                "finetune.method to all.",
+                key="grid.finetune",
+                value=model,
             )
 
     def forward(self, image: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Logits (batch, class), or (batch, class, y, x), of images (batch, band, y, x) in the store's units.
+        """Compute logits of images.
 
         Args:
-            rows: which samples of the store they are, for those backbones that want to know where and when.
+            image: (batch, band, y, x) in the units of the images store.
+            rows: indices of these samples in the store, for backbones that use location and time.
+
+        Returns:
+            (batch, class), or (batch, class, y, x) for segmentation.
         """
         return self.trained_head.logits(self.features(image, rows))
 
     def features(self, image: np.ndarray, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
-        """What each backbone gives, by the names that its arrays have in a store; arguments as for `forward`."""
+        """Compute each backbone's features, by the names of their arrays in a store; arguments as for `forward`."""
         features = []
-        for encoder, context in zip(self.encoders, self._context, strict=True):
-            encoder.network.gradients = torch.is_grad_enabled()
-            known = {name: torch.from_numpy(values[rows]).to(encoder.device) for name, values in context.items()}
-            features.append(_named(encoder.forward(encoder.prepare(image), known)))
+        for encoder, metadata in zip(self.encoders, self._metadata, strict=True):
+            encoder.network.gradients_enabled = torch.is_grad_enabled()
+            batch_metadata = {
+                name: torch.from_numpy(values[rows]).to(encoder.device) for name, values in metadata.items()
+            }
+            features.append(encoder.forward(encoder.prepare(image), batch_metadata).arrays())
         return features
 
-    def _leave_unused(self, image: np.ndarray) -> None:
-        """Not to train, nor to count, what no logit depends on, such as a network's own classifier."""
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def load_trainable(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors, by name, into the parameters that are trained."""
+        with torch.no_grad():
+            for name, parameter in self.trainable_parameters().items():
+                parameter.copy_(tensors[name])
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
+        """Return parameter groups for torch's AdamW: a learning rate per layer; no decay of biases and normalisation.
+
+        The key `rate` keeps the full learning rate of the group, for the schedule.
+        """
+        lr_scale = {f"head.{name}": 1.0 for name, _ in self.head.named_parameters()}
+        for index, network in enumerate(self.networks):
+            scales = layers.layer_lr_scale(network, self._layer_decay)
+            lr_scale |= {f"networks.{index}.{name}": scale for name, scale in scales.items()}
+        # Stacked biases have two dimensions, so the head itself says which of its parameters decay.
+        head_decays = {}
+        if self.head.is_stacked:
+            head_decays = {id(parameter): decays for parameter, decays in self.head.parameter_heads()}
+        groups: dict[tuple[float, bool], list] = {}
+        for name, parameter in self.trainable_parameters().items():
+            decays = head_decays.get(id(parameter), parameter.ndim > 1)
+            groups.setdefault((learning_rate * lr_scale[name], decays), []).append(parameter)
+        return [
+            {"params": parameters, "lr": rate, "rate": rate, "weight_decay": weight_decay if decays else 0.0}
+            for (rate, decays), parameters in groups.items()
+        ]
+
+    def _freeze_unused(self, image: np.ndarray) -> None:
+        """Freeze parameters that no logit depends on, such as a network's own classifier."""
         with torch.enable_grad():
             features = self.features(image, np.arange(len(image)))
             check_head_matches_features(self.trained_head, features)
-            trained = list(self.trainable_parameters().values())
-            pulled = torch.autograd.grad(self.trained_head.logits(features).sum(), trained, allow_unused=True)
-        for values, gradient in zip(trained, pulled, strict=True):
-            values.requires_grad_(gradient is not None)
-
-    def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {name: values for name, values in self.named_parameters() if values.requires_grad}
-
-    def load_trainable(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set what is trained."""
-        with torch.no_grad():
-            for name, values in self.trainable_parameters().items():
-                values.copy_(tensors[name])
-
-    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
-        """AdamW's groups: layer by layer its learning rate; biases and normalisation do not decay."""
-        stacked = {id(one): decays for one, decays in self.head.parameter_heads()} if self.head.stacked else {}
-        share = {f"head.{name}": 1.0 for name, _ in self.head.named_parameters()}
-        for place, network in enumerate(self.networks):
-            found = layers.layer_lr_scale(network, self._decay)
-            share |= {f"networks.{place}.{name}": value for name, value in found.items()}
-        made: dict[tuple[float, bool], list] = {}
-        for name, values in self.trainable_parameters().items():
-            decays = stacked.get(id(values), values.ndim > 1)
-            made.setdefault((learning_rate * share[name], decays), []).append(values)
-        return [
-            {"params": values, "lr": rate, "rate": rate, "weight_decay": weight_decay if decays else 0.0}
-            for (rate, decays), values in made.items()
-        ]
+            parameters = list(self.trainable_parameters().values())
+            logits = self.trained_head.logits(features)
+            gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
 
 @contextmanager
-def memory_hint():
-    """Memory that runs out becomes a UserError that says what would need less."""
+def memory_hint() -> Iterator[None]:
+    """Turn an out-of-memory error into a UserError that names the options that reduce memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -155,28 +182,82 @@ def memory_hint():
             raise
         raise UserError(
             f"Memory ran out ({' '.join(str(error).split())[:120]}). Lower finetune.batch, set "
-            "finetune.checkpointing to true or finetune.precision to bfloat16, or train less of the backbone: "
-            "finetune.method lora or last<n>."
+            "finetune.checkpointing to true or finetune.precision to bfloat16, or train less of the backbone: set "
+            "finetune.method to lora or last<n>.",
+            key="finetune.batch",
         ) from None
 
 
-def _encoder(
-    member: EnsembleMember, opened: xr.Dataset, described: FineTuneConfig, seed: int, device: str, precision: str
+def check_head_matches_data(head: TrainedHead, head_path: Path, backbones: Sequence[str], images: xr.Dataset) -> None:
+    """Refuse a head of another model, task, classes or mask size.
+
+    Args:
+        head: the trained head.
+        head_path: its file, for the message.
+        backbones: names of the model's backbones, in order.
+        images: the images store to fine-tune on.
+
+    Raises:
+        UserError: what the head was trained for, and what is needed.
+    """
+    task, classes = images.attrs["task"], tuple(images.attrs["classes"])
+    checks = {
+        "model": (head.model, "+".join(backbones)),
+        "task": (str(head.task), task),
+        "classes": (", ".join(head.class_names), ", ".join(classes)),
+    }
+    if get_task(task).is_dense:
+        checks["mask size"] = (tuple(head.config.output_size), tuple(images.label.shape[1:]))
+    for name, (actual, expected) in checks.items():
+        if actual != expected:
+            raise UserError(
+                f"The {name} of the head in {head_path} is {actual}; {expected} is needed. The head was trained on "
+                "another dataset or model. Run: dvc repro train",
+                key=name,
+                value=actual,
+                allowed=[expected],
+                path=head_path,
+            )
+
+
+def check_head_matches_features(head: TrainedHead, features: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Refuse features whose arrays or shapes differ from those that the head was trained on.
+
+    Args:
+        head: the trained head.
+        features: each backbone's features, as `TrainedHead.logits` takes them.
+
+    Raises:
+        UserError: the array, its shape in training, and the backbone's shape.
+    """
+    for name, array_names, shapes, arrays in zip(
+        head.backbones, head.array_names, head.config.shapes, features, strict=True
+    ):
+        for array_name, shape in zip(array_names, shapes, strict=True):
+            actual = tuple(arrays[array_name].shape[1:]) if array_name in arrays else None
+            if actual != tuple(shape):
+                problem = f"has no {array_name}" if actual is None else f"has {array_name} of shape {actual}"
+                raise UserError(
+                    f"The head of {head.model} was trained on {array_name} of shape {tuple(shape)}; the backbone "
+                    f"{name} {problem}. Run: dvc repro train",
+                    key=array_name,
+                    value=actual,
+                    allowed=[tuple(shape)],
+                )
+
+
+def _create_encoder(
+    member: EnsembleMember, images: xr.Dataset, config: FineTuneConfig, seed: int, device: str, precision: str
 ) -> Encoder:
-    declared = get_spec(member.backbone)
-    given = preprocessing.make_preprocessor(opened, member.name, member.backbone, declared)
-    network = create_backbone(member.backbone, declared, given.input_bands, member.weights)
+    """Create a backbone whose parameters are trained as `config` says, in an `Encoder`."""
+    spec = get_spec(member.backbone)
+    preprocessor = preprocessing.make_preprocessor(images, member.name, member.backbone, spec)
+    network = create_backbone(member.backbone, spec, preprocessor.input_bands, member.weights_dir)
     if next(network.parameters(), None) is not None:
-        if described.checkpointing:
+        if config.checkpointing:
             layers.enable_checkpointing(network)
-        if described.method == "lora":
-            lora.add_lora(network, described.rank, seed, member.name)
+        if config.method == "lora":
+            layers.add_lora(network, config.rank, seed, member.name)
         else:
-            layers.unfreeze(network, described.n_last_blocks, member.name)
-    return Encoder(given, TrainableBackbone(network), device, precision, strides=declared.strides)
-
-
-def _named(pyramid: FeaturePyramid) -> dict[str, torch.Tensor]:
-    """Features by the names that their arrays have in a store."""
-    levels = {f"level{place}/features": level for place, level in enumerate(pyramid.levels)}
-    return levels | {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}
+            layers.unfreeze(network, config.n_last_blocks, member.name)
+    return Encoder(preprocessor, TrainableBackbone(network), device, precision, strides=spec.strides)

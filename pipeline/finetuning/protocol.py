@@ -14,14 +14,14 @@ import torch
 import xarray as xr
 from sklearn.utils.class_weight import compute_class_weight
 
-from pipeline import metrics
+from pipeline.data.augmentation import AugmentedImages
 from pipeline.finetuning import train
 from pipeline.finetuning.model import FineTunedEnsemble
-from pipeline.finetuning.pictures import Pictures
 from pipeline.finetuning.train import FineTuneJob, TrainState
 from pipeline.heads.config import describe_head
+from pipeline.tasks import Task
 from pipeline.training import predictions, task_data
-from pipeline.training.loop import HParams, Task
+from pipeline.training.loop import HParams
 
 # What holds learning rate and weight decay down here.
 BOUNDS = "finetune.learning_rates, finetune.weight_decay"
@@ -70,7 +70,7 @@ def run_fine_tuning(make: Callable[[int], FineTunedEnsemble], job: FineTuneJob, 
         rows.append(
             {**told, "protocol": described.protocol,
              "head": describe_head(tuned.trained_head.config, tuned.trained_head.array_names, bool(job.task.class_weights)),
-             "task": job.task.type, "seed": seed, "metric": metrics.METRICS[job.task.type],
+             "task": job.task.type.value, "seed": seed, "metric": job.task.metric,
              "score": None, "val_score": done.best_score,
              "n_test": len(job.images.rows("test")), "classes": job.task.n_classes, "learning_rate": rate,
              "weight_decay": described.weight_decay, "frozen_val_score": done.frozen_score, "best_step": done.best_step,
@@ -80,17 +80,17 @@ def run_fine_tuning(make: Callable[[int], FineTunedEnsemble], job: FineTuneJob, 
             best, kept = done.best_score, done.best_tensors
         del tuned  # before the next is made
     predicted = _predicted(job, np.stack(said))
-    _, counts = predictions.counts(predicted, job.task.type, job.task.n_classes)
-    scores = metrics.score(job.task.type, counts.sum(axis=1), job.task.n_classes)
+    _, counts = predictions.counts_from_table(predicted, job.task)
+    scores = job.task.score(counts.sum(axis=1))
     return Tested(pd.DataFrame(rows).assign(score=scores), predicted, kept)
 
 
-def make_task(opened: xr.Dataset, pictures: Pictures, class_weights: str) -> Task:
+def make_task(opened: xr.Dataset, images: AugmentedImages, class_weights: str) -> Task:
     """What an images store asks, its classes weighted as for the frozen heads (`heads.class_weights`)."""
     asked = task_data.task_from_store(opened)
     if class_weights == "none":
         return asked
-    label = pictures.label[pictures.rows("train")]
+    label = images.label(images.rows("train"))
     label, weights = label[label != asked.ignore_value], np.ones(asked.n_classes)
     present = np.unique(label)
     weights[present] = compute_class_weight("balanced", classes=present, y=label.flatten())
@@ -112,7 +112,7 @@ def checkpoint_folder(folder: Path, about: object) -> Path:
 
 def _said(tuned: FineTunedEnsemble, job: FineTuneJob) -> np.ndarray:
     """Of the test split: counts of masks, (sample, cells), or logits (sample, class)."""
-    if job.task.type == "segmentation":
+    if job.task.is_dense:
         return train.counts(tuned, job, "test")
     return torch.cat([said.float().cpu() for said, _ in train.logits(tuned, job, "test")]).numpy()
 
@@ -120,7 +120,7 @@ def _said(tuned: FineTunedEnsemble, job: FineTuneJob) -> np.ndarray:
 def _predicted(job: FineTuneJob, said: np.ndarray) -> pd.DataFrame:
     rows = job.images.rows("test")
     samples = job.images.sample[rows].tolist()
-    if job.task.type == "segmentation":
-        return predictions.of_masks(samples, said)
-    label = job.images.label[rows].astype(np.int64)
-    return predictions.of_samples(samples, label, said, job.task.type, BOUNDS)
+    if job.task.is_dense:
+        return predictions.confusion_table(samples, said)
+    label = job.images.label(rows).astype(np.int64)
+    return predictions.prediction_table(samples, label, said, job.task, BOUNDS)

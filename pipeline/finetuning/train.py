@@ -14,12 +14,11 @@ import torch
 from tqdm import tqdm
 
 from cache.atomic import sync_file, sync_folder
-from pipeline import metrics
 from pipeline.config import FineTuneConfig
+from pipeline.data.augmentation import AugmentedImages
 from pipeline.finetuning.model import FineTunedEnsemble
-from pipeline.finetuning.pictures import Pictures
-from pipeline.training.loop import HParams, Task, TrainSchedule, order
-from pipeline.training.losses import loss, predict_labels
+from pipeline.tasks import Task
+from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import BETAS, EPSILON, warm_cosine
 
 
@@ -27,7 +26,7 @@ from pipeline.training.optim import BETAS, EPSILON, warm_cosine
 class FineTuneJob:
     """What is learnt from what, and how."""
 
-    images: Pictures
+    images: AugmentedImages
     task: Task
     config: FineTuneConfig
 
@@ -60,7 +59,7 @@ def train(tuned: FineTunedEnsemble, job: FineTuneJob, setting: HParams, checkpoi
     """
     optimiser = torch.optim.AdamW(tuned.parameter_groups(setting.learning_rate, setting.weight_decay), betas=BETAS, eps=EPSILON)
     steps, rows = job.config.steps, job.images.rows("train")
-    batches = rows[order(len(rows), TrainSchedule(steps, job.config.batch), setting.seed).numpy()]
+    batches = rows[batch_order(len(rows), TrainSchedule(steps, job.config.batch), setting.seed).numpy()]
     factor, every = warm_cosine(steps), max(1, steps // job.config.val_checks)
     done = _read(checkpoint, tuned, optimiser)
     if done is None:
@@ -97,8 +96,8 @@ def counts(tuned: FineTunedEnsemble, job: FineTuneJob, split: str) -> np.ndarray
     """Per-sample counts of a split, int64 (sample, cells); see pipeline/metrics."""
     task, parts = job.task, []
     for answered, label in logits(tuned, job, split):
-        predicted = predict_labels(answered, torch.from_numpy(label).to(answered.device), task, dim=1).cpu().numpy()
-        parts.append(metrics.counts(task.type, predicted, label.astype(np.int64), task.n_classes, task.ignore_value))
+        predicted = task.predict_labels(answered, torch.from_numpy(label).to(answered.device), dim=1).cpu().numpy()
+        parts.append(task.counts(predicted, label.astype(np.int64)))
     return np.concatenate(parts)
 
 
@@ -109,7 +108,7 @@ def update(
     image, label = job.images.batch(rows, draw)
     optimiser.zero_grad(set_to_none=True)
     answered = tuned(image, rows)
-    lost = loss(answered[None], torch.from_numpy(label).to(answered.device)[None], job.task).sum()
+    lost = job.task.loss(answered[None], torch.from_numpy(label).to(answered.device)[None]).sum()
     lost.backward()
     optimiser.step()
     return lost.detach()
@@ -117,7 +116,7 @@ def update(
 
 def _check(done: TrainState, tuned: FineTunedEnsemble, job: FineTuneJob) -> float:
     """The score on validation; what is trained is kept if it is the best."""
-    score = float(metrics.score(job.task.type, counts(tuned, job, "val").sum(axis=0), job.task.n_classes))
+    score = float(job.task.score(counts(tuned, job, "val").sum(axis=0)))
     if score >= done.best_score:
         done.best_score, done.best_step = score, done.step
         done.best_tensors = {name: values.detach().cpu().clone() for name, values in tuned.trainable_parameters().items()}

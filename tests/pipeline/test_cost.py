@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline import cost
-from pipeline.distillation import student_files
+from pipeline.distillation.student import Student, StudentSpec
 
 
 def test_operations_and_parameters_are_counted():
@@ -20,8 +20,8 @@ def test_operations_and_parameters_are_counted():
 def test_a_student_costs_what_its_input_size_takes_not_its_chips():
     rows = {}
     for side in (32, 64):
-        one = student_files.Student(
-            student_files.StudentSpec("mobilenetv3_small_050", 2, 3, "classification", side), [0.0] * 2, [1.0] * 2
+        one = Student(
+            StudentSpec("mobilenetv3_small_050", 2, 3, "classification", side), [0.0] * 2, [1.0] * 2
         )
         rows[side] = cost.flops(
             lambda one=one: cost.student(one.eval(), "cpu").predict(np.zeros((1, 2, 16, 16), np.uint16))

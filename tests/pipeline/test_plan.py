@@ -6,8 +6,8 @@ import pytest
 
 from pipeline import config, plan
 from pipeline.bands import Band
-from pipeline.distillation.student_files import Student, StudentSpec
-from pipeline.plan import DatasetSize
+from pipeline.data.sources import DatasetSize
+from pipeline.distillation.student import Student, StudentSpec
 
 RGB = tuple(
     Band(name[0].upper(), name, place, 10) for name, place in (("red", 0.66), ("green", 0.56), ("blue", 0.49))

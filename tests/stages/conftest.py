@@ -139,7 +139,7 @@ def clone(folder: Path, archive_folder: Path) -> Job:
 @pytest.fixture(scope="package")
 def job(tmp_path_factory, weights_folder, raw_folder):
     """The small grid, run through to the report; tests leave params.yaml as they found it."""
-    weights_folder("csmask_b4"), weights_folder("lite0"), raw_folder("landuse"), raw_folder("trees")  # the archives are at hand
+    weights_folder("csmask_b4"), weights_folder("lite0"), raw_folder("osm_landuse"), raw_folder("neon_trees")  # the archives are at hand
     made = clone(tmp_path_factory.mktemp("job"), ROOT / "data/archives")
     made.log = made.run(sys.executable, "-m", "stages.repro")
     made.run("git", "add", "-A")
@@ -150,5 +150,5 @@ def job(tmp_path_factory, weights_folder, raw_folder):
 @pytest.fixture
 def fresh(tmp_path, weights_folder, raw_folder):
     """A clone in which nothing has run yet."""
-    weights_folder("lite0"), raw_folder("trees")
+    weights_folder("lite0"), raw_folder("neon_trees")
     return clone(tmp_path, ROOT / "data/archives")

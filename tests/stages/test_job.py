@@ -13,7 +13,7 @@ import psutil
 import pytest
 import xarray as xr
 
-from pipeline import metrics
+from pipeline.tasks import Segmentation
 from tests.stages.conftest import SMALL
 
 
@@ -44,7 +44,7 @@ def test_every_score_recomputes_from_the_predictions_kept(job):
     tested = {
         "runs/sample-trees/lite0": lambda one: (one.predicted == one.label).mean(),
         "compose/sample-trees/raw+lite0": lambda one: (np.stack(one.probability).argmax(1) == one.label).mean(),
-        "runs/sample-landuse-seg/lite0": lambda one: metrics.score("segmentation", np.stack(one.counts).sum(0), 7),
+        "runs/sample-landuse-seg/lite0": lambda one: Segmentation(7).score(np.stack(one.counts).sum(0)),
     }
     for folder, score in tested.items():
         kept = pd.read_parquet(job.folder / "results" / folder / "predictions.parquet")

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 
 from pipeline import config
-from stages.repro import cells
+from stages.repro import dataset_stages
 from tests.stages.test_job import stages_of
 
 
 def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
     grid = config.load(job.folder / "params.yaml").grid
     listed = set(job.run("dvc", "stage", "list", "--name-only").split())
-    mine = [name for dataset in grid.datasets for name in cells(grid, dataset)]
+    mine = [name for dataset in grid.datasets for name in dataset_stages(grid, dataset)]
     assert len(mine) == len(set(mine))
     left = {name.split("@")[0] for name in listed - set(mine)}
     assert set(mine) < listed
@@ -24,7 +24,7 @@ def test_every_stage_is_of_a_data_set_or_left_to_the_last_run(job):
 def test_a_stage_comes_after_those_that_it_depends_on(job):
     grid = config.load(job.folder / "params.yaml").grid
     for dataset in grid.datasets:
-        order = cells(grid, dataset)
+        order = dataset_stages(grid, dataset)
         lines = job.run("dvc", "dag", "--dot", order[-1]).splitlines()
         edges = [line.strip().rstrip(";").replace('"', "").split(" -> ") for line in lines if "->" in line]
         within = [(one, two) for one, two in edges if one in order and two in order]

@@ -40,9 +40,9 @@ def folder(tmp_path_factory):
 def waiting(folder):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        with warm.waiting() as place:
+        with warm.warm_process() as place:
             until = time.monotonic() + 120
-            while not Path(place[warm.PLACE]).exists():
+            while not Path(place[warm.SOCKET_VARIABLE]).exists():
                 assert time.monotonic() < until
                 time.sleep(0.1)
             yield place
@@ -77,7 +77,7 @@ def test_it_ends_as_the_stage_ends(folder, waiting, how, status, says):
 
 
 def test_without_one_a_stage_imports_for_itself(folder, tmp_path):
-    for place in ({}, {warm.PLACE: str(tmp_path / "none")}):
+    for place in ({}, {warm.SOCKET_VARIABLE: str(tmp_path / "none")}):
         assert not json.loads(told(folder, place).stdout)["torch"]
 
 

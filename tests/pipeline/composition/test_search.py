@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline import metrics
 from pipeline.composition import points, search
 from pipeline.composition.points import ProbeSamples
 from pipeline.composition.probes import Probe, mask_scores
 from pipeline.config import CompositionConfig, HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.data import image_store
+from pipeline.tasks import Segmentation
 from pipeline.errors import UserError
 from tests.pipeline.conftest import COUNT, SIDE, noise
 
@@ -85,11 +85,11 @@ def test_multilabel(task_images, feature_store):
 
 def test_masks_are_scored_as_if_the_features_had_been_enlarged(informative_masks):
     members, like = informative_masks
-    rows = {split: members["knows"].rows(split) for split in ("train", "val")}
+    rows = {split: members["fine"].rows(split) for split in ("train", "val")}
     masks = {split: like.label[index].values for split, index in rows.items()}
     train, val = (points.pixel_samples(members, rows[split], masks[split], image_store.IGNORE, 0) for split in rows)
     probe = Probe(train, val, search.task_from_store(like), "logistic")
-    names, layers = ("knows", "coarse"), probe.layers
+    names, layers = ("fine", "coarse"), probe.layers
     _, linear = probe.fit(layers)
     ours = mask_scores({names: (layers, linear)}, probe, members, rows["val"], masks["val"])[names]
     large = [
@@ -103,8 +103,8 @@ def test_masks_are_scored_as_if_the_features_had_been_enlarged(informative_masks
         for layer, one in zip(layers, large, strict=True)
     ]
     said = linear.logits(np.concatenate(scaled, axis=1)).argmax(1).reshape(masks["val"].shape)
-    counts = metrics.counts("segmentation", said, masks["val"], 3, image_store.IGNORE).sum(0)
-    assert ours == pytest.approx(metrics.score("segmentation", counts, 3), abs=2e-3)
+    counts = Segmentation(3).counts(said, masks["val"]).sum(0)
+    assert ours == pytest.approx(Segmentation(3).score(counts), abs=2e-3)
     assert ours > 0.5
 
 
@@ -113,7 +113,7 @@ def test_segmentation_finds_who_knows(informative_masks):
     found = search.search(members, like, HEADS, dataclasses.replace(DESCRIBED, probe="knn"))
     table = found.subsets.set_index("model")
     assert found.probe == "logistic"
-    assert table.score["knows"] > table.score["coarse"] + 0.2
+    assert table.score["fine"] > table.score["coarse"] + 0.2
     assert set(found.cka.level) == {"level0", "level1", "all"}
 
 
@@ -121,7 +121,7 @@ def test_segmentation_finds_who_knows(informative_masks):
 def test_too_few_labels_are_refused(informative_masks, split, count):
     members, like = informative_masks
     masks = like.label.values.copy()
-    rows = members["knows"].rows(split)
+    rows = members["fine"].rows(split)
     masks[rows] = image_store.IGNORE
     masks[rows[0], 5, :count] = 1
     with pytest.raises(UserError, match=f"The split {split} has {count} labelled pixels"):
@@ -131,7 +131,7 @@ def test_too_few_labels_are_refused(informative_masks, split, count):
 def test_pixels_are_labelled_ones_and_features_those_beneath_them(informative_masks, monkeypatch):
     members, like = informative_masks
     monkeypatch.setattr(points, "PIXELS", 600)
-    rows = members["knows"].rows("train")
+    rows = members["fine"].rows("train")
     masks = like.label[rows].values.copy()
     masks[0] = image_store.IGNORE
     masks[0, 5, 9] = 1  # one labelled pixel alone

@@ -1,18 +1,157 @@
-"""The eight symmetries of a square."""
+"""The eight symmetries of a square, and images that are read under them."""
+
+from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
-from pipeline.data.augmentation import VIEWS
+from pipeline.bands import Band
+from pipeline.data.augmentation import SHAPE_PRESERVING, VIEWS, AugmentedImages, apply_views
+from pipeline.data.image_store import ImageDataset
+from pipeline.tasks import IGNORE, NO_CLASS
+
+COUNT, SIDE = 24, 16
+SPLIT = ["train", "val", "train", "test"]
 
 
-def test_they_are_eight_and_each_is_what_its_name_says():
+def pixels() -> tuple[np.ndarray, np.ndarray]:
+    """Images (sample, band, y, x) whose first band is 100 times the class, and masks (sample, y, x)."""
+    generator = np.random.default_rng(0)
+    mask = generator.integers(3, size=(COUNT, 4, 4)).repeat(4, axis=1).repeat(4, axis=2)
+    noise = generator.normal(size=(COUNT, 2, SIDE, SIDE))
+    offset = np.linspace(100, 200, COUNT)[:, None, None]
+    return (np.stack([100.0 * mask, offset + 0 * mask], axis=1) + noise).astype(np.float32), mask
+
+
+@pytest.fixture
+def write_images(open_images):
+    """From images, labels and splits to an opened images store."""
+
+    def write(image: np.ndarray, label: np.ndarray, task: str, split: list[str]):
+        dataset = ImageDataset(
+            image=image, label=label, sample=[f"s{i:03d}" for i in range(len(image))], split=split,
+            bands=[Band("B1", "red", 0.665, 1.0), Band("B2", "nir", 0.8, 1.0)], classes=["a", "b", "c"], task=task,
+            units="dn", gsd=1.0, licence="none", source="test",
+        )  # fmt: skip
+        return open_images(dataset)
+
+    return write
+
+
+@pytest.fixture
+def masks(write_images):
+    """An opened images store with masks, of which the left columns are not labelled."""
+    image, mask = pixels()
+    label = np.where(np.arange(SIDE) < 2, IGNORE, mask).astype(np.uint8)
+    return write_images(image, label, "segmentation", SPLIT * (COUNT // 4))
+
+
+def load(images, max_gb: float = 1.0) -> AugmentedImages:
+    return AugmentedImages.load(Path(images.encoding["source"]), max_gb)
+
+
+def test_views_of_a_square_are_eight_different_symmetries():
     image = np.arange(12).reshape(1, 3, 4)[..., :3]
-    seen = {name: turn(image) for name, turn in VIEWS.items()}
-    assert len({values.tobytes() for values in map(np.ascontiguousarray, seen.values())}) == 8
+    views = {name: transform(image) for name, transform in VIEWS.items()}
+    assert len({values.tobytes() for values in map(np.ascontiguousarray, views.values())}) == 8
     top_right = image[0, 0, 2]
-    corners = {"identity": (0, 2), "flip_x": (0, 0), "flip_y": (2, 2), "rot90": (0, 0), "rot180": (2, 0),
-               "rot270": (2, 2), "transpose": (2, 0), "antitranspose": (0, 2)}  # fmt: skip
-    for name, place in corners.items():
-        assert seen[name][0][place] == top_right, name
-    np.testing.assert_array_equal(seen["rot90"][0], np.rot90(image[0]))
-    np.testing.assert_array_equal(seen["transpose"][0], image[0].T)
+    expected_corner = {"identity": (0, 2), "flip_x": (0, 0), "flip_y": (2, 2), "rot90": (0, 0), "rot180": (2, 0),
+                       "rot270": (2, 2), "transpose": (2, 0), "antitranspose": (0, 2)}  # fmt: skip
+    for name, corner in expected_corner.items():
+        assert views[name][0][corner] == top_right, name
+    np.testing.assert_array_equal(views["rot90"][0], np.rot90(image[0]))
+    np.testing.assert_array_equal(views["transpose"][0], image[0].T)
+
+
+def test_apply_views_without_views_returns_the_arrays():
+    arrays = np.arange(8).reshape(2, 2, 2)
+    assert apply_views(arrays, None) is arrays
+
+
+def test_augmented_images_transform_masks_with_their_images(masks):
+    images, rows, views = load(masks), np.arange(8), list(VIEWS)
+    image, label = images.image_tensor(rows, views).numpy(), images.label_tensor(rows, views).numpy()
+    labelled = label != IGNORE
+    assert labelled.mean() == pytest.approx(14 / 16)
+    assert (np.round(image[:, 0] / 100).clip(0, 2) == label)[labelled].mean() > 0.99
+    assert not (label == images.label_tensor(rows).numpy()).all()
+
+
+@pytest.mark.parametrize("how", ["read_from_store", "copied_to_file"])
+def test_augmented_images_outside_memory_equal_those_in_memory(masks, tmp_path, how):
+    in_memory, rows = load(masks), np.array([7, 3, 3, 20])
+    other = load(masks, 0.0) if how == "read_from_store" else AugmentedImages.copy_to_file(masks, tmp_path / "x.npy")
+    views = ["rot90", "identity", "flip_x", "flip_y"]
+    for a, b in ((in_memory.image(rows, views), other.image(rows, views)),
+                 (in_memory.label(rows, views), other.label(rows, views)),
+                 (in_memory.image(rows), masks.image.values[rows])):  # fmt: skip
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+    assert (in_memory.mean, in_memory.std) == (other.mean, other.std)
+
+
+def test_augmented_images_tensors_are_float32_and_int64(write_images):
+    image = pixels()[0]
+    images = load(write_images(image.astype(np.uint16), np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+    rows, views = np.arange(3), ["rot90", "flip_x", "identity"]
+    tensor, label = images.image_tensor(rows, views), images.label_tensor(rows, views)
+    assert (tensor.dtype, label.dtype) == (torch.float32, torch.int64)
+    assert tensor.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(tensor.numpy(), images.image(rows, views))
+    assert label.tolist() == [0, 1, 2]
+    assert images.image(rows).dtype == np.uint16
+
+
+def test_band_statistics_use_the_training_split_only(write_images):
+    image = pixels()[0]
+    images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+    training = image[images.split == "train"].astype(np.float64)
+    np.testing.assert_allclose(images.mean, training.mean(axis=(0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(images.std, training.std(axis=(0, 2, 3)), rtol=1e-4)
+    assert abs(images.mean[1] - image[:, 1].mean()) > 0.1, "the splits must differ for this test"
+
+
+def test_band_statistics_of_a_constant_band_have_std_1(write_images):
+    image = pixels()[0]
+    image[:, 1] = 7000
+    images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+    assert images.std[1] == 1
+    assert images.std[0] > 10
+
+
+def test_views_of_images_that_are_not_square_keep_their_shape(write_images):
+    image = pixels()[0][:, :, :8]
+    images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+    assert images.views == SHAPE_PRESERVING
+    assert images.image(np.arange(4), images.views).shape == (4, 2, 8, SIDE)
+
+
+def test_batch_draws_all_views_and_leaves_the_stored_images_unchanged(masks, tmp_path):
+    masks = masks.load()
+    masks["image"] = masks.image.copy(data=np.stack([masks.label.values] * 2, axis=1))
+    images = AugmentedImages.copy_to_file(masks, tmp_path / "images.npy")
+    rows, generator, distinct = np.arange(8), np.random.default_rng(0), set()
+    for _ in range(20):
+        image, label = images.batch(rows, generator)
+        np.testing.assert_array_equal(image[:, 0], label)
+        distinct.add(image[0].tobytes())
+    assert len(distinct) == 8
+    image, label = images.batch(rows)
+    np.testing.assert_array_equal(image[:, 0], masks.label.values[:8])
+    np.testing.assert_array_equal(label, masks.label.values[:8])
+
+
+def test_draw_views_depends_on_the_generator_only(masks):
+    images = load(masks)
+    indices = np.random.default_rng([3, 7]).integers(8, size=5)
+    assert images.draw_views(5, np.random.default_rng([3, 7])) == [list(VIEWS)[index] for index in indices]
+
+
+def test_copy_to_file_excludes_unlabelled_samples(write_images, tmp_path):
+    label = np.arange(COUNT) % 3
+    label[-4:] = NO_CLASS
+    opened = write_images(pixels()[0], label, "classification", [*SPLIT * (COUNT // 4 - 1), *["unlabelled"] * 4])
+    images = AugmentedImages.copy_to_file(opened, tmp_path / "images.npy")
+    assert len(images.sample) == len(images.split) == len(np.load(tmp_path / "images.npy")) == COUNT - 4
+    assert len(load(opened).sample) == COUNT

@@ -20,8 +20,7 @@ from pipeline.config import (
     UPerNetHeadConfig,
 )
 from pipeline.data import image_store
-from pipeline.data.augmentation import VIEWS
-from pipeline.distillation.chips import Chips
+from pipeline.data.augmentation import VIEWS, AugmentedImages
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.distillation.train import DistillationSetup
 from pipeline.heads import checkpoint
@@ -105,8 +104,8 @@ class Made:
         return path
 
     def lesson(self, described: DistillConfig = DISTILL) -> DistillationSetup:
-        chips = Chips(self.pictures, memory=1.0)
-        teacher = CachedTeacher({self.store: None}, self.pictures, checkpoint.load(self.head()), chips.taught())
+        chips = AugmentedImages.load(self.pictures, max_gb=1.0)
+        teacher = CachedTeacher({self.store: None}, self.pictures, checkpoint.load(self.head()), chips.rows("train", "unlabelled"))
         return DistillationSetup(chips, teacher, described, "cpu")
 
 

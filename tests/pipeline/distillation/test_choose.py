@@ -1,7 +1,6 @@
 import dataclasses
 
 import pytest
-
 from pipeline.distillation.choose import choose_teacher
 
 

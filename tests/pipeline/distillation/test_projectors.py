@@ -1,5 +1,4 @@
 import torch
-
 from pipeline.distillation.projectors import Projectors, nearest_level
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pipeline.distillation.describe import make_spec, student_metadata
 
-from pipeline import metrics
 from pipeline.config import StudentConfig
 from pipeline.data import image_store
 from pipeline.distillation import losses, protocol, start, train
-from pipeline.distillation.describe import make_spec, student_metadata
 from pipeline.errors import UserError
+from pipeline.tasks import get_task
 from pipeline.training.loop import HParams
 from tests.pipeline.distillation.conftest import DISTILL
 
@@ -22,8 +22,8 @@ SETTING = HParams(0.01, 0.01, 0)
 
 
 def fresh(lesson, seed=0):
-    chips = lesson.chips
-    return start.make_student(make_spec(chips.store, SMALL), chips.mean, chips.std, None, seed)
+    chips = lesson.images
+    return start.make_student(make_spec(chips.images, SMALL), chips.mean, chips.std, None, seed)
 
 
 def trained(lesson, variant, setting=SETTING):
@@ -65,12 +65,12 @@ def test_features_are_learned_in_their_places_and_projectors_stay_behind(made):
     lesson = made("segmentation").lesson(longer)
     student, projectors = trained(lesson, "features")
     untaught, blank = fresh(lesson), train.make_projectors(fresh(lesson), lesson, 0)
-    rows = lesson.chips.rows("val")
+    rows = lesson.images.rows("val")
     wanted = lesson.teacher.features(rows, ["identity"] * len(rows))
 
     def apart(one, ends, wanted):
         with torch.inference_mode():
-            said = ends(one.eval().levels(lesson.chips.image(rows)))
+            said = ends(one.eval().levels(lesson.images.image_tensor(rows)))
         return losses.feature_loss(said[0], wanted[0]).mean()
 
     assert apart(student, projectors, wanted) < 0.6 * apart(untaught, blank, wanted)
@@ -84,9 +84,9 @@ def test_features_are_learned_in_their_places_and_projectors_stay_behind(made):
 def test_the_teachers_answers_reach_pixels_without_labels(made):
     """The labels of the left eighth are withheld; the class there is known from the teacher alone."""
     lesson = made("segmentation").lesson()
-    rows = lesson.chips.rows("train")[:8]
+    rows = lesson.images.rows("train")[:8]
     student, said = fresh(lesson), {}
-    image = lesson.chips.image(rows)
+    image = lesson.images.image_tensor(rows)
     for variant in ("supervised", "logits"):
         student.zero_grad()
         out = student(image).detach().requires_grad_()
@@ -101,13 +101,13 @@ def test_the_teachers_answers_reach_pixels_without_labels(made):
 
 def test_chips_without_labels_join_where_there_is_a_teacher(made):
     lesson = made("classification", split=("train", "val", "test", "unlabelled")).lesson()
-    assert set(lesson.chips.split[lesson.rows("distilled")]) == {"train", "unlabelled"}
-    assert set(lesson.chips.split[lesson.rows("supervised")]) == {"train"}
-    rows = lesson.chips.rows("unlabelled")[:8]
+    assert set(lesson.images.split[lesson.rows("distilled")]) == {"train", "unlabelled"}
+    assert set(lesson.images.split[lesson.rows("supervised")]) == {"train"}
+    rows = lesson.images.rows("unlabelled")[:8]
     student = fresh(lesson)
     torch.manual_seed(0)
     one = train._loss(student, None, lesson, "logits", rows, ["identity"] * 8)
-    lesson.chips._label = (lesson.chips._label + 1) % 3
+    lesson.images._label = (lesson.images._label + 1) % 3
     two = train._loss(student, None, lesson, "logits", rows, ["identity"] * 8)
     torch.testing.assert_close(one, two)  # what stands in their label's place is not used
     assert trained(lesson, "distilled")[0] is not None
@@ -115,7 +115,7 @@ def test_chips_without_labels_join_where_there_is_a_teacher(made):
 
 def test_maps_of_chips_turned_otherwise_do_not_count(made):
     lesson = made("segmentation").lesson()
-    rows = lesson.chips.rows("train")[:2]
+    rows = lesson.images.rows("train")[:2]
     said = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
     wanted = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
     matched = lesson.teacher.matched(["identity", "rot90"])
@@ -149,15 +149,15 @@ def test_the_protocol_on_every_task(made, tmp_path, task):
     assert set(taught.runs.protocol) == {"distilled"}
     assert taught.runs.seed.tolist() == [0, 1]
     assert taught.seed == taught.runs.val_score.idxmax()
-    names = lesson.chips.store.sample.values[lesson.chips.rows("test")].tolist()
+    names = lesson.images.sample[lesson.images.rows("test")].tolist()
     assert taught.predicted[taught.predicted.seed == 0]["sample"].tolist() == names
     assert protocol._scores([taught.best], lesson, "test")[0] == pytest.approx(taught.runs.score[taught.seed])
     again = protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "other", 1)
     pd.testing.assert_frame_equal(taught.runs, again.runs)
-    kept = student_metadata(lesson.chips.store, "d", "distilled", "random", "member")
+    kept = student_metadata(lesson.images.images, "d", "distilled", "random", "member")
     assert kept["ignore"] == (image_store.IGNORE if task == "segmentation" else None)
     assert [band["common_name"] for band in kept["bands"]] == ["red", "nir"]
-    assert metrics.METRICS[task] == taught.runs.metric[0]
+    assert get_task(task).metric == taught.runs.metric[0]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pipeline.distillation.describe import make_spec
 
 from cache.reader import FeatureStore
 from pipeline.composition import search as compose
@@ -25,17 +26,15 @@ from pipeline.config import (
     UPerNetHeadConfig,
 )
 from pipeline.data import image_store, image_writer
+from pipeline.data.augmentation import AugmentedImages
 from pipeline.distillation import start, train
-from pipeline.distillation.chips import Chips
-from pipeline.distillation.describe import make_spec
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.extraction import launch
-from pipeline.finetuning.pictures import Pictures
 from pipeline.heads import checkpoint, probes
 from pipeline.metrics import counts
+from pipeline.tasks import Classification
 from pipeline.training import protocol, task_data
 from pipeline.training.loop import HParams
-from pipeline.training.losses import Task, loss, loss_grad
 from tests.pipeline.data.sources.custom.test_custom import THREE, labelled, prepared, scene_block, tile_block, tiles
 from tests.pipeline.data.sources.custom.test_unlabelled import PLACES, both, more
 
@@ -50,7 +49,7 @@ TOLD = {"dataset": "mine", "model": "lite0", "weights": "random"}
 def scene_of_bands(raw, tmp_path):
     """One scene, a file a band, in a folder, and two further ones in others."""
     tmp_path.mkdir()
-    for path in raw("landuse").iterdir():
+    for path in raw("osm_landuse").iterdir():
         if path.suffix in (".jp2", ".gpkg"):
             shutil.copy(path, tmp_path)
     for name, at in (("a", (192, 192)), ("b", (448, 704))):
@@ -113,8 +112,8 @@ def judged(folder):
     kind = image_store.open_images(pictures).attrs["task"]
     heads = HEADS if kind == "multilabel" else dataclasses.replace(HEADS, class_weights="balanced")
     cell = task_data.load({store: None}, pictures, heads, ("train", "val", "test"), "cpu")
-    tested = protocol.test(cell, BEST, 2, TOLD)
-    checkpoint.save(folder / "head.pt", "lite0", cell, tested.group, tested.best)
+    tested = protocol.train_and_test(cell, BEST, 2, TOLD)
+    checkpoint.save(folder / "head.pt", "lite0", cell, tested.group, tested.best_index)
     members, like = task_data.open_aligned({store: None}, pictures)
     found = compose.search({"lite0": members[0]}, like, heads, CompositionConfig((), "logistic", 1, False))
     return tested, found
@@ -174,8 +173,8 @@ def test_heads_cannot_tell_and_students_learn(raw_folder, tiles, tmp_path, way):
         assert torch.equal(ours, theirs)
 
     learns(tmp_path / "wide", count)
-    pictures = Pictures(two, tmp_path / "pictures.npy")
-    assert len(pictures.image) == len(pictures.label) == len(pictures.sample) == count
+    pictures = AugmentedImages.copy_to_file(two, tmp_path / "pictures.npy")
+    assert len(pictures.images.image) == len(pictures.sample) == count
 
 
 def learns(folder, count):
@@ -183,9 +182,9 @@ def learns(folder, count):
     steps = StepsConfig(4, 8)
     search = SearchConfig(trials=1, trials_per_round=1, seed=0, learning_rate=(1e-3, 1e-2), weight_decay=(1e-3, 1e-2))
     described = DistillConfig((), "best", LossWeights(1.0, 1.0, 1.0), 2.0, (), classification=steps, segmentation=steps, seeds=1, search=search)
-    chips = Chips(folder / "mine.zarr", 1.0)
+    chips = AugmentedImages.load(folder / "mine.zarr", 1.0)
     teacher = CachedTeacher(
-        {folder / "lite0.zarr": None}, folder / "mine.zarr", checkpoint.load(folder / "head.pt"), chips.taught()
+        {folder / "lite0.zarr": None}, folder / "mine.zarr", checkpoint.load(folder / "head.pt"), chips.rows("train", "unlabelled")
     )
     lesson = train.DistillationSetup(chips, teacher, described, "cpu")
     assert set(lesson.rows("distilled")) >= set(range(count, len(chips.split)))
@@ -194,7 +193,7 @@ def learns(folder, count):
     def student(rows):
         """After some steps on these rows alone."""
         small = StudentConfig("test_resnet", "random", chip_size=32, mask_size=32)
-        fresh = start.make_student(make_spec(chips.store, small), chips.mean, chips.std, None, 0)
+        fresh = start.make_student(make_spec(chips.images, small), chips.mean, chips.std, None, 0)
         alone = _Only(chips, teacher, described, "cpu")
         alone.__dict__["only"] = rows
         ends = train.make_projectors(fresh, alone, 0)
@@ -214,13 +213,13 @@ class _Only(train.DistillationSetup):
 
 def test_what_stands_for_a_class_is_none_to_anything_that_counts():
     label, logits = np.array([0] * 99 + [image_store.NO_CLASS]), torch.zeros(1, 100, 3)
-    task, given = Task("classification", 3), torch.from_numpy(label)[None]
+    task, given = Classification(3), torch.from_numpy(label)[None]
     weighted = dataclasses.replace(task, weights=(1.0, 1.0, 1.0))
     for read in (
-        lambda: loss(logits, given, task),
-        lambda: loss(logits, given, weighted),
-        lambda: loss_grad(logits, given, task),
-        lambda: loss_grad(logits, given, weighted),
+        lambda: task.loss(logits, given),
+        lambda: weighted.loss(logits, given),
+        lambda: task.loss_grad(logits, given),
+        lambda: weighted.loss_grad(logits, given),
         lambda: counts("classification", np.zeros(100, int), label, 3, None),
         lambda: task_data._balanced(label, "classification", 3),
         lambda: probes.fit_logistic("classification", np.random.default_rng(0).normal(size=(100, 2)), label, 3),

@@ -12,7 +12,6 @@ import pytest
 import rasterio
 import torch
 
-from pipeline.backbones import preprocessing
 from pipeline.data import image_store
 from pipeline.distillation.student import Student, StudentSpec, load_student, save_student
 from pipeline.errors import UserError
@@ -54,7 +53,7 @@ def student_of(opened_images, side, network):
 def told_of(opened_images, dataset):
     attributes = opened_images.attrs
     bands = [{"name": b.name, "common_name": b.common_name, "wavelength": b.wavelength}
-             for b in preprocessing.image_bands(opened_images)]  # fmt: skip
+             for b in image_store.image_bands(opened_images)]  # fmt: skip
     return {
         "dataset": dataset, "task": attributes["task"], "classes": attributes["classes"], "ignore": image_store.IGNORE,
         "bands": bands, "units": attributes["units"], "gsd": attributes["gsd"],
@@ -195,7 +194,7 @@ def test_a_geotiff_is_classified_without_torch(saved, tmp_path, raw_folder):
 
 def test_maps_by_torch_and_by_onnxruntime_are_the_same(saved, tmp_path, raw_folder):
     folder, _, _ = saved("sample-trees-seg", 64)
-    picture = sorted(raw_folder("trees").glob("*crop.png"))[-1]
+    picture = sorted(raw_folder("neon_trees").glob("*crop.png"))[-1]
     with rasterio.open(picture) as file:
         crop = file.read()[:3, :300, :500]
     with rasterio.open(

@@ -22,9 +22,9 @@ from pipeline.config import (
     UPerNetHeadConfig,
 )
 from pipeline.data import image_store, image_writer
+from pipeline.data.augmentation import AugmentedImages
 from pipeline.extraction import engine
 from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble
-from pipeline.finetuning.pictures import Pictures
 from pipeline.finetuning.train import FineTuneJob
 from pipeline.heads import checkpoint
 from pipeline.training import loop, task_data
@@ -68,7 +68,7 @@ def job(tmp_path):
 
     def make(one: Frozen, **changes) -> FineTuneJob:
         described = dataclasses.replace(FEW, **changes)
-        return FineTuneJob(Pictures(one.opened, tmp_path / "images.npy"), one.cell.task, described)
+        return FineTuneJob(AugmentedImages.copy_to_file(one.opened, tmp_path / "images.npy"), one.cell.task, described)
 
     return make
 

@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 
 from pipeline.data import image_store
+from pipeline.data.augmentation import AugmentedImages
 from pipeline.finetuning import protocol
 from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble
-from pipeline.finetuning.pictures import Pictures
 from pipeline.finetuning.train import FineTuneJob
 from pipeline.training import task_data
 from tests.pipeline.finetuning.conftest import BACKBONES, FEW
@@ -25,7 +25,7 @@ def fine_tune(pictures: Path, head: Path, folder: Path) -> tuple[pd.DataFrame, d
     folder.mkdir(exist_ok=True)
     opened = image_store.open_images(pictures)
     members = [EnsembleMember("lite0", BACKBONES["lite0"], folder)]
-    job = FineTuneJob(Pictures(opened, folder / "images.npy"), task_data.task_from_store(opened), MANY)
+    job = FineTuneJob(AugmentedImages.copy_to_file(opened, folder / "images.npy"), task_data.task_from_store(opened), MANY)
     tested = protocol.run_fine_tuning(
         lambda seed: FineTunedEnsemble(opened, members, head, MANY, seed, "cpu", "float32"), job, TOLD, folder
     )

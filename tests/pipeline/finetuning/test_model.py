@@ -9,7 +9,6 @@ import torch
 from pipeline.errors import UserError
 from pipeline.finetuning import layers, lora, train
 from pipeline.finetuning.model import memory_hint
-from pipeline.training.losses import loss
 
 CELLS = [
     ("sample-landuse", "lite0"), ("sample-landuse", "prithvi"), ("sample-landuse", "hiera"),
@@ -21,7 +20,7 @@ def one_step(tuned, asked, count=4) -> set[str]:
     """Names of what an update changes, buffers too."""
     before = {name: values.clone() for name, values in tuned.state_dict().items()}
     optimiser = torch.optim.AdamW(tuned.groups(1e-3, 0.05))
-    train.update(tuned, optimiser, asked, asked.pictures.rows("train")[:count], None)
+    train.update(tuned, optimiser, asked, asked.images.rows("train")[:count], None)
     return {name for name, values in tuned.state_dict().items() if not torch.equal(values, before[name])}
 
 
@@ -90,8 +89,8 @@ def test_layers_near_the_input_learn_slower(frozen):
 @pytest.mark.parametrize("model", ["lite0", "prithvi", "hiera"])
 def test_checkpointing_gives_the_same_gradients_from_less_memory(frozen, job, model):
     one, kept = frozen("sample-landuse", model), []
-    rows = job(one).pictures.rows("train")[:4]
-    image, label = job(one).pictures.batch(rows)
+    rows = job(one).images.rows("train")[:4]
+    image, label = job(one).images.batch(rows)
     gradients = []
     for checkpointing in (False, True):
         tuned, held = one.tuned(checkpointing=checkpointing), []
@@ -101,7 +100,7 @@ def test_checkpointing_gives_the_same_gradients_from_less_memory(frozen, job, mo
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            lost = loss(tuned(image, rows)[None], torch.from_numpy(label)[None], one.cell.task).sum()
+            lost = one.cell.task.loss(tuned(image, rows)[None], torch.from_numpy(label)[None]).sum()
         kept.append(sum(held))
         lost.backward()
         gradients.append({name: values.grad for name, values in tuned.trained().items()})
@@ -115,8 +114,8 @@ def test_mixed_precision_is_near_and_learns(frozen, job):
     # Not with Prithvi: torch 2.15's bfloat16 Conv3d of its patches is wrong on some processors.
     one = frozen("sample-landuse", "hiera")
     asked = job(one)
-    rows = asked.pictures.rows("test")[:4]  # a processor without bfloat16 takes its time
-    image, _ = asked.pictures.batch(rows)
+    rows = asked.images.rows("test")[:4]  # a processor without bfloat16 takes its time
+    image, _ = asked.images.batch(rows)
     with torch.no_grad():
         exact, mixed = (one.tuned(device_precision=name).features(image, rows) for name in ("float32", "bfloat16"))
     for name, values in exact[0].items():

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import metrics
 from pipeline.config import HeadsConfig
+from pipeline.data.augmentation import AugmentedImages
 from pipeline.finetuning import protocol as finetuning
 from pipeline.finetuning import train
-from pipeline.finetuning.pictures import Pictures
 from pipeline.training import predictions, protocol
 from pipeline.training.loop import HParams
 from tests.conftest import ROOT
@@ -51,7 +50,7 @@ def steps(folder) -> int:
 def test_what_is_said_is_what_the_frozen_protocol_says_and_more(frozen, tmp_path):
     one = frozen("sample-landuse", "lite0")
     runs, best = fine_tune(one.opened.encoding["source"], one.head, tmp_path / "runs")
-    theirs = protocol.test(one.cell, {"learning_rate": 1e-2, "weight_decay": 1e-2}, 1, TOLD).runs
+    theirs = protocol.train_and_test(one.cell, {"learning_rate": 1e-2, "weight_decay": 1e-2}, 1, TOLD).runs
     assert set(theirs.columns) <= set(runs.columns)
     assert runs.protocol.tolist() == ["fine-tuned (lora)"] * 2
     assert runs.seed.tolist() == [0, 1]
@@ -69,9 +68,9 @@ def test_scores_recompute_from_predictions_and_the_kept_tensors(frozen, job, tmp
     one, asked = frozen(dataset, model), job(frozen(dataset, model), steps=2, val_checks=1, method="lora")
     tested = finetuning.run_fine_tuning(lambda seed: one.tuned(seed, method="lora"), asked, TOLD, tmp_path)
     task = asked.task
-    samples, counts = predictions.counts(tested.predicted, task.kind, task.classes)
+    samples, counts = predictions.counts_from_table(tested.predicted, task.kind, task.classes)
     assert samples == sorted(one.cell.parts["test"].sample)
-    assert tested.runs.score[0] == metrics.score(task.kind, counts[0].sum(axis=0), task.classes)
+    assert tested.runs.score[0] == task.score(counts[0].sum(axis=0))
     assert tested.runs.protocol[0] == "fine-tuned (lora)"
     again = one.tuned(7, method="lora")
     again.load(tested.best)
@@ -83,8 +82,8 @@ def test_a_backbone_learns_for_a_head_that_is_held_still(frozen, job):
     one = frozen("sample-landuse", "prithvi")
     asked, tuned = job(one), one.tuned(layer_decay=1.0)
     tuned.head.requires_grad_(False)
-    rows = asked.pictures.rows("train")
-    asked.pictures.label[rows] = (asked.pictures.label[rows] + 1) % asked.task.classes
+    rows = asked.images.rows("train")
+    asked.images._label[rows] = (asked.images._label[rows] + 1) % asked.task.classes
     optimiser = torch.optim.AdamW(tuned.groups(1e-3, 0.0))
     lost = [train.update(tuned, optimiser, asked, rows, None).item() for _ in range(25)]
     assert lost[-1] < 0.2 * lost[0]
@@ -104,7 +103,7 @@ def test_images_and_masks_turn_together_and_the_store_stays_as_it_is(images_path
 
     opened = image_store.open_images(images_path("sample-landuse-seg")).isel(sample=slice(0, 8)).load()
     opened["image"] = opened.image.copy(data=np.stack([opened.label.values] * opened.sizes["band"], axis=1))
-    pictures = Pictures(opened, tmp_path / "images.npy")
+    pictures = AugmentedImages.copy_to_file(opened, tmp_path / "images.npy")
     rows, generator, turned = np.arange(8), np.random.default_rng(0), set()
     for _ in range(20):
         image, label = pictures.batch(rows, generator)

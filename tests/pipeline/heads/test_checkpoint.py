@@ -50,12 +50,12 @@ def test_of_chips(informative_chips, tmp_path, fusion):
 
 @pytest.mark.parametrize("segmentation", ["upernet", "fcn"])
 def test_of_masks(informative_masks, tmp_path, segmentation):
-    stores, cell, group = trained(informative_masks, ["knows", "coarse"], segmentation=segmentation)
-    checkpoint.save(tmp_path / "head.pt", "knows+coarse", cell, group, 0)
+    stores, cell, group = trained(informative_masks, ["fine", "coarse"], segmentation=segmentation)
+    checkpoint.save(tmp_path / "head.pt", "fine+coarse", cell, group, 0)
     head = checkpoint.load(tmp_path / "head.pt")
     features = raw(stores, head.array_names, "val")
     before = [value.clone() for member in features for value in member.values()]
-    ((_, wanted), _) = group.pieces(cell.parts["val"].inputs, None)
+    ((_, wanted), _) = group.forward_heads(cell.splits["val"].inputs, None)
     torch.testing.assert_close(head.logits(features), wanted[0], rtol=1e-4, atol=1e-5)
     assert all(map(torch.equal, before, [value for member in features for value in member.values()]))
 

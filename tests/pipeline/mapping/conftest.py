@@ -52,4 +52,4 @@ def linear(tmp_path):
 @pytest.fixture
 def landuse_scene(raw_folder):
     """The real Sentinel-2 scene, a file a band."""
-    return scene_from_rasters(sorted(raw_folder("landuse").glob("*_B??.jp2")), SceneConfig("", "dn", SENTINEL2))
+    return scene_from_rasters(sorted(raw_folder("osm_landuse").glob("*_B??.jp2")), SceneConfig("", "dn", SENTINEL2))

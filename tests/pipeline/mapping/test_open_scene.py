@@ -28,13 +28,13 @@ def described_scene(raw_folder, tmp_path):
         for b in osm_landuse.BANDS
     )
     path = tmp_path / "scene.yaml"
-    path.write_text(YAML.format(folder=raw_folder("landuse"), bands=bands))
+    path.write_text(YAML.format(folder=raw_folder("osm_landuse"), bands=bands))
     return path
 
 
 def test_a_scene_of_a_file_a_band_is_what_the_source_reads(described_scene, raw_folder):
     scene = open_scene(described_scene)
-    image, transform, crs = osm_landuse.read_scene(raw_folder("landuse"))
+    image, transform, crs = osm_landuse.read_scene(raw_folder("osm_landuse"))
     assert (scene.height, scene.width) == image.shape[1:]
     assert scene.transform == tuple(transform)[:6]
     assert rasterio.CRS.from_wkt(scene.crs) == crs
@@ -49,7 +49,7 @@ def test_a_scene_of_a_file_a_band_is_what_the_source_reads(described_scene, raw_
 
 
 def test_a_zarr_store_and_a_geotiff_of_the_same_pixels_are_the_same_scene(raw_folder, tmp_path):
-    image, transform, crs = osm_landuse.read_scene(raw_folder("landuse"))
+    image, transform, crs = osm_landuse.read_scene(raw_folder("osm_landuse"))
     some = image[[1, 7], 50:150, 30:250]
     moved = transform @ rasterio.Affine.translation(30, 50)
     array = xr.DataArray(some, dims=("band", "y", "x"), coords={"band": ["blue", "nir"]}, attrs={"units": "dn"})
@@ -76,7 +76,7 @@ def test_a_zarr_store_and_a_geotiff_of_the_same_pixels_are_the_same_scene(raw_fo
 
 
 def test_a_raster_that_says_nothing_of_itself(raw_folder, tmp_path):
-    picture = next(raw_folder("trees").glob("*.png"))
+    picture = next(raw_folder("neon_trees").glob("*.png"))
     with pytest.raises(UserError, match="does not say what its 3 bands are. Describe it in a YAML file"):
         open_scene(picture)
     (tmp_path / "trees.yaml").write_text(

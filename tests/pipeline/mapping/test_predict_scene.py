@@ -54,7 +54,7 @@ def read(folder, name):
 
 
 def test_a_map_of_the_real_scene_is_that_of_the_whole_scene_at_once(landuse_scene, raw_folder, linear, tmp_path):
-    image, transform, crs = osm_landuse.read_scene(raw_folder("landuse"))
+    image, transform, crs = osm_landuse.read_scene(raw_folder("osm_landuse"))
     told = predict_scene.predict_scene(landuse_scene, load_onnx_student(linear(32)), tmp_path / "map")
     wanted, sure, ranked = whole(image)
     classes, profile, tags = read(tmp_path / "map", "class")
@@ -123,7 +123,7 @@ def make_predictor(one, logits):
 
 
 def test_no_data_is_kept_and_does_not_spread(geotiff, linear, tmp_path, raw_folder):
-    image = osm_landuse.read_scene(raw_folder("landuse"))[0][PLACES, :200, :300].copy()
+    image = osm_landuse.read_scene(raw_folder("osm_landuse"))[0][PLACES, :200, :300].copy()
     hole = np.zeros((200, 300), bool)
     hole[50:150, 100:220] = True
     hole[:, 290:] = True
@@ -147,7 +147,7 @@ def test_one_band_without_data_is_no_data(geotiff, linear, tmp_path):
 
 
 def test_a_scene_smaller_than_a_tile(geotiff, linear, tmp_path, raw_folder):
-    image = osm_landuse.read_scene(raw_folder("landuse"))[0][:, :13, :21]
+    image = osm_landuse.read_scene(raw_folder("osm_landuse"))[0][:, :13, :21]
     predict_scene.predict_scene(open_scene(geotiff(image[PLACES])), load_onnx_student(linear(32)), tmp_path / "map")
     wanted, _, ranked = whole(image)
     classes = read(tmp_path / "map", "class")[0][0]
@@ -193,7 +193,7 @@ def test_a_missing_band_other_units_and_pixels_of_another_size(geotiff, linear, 
 
 
 def test_bands_are_found_by_name_wherever_they_are(geotiff, linear, tmp_path, raw_folder):
-    image = osm_landuse.read_scene(raw_folder("landuse"))[0][:, :40, :50]
+    image = osm_landuse.read_scene(raw_folder("osm_landuse"))[0][:, :40, :50]
     turned = image[[PLACES[2], PLACES[0], PLACES[1]]]
     predict_scene.predict_scene(
         open_scene(geotiff(turned, names=["swir16", "blue", "nir"])), load_onnx_student(linear(32)), tmp_path / "map"
@@ -216,7 +216,7 @@ def command(scene, model, out):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(geotiff, linear, tmp_path, raw_folder):
-    image = osm_landuse.read_scene(raw_folder("landuse"))[0][PLACES]
+    image = osm_landuse.read_scene(raw_folder("osm_landuse"))[0][PLACES]
     scene, model = geotiff(image), linear(16)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(command(scene, model, "unbroken"), cwd=tmp_path, env=environment, check=True, capture_output=True)

@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import metrics
 from pipeline.report import composition, figures, statements
 from pipeline.report import page as report
+from pipeline.tasks import Classification
 from pipeline.report.significance import bootstrap
 from tests.conftest import ROOT
 
@@ -27,10 +27,10 @@ def grid():
         generator = np.random.default_rng(sum(map(ord, model)))
         wrong = generator.random((3, 300)) > right
         counts = np.stack(
-            [metrics.counts("classification", np.where(w, 1 - label, label), label, 2, None) for w in wrong]
+            [Classification(2).counts(np.where(w, 1 - label, label), label) for w in wrong]
         )
         drawn["d", model] = bootstrap("classification", counts, 2, stream=len(drawn))
-        for seed, score in enumerate(metrics.score("classification", counts.sum(1), 2)):
+        for seed, score in enumerate(Classification(2).score(counts.sum(1))):
             runs.append(
                 {"dataset": "d", "model": model, "weights": weights, "protocol": "frozen", "task": "classification",
                  "seed": seed, "metric": "accuracy", "score": score, "val_score": score, "n_test": 300, "classes": 2,
@@ -121,7 +121,7 @@ def tuned(grid):
     """The grid with one of its models fine-tuned too, better than any of the frozen."""
     runs, drawn = grid
     label = np.random.default_rng(0).integers(2, size=300)
-    counts = np.stack([metrics.counts("classification", label, label, 2, None)] * 3)
+    counts = np.stack([Classification(2).counts(label, label)] * 3)
     more = runs[runs.model == "b"].assign(
         protocol="fine-tuned (lora)", model="b" + statements.FINE_TUNED_SUFFIX, score=1.0, val_score=0.9, learning_rate=1e-3,
         frozen_val_score=0.6, best_step=40, trained_parameters=1234,

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline import metrics
 from pipeline.report import significance
+from pipeline.tasks import Classification
 from pipeline.report.significance import bootstrap, paired_difference
 
 
@@ -11,7 +11,7 @@ def counts(right, seed=0, runs=4, samples=400):
     label = np.random.default_rng(9).integers(2, size=samples)
     generator = np.random.default_rng(seed)
     wrong = generator.random((runs, samples)) > right
-    return np.stack([metrics.counts("classification", np.where(w, 1 - label, label), label, 2, None) for w in wrong])
+    return np.stack([Classification(2).counts(np.where(w, 1 - label, label), label) for w in wrong])
 
 
 def draws(counts, stream=0):

@@ -9,6 +9,7 @@ from pipeline.heads.linear import StackedLinear
 from pipeline.training import loop
 from pipeline.training.cuda_graphs import GraphedStep
 from pipeline.training.head_trainer import HeadTrainer
+from pipeline.tasks import Classification
 from pipeline.training.loop import Data
 from tests.pipeline.training.test_loop import SETTINGS, linear, upernet, weights
 
@@ -60,7 +61,7 @@ def test_heads_that_stop_stop_at_the_same_step(unrecorded, monkeypatch, points, 
     if kind == "linear":
         inputs, label = points
         noise = Data(inputs, label[torch.randperm(len(label), generator=chance)])
-        task, recipe = loop.Task("classification", 3), loop.TrainSchedule(200, 32, patience=1, checks=20)
+        task, recipe = Classification(3), loop.TrainSchedule(200, 32, patience=1, val_checks=20)
         train = partial(loop.fit, partial(StackedLinear, [12], 3), Data(*points), task, SETTINGS, recipe, noise)
     else:
         noise = Data([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))

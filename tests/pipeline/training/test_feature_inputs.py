@@ -40,22 +40,22 @@ def stores(tmp_path):
 
 def test_each_backbone_is_standardised_with_its_own_training_statistics(stores):
     training, test = np.arange(30), np.arange(30, 40)
-    fused = feature_inputs.pooled(stores, "all", "mean", training, training)
+    fused = feature_inputs.read_pooled(stores, "all", "mean", training, training)
     assert fused.shape == (30, 10)
     torch.testing.assert_close(fused.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
     torch.testing.assert_close(fused.std(0, unbiased=False), torch.ones(10), atol=1e-4, rtol=0)
     raw = stores[0].read("pooled/mean_level0", np.arange(40))
     expected = (raw[30:] - raw[:30].mean(0)) / raw[:30].std(0)
     np.testing.assert_allclose(
-        feature_inputs.pooled(stores, "all", "mean", test, training)[:, :3], expected, atol=1e-4
+        feature_inputs.read_pooled(stores, "all", "mean", test, training)[:, :3], expected, atol=1e-4
     )
 
 
 def test_last_takes_the_deepest_vector_of_each(stores):
     rows = np.arange(30)
     every, last = (
-        feature_inputs.pooled(stores, "all", "mean", rows, rows),
-        feature_inputs.pooled(stores, "last", "mean", rows, rows),
+        feature_inputs.read_pooled(stores, "all", "mean", rows, rows),
+        feature_inputs.read_pooled(stores, "last", "mean", rows, rows),
     )
     torch.testing.assert_close(last, every[:, [3, 4, 8, 9]])
 
@@ -65,7 +65,7 @@ def test_levels_are_standardised_each_on_its_own_grid(stores):
     assert [[name for _, name in member] for member in members] == [["level0/features", "level1/features"]] * 2
     rows = np.arange(30)
     for (field, _), side in zip(members, (8, 4), strict=True):
-        level = feature_inputs.standardised(field, rows, feature_inputs.channel_stats(field, rows))
+        level = feature_inputs.read_standardized(field, rows, feature_inputs.channel_stats(field, rows))
         assert level.shape == (30, 3, side, side)
         torch.testing.assert_close(level[:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
         assert (level[:, 1] == 0).all(), "a dead channel"
@@ -97,11 +97,11 @@ def test_heads_see_the_identity_of_a_store_with_views(tmp_path):
     writer.finish()
     store, index = FeatureStore(tmp_path / "v.zarr"), np.arange(20)
     [[field]] = feature_inputs.select_levels([store])
-    level = feature_inputs.standardised(field, index, feature_inputs.channel_stats(field, index))
+    level = feature_inputs.read_standardized(field, index, feature_inputs.channel_stats(field, index))
     mean, std = (values[:, None, None] for values in store.statistics("level0"))
     np.testing.assert_allclose(level, (drawn["level0/features"][:, 0] - mean) / std, atol=1e-5)
     vector = drawn["pooled/mean_level0"][:, 0]
-    fused = feature_inputs.pooled([store], "all", "mean", index, index)
+    fused = feature_inputs.read_pooled([store], "all", "mean", index, index)
     np.testing.assert_allclose(fused, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
 
 
@@ -128,4 +128,4 @@ def test_a_byte_that_flips_into_no_number_is_told(stores):
     path.write_bytes(values.tobytes())
     words = "pooled/mean_level1 has values that are no numbers. Check the store with: .*; if it is whole"
     with pytest.raises(StoreError, match=words):
-        feature_inputs.pooled([FeatureStore(stores[0].location)], "all", "mean", np.arange(30), np.arange(30))
+        feature_inputs.read_pooled([FeatureStore(stores[0].location)], "all", "mean", np.arange(30), np.arange(30))

@@ -19,7 +19,7 @@ def test_an_epoch_on_the_device(tmp_path, chosen, budget):
     expected = everything(layout(), "level0/features").astype("float16")
     train = features.rows("train")
     feed = FeatureLoader({"x": [(features, "level0/features")]}, train, device=device, budget=budget)
-    assert feed.held == bool(budget)
+    assert feed.in_memory == bool(budget)
     seen = []
     for index, batch in feed.stream(shuffled_batches(train, 16, seed=0)):
         assert batch["x"].device.type == device

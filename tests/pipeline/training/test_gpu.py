@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import metrics
 from pipeline.heads.dense import HeadList
 from pipeline.heads.linear import StackedLinear
 from pipeline.heads.upernet import UPerNet
 from pipeline.training import loop
+from pipeline.tasks import Classification, Segmentation
 from pipeline.training.loop import Data
 from tests.pipeline.training.test_loop import SETTINGS, linear, upernet, weights
 
@@ -48,8 +48,8 @@ def test_patience_on_a_gpu(groups, maps):
     levels, label = maps
     validation = Data([level.cuda() for level in levels], label.cuda())
     group = groups("upernet", SETTINGS, steps=60, patience=2, validation=validation)
-    counts = loop.evaluate(group, validation, loop.Task("segmentation", 2, ignore_value=255), 8)
-    assert metrics.score("segmentation", counts.sum(1), 2).max() > 0.7
+    counts = loop.evaluate(group, validation, Segmentation(2), 8)
+    assert Segmentation(2).score(counts.sum(1)).max() > 0.7
 
 
 def test_dense_heads_in_bfloat16(groups):
@@ -66,9 +66,9 @@ def test_linear_heads_that_stop_are_the_processors(gpu, points):
         inputs, label = points
         noise = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(1))]
         data, validation = (Data(inputs.to(device), one.to(device)) for one in (label, noise))
-        recipe = loop.TrainSchedule(200, batch=32, patience=1, checks=20)
+        recipe = loop.TrainSchedule(200, batch=32, patience=1, val_checks=20)
         return loop.fit(
-            partial(StackedLinear, [12], 3), data, loop.Task("classification", 3), SETTINGS, recipe, validation
+            partial(StackedLinear, [12], 3), data, Classification(3), SETTINGS, recipe, validation
         )
 
     ours, theirs = train(gpu), train("cpu")
@@ -80,7 +80,7 @@ def test_linear_heads_that_stop_are_the_processors(gpu, points):
 
 def test_class_weights_are_the_processors(gpu, maps):
     def train(device: str) -> torch.nn.Module:
-        task = loop.Task("segmentation", 2, ignore_value=255, class_weights=(1.0, 20.0))
+        task = Segmentation(2, (1.0, 20.0))
         data = Data([level.to(device) for level in maps[0]], maps[1].to(device))
         make = partial(HeadList, lambda: UPerNet([4] * 4, 8, 2), (32, 32))
         return loop.fit(make, data, task, SETTINGS, loop.TrainSchedule(10, batch=4))

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import metrics
 from pipeline.heads.dense import HeadList
 from pipeline.heads.linear import StackedLinear
 from pipeline.heads.upernet import UPerNet
 from pipeline.training import loop
 from pipeline.training.head_trainer import HeadTrainer
-from pipeline.training.loop import Data, HParams, Task, TrainSchedule
-from pipeline.training.losses import loss
+from pipeline.training.loop import Data, HParams, TrainSchedule
+from pipeline.tasks import Classification, MultiLabel, Segmentation, get_task
 from pipeline.training.optim import warm_cosine
 
 SETTINGS = [HParams(1e-2, 1e-4, 0), HParams(1e-3, 1e-1, 1), HParams(3e-2, 1e-6, 2)]
@@ -28,47 +27,47 @@ def side_by_side():
 
 def linear(inputs, label, settings, steps=60, kind="classification", classes=3, **more):
     make = partial(StackedLinear, [inputs.shape[1]], classes)
-    return loop.fit(make, Data(inputs, label), Task(kind, classes), settings, TrainSchedule(steps, batch=32), **more)
+    return loop.fit(make, Data(inputs, label), get_task(kind)(classes), settings, TrainSchedule(steps, batch=32), **more)
 
 
 def upernet(levels, label, settings, steps=20, precision="float32", **more):
     def make(seeds):
         return HeadList(lambda: UPerNet([4] * 4, 8, 2), (32, 32), seeds, precision)
 
-    task, patience = Task("segmentation", 2, ignore_value=255), more.pop("patience", 0)
-    recipe = TrainSchedule(steps, batch=4, patience=patience, checks=5)
+    task, patience = Segmentation(2), more.pop("patience", 0)
+    recipe = TrainSchedule(steps, batch=4, patience=patience, val_checks=5)
     return loop.fit(make, Data(levels, label), task, settings, recipe, **more), task
 
 
 def weights(group, head):
     """One head's parameters, one after the other."""
-    if group.stacked:
+    if group.is_stacked:
         return torch.cat([one.detach()[head].flatten() for one in group.parameters()])
     return torch.cat([one.detach().flatten() for one in group.heads[head].parameters()])
 
 
 def test_linear_heads_learn_what_there_is(points):
-    counts = loop.evaluate(linear(*points, SETTINGS, steps=300), Data(*points), Task("classification", 3), 64)
+    counts = loop.evaluate(linear(*points, SETTINGS, steps=300), Data(*points), Classification(3), 64)
     assert counts.shape == (3, 300, 9)
-    assert metrics.score("classification", counts.sum(1), 3).max() > 0.95
+    assert Classification(3).score(counts.sum(1)).max() > 0.95
 
 
 def test_upernet_learns_and_unlabelled_pixels_do_not_count(maps):
     group, task = upernet(*maps, [HParams(1e-2, 1e-4, 0)], steps=100)
     counts = loop.evaluate(group, Data(*maps), task, 8)
     assert counts.sum() == (maps[1] != 255).sum()
-    assert metrics.score("segmentation", counts.sum(1), 2)[0] > 0.75
+    assert Segmentation(2).score(counts.sum(1))[0] > 0.75
 
 
 def test_ignored_pixels_do_not_pull(maps):
     """Only labelled pixels pull: with every label ignored the loss is nothing, with some it is theirs alone."""
     _, label = maps
     logits = torch.randn(1, 20, 2, 32, 32)
-    task = Task("segmentation", 2, ignore_value=255)
-    assert loss(logits, torch.full_like(label, 255)[None], task).item() == 0
+    task = Segmentation(2)
+    assert task.loss(logits, torch.full_like(label, 255)[None]).item() == 0
     valid = (label != 255).nonzero(as_tuple=True)
     alone = torch.nn.functional.cross_entropy(logits[0].permute(0, 2, 3, 1)[valid], label[valid])
-    torch.testing.assert_close(loss(logits, label[None], task)[0], alone)
+    torch.testing.assert_close(task.loss(logits, label[None])[0], alone)
 
 
 @pytest.mark.usefixtures("side_by_side")
@@ -90,7 +89,7 @@ def test_heads_of_one_seed_share_batches_and_others_have_their_own(points, rows)
     mixed = linear(inputs, label, [HParams(1e-2, 1e-3, 7), HParams(1e-2, 1e-3, 8)])
     torch.testing.assert_close(weights(shared, 0), weights(mixed, 0), rtol=1e-4, atol=1e-5)
     assert (weights(mixed, 0) - weights(mixed, 1)).abs().max() > 0.01
-    assert not torch.equal(loop.order(rows, TrainSchedule(9, 4), 7), loop.order(rows, TrainSchedule(9, 4), 8))
+    assert not torch.equal(loop.batch_order(rows, TrainSchedule(9, 4), 7), loop.batch_order(rows, TrainSchedule(9, 4), 8))
 
 
 @pytest.mark.usefixtures("side_by_side")
@@ -108,7 +107,7 @@ def test_the_loop_is_torchs_adamw_on_torchs_loss(points):
     theirs = torch.nn.Linear(12, 3)
     groups = [{"params": [theirs.weight], "weight_decay": 1e-2}, {"params": [theirs.bias], "weight_decay": 0}]
     optimiser = torch.optim.AdamW(groups, lr=1e-2)
-    batches, factor = loop.order(len(label), TrainSchedule(steps, 32), 5), warm_cosine(steps)
+    batches, factor = loop.batch_order(len(label), TrainSchedule(steps, 32), 5), warm_cosine(steps)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 1e-2 * factor(step)
@@ -136,15 +135,15 @@ def test_multilabel(image_dataset):
     inputs = torch.from_numpy(tiles.image.mean(axis=(2, 3), dtype=np.float64)).float()
     inputs = (inputs - inputs.mean(0)) / inputs.std(0)
     label = torch.from_numpy(tiles.label.astype(np.int64))
-    task = Task("multilabel", 7)
+    task = MultiLabel(7)
     group = linear(inputs, label, SETTINGS, 400, "multilabel", 7)
-    scores = metrics.score("multilabel", loop.evaluate(group, Data(inputs, label), task, 16).sum(1), 7)
-    always = metrics.counts("multilabel", np.ones_like(label.numpy()), label.numpy(), 7, None)
-    assert scores.max() > metrics.score("multilabel", always.sum(0), 7)
+    scores = MultiLabel(7).score(loop.evaluate(group, Data(inputs, label), task, 16).sum(1))
+    always = MultiLabel(7).counts(np.ones_like(label.numpy()), label.numpy())
+    assert scores.max() > MultiLabel(7).score(always.sum(0))
 
 
 def test_every_epoch_sees_every_sample():
-    seen = loop.order(10, TrainSchedule(5, 4), seed=0)
+    seen = loop.batch_order(10, TrainSchedule(5, 4), seed=0)
     assert torch.equal(seen.flatten().bincount(), torch.full((10,), 2))
 
 
@@ -152,11 +151,11 @@ def test_heads_stop_each_in_its_own_time_and_end_at_their_best(points, maps):
     """On validation labels that are noise; the kept head is one that the checks saw, and scored what they noted."""
     inputs, label = points
     noise = Data(inputs, label[torch.randperm(300, generator=torch.Generator().manual_seed(1))])
-    recipe, task = TrainSchedule(200, 32, patience=3, checks=20), Task("classification", 3)
+    recipe, task = TrainSchedule(200, 32, patience=3, val_checks=20), Classification(3)
     settings = [HParams(3e-1, 1e-6, 0), HParams(1e-5, 1e-6, 1), HParams(1e-2, 1e-6, 2)]
     group = StackedLinear([12], 3, [one.seed for one in settings])
     lane = HeadTrainer(group, settings, task, recipe)
-    orders = torch.stack([loop.order(300, recipe, one.seed) for one in settings], dim=1)
+    orders = torch.stack([loop.batch_order(300, recipe, one.seed) for one in settings], dim=1)
     stopped = np.zeros(3, dtype=int)
     for index in orders:
         lane.step(inputs, index, label[index])
@@ -170,7 +169,7 @@ def test_heads_stop_each_in_its_own_time_and_end_at_their_best(points, maps):
             break
     assert len(set(stopped)) > 1
     lane.restore()
-    scores = metrics.score("classification", loop.evaluate(group, noise, task, 64).sum(1), 3)
+    scores = Classification(3).score(loop.evaluate(group, noise, task, 64).sum(1))
     np.testing.assert_allclose(scores, lane.best)
     for head, setting in enumerate(settings):  # together as alone, with the stops
         alone = loop.fit(partial(StackedLinear, [12], 3), Data(*points), task, [setting], recipe, noise)
@@ -181,15 +180,15 @@ def test_a_dense_head_ends_at_its_best_check(maps):
     validation = Data([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
     kept, task = upernet(*maps, SETTINGS[:1], steps=40, patience=1, validation=validation)
     last, _ = upernet(*maps, SETTINGS[:1], steps=40)
-    of = [metrics.score("segmentation", loop.evaluate(one, validation, task, 8).sum(1), 2)[0] for one in (kept, last)]
+    of = [Segmentation(2).score(loop.evaluate(one, validation, task, 8).sum(1))[0] for one in (kept, last)]
     assert of[0] > of[1], "labels turned round are matched best before training"
 
 
 def test_class_weights_are_torchs(maps):
     logits, label = torch.randn(2, 5, 3, 8, 8), torch.randint(3, (2, 5, 8, 8))
     label[:, :, :3] = 255
-    task = Task("segmentation", 3, 255, (0.2, 1.0, 4.0))
-    for ours, x, y in zip(loss(logits, label, task), logits, label, strict=True):
+    task = Segmentation(3, (0.2, 1.0, 4.0))
+    for ours, x, y in zip(task.loss(logits, label), logits, label, strict=True):
         theirs = torch.nn.functional.cross_entropy(x, y, torch.tensor(task.class_weights), ignore_index=255)
         torch.testing.assert_close(ours, theirs)
 
@@ -200,6 +199,6 @@ def test_bfloat16_trains_and_keeps_parameters_in_float32(maps):
     full, _ = upernet(*maps, SETTINGS[:1], steps=100)
     assert not torch.equal(weights(group, 0), weights(full, 0))
     of = [
-        metrics.score("segmentation", loop.evaluate(one, Data(*maps), task, 8).sum(1), 2)[0] for one in (group, full)
+        Segmentation(2).score(loop.evaluate(one, Data(*maps), task, 8).sum(1))[0] for one in (group, full)
     ]
     assert of[0] == pytest.approx(of[1], abs=0.05)

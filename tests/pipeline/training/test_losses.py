@@ -6,12 +6,12 @@ import torch
 from pipeline.heads.dense import HeadList
 from pipeline.heads.linear import StackedLinear
 from pipeline.heads.upernet import UPerNet
-from pipeline.training.losses import Task, loss, loss_grad, predict_labels
+from pipeline.tasks import Classification, MultiLabel, Segmentation, Task
 
 TASKS = {
-    "classes": Task("classification", 4),
-    "weighted": Task("classification", 4, class_weights=(0.2, 1.0, 4.0, 0.0)),
-    "multilabel": Task("multilabel", 4),
+    "classes": Classification(4),
+    "weighted": Classification(4, (0.2, 1.0, 4.0, 0.0)),
+    "multilabel": MultiLabel(4),
 }
 
 
@@ -25,8 +25,8 @@ def labels(task: Task, heads: int, batch: int) -> torch.Tensor:
 def test_the_slope_is_autograds(name):
     task, logits = TASKS[name], 3 * torch.randn(2, 9, 4)
     label, needed = labels(task, 2, 9), logits.clone().requires_grad_()
-    loss(needed, label, task).sum().backward()
-    torch.testing.assert_close(loss_grad(logits, label, task), needed.grad)
+    task.loss(needed, label).sum().backward()
+    torch.testing.assert_close(task.loss_grad(logits, label), needed.grad)
     assert needed.grad.abs().max() > 0.01
 
 
@@ -38,16 +38,16 @@ def test_linear_heads_pull_as_autograd_does(name, own):
     index = torch.randint(30, (3, 8)) if own else None
     rows = inputs if own else inputs[:8]
     ((_, logits),) = group.forward_heads(rows, index)
-    wanted = torch.autograd.grad(loss(logits, label, task).sum(), list(group.parameters()))
-    group.backward(rows, index, lambda logits, heads: loss_grad(logits, label[heads], task))
+    wanted = torch.autograd.grad(task.loss(logits, label).sum(), list(group.parameters()))
+    group.backward(rows, index, lambda logits, heads: task.loss_grad(logits, label[heads]))
     for parameter, theirs in zip(group.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, theirs)
 
 
 MASKS = {
-    "all pixels": Task("segmentation", 4),
-    "some ignored": Task("segmentation", 4, ignore_value=255),
-    "some ignored, others weighted": Task("segmentation", 4, ignore_value=255, class_weights=(0.2, 1.0, 4.0, 0.0)),
+    "all pixels": Segmentation(4),
+    "some ignored": Segmentation(4),
+    "some ignored, others weighted": Segmentation(4, (0.2, 1.0, 4.0, 0.0)),
 }
 
 
@@ -64,8 +64,8 @@ def test_dense_heads_pull_as_autograd_does_through_torchs_resize(name, size):
     wanted = []
     for head, rows, true in zip(group.heads, index, label, strict=True):
         resized = torch.nn.functional.interpolate(head([one[rows] for one in levels]), size, mode="bilinear")
-        wanted += torch.autograd.grad(loss(resized[None], true[None], task).sum(), list(head.parameters()))
-    group.backward(levels, index, lambda logits, heads: loss_grad(logits, label[heads], task))
+        wanted += torch.autograd.grad(task.loss(resized[None], true[None]).sum(), list(head.parameters()))
+    group.backward(levels, index, lambda logits, heads: task.loss_grad(logits, label[heads]))
     for parameter, theirs in zip(group.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, theirs, rtol=1e-4, atol=1e-6)
     assert max(one.abs().max() for one in wanted) > 0.01
@@ -73,9 +73,9 @@ def test_dense_heads_pull_as_autograd_does_through_torchs_resize(name, size):
 
 def test_masks_without_a_label_pull_nowhere():
     logits, label = torch.randn(1, 2, 4, 5, 5), torch.full((1, 2, 5, 5), 255, dtype=torch.uint8)
-    assert loss_grad(logits, label, MASKS["some ignored"]).abs().max() == 0
+    assert MASKS["some ignored"].loss_grad(logits, label).abs().max() == 0
     with pytest.raises(RuntimeError, match="out of bounds"):
-        loss_grad(logits, label, MASKS["all pixels"])
+        MASKS["all pixels"].loss_grad(logits, label)
 
 
 @pytest.mark.parametrize("name", ["classes", "multilabel"])
@@ -84,7 +84,7 @@ def test_what_is_no_number_is_wrong(name):
     label = labels(task, 1, 9)[0]
     logits[0] = torch.nan
     logits[1, 3, 2] = torch.inf
-    found = predict_labels(logits, label, task, dim=2)
+    found = task.predict_labels(logits, label, dim=2)
     assert (found[0] != label).all()
     plain = (logits[1] > 0).long() if name == "multilabel" else logits[1].argmax(1)
     if name == "multilabel":
@@ -95,7 +95,7 @@ def test_what_is_no_number_is_wrong(name):
 
 
 def test_masks_of_a_diverged_head_are_wrong_where_they_count():
-    task, label = Task("segmentation", 2, ignore_value=255), torch.tensor([[[0, 1], [255, 1]]], dtype=torch.uint8)
-    found = predict_labels(torch.full((1, 2, 2, 2), torch.nan), label, task, dim=1)
+    task, label = Segmentation(2), torch.tensor([[[0, 1], [255, 1]]], dtype=torch.uint8)
+    found = task.predict_labels(torch.full((1, 2, 2, 2), torch.nan), label, dim=1)
     assert found[0, 0].tolist() == [1, 0]
     assert found[0, 1, 1] == 0

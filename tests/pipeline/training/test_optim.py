@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pipeline.training.optim import StackedAdamW, TorchAdamW, parameter_groups, warm_cosine
+from pipeline.training.optim import FusedAdamW, StackedAdamW, parameter_groups, warm_cosine
 
 RATES, DECAYS = [1e-2, 3e-1, 1e-4], [1e-2, 0.0, 30.0]
 
@@ -42,7 +42,7 @@ def test_one_networks_numbers_are_exactly_torchs():
     ours = ours.to(memory_format=torch.channels_last)
     ours.unused = torch.nn.Linear(2, 2)
     theirs = copy.deepcopy(ours)
-    mine = TorchAdamW(ours, 1e-2, 0.3)
+    mine = FusedAdamW(ours, 1e-2, 0.3)
     optimiser = torch.optim.AdamW(parameter_groups(theirs, 1e-2, 0.3), fused=True)
     factor = warm_cosine(30)
     for step in range(30):

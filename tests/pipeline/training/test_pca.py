@@ -12,10 +12,11 @@ from pipeline.heads.config import HeadConfig
 from pipeline.heads.linear import StackedLinear
 from pipeline.training import feature_inputs, loop, pca, task_data
 from pipeline.training.feature_loader import StreamedFeatures
+from pipeline.tasks import Classification
 from pipeline.training.loop import HParams
 
 TRAINING = np.arange(300)
-TASK = loop.Task("classification", 2, None)
+TASK = Classification(2)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,12 @@ def bands(image_dataset, tmp_path_factory):
 def inputs_of(bands, rows=TRAINING) -> torch.Tensor:
     fields, by = bands
     return torch.cat(
-        [feature_inputs.standardised(field, rows, each) for field, each in zip(fields, by, strict=True)], dim=1
+        [feature_inputs.read_standardized(field, rows, each) for field, each in zip(fields, by, strict=True)], dim=1
     )
 
 
 def turns_of(bands) -> list[torch.Tensor]:
-    return pca.principal(*bands, TRAINING)
+    return pca.principal_axes(*bands, TRAINING)
 
 
 def test_features_are_uncorrelated_in_their_axes_and_flat_ones_are_zero(bands):
@@ -75,9 +76,9 @@ def test_axes_do_not_depend_on_how_many_threads_there_are(bands):
 def test_a_head_turned_back_says_the_same(bands):
     turns, plain = turns_of(bands), inputs_of(bands)
     group = StackedLinear([plain.shape[1]], 5, [0, 1])
-    ((_, wanted),) = group.forward_heads(pca.turned(plain, turns), None)
+    ((_, wanted),) = group.forward_heads(pca.rotate(plain, turns), None)
     wanted = wanted.detach().clone()
-    pca.turn_back(group, turns)
+    pca.rotate_back(group, turns)
     ((_, said),) = group.forward_heads(plain, None)
     torch.testing.assert_close(said, wanted, atol=1e-5, rtol=1e-5)
 
@@ -85,10 +86,10 @@ def test_a_head_turned_back_says_the_same(bands):
 def test_streamed_vectors_are_turned_like_those_in_memory(bands):
     fields, by = bands
     turns = turns_of(bands)
-    stream = StreamedFeatures(fields, by, TRAINING, "cpu", vectors=True)
+    stream = StreamedFeatures(fields, by, TRAINING, "cpu", is_pooled=True)
     rows = torch.arange(len(TRAINING)).split(64)
-    said = torch.cat([batch.clone() for batch in pca.turned(stream, turns).batches(rows)])
-    torch.testing.assert_close(said, pca.turned(inputs_of(bands), turns))
+    said = torch.cat([batch.clone() for batch in pca.rotate(stream, turns).batches(rows)])
+    torch.testing.assert_close(said, pca.rotate(inputs_of(bands), turns))
     plain = torch.cat([batch.clone() for batch in stream.batches(rows)])
     assert torch.equal(plain, inputs_of(bands)), "the stream itself is not turned"
 
@@ -123,9 +124,9 @@ def test_channels_that_differ_by_little_are_still_told_apart():
     field = (_Array(values.astype(np.float32)), "pooled/x")
     rows = np.arange(1500)
     by = feature_inputs.channel_stats(field, rows)
-    turns = pca.principal([field], [by], rows)
+    turns = pca.principal_axes([field], [by], rows)
     part = task_data.SplitData(
-        feature_inputs.standardised(field, rows, by), torch.from_numpy(label), [str(row) for row in rows]
+        feature_inputs.read_standardized(field, rows, by), torch.from_numpy(label), [str(row) for row in rows]
     )
     blueprint = HeadConfig("linear", "concat", (((3,),),), 2)
     train = task_data.make_trainer({"train": part}, TASK, loop.TrainSchedule(600, 32), blueprint, turns)

@@ -8,8 +8,8 @@ from scipy.special import expit, softmax
 from sklearn.metrics import accuracy_score, f1_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from pipeline import metrics
 from pipeline.errors import UserError
+from pipeline.tasks import Classification, MultiLabel, Segmentation
 from pipeline.training import predictions
 
 NAMES = ["s2", "s0", "s1", "s3"]
@@ -28,10 +28,10 @@ def kept(table, path):
 
 def test_classes(generator, tmp_path):
     logits, label = generator.normal(size=(3, 4, 5)).astype(np.float32), generator.integers(5, size=4)
-    table = kept(predictions.of_samples(NAMES, label, logits, "classification"), tmp_path)
-    samples, counts = predictions.counts(table, "classification", 5)
+    table = kept(predictions.prediction_table(NAMES, label, logits, "classification"), tmp_path)
+    samples, counts = predictions.counts_from_table(table, "classification", 5)
     assert samples == sorted(NAMES)
-    scores = metrics.score("classification", counts.sum(1), 5)
+    scores = Classification(5).score(counts.sum(1))
     assert scores == pytest.approx([accuracy_score(label, one.argmax(1)) for one in logits])
     row = table[(table.seed == 1) & (table["sample"] == "s0")].iloc[0]
     np.testing.assert_allclose(row.probability, softmax(logits[1, 1].astype(float)), rtol=1e-5)
@@ -40,9 +40,9 @@ def test_classes(generator, tmp_path):
 
 def test_several_labels(generator, tmp_path):
     logits, label = generator.normal(size=(2, 4, 3)), generator.integers(2, size=(4, 3))
-    table = kept(predictions.of_samples(NAMES, label, logits, "multilabel"), tmp_path)
-    _, counts = predictions.counts(table, "multilabel", 3)
-    scores = metrics.score("multilabel", counts.sum(1), 3)
+    table = kept(predictions.prediction_table(NAMES, label, logits, "multilabel"), tmp_path)
+    _, counts = predictions.counts_from_table(table, "multilabel", 3)
+    scores = MultiLabel(3).score(counts.sum(1))
     assert scores == pytest.approx([f1_score(label, one > 0, average="micro") for one in logits])
     row = table[(table.seed == 1) & (table["sample"] == "s1")].iloc[0]
     np.testing.assert_allclose(row.probability, expit(logits[1, 2]), rtol=1e-6)
@@ -51,12 +51,12 @@ def test_several_labels(generator, tmp_path):
 def test_masks(generator, tmp_path):
     label, said = generator.integers(3, size=(4, 8, 8)), generator.integers(3, size=(2, 4, 8, 8))
     label[:, :2] = 255
-    each = np.stack([metrics.counts("segmentation", one, label, 3, 255) for one in said])
-    table = kept(predictions.of_masks(NAMES, each), tmp_path)
-    samples, counts = predictions.counts(table, "segmentation", 3)
+    each = np.stack([Segmentation(3).counts(one, label) for one in said])
+    table = kept(predictions.confusion_table(NAMES, each), tmp_path)
+    samples, counts = predictions.counts_from_table(table, "segmentation", 3)
     np.testing.assert_array_equal(counts, each[:, [NAMES.index(name) for name in samples]])
     theirs = MulticlassJaccardIndex(3, ignore_index=255)
-    scores = metrics.score("segmentation", counts.sum(1), 3)
+    scores = Segmentation(3).score(counts.sum(1))
     assert scores == pytest.approx([float(theirs(torch.tensor(one), torch.tensor(label))) for one in said])
 
 
@@ -64,4 +64,4 @@ def test_a_diverged_head_is_no_result(generator):
     logits = generator.normal(size=(3, 4, 5)).astype(np.float32)
     logits[2, 1, 0] = np.nan
     with pytest.raises(UserError, match=r"with 1 of 3 seeds \(2\), at .* smaller ones: search.learning_rate"):
-        predictions.of_samples(NAMES, generator.integers(5, size=4), logits, "classification")
+        predictions.prediction_table(NAMES, generator.integers(5, size=4), logits, "classification")

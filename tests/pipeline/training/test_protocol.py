@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score
 
-from pipeline import metrics
 from pipeline.config import HeadsConfig, LinearHeadConfig, SearchConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
 from pipeline.training import predictions, protocol, task_data
+from pipeline.tasks import Segmentation
 from pipeline.training.feature_loader import StreamedFeatures
 
 HEADS = HeadsConfig(
@@ -30,7 +30,7 @@ def test_chips_searched_trained_and_kept(informative_chips, capsys):
     tuned = protocol.tune(cell, SEARCH, "d m")
     assert len(tuned["trials"]) == 4
     assert capsys.readouterr().out.count("d m: 2 trials, best on validation") == 2
-    tested = protocol.test(load(informative_chips, ["high", "low"]), tuned["best"], 3, TOLD)
+    tested = protocol.train_and_test(load(informative_chips, ["high", "low"]), tuned["best"], 3, TOLD)
     runs, kept = tested.runs, tested.predicted
     assert len(runs) == 3
     assert set(runs.protocol) == {"frozen"}
@@ -53,27 +53,27 @@ def test_the_kept_counts_are_those_of_the_evaluation(informative_chips):
 
     cell = load(informative_chips, ["high", "none"])
     group = cell.train([HParams(0.05, 0.01, seed) for seed in range(3)])
-    kept = protocol.test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
-    _, counts = predictions.counts(kept, "classification", 4)
+    kept = protocol.train_and_test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
+    _, counts = predictions.counts_from_table(kept, "classification", 4)
     np.testing.assert_array_equal(counts, cell.counts(group, "test"))
 
 
 def test_masks_keep_their_confusion(informative_masks):
-    cell = load(informative_masks, ["knows", "coarse"])
-    tested = protocol.test(cell, {"learning_rate": 0.01, "weight_decay": 0.01}, 2, TOLD)
+    cell = load(informative_masks, ["fine", "coarse"])
+    tested = protocol.train_and_test(cell, {"learning_rate": 0.01, "weight_decay": 0.01}, 2, TOLD)
     runs, kept = tested.runs, tested.predicted
-    samples, counts = predictions.counts(kept, "segmentation", 3)
-    assert samples == cell.parts["test"].sample
-    assert counts.sum() == 2 * (cell.parts["test"].label != 255).sum()
-    assert metrics.score("segmentation", counts.sum(1), 3).tolist() == runs.score.tolist()
+    samples, counts = predictions.counts_from_table(kept, "segmentation", 3)
+    assert samples == cell.splits["test"].sample
+    assert counts.sum() == 2 * (cell.splits["test"].label != 255).sum()
+    assert Segmentation(3).score(counts.sum(1)).tolist() == runs.score.tolist()
     assert not any(math.isnan(value) for value in runs.val_score)
 
 
 def test_streamed_chips_are_kept_as_those_in_memory(informative_chips):
     best = {"learning_rate": 0.05, "weight_decay": 0.01}
     cell = load(informative_chips, ["high", "low"], heads=dataclasses.replace(HEADS, max_feature_gb=0.0))
-    assert isinstance(cell.parts["test"].inputs, StreamedFeatures)
-    tested = protocol.test(cell, best, 2, TOLD)
+    assert isinstance(cell.splits["test"].inputs, StreamedFeatures)
+    tested = protocol.train_and_test(cell, best, 2, TOLD)
     runs, kept = tested.runs, tested.predicted
     for seed, table in kept.groupby("seed"):
         assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
@@ -87,7 +87,7 @@ def test_a_search_whose_heads_all_but_diverge_takes_one_that_does_not(informativ
     products = {one["learning_rate"] * one["weight_decay"]: one["score"] for one in tuned["trials"]}
     assert max(products) > 20  # which multiplies weights by less than -10 in every step
     assert products[max(products)] == 0
-    tested = protocol.test(load(informative_chips, ["high"]), tuned["best"], 2, TOLD)
+    tested = protocol.train_and_test(load(informative_chips, ["high"]), tuned["best"], 2, TOLD)
     assert np.isfinite(np.stack(tested.predicted.probability)).all()
 
 
@@ -96,11 +96,11 @@ def diverging(cell: task_data.TaskData, heads: set[int]) -> task_data.TaskData:
 
     def train(settings):
         group = cell.train(settings)
-        for lane in group.lanes():
+        for lane in group.independent_heads():
             for parameter in lane.parameters():
-                if group.stacked:
+                if group.is_stacked:
                     parameter.data[[*heads]] = float("nan")
-        if not group.stacked:
+        if not group.is_stacked:
             for head in heads:
                 next(group.heads[head].parameters()).data.fill_(float("nan"))
         return group
@@ -110,15 +110,15 @@ def diverging(cell: task_data.TaskData, heads: set[int]) -> task_data.TaskData:
 
 @pytest.mark.parametrize("of", ["chips", "masks"])
 def test_a_seed_that_diverged_is_no_score(informative_chips, informative_masks, of):
-    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["knows"])
+    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["fine"])
     best = {"learning_rate": 0.01, "weight_decay": 0.01}
     with pytest.raises(UserError, match=r"diverged with 1 of 3 seeds \(1\), at"):
-        protocol.test(diverging(cell, {1}), best, 3, TOLD)
+        protocol.train_and_test(diverging(cell, {1}), best, 3, TOLD)
 
 
 @pytest.mark.parametrize("of", ["chips", "masks"])
 def test_trials_that_diverged_are_not_chosen_and_a_search_of_them_alone_is_refused(informative_chips, informative_masks, of):
-    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["knows"])
+    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["fine"])
     tuned = protocol.tune(diverging(cell, {1}), SEARCH, "d m")
     assert [trial.get("diverged", False) for trial in tuned["trials"]] == [False, True] * 2
     assert tuned["best"]["learning_rate"] in {tuned["trials"][place]["learning_rate"] for place in (0, 2)}
@@ -128,11 +128,11 @@ def test_trials_that_diverged_are_not_chosen_and_a_search_of_them_alone_is_refus
 
 def test_a_run_says_what_was_trained_on_what(informative_chips, informative_masks):
     best = {"learning_rate": 0.01, "weight_decay": 0.01}
-    (head,) = set(protocol.test(load(informative_chips, ["high", "low"]), best, 2, TOLD).runs["head"])
+    (head,) = set(protocol.train_and_test(load(informative_chips, ["high", "low"]), best, 2, TOLD).runs["head"])
     assert head.startswith("linear, concat, ")
     heads = dataclasses.replace(HEADS, fusion="average", levels=(-1,), class_weights="balanced")
-    (head,) = set(protocol.test(load(informative_masks, ["knows", "coarse"], heads=heads), best, 2, TOLD).runs["head"])
+    (head,) = set(protocol.train_and_test(load(informative_masks, ["fine", "coarse"], heads=heads), best, 2, TOLD).runs["head"])
     assert head.startswith("upernet of 4 channels, average, level")
     assert head.endswith(", balanced class weights")
-    (head,) = set(protocol.test(load(informative_masks, ["knows"], heads=heads), best, 2, TOLD).runs["head"])
+    (head,) = set(protocol.train_and_test(load(informative_masks, ["fine"], heads=heads), best, 2, TOLD).runs["head"])
     assert "average" not in head, "one member is not fused"

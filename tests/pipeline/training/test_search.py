@@ -47,32 +47,32 @@ def test_a_killed_search_goes_on_after_its_last_whole_round(tmp_path, rounds):
         return bump(settings)
 
     with pytest.raises(Killed):
-        search(until_killed, DESCRIBED, study, about="lite0")
+        search(until_killed, DESCRIBED, study, cache_key="lite0")
     assert len(json.loads(study.read_text())["trials"]) == 4 * rounds
     after = []
-    found = search(lambda settings: after.append(settings) or bump(settings), DESCRIBED, study, about="lite0")
+    found = search(lambda settings: after.append(settings) or bump(settings), DESCRIBED, study, cache_key="lite0")
     unbroken = []
     assert found == search(lambda settings: unbroken.append(settings) or bump(settings), DESCRIBED)
     assert asked + after == unbroken
-    assert search(until_killed, DESCRIBED, study, about="lite0") == found, "a finished study asks for nothing"
+    assert search(until_killed, DESCRIBED, study, cache_key="lite0") == found, "a finished study asks for nothing"
 
 
 def test_a_study_of_something_else_or_a_torn_one_is_begun_anew(tmp_path):
     study = tmp_path / "one.json"
-    found = search(bump, DESCRIBED, study, about="lite0")
+    found = search(bump, DESCRIBED, study, cache_key="lite0")
     calls = []
 
     def counted(settings):
         calls.append(settings)
         return bump(settings)
 
-    search(counted, DESCRIBED, study, about="other features")
+    search(counted, DESCRIBED, study, cache_key="other features")
     assert len(calls) == 4
     study.write_bytes(study.read_bytes()[:40])
-    assert search(counted, DESCRIBED, study, about="lite0") == found
+    assert search(counted, DESCRIBED, study, cache_key="lite0") == found
     assert len(calls) == 8
     study.write_bytes(b"\xff\xfe no text")
-    assert search(counted, DESCRIBED, study, about="lite0") == found
+    assert search(counted, DESCRIBED, study, cache_key="lite0") == found
     assert len(calls) == 12
 
 

@@ -12,7 +12,6 @@ from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
-from pipeline import metrics
 from pipeline.composition import search
 from pipeline.config import CompositionConfig, FcnHeadConfig, HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.data import image_store, image_writer
@@ -70,20 +69,20 @@ def load(made, task="segmentation", names=("pyramid", "flat"), splits=("train", 
 
 
 def score(cell, group, split="val"):
-    return metrics.score(cell.task.kind, cell.counts(group, split).sum(1), cell.task.classes)
+    return cell.task.score(cell.counts(group, split).sum(1))
 
 
 @pytest.mark.parametrize("task", ["segmentation", "multilabel"])
 def test_streamed_features_are_those_in_memory(made, task):
     """Heads evaluated on either have the same counts; a head among others, streamed, is the head alone."""
     held, streamed = load(made, task), load(made, task, max_feature_gb=0.0)
-    assert isinstance(streamed.parts["train"].inputs, StreamedFeatures)
+    assert isinstance(streamed.splits["train"].inputs, StreamedFeatures)
     group = held.train(SETTINGS)
     for split in ("train", "val"):
         np.testing.assert_array_equal(held.counts(group, split), streamed.counts(group, split))
     together, alone = streamed.train(SETTINGS), streamed.train(SETTINGS[1:])
-    for both, one in zip(together.lanes()[-1].parameters(), alone.lanes()[0].parameters(), strict=True):
-        torch.testing.assert_close(both[-1:] if alone.stacked else both, one, rtol=1e-3, atol=1e-4)
+    for both, one in zip(together.independent_heads()[-1].parameters(), alone.independent_heads()[0].parameters(), strict=True):
+        torch.testing.assert_close(both[-1:] if alone.is_stacked else both, one, rtol=1e-3, atol=1e-4)
 
 
 def test_streamed_batches_come_in_one_order_for_every_seed(made):
@@ -91,8 +90,8 @@ def test_streamed_batches_come_in_one_order_for_every_seed(made):
     cell = load(made, "multilabel", max_feature_gb=0.0)
     seeds = [HParams(1e-2, 0.0, seed) for seed in (0, 1)]
     group = cell.train(seeds)
-    part, recipe = cell.parts["train"], loop.TrainSchedule(60, 32)
-    begun = [loop.order(len(part.label), recipe, seed)[0].tolist() for seed in (0, 1)]
+    part, recipe = cell.splits["train"], loop.TrainSchedule(60, 32)
+    begun = [loop.batch_order(len(part.label), recipe, seed)[0].tolist() for seed in (0, 1)]
     assert begun[0] != begun[1]
     shared = loop.fit(lambda seeds: type(group)([64], 7, [0 for _ in seeds]), part, cell.task, seeds, recipe)
     assert torch.equal(shared.weights[0][0], shared.weights[0][1])
@@ -101,7 +100,7 @@ def test_streamed_batches_come_in_one_order_for_every_seed(made):
 def test_streamed_heads_stop_too(made):
     cell = load(made, max_feature_gb=0.0, segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1))
     held = load(made, segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1))
-    assert "val" in load(made, splits=("train",), segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1)).parts
+    assert "val" in load(made, splits=("train",), segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1)).splits
     for one in (cell, held):
         assert np.isfinite(score(one, one.train(SETTINGS))).all()
 
@@ -113,7 +112,7 @@ def test_members_of_other_grids_and_numbers_of_levels_join_in_every_way(made, ta
     group = cell.train(SETTINGS)
     assert cell.counts(group, "val").shape[0] == 2
     if task == "segmentation":
-        assert [tuple(level.shape[-2:]) for level in cell.parts["val"].inputs] == [
+        assert [tuple(level.shape[-2:]) for level in cell.splits["val"].inputs] == [
             (side, side) for name in ("pyramid", "flat", "three") for side in GRIDS[name]
         ], "held on their own grids"
 
@@ -168,15 +167,15 @@ def test_the_linear_probe_learns(made):
 
 def test_chosen_levels(made):
     cell = load(made, levels=(0, -1))
-    assert [tuple(level.shape[-2:]) for level in cell.parts["val"].inputs] == [(32, 32), (4, 4), (8, 8), (8, 8)]
-    assert load(made, "multilabel", levels=(-1,)).parts["val"].inputs.shape[1] == 16
+    assert [tuple(level.shape[-2:]) for level in cell.splits["val"].inputs] == [(32, 32), (4, 4), (8, 8), (8, 8)]
+    assert load(made, "multilabel", levels=(-1,)).splits["val"].inputs.shape[1] == 16
     with pytest.raises(StoreError, match="asks for level 3, and a member of this model has 3"):
         load(made, names=("pyramid", "three"), levels=(3,))
 
 
 def test_balanced_weights_follow_the_training_split(made):
     cell = load(made, class_weights="balanced")
-    label = cell.parts["train"].label
+    label = cell.splits["train"].label
     count = label[label != 255].long().bincount(minlength=cell.task.n_classes)
     assert torch.tensor(cell.task.class_weights)[count > 0] @ count[count > 0].float() == pytest.approx(count.sum().item())
     rarest = int(torch.where(count > 0, count, count.max()).argmin())

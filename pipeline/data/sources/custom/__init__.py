@@ -22,7 +22,7 @@ from pipeline.data.download import file_sha256
 from pipeline.data.image_store import UNLABELLED, LazyImageDataset
 from pipeline.data.sources.custom.csv_labels import read_table
 from pipeline.data.sources.custom.mask_labels import MaskLabels, pair_masks
-from pipeline.data.sources.custom.options import CustomOptions, is_table, validate_options, check_band_means
+from pipeline.data.sources.custom.options import CustomOptions, check_band_means, is_table, validate_options
 from pipeline.data.sources.custom.polygon_labels import read_polygons
 from pipeline.data.sources.custom.samples import Chip, CustomSampleReader, assign_splits, read_all
 from pipeline.data.sources.custom.scenes import find_files, open_image, open_scene_files, sidecar_files
@@ -34,6 +34,7 @@ __all__ = ["REQUIRED_KEYS", "OPTIONAL_KEYS", "CustomOptions", "validate_options"
 
 REQUIRED_KEYS = ("task",)
 OPTIONAL_KEYS = ("chip", "block", "splits")
+Options = CustomOptions
 _RASTERS = (".tif", ".tiff", ".png", ".jp2", ".vrt", ".img")
 
 
@@ -63,13 +64,13 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
         reader, notes, classes = _from_table(options, dataset, folder)
     else:
         reader, notes, classes = _from_masks(options, dataset, folder)
-    areas = read_all(reader.chips, lambda name: reader.areas(reader.chips[name]), options.skip_bad, notes)
+    areas = read_all(reader.chips, lambda name: reader.class_areas(reader.chips[name]), options.skip_bad, notes)
     if len(classes) < 2 and dataset.task != "multilabel":
         raise UserError(
             f"There is one class, {', '.join(classes)}, and nothing to tell it from. Ground without a label does not "
             "count: for a background, label some ground as such."
         )
-    kept = [name for name, area in areas.items() if area.any() or (not reader.mask and dataset.task == "multilabel")]
+    kept = [name for name, area in areas.items() if area.any() or (not reader.read_mask and dataset.task == "multilabel")]
     if len(kept) < len(areas):
         why = f"where no class covers {options.purity:.0%}" if dataset.task == "classification" else "without a label"
         notes.append(f"{len(areas) - len(kept)} of {len(areas)} chips {why} are left out")
@@ -78,7 +79,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
             f"No chip of {dataset.chip} px can be used ({notes[-1]}). Use smaller chips or another purity."
         )
     deal, shared = assign_splits(
-        {name: reader.chips[name] for name in kept}, areas, reader.size if reader.mask else 0, options.split, dataset
+        {name: reader.chips[name] for name in kept}, areas, reader.chip_size if reader.read_mask else 0, options.split, dataset
     )
     notes += [shared] if shared else []
     notes += _absent(classes, np.stack([areas[name] for name in kept]), np.array(deal))
@@ -89,7 +90,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
     reader = replace(reader, chips={name: reader.chips[name] for name in kept} | more)
     chips = list(reader.chips.values())
     first = chips[0].image
-    height, width = (reader.size, reader.size) if reader.size else (first.height, first.width)
+    height, width = (reader.chip_size, reader.chip_size) if reader.chip_size else (first.height, first.width)
     if any(chip.image.may_have_nodata for chip in chips):
         notes.append("where some band has no data, all have the mean of their chip's other pixels")
     if len(kinds := sorted({str(chip.image.dtype) for chip in chips})) > 1:
@@ -114,7 +115,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
         notes=notes,
         crs=[chip.image.crs for chip in chips] if located else None,
         transform=np.array([
-            chip.image.resampled_transform(reader.size) if reader.size and not reader.mask
+            chip.image.resampled_transform(reader.chip_size) if reader.chip_size and not reader.read_mask
             else chip.image.window_transform(chip.row, chip.column) for chip in chips
         ]) if located else None,
         read_sample=reader,

@@ -47,28 +47,28 @@ class CustomSampleReader:
     """
 
     chips: dict[str, Chip]
-    size: int
+    chip_size: int
     task: str
     n_classes: int
     purity: float
-    mask: Callable[[RasterImage, Window], np.ndarray] | None
+    read_mask: Callable[[RasterImage, Window], np.ndarray] | None
 
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         chip = self.chips[name]
-        lat, lon = chip.image.latlon(*_centre(chip, self.size if self.mask else 0))
+        lat, lon = chip.image.latlon(*_centre(chip, self.chip_size if self.read_mask else 0))
         time = parse_timestamp(chip.time, "the time")
-        image, valid = chip.image.read(self.window(chip)) if self.mask else chip.image.read(size=self.size)
+        image, valid = chip.image.read(self.window(chip)) if self.read_mask else chip.image.read(size=self.chip_size)
         if not valid.any():
             raise UserError(f"{chip.image.paths[0]} has no data here: every pixel is nodata in some band.")
         image = fill_nodata(image, valid)
         if not chip.labelled:
             label = missing_label(self.task, self.n_classes, image.shape[1:])
         else:
-            label = self.label(chip, valid) if self.mask else np.array(chip.label)
+            label = self.label(chip, valid) if self.read_mask else np.array(chip.label)
         return Sample(image, label, lat, lon, time)
 
     def window(self, chip: Chip) -> Window:
-        return Window(chip.column, chip.row, self.size, self.size)
+        return Window(chip.column, chip.row, self.chip_size, self.chip_size)
 
     def label(self, chip: Chip, valid: np.ndarray) -> np.ndarray:
         """The label of a chip with a mask: that, the class that covers it, or the classes in it."""
@@ -78,9 +78,9 @@ class CustomSampleReader:
         areas = np.bincount(mask[mask != IGNORE], minlength=self.n_classes)
         return np.int64(areas.argmax()) if self.task == "classification" else (areas > 0).astype(np.uint8)
 
-    def areas(self, chip: Chip) -> np.ndarray:
+    def class_areas(self, chip: Chip) -> np.ndarray:
         """How much of each class a chip has; nothing for one that cannot be used."""
-        if not self.mask:
+        if not self.read_mask:
             one = np.zeros(self.n_classes)
             one[np.flatnonzero(chip.label) if self.task == "multilabel" else [chip.label]] = 1
             return one
@@ -92,7 +92,7 @@ class CustomSampleReader:
 
     def _labels(self, chip: Chip, valid: np.ndarray) -> np.ndarray:
         """Labels of a chip's pixels, of those that hold data."""
-        return np.where(valid, self.mask(chip.image, self.window(chip)), IGNORE).astype(np.uint8)
+        return np.where(valid, self.read_mask(chip.image, self.window(chip)), IGNORE).astype(np.uint8)
 
 
 def read_all(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:

@@ -54,16 +54,16 @@ def unlabelled_samples(
     for one in pictures:
         # With its ending, which no labelled image's name has.
         name = str(Path(one.paths[0]).relative_to(options.folder))
-        if reader.mask:
-            for row, column in chip_corners(one.height, one.width, reader.size).tolist():
+        if reader.read_mask:
+            for row, column in chip_corners(one.height, one.width, reader.chip_size).tolist():
                 chips[f"{name}_r{row:05d}c{column:05d}"] = Chip(one, row, column, None, options.time, labelled=False)
         else:
-            _check_size(one, labelled[0].image, reader.size)
+            _check_size(one, labelled[0].image, reader.chip_size)
             chips[name] = Chip(one, label=None, time=options.time, labelled=False)
-    kept = _with_data(chips, reader, options, notes) if reader.mask else chips
+    kept = _with_data(chips, reader, options, notes) if reader.read_mask else chips
     if not kept:
         raise UserError(
-            f"No image of unlabelled ({options.unlabelled}) has {reader.size} x {reader.size} px, all with data. "
+            f"No image of unlabelled ({options.unlabelled}) has {reader.chip_size} x {reader.chip_size} px, all with data. "
             "Use smaller chips or other images."
         )
     return kept, notes + _overlap_note(kept, reader, deal)
@@ -117,7 +117,7 @@ def _with_data(
 
 def _overlap_note(chips: Mapping[str, Chip], reader: CustomSampleReader, deal: Mapping[str, str]) -> list[str]:
     """What to say of ground of val and test that unlabelled chips show."""
-    size = reader.size if reader.mask else 0
+    size = reader.chip_size if reader.read_mask else 0
     held = [footprint(reader.chips[name], size) for name, split in deal.items() if split != "train"]
     count = len(np.unique(overlaps_between([footprint(chip, size) for chip in chips.values()], held)[:, 0]))
     said = f"{count} of {len(chips)} unlabelled chips share ground with val or test"

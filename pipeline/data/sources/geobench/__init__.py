@@ -1,7 +1,9 @@
-"""GEO-Bench 1.0 (Lacoste et al. 2023, arXiv 2306.03831) as released: one HDF5 file a sample, twelve sets.
+"""Source `geobench`: the twelve sets of GEO-Bench 1.0 as released, one HDF5 file per sample.
 
-The files were never regenerated, so every copy has the same faults; those of the bands' names, places and dates are
-put right unless `as_labelled` asks for them as they are.
+All copies of the released files have the same faults. Wrong band names, locations and dates are corrected, unless the
+option `keep_released_metadata` is set.
+
+Source: Lacoste et al. 2023, GEO-Bench, arXiv 2306.03831.
 """
 
 import json
@@ -17,32 +19,41 @@ from h5py import h5d
 from pipeline.bands import Band
 from pipeline.config import DatasetConfig, Params, parse
 from pipeline.data.image_store import LazyImageDataset
+from pipeline.data.sources import DatasetSize
 from pipeline.data.sources.geobench import classification, partitions, segmentation
-from pipeline.data.sources.geobench import reader as read
-from pipeline.data.sources.geobench.attributes import short_repr
 from pipeline.data.sources.geobench.band_check import BandMeanCheck
 from pipeline.data.sources.geobench.download import describe_files, existing_files, local_folder
+from pipeline.data.sources.geobench.reader import (
+    GeoBenchReader,
+    check_numeric,
+    file_error,
+    keys_without_dates,
+    open_hdf5,
+)
 from pipeline.data.sources.geobench.spec import GeoBenchSet
 from pipeline.errors import UserError
-from pipeline.plan import DatasetSize
 
-SETS = {one.name: one for one in (*classification.SETS, *segmentation.SETS)}
-# Standard deviations between two bands' means that tell them apart, where these are of all images, and where they are
-# of band_stats.json, which GEO-Bench made of a thousand at most.
-_TOLD, _TOLD_OF_FEW = 0.03, 0.1
-# Samples that are read to see how fast that goes.
-_FEW = 8
+SETS = {spec.name: spec for spec in (*classification.SETS, *segmentation.SETS)}
+# In standard deviations: a swap of two bands is detected if their published means differ by more. The means in
+# band_stats.json are less precise: GEO-Bench computed them from at most 1000 images.
+MIN_SEPARATION, MIN_SEPARATION_BAND_STATS = 0.03, 0.1
+# Samples that are read to measure the reading speed.
+TIMED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class GeoBenchOptions:
-    """`options` of a block in params.yaml.
+    """Options of a GEO-Bench dataset in params.yaml.
 
-    `set` is the set's name; `partition` is `default` or one with fewer labels, such as `0.01x_train`. `bands` keeps
-    some, by name, and in this order; none given keeps all. `as_labelled` reproduces the released labels of bands,
-    places and dates, and keeps pictures that were divided by 255 so. `ignore_nodata` leaves pixels of the class "no
-    data" out of loss and score, which GEO-Bench does not. `skip_bad` leaves out samples that cannot be read.
-    `check_means` compares the full set's bands with the published means.
+    Attributes:
+        set: name of the set, such as `m-eurosat`.
+        partition: `default`, or one with fewer labels, such as `0.01x_train`.
+        bands: names of the bands to use, in this order; empty for all.
+        keep_released_metadata: keep band names, locations and dates as released, even where they are wrong, and keep
+            8-bit images divided by 255 as they are.
+        ignore_nodata: exclude pixels of the class "no data" from loss and score. GEO-Bench does not.
+        skip_bad: skip samples that cannot be read.
+        check_means: compare the band means of the full set with the published means.
     """
 
     set: str
@@ -54,164 +65,247 @@ class GeoBenchOptions:
     check_means: bool = True
 
 
-def validate_options(options: GeoBenchOptions, dataset: DatasetConfig, where: str) -> None:
-    """Refuse options that no set has."""
+Options = GeoBenchOptions
+
+
+def validate_options(options: GeoBenchOptions, dataset: DatasetConfig, dataset_key: str) -> None:
+    """Check the options against the set.
+
+    Args:
+        dataset_key: key of the dataset in params.yaml, such as `datasets.eurosat`.
+
+    Raises:
+        UserError: the set does not exist, or lacks a band or the class "no data".
+    """
     if options.set not in SETS:
-        raise UserError(f"{where}: there is no set '{options.set}'. GEO-Bench has: {', '.join(SETS)}.")
-    declared = SETS[options.set]
-    _chosen(declared, options)
-    if options.ignore_nodata and declared.nodata_class is None:
-        raise UserError(f"{where}: {declared.name} has no class 'no data' to ignore.")
+        raise UserError(
+            f"{dataset_key}: there is no set '{options.set}'. GEO-Bench has: {', '.join(SETS)}.",
+            key=f"{dataset_key}.options.set",
+            value=options.set,
+            allowed=SETS,
+        )
+    spec = SETS[options.set]
+    _selected_bands(spec, options, dataset_key)
+    if options.ignore_nodata and spec.nodata_class is None:
+        raise UserError(
+            f"{dataset_key}: {spec.name} has no class 'no data'. Remove ignore_nodata.",
+            key=f"{dataset_key}.options.ignore_nodata",
+            value=True,
+            allowed=[name for name, spec in SETS.items() if spec.nodata_class is not None],
+        )
 
 
 def fetch(dataset: DatasetConfig, params: Params) -> dict:
-    """Find the set in `geobench_dir`, or download it there; nothing is copied."""
-    options = parse(GeoBenchOptions, dataset.options, "options")
-    found = describe_files(SETS[options.set], options.partition, Path(params.geobench_dir))
-    partitions.read_partition(Path(found["folder"]) / f"{options.partition}_partition.json", options.skip_bad)
-    return found
+    """Find the set in `geobench_dir` or download it there; the files are not copied.
+
+    Returns:
+        The record for source.json.
+
+    Raises:
+        UserError: the set cannot be downloaded, or has no such partition.
+    """
+    options = _parse_options(dataset)
+    record = describe_files(SETS[options.set], options.partition, Path(params.geobench_dir))
+    partitions.read_partition(Path(record["folder"]) / f"{options.partition}_partition.json", options.skip_bad)
+    return record
 
 
 def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
-    """The set as a stream of its samples, in the partition's order."""
+    """Return the set's samples, in the order of the partition.
+
+    Args:
+        raw: folder with the source.json of `fetch`.
+
+    Raises:
+        UserError: the set's folder is missing, or its files are damaged.
+    """
     folder = Path(json.loads((raw / "source.json").read_text())["folder"])
     if not folder.is_dir():
-        raise UserError(f"{folder} is gone; it was there when the set was fetched. Run: dvc repro -f fetch")
-    return _stream(folder, parse(GeoBenchOptions, dataset.options, "options"))
-
-
-def _stream(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
-    declared = SETS[options.set]
-    names, splits, dropped = partitions.read_partition(folder / f"{options.partition}_partition.json", options.skip_bad)
-    chosen = _chosen(declared, options)
-    stored = _stored(existing_files(folder, names), declared, tuple(chosen), options.skip_bad)
-    dtype = np.result_type(*stored)
-    dtype = np.dtype(np.float32) if dtype == np.float64 else dtype  # seven digits are more than any sensor has
-    as_bytes = declared.divided_by_255 and not options.keep_released_metadata
-    if as_bytes:
-        dtype = np.dtype(np.uint8)
-    means = None
-    if tuple(splits.count(one) for one in partitions.SPLITS.values()) == declared.split_sizes and options.check_means:
-        published = partitions.read_published_stats(folder, declared, tuple(chosen), 255 if as_bytes else 1)
-        means = BandMeanCheck(declared.name, published, _TOLD if declared.published_stats else _TOLD_OF_FEW)
-        means = means if any(means.published.values()) and not dropped else None
-    labels = partitions.read_labels(folder, declared)
-    notes = _notes(declared, options, dropped)
-    if labels is None and declared.task != "segmentation":
-        notes.append("labels are those of the files themselves, since the folder lists none")
-    notes.append("band means are compared with the published" if means else "band means are compared with none")
-    reader = read.GeoBenchReader(
-        folder, declared, tuple(chosen), stored, dtype,
-        labels, options.keep_released_metadata, options.ignore_nodata, as_bytes,
-    )  # fmt: skip
-    return LazyImageDataset(
-        sample=names,
-        split=splits,
-        bands=tuple(chosen.values()),
-        classes=declared.classes,
-        task=declared.task,
-        units="display" if declared.divided_by_255 and not as_bytes else declared.units,
-        gsd=declared.gsd,
-        licence=declared.licence,
-        source=f"GEO-Bench 1.0, {declared.name}, partition {options.partition}",
-        display=declared.display,
-        notes=notes,
-        read_sample=reader,
-        shape=(len(chosen), declared.image_size, declared.image_size),
-        dtype=dtype,
-        check_band_means=means,
-        prefetch=reader.ahead,
-    )
-
-
-def _chosen(declared: GeoBenchSet, options: GeoBenchOptions) -> dict[str, Band]:
-    """The bands to read by key, as they are in truth unless as labelled."""
-    bands = dict(declared.released_bands if options.keep_released_metadata or not declared.actual_bands else declared.actual_bands)
-    if not options.bands:
-        return bands
-    known = {name: key for key, band in bands.items() for name in (band.name, band.common_name)}
-    if strange := [name for name in options.bands if name not in known]:
-        there = ", ".join(band.common_name for band in bands.values())
-        raise UserError(f"{declared.name} has no band {', '.join(strange)}. It has: {there}.")
-    return {known[name]: bands[known[name]] for name in options.bands}
-
-
-def _stored(
-    paths: Sequence[Path], declared: GeoBenchSet, keys: Sequence[str], skip_bad: bool
-) -> tuple[np.dtype, ...]:
-    """The dtypes of the bands in the first file, or, if damaged ones may be left out, in the first that is whole."""
-    path, *others = paths
-    try:
-        with read.open_hdf5(path) as file:
-            there = read.keys_without_dates(file, declared)
-            kinds = tuple(h5d.open(file, there[key]).dtype for key in keys)
-        if strange := [
-            f"{key} has {kind} values" for key, kind in zip(keys, kinds, strict=True) if kind.kind not in "iuf"
-        ]:
-            raise UserError(f"its {strange[0]}; pixels are numbers")
-        return kinds
-    except Exception as error:  # a damaged file may fail in any way
-        if skip_bad and others:
-            return _stored(others, declared, keys, skip_bad)
-        raise UserError(f"{path} cannot be read: {short_repr(error)}") from None
-
-
-def _notes(declared: GeoBenchSet, options: GeoBenchOptions, dropped: Sequence[str]) -> list[str]:
-    notes = list(declared.known_issues)
-    if declared.actual_bands and options.keep_released_metadata:
-        notes.append("bands are named as in the released files, which is wrong for most of them (as_labelled)")
-    elif declared.actual_bands:
-        wrong = [(key, declared.actual_bands[key]) for key, band in declared.released_bands.items() if band != declared.actual_bands[key]]
-        notes.append(
-            "bands renamed, the released names are wrong: " + ", ".join(f"{k} is {b.name}" for k, b in wrong)
+        raise UserError(
+            f"{folder} is missing; it existed when the set was fetched. Run: dvc repro -f fetch", path=folder
         )
-    if declared.location_format == "lat,lon":
-        kept = "kept as they are (as_labelled)" if options.keep_released_metadata else "put right"
-        notes.append(f"places whose latitude and longitude are swapped are {kept}")
-    if declared.has_placeholder_dates:
-        notes.append("placeholder dates kept (as_labelled)" if options.keep_released_metadata else "placeholder dates left out")
-    notes += [f"'{key}' is not read: {reason}" for key, reason in declared.unread_keys.items()]
-    if declared.nodata_class is not None:
-        kept = "is ignored" if options.ignore_nodata else "counts as a class, as in GEO-Bench"
-        notes.append(f"'{declared.classes[declared.nodata_class]}' {kept}")
-    if declared.divided_by_255:
-        kept = "are kept (as_labelled)" if options.keep_released_metadata else "are their bytes again"
-        notes.append(f"8-bit pictures that the released files have divided by 255 {kept}")
-    return notes + ([f"listed again and dropped: {', '.join(dropped)}"] if dropped else [])
+    return _open_set(folder, _parse_options(dataset))
 
 
 def estimate_size(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, int]:
-    """What the set will be, before its files are read, and the bytes that are to be downloaded, roughly."""
-    options = parse(GeoBenchOptions, dataset.options, "options")
-    declared = SETS[options.set]
-    chosen, pixels = _chosen(declared, options), declared.image_size**2
-    mask = pixels if declared.task == "segmentation" else 0
-    width = declared.file_bytes_per_value if options.as_labelled else declared.bytes_per_value
-    share = re.fullmatch(r"(\d*\.?\d+)x_train", options.partition)
-    train = max(1, round(float(share[1]) * declared.split_sizes[0])) if share else declared.split_sizes[0]
-    folder = local_folder(declared, Path(params.geobench_dir))
-    stream = _stream(folder, options) if folder else None
-    own = stream and not share and options.partition != "default"  # a partition of one's own
-    wanted = DatasetSize(
-        len(stream.sample) if own else train + sum(declared.split_sizes[1:]), tuple(chosen.values()), declared.task,
-        len(declared.classes), pixels * width * len(chosen) + mask,
-        _pace(stream, options.skip_bad) if stream else None,
-    )  # fmt: skip
-    return wanted, 0 if folder else sum(declared.split_sizes) * pixels * declared.file_bytes_per_value * len(declared.released_bands)
-
-
-def _pace(stream: LazyImageDataset, skip_bad: bool) -> float:
-    """Images a second that one process reads.
+    """Return the size of the prepared set and the approximate number of bytes to download.
 
     Raises:
-        UserError: one of the first cannot be read, and may not be left out.
+        UserError: the set is in `geobench_dir`, but one of its first samples cannot be read.
     """
-    few = stream.sample[:_FEW]
-    begun = time.perf_counter()
-    for name in few:
+    options = _parse_options(dataset)
+    spec = SETS[options.set]
+    bands, n_pixels = _selected_bands(spec, options), spec.image_size**2
+    folder = local_folder(spec, Path(params.geobench_dir))
+    images = _open_set(folder, options) if folder else None
+
+    fraction = re.fullmatch(r"(\d*\.?\d+)x_train", options.partition)
+    if images and not fraction and options.partition != "default":  # a partition of the user's own
+        n_samples = len(images.sample)
+    else:
+        n_train, n_valid, n_test = spec.split_sizes
+        n_train = max(1, round(float(fraction[1]) * n_train)) if fraction else n_train
+        n_samples = n_train + n_valid + n_test
+    bytes_per_value = spec.file_bytes_per_value if options.keep_released_metadata else spec.bytes_per_value
+    mask_bytes = n_pixels if spec.task_class.is_dense else 0
+    size = DatasetSize(
+        samples=n_samples,
+        bands=tuple(bands.values()),
+        task=spec.task,
+        classes=len(spec.classes),
+        bytes_per_image=n_pixels * bytes_per_value * len(bands) + mask_bytes,
+        images_per_second=_measure_images_per_second(images, options.skip_bad) if images else None,
+    )
+    download = sum(spec.split_sizes) * n_pixels * spec.file_bytes_per_value * len(spec.released_bands)
+    return size, 0 if folder else download
+
+
+def _parse_options(dataset: DatasetConfig) -> GeoBenchOptions:
+    return parse(GeoBenchOptions, dataset.options, "options")
+
+
+def _open_set(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
+    """Read the set's lists, and prepare to read its samples."""
+    spec = SETS[options.set]
+    names, splits, dropped = partitions.read_partition(
+        folder / f"{options.partition}_partition.json", options.skip_bad
+    )
+    bands = _selected_bands(spec, options)
+    file_dtypes = _file_dtypes(existing_files(folder, names), spec, tuple(bands), options.skip_bad)
+    restore_bytes = spec.divided_by_255 and not options.keep_released_metadata
+    dtype = np.dtype(np.uint8) if restore_bytes else _image_dtype(file_dtypes)
+
+    split_sizes = tuple(splits.count(split) for split in partitions.SPLITS.values())
+    mean_check = None
+    if split_sizes == spec.split_sizes and options.check_means:
+        published = partitions.read_published_stats(folder, spec, tuple(bands), scale=255 if restore_bytes else 1)
+        if any(published.values()) and not dropped:
+            separation = MIN_SEPARATION if spec.published_stats else MIN_SEPARATION_BAND_STATS
+            mean_check = BandMeanCheck(spec.name, published, separation)
+
+    labels = partitions.read_labels(folder, spec)
+    notes = _notes(spec, options, dropped)
+    if labels is None and not spec.task_class.is_dense:
+        notes.append("labels: from the sample files, since the folder has no JSON file with labels")
+    notes.append("band means: compared with the published means" if mean_check else "band means: not compared")
+    reader = GeoBenchReader(
+        folder=folder,
+        spec=spec,
+        keys=tuple(bands),
+        file_dtypes=file_dtypes,
+        dtype=dtype,
+        labels=labels,
+        keep_released_metadata=options.keep_released_metadata,
+        ignore_nodata=options.ignore_nodata,
+        restore_bytes=restore_bytes,
+    )
+    return LazyImageDataset(
+        sample=names,
+        split=splits,
+        bands=tuple(bands.values()),
+        classes=spec.classes,
+        task=spec.task,
+        units="display" if spec.divided_by_255 and not restore_bytes else spec.units,
+        gsd=spec.gsd,
+        licence=spec.licence,
+        source=f"GEO-Bench 1.0, {spec.name}, partition {options.partition}",
+        display=spec.display,
+        notes=notes,
+        read_sample=reader,
+        shape=(len(bands), spec.image_size, spec.image_size),
+        dtype=dtype,
+        check_band_means=mean_check,
+        prefetch=reader.prefetch,
+    )
+
+
+def _selected_bands(spec: GeoBenchSet, options: GeoBenchOptions, dataset_key: str = "datasets") -> dict[str, Band]:
+    """Return the bands to read by key: the actual ones, unless the released metadata is kept."""
+    use_released = options.keep_released_metadata or not spec.actual_bands
+    bands = dict(spec.released_bands if use_released else spec.actual_bands)
+    if not options.bands:
+        return bands
+    key_of_name = {name: key for key, band in bands.items() for name in (band.name, band.common_name)}
+    if unknown := [name for name in options.bands if name not in key_of_name]:
+        names = [band.common_name for band in bands.values()]
+        raise UserError(
+            f"{dataset_key}: {spec.name} has no band {', '.join(unknown)}. It has: {', '.join(names)}.",
+            key=f"{dataset_key}.options.bands",
+            value=unknown,
+            allowed=names,
+        )
+    return {key_of_name[name]: bands[key_of_name[name]] for name in options.bands}
+
+
+def _file_dtypes(
+    paths: Sequence[Path], spec: GeoBenchSet, keys: Sequence[str], skip_bad: bool
+) -> tuple[np.dtype, ...]:
+    """Return the dtypes of the bands in the first file, or with `skip_bad` in the first readable file."""
+    for path in paths:
         try:
-            stream.read_sample(name)
+            return _read_dtypes(path, spec, keys)
+        except Exception as error:  # a damaged file can fail in any way
+            if not skip_bad or path == paths[-1]:
+                raise file_error(path, error) from None
+    raise ValueError("no files")
+
+
+def _read_dtypes(path: Path, spec: GeoBenchSet, keys: Sequence[str]) -> tuple[np.dtype, ...]:
+    with open_hdf5(path) as file:
+        key_in_file = keys_without_dates(file, spec)
+        dtypes = tuple(h5d.open(file, key_in_file[key]).dtype for key in keys)
+    for key, dtype in zip(keys, dtypes, strict=True):
+        check_numeric(key, dtype)
+    return dtypes
+
+
+def _image_dtype(file_dtypes: Sequence[np.dtype]) -> np.dtype:
+    dtype = np.result_type(*file_dtypes)
+    # float32 has seven digits, more than any sensor.
+    return np.dtype(np.float32) if dtype == np.float64 else dtype
+
+
+def _notes(spec: GeoBenchSet, options: GeoBenchOptions, dropped: Sequence[str]) -> list[str]:
+    """Describe the set's faults, and what was corrected, for the attributes of the store."""
+    keep_released = options.keep_released_metadata
+    notes = list(spec.known_issues)
+    if spec.actual_bands and keep_released:
+        notes.append("band names: as released, most of them wrong (keep_released_metadata)")
+    elif spec.actual_bands:
+        renamed = [
+            f"{key} is {band.name}" for key, band in spec.actual_bands.items() if band != spec.released_bands[key]
+        ]
+        notes.append(f"band names: corrected, since the released ones are wrong: {', '.join(renamed)}")
+    if spec.location_format == "lat,lon":
+        state = "as released (keep_released_metadata)" if keep_released else "corrected"
+        notes.append(f"swapped latitude and longitude: {state}")
+    if spec.has_placeholder_dates:
+        state = "as released (keep_released_metadata)" if keep_released else "removed"
+        notes.append(f"placeholder dates: {state}")
+    notes += [f"'{key}' is not read: {reason}" for key, reason in spec.unread_keys.items()]
+    if spec.nodata_class is not None:
+        state = "ignored" if options.ignore_nodata else "counted as a class, as in GEO-Bench"
+        notes.append(f"class '{spec.classes[spec.nodata_class]}': {state}")
+    if spec.divided_by_255:
+        state = "as released (keep_released_metadata)" if keep_released else "converted back to 8 bits"
+        notes.append(f"8-bit images divided by 255: {state}")
+    if dropped:
+        notes.append(f"repeated samples, dropped: {', '.join(dropped)}")
+    return notes
+
+
+def _measure_images_per_second(images: LazyImageDataset, skip_bad: bool) -> float:
+    """Measure how many images per second one process reads.
+
+    Raises:
+        UserError: one of the first samples cannot be read and may not be skipped.
+    """
+    names = images.sample[:TIMED_SAMPLES]
+    start = time.perf_counter()
+    for name in names:
+        try:
+            images.read_sample(name)
         except UserError:
             if not skip_bad:
                 raise
-    return len(few) / (time.perf_counter() - begun)
+    return len(names) / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""The means of a set's bands against the published ones: a copy whose bands are in another order is noticed."""
+"""Compare the band means of a set with published ones, to notice files whose bands are in another order."""
 
 import itertools
 import math
@@ -9,42 +9,57 @@ import numpy as np
 
 from pipeline.errors import UserError
 
-# By how many standard deviations a mean may differ from the published one: those of other draws of pixels differ by
-# less.
-_TOLERANCE = 0.2
-_TRUST = "If you know better, set check_means: false in the set's options."
+# In standard deviations: means of other samples of the same pixels differ from the published ones by less.
+MEAN_TOLERANCE = 0.2
+_HINT = "If the files are right, set check_means: false in the options of the dataset."
 
 
 @dataclass(frozen=True)
 class BandMeanCheck:
-    """Compares the means of all bands with published ones.
+    """Check of all band means of a set against published statistics.
 
     Attributes:
-        published: mean and standard deviation by key; None where there is none.
-        told: of two bands whose published means differ by more standard deviations an exchange is noticed.
+        set_name: for messages.
+        published: mean and standard deviation by key; None where nothing is published.
+        min_separation: a swap of two bands is detected if their published means differ by more than this, in
+            standard deviations.
     """
 
-    name: str
+    set_name: str
     published: Mapping[str, tuple[float, float] | None]
     min_separation: float
 
-    def __call__(self, mean: np.ndarray) -> None:
-        known = [(key, value, *pair) for value, (key, pair) in zip(mean, self.published.items(), strict=True) if pair]
-        for key, value, wanted, std in known:
-            if abs(value - wanted) > _TOLERANCE * std:
-                raise UserError(
-                    f"{self.name}: the mean of '{key}' is {value:.6g}, and {wanted:.6g} (standard deviation "
-                    f"{std:.6g}) is published: these are not the released files, or their bands are in another "
-                    f"order. {_TRUST}"
-                )
-        for (key, value, wanted, std), (other, second, expected, spread) in itertools.combinations(known, 2):
-            apart = abs(wanted - expected) > self.min_separation * math.sqrt(std * spread)
-            if apart and 2 * _gap(value, second, expected, wanted) < _gap(value, second, wanted, expected):
-                raise UserError(
-                    f"{self.name}: the means of '{key}' and '{other}' are {value:.6g} and {second:.6g}, and "
-                    f"{wanted:.6g} and {expected:.6g} are published: one seems to be in the other's place. {_TRUST}"
-                )
+    def __call__(self, means: np.ndarray) -> None:
+        """Check the means, (band,), in the order of `published`.
 
-
-def _gap(one: float, other: float, wanted: float, expected: float) -> float:
-    return abs(one - wanted) + abs(other - expected)
+        Raises:
+            UserError: a mean deviates from the published one, or two bands are swapped.
+        """
+        known = [
+            (key, float(mean), *stats)
+            for mean, (key, stats) in zip(means, self.published.items(), strict=True)
+            if stats
+        ]
+        for key, mean, expected, std in known:
+            if abs(mean - expected) > MEAN_TOLERANCE * std:
+                raise UserError(
+                    f"{self.set_name}: the mean of '{key}' is {mean:.6g}, but the published mean is {expected:.6g} "
+                    f"(standard deviation {std:.6g}). These are not the released files, or their bands are in "
+                    f"another order. {_HINT}",
+                    key=key,
+                    value=mean,
+                )
+        for (key_a, mean_a, expected_a, std_a), (key_b, mean_b, expected_b, std_b) in itertools.combinations(
+            known, 2
+        ):
+            separated = abs(expected_a - expected_b) > self.min_separation * math.sqrt(std_a * std_b)
+            deviation = abs(mean_a - expected_a) + abs(mean_b - expected_b)
+            swapped_deviation = abs(mean_a - expected_b) + abs(mean_b - expected_a)
+            if separated and 2 * swapped_deviation < deviation:
+                raise UserError(
+                    f"{self.set_name}: the means of '{key_a}' and '{key_b}' are {mean_a:.6g} and {mean_b:.6g}, but "
+                    f"the published means are {expected_a:.6g} and {expected_b:.6g}. The two bands seem to be "
+                    f"swapped. {_HINT}",
+                    key=key_a,
+                    value=mean_a,
+                )

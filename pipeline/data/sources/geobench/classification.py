@@ -1,13 +1,13 @@
-"""GEO-Bench's six classification sets.
+"""Descriptions of GEO-Bench's six classification sets.
 
-Classes and keys are those of its converters; published means and standard deviations are torchgeo-bench's.
+Sources: classes and keys from GEO-Bench's converters; published means and standard deviations from torchgeo-bench.
 """
 
 from pipeline.bands import Band
 from pipeline.data.sources.geobench.spec import (
     REFLECTANCE_DISPLAY_RANGE,
-    S2,
-    S2_KEYS,
+    SENTINEL2_BANDS,
+    SENTINEL2_KEYS,
     GeoBenchSet,
     rgb_bands,
     sentinel2_bands,
@@ -15,17 +15,18 @@ from pipeline.data.sources.geobench.spec import (
 )
 
 
-def _radar(key: str) -> Band:
+def _radar_band(key: str) -> Band:
+    """Make the band of a Sentinel-1 key such as `05 - VH.LEE Filtered`."""
     name = key.partition(" - ")[2]
     return Band(name, "sar_" + name.lower().replace(".", "_").replace(" ", "_"), gsd=10)
 
 
-_SO2SAT = dict(
+_SO2SAT_BANDS = dict(
     sorted(
         {
             **sentinel2_bands("B01", "B09", "B10"),
             **{
-                key: _radar(key)
+                key: _radar_band(key)
                 for key in ("01 - VH.Real", "02 - VH.Imaginary", "03 - VV.Real", "04 - VV.Imaginary",
                             "05 - VH.LEE Filtered", "06 - VV.LEE Filtered", "07 - VH.LEE Filtered.Real",
                             "08 - VV.LEE Filtered.Imaginary")
@@ -33,7 +34,7 @@ _SO2SAT = dict(
         }.items()
     )
 )  # fmt: skip
-_LANDSAT = {
+_LANDSAT8_BANDS = {
     "02 - Blue": Band("B2", "blue", 0.482, 30),
     "03 - Green": Band("B3", "green", 0.561, 30),
     "04 - Red": Band("B4", "red", 0.655, 30),
@@ -41,11 +42,16 @@ _LANDSAT = {
     "06 - SWIR1": Band("B6", "swir16", 1.609, 30),
     "07 - SWIR2": Band("B7", "swir22", 2.201, 30),
 }
-# What lies under each key, in the order of the keys.
-_EUROSAT = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
-_BRICK = ("B01", "B02", "B03", "B04", "B05", "B07", "B8A", "B08", "B11", "B12")
-_PICTURE = tuple(
-    Band(f"TCI_{letter}", f"tci_{name}", gsd=10) for letter, name in zip("RGB", ("red", "green", "blue"), strict=True)
+# The actual bands of two sets with wrong band names, in the order of the Sentinel-2 keys.
+_EUROSAT_BANDS = tuple(
+    SENTINEL2_BANDS[name]
+    for name in ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
+)
+_BRICK_KILN_BANDS = (
+    *(SENTINEL2_BANDS[name] for name in ("B01", "B02", "B03", "B04", "B05", "B07", "B8A", "B08", "B11", "B12")),
+    Band("TCI_R", "tci_red", gsd=10),
+    Band("TCI_G", "tci_green", gsd=10),
+    Band("TCI_B", "tci_blue", gsd=10),
 )
 
 SETS = (
@@ -91,14 +97,14 @@ SETS = (
         ),
         image_size=32,
         split_sizes=(19992, 986, 986),
-        released_bands=_SO2SAT,
+        released_bands=_SO2SAT_BANDS,
         units="reflectance",
         display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
         licence="CC-BY-4.0, So2Sat LCZ42",
-        known_issues=("eight Sentinel-1 bands lie between the Sentinel-2 ones; they are not optical",),
+        known_issues=("the keys mix eight Sentinel-1 (radar) bands with the Sentinel-2 bands",),
         published_stats=stats_by_key(
-            _SO2SAT, (0, 0.2156), (0.1295, 0.0414), (0.0001, 0.2142), (0.1172, 0.052), (0, 0.5442),
+            _SO2SAT_BANDS, (0, 0.2156), (0.1295, 0.0414), (0.0001, 0.2142), (0.1172, 0.052), (0, 0.5442),
             (0.1138, 0.0733), (-0.0001, 0.5328), (0.0615, 5.4568), (0.1272, 0.0693), (0.3435, 11.8128),
             (0.1707, 0.075), (0.0006, 3.7719), (0.1928, 0.0856), (0.1855, 0.0865), (0.0032, 2.4939),
             (0.2073, 0.094), (0.1768, 0.1024), (0.1285, 0.0923),
@@ -112,12 +118,12 @@ SETS = (
         image_size=64,
         split_sizes=(15063, 999, 999),
         released_bands=sentinel2_bands(),
-        actual_bands=dict(zip(S2_KEYS, (*(S2[name] for name in _BRICK), *_PICTURE), strict=True)),
+        actual_bands=dict(zip(SENTINEL2_KEYS, _BRICK_KILN_BANDS, strict=True)),
         units="dn",
         display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
         licence="CC-BY-SA-4.0, SustainBench",
-        known_issues=("the last three bands are an 8-bit true-colour picture, in other units than the rest",),
+        known_issues=("the last three bands are an 8-bit true-colour image, in other units than the other bands",),
         published_stats=stats_by_key(
             sentinel2_bands(), (572.205, 190.09), (669, 234.367), (879.878, 272.815), (807.583, 358.861), (1127.9, 361.903),
             (1960.74, 721.657), (2075.83, 813.801), (2039.48, 789.61), (1625.46, 788.954), (1135.59, 692.586),
@@ -135,16 +141,16 @@ SETS = (
         ),
         image_size=332,
         split_sizes=(6464, 989, 993),
-        released_bands=_LANDSAT,
+        released_bands=_LANDSAT8_BANDS,
         units="uint8",
         gsd=15,
         licence="CC-BY-4.0, ForestNet",
         location_format="lat_lon_date",
         date_source="name",
         has_placeholder_dates=True,
-        known_issues=("Landsat 8 stretched to 8 bits, not reflectance", "composites of a year are dated 1 January"),
+        known_issues=("values are Landsat 8 stretched to 8 bits, not reflectance", "annual composites have the date 1 January"),
         published_stats=stats_by_key(
-            _LANDSAT, (72.376, 16.2839), (83.1816, 15.3587), (77.0862, 16.6665), (123.543, 16.9485),
+            _LANDSAT8_BANDS, (72.376, 16.2839), (83.1816, 15.3587), (77.0862, 16.6665), (123.543, 16.9485),
             (91.0484, 14.2801), (74.3097, 13.2854),
         ),
     ),
@@ -159,7 +165,7 @@ SETS = (
         image_size=64,
         split_sizes=(2000, 1000, 1000),
         released_bands=sentinel2_bands(),
-        actual_bands=dict(zip(S2_KEYS, (S2[name] for name in _EUROSAT), strict=True)),
+        actual_bands=dict(zip(SENTINEL2_KEYS, _EUROSAT_BANDS, strict=True)),
         units="dn",
         display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
@@ -182,7 +188,7 @@ SETS = (
         gsd=0.1,
         licence="MIT, 3D-PV-Locator",
         location_format="lat,lon",
-        known_issues=("latitude and longitude are swapped in many names; the larger is the latitude in Germany",),
+        known_issues=("latitude and longitude are swapped in many sample names; in Germany the larger value is the latitude",),
         published_stats=stats_by_key(rgb_bands(0.1), (116.316, 44.5176), (119.375, 48.1189), (113.102, 54.0881)),
     ),
 )  # fmt: skip

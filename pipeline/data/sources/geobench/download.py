@@ -1,4 +1,4 @@
-"""Where a set's files are: a folder that is there already, or the hub, from which one is filled once."""
+"""Find the files of a set in a local folder, or download them once from the Hugging Face hub."""
 
 import hashlib
 import itertools
@@ -14,10 +14,12 @@ from pipeline.data.download import file_sha256
 from pipeline.data.sources.geobench.spec import GeoBenchSet
 from pipeline.errors import UserError
 
-# Files that are looked into for what all have in common, where the first are damaged.
-_FEW = 100
+# The first files may be damaged; this many are tried to find the dtypes that all files share.
+MAX_PROBED_FILES = 100
+# An unpacked archive is up to twice as large as the archive, which is removed afterwards.
+DISK_SPACE_FACTOR = 3
 REPO = "recursix/geo-bench-1.0"
-# The revision and the SHA-256 of the classification sets are those that torchgeo-bench pins.
+# Revision, and SHA-256 of the classification sets, as pinned by torchgeo-bench.
 REVISION = "1e5754337032f097396db62cc15a5ff88f4618e8"
 SHA256 = {
     "m-bigearthnet": "a72d3b7a60ec8fec67b5c4143d18ad7e10858d9633621b1f5db82e955d77f658",
@@ -29,108 +31,138 @@ SHA256 = {
 }
 
 
-def describe_files(declared: GeoBenchSet, partition: str, root: Path) -> dict:
-    """What is to be remembered of a set: where it is, and a digest of its files' names and sizes and of its lists.
+def describe_files(spec: GeoBenchSet, partition: str, root: Path) -> dict:
+    """Find or download a set, and describe its files for source.json.
+
+    Args:
+        partition: name of the partition.
+        root: folder of all sets (`geobench_dir`).
+
+    Returns:
+        source, licence, folder, partition, number of files, bytes, and a SHA-256 of the names and sizes of all samples
+        and of the content of all JSON files.
 
     Raises:
-        UserError: it is not in `root`, and no hub is in reach.
+        UserError: the set is not in `root` and cannot be downloaded.
     """
-    folder = local_folder(declared, root) or download(declared, root)
-    listing, count, total = hashlib.sha256(), 0, 0
+    folder = local_folder(spec, root) or download_set(spec, root)
+    listing, n_files, n_bytes = hashlib.sha256(), 0, 0
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda one: one.name):
+        for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.endswith(".hdf5"):
                 size = entry.stat().st_size
-                count, total = count + 1, total + size
+                n_files, n_bytes = n_files + 1, n_bytes + size
                 listing.update(f"{entry.name} {size}\n".encode())
             elif entry.name.endswith(".json"):
                 listing.update(f"{entry.name} {file_sha256(Path(entry))}\n".encode())
     return {
-        "source": f"GEO-Bench 1.0, {declared.name} ({REPO})",
-        "licence": declared.licence,
+        "source": f"GEO-Bench 1.0, {spec.name} ({REPO})",
+        "licence": spec.licence,
         "folder": str(folder),
         "partition": partition,
-        "files": count,
-        "bytes": total,
+        "files": n_files,
+        "bytes": n_bytes,
         "listing_sha256": listing.hexdigest(),
     }
 
 
-def local_folder(declared: GeoBenchSet, root: Path) -> Path | None:
-    """The set's folder in `root`, as GEO-Bench lays it out or without the folder between."""
-    places = [place / name for place in (root / declared.archive_folder, root) for name in declared.folder_names]
-    return next((place for place in places if any(place.glob("*_partition.json"))), None)
+def local_folder(spec: GeoBenchSet, root: Path) -> Path | None:
+    """Return the set's folder below `root`, with or without GEO-Bench's folder in between; None if absent."""
+    folders = [parent / name for parent in (root / spec.archive_folder, root) for name in spec.folder_names]
+    return next((folder for folder in folders if any(folder.glob("*_partition.json"))), None)
 
 
 def existing_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The samples' files that are there; the first few, since one that can be read is enough.
+    """Return the files of the first samples that exist, at most `MAX_PROBED_FILES`.
 
     Raises:
-        UserError: none is.
+        UserError: no file exists.
     """
-    there = (path for name in names if (path := folder / f"{name}.hdf5").exists())
-    if not (found := list(itertools.islice(there, _FEW))):
-        raise UserError(f"{folder} has none of the files that its partition lists.")
-    return found
+    existing = (path for name in names if (path := folder / f"{name}.hdf5").exists())
+    if not (paths := list(itertools.islice(existing, MAX_PROBED_FILES))):
+        raise UserError(
+            f"{folder} has none of the files that its partition lists. Restore them, or delete the folder and run "
+            "again to download the set.",
+            path=folder,
+        )
+    return paths
 
 
-def download(declared: GeoBenchSet, root: Path) -> Path:
-    """Fetch a set's archive from the hub into `root`, going on where an earlier attempt ended, and unpack it there.
+def download_set(spec: GeoBenchSet, root: Path) -> Path:
+    """Download a set's archive from the hub into `root` and unpack it; resume an interrupted download.
+
+    Returns:
+        The set's folder.
 
     Raises:
-        UserError: no hub in reach, other bytes than the pinned, or a disk that cannot hold it.
+        UserError: the hub cannot be reached, the archive differs from the pinned one, or the disk is too small.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # huggingface_hub reads this variable when it is imported, and takes 0.3 s; local sets need neither.
     from huggingface_hub import HfApi, hf_hub_download
 
-    names = [f"{declared.archive_folder}/{name}.zip" for name in declared.folder_names]
+    names = [f"{spec.archive_folder}/{name}.zip" for name in spec.folder_names]
     try:
-        offered = HfApi().get_paths_info(REPO, names, repo_type="dataset", revision=REVISION)
-        if not offered:
+        archives = HfApi().get_paths_info(REPO, names, repo_type="dataset", revision=REVISION)
+        if not archives:
             raise FileNotFoundError(f"{REPO} has none of {', '.join(names)}")
-        archive = offered[0]
-        _room(root, archive.size)
+        archive = archives[0]
+        _check_disk_space(root, archive.size)
         path = Path(hf_hub_download(REPO, archive.path, repo_type="dataset", revision=REVISION, local_dir=root))
     except UserError:
         raise
-    except Exception as error:  # the hub's client raises its own, requests' and the system's
+    except Exception as error:  # the client raises its own errors and those of requests and the system
         reason = (str(error).splitlines() or ["no message"])[0][:150]
-        place = root / declared.archive_folder / declared.folder_names[0]
+        folder = root / spec.archive_folder / spec.folder_names[0]
         raise UserError(
-            f"{declared.name} is not in {root}, and could not be downloaded from {REPO} ({type(error).__name__}: "
-            f"{reason}). Put its folder at {place}, or name yours as geobench_dir in params.yaml, and run again; "
-            "what was downloaded so far is kept."
+            f"{spec.name} is not in {root} and could not be downloaded from {REPO} ({type(error).__name__}: {reason}). "
+            f"Put its folder at {folder}, or set geobench_dir in params.yaml to the folder of your sets, and run "
+            "again. A partial download is resumed.",
+            key="geobench_dir",
+            value=str(root),
+            path=folder,
         ) from None
-    wanted = SHA256.get(declared.name) or (archive.lfs.sha256 if archive.lfs else None)
-    if wanted and (found := file_sha256(path)) != wanted:
-        raise UserError(f"{path} has SHA-256 {found}, but {wanted} is known for it. Delete it and run again.")
-    return _unpack(path, root / declared.archive_folder / declared.folder_names[0])
-
-
-def _room(root: Path, size: int) -> None:
-    """Refuse a disk that cannot hold an archive and what is in it, which is up to twice as large."""
-    place = next(one for one in (root, *root.absolute().parents) if one.exists())
-    free = shutil.disk_usage(place).free
-    if free < 3 * size:
+    expected = SHA256.get(spec.name) or (archive.lfs.sha256 if archive.lfs else None)
+    if expected and (actual := file_sha256(path)) != expected:
         raise UserError(
-            f"The archive has {size / 1e9:.1f} GB and needs about {3 * size / 1e9:.1f} GB while it is unpacked; "
-            f"{free / 1e9:.1f} GB are free at {place}. Free some space, or name another geobench_dir in params.yaml."
+            f"{path} has the SHA-256 {actual}; expected {expected}. Delete it and run again.",
+            value=actual,
+            allowed=(expected,),
+            path=path,
+        )
+    return _unpack(path, root / spec.archive_folder / spec.folder_names[0])
+
+
+def _check_disk_space(root: Path, archive_bytes: int) -> None:
+    """Refuse a disk that cannot hold an archive and its unpacked files."""
+    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+    free, required = shutil.disk_usage(existing).free, DISK_SPACE_FACTOR * archive_bytes
+    if free < required:
+        raise UserError(
+            f"The archive has {archive_bytes / 1e9:.1f} GB and needs about {required / 1e9:.1f} GB while it is "
+            f"unpacked, but {free / 1e9:.1f} GB are free at {existing}. Free some space, or set another geobench_dir "
+            "in params.yaml.",
+            key="geobench_dir",
+            value=str(root),
+            path=existing,
         )
 
 
 def _unpack(path: Path, folder: Path) -> Path:
-    """Unpack an archive flat into `folder`, which appears whole, and remove the archive.
+    """Unpack an archive into `folder`, without subfolders, and remove the archive.
+
+    The folder appears only when it is complete.
 
     Raises:
-        UserError: it is damaged, has two files of a name, or is of something else.
+        UserError: the archive is damaged, contains two files of one name, or contains no partition.
     """
     scratch = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        _flat(path, scratch)
+        _extract_files(path, scratch)
         if not any(scratch.glob("*_partition.json")):
-            raise UserError(f"{path} has no partition of GEO-Bench's within. Delete it and run again.")
+            raise UserError(f"{path} contains no GEO-Bench partition file. Delete it and run again.", path=path)
         publish(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -138,21 +170,26 @@ def _unpack(path: Path, folder: Path) -> Path:
     return folder
 
 
-def _flat(path: Path, folder: Path) -> None:
-    """The files of an archive, all in one folder."""
-    unpacked = {}
+def _extract_files(path: Path, folder: Path) -> None:
+    """Extract the HDF5 and JSON files of an archive into one folder."""
+    extracted = {}
     try:
-        with zipfile.ZipFile(path) as packed:
-            for member in packed.infolist():
-                # Only the last part of a name is used: a member cannot climb out of the folder.
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                # Without its folders, a member's name cannot lead out of the folder.
                 name = Path(member.filename).name
                 if member.is_dir() or Path(name).suffix not in (".hdf5", ".json"):
                     continue
-                if unpacked.setdefault(name, (member.CRC, member.file_size)) != (member.CRC, member.file_size):
-                    raise UserError(f"{path} has two files named {name}. Delete it and run again.")
-                with packed.open(member) as source, open(folder / name, "wb") as copy:
+                content = (member.CRC, member.file_size)
+                if extracted.setdefault(name, content) != content:
+                    raise UserError(
+                        f"{path} contains two files named {name}. Delete it and run again.", value=name, path=path
+                    )
+                with archive.open(member) as source, open(folder / name, "wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)
-    # zipfile has no error in common for what it cannot read: bytes that do not fit or end too soon are the first
-    # three; a password, or a compression that it does not know, are RuntimeErrors.
+    # zipfile has no common error class: wrong or missing bytes raise the first three, passwords and unknown compression
+    # methods raise RuntimeError.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise UserError(f"{path} is no readable archive ({error}). Delete it and run again.") from None
+        raise UserError(
+            f"{path} is not a readable zip archive ({error}). Delete it and run again.", path=path
+        ) from None

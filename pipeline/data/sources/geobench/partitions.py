@@ -1,4 +1,4 @@
-"""The lists beside a set's files: partitions, labels and statistics."""
+"""Read the JSON files of a set: partitions, labels and band statistics."""
 
 import json
 import math
@@ -8,110 +8,177 @@ from pathlib import Path
 from pipeline.data.sources.geobench.spec import GeoBenchSet
 from pipeline.errors import UserError
 
-# Splits by their names in the files.
+# Our name of each split of a partition file.
 SPLITS = {"train": "train", "valid": "val", "test": "test"}
-
-# Letters of a sample's name; file systems take no more than 255 bytes.
-_LONGEST = 200
+# In characters; file systems allow at most 255 bytes.
+MAX_NAME_LENGTH = 200
+# In characters: longer values of a file are cut in messages.
+_SHOWN_LENGTH = 60
 
 
 def read_partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[str]]:
-    """Names and splits of a partition file's samples, and mentions that were dropped.
+    """Read the sample names and splits of a partition file.
+
+    Args:
+        skip_bad: drop repeated samples instead of raising an error.
+
+    Returns:
+        Sample names, the split of each, and a description of each dropped entry.
 
     Raises:
-        UserError: no such partition, other splits, or a sample that is listed twice.
+        UserError: there is no such partition, it has other splits, or it lists a sample twice.
     """
     if not path.is_file():
-        files = sorted(path.parent.glob("*_partition.json"))
-        known = ", ".join(one.name.removesuffix("_partition.json") for one in files)
-        raise UserError(f"There is no {path}. Partitions there: {known or 'none'}.")
-    listed = _json(path)
-    if not isinstance(listed, dict) or set(listed) != set(SPLITS):
-        there = ", ".join(map(str, listed)) if isinstance(listed, dict) else "none of them"
-        raise UserError(f"{path} must list train, valid and test; it lists {there}.")
-    home, dropped = {}, []
-    for split, names in listed.items():
-        for name in _plain(path, split, names):
-            if name in home and not skip_bad:
-                where = f"twice in {split}" if home[name] == split else f"in {home[name]} and in {split}"
-                raise UserError(f"{path} lists the sample {name} {where}; a sample may be in one split, once.")
-            if name in home:
-                dropped.append(f"{name} of {split}")
-            home.setdefault(name, split)
-    return list(home), [SPLITS[split] for split in home.values()], dropped
-
-
-def _plain(path: Path, split: str, names) -> list[str]:
-    """The names, which are those of files in the folder and nowhere else."""
-    if not isinstance(names, list):
-        raise UserError(f"{path} must list the names of samples in {split}; it has {str(names)[:60]}.")
-    for name in names:
-        plain = isinstance(name, str) and 0 < len(name) <= _LONGEST and name.isprintable()
-        if not plain or {"/", "\\"} & set(name):
-            raise UserError(f"{path} lists {str(name)[:60]!r} in {split}, which is no name of a sample.")
-    return names
-
-
-def _json(path: Path):
-    """A file's JSON, in which no name is there twice."""
-
-    def once(pairs):
-        names = [name for name, _ in pairs]
-        if len(names) != len(set(names)):
-            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
-        return dict(pairs)
-
-    try:
-        return json.loads(path.read_text(), object_pairs_hook=once)
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON file that can be read ({error}).") from None
-
-
-def _finite(value) -> bool:
-    return isinstance(value, float | int) and math.isfinite(value)
-
-
-def read_labels(folder: Path, declared: GeoBenchSet) -> dict | None:
-    """Labels by sample from label_map.json (samples by class) or label_stats.json (zeros and ones by sample)."""
-    if declared.task == "segmentation":
-        return None
-    path = folder / ("label_stats.json" if declared.task == "multilabel" else "label_map.json")
-    if not path.exists():
-        return None
-    listed = _json(path)
-    if not isinstance(listed, dict) or not all(isinstance(one, list) for one in listed.values()):
-        raise UserError(f"{path} is not laid out as GEO-Bench's: it must have a list for each of its names.")
-    if declared.task == "multilabel":
-        for name, values in listed.items():
-            if strange := [one for one in values if one not in (0, 1)]:
-                raise UserError(
-                    f"{path} has {str(strange[0])[:60]} for the sample {name}; labels are zeros and ones."
-                )
-        return {name: tuple(map(int, values)) for name, values in listed.items()}
-    # Keys are class indices; their order in the file means nothing.
-    classes = {str(index): index for index in range(len(declared.classes))}
-    if strange := [label for label in listed if label not in classes]:
+        partitions = [file.name.removesuffix("_partition.json") for file in path.parent.glob("*_partition.json")]
+        partitions = sorted(partitions)
         raise UserError(
-            f"{path} has the class {strange[0][:60]!r}; {declared.name} has the classes 0 to {len(classes) - 1}."
+            f"There is no {path}. Partitions in this folder: {', '.join(partitions) or 'none'}.",
+            key="partition",
+            value=path.name.removesuffix("_partition.json"),
+            allowed=partitions,
+            path=path,
         )
-    pairs = [(name, classes[label]) for label, names in listed.items() for name in _plain(path, label, names)]
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(name for name, label in pairs if found[name] != label or pairs.count((name, label)) > 1)
-        raise UserError(f"{path} lists the sample {twice} more than once.")
-    return found
+    names_of_split = _read_json(path)
+    if not isinstance(names_of_split, dict) or set(names_of_split) != set(SPLITS):
+        present = list(map(str, names_of_split)) if isinstance(names_of_split, dict) else []
+        raise UserError(
+            f"{path} must list train, valid and test. It lists: {', '.join(present) or 'none of them'}.",
+            value=present,
+            allowed=SPLITS,
+            path=path,
+        )
+    split_of, dropped = {}, []
+    for split, names in names_of_split.items():
+        for name in _check_sample_names(path, split, names):
+            if name in split_of and not skip_bad:
+                splits = f"twice in {split}" if split_of[name] == split else f"in {split_of[name]} and in {split}"
+                raise UserError(
+                    f"{path} lists the sample {name} {splits}. List it in one split, once, or set skip_bad: true.",
+                    key=split,
+                    value=name,
+                    path=path,
+                )
+            if name in split_of:
+                dropped.append(f"{name} in {split}")
+            split_of.setdefault(name, split)
+    return list(split_of), [SPLITS[split] for split in split_of.values()], dropped
+
+
+def read_labels(folder: Path, spec: GeoBenchSet) -> dict[str, int | tuple[int, ...]] | None:
+    """Read the labels of a set's JSON file.
+
+    label_map.json contains the sample names of each class; label_stats.json (multi-label) the zeros and ones of each
+    sample.
+
+    Returns:
+        Class index, or multi-hot label, by sample name. None for segmentation, or if there is no file.
+
+    Raises:
+        UserError: the file has another structure, an invalid label, or a sample twice.
+    """
+    task = spec.task_class
+    path = folder / ("label_stats.json" if task.is_multilabel else "label_map.json")
+    if task.is_dense or not path.exists():
+        return None
+    content = _read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(values, list) for values in content.values()):
+        raise UserError(f"{path} does not have GEO-Bench's structure: every entry must be a list.", path=path)
+    return _multi_hot_labels(path, content) if task.is_multilabel else _class_labels(path, content, spec)
 
 
 def read_published_stats(
-    folder: Path, declared: GeoBenchSet, keys: Sequence[str], scale: float
+    folder: Path, spec: GeoBenchSet, keys: Sequence[str], scale: float
 ) -> dict[str, tuple[float, float] | None]:
-    """Published mean and standard deviation of each key, else those that come with the files, times `scale`."""
-    known = dict(declared.published_stats)
-    if not known and (folder / "band_stats.json").exists():
-        path = folder / "band_stats.json"
-        stats = _json(path)
-        if not isinstance(stats, dict) or not all(isinstance(one, dict) for one in stats.values()):
-            raise UserError(f"{path} is not laid out as GEO-Bench's: it must have statistics for each of its names.")
-        pairs = {key: (one.get("mean"), one.get("std")) for key, one in stats.items()}
-        known = {key: pair for key, pair in pairs.items() if all(map(_finite, pair)) and pair[1] > 0}
-    return {key: (known[key][0] * scale, known[key][1] * scale) if key in known else None for key in keys}
+    """Return the published mean and standard deviation of each key, times `scale`; None where there are none.
+
+    If nothing is published, band_stats.json in the set's folder is read.
+
+    Raises:
+        UserError: band_stats.json has another structure.
+    """
+    stats = dict(spec.published_stats)
+    path = folder / "band_stats.json"
+    if not stats and path.exists():
+        content = _read_json(path)
+        if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
+            raise UserError(f"{path} does not have GEO-Bench's structure: every entry must be an object.", path=path)
+        pairs = {key: (entry.get("mean"), entry.get("std")) for key, entry in content.items()}
+        stats = {key: pair for key, pair in pairs.items() if all(map(_is_finite, pair)) and pair[1] > 0}
+    return {key: (stats[key][0] * scale, stats[key][1] * scale) if key in stats else None for key in keys}
+
+
+def _multi_hot_labels(path: Path, content: dict[str, list]) -> dict[str, tuple[int, ...]]:
+    for name, values in content.items():
+        if invalid := [value for value in values if value not in (0, 1)]:
+            raise UserError(
+                f"{path} has the value {str(invalid[0])[:_SHOWN_LENGTH]} for the sample {name}. Multi-label values "
+                "must be 0 or 1.",
+                key=name,
+                value=invalid[0],
+                allowed=(0, 1),
+                path=path,
+            )
+    return {name: tuple(map(int, values)) for name, values in content.items()}
+
+
+def _class_labels(path: Path, content: dict[str, list], spec: GeoBenchSet) -> dict[str, int]:
+    # Keys are class indices; their order in the file has no meaning.
+    class_of_key = {str(index): index for index in range(len(spec.classes))}
+    if invalid := [key for key in content if key not in class_of_key]:
+        raise UserError(
+            f"{path} has the class {invalid[0][:_SHOWN_LENGTH]!r}. {spec.name} has the classes 0 to "
+            f"{len(spec.classes) - 1}.",
+            value=invalid[0],
+            allowed=class_of_key,
+            path=path,
+        )
+    pairs = [
+        (name, class_of_key[key]) for key, names in content.items() for name in _check_sample_names(path, key, names)
+    ]
+    labels = dict(pairs)
+    if len(labels) != len(pairs):
+        repeated = next(name for name, label in pairs if labels[name] != label or pairs.count((name, label)) > 1)
+        raise UserError(f"{path} lists the sample {repeated} more than once.", value=repeated, path=path)
+    return labels
+
+
+def _check_sample_names(path: Path, key: str, names: object) -> list[str]:
+    """Return the sample names under a key; refuse names that are not plain file names."""
+    if not isinstance(names, list):
+        raise UserError(
+            f"{path} must have a list of sample names under {key}. It has {str(names)[:_SHOWN_LENGTH]}.",
+            key=key,
+            value=names,
+            path=path,
+        )
+    for name in names:
+        printable = isinstance(name, str) and 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
+        if not printable or {"/", "\\"} & set(name):
+            raise UserError(
+                f"{path} has the entry {str(name)[:_SHOWN_LENGTH]!r} under {key}, which is not a sample name. Names "
+                f"have 1 to {MAX_NAME_LENGTH} printable characters without slashes.",
+                key=key,
+                value=name,
+                path=path,
+            )
+    return names
+
+
+def _read_json(path: Path):
+    """Read a JSON file; refuse objects that contain a key twice."""
+    try:
+        return json.loads(path.read_text(), object_pairs_hook=_object_without_repeated_keys)
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable JSON file ({error}).", path=path) from None
+
+
+def _object_without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    keys = [key for key, _ in pairs]
+    if len(keys) != len(set(keys)):
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r:.80} occurs twice")
+    return dict(pairs)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float | int) and math.isfinite(value)

@@ -1,9 +1,12 @@
-"""GEO-Bench's six segmentation sets. Classes and keys are those of its converters."""
+"""Descriptions of GEO-Bench's six segmentation sets.
+
+Source: classes and keys from GEO-Bench's converters.
+"""
 
 from pipeline.bands import Band
 from pipeline.data.sources.geobench.spec import REFLECTANCE_DISPLAY_RANGE, GeoBenchSet, rgb_bands, sentinel2_bands
 
-_CLOUDS = {"Cloud Probability": Band("CLP", "cloud_probability", gsd=10)}
+_CLOUD_BANDS = {"Cloud Probability": Band("CLP", "cloud_probability", gsd=10)}
 
 SETS = (
     GeoBenchSet(
@@ -18,7 +21,7 @@ SETS = (
         gsd=0.1,
         licence="MIT, 3D-PV-Locator",
         location_format="lat,lon",
-        known_issues=("latitude and longitude are swapped in many names; the larger is the latitude in Germany",),
+        known_issues=("latitude and longitude are swapped in many sample names; in Germany the larger value is the latitude",),
     ),
     GeoBenchSet(
         name="m-chesapeake-landcover",
@@ -36,7 +39,7 @@ SETS = (
         gsd=1,
         licence="CDLA-Permissive-1.0, Chesapeake Conservancy",
         nodata_class=6,
-        known_issues=("8-bit aerial photographs, not reflectance",),
+        known_issues=("values are 8-bit aerial photographs, not reflectance",),
     ),
     GeoBenchSet(
         name="m-cashew-plantation",
@@ -48,7 +51,7 @@ SETS = (
         ),
         image_size=256,
         split_sizes=(1350, 400, 50),
-        released_bands={**sentinel2_bands("B10"), **_CLOUDS},
+        released_bands={**sentinel2_bands("B10"), **_CLOUD_BANDS},
         units="dn",
         display=REFLECTANCE_DISPLAY_RANGE,
         gsd=10,
@@ -66,12 +69,12 @@ SETS = (
         ),
         image_size=256,
         split_sizes=(3000, 1000, 1000),
-        released_bands={**sentinel2_bands("B10"), **_CLOUDS},
+        released_bands={**sentinel2_bands("B10"), **_CLOUD_BANDS},
         units="uint8",
         gsd=10,
         licence="CC-BY-4.0, Western Cape Department of Agriculture and Radiant Earth",
         nodata_class=0,
-        known_issues=("Sentinel-2 stretched to 8 bits, not reflectance", "the place in its files is the same in all"),
+        known_issues=("values are Sentinel-2 stretched to 8 bits, not reflectance", "all files contain the same location"),
     ),
     GeoBenchSet(
         name="m-nz-cattle",
@@ -87,7 +90,7 @@ SETS = (
         location_format="lon,lat",
         date_source="key",
         has_placeholder_dates=True,
-        known_issues=("of dates the year alone is known: 1 January stands for it", "names give longitude first"),
+        known_issues=("only the year of the dates is known: files contain 1 January", "sample names contain the longitude before the latitude"),
     ),
     GeoBenchSet(
         name="m-NeonTree",
@@ -99,10 +102,10 @@ SETS = (
         released_bands=dict(
             sorted({**rgb_bands(0.1), "Canopy Height Model": Band("CHM", "canopy_height", gsd=1)}.items())
         ),
-        unread_keys={"Neon": "a hyperspectral cube of 1 m, without wavelengths"},
+        unread_keys={"Neon": "hyperspectral cube at 1 m without wavelengths"},
         units="uint8",
         gsd=0.1,
         licence="CC-BY-4.0, NeonTreeEvaluation",
-        known_issues=("canopy height is in metres, at 1 m, repeated to 0.1 m by nearest neighbour",),
+        known_issues=("canopy height is in metres; its 1 m pixels are repeated to 0.1 m (nearest neighbour)",),
     ),
 )  # fmt: skip

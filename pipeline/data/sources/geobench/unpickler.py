@@ -1,7 +1,8 @@
-"""Reading a pickle as data: nothing in it can run.
+"""Read a pickle as data, without running anything in it.
 
-A pickle is a program, and the usual reader calls whatever it names. This one knows a short list of names, and what
-they become here are plain records: not even numpy's own reader is called, which would unpickle objects within.
+A pickle is a program: the standard unpickler calls whatever it names. This one accepts a short list of names, and
+replaces objects of other packages by plain records. Even numpy's own functions are not called, since they would
+unpickle nested objects.
 """
 
 import collections
@@ -15,114 +16,126 @@ import numpy as np
 
 from pipeline.errors import UserError
 
-# Whatever is asked of these packages becomes a `Record`: their own code is never looked for.
-_PACKAGES = ("geobench", "ccb")
-_RECORDS = {("affine", "Affine"), ("rasterio.crs", "CRS"), ("rasterio._crs", "_CRS")}
-_PLAIN = {
+# Every name of these packages becomes a `StubObject`; the packages are never imported.
+STUBBED_PACKAGES = ("geobench", "ccb")
+_STUBBED_CLASSES = {("affine", "Affine"), ("rasterio.crs", "CRS"), ("rasterio._crs", "_CRS")}
+_STANDARD_CLASSES = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     **{("datetime", name): getattr(datetime, name) for name in ("date", "datetime", "time", "timedelta", "timezone")},
 }
-_NUMBERS = re.compile(r"[<>|=]?[biuf?][1248]?")
+_NUMERIC_DTYPE = re.compile(r"[<>|=]?[biuf?][1248]?")
+# In texts some of these bytes are letters, so the count is an upper bound.
+_TUPLE_OPCODES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET)
+MAX_TUPLES = 20_000
 
 
 class StubObject:
-    """Stands in for an object of another package.
+    """Placeholder for an object of another package.
 
     Attributes:
-        args: what it was made with.
-        state: what was set afterwards: attributes by name, or whatever its class pickles.
+        args: arguments of its constructor.
+        state: state set after construction: attributes by name, or what its class pickles.
     """
 
     def __new__(cls, *args):
-        made = super().__new__(cls)
-        made.args, made.state = args, None
-        return made
+        stub = super().__new__(cls)
+        stub.args, stub.state = args, None
+        return stub
 
     def __setstate__(self, state):
         self.state = state
 
 
-class _Dtype:
-    """A type of numbers, and of no objects."""
+class _NumericDtype:
+    """Placeholder for a numpy dtype; only numbers are accepted."""
 
     def __init__(self, code, *_):
-        if not isinstance(code, str) or not _NUMBERS.fullmatch(code):
-            raise UserError(f"it asks for an array of type {code!r:.60}; only numbers are read")
+        if not isinstance(code, str) or not _NUMERIC_DTYPE.fullmatch(code):
+            raise UserError(f"it contains an array of type {code!r:.60}; only numbers are allowed", value=code)
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state):
         if state[2:5] != (None, None, None):
-            raise UserError("it asks for an array of records; only numbers are read")
+            raise UserError("it contains a structured array; only numbers are allowed")
         self.dtype = self.dtype.newbyteorder(state[1]) if state[1] in ("<", ">") else self.dtype
 
 
-class _Array:
-    """An array of numbers: `np.asarray` turns it into one."""
+class _NumericArray:
+    """Placeholder for a numpy array of numbers; `np.asarray` converts it."""
 
     def __init__(self, *_):
         self.values = np.empty(0)
 
     def __setstate__(self, state):
-        _, shape, kind, by_column, data = state
-        if not isinstance(kind, _Dtype) or not isinstance(data, bytes):
-            raise UserError("it holds an array of objects; only numbers are read")
-        self.values = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if by_column else "C")
+        _, shape, dtype, is_fortran, data = state
+        if not isinstance(dtype, _NumericDtype) or not isinstance(data, bytes):
+            raise UserError("it contains an array of objects; only numbers are allowed")
+        self.values = np.frombuffer(data, dtype.dtype).reshape(shape, order="F" if is_fortran else "C")
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self.values, dtype=dtype)
 
 
-def _scalar(kind, data):
-    if not isinstance(kind, _Dtype) or not isinstance(data, bytes):
-        raise UserError("it holds a scalar object; only numbers are read")
-    return np.frombuffer(data, kind.dtype)[0]
+def _make_scalar(dtype, data):
+    """Replacement of numpy's `scalar`."""
+    if not isinstance(dtype, _NumericDtype) or not isinstance(data, bytes):
+        raise UserError("it contains a scalar object; only numbers are allowed")
+    return np.frombuffer(data, dtype.dtype)[0]
 
 
-def _from_buffer(data, kind, shape, order):
-    made = _Array()
-    made.__setstate__((1, shape, kind, order == "F", bytes(data)))
-    return made
+def _array_from_buffer(data, dtype, shape, order):
+    """Replacement of numpy's `_frombuffer`."""
+    array = _NumericArray()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    return array
 
 
-_NUMPY = {("numpy", "dtype"): _Dtype, ("numpy", "ndarray"): _Array}
+_NUMPY = {("numpy", "dtype"): _NumericDtype, ("numpy", "ndarray"): _NumericArray}
 for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
-    _NUMPY[_core + ".multiarray", "scalar"] = _scalar
-    _NUMPY[_core + ".multiarray", "_reconstruct"] = _Array
-    _NUMPY[_core + ".numeric", "_frombuffer"] = _from_buffer
-_KNOWN = {**_PLAIN, **_NUMPY}
-# What makes a tuple or a frozen set; in texts some of the same bytes are letters.
-_TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET)
-_MOST_TUPLES = 20_000
+    _NUMPY[_core + ".multiarray", "scalar"] = _make_scalar
+    _NUMPY[_core + ".multiarray", "_reconstruct"] = _NumericArray
+    _NUMPY[_core + ".numeric", "_frombuffer"] = _array_from_buffer
+_ALLOWED = {**_STANDARD_CLASSES, **_NUMPY}
 
 
-class _Reader(pickle.Unpickler):
+class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        if found := _KNOWN.get((module, name)):
-            return found
-        if module.split(".")[0] in _PACKAGES or (module, name) in _RECORDS:
-            return _record(name)
-        asked = f"{module}.{name}"
-        asked = asked if asked.isprintable() and len(asked) < 200 else f"{asked!r:.200}"
-        raise UserError(f"it asks for {asked}, which is no part of such data and may be an attack")
+        if allowed := _ALLOWED.get((module, name)):
+            return allowed
+        if module.split(".")[0] in STUBBED_PACKAGES or (module, name) in _STUBBED_CLASSES:
+            return _stub_class(name)
+        full_name = f"{module}.{name}"
+        # Escape control characters, which could reach the terminal.
+        shown = full_name if full_name.isprintable() and len(full_name) < 200 else f"{full_name!r:.200}"
+        raise UserError(
+            f"it names {shown}, which does not belong in such a file and may be an attack", value=full_name
+        )
 
 
 @cache
-def _record(name: str) -> type:
+def _stub_class(name: str) -> type:
     return type(name, (StubObject,), {})
 
 
 def loads(data: bytes):
-    """What a pickle holds, with records in place of foreign objects.
+    """Unpickle data with `StubObject`s in place of objects of other packages. Nothing in the pickle runs.
 
     Raises:
-        UserError: it names anything that is not known here, or is damaged. Nothing in it was run.
+        UserError: the pickle names anything else, or is damaged.
     """
-    # Not more than may be nested: Python looks into tuples within tuples by recursion, without a bound of its own.
-    if sum(data.count(code) for code in _TUPLES) > _MOST_TUPLES:
-        raise UserError("Its pickle is refused: it has more tuples than any such data. Nothing in it was run.")
+    # CPython recurses into nested tuples without a limit and would crash; the count limits the nesting.
+    if sum(data.count(opcode) for opcode in _TUPLE_OPCODES) > MAX_TUPLES:
+        raise UserError(
+            f"The attribute 'pickle' is refused: it has more than {MAX_TUPLES} tuples. Nothing in it was run.",
+            key="pickle",
+        )
     try:
-        return _Reader(io.BytesIO(data)).load()
+        return _SafeUnpickler(io.BytesIO(data)).load()
     except UserError as error:
-        raise UserError(f"Its pickle is refused: {error}. Nothing in it was run.") from None
-    except Exception as error:  # a damaged pickle may fail in any way
-        raise UserError(f"Its pickle cannot be read ({type(error).__name__}: {error}).") from None
+        raise UserError(
+            f"The attribute 'pickle' is refused: {error}. Nothing in it was run.", key="pickle", value=error.value
+        ) from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(
+            f"The attribute 'pickle' is not a readable pickle ({type(error).__name__}: {error}).", key="pickle"
+        ) from None

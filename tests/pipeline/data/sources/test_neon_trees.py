@@ -14,7 +14,7 @@ def test_counts(image_dataset):
 
 
 def test_boxes_are_filled_where_the_file_says(raw_folder):
-    path = raw_folder("trees") / "2019_YELL_2_528000_4978000_image_crop2.xml"
+    path = raw_folder("neon_trees") / "2019_YELL_2_528000_4978000_image_crop2.xml"
     mask = neon_trees.box_mask(path, (2472, 2299))
     # The file's first box: x 681 to 699, y 369 to 386.
     assert mask[369:386, 681:699].all()
@@ -23,11 +23,11 @@ def test_boxes_are_filled_where_the_file_says(raw_folder):
 
 def test_swapped_axes_are_refused(raw_folder):
     with pytest.raises(UserError, match="lies outside"):
-        neon_trees.box_mask(raw_folder("trees") / "2019_YELL_2_541000_4977000_image_crop.xml", (1249, 1035))
+        neon_trees.box_mask(raw_folder("neon_trees") / "2019_YELL_2_541000_4977000_image_crop.xml", (1249, 1035))
 
 
 def test_a_question_the_source_cannot_answer(raw_folder, params):
     import dataclasses
 
     with pytest.raises(UserError, match="classification or segmentation"):
-        neon_trees.prepare(raw_folder("trees"), dataclasses.replace(params.dataset("sample-trees"), task="multilabel"))
+        neon_trees.prepare(raw_folder("neon_trees"), dataclasses.replace(params.dataset("sample-trees"), task="multilabel"))

@@ -29,7 +29,7 @@ def test_pixels_are_those_of_the_band_files(image_dataset, raw_folder):
     chips = image_dataset("sample-landuse")
     row, column = int(chips.sample[100][1:5]), int(chips.sample[100][6:])
     for position, band in enumerate(osm_landuse.BANDS):
-        with rasterio.open(next(raw_folder("landuse").glob(f"*_{band.name}.jp2"))) as file:
+        with rasterio.open(next(raw_folder("osm_landuse").glob(f"*_{band.name}.jp2"))) as file:
             step = int(band.gsd // 10)
             assert chips.image[100, position, 5, 7] == file.read(1)[(row + 5) // step, (column + 7) // step]
 
@@ -37,7 +37,7 @@ def test_pixels_are_those_of_the_band_files(image_dataset, raw_folder):
 def test_a_label_is_the_polygon_at_that_place(image_dataset, raw_folder):
     import geopandas
 
-    polygons = geopandas.read_file(next(raw_folder("landuse").glob("*.gpkg")))
+    polygons = geopandas.read_file(next(raw_folder("osm_landuse").glob("*.gpkg")))
     chips = image_dataset("sample-landuse")
     for index in range(0, 859, 90):
         x, y = Transformer.from_crs(4326, 32633, always_xy=True).transform(chips.lon[index], chips.lat[index])
@@ -69,7 +69,7 @@ def test_chips_too_large_for_the_polygons(image_dataset):
 
 
 def test_a_missing_band_file_names_those_that_are_there(raw_folder, params, tmp_path):
-    for path in raw_folder("landuse").iterdir():
+    for path in raw_folder("osm_landuse").iterdir():
         if not path.name.endswith("B11.jp2"):
             (tmp_path / path.name).symlink_to(path)
     with pytest.raises(UserError, match="lacks the files of bands B11; it has B01, B02"):

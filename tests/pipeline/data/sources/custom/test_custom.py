@@ -14,7 +14,6 @@ from rasterio.windows import Window
 from pipeline.config import DatasetConfig, SplitFractions, parse
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import custom, osm_landuse, validate
-from pipeline.errors import UserError
 from tests.conftest import ROOT
 
 BANDS = [
@@ -27,12 +26,12 @@ SPLITS = SplitFractions(0.6, 0.2, 0.2)
 
 def scene_block(raw, **changes) -> DatasetConfig:
     options = {
-        "folder": str(raw("landuse")), "images": "*_B??.jp2", "labels": "*.gpkg", "label_column": "fclass",
+        "folder": str(raw("osm_landuse")), "images": "*_B??.jp2", "labels": "*.gpkg", "label_column": "fclass",
         "units": "dn", "bands": BANDS, "display": [0, 0.3], "time": "2017-02-16T10:21:01",
     }  # fmt: skip
     options |= changes.pop("options", {})
     return DatasetConfig(
-        "own", **{"task": "segmentation", "chip": 128, "block": 256, "splits": SPLITS} | changes, options=options
+        "custom", **{"task": "segmentation", "chip": 128, "block": 256, "splits": SPLITS} | changes, options=options
     )
 
 
@@ -40,8 +39,8 @@ def scene_block(raw, **changes) -> DatasetConfig:
 def tiles(raw_folder, tmp_path_factory):
     """The scene's blue, green and red as 48 GeoTIFFs of 128 px with masks, in folders `images` and `masks`."""
     folder = tmp_path_factory.mktemp("tiles")
-    scene, transform, crs = osm_landuse.read_scene(raw_folder("landuse"))
-    mask = osm_landuse.read_mask(raw_folder("landuse"), transform, scene.shape[1:])
+    scene, transform, crs = osm_landuse.read_scene(raw_folder("osm_landuse"))
+    mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])
     for kind in ("images", "masks"):
         (folder / kind).mkdir()
     for row in range(0, 768, 128):
@@ -67,7 +66,7 @@ def tile_block(folder, **changes) -> DatasetConfig:
     }  # fmt: skip
     options |= changes.pop("options", {})
     return DatasetConfig(
-        "own", **{"task": "segmentation", "chip": 64, "block": 256, "splits": SPLITS} | changes, options=options
+        "custom", **{"task": "segmentation", "chip": 64, "block": 256, "splits": SPLITS} | changes, options=options
     )
 
 
@@ -171,7 +170,7 @@ def test_splits_and_several_labels_in_a_table(tiles, tmp_path):
 def test_prepare_scene_chips_keep_crs_and_transform(raw_folder, tmp_path):
     image_writer.write(prepared(scene_block(raw_folder), tmp_path), tmp_path / "scratch", tmp_path / "store", workers=1)
     store = image_store.open_images(tmp_path / "store")
-    with rasterio.open(next(raw_folder("landuse").glob("*_B02.jp2"))) as scene:
+    with rasterio.open(next(raw_folder("osm_landuse").glob("*_B02.jp2"))) as scene:
         for index in (0, 40, 71):
             x, y = (int(store.sample[index].item()[digits]) for digits in (slice(7, 12), slice(1, 6)))
             corner = scene.transform @ rasterio.Affine.translation(x, y)
@@ -187,7 +186,7 @@ def test_the_readmes_blocks_are_valid_and_the_first_runs(raw_folder, tmp_path, m
     for name, block in made.items():
         validate(name, block)
     scene = made["my-scene"]
-    scene = dataclasses.replace(scene, options={**scene.options, "folder": str(raw_folder("landuse"))})
+    scene = dataclasses.replace(scene, options={**scene.options, "folder": str(raw_folder("osm_landuse"))})
     stream = prepared(scene, tmp_path)
     assert stream.classes == ("farm", "forest", "meadow", "water")
     assert stream.shape == (3, 128, 128)

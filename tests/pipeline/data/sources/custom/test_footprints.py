@@ -76,7 +76,7 @@ def test_a_pixel_that_one_band_lacks_has_no_label(tiles, tmp_path):
 
 def test_the_same_of_a_scene_in_a_file_a_band(raw_folder, tmp_path):
     folder = tmp_path / "scene"
-    shutil.copytree(raw_folder("landuse"), folder)
+    shutil.copytree(raw_folder("osm_landuse"), folder)
     stream = prepared(scene_block(raw_folder), tmp_path)
     name = stream.sample[0]
     row = int(name[1:6])
@@ -106,7 +106,7 @@ def test_an_image_with_a_label_and_without_data_is_refused_or_left_out(tiles, tm
 @pytest.mark.parametrize("how", ["moved", "another system", "coarser and moved"])
 def test_a_bands_file_that_lies_elsewhere_is_refused(raw_folder, tmp_path, how):
     folder = tmp_path / "scene"
-    shutil.copytree(raw_folder("landuse"), folder)
+    shutil.copytree(raw_folder("osm_landuse"), folder)
     (path,) = folder.glob("*_B04.jp2")
     with rasterio.open(path) as file:
         values, profile = file.read(), file.profile | {"driver": "GTiff"}
@@ -152,7 +152,7 @@ def test_an_offset_that_would_be_forgotten_is_refused(tiles, tmp_path):
 
 def test_an_offset_of_one_of_a_scenes_files_is_refused(raw_folder, tmp_path):
     folder = tmp_path / "scene"
-    shutil.copytree(raw_folder("landuse"), folder)
+    shutil.copytree(raw_folder("osm_landuse"), folder)
     (path,) = folder.glob("*_B11.jp2")
     with rasterio.open(path) as file:
         values, profile = file.read(), file.profile | {"driver": "GTiff"}

@@ -96,9 +96,9 @@ def test_folders_may_repeat_names(tiles, tmp_path):
 
 def vector(raw, folder, change, name="land.geojson"):
     """The scene's polygons, changed, in a file."""
-    frame = geopandas.read_file(next(raw("landuse").glob("*.gpkg")))[["fclass", "geometry"]].to_crs(4326)
+    frame = geopandas.read_file(next(raw("osm_landuse").glob("*.gpkg")))[["fclass", "geometry"]].to_crs(4326)
     change(frame).to_file(folder / name)
-    shutil.copy(next(raw("landuse").glob("*_B02.jp2")), folder / "scene.jp2")
+    shutil.copy(next(raw("osm_landuse").glob("*_B02.jp2")), folder / "scene.jp2")
     return {"folder": str(folder), "images": "scene.jp2", "labels": name, "bands": THREE[:1]}
 
 

@@ -146,7 +146,7 @@ def test_damaged_headers_and_masks_are_left_out_if_asked_for(tiles, tmp_path):
 
 def test_of_a_scene_in_a_file_a_band_the_damaged_one_is_named(raw_folder, tmp_path):
     folder = tmp_path / "scene"
-    shutil.copytree(raw_folder("landuse"), folder)
+    shutil.copytree(raw_folder("osm_landuse"), folder)
     (path,) = folder.glob("*_B11.jp2")
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UserError, match="_B11.jp2 cannot be read: "):
@@ -158,8 +158,8 @@ def test_of_a_scene_in_a_file_a_band_the_damaged_one_is_named(raw_folder, tmp_pa
 
 def windows(raw, folder, starts):
     """Two rows of windows of 128 px of the scene that begin at these columns, and their masks."""
-    scene, transform, crs = osm_landuse.read_scene(raw("landuse"))
-    mask = osm_landuse.read_mask(raw("landuse"), transform, scene.shape[1:])
+    scene, transform, crs = osm_landuse.read_scene(raw("osm_landuse"))
+    mask = osm_landuse.read_mask(raw("osm_landuse"), transform, scene.shape[1:])
     for kind, values in (("images", scene[1:4]), ("masks", mask[None])):
         (folder / kind).mkdir(parents=True)
         for row in (256, 384):

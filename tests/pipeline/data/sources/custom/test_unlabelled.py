@@ -21,7 +21,7 @@ read_scene = functools.cache(osm_landuse.read_scene)
 
 def more(raw, folder, places, name="more", bands=slice(1, 4), **profile):
     """Windows of 128 px of the scene, (row, column), as GeoTIFFs of all bands in a folder below this one."""
-    scene, transform, crs = read_scene(raw("landuse"))
+    scene, transform, crs = read_scene(raw("osm_landuse"))
     (folder / name).mkdir(parents=True, exist_ok=True)
     for row, column in places:
         values = scene[bands][:, row : row + 128, column : column + 128]

@@ -202,8 +202,8 @@ def test_options_that_no_set_has(options, words):
 def test_keys_of_params_that_the_source_does_not_take():
     with pytest.raises(UserError, match="has chip, which source 'geobench' does not take"):
         validate("m", DatasetConfig("geobench", chip=4, options={"set": "m-eurosat"}))
-    with pytest.raises(UserError, match="lacks: chip. Source 'landuse' needs task, chip, block, splits"):
-        validate("m", DatasetConfig("landuse", task="classification"))
+    with pytest.raises(UserError, match="lacks: chip. Source 'osm_landuse' needs task, chip, block, splits"):
+        validate("m", DatasetConfig("osm_landuse", task="classification"))
     with pytest.raises(UserError, match="source 'landuse' has none"):
-        validate("m", dataclasses.replace(DatasetConfig("landuse", options={"a": 1}), task="segmentation", chip=1, block=1,
+        validate("m", dataclasses.replace(DatasetConfig("osm_landuse", options={"a": 1}), task="segmentation", chip=1, block=1,
                                        splits=(1, 1, 1)))  # fmt: skip
