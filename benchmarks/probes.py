@@ -16,11 +16,10 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import ratio
 from pipeline.composition.cka import linear_cka
-from pipeline.composition.points import ProbeSamples
-from pipeline.composition.probes import Probe
+from pipeline.composition.probes import Probe, ProbeSamples
 from pipeline.composition.search import all_subsets
+from pipeline.tasks import Classification
 from pipeline.heads import probes
-from pipeline.training.loop import Task
 
 WIDTHS = {"a": 26, "b": 496, "c": 696}
 TRAIN, VAL, CLASSES, ROUNDS = 506, 197, 5, 3
@@ -40,7 +39,7 @@ def probe() -> Probe:
         ProbeSamples({layer: values[part] for layer, values in features.items()}, label[part])
         for part in (slice(TRAIN), slice(TRAIN, None))
     )
-    return Probe(train, val, Task("classification", CLASSES), "logistic")
+    return Probe(train, val, Classification(CLASSES), "logistic")
 
 
 def main() -> None:

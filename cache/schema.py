@@ -1,8 +1,4 @@
-"""The contract of cache/README.md in code: names, layout, and how an array is laid down.
-
-zarr, which takes a quarter of a second to import, is imported by what needs it: processes that only read raw files do
-not wait for it.
-"""
+"""The contract of cache/README.md in code: names and shapes of arrays, and the creation of an empty store."""
 
 import warnings
 from dataclasses import dataclass
@@ -17,9 +13,9 @@ from cache.errors import StoreError
 if TYPE_CHECKING:
     import zarr
 
-CONTRACT = "2"
+CONTRACT = "3"
 DTYPES = ("float16", "float32")
-# A shard file lies right in its array's folder, so that one flush of that folder makes its name durable.
+# Shard files are directly in their array's folder, so that one flush of that folder makes their names durable.
 CHUNK_KEYS = {"name": "default", "separator": "."}
 
 
@@ -33,14 +29,19 @@ def pooled_array(name: str) -> str:
     return f"pooled/{name}"
 
 
+def layer_name(array: str) -> str:
+    """Short name of an array: `level2` for `level2/features`, `mean_level3` for `pooled/mean_level3`."""
+    return array.removeprefix("pooled/").removesuffix("/features")
+
+
 @dataclass(frozen=True)
 class LevelSchema:
-    """One level of a pyramid: what a sample's features are and where in the backbone they come from.
+    """One level of a feature pyramid.
 
     Attributes:
-        channels, height, width: of one sample's features.
+        channels, height, width: shape of one sample's features.
         stride: input pixels per feature cell.
-        layer: the source layer in the backbone's own words.
+        layer: name of the backbone's layer that gives the features.
     """
 
     channels: int
@@ -52,19 +53,20 @@ class LevelSchema:
 
 @dataclass(frozen=True)
 class StoreSchema:
-    """Everything that decides which arrays a feature store has.
+    """Names, shapes, dtype and codec of the arrays of a feature store.
 
     Attributes:
-        sample, split: one string per sample, equal to the images store's.
+        sample: name of each sample, equal to the images store's.
+        split: split of each sample, equal to the images store's.
         levels: finest first; may be empty.
-        pooled: channels of each pooled vector by name, such as `mean_level3`.
-        dtype: of the features as a reader gets them, one of `DTYPES`.
-        shard: samples per file; the unit of work and of resumption.
-        codec: how levels are stored; pooled vectors are small and always stored as they are.
+        pooled: number of channels of each pooled vector by name, such as `mean_level3`.
+        dtype: of the features when read, one of `DTYPES`.
+        shard_size: samples per file; the unit of work and of resumption.
+        codec: storage format of the levels; pooled vectors are small and stored uncompressed.
         views: names of the augmented copies of each sample; empty for a store without that dimension.
 
     Raises:
-        StoreError: fields that do not make a store.
+        StoreError: a field is invalid; `key` names it.
     """
 
     sample: tuple[str, ...]
@@ -77,32 +79,46 @@ class StoreSchema:
     views: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for what in ("sample", "views"):
-            names = getattr(self, what)
+        for key in ("sample", "views"):
+            names = getattr(self, key)
             if len(set(names)) < len(names):
-                twice = next(name for number, name in enumerate(names) if name in names[:number])
-                raise StoreError(f"{what} has '{twice}' more than once; every name must be its own.")
+                duplicate = next(name for number, name in enumerate(names) if name in names[:number])
+                raise StoreError(f"{key} has '{duplicate}' more than once; names must differ.", key=key, value=duplicate)
         if not self.sample or len(self.split) != len(self.sample):
-            raise StoreError(f"There are {len(self.sample)} samples and {len(self.split)} splits; each needs one.")
-        if "" in (*self.sample, *self.split):
-            raise StoreError("A sample's name, or its split, is empty; each needs one.")
+            raise StoreError(
+                f"There are {len(self.sample)} samples and {len(self.split)} splits. Give at least one sample, and a "
+                "split for each.",
+                key="split",
+                value=len(self.split),
+            )
+        for key in ("sample", "split"):
+            if "" in getattr(self, key):
+                raise StoreError(f"An entry of {key} is empty; give each sample a name and a split.", key=key, value="")
         if self.dtype not in DTYPES:
-            raise StoreError(f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.")
-        sizes = [self.shard_size, *self.pooled.values()]
-        sizes += [size for level in self.levels for size in (level.channels, level.height, level.width)]
-        if min(sizes) < 1:
-            raise StoreError(f"Shard, channels and cells must be at least 1; there are {sizes}.")
+            raise StoreError(
+                f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.",
+                key="dtype",
+                value=self.dtype,
+                allowed=DTYPES,
+            )
+        sizes = {"shard_size": self.shard_size, **{pooled_array(name): size for name, size in self.pooled.items()}}
+        for index, level in enumerate(self.levels):
+            sizes[level_array(index)] = min(level.channels, level.height, level.width)
+        for key, size in sizes.items():
+            if size < 1:
+                raise StoreError(f"{key} has the size {size}; sizes must be at least 1.", key=key, value=size)
 
     @property
     def n_shards(self) -> int:
+        """Number of shards."""
         return -(-len(self.sample) // self.shard_size)
 
     def rows(self, shard: int) -> slice:
-        """The samples of a shard."""
+        """Return the samples of a shard."""
         return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.sample)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """One sample's shape, with its views, by the path of each array that a writer is given."""
+        """Return the shape of one sample, including views, of each array that a writer must be given."""
         views = (len(self.views),) if self.views else ()
         shapes = {
             level_array(index): (*views, level.channels, level.height, level.width)
@@ -111,55 +127,62 @@ class StoreSchema:
         return shapes | {pooled_array(name): (*views, channels) for name, channels in self.pooled.items()}
 
     def array_names(self) -> list[str]:
-        """Paths of the arrays that a writer is given."""
+        """Return the paths of the arrays that a writer must be given."""
         return list(self.shapes())
 
 
-def create_store(path: Path, layout: StoreSchema) -> None:
-    """Lay down the groups and empty arrays of a store that is yet to be filled."""
+def create_store(path: Path, schema: StoreSchema) -> None:
+    """Create the groups and the empty arrays of a store."""
+    # zarr takes 0.25 s to import, and worker processes that read raw files import this module without needing it.
     import zarr
 
     root = zarr.open_group(path, mode="w", zarr_format=3)
-    root.attrs.update({"contract": CONTRACT, "dtype": layout.dtype, "codec": layout.codec.label})
+    root.attrs.update({"contract": CONTRACT, "dtype": schema.dtype, "codec": schema.codec.label})
     for name in ("sample", "split"):
-        put_array(root, name, np.array(getattr(layout, name), dtype=object), ("sample",))
-    view = ("view",) if layout.views else ()
-    if layout.views:
-        put_array(root, "view", np.array(layout.views, dtype=object), view)
-    count, shard = len(layout.sample), min(layout.shard_size, len(layout.sample))
-    shapes = layout.shapes()
-    for index, level in enumerate(layout.levels):
+        put_array(root, name, np.array(getattr(schema, name), dtype=object), ("sample",))
+    view = ("view",) if schema.views else ()
+    if schema.views:
+        put_array(root, "view", np.array(schema.views, dtype=object), view)
+    n_samples, shard_size = len(schema.sample), min(schema.shard_size, len(schema.sample))
+    shapes = schema.shapes()
+    for index, level in enumerate(schema.levels):
         group = root.create_group(
             f"level{index}",
             attributes={"stride": level.stride, "channels": level.channels, "layer": level.layer},
         )
         shape = shapes[level_array(index)]
-        # One map a chunk, so that a minibatch reads what it needs; one file a shard.
+        # A chunk is one map, so that a minibatch reads only what it needs; a file is one shard.
         _create_empty(
-            group, "features", (count, *shape), layout.codec.stored_dtype(layout.dtype),
+            group, "features", (n_samples, *shape), schema.codec.stored_dtype(schema.dtype),
             ("sample", *view, "channel", "y", "x"),
             chunks=(*[1] * (1 + len(view)), level.channels, level.height, level.width),
-            shards=(shard, *shape), compressors=layout.codec.compressor(),
+            shards=(shard_size, *shape), compressors=schema.codec.compressor(),
         )  # fmt: skip
-        if layout.codec.has_scale:
+        if schema.codec.has_scale:
             _create_empty(
-                group, "scale", (count, *shape[:-2]), "float32", ("sample", *view, "channel"), (shard, *shape[:-2])
+                group, "scale", (n_samples, *shape[:-2]), "float32", ("sample", *view, "channel"), (shard_size, *shape[:-2])
             )
-        for side, cells in (("y", level.height), ("x", level.width)):
-            centres = (np.arange(cells) + 0.5) * level.stride
-            put_array(group, side, centres, (side,), attributes={"units": "input pixels, at the cell's centre"})
-    group = root.create_group("pooled", attributes={"vectors": list(layout.pooled)})
-    for name in layout.pooled:
+        for axis, n_cells in (("y", level.height), ("x", level.width)):
+            centers = (np.arange(n_cells) + 0.5) * level.stride
+            put_array(group, axis, centers, (axis,), attributes={"units": "input pixels, at the center of the cell"})
+    group = root.create_group("pooled", attributes={"vectors": list(schema.pooled)})
+    for name in schema.pooled:
         shape = shapes[pooled_array(name)]
         _create_empty(
-            group, name, (count, *shape), layout.dtype, ("sample", *view, f"{name}_channel"), (shard, *shape)
+            group, name, (n_samples, *shape), schema.dtype, ("sample", *view, f"{name}_channel"), (shard_size, *shape)
         )
 
 
 def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attributes=None) -> None:
-    """Write a whole array with named dimensions, uncompressed; an object array is written as text.
+    """Write a whole array with named dimensions, uncompressed; an object array becomes text.
 
-    Its file is there also if all values are zero: else nobody could tell that from a file that was lost.
+    The file is written even if all values are zero, so that a missing file is always an error.
+
+    Args:
+        values: the array.
+        dims: a name for each dimension.
+        chunks: chunk shape; None for a single chunk.
+        attributes: of the array.
     """
     values = np.asarray(values)
     array = group.create_array(
@@ -176,18 +199,19 @@ def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attr
 
 
 def consolidate_metadata(group: "zarr.Group") -> None:
-    """Gather all metadata in the root's zarr.json, so that xarray opens the store with one read."""
+    """Copy all metadata to the zarr.json of the root, so that xarray opens the store with one read."""
+    # zarr takes 0.25 s to import, and worker processes that read raw files import this module without needing it.
     import zarr
     from zarr.errors import ZarrUserWarning
 
     with warnings.catch_warnings():
-        # Readers that do not know consolidated metadata ignore it; zarr-python warns that they may.
+        # zarr-python warns that other readers may ignore consolidated metadata, which does no harm.
         warnings.filterwarnings("ignore", category=ZarrUserWarning, message="Consolidated metadata")
         zarr.consolidate_metadata(group.store)
 
 
 def _create_empty(group, name, shape, dtype, dims, chunks, shards=None, compressors=None) -> None:
-    """NaN where unwritten (0 for int8, which has none)."""
+    """Create an array whose unwritten values are NaN, or 0 for int8, which has no NaN."""
     group.create_array(
         name,
         shape=shape,

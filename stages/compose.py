@@ -3,11 +3,12 @@
 Ensembles are selected on validation. The test split is read once per seed of the selected, as in train.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cache.atomic import atomic_dir
 from pipeline import config
+from pipeline.composition.result import CompositionResult
 from stages.cli import COMPOSITION, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
 
 
@@ -25,30 +26,23 @@ def compose(dataset: str) -> None:
         for name, manifest in manifests.items()
         if not manifest["skipped"]
     }
-    metadata = {
-        "dataset": dataset,
-        "backbones": list(stores),
-        "skipped": [manifest["skipped"] for manifest in manifests.values() if manifest["skipped"]],
-        "selected": [],
-        "trained": [],
-    }
+    result = CompositionResult()
     with atomic_dir(SCRATCH / f"compose-{dataset}", COMPOSITION / dataset) as folder:
         if stores:
             # torch takes 3 s to import; a skipped dataset needs none of it
-            from pipeline.composition import search
+            from pipeline.composition.search import search
             from pipeline.training import task_data
 
             members, images = task_data.open_aligned(dict(stores.values()), IMAGES / f"{dataset}.zarr")
-            result = search.search(dict(zip(stores, members, strict=True)), images, params.heads, params.composition)
-            selected = search.top_k(result.subsets, params.composition.top_k)
-            new_models = [model for model in selected if not _is_in_grid(model, params)]
-            metadata |= {"probe": result.probe, "selected": selected, "trained": new_models}
-            for name in ("subsets", "cka", "greedy"):
-                getattr(result, name).to_csv(folder / f"{name}.csv", index=False)
-            print(f"{dataset}: {len(result.subsets)} ensembles probed; best: {', '.join(selected)}", flush=True)
-            for model in new_models:
+            result = search(dict(zip(stores, members, strict=True)), images, params.heads, params.composition)
+            trained = tuple(model for model in result.selected if not _is_in_grid(model, params))
+            result = replace(result, trained=trained)
+            best = ", ".join(result.selected)
+            print(f"{dataset}: {len(result.subsets)} ensembles probed; best: {best}", flush=True)
+            for model in trained:
                 _tune_and_train(dataset, model, stores, manifests, params, folder / model)
-        write_json(folder / "composition.json", metadata)
+        skipped = tuple(manifest["skipped"] for manifest in manifests.values() if manifest["skipped"])
+        replace(result, skipped=skipped).write(folder)
 
 
 def _is_in_grid(model: str, params: config.Params) -> bool:

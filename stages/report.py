@@ -6,6 +6,7 @@ import pandas as pd
 
 from cache.atomic import atomic_dir
 from pipeline import config
+from pipeline.composition.result import CompositionResult
 from pipeline.errors import UserError
 from pipeline.report import composition, distillation, figures, mapped, page, statements
 from pipeline.report.significance import BootstrapSamples, bootstrap
@@ -33,13 +34,13 @@ from stages.cli import (
 def make_report() -> None:
     """Write results/report and results/metrics.json from the runs of the grid; other runs are ignored."""
     grid = config.load().grid
-    compositions = {dataset: _load_composition(dataset) for dataset in grid.datasets}
+    compositions = {dataset: CompositionResult.read(COMPOSITION / dataset) for dataset in grid.datasets}
     students = [_load_student_result(dataset, student) for dataset in grid.datasets for student in grid.students]
     folders, skipped = _model_folders(grid)
     folders |= {
         (dataset, model): COMPOSITION / dataset / model
         for dataset, result in compositions.items()
-        for model in result.told["trained"]
+        for model in result.trained
     }
     folders |= {
         (student.dataset, f"{student.name} ({variant})"): DISTILLATION / student.dataset / student.name / variant
@@ -136,16 +137,6 @@ def _load_student_result(dataset: str, student: str) -> distillation.StudentResu
 def _student_folders(root: Path, grid: config.GridConfig) -> dict[tuple[str, str], Path]:
     """Return the folder of every (dataset, student) below a folder of results."""
     return {(dataset, name): root / dataset / name for dataset in grid.datasets for name in grid.students}
-
-
-def _load_composition(dataset: str) -> composition.Searched:
-    folder = COMPOSITION / dataset
-    metadata = read_json(folder / "composition.json")
-    tables = [
-        pd.read_csv(folder / f"{name}.csv") if (folder / f"{name}.csv").exists() else pd.DataFrame()
-        for name in ("subsets", "cka", "greedy")
-    ]
-    return composition.Searched(metadata, *tables)
 
 
 if __name__ == "__main__":

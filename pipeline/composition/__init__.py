@@ -1,1 +1,1 @@
-"""Every ensemble by a quick probe, and how alike the backbones are."""
+"""Search over ensembles of backbones with quick probes, and measure how similar the backbones are."""

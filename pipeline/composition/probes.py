@@ -1,6 +1,12 @@
-"""Probes of backbones' cached features, fitted on training points and scored on the validation split."""
+"""Probe cached features: samples of several backbones, and probes fitted on training and scored on validation.
 
-from collections.abc import Mapping, Sequence
+The samples are the chips of a classification dataset, or pixels of the masks of a segmentation dataset. All backbones
+are compared on the same samples, whatever the sizes of their feature grids.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,110 +14,215 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from cache.reader import FeatureStore
-from pipeline import metrics
-from pipeline.composition import cka
-from pipeline.composition.points import Layer, ProbeSamples
+from cache.schema import layer_name, level_array, pooled_array
+from pipeline.composition.cka import linear_cka
 from pipeline.heads import probes
-from pipeline.training.loop import Task
+from pipeline.tasks import IGNORE, Task
+from pipeline.training import feature_inputs
 
-# Samples whose levels are read at once; points whose products are made at once.
-_SAMPLES, _BLOCK = 8, 2048
+# Chips per split, at most.
+MAX_CHIPS = 8192
+# Pixels per split, about, spread evenly over its masks. Twice as many pixels cost twice the time and move the mean
+# IoU of a probe by .01 (LAB.md).
+MAX_PIXELS = 4096
+# Samples whose feature maps are read together to draw pixels, and to score masks.
+READ_SAMPLES, SCORE_SAMPLES = 32, 8
+# Samples per batch of a CKA matrix.
+CKA_SAMPLES = 2048
+
+
+class Layer(NamedTuple):
+    """A level or pooled vector of a backbone: name of the backbone, and path of the array in its store."""
+
+    backbone: str
+    array: str
+
+    @property
+    def name(self) -> str:
+        """Short name, such as `level2` or `mean_level3`."""
+        return layer_name(self.array)
+
+
+@dataclass(frozen=True)
+class ProbeSamples:
+    """Features of the same samples by several backbones.
+
+    Attributes:
+        features: features of each layer, float32 (sample, channel).
+        label: class index (sample,), or multi-hot (sample, class).
+    """
+
+    features: dict[Layer, np.ndarray]
+    label: np.ndarray
+
+    def concatenate(self, layers: Sequence[Layer], samples: slice = slice(None)) -> np.ndarray:
+        """Concatenate layers along channels, (sample, channel)."""
+        return np.concatenate([self.features[layer][samples] for layer in layers], axis=1)
+
+
+def chip_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, label: np.ndarray) -> ProbeSamples:
+    """Read all pooled vectors of chips.
+
+    Args:
+        stores: feature stores by backbone.
+        rows: rows of the chips in the stores.
+        label: their labels.
+    """
+    features = {
+        Layer(backbone, pooled_array(name)): feature_inputs.read_finite(store, pooled_array(name), rows)
+        for backbone, store in stores.items()
+        for name in store.pooled
+    }
+    return ProbeSamples(features, label)
+
+
+def pixel_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, masks: np.ndarray, seed: int) -> ProbeSamples:
+    """Read all levels at random labelled pixels of each mask, about MAX_PIXELS in all.
+
+    Levels are interpolated bilinearly between cells, as heads resize them.
+
+    Args:
+        stores: feature stores by backbone.
+        rows: rows of the samples in the stores.
+        masks: their masks, (len(rows), y, x).
+        seed: seed of the random pixels.
+    """
+    pixels, is_valid = _draw_pixels(masks, seed)
+    features = {}
+    for backbone, store in stores.items():
+        for array in map(level_array, range(len(store.levels))):
+            batches = []
+            for start in range(0, len(rows), READ_SAMPLES):
+                batch = slice(start, start + READ_SAMPLES)
+                maps = torch.from_numpy(feature_inputs.read_finite(store, array, rows[batch]))
+                batches.append(_interpolate(maps, pixels[batch], masks.shape[1:])[is_valid[batch]])
+            features[Layer(backbone, array)] = np.concatenate(batches)
+    flat_masks = masks.reshape(len(masks), -1)
+    return ProbeSamples(features, np.take_along_axis(flat_masks, pixels, axis=1)[is_valid].astype(np.int64))
+
+
+def _draw_pixels(masks: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw labelled pixels of each mask.
+
+    Returns:
+        Flat indices (mask, pixel), and is_valid (mask, pixel), which is False where a mask has too few.
+    """
+    n_pixels = -(-MAX_PIXELS // len(masks))
+    generator = np.random.default_rng(seed)
+    pixels, is_valid = np.zeros((len(masks), n_pixels), np.int64), np.zeros((len(masks), n_pixels), bool)
+    for index, mask in enumerate(masks.reshape(len(masks), -1)):
+        labelled = np.flatnonzero(mask != IGNORE)
+        drawn = np.sort(generator.permutation(labelled)[:n_pixels])
+        pixels[index, : len(drawn)], is_valid[index, : len(drawn)] = drawn, True
+    return pixels, is_valid
+
+
+def _interpolate(maps: torch.Tensor, pixels: np.ndarray, mask_size: tuple[int, int]) -> np.ndarray:
+    """Interpolate maps (sample, channel, y, x) at pixels of masks of another size: (sample, pixel, channel)."""
+    y, x = (torch.from_numpy(axis).float() for axis in np.unravel_index(pixels, mask_size))
+    grid = torch.stack([(2 * x + 1) / mask_size[1] - 1, (2 * y + 1) / mask_size[0] - 1], dim=-1)[:, None]
+    values = functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    return values[:, :, 0].transpose(1, 2).numpy()
 
 
 class Probe:
-    """Probes fitted on training points and scored on validation points.
+    """Fit probes on training samples and score them on validation samples.
 
     Args:
-        train, val: points of the two splits; every channel is standardised by the training points.
-        task: what is asked.
-        kind: `logistic` or `knn`.
+        train, val: samples of the two splits. Every channel is standardized by the training samples.
+        task: the task, with its number of classes.
+        method: `logistic` or `knn`.
 
     Attributes:
-        layers: those of the points.
-        scalers: what standardised them.
+        layers: the layers of the samples.
+        scalers: the standardization of each layer.
     """
 
     def __init__(self, train: ProbeSamples, val: ProbeSamples, task: Task, method: str):
-        self.task, self.kind, self.layers = task, method, list(train.features)
+        self.task, self.method, self.layers = task, method, list(train.features)
         self.scalers = {layer: StandardScaler().fit(values) for layer, values in train.features.items()}
-        self._train, self._val = (
-            ProbeSamples(
-                {layer: self.scalers[layer].transform(values) for layer, values in one.features.items()}, one.label
-            )
-            for one in (train, val)
-        )
+        self._train, self._val = self._standardize(train), self._standardize(val)
+
+    def _standardize(self, samples: ProbeSamples) -> ProbeSamples:
+        features = {layer: self.scalers[layer].transform(values) for layer, values in samples.features.items()}
+        return ProbeSamples(features, samples.label)
 
     def width(self, layer: Layer) -> int:
-        """Channels of a layer."""
+        """Return the number of channels of a layer."""
         return len(self.scalers[layer].mean_)
 
     def fit(self, layers: Sequence[Layer]) -> tuple[float, probes.LinearProbe | None]:
-        """The validation score of a probe on these layers side by side, and the probe, if it is linear.
+        """Fit a probe on the concatenation of layers.
 
-        Of the logistic regressions the one with the best penalty by that score.
+        Returns:
+            Its validation score, and the probe if it is linear. Among logistic regressions the one with the best
+            score is returned.
         """
-        kind, inputs, label = self.task.type, self._train.concatenate(layers), self._train.label
-        queries = self._val.concatenate(layers)
-        if self.kind == "knn":
-            return self._score(probes.predict_knn(inputs, label, queries)), None
-        found = probes.fit_logistic(kind, inputs, label, self.task.n_classes)
-        scores = [self._score(probes.predicted(kind, one.logits(queries))) for one in found]
+        inputs, label = self._train.concatenate(layers), self._train.label
+        val_inputs = self._val.concatenate(layers)
+        if self.method == "knn":
+            return self._score(probes.predict_knn(inputs, label, val_inputs)), None
+        candidates = probes.fit_logistic(self.task, inputs, label)
+        scores = [self._score(self.task.predict(candidate.logits(val_inputs))) for candidate in candidates]
         best = int(np.argmax(scores))
-        return scores[best], found[best]
+        return scores[best], candidates[best]
 
     def similarity(self, groups: Mapping[str, Sequence[Layer]]) -> tuple[list[str], np.ndarray]:
-        """Linear CKA between groups of layers side by side, on the training points."""
-        count = len(self._train.label)
+        """Compute linear CKA between groups of concatenated layers, on the training samples."""
+        n_samples = len(self._train.label)
 
-        def batches():
-            for start in range(0, count, _BLOCK):
-                some = slice(start, start + _BLOCK)
-                yield {name: self._train.concatenate(layers, some) for name, layers in groups.items()}
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            for start in range(0, n_samples, CKA_SAMPLES):
+                samples = slice(start, start + CKA_SAMPLES)
+                yield {name: self._train.concatenate(layers, samples) for name, layers in groups.items()}
 
-        return cka.linear_cka(batches)
+        return linear_cka(batches)
 
     def _score(self, predicted: np.ndarray) -> float:
-        counts = metrics.counts(self.task.type, predicted, self._val.label, self.task.n_classes, self.task.ignore_value)
-        return float(metrics.score(self.task.type, counts.sum(axis=0), self.task.n_classes))
+        counts = self.task.counts(predicted, self._val.label)
+        return float(self.task.score(counts.sum(axis=0)))
 
 
 def mask_scores(
     fitted: Mapping[tuple[str, ...], tuple[list[Layer], probes.LinearProbe]],
     probe: Probe,
-    members: Mapping[str, FeatureStore],
+    stores: Mapping[str, FeatureStore],
     rows: np.ndarray,
     masks: np.ndarray,
 ) -> dict[tuple[str, ...], float]:
-    """Mean IoU of linear probes over whole masks: every level is read once for all of them.
+    """Score linear probes by the mean IoU over whole masks; every level is read once for all of them.
 
-    A linear probe and a bilinear resize may change places, so each level is reduced to logits on its own grid and
-    those are resized and added: the features are never held at the size of the mask.
+    A linear probe and a bilinear resize commute. The logits of each level are therefore computed on its own grid,
+    resized and added, and the features are never in memory at the size of the masks.
 
     Args:
-        fitted: by ensemble, the layers it reads and the probe that `Probe.fit` gave.
-        masks: (len(rows), y, x).
+        fitted: by ensemble, its layers and its probe from `Probe.fit`.
+        stores: feature stores by backbone.
+        rows: rows of the samples in the stores.
+        masks: their masks, (len(rows), y, x).
     """
-    task, totals = probe.task, {}
-    pieces = {name: _by_layer(layers, linear, probe.scalers) for name, (layers, linear) in fitted.items()}
-    for start in range(0, len(rows), _SAMPLES):
-        some = slice(start, start + _SAMPLES)
-        maps = {}
-        for layer in probe.scalers:
-            read = members[layer[0]].read(f"{layer[1]}/features", rows[some])
-            maps[layer] = torch.from_numpy(read.astype(np.float32))
-        for name, (weights, bias) in pieces.items():
+    task, total_counts = probe.task, {}
+    weights_of = {names: _split_by_layer(layers, linear, probe.scalers) for names, (layers, linear) in fitted.items()}
+    for start in range(0, len(rows), SCORE_SAMPLES):
+        batch = slice(start, start + SCORE_SAMPLES)
+        maps = {
+            layer: torch.from_numpy(stores[layer.backbone].read(layer.array, rows[batch]).astype(np.float32))
+            for layer in probe.scalers
+        }
+        for names, (weights, bias) in weights_of.items():
             logits = torch.from_numpy(bias)[:, None, None]
             for layer, weight in weights.items():
-                coarse = torch.einsum("kc,ncyx->nkyx", torch.from_numpy(weight), maps[layer])
-                logits = logits + functional.interpolate(coarse, size=masks.shape[1:], mode="bilinear")
+                low_res_logits = torch.einsum("kc,ncyx->nkyx", torch.from_numpy(weight), maps[layer])
+                logits = logits + functional.interpolate(low_res_logits, size=masks.shape[1:], mode="bilinear")
             predicted = logits.max(dim=1).indices.numpy()
-            counts = metrics.counts(task.type, predicted, masks[some], task.n_classes, task.ignore_value)
-            totals[name] = totals.get(name, 0) + counts.sum(axis=0)
-    return {name: float(metrics.score(task.type, total, task.n_classes)) for name, total in totals.items()}
+            total_counts[names] = total_counts.get(names, 0) + task.counts(predicted, masks[batch]).sum(axis=0)
+    return {names: float(task.score(counts)) for names, counts in total_counts.items()}
 
 
-def _by_layer(layers: Sequence[Layer], linear: probes.LinearProbe, scalers) -> tuple[dict[Layer, np.ndarray], np.ndarray]:
-    """A probe's weights a layer, and its bias, for features as they are stored."""
+def _split_by_layer(
+    layers: Sequence[Layer], linear: probes.LinearProbe, scalers: Mapping[Layer, StandardScaler]
+) -> tuple[dict[Layer, np.ndarray], np.ndarray]:
+    """Split a probe into the weights of each layer and the bias, for features as they are stored."""
     weights, bias, start = {}, linear.bias.astype(np.float64), 0
     for layer in layers:
         scaler = scalers[layer]

@@ -1,14 +1,13 @@
-"""Composition search: every ensemble of the backbones by a quick probe, and which of them deserve more.
+"""Search over ensembles: score every subset of the backbones by a quick probe and select the best.
 
-The paper (arXiv 2506.20174) composes by hand and leaves the search to future work. Training and validation samples
-alone are read here; the test split chooses nothing.
+The paper (arXiv 2506.20174) chooses its ensembles by hand and leaves the search to future work. The search reads the
+training and validation splits only, never the test split.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -18,173 +17,221 @@ from threadpoolctl import threadpool_limits
 
 from cache.reader import FeatureStore
 from pipeline import config
-from pipeline.composition import cka as similarity
-from pipeline.composition import points
-from pipeline.composition.points import Layer
-from pipeline.composition.probes import Probe, mask_scores
+from pipeline.composition import cka
+from pipeline.composition.probes import (
+    MAX_CHIPS,
+    MAX_PIXELS,
+    Layer,
+    Probe,
+    ProbeSamples,
+    chip_samples,
+    mask_scores,
+    pixel_samples,
+)
+from pipeline.composition.result import CompositionResult
 from pipeline.errors import UserError
+from pipeline.tasks import Task
 from pipeline.training import feature_inputs
 from pipeline.training.task_data import task_from_store
 
-Names = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class CompositionResult:
-    """What the search found on one data set: `table`, `similarities` and, if asked for, `greedy` below."""
-
-    subsets: pd.DataFrame
-    cka: pd.DataFrame
-    greedy: pd.DataFrame
-    probe: str
+# Names of the backbones of an ensemble.
+Ensemble = tuple[str, ...]
 
 
 def search(
-    members: Mapping[str, FeatureStore],
-    labelled: xr.Dataset,
+    stores: Mapping[str, FeatureStore],
+    images: xr.Dataset,
     heads: config.HeadsConfig,
-    described: config.CompositionConfig,
+    composition: config.CompositionConfig,
 ) -> CompositionResult:
-    """Probe every ensemble of `members` on the validation split, and measure how alike they are.
+    """Probe every ensemble on the validation split, measure the similarity of the backbones, and select the best.
 
-    A probe reads its members' standardised features side by side, whatever `heads.fusion` is.
+    A probe reads the standardized features of an ensemble concatenated, whatever `heads.fusion` is.
 
     Args:
-        members: the backbones' stores, aligned.
-        labelled: the images store they were made from.
-        heads: which pooled vectors the head reads, and so the probe.
+        stores: aligned feature stores by backbone.
+        images: the images store that they were extracted from.
+        heads: selects the levels and pooled vectors that a head, and so the probe, reads.
+        composition: the probe, the number of ensembles to select, and whether to add layers greedily.
+
+    Raises:
+        UserError: a split has too few labels.
     """
-    task = task_from_store(labelled)
-    first = next(iter(members.values()))
-    segmentation = task.type == "segmentation"
-    most = points.MAX_PIXELS if segmentation else points.MAX_CHIPS
-    rows = {
-        "train": first.rows("train", min(1.0, most / len(first.rows("train")))),
-        "val": first.rows("val"),
+    task = task_from_store(images)
+    rows = _select_rows(next(iter(stores.values())), task)
+    label = {split: images.label[index].values for split, index in rows.items()}
+    samples = _read_samples(stores, rows, label, task)
+    _check_enough_samples({split: len(split_samples.label) for split, split_samples in samples.items()}, task)
+    layers = {backbone: _head_layers(backbone, store, heads, task) for backbone, store in stores.items()}
+    ensembles = {
+        ensemble: [layer for backbone in ensemble for layer in layers[backbone]]
+        for ensemble in all_subsets(list(stores))
     }
-    label = {split: labelled.label[index].values for split, index in rows.items()}
-    layers = {name: _layers(name, store, heads, segmentation) for name, store in members.items()}
-    if segmentation:
-        taken = {
-            split: points.pixel_samples(members, rows[split], label[split], task.ignore_value, seed)
-            for seed, split in enumerate(rows)
-        }
+
+    probe = Probe(samples["train"], samples["val"], task, "logistic" if task.is_dense else composition.probe)
+    with _probe_pool() as pool:
+        fitted = dict(zip(ensembles, pool.map(probe.fit, ensembles.values()), strict=True))
+    if task.is_dense:
+        linear_probes = {ensemble: (ensembles[ensemble], linear) for ensemble, (_, linear) in fitted.items()}
+        scores = mask_scores(linear_probes, probe, stores, rows["val"], label["val"])
     else:
-        taken = {split: points.chip_samples(members, rows[split], label[split]) for split in rows}
-    _check_enough_samples({split: len(one.label) for split, one in taken.items()}, "labelled pixels" if segmentation else "samples")
-    probe = Probe(taken["train"], taken["val"], task, "logistic" if segmentation else described.probe)
-    wanted = {names: [layer for name in names for layer in layers[name]] for names in all_subsets(list(members))}
-    with _side_by_side() as each:
-        fitted = dict(zip(wanted, each(probe.fit, wanted.values()), strict=True))
-    if segmentation:
-        linear = {names: (wanted[names], one) for names, (_, one) in fitted.items()}
-        scores = mask_scores(linear, probe, members, rows["val"], label["val"])
-    else:
-        scores = {names: score for names, (score, _) in fitted.items()}
-    cka = cka_table(probe, layers)
-    widths = {name: sum(probe.width(layer) for layer in layers[name]) for name in members}
+        scores = {ensemble: score for ensemble, (score, _) in fitted.items()}
+
+    similarity = cka_table(probe, layers)
+    widths = {backbone: sum(probe.width(layer) for layer in layers[backbone]) for backbone in stores}
+    subsets = rank_table(scores, similarity, widths)
     return CompositionResult(
-        rank_table(scores, cka, widths), cka, greedy_layers(probe, probe.layers if described.greedy else []), probe.kind
+        backbones=tuple(stores),
+        probe=probe.method,
+        subsets=subsets,
+        cka=similarity,
+        greedy=greedy_layers(probe, probe.layers if composition.greedy else []),
+        selected=tuple(top_k(subsets, composition.top_k)),
     )
 
 
-def _check_enough_samples(counts: Mapping[str, int], what: str) -> None:
-    """Refuse splits that nothing can be fitted on, or compared by, or scored on."""
-    for split, least in (("train", similarity.MIN_SAMPLES), ("val", 1)):
-        if counts[split] < least:
+def _select_rows(store: FeatureStore, task: Task) -> dict[str, np.ndarray]:
+    """Select the rows of the training split, a random fraction if there are many, and of the validation split."""
+    max_samples = MAX_PIXELS if task.is_dense else MAX_CHIPS
+    return {
+        "train": store.rows("train", min(1.0, max_samples / len(store.rows("train")))),
+        "val": store.rows("val"),
+    }
+
+
+def _read_samples(
+    stores: Mapping[str, FeatureStore], rows: Mapping[str, np.ndarray], label: Mapping[str, np.ndarray], task: Task
+) -> dict[str, ProbeSamples]:
+    """Read the features and labels of both splits: of pixels if the task is dense, else of chips."""
+    if task.is_dense:
+        return {
+            split: pixel_samples(stores, index, label[split], seed)
+            for seed, (split, index) in enumerate(rows.items())
+        }
+    return {split: chip_samples(stores, index, label[split]) for split, index in rows.items()}
+
+
+def _check_enough_samples(counts: Mapping[str, int], task: Task) -> None:
+    """Refuse splits that are too small to fit, compare or score probes.
+
+    Raises:
+        UserError: a split has too few labels.
+    """
+    noun = "labelled pixels" if task.is_dense else "samples"
+    for split, minimum in (("train", cka.MIN_SAMPLES), ("val", 1)):
+        if counts[split] < minimum:
             raise UserError(
-                f"The split {split} has {counts[split]} {what}, and the composition search needs at least {least}. "
-                "Deal the splits otherwise (splits, seed and block of the data set in params.yaml), or add labels."
+                f"The split {split} has {counts[split]} {noun}, and the composition search needs at least {minimum}. "
+                "Change 'splits', 'seed' or 'block' of the dataset in params.yaml, or add labels.",
+                key=split,
+                value=counts[split],
             )
 
 
-def all_subsets(backbones: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every subset of the backbones, those of one member first, each in the order given."""
-    return [chosen for size in range(1, len(backbones) + 1) for chosen in combinations(backbones, size)]
+def all_subsets(backbones: Sequence[str]) -> list[Ensemble]:
+    """List all non-empty subsets of the backbones, the smallest first, each in the given order."""
+    return [subset for size in range(1, len(backbones) + 1) for subset in combinations(backbones, size)]
 
 
-def top_k(subsets: pd.DataFrame, count: int) -> list[str]:
-    """The best few ensembles of two or more members."""
-    return subsets[subsets.members > 1].model.head(count).tolist()
+def top_k(subsets: pd.DataFrame, k: int) -> list[str]:
+    """Return the k best ensembles of at least two backbones."""
+    return subsets[subsets.members > 1].model.head(k).tolist()
 
 
-def cka_table(probe: Probe, read: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
-    """Linear CKA of every two backbones: level, one, other, cka.
+def cka_table(probe: Probe, head_layers: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
+    """Compute the linear CKA of every two backbones.
 
-    Level by level, finest first (of a classification set their mean vectors; a level that only one backbone has is
-    left out), and last `all` that the head reads of each, side by side.
+    Rows come level by level, the finest first. Classification datasets are compared by the mean vectors of the
+    levels. Levels of a single backbone are omitted. The last rows, `all`, compare the concatenation of all layers
+    that a head reads.
 
     Args:
-        read: by backbone, the layers that a head reads.
+        head_layers: the layers that a head reads, by backbone.
+
+    Returns:
+        Columns level, backbone_a, backbone_b, cka.
     """
     levels: dict[str, dict[str, list[Layer]]] = {}
-    for backbone, layer in probe.layers:
-        if not layer.startswith("cls_"):
-            levels.setdefault(layer.removeprefix("mean_"), {})[backbone] = [(backbone, layer)]
+    for layer in probe.layers:
+        if not layer.name.startswith("cls_"):
+            levels.setdefault(layer.name.removeprefix("mean_"), {})[layer.backbone] = [layer]
     rows = []
-    for level, groups in [*levels.items(), ("all", read)]:
+    for level, groups in [*levels.items(), ("all", head_layers)]:
         if len(groups) > 1:
             names, matrix = probe.similarity(groups)
             rows += [
-                {"level": level, "one": one, "other": other, "cka": matrix[i, j]}
-                for i, one in enumerate(names)
-                for j, other in enumerate(names)
+                {"level": level, "backbone_a": name_a, "backbone_b": name_b, "cka": matrix[i, j]}
+                for i, name_a in enumerate(names)
+                for j, name_b in enumerate(names)
             ]
-    return pd.DataFrame(rows, columns=["level", "one", "other", "cka"])
+    return pd.DataFrame(rows, columns=["level", "backbone_a", "backbone_b", "cka"])
 
 
-def rank_table(scores: Mapping[tuple[str, ...], float], cka: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
-    """One row an ensemble, best first.
+def rank_table(scores: Mapping[Ensemble, float], similarity: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
+    """Rank the ensembles, the best first; on ties the one with fewer members is first.
+
+    Args:
+        scores: validation scores of the probes.
+        similarity: the result of `cka_table`.
+        widths: number of channels of each backbone.
 
     Returns:
-        model, members (how many), channels, score (of the probe, on validation), gain (over its best member's
-        score; none of a single one), cka (mean over its pairs, of all that the head reads).
+        Columns model; members (their number); channels; score; gain (score minus the best member's, NaN for a single
+        backbone); cka (mean over the pairs of members, of all that the head reads, NaN for a single backbone).
     """
-    pairs = cka[cka.level == "all"].set_index(["one", "other"]).cka
+    pairs = similarity[similarity.level == "all"].set_index(["backbone_a", "backbone_b"]).cka
     rows = []
-    for names, score in scores.items():
-        alone = len(names) == 1
+    for ensemble, score in scores.items():
+        is_single = len(ensemble) == 1
         rows.append(
-            {"model": "+".join(names), "members": len(names), "channels": sum(widths[name] for name in names),
-             "score": score,
-             "gain": np.nan if alone else score - max(scores[(name,)] for name in names),
-             "cka": np.nan if alone else np.mean([pairs[pair] for pair in combinations(names, 2)])}
-        )  # fmt: skip
-    # Of equals the one with fewer members is first.
+            {
+                "model": "+".join(ensemble),
+                "members": len(ensemble),
+                "channels": sum(widths[name] for name in ensemble),
+                "score": score,
+                "gain": np.nan if is_single else score - max(scores[(name,)] for name in ensemble),
+                "cka": np.nan if is_single else np.mean([pairs[pair] for pair in combinations(ensemble, 2)]),
+            }
+        )
     return pd.DataFrame(rows).sort_values(
         ["score", "members"], ascending=[False, True], kind="stable", ignore_index=True
     )
 
 
 def greedy_layers(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
-    """Add the layer that helps validation most, one after another, for as long as it helps: layer, score."""
-    chosen, best, rows = [], -np.inf, []
-    while left := [layer for layer in candidates if layer not in chosen]:
-        with _side_by_side() as each:
-            scores = [score for score, _ in each(probe.fit, [[*chosen, layer] for layer in left])]
-        if max(scores) <= best:
+    """Add the layer that raises the validation score most, until no layer raises it.
+
+    Returns:
+        One row per added layer, with columns backbone, layer, score.
+    """
+    chosen: list[Layer] = []
+    best_score, rows = -np.inf, []
+    while remaining := [layer for layer in candidates if layer not in chosen]:
+        with _probe_pool() as pool:
+            scores = [score for score, _ in pool.map(probe.fit, [[*chosen, layer] for layer in remaining])]
+        if max(scores) <= best_score:
             break
-        best = max(scores)
-        chosen.append(left[int(np.argmax(scores))])
-        rows.append({"backbone": chosen[-1][0], "layer": chosen[-1][1], "score": best})
+        best_score = max(scores)
+        chosen.append(remaining[int(np.argmax(scores))])
+        rows.append({"backbone": chosen[-1].backbone, "layer": chosen[-1].name, "score": best_score})
     return pd.DataFrame(rows, columns=["backbone", "layer", "score"])
 
 
 @contextmanager
-def _side_by_side():
-    """A `map` over probes, a core each.
+def _probe_pool() -> Iterator[ThreadPoolExecutor]:
+    """Provide a pool that fits one probe per CPU core.
 
-    Several threads on one small product are slower than one (benchmarks/probes.py), and the last digits would depend
-    on how many there are.
+    BLAS gets one thread: several threads on one small product are slower (benchmarks/probes.py), and rounding would
+    depend on their number.
     """
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield pool.map
+        yield pool
 
 
-def _layers(name: str, store: FeatureStore, heads: config.HeadsConfig, segmentation: bool) -> list[Layer]:
-    """What a head reads of a backbone: levels, or the pooled vectors that are its parameters."""
-    if segmentation:
-        fields = feature_inputs.select_levels([store], heads.levels)[0]
+def _head_layers(backbone: str, store: FeatureStore, heads: config.HeadsConfig, task: Task) -> list[Layer]:
+    """List the layers that a head reads of a backbone: levels if the task is dense, else pooled vectors."""
+    if task.is_dense:
+        arrays = feature_inputs.select_levels([store], heads.levels)[0]
     else:
-        fields = feature_inputs.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
-    return [(name, array.removeprefix("pooled/").removesuffix("/features")) for _, array in fields]
+        arrays = feature_inputs.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
+    return [Layer(backbone, array) for _, array in arrays]

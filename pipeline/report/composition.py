@@ -2,35 +2,20 @@
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from pipeline.composition import cka as similarity
+from pipeline.composition.result import CompositionResult
 from pipeline.report import figures, page
 from pipeline.report.significance import SIGNIFICANCE_LEVEL
 
 PROBES = {"logistic": "logistic regression", "knn": "nearest neighbours"}
 
 
-@dataclass(frozen=True)
-class Searched:
-    """What the compose stage wrote for one data set; tables may be empty.
-
-    Attributes:
-        told: its compose.json.
-        subsets, cka, greedy: of `compose.Found`.
-    """
-
-    told: Mapping
-    subsets: pd.DataFrame
-    cka: pd.DataFrame
-    greedy: pd.DataFrame
-
-
-def composition_section(searched: Mapping[str, Searched], summary: pd.DataFrame, folder: Path) -> str:
+def composition_section(searched: Mapping[str, CompositionResult], summary: pd.DataFrame, folder: Path) -> str:
     """HTML; pictures are written to `folder` too.
 
     Args:
@@ -46,11 +31,11 @@ def composition_section(searched: Mapping[str, Searched], summary: pd.DataFrame,
     ]
     for dataset, one in searched.items():
         if one.subsets.empty:
-            why = " ".join(one.told["skipped"]) or "The grid's backbones are random controls."
+            why = " ".join(one.skipped) or "The grid's backbones are random controls."
             parts.append(f"<p>{html.escape(f'{dataset}: nothing to compose. {why}')}</p>")
             continue
         tested = summary[(summary.dataset == dataset) & (summary.protocol == "frozen")]
-        caption = f"{dataset}: {len(one.subsets)} ensembles. Probe: {PROBES[one.told['probe']]}, frozen, validation."
+        caption = f"{dataset}: {len(one.subsets)} ensembles. Probe: {PROBES[one.probe]}, frozen, validation."
         parts.append(page.html_table(_subsets(one.subsets, tested), caption))
         if len(one.greedy):
             steps = one.greedy.assign(score=one.greedy.score.map("{:.3f}".format))
@@ -64,7 +49,7 @@ def composition_section(searched: Mapping[str, Searched], summary: pd.DataFrame,
     return "".join(parts) + _alike(searched, folder)
 
 
-def cka_gain_relation(searched: Mapping[str, Searched]) -> tuple[pd.DataFrame, str]:
+def cka_gain_relation(searched: Mapping[str, CompositionResult]) -> tuple[pd.DataFrame, str]:
     """Pairs of backbones (dataset, model, cka, gain), and a sentence on whether low CKA foretells gain."""
     tables = [one.subsets.assign(dataset=dataset) for dataset, one in searched.items() if len(one.subsets)]
     pairs = pd.concat(tables, ignore_index=True)
@@ -108,7 +93,7 @@ def _finite(value: float, form: str) -> str:
     return form.format(value) if np.isfinite(value) else "–"
 
 
-def _alike(searched: Mapping[str, Searched], folder: Path) -> str:
+def _alike(searched: Mapping[str, CompositionResult], folder: Path) -> str:
     tables = [one.cka.assign(dataset=dataset) for dataset, one in searched.items() if len(one.cka)]
     if not tables:
         return ""

@@ -48,11 +48,11 @@ def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
     """Linear CKA of every two backbones: a row a data set, a panel a level.
 
     Args:
-        cka: dataset, level, one, other, cka.
+        cka: columns dataset, level, backbone_a, backbone_b, cka.
     """
     datasets = list(cka.dataset.unique())
     levels = ["all", *[level for level in cka.level.unique() if level != "all"]]
-    side = 0.55 * cka.one.nunique() + 0.9
+    side = 0.55 * cka.backbone_a.nunique() + 0.9
     size = (side * len(levels) + 1.2, (side + 0.35) * len(datasets))
     figure, axes = plt.subplots(len(datasets), len(levels), figsize=size, squeeze=False)
     for row, dataset in zip(axes, datasets, strict=True):
@@ -61,7 +61,7 @@ def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
             if table.empty:
                 panel.axis("off")
                 continue
-            matrix = table.pivot_table(index="one", columns="other", values="cka", sort=False)
+            matrix = table.pivot_table(index="backbone_a", columns="backbone_b", values="cka", sort=False)
             panel.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
             for (y, x), value in np.ndenumerate(matrix.to_numpy()):
                 colour = "white" if value < 0.6 else "black"

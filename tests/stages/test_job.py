@@ -55,15 +55,15 @@ def test_every_score_recomputes_from_the_predictions_kept(job):
 def test_the_composition_search_probed_every_ensemble(job):
     folder = job.folder / "results/compose/sample-landuse-seg"
     subsets = pd.read_csv(folder / "subsets.csv")
-    told = json.loads((folder / "compose.json").read_text())
+    metadata = json.loads((folder / "composition.json").read_text())
     assert len(subsets) == 7
-    assert told["chosen"] == subsets[subsets.members > 1].model.head(2).tolist()
-    assert set(told["run"]) == set(told["chosen"]) - {"csmask_b4+lite0"}, "the grid's own is not run again"
+    assert metadata["selected"] == subsets[subsets.members > 1].model.head(2).tolist()
+    assert set(metadata["trained"]) == set(metadata["selected"]) - {"csmask_b4+lite0"}, "the grid's own is not run again"
     cka = pd.read_csv(folder / "cka.csv")
     assert set(cka.level) == {"level0", "level1", "level2", "level3", "all"}
     page = (job.folder / "results/report/index.html").read_text()
     assert all(model in page for model in subsets.model)
-    trees = json.loads((job.folder / "results/compose/sample-trees/compose.json").read_text())
+    trees = json.loads((job.folder / "results/compose/sample-trees/composition.json").read_text())
     assert trees["backbones"] == ["raw", "lite0"]
     assert "csmask_b4 needs the bands" in trees["skipped"][0]
 

@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pipeline.composition.result import CompositionResult
 from pipeline.report import composition, figures, statements
 from pipeline.report import page as report
-from pipeline.tasks import Classification
 from pipeline.report.significance import bootstrap
+from pipeline.tasks import Classification
 from tests.conftest import ROOT
 
 
@@ -44,7 +45,7 @@ def searched():
     """What the compose stage wrote of two sets, of which one has nothing to compose."""
     cka = pd.DataFrame(
         [
-            {"level": level, "one": one, "other": other, "cka": 1.0 if one == other else 0.25}
+            {"level": level, "backbone_a": one, "backbone_b": other, "cka": 1.0 if one == other else 0.25}
             for level in ("level0", "all")
             for one in "ab"
             for other in "ab"
@@ -55,10 +56,9 @@ def searched():
          "gain": [0.1, np.nan, np.nan], "cka": [0.25, np.nan, np.nan]}
     )  # fmt: skip
     greedy = pd.DataFrame({"backbone": ["a"], "layer": ["level0"], "score": [0.8]})
-    nothing = pd.DataFrame()
     return {
-        "d": composition.Searched({"probe": "logistic", "skipped": []}, subsets, cka, greedy),
-        "e": composition.Searched({"skipped": ["a needs <nir>."]}, nothing, nothing, nothing),
+        "d": CompositionResult(("a", "b"), (), "logistic", subsets, cka, greedy),
+        "e": CompositionResult(skipped=("a needs <nir>.",)),
     }
 
 
@@ -217,7 +217,7 @@ def test_low_cka_that_foretells_gain_is_said_so(searched):
     one = searched["d"]
     alike = np.linspace(0.1, 0.9, 7)
     pairs = pd.DataFrame({"model": "a+b", "members": 2, "cka": alike, "gain": -alike})
-    table, sentence = composition.cka_gain_relation({"d": composition.Searched({}, pairs, one.cka, one.greedy)})
+    table, sentence = composition.cka_gain_relation({"d": CompositionResult(subsets=pairs, cka=one.cka, greedy=one.greedy)})
     assert len(table) == 7
     assert "correlation of CKA and gain is -1.00 (permutation p = 0.00): unlike gain more" in sentence
 
