@@ -98,15 +98,15 @@ def _train_variants(
     for variant in params.distill.variants:
         study_path = SCRATCH / "studies" / f"distill-{dataset}-{name}-{variant}.json"
         row = {"dataset": dataset, "model": f"{name} ({variant})", "weights": weights}
-        result = protocol.train_variant(create_student, setup, variant, row, study_path, cache_key)
+        search_result, result = protocol.train_variant(create_student, setup, variant, row, study_path, cache_key)
         tables.append(result.runs)
         (folder / variant).mkdir()
         result.runs.to_csv(folder / variant / "runs.csv", index=False)
         result.predicted.to_parquet(folder / variant / "predictions.parquet")
-        variants[variant] = {**result.tuned, "seed": result.seed}
+        variants[variant] = {**search_result, "seed": result.best_index}
         if variant == "distilled":
             details = student_metadata(images.images, dataset, variant, weights, teacher)
-            save_student(folder / "best", result.best, details)
+            save_student(folder / "best", result.group[result.best_index], details)
         study_path.unlink(missing_ok=True)
     return {"weights": weights, "variants": variants}, pd.concat(tables, ignore_index=True)
 

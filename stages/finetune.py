@@ -89,7 +89,7 @@ def _fine_tune(dataset: str, model: str, resolved: dict, params: config.Params, 
         )
     result.runs.to_csv(folder / "runs.csv", index=False)
     result.predicted.to_parquet(folder / "predictions.parquet")
-    torch.save(result.best, folder / "tuned.pt")
+    torch.save(result.best_tensors, folder / "tuned.pt")
     scores = result.runs.score
     print(f"{dataset} {model}, {settings.protocol}: test {scores.mean():.4f}, mean of {len(scores)} seeds")
     return checkpoints

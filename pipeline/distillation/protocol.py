@@ -127,4 +127,5 @@ def _predictions(students: Sequence[Student], setup: DistillationSetup) -> pd.Da
     samples = setup.images.sample[rows].tolist()
     if setup.task.is_dense:
         return predictions.confusion_table(samples, outputs)
-    return predictions.prediction_table(samples, setup.images.label(rows), outputs, setup.task.type, SEARCH_KEYS)
+    label = setup.images.label_tensor(rows).numpy()
+    return predictions.prediction_table(samples, label, outputs, setup.task.type, SEARCH_KEYS)

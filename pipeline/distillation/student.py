@@ -270,8 +270,8 @@ def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: st
         "ignore": get_task(task).ignore_value,
         "bands": [
             # A band without a wavelength has NaN in the store.
-            {"name": name, "common_name": common, "wavelength": float(length) if length == length else None}
-            for name, common, length in columns
+            {"name": name, "common_name": common, "wavelength": length if length == length else None}
+            for name, common, length in zip(*columns, strict=True)
         ],
         "units": images.attrs["units"],
         "gsd": float(images.attrs["gsd"]),

@@ -84,8 +84,8 @@ def train(
         The trained student, in evaluation mode.
     """
     student = student.to(setup.device, memory_format=torch.channels_last).train()
-    trained = torch.nn.ModuleList([student, *([projectors.to(setup.device)] if projectors else [])])
-    optimizer = FusedAdamW(trained, hparams.learning_rate, hparams.weight_decay)
+    modules = torch.nn.ModuleList([student, *([projectors.to(setup.device)] if projectors else [])])
+    optimizer = FusedAdamW(modules, hparams.learning_rate, hparams.weight_decay)
     schedule, lr_factor = setup.schedule, warm_cosine(setup.schedule.steps)
     rows, generator = setup.training_rows(variant), np.random.default_rng(hparams.seed)
     for step, positions in enumerate(loop.batch_order(len(rows), schedule, hparams.seed).numpy()):

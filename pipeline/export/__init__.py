@@ -1,5 +1,5 @@
-"""A student as files that run elsewhere: ONNX, torch.export, and ONNX with int8 weights.
+"""Export of students to ONNX (float32 or int8 weights) and torch.export.
 
-Chips go in as the images store has them: normalisation and resize are in the graph, and bands, units, classes and
-size are in the file's metadata.
+The input is chips as the images store has them: normalisation and resize are in the graph, and bands, units, classes
+and size are in the file's metadata.
 """

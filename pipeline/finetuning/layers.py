@@ -1,4 +1,4 @@
-"""Blocks of a network: which are trained, at which learning rate, with LoRA adapters, and with activation checkpoints.
+"""Blocks of a network: what is trained, learning rates, LoRA adapters, activation checkpoints.
 
 Blocks are the members of the network's outermost module lists (`blocks` of a vision transformer, `layer1` to `layer4`
 of a ResNet, `stages` of a ConvNeXt), in order. Parameters registered before them are the stem; parameters after them,
@@ -108,7 +108,7 @@ def add_lora(network: nn.Module, rank: int, seed: int, name: str) -> None:
     targets = lora_targets(network)
     if not targets:
         raise UserError(
-            f"{name} has no layers for LoRA: no linear layers of attention and no 1x1 convolutions inside its blocks. "
+            f"{name} has no layers for LoRA: its blocks have no linear layers of attention and no 1x1 convolutions. "
             "Set finetune.method to all or last<n>.",
             key="finetune.method",
             value="lora",

@@ -1,8 +1,6 @@
-"""The protocol of fine-tuning: learning rates on validation, then seeds, each read once on the test split."""
+"""Protocol of fine-tuning: learning rates on validation, then several seeds that each read the test split once."""
 
 import gc
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,113 +12,146 @@ import torch
 import xarray as xr
 from sklearn.utils.class_weight import compute_class_weight
 
+from cache.checksums import fingerprint
 from pipeline.data.augmentation import AugmentedImages
-from pipeline.finetuning import train
 from pipeline.finetuning.model import FineTunedEnsemble
-from pipeline.finetuning.train import FineTuneJob, TrainState
+from pipeline.finetuning.train import FineTuneJob, TrainState, count_predictions, predict_batches, train
 from pipeline.heads.config import describe_head
 from pipeline.tasks import Task
-from pipeline.training import predictions, task_data
+from pipeline.training import predictions
 from pipeline.training.loop import HParams
+from pipeline.training.task_data import task_from_store
 
-# What holds learning rate and weight decay down here.
-BOUNDS = "finetune.learning_rates, finetune.weight_decay"
+# Keys of params.yaml that set the learning rate and the weight decay.
+SEARCH_KEYS = "finetune.learning_rates, finetune.weight_decay"
 
 
 @dataclass(frozen=True)
-class Tested:
-    """Seeds that were read on the test split.
+class FineTuneResult:
+    """Fine-tuned seeds, read on the test split. Unlike `ProtocolResult` it has the best model only: they are large.
 
     Attributes:
-        runs: one row a seed, with the columns of the frozen protocol and a few more.
-        predicted: one row a seed and test sample (pipeline/training/predictions.py).
-        best: what was trained, by name, of the seed with the best score on validation.
+        runs: one row per seed, with the columns of the frozen protocol and `frozen_val_score`, `best_step` and
+            `trained_parameters`.
+        predicted: one row per seed and test sample (pipeline/training/predictions.py).
+        best_tensors: the trainable parameters, by name, of the seed that is best on validation.
     """
 
     runs: pd.DataFrame
     predicted: pd.DataFrame
-    best: dict[str, torch.Tensor]
+    best_tensors: dict[str, torch.Tensor]
 
 
-def run_fine_tuning(make: Callable[[int], FineTunedEnsemble], job: FineTuneJob, told: Mapping, folder: Path) -> Tested:
-    """Fine-tune with every learning rate and the first seed, then with the best one and all seeds.
+def run_fine_tuning(
+    create_model: Callable[[int], FineTunedEnsemble], job: FineTuneJob, metadata: Mapping, folder: Path
+) -> FineTuneResult:
+    """Fine-tune with every learning rate and the first seed, then with the best learning rate and all seeds.
 
     Args:
-        make: from a seed to the frozen model.
-        told: what else each run's row says, such as its data set and model.
-        folder: where checkpoints are kept; finished runs there are not run again.
+        create_model: from a seed to a model that is equal to the frozen one.
+        job: images, task and configuration.
+        metadata: further columns of each run: `dataset`, `model` and others.
+        folder: of checkpoints; a run with a finished checkpoint is not repeated.
     """
-    described = job.config
-
-    def trained(rate: float, seed: int) -> tuple[FineTunedEnsemble, TrainState]:
-        gc.collect()  # some networks hold themselves, and a GPU that is full of them does not make Python look
-        tuned, path = make(seed), folder / f"{rate:g}-seed{seed}.pt"
-        done = train.train(tuned, job, HParams(rate, described.weight_decay, seed), path)
-        print(f"{told['dataset']} {told['model']}: learning rate {rate:g}, seed {seed}: validation {done.frozen_score:.4f} "
-              f"frozen, {done.best_score:.4f} after {done.best_step} of {described.steps} steps", flush=True)  # fmt: skip
-        return tuned, done
-
-    # Of equals the smallest, which departs least from the frozen model. One alone needs no choice.
-    rates = sorted(described.learning_rates)
-    rate = max(rates, key=lambda rate: trained(rate, 0)[1].best_score) if len(rates) > 1 else rates[0]
-    rows, said, best, kept = [], [], -1.0, {}
-    for seed in range(described.seeds):
-        tuned, done = trained(rate, seed)
-        said.append(_said(tuned, job))
+    config, task = job.config, job.task
+    # Ties: the smallest rate wins, because it departs least from the frozen model. A single rate needs no choice.
+    rate = min(config.learning_rates)
+    if len(config.learning_rates) > 1:
+        val_scores = {
+            candidate: _train(create_model, job, metadata, folder, candidate, 0)[1].best_score
+            for candidate in sorted(config.learning_rates)
+        }
+        rate = max(val_scores, key=val_scores.get)
+    rows, outputs, best_score, best_tensors = [], [], -1.0, {}
+    for seed in range(config.seeds):
+        model, state = _train(create_model, job, metadata, folder, rate, seed)
+        outputs.append(_predict_test(model, job))
+        head = model.trained_head
         rows.append(
-            {**told, "protocol": described.protocol,
-             "head": describe_head(tuned.trained_head.config, tuned.trained_head.array_names, bool(job.task.class_weights)),
-             "task": job.task.type.value, "seed": seed, "metric": job.task.metric,
-             "score": None, "val_score": done.best_score,
-             "n_test": len(job.images.rows("test")), "classes": job.task.n_classes, "learning_rate": rate,
-             "weight_decay": described.weight_decay, "frozen_val_score": done.frozen_score, "best_step": done.best_step,
-             "trained_parameters": sum(values.numel() for values in done.best_tensors.values())}
+            {**metadata, "protocol": config.protocol,
+             "head": describe_head(head.config, head.array_names, bool(task.class_weights)),
+             "task": task.type, "seed": seed, "metric": task.metric, "score": None, "val_score": state.best_score,
+             "n_test": len(job.images.rows("test")), "classes": task.n_classes, "learning_rate": rate,
+             "weight_decay": config.weight_decay, "frozen_val_score": state.frozen_score,
+             "best_step": state.best_step,
+             "trained_parameters": sum(tensor.numel() for tensor in state.best_tensors.values())}
         )  # fmt: skip
-        if done.best_score > best:
-            best, kept = done.best_score, done.best_tensors
-        del tuned  # before the next is made
-    predicted = _predicted(job, np.stack(said))
-    _, counts = predictions.counts_from_table(predicted, job.task)
-    scores = job.task.score(counts.sum(axis=1))
-    return Tested(pd.DataFrame(rows).assign(score=scores), predicted, kept)
+        if state.best_score > best_score:
+            best_score, best_tensors = state.best_score, state.best_tensors
+        del model, head  # free its memory before the next model is created
+    table = _predictions(job, np.stack(outputs))
+    _, counts = predictions.counts_from_table(table, task.type, task.n_classes)
+    scores = task.score(counts.sum(axis=1))
+    return FineTuneResult(pd.DataFrame(rows).assign(score=scores), table, best_tensors)
 
 
-def make_task(opened: xr.Dataset, images: AugmentedImages, class_weights: str) -> Task:
-    """What an images store asks, its classes weighted as for the frozen heads (`heads.class_weights`)."""
-    asked = task_data.task_from_store(opened)
+def make_task(images: xr.Dataset, augmented_images: AugmentedImages, class_weights: str) -> Task:
+    """Return the task of an images store, with class weights as for frozen heads.
+
+    Args:
+        images: the images store.
+        augmented_images: its labelled samples.
+        class_weights: `heads.class_weights` of params.yaml: `none` or `balanced`.
+    """
+    task = task_from_store(images)
     if class_weights == "none":
-        return asked
-    label = images.label(images.rows("train"))
-    label, weights = label[label != asked.ignore_value], np.ones(asked.n_classes)
+        return task
+    label = augmented_images.label(augmented_images.rows("train"))
+    label, weights = label[label != task.ignore_value], np.ones(task.n_classes)
     present = np.unique(label)
     weights[present] = compute_class_weight("balanced", classes=present, y=label.flatten())
-    return replace(asked, weights=tuple(weights.tolist()))
+    return replace(task, class_weights=tuple(weights.tolist()))
 
 
-def checkpoint_folder(folder: Path, about: object) -> Path:
-    """The place in `folder` of checkpoints, named by everything that decides them; others there are removed."""
-    code = Path(__file__).parents[1]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(code.rglob("*.py"))))
-    digest.update(json.dumps(about, sort_keys=True).encode())
-    path = folder / digest.hexdigest()[:16]
-    for old in folder.glob("*"):
-        if old != path:
-            shutil.rmtree(old)
+def checkpoint_folder(folder: Path, cache_key: object) -> Path:
+    """Return the folder of checkpoints for a cache key and the current code; delete all other folders in `folder`.
+
+    Args:
+        folder: of this dataset and model.
+        cache_key: everything else that decides the checkpoints, for `fingerprint`.
+    """
+    code = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
+    path = folder / fingerprint(code, cache_key)[:16]
+    for other in folder.glob("*"):
+        if other != path:
+            shutil.rmtree(other)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def _said(tuned: FineTunedEnsemble, job: FineTuneJob) -> np.ndarray:
-    """Of the test split: counts of masks, (sample, cells), or logits (sample, class)."""
+def _train(
+    create_model: Callable[[int], FineTunedEnsemble],
+    job: FineTuneJob,
+    metadata: Mapping,
+    folder: Path,
+    rate: float,
+    seed: int,
+) -> tuple[FineTunedEnsemble, TrainState]:
+    """Train one seed at one learning rate, or resume it, and print its scores on validation."""
+    gc.collect()  # some networks refer to themselves, and Python does not collect them when the GPU's memory is full
+    model, path = create_model(seed), folder / f"{rate:g}-seed{seed}.pt"
+    state = train(model, job, HParams(rate, job.config.weight_decay, seed), path)
+    print(
+        f"{metadata['dataset']} {metadata['model']}: learning rate {rate:g}, seed {seed}: validation "
+        f"{state.frozen_score:.4f} frozen, {state.best_score:.4f} after {state.best_step} of "
+        f"{job.config.steps} steps",
+        flush=True,
+    )
+    return model, state
+
+
+def _predict_test(model: FineTunedEnsemble, job: FineTuneJob) -> np.ndarray:
+    """Predict the test split: counts (sample, cell) for segmentation, else logits (sample, class)."""
     if job.task.is_dense:
-        return train.counts(tuned, job, "test")
-    return torch.cat([said.float().cpu() for said, _ in train.logits(tuned, job, "test")]).numpy()
+        return count_predictions(model, job, "test")
+    return torch.cat([logits.float().cpu() for logits, _ in predict_batches(model, job, "test")]).numpy()
 
 
-def _predicted(job: FineTuneJob, said: np.ndarray) -> pd.DataFrame:
+def _predictions(job: FineTuneJob, outputs: np.ndarray) -> pd.DataFrame:
+    """Return the table of predictions of the test split, from the outputs of all seeds."""
     rows = job.images.rows("test")
     samples = job.images.sample[rows].tolist()
     if job.task.is_dense:
-        return predictions.confusion_table(samples, said)
+        return predictions.confusion_table(samples, outputs)
     label = job.images.label(rows).astype(np.int64)
-    return predictions.prediction_table(samples, label, said, job.task, BOUNDS)
+    return predictions.prediction_table(samples, label, outputs, job.task.type, SEARCH_KEYS)

@@ -1,7 +1,7 @@
-"""One fine-tuning: AdamW from the frozen model on, validation that chooses the step, checkpoints that outlive a kill.
+"""One fine-tuning: AdamW from the frozen model, the best step on validation, and checkpoints that survive a kill.
 
-All that is drawn at random follows from the seed and the step, so a run that goes on from a checkpoint ends as it
-would have; on a CPU, to the last digit.
+All random draws depend only on the seed and the step. A run that is resumed from a checkpoint therefore ends as an
+uninterrupted one: bit-identical on a CPU.
 """
 
 import sys
@@ -21,10 +21,13 @@ from pipeline.tasks import Task
 from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import BETAS, EPSILON, warm_cosine
 
+# Seconds between updates of the progress bar.
+PROGRESS_INTERVAL = 2
+
 
 @dataclass(frozen=True)
 class FineTuneJob:
-    """What is learnt from what, and how."""
+    """The data, the task and the configuration of a fine-tuning."""
 
     images: AugmentedImages
     task: Task
@@ -33,14 +36,14 @@ class FineTuneJob:
 
 @dataclass
 class TrainState:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        step: updates done.
-        start: the frozen model's score on validation.
-        best, at: the best score on validation so far, and after which step; of equals the later.
-        kept: what is trained, as it was then, by name.
-        over: the run has ended.
+        step: number of finished steps.
+        frozen_score: score of the frozen model on validation.
+        best_score, best_step: best score on validation so far and its step. Ties: the latest wins.
+        best_tensors: the trainable parameters at that step, by name, on the CPU.
+        finished: whether the run has ended.
     """
 
     step: int = 0
@@ -51,97 +54,131 @@ class TrainState:
     finished: bool = False
 
 
-def train(tuned: FineTunedEnsemble, job: FineTuneJob, setting: HParams, checkpoint: Path) -> TrainState:
-    """Train a model that is still the frozen one, and leave it as it was at its best on validation.
+def train(model: FineTunedEnsemble, job: FineTuneJob, hparams: HParams, checkpoint_path: Path) -> TrainState:
+    """Fine-tune a model that is equal to the frozen one; it ends with the parameters of the best validation check.
 
     Args:
-        checkpoint: a file that is written after every check; if it is there, the run goes on from it.
+        model: with the parameters of the frozen model.
+        job: images, task and configuration.
+        hparams: learning rate, weight decay and seed.
+        checkpoint_path: written after every validation check; the run is resumed from it if it exists.
+
+    Returns:
+        The state at the end. A run whose loss is not finite ends at the next check.
     """
-    optimiser = torch.optim.AdamW(tuned.parameter_groups(setting.learning_rate, setting.weight_decay), betas=BETAS, eps=EPSILON)
-    steps, rows = job.config.steps, job.images.rows("train")
-    batches = rows[batch_order(len(rows), TrainSchedule(steps, job.config.batch), setting.seed).numpy()]
-    factor, every = warm_cosine(steps), max(1, steps // job.config.val_checks)
-    done = _read(checkpoint, tuned, optimiser)
-    if done is None:
-        done = TrainState()
-        done.frozen_score = _check(done, tuned, job)
-    with tqdm(total=steps, initial=done.step, unit="step", mininterval=2, file=sys.stderr) as bar:
-        while not done.finished:
-            for group in optimiser.param_groups:
-                group["lr"] = group["rate"] * factor(done.step)
-            draw = np.random.default_rng([setting.seed, done.step]) if job.config.augment else None
-            lost = update(tuned, optimiser, job, batches[done.step], draw)
-            done.step += 1
-            bar.update()
-            if done.step % every == 0 or done.step == steps:
-                finite = bool(torch.isfinite(lost))
-                says = f"{_check(done, tuned, job):.4f}" if finite else "diverged"
-                done.finished = not finite or done.step == steps
-                _write(checkpoint, done, tuned, optimiser)
-                bar.set_postfix_str(f"validation {says}, best {done.best_score:.4f} at step {done.best_step}")
-    tuned.load_trainable(done.best_tensors)
-    return done
+    config = job.config
+    groups = model.parameter_groups(hparams.learning_rate, hparams.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
+    rows = job.images.rows("train")
+    batches = rows[batch_order(len(rows), TrainSchedule(config.steps, config.batch), hparams.seed).numpy()]
+    lr_factor, check_interval = warm_cosine(config.steps), max(1, config.steps // config.val_checks)
+    state = _resume(checkpoint_path, model, optimizer)
+    if state is None:
+        state = TrainState()
+        state.frozen_score = _validate(state, model, job)
+    with tqdm(
+        total=config.steps, initial=state.step, unit="step", mininterval=PROGRESS_INTERVAL, file=sys.stderr
+    ) as progress:
+        while not state.finished:
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * lr_factor(state.step)
+            generator = np.random.default_rng([hparams.seed, state.step]) if config.augment else None
+            loss = train_step(model, optimizer, job, batches[state.step], generator)
+            state.step += 1
+            progress.update()
+            if state.step % check_interval == 0 or state.step == config.steps:
+                is_finite = bool(torch.isfinite(loss))
+                result = f"{_validate(state, model, job):.4f}" if is_finite else "diverged"
+                state.finished = not is_finite or state.step == config.steps
+                _write_checkpoint(checkpoint_path, state, model, optimizer)
+                progress.set_postfix_str(
+                    f"validation {result}, best {state.best_score:.4f} at step {state.best_step}"
+                )
+    model.load_trainable(state.best_tensors)
+    return state
 
 
-def logits(tuned: FineTunedEnsemble, job: FineTuneJob, split: str) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """What the model says of a split, batch by batch, and the labels."""
+def train_step(
+    model: FineTunedEnsemble,
+    optimizer: torch.optim.Optimizer,
+    job: FineTuneJob,
+    rows: np.ndarray,
+    generator: np.random.Generator | None,
+) -> torch.Tensor:
+    """Take one optimizer step.
+
+    Args:
+        model, optimizer: updated in place.
+        job: images and task.
+        rows: indices of the batch's samples.
+        generator: draws the views of the images; None leaves them upright.
+
+    Returns:
+        The loss before the step, a scalar.
+    """
+    image, label = job.images.batch(rows, generator)
+    optimizer.zero_grad(set_to_none=True)
+    logits = model(image, rows)
+    loss = job.task.loss(logits[None], torch.from_numpy(label).to(logits.device)[None]).sum()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def predict_batches(
+    model: FineTunedEnsemble, job: FineTuneJob, split: str
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Yield the logits (batch, class, …) and the labels of a split, batch by batch."""
     rows, batch = job.images.rows(split), job.config.batch
     for start in range(0, len(rows), batch):
         image, label = job.images.batch(rows[start : start + batch])
         with torch.no_grad():
-            yield tuned(image, rows[start : start + batch]), label
+            yield model(image, rows[start : start + batch]), label
 
 
-def counts(tuned: FineTunedEnsemble, job: FineTuneJob, split: str) -> np.ndarray:
-    """Per-sample counts of a split, int64 (sample, cells); see pipeline/metrics."""
-    task, parts = job.task, []
-    for answered, label in logits(tuned, job, split):
-        predicted = task.predict_labels(answered, torch.from_numpy(label).to(answered.device), dim=1).cpu().numpy()
-        parts.append(task.counts(predicted, label.astype(np.int64)))
-    return np.concatenate(parts)
+def count_predictions(model: FineTunedEnsemble, job: FineTuneJob, split: str) -> np.ndarray:
+    """Count the predictions of a split, int64 (sample, cell); see pipeline/metrics.py."""
+    batches = []
+    for logits, label in predict_batches(model, job, split):
+        predicted = job.task.predict_labels(logits, torch.from_numpy(label).to(logits.device), dim=1)
+        batches.append(job.task.counts(predicted.cpu().numpy(), label.astype(np.int64)))
+    return np.concatenate(batches)
 
 
-def update(
-    tuned: FineTunedEnsemble, optimiser, job: FineTuneJob, rows: np.ndarray, draw: np.random.Generator | None
-) -> torch.Tensor:
-    """One update; the loss before it."""
-    image, label = job.images.batch(rows, draw)
-    optimiser.zero_grad(set_to_none=True)
-    answered = tuned(image, rows)
-    lost = job.task.loss(answered[None], torch.from_numpy(label).to(answered.device)[None]).sum()
-    lost.backward()
-    optimiser.step()
-    return lost.detach()
-
-
-def _check(done: TrainState, tuned: FineTunedEnsemble, job: FineTuneJob) -> float:
-    """The score on validation; what is trained is kept if it is the best."""
-    score = float(job.task.score(counts(tuned, job, "val").sum(axis=0)))
-    if score >= done.best_score:
-        done.best_score, done.best_step = score, done.step
-        done.best_tensors = {name: values.detach().cpu().clone() for name, values in tuned.trainable_parameters().items()}
+def _validate(state: TrainState, model: FineTunedEnsemble, job: FineTuneJob) -> float:
+    """Compute the score on validation, and save the trainable parameters in `state` if it is the best."""
+    score = float(job.task.score(count_predictions(model, job, "val").sum(axis=0)))
+    if score >= state.best_score:
+        state.best_score, state.best_step = score, state.step
+        state.best_tensors = {
+            name: parameter.detach().cpu().clone() for name, parameter in model.trainable_parameters().items()
+        }
     return score
 
 
-def _write(path: Path, done: TrainState, tuned: FineTunedEnsemble, optimiser: torch.optim.Optimizer) -> None:
-    """A checkpoint that is on the disk, whole, when it has its name; of a run that is over, what it ended with."""
-    held = dict(vars(done))
-    if not done.finished:
-        held |= {"now": {name: values.detach() for name, values in tuned.trainable_parameters().items()}}
-        held |= {"optimiser": optimiser.state_dict()}
+def _write_checkpoint(
+    path: Path, state: TrainState, model: FineTunedEnsemble, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write a checkpoint under a temporary name, flush it to the disk, and rename it."""
+    stored = dict(vars(state))
+    if not state.finished:
+        stored["current_tensors"] = {
+            name: parameter.detach() for name, parameter in model.trainable_parameters().items()
+        }
+        stored["optimizer"] = optimizer.state_dict()
     partial = path.with_name(f"{path.name}.partial")
-    torch.save(held, partial)
+    torch.save(stored, partial)
     sync_file(partial)
     partial.replace(path)
     sync_folder(path.parent)
 
 
-def _read(path: Path, tuned: FineTunedEnsemble, optimiser: torch.optim.Optimizer) -> TrainState | None:
-    """What a checkpoint holds, the model and the optimiser set to it; None if there is none."""
+def _resume(path: Path, model: FineTunedEnsemble, optimizer: torch.optim.Optimizer) -> TrainState | None:
+    """Read a checkpoint and set the model and the optimizer to it; None if there is no checkpoint."""
     if not path.exists():
         return None
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    if not held["over"]:
-        tuned.load_trainable(held.pop("now"))
-        optimiser.load_state_dict(held.pop("optimiser"))
-    return TrainState(**held)
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    if not stored["finished"]:
+        model.load_trainable(stored.pop("current_tensors"))
+        optimizer.load_state_dict(stored.pop("optimizer"))
+    return TrainState(**stored)
