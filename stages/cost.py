@@ -64,7 +64,7 @@ def benchmarked_models(params: config.Params, dataset: str, device: str) -> dict
     for name in params.grid.students:
         if not read_json(DISTILLATION / dataset / name / "metadata.json")["skipped"]:
             student, _ = load_student(DISTILLATION / dataset / name / "best")
-            models[name] = costs.student(student, device)
+            models[name] = costs.student_model(student, device)
     for model in params.grid.models:
         backbones = {name: params.backbone(name) for name in params.members(model)}
         random = any(backbone.weights == "random" for backbone in backbones.values())

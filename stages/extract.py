@@ -36,7 +36,7 @@ def extract(dataset: str, backbone: str) -> None:
 
     job = launch.ExtractionJob(
         backbone, backbone_config, params.extract, params.compute.device,
-        images=(IMAGES / f"{dataset}.zarr").resolve(), weights=(WEIGHTS / backbone).resolve(),
+        images_path=(IMAGES / f"{dataset}.zarr").resolve(), weights_dir=(WEIGHTS / backbone).resolve(),
         scratch=(SCRATCH / "features" / dataset / backbone).resolve(), final=Path.cwd() / final,
     )  # fmt: skip
     manifest_entries = launch.launch(job, params.compute)

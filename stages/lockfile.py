@@ -1,8 +1,8 @@
-"""dvc.lock without the stages of which nothing is here, before a long run.
+"""Remove the stages without outputs on this machine from dvc.lock, before a long run.
 
-DVC reads and writes all of dvc.lock after every stage, 2 s of a processor where it has the default grid's 100 stages
-(LAB.md), though in a fresh clone it records what was made elsewhere, and stages that the grid no longer has stay in
-it for ever. Those stages run whether it names them or not, and are entered as they end.
+DVC reads and writes all of dvc.lock after every stage, which takes 2 s of CPU time with the default grid's 100 stages
+(LAB.md). In a fresh clone, dvc.lock records results of another machine; stages that were removed from the grid stay in
+it too. Removed stages run either way and are recorded when they end.
 """
 
 from collections.abc import Callable
@@ -18,29 +18,29 @@ LOCK = Path("dvc.lock")
 
 
 def drop_absent() -> None:
-    """Leave in dvc.lock the stages that have an output in this folder or in DVC's cache.
+    """Keep only the stages in dvc.lock that have an output in this folder or in DVC's cache.
 
-    Nothing is dropped where a DVC remote is set: `dvc pull` reads there what to fetch. A file that cannot be read
-    or written is left to DVC, which says what is wrong with it.
+    With a DVC remote nothing is removed, because `dvc pull` reads from dvc.lock what to download. Errors of reading or
+    writing are ignored, because DVC reports them.
     """
     try:
         with Repo(_wait_for_lock=True) as repo, repo.lock:
             if LOCK.exists() and not repo.config["remote"]:
-                _drop(load_yaml(LOCK), repo.cache.local.exists)
+                _drop_entries(load_yaml(LOCK), repo.cache.local.exists)
     except (DvcException, OSError):
         return
 
 
-def _drop(told: dict, cached: Callable[[str], bool]) -> None:
-    stages = told.get("stages") if isinstance(told, dict) else None
+def _drop_entries(content: dict, cached: Callable[[str], bool]) -> None:
+    stages = content.get("stages") if isinstance(content, dict) else None
     if not isinstance(stages, dict):
         return
-    kept = {name: entry for name, entry in stages.items() if _here(entry, cached)}
-    if len(kept) < len(stages):
-        write_text(LOCK, dumps_yaml({**told, "stages": kept}))
+    present = {name: entry for name, entry in stages.items() if _has_output(entry, cached)}
+    if len(present) < len(stages):
+        write_text(LOCK, dumps_yaml({**content, "stages": present}))
 
 
-def _here(entry: dict | None, cached: Callable[[str], bool]) -> bool:
-    """Whether an output is here; of a stage without outputs, or with others than DVC's own, nobody can tell."""
+def _has_output(entry: dict | None, cached: Callable[[str], bool]) -> bool:
+    """Return whether an output exists here; True for stages without outputs, or with outputs that DVC does not cache."""
     outs = (entry or {}).get("outs") or ()
     return not outs or any("md5" not in out or Path(out["path"]).exists() or cached(out["md5"]) for out in outs)

@@ -32,7 +32,7 @@ def _load_predictor(onnx: str | None, student: str | None, dataset: str | None, 
     # torch takes 3 s to import; a map by onnxruntime needs none of it
     from pipeline import config
     from pipeline.device import resolve_device
-    from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble
+    from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble, load_torch_student
 
     params = config.load()
     device = resolve_device(params.compute.device)

@@ -1,4 +1,4 @@
-"""profile: a file of profiles/ as changes to params.yaml, which keeps its comments."""
+"""profile: apply the changes in a file of profiles/ to params.yaml, and keep its comments."""
 
 import io
 from pathlib import Path
@@ -10,30 +10,32 @@ from pipeline.data import sources
 from pipeline.errors import UserError
 from stages.cli import run, write_text
 
-PROFILES, PARAMS = Path("profiles"), Path("params.yaml")
+PROFILES, PARAMS = Path("profiles"), Path(config.FILE)
 
 
 def profile(name: str) -> None:
-    """Write the changes of profiles/<name>.yaml into params.yaml, if what results is valid."""
+    """Write the changes of profiles/<name>.yaml to params.yaml if the result is valid."""
     path, yaml = PROFILES / f"{name}.yaml", YAML()
     if not path.exists():
-        there = ", ".join(sorted(one.stem for one in PROFILES.glob("*.yaml")))
-        raise UserError(f"There is no profile '{name}'. Profiles: {there}.")
+        names = sorted(file.stem for file in PROFILES.glob("*.yaml"))
+        raise UserError(
+            f"There is no profile '{name}'. Profiles: {', '.join(names)}.", key="name", value=name, allowed=names
+        )
     yaml.width, text = 120, io.StringIO()
     yaml.indent(mapping=2, sequence=4, offset=2)
     content = yaml.load(PARAMS.read_text())
     merge(content, yaml.load(path.read_text()))
     yaml.dump(content, text)
-    before = PARAMS.read_text()
+    previous = PARAMS.read_text()
     write_text(PARAMS, text.getvalue())
     try:
-        described = config.load()
-        for dataset in described.grid.datasets:
-            sources.validate(dataset, described.dataset(dataset))
+        params = config.load()
+        for dataset in params.grid.datasets:
+            sources.validate(dataset, params.dataset(dataset))
     except UserError:
-        write_text(PARAMS, before)
+        write_text(PARAMS, previous)
         raise
-    print(f"{PARAMS} is now profile '{name}'; `git checkout {PARAMS}` takes it back.")
+    print(f"{PARAMS} now has profile '{name}'; `git checkout {PARAMS}` restores it.")
 
 
 def merge(content: dict, change: dict) -> None:

@@ -1,9 +1,9 @@
-"""repro: `dvc repro` with two data sets at a time, and with stages whose imports are done (stages/warm.py).
+"""repro: run `dvc repro` for two datasets at a time, with preloaded imports (stages/warm.py).
 
-DVC runs one stage after the other, and while it keeps its books, and in much of a stage, a core has nothing to do.
-Data sets do not meet before the report: each has a `dvc repro` of its own here, and what is left, costs, which are
-measured with nothing beside them, and the report, is done by the last one, which also ends as a plain `dvc repro`
-would if anything failed.
+DVC runs one stage at a time and leaves a core idle while it updates its files, and during parts of most stages. Stages
+of different datasets are independent before the report, so each dataset has its own `dvc repro` here. A last plain
+`dvc repro` runs the remaining stages: costs, which must be measured while nothing else runs, and the report. It also
+reports failures of earlier stages.
 """
 
 import os
@@ -16,27 +16,27 @@ from pipeline.config import GridConfig
 from stages import lockfile, warm
 from stages.cli import run
 
-# Data sets at once. Heads of one keep two cores busy for half of the time; three are no faster (LAB.md).
-_AT_ONCE = 2
+# Training heads of one dataset keeps two cores busy half of the time; three datasets are no faster (LAB.md).
+PARALLEL_DATASETS = 2
 
 
 def repro() -> None:
-    """Run everything in params.yaml's grid; exits as `dvc repro` does."""
+    """Run the grid of params.yaml; exit with the status of `dvc repro`."""
     grid = config.load().grid
-    # torch's threads wait for one another by spinning, which takes the core that another stage needs.
+    # Waiting threads of torch spin by default and occupy the core that another stage needs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with warm.waiting() as place:
-        os.environ.update(place)
+    with warm.warm_process() as environment:
+        os.environ.update(environment)
         lockfile.drop_absent()
-        if _dvc("check") == 0:
-            _side_by_side(["fetch_weights"], ["fetch", "prepare"])
-            _side_by_side(*(cells(grid, dataset) for dataset in grid.datasets))
+        if _dvc("validate") == 0:
+            _run_in_parallel(["fetch_weights"], ["fetch", "prepare"])
+            _run_in_parallel(*(dataset_stages(grid, dataset) for dataset in grid.datasets))
         if code := _dvc():
             sys.exit(code)
 
 
-def cells(grid: GridConfig, dataset: str) -> list[str]:
-    """DVC's names of a data set's stages from extraction to maps, each after those that it depends on."""
+def dataset_stages(grid: GridConfig, dataset: str) -> list[str]:
+    """Return DVC's names of a dataset's stages from extraction to maps, in order of their dependencies."""
     return [
         *(f"extract@{dataset}-{backbone}" for backbone in grid.backbones),
         f"resolve@{dataset}",
@@ -47,15 +47,15 @@ def cells(grid: GridConfig, dataset: str) -> list[str]:
     ]
 
 
-def _side_by_side(*runs: list[str]) -> None:
-    """Stages one by one: a DVC that walked upstream would want to write what another reads."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+def _run_in_parallel(*runs: list[str]) -> None:
+    """Run lists of stages in parallel, without upstream stages: two processes must not write the same files."""
+    with ThreadPoolExecutor(PARALLEL_DATASETS) as pool:
         list(pool.map(lambda targets: _dvc("--single-item", *targets), runs))
 
 
 def _dvc(*targets: str) -> int:
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
-    # It goes on if this process is killed; with this process's lock in hand it is waited for (stages/cli.py).
+    # DVC continues if this process is killed; it inherits this process's lock, so the next run waits (stages/cli.py).
     return subprocess.run(command, close_fds=False).returncode
 
 

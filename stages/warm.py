@@ -1,8 +1,8 @@
-"""Stages that begin with their imports done: a process that has imported torch, and is forked for every stage.
+"""Run stages in forks of a process that has imported torch already.
 
-`import torch` and what else stages import takes longer than many a stage of the sample grid. While `stages.repro`
-runs, `python -m stages.<stage>` hands its command line, folder, environment and standard streams over to a process
-that waits here, a copy of which runs the stage. Without it, as under a plain `dvc repro`, they import for themselves.
+Importing torch and other libraries takes longer than many stages of the sample grid. While `stages.repro` runs,
+`python -m stages.<stage>` sends its command line, folder, environment and standard streams to a waiting process, and a
+fork of it runs the stage. Without that process, as under a plain `dvc repro`, stages import for themselves.
 """
 
 import json
@@ -18,72 +18,72 @@ from contextlib import contextmanager
 from importlib import import_module
 from tempfile import TemporaryDirectory
 
-# The environment's name for the socket's place.
-PLACE = "EO_COMPOSE_WARM"
-# Of other people's alone, and none that starts threads: they would not live on in a copy.
-_MODULES = ("numpy", "pandas", "xarray", "zarr", "optuna", "sklearn.linear_model", "torch", "timm")
-_MANY = 1 << 20
+# Environment variable with the path of the socket.
+SOCKET_VARIABLE = "EO_COMPOSE_WARM"
+# Third-party modules that start no threads: a fork would not have them.
+PRELOADED_MODULES = ("numpy", "pandas", "xarray", "zarr", "optuna", "sklearn.linear_model", "torch", "timm")
+MAX_MESSAGE_BYTES = 1 << 20
 
 
 @contextmanager
-def waiting():
-    """A process that waits, for as long as the block lasts: the environment of those that are to use it."""
+def warm_process():
+    """Start the waiting process for the duration of the block; yield the environment variable for its clients."""
     with TemporaryDirectory() as folder:
-        place = os.path.join(folder, "socket")
-        command = [sys.executable, "-m", "stages.warm", place]
-        with subprocess.Popen(command, stdin=subprocess.PIPE):  # it ends with its standard input, however we end
-            yield {PLACE: place}
+        socket_path = os.path.join(folder, "socket")
+        command = [sys.executable, "-m", "stages.warm", socket_path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE):  # it ends when its standard input closes
+            yield {SOCKET_VARIABLE: socket_path}
 
 
 def hand_over() -> None:
-    """Have a copy of the waiting process run this process's command, and end as it ends; return if none waits."""
-    with socket.socket(socket.AF_UNIX) as line:
+    """Run this process's command in the waiting process and exit with its status; return if no process waits."""
+    with socket.socket(socket.AF_UNIX) as connection:
         try:
-            line.connect(os.environ[PLACE])
+            connection.connect(os.environ[SOCKET_VARIABLE])
         except OSError:
             return
-        told = {"argv": sys.orig_argv[2:], "cwd": os.getcwd(), "environ": dict(os.environ)}
-        socket.send_fds(line, [json.dumps(told).encode()], [0, 1, 2])
-        ended = line.recv(1)
-    # A copy that was killed says nothing.
-    os._exit(ended[0] if ended else 1)
+        message = {"argv": sys.orig_argv[2:], "cwd": os.getcwd(), "environ": dict(os.environ)}
+        socket.send_fds(connection, [json.dumps(message).encode()], [0, 1, 2])
+        status = connection.recv(1)
+    # A killed fork sends no status.
+    os._exit(status[0] if status else 1)
 
 
-def serve(place: str) -> None:
-    """Import, and run what comes through a socket at `place`, each in a copy, until standard input ends."""
-    for name in _MODULES:
+def serve(socket_path: str) -> None:
+    """Import, then run each command from a socket in a fork, until standard input closes."""
+    for name in PRELOADED_MODULES:
         import_module(name)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal it is meant for the stages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is for the stages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(place)
-        door.listen()
-        while sys.stdin not in select.select([door, sys.stdin], [], [])[0]:
-            line, _ = door.accept()
-            told, streams, *_ = socket.recv_fds(line, _MANY, 3)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(socket_path)
+        listener.listen()
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+            connection, _ = listener.accept()
+            message, streams, *_ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 3)
             if os.fork() == 0:
-                door.close()
-                os._exit(_run(line, json.loads(told), streams))
-            line.close()
+                listener.close()
+                os._exit(_run(connection, json.loads(message), streams))
+            connection.close()
             for stream in streams:
                 os.close(stream)
 
 
-def _run(line: socket.socket, told: dict, streams: list[int]) -> int:
-    """Be the process that handed over; its exit status, which the socket is told too."""
+def _run(connection: socket.socket, message: dict, streams: list[int]) -> int:
+    """Run a client's command in this fork; send the exit status to the client and return it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for own, stream in enumerate(streams):
-        os.dup2(stream, own)
+    for descriptor, stream in enumerate(streams):
+        os.dup2(stream, descriptor)
         os.close(stream)
-    os.chdir(told["cwd"])
+    os.chdir(message["cwd"])
     os.environ.clear()
-    os.environ.update(told["environ"])
-    module, *sys.argv[1:] = told["argv"]
+    os.environ.update(message["environ"])
+    module, *sys.argv[1:] = message["argv"]
     status = _status_of(module)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    line.sendall(bytes([status]))
+    connection.sendall(bytes([status]))
     return status
 
 
