@@ -31,8 +31,8 @@ def main() -> None:
                 continue
             ours, theirs = models[name], models[told["teacher"]]
             with torch.no_grad():
-                faster = ratio(partial(ours.answer, chips), partial(theirs.answer, chips), ROUNDS)
-            work = [cost.flops(partial(one.answer, chips[:1])) for one in (theirs, ours)]
+                faster = ratio(partial(ours.predict, chips), partial(theirs.predict, chips), ROUNDS)
+            work = [cost.flops(partial(one.predict, chips[:1])) for one in (theirs, ours)]
             found[f"{dataset} {name} against {told['teacher']}"] = {
                 "faster": round(faster, 2),
                 "smaller": round(_size(theirs) / _size(ours), 1),

@@ -1,12 +1,13 @@
-"""What it costs to use a model: tensors, arithmetic, size on disk and time; of students and frozen ensembles alike.
+"""Measure the cost of students and frozen ensembles: parameters, size, floating-point operations and speed.
 
-Everything from a chip as it is stored to its logits is counted; reading it from the disk is not.
+Everything from a chip as it is stored to its logits counts; reading the chip from the disk does not.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -23,86 +24,108 @@ from pipeline.config import BackboneConfig
 from pipeline.distillation.student import Student
 from pipeline.heads.checkpoint import TrainedHead
 
-# Chips of one timed batch, and timed batches of each model.
-BATCH_CHIPS, ROUNDS = 16, 5
+# Chips per timed batch.
+BATCH_CHIPS = 16
+# Timed batches of each model.
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class BenchmarkedModel:
-    """A model: `answer` takes chips (batch, band, y, x) to logits; `modules` are all its networks."""
+    """A model whose cost is measured.
+
+    Attributes:
+        modules: all its networks.
+        predict: a function from chips (batch, band, y, x) to logits.
+    """
 
     modules: Sequence[torch.nn.Module]
     predict: Callable[[np.ndarray], torch.Tensor]
 
 
-def student(one: Student, device: str) -> BenchmarkedModel:
-    """A student on a device."""
-    one = one.to(device, memory_format=torch.channels_last)
-    return BenchmarkedModel([one], lambda chips: one(torch.from_numpy(chips.astype(np.float32)).to(device)))
+def student_model(student: Student, device: str) -> BenchmarkedModel:
+    """Prepare a student for `benchmark`."""
+    student = student.to(device, memory_format=torch.channels_last)
+
+    def predict(chips: np.ndarray) -> torch.Tensor:
+        return student(torch.from_numpy(chips.astype(np.float32)).to(device))
+
+    return BenchmarkedModel([student], predict)
 
 
 def frozen_ensemble(
-    head: TrainedHead, backbones: Mapping[str, BackboneConfig], weights: Path, store: xr.Dataset, device: str
+    head: TrainedHead, backbones: Mapping[str, BackboneConfig], weights: Path, images: xr.Dataset, device: str
 ) -> BenchmarkedModel:
-    """A head with the backbones below it.
+    """Prepare a trained head and its backbones for `benchmark`.
 
     Args:
-        backbones: of its members, described.
-        weights: the folder of every backbone's weights.
+        head: the head.
+        backbones: configuration of its backbones by name.
+        weights: folder with the weights of every backbone.
+        images: images store, which determines the preprocessing.
+        device: `cpu` or `cuda`.
     """
     encoders = []
     for name in head.backbones:
-        declared = get_spec(backbones[name])
-        seen = make_preprocessor(store, name, backbones[name], declared)
-        network = create_backbone(backbones[name], declared, seen.input_bands, weights / name)
-        encoders.append(Encoder(seen, network, device, strides=declared.strides))
+        spec = get_spec(backbones[name])
+        preprocessor = make_preprocessor(images, name, backbones[name], spec)
+        network = create_backbone(backbones[name], spec, preprocessor.input_bands, weights / name)
+        encoders.append(Encoder(preprocessor, network, device, strides=spec.strides))
 
-    def answer(chips: np.ndarray) -> torch.Tensor:
+    def predict(chips: np.ndarray) -> torch.Tensor:
         return head.logits([encoder.network(encoder.prepare(chips)).arrays() for encoder in encoders])
 
-    return BenchmarkedModel([*[encoder.network for encoder in encoders], head.network], answer)
+    return BenchmarkedModel([*[encoder.network for encoder in encoders], head.network], predict)
 
 
 def benchmark(models: Mapping[str, BenchmarkedModel], chips: np.ndarray, device: str) -> pd.DataFrame:
-    """One row a model, timed in turns, so that what else the machine does hits all alike.
+    """Measure models. They are timed alternating, so that other load on the machine affects all of them.
 
     Returns:
-        model; parameters; bytes of its tensors as torch saves them; flops of one chip (two for a product and its
-        sum); device; cores; chips_per_second, the median of the rounds.
+        One row per model. Columns: model; parameters; bytes, of its tensors as torch saves them; flops of one chip,
+        where a multiplication and an addition count as two; device; cores; chips_per_second, the median over the
+        rounds.
     """
-    taken: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
-        for one in models.values():
-            one.predict(chips)
+        for model in models.values():  # the first call is slower
+            model.predict(chips)
         for _ in range(ROUNDS):
-            for name, one in models.items():
-                taken[name].append(_seconds(lambda one=one: one.predict(chips), device))
+            for name, model in models.items():
+                seconds[name].append(_measure_seconds(partial(model.predict, chips), device))
     rows = [
-        {"model": name, **_size(one.modules), "flops": flops(lambda one=one: one.predict(chips[:1])), "device": device,
-         "cores": torch.get_num_threads(), "chips_per_second": len(chips) / statistics.median(taken[name])}
-        for name, one in models.items()
-    ]  # fmt: skip
+        {
+            "model": name,
+            **_measure_size(model.modules),
+            "flops": flops(partial(model.predict, chips[:1])),
+            "device": device,
+            "cores": torch.get_num_threads(),
+            "chips_per_second": len(chips) / statistics.median(seconds[name]),
+        }
+        for name, model in models.items()
+    ]
     return pd.DataFrame(rows)
 
 
 @torch.no_grad()
-def flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of products and convolutions, as torch counts them."""
+def flops(function: Callable[[], object]) -> int:
+    """Count the floating-point operations of matrix products and convolutions, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
-        work()
+        function()
     return counter.get_total_flops()
 
 
-def _size(modules: Sequence[torch.nn.Module]) -> dict:
-    held = BytesIO()
-    torch.save([module.state_dict() for module in modules], held)
-    return {"parameters": sum(one.numel() for module in modules for one in module.parameters()), "bytes": held.tell()}
+def _measure_size(modules: Sequence[torch.nn.Module]) -> dict[str, int]:
+    buffer = BytesIO()
+    torch.save([module.state_dict() for module in modules], buffer)
+    n_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return {"parameters": n_parameters, "bytes": buffer.tell()}
 
 
-def _seconds(work: Callable[[], object], device: str) -> float:
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    wait()
-    begun = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - begun
+def _measure_seconds(function: Callable[[], object], device: str) -> float:
+    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
