@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from cache.schema import level_array, pooled_array
 from pipeline.config import Params
 from pipeline.data.augmentation import apply_views
 from pipeline.errors import UserError
@@ -89,12 +88,9 @@ class CachedTeacher:
         self.head = head
         _check_head(head, [Path(path).stem for path in stores], images.attrs["classes"])
         self.views = self.members[0].view or ["identity"]
-        maps = [
-            (index, level_array(level))
-            for index, member in enumerate(self.members)
-            for level in range(len(member.levels))
-        ]
-        vectors = [(index, pooled_array(name)) for index, member in enumerate(self.members) for name in member.pooled]
+        members = list(enumerate(self.members))
+        maps = [(index, name) for index, member in members for name in member.level_arrays]
+        vectors = [(index, name) for index, member in members for name in member.pooled_arrays]
         self.arrays, self.n_maps = maps + vectors, len(maps)
         self.shapes = [tuple(self.members[index].array(name).shape) for index, name in self.arrays]
         training = np.flatnonzero(self.members[0].split == "train")

@@ -1,4 +1,4 @@
-"""A data set whose features are known from its pixels, so that a row out of place cannot hide."""
+"""A synthetic dataset whose features are a function of its pixels, so that misplaced rows show."""
 
 from pathlib import Path
 
@@ -24,105 +24,118 @@ from pipeline.data.augmentation import VIEWS, AugmentedImages
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.distillation.train import DistillationSetup
 from pipeline.heads import checkpoint
+from pipeline.tasks import IGNORE, get_task
 from pipeline.training import task_data
 from pipeline.training.loop import HParams
 
-COUNT, SIDE = 60, 32
+N_SAMPLES, SIDE = 60, 32
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=200, batch=20), UPerNetHeadConfig(channels=8, steps=60, batch=4)
 )
 SEARCH = SearchConfig(trials=2, trials_per_round=2, seed=0, learning_rate=(5e-3, 1e-2), weight_decay=(1e-3, 1e-2))
 DISTILL = DistillConfig(
-    (), "best", LossWeights(1.0, 1.0, 1.0), 2.0, (), classification=StepsConfig(30, 16), segmentation=StepsConfig(20, 8), seeds=2, search=SEARCH
+    datasets=(), teacher="best", loss_weights=LossWeights(1.0, 1.0, 1.0), temperature=2.0, extra_variants=(),
+    classification=StepsConfig(30, 16), segmentation=StepsConfig(20, 8), seeds=2, search=SEARCH,
 )  # fmt: skip
 
 
-def pixels() -> tuple[np.ndarray, np.ndarray]:
-    """Images of two bands in blocks, (sample, band, y, x), and a class of every block, (sample, y, x)."""
+def make_pixels() -> tuple[np.ndarray, np.ndarray]:
+    """Images of two bands in blocks, (sample, band, y, x), and the class of every pixel, (sample, y, x)."""
     generator = np.random.default_rng(0)
-    mask = generator.integers(3, size=(COUNT, 4, 4)).repeat(8, axis=1).repeat(8, axis=2)
-    own = np.linspace(100, 200, COUNT)[:, None, None]
-    noise = generator.normal(size=(COUNT, 2, SIDE, SIDE)) * 5
-    return (np.stack([100.0 * mask, own + 0 * mask], axis=1) + noise).astype(np.float32), mask
+    mask = generator.integers(3, size=(N_SAMPLES, 4, 4)).repeat(8, axis=1).repeat(8, axis=2)
+    brightness = np.linspace(100, 200, N_SAMPLES)[:, None, None]
+    noise = generator.normal(size=(N_SAMPLES, 2, SIDE, SIDE)) * 5
+    return (np.stack([100.0 * mask, brightness + 0 * mask], axis=1) + noise).astype(np.float32), mask
 
 
-def features_of(image: np.ndarray) -> dict[str, np.ndarray]:
-    """A 'backbone': means of blocks, then both bands and their sum; what it sees it sees in place."""
+def extract_features(image: np.ndarray) -> dict[str, np.ndarray]:
+    """Act as a backbone: the block means of both bands and of their sum, which move with the pixels."""
     blocks = image.reshape(len(image), 2, 4, 8, 4, 8).mean(axis=(3, 5))
     level = np.concatenate([blocks, blocks.sum(axis=1, keepdims=True)], axis=1).astype(np.float32)
     return {"level0/features": level, "pooled/mean_level0": level.mean(axis=(2, 3))}
 
 
-class Made:
-    """An images store and the feature store of one member, with its trained head."""
+class SyntheticDataset:
+    """An images store and the feature store of one member, with a trained head.
 
-    def __init__(self, folder: Path, opened, task: str, split: list[str], views=(), name="member"):
-        image, mask = pixels()
-        common = np.array([np.bincount(one.ravel(), minlength=3).argmax() for one in mask])
+    Attributes:
+        pixels: (sample, band, y, x).
+        images: the images store, opened; `images_path` is its folder.
+        store: path of the feature store.
+    """
+
+    def __init__(self, folder: Path, open_images, task: str, split: list[str], views=(), name="member"):
+        self.pixels, mask = make_pixels()
+        largest_class = np.array([np.bincount(sample_mask.ravel(), minlength=3).argmax() for sample_mask in mask])
         label = {
-            "classification": common,
+            "classification": largest_class,
             "multilabel": np.stack([(mask == c).mean((1, 2)) > 0.3 for c in range(2)], axis=1).astype(np.int64),
-            "segmentation": np.where(np.arange(SIDE) < 4, image_store.IGNORE, mask),
+            "segmentation": np.where(np.arange(SIDE) < 4, IGNORE, mask),
         }[task]
         classes = ["a", "b", "c"][: 2 if task == "multilabel" else 3]
-        label[np.array(split) == image_store.UNLABELLED] = image_store.missing_label(task, len(classes), (SIDE, SIDE))
-        self.image, self.mask, self.folder, self.task = image, mask, folder, task
-        self.like = opened(
+        missing = get_task(task).missing_label(len(classes), (SIDE, SIDE))
+        label[np.array(split) == image_store.UNLABELLED] = missing
+        self.folder = folder
+        self.images = open_images(
             image_store.ImageDataset(
-                image=image, label=label, sample=[f"s{i:03d}" for i in range(COUNT)], split=split, classes=classes,
-                bands=[Band("B1", "red", 0.665, 1.0), Band("B2", "nir", 0.8, 1.0)], task=task, units="dn",
-                gsd=1.0, licence="none", source="made", display=(0.0, 0.3),
+                image=self.pixels, label=label, sample=[f"s{i:03d}" for i in range(N_SAMPLES)], split=split,
+                classes=classes, bands=[Band("B1", "red", 0.665, 1.0), Band("B2", "nir", 0.8, 1.0)], task=task,
+                units="dn", gsd=1.0, licence="none", source="made", display=(0.0, 0.3),
             )
         )  # fmt: skip
-        self.pictures = Path(self.like.encoding["source"])
+        self.images_path = Path(self.images.encoding["source"])
         self.store = folder / f"{name}.zarr"
-        self._write(views)
+        self._write_features(views)
 
-    def _write(self, views) -> None:
-        one = features_of(self.image)
-        layout = StoreSchema(
-            sample=tuple(self.like.sample.values.tolist()), split=tuple(self.like.split.values.tolist()),
+    def _write_features(self, views) -> None:
+        arrays = extract_features(self.pixels)
+        schema = StoreSchema(
+            sample=tuple(self.images.sample.values.tolist()), split=tuple(self.images.split.values.tolist()),
             levels=(LevelSchema(3, 4, 4, 8, "x"),), pooled={"mean_level0": 3}, dtype="float32", shard_size=32,
-            **({"views": tuple(views)} if views else {}),
+            views=tuple(views),
         )  # fmt: skip
         if views:
-            copies = [features_of(np.ascontiguousarray(VIEWS[view](self.image))) for view in views]
-            one = {key: np.stack([copy[key] for copy in copies], axis=1) for key in one}
-        made_from = {"images_sha256": self.like.attrs["content_sha256"]}
-        writer = Writer(self.folder / "scratch-features", layout, self.store, made_from)
+            copies = [extract_features(np.ascontiguousarray(VIEWS[view](self.pixels))) for view in views]
+            arrays = {name: np.stack([copy[name] for copy in copies], axis=1) for name in arrays}
+        provenance = {"images_sha256": self.images.attrs["content_sha256"]}
+        writer = Writer(self.folder / "scratch-features", schema, self.store, provenance)
         for shard in writer.pending_shards():
-            writer.write(shard, {key: value[layout.rows(shard)] for key, value in one.items()})
+            writer.write(shard, {name: values[schema.rows(shard)] for name, values in arrays.items()})
         writer.finish()
         FeatureStore(self.store)
 
-    def head(self) -> Path:
-        """Trained on the features, as the stage train does."""
+    def head_path(self) -> Path:
+        """Train a head on the features, as the stage train does, and return its file."""
         path = self.folder / "head.pt"
         if not path.exists():
-            cell = task_data.load({self.store: None}, self.pictures, HEADS, ("train", "val"), "cpu")
-            checkpoint.save(path, "member", cell, cell.train([HParams(0.02, 0.01, 0)]), 0)
+            data = task_data.load({self.store: None}, self.images_path, HEADS, ("train", "val"), "cpu")
+            checkpoint.save(path, "member", data, data.train([HParams(0.02, 0.01, 0)]), 0)
         return path
 
-    def lesson(self, described: DistillConfig = DISTILL) -> DistillationSetup:
-        chips = AugmentedImages.load(self.pictures, max_gb=1.0)
-        teacher = CachedTeacher({self.store: None}, self.pictures, checkpoint.load(self.head()), chips.rows("train", "unlabelled"))
-        return DistillationSetup(chips, teacher, described, "cpu")
+    def augmented_images(self) -> AugmentedImages:
+        return AugmentedImages.load(self.images_path, max_gb=1.0)
+
+    def setup(self, config: DistillConfig = DISTILL) -> DistillationSetup:
+        images = self.augmented_images()
+        rows = images.rows("train", image_store.UNLABELLED)
+        teacher = CachedTeacher({self.store: None}, self.images_path, checkpoint.load(self.head_path()), rows)
+        return DistillationSetup(images, teacher, config, "cpu")
 
 
 @pytest.fixture
-def made(tmp_path, open_images):
-    """From a task, views and the splits to a data set, its teacher's store and head."""
+def make_dataset(tmp_path, open_images):
+    """Function from a task, views and splits to a `SyntheticDataset`."""
 
-    def make(task: str, views=(), split=("train", "val", "train", "test", "train", "train")) -> Made:
-        return Made(tmp_path, open_images, task, [*split] * (COUNT // len(split)), views)
+    def make(task: str, views=(), split=("train", "val", "train", "test", "train", "train")) -> SyntheticDataset:
+        return SyntheticDataset(tmp_path, open_images, task, [*split] * (N_SAMPLES // len(split)), views)
 
     return make
 
 
 @pytest.fixture(autouse=True)
-def _one_core():
-    """Students so small train fastest on one core, above all beside other tests."""
-    cores = torch.get_num_threads()
+def _single_thread():
+    """One torch thread: it is the fastest for such small students, above all with other tests in parallel."""
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(cores)
+    torch.set_num_threads(n_threads)

@@ -2,38 +2,69 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.distillation.losses import COSINE, SMOOTH, feature_loss, logit_kl
+from pipeline.distillation.losses import (
+    COSINE_WEIGHT,
+    SMOOTH_L1_WEIGHT,
+    Projectors,
+    feature_loss,
+    logit_kl,
+    nearest_level,
+)
 
 
-def test_features_that_agree_cost_nothing_and_each_sample_counts_alone():
-    wanted = torch.randn(4, 5, 3, 3)
-    torch.testing.assert_close(feature_loss(wanted, wanted), torch.zeros(4), atol=1e-6, rtol=0)
-    said = wanted.clone()
-    said[2] = -said[2]
-    each = feature_loss(said, wanted)
-    assert (each[[0, 1, 3]] < 1e-6).all()
-    smooth = functional.smooth_l1_loss(said[2], wanted[2])
-    torch.testing.assert_close(each[2], COSINE * torch.tensor(2.0) + SMOOTH * smooth)
+def test_feature_loss_equal_features_give_zero_and_samples_are_independent():
+    target = torch.randn(4, 5, 3, 3)
+    torch.testing.assert_close(feature_loss(target, target), torch.zeros(4), atol=1e-6, rtol=0)
+    prediction = target.clone()
+    prediction[2] = -prediction[2]
+    losses = feature_loss(prediction, target)
+    assert (losses[[0, 1, 3]] < 1e-6).all()
+    smooth_l1 = functional.smooth_l1_loss(prediction[2], target[2])
+    torch.testing.assert_close(losses[2], COSINE_WEIGHT * torch.tensor(2.0) + SMOOTH_L1_WEIGHT * smooth_l1)
 
 
-def test_a_vector_is_one_place():
-    said, wanted = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    torch.testing.assert_close(feature_loss(said, wanted), torch.tensor([COSINE + SMOOTH * 0.5]))
+def test_feature_loss_of_vectors_is_one_location():
+    prediction, target = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    expected = torch.tensor([COSINE_WEIGHT + SMOOTH_L1_WEIGHT * 0.5])
+    torch.testing.assert_close(feature_loss(prediction, target), expected)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
-def test_logits_are_hintons(shape):
-    said, wanted = torch.randn(2, *shape)
-    ours = logit_kl(said, wanted, 3.0, "classification")
-    flat = [one.movedim(1, -1).reshape(-1, 4) / 3 for one in (said, wanted)]
-    kl = functional.kl_div(flat[0].log_softmax(1), flat[1].log_softmax(1), reduction="batchmean", log_target=True)
-    torch.testing.assert_close(ours, 9 * kl)
-    assert logit_kl(wanted, wanted, 3.0, "classification").abs() < 1e-6
+def test_logit_kl_equals_torch_kl_times_squared_temperature(shape):
+    student, teacher = torch.randn(2, *shape)
+    actual = logit_kl(student, teacher, 3.0)
+    student_rows, teacher_rows = (logits.movedim(1, -1).reshape(-1, 4) / 3 for logits in (student, teacher))
+    kl = functional.kl_div(
+        student_rows.log_softmax(1), teacher_rows.log_softmax(1), reduction="batchmean", log_target=True
+    )
+    torch.testing.assert_close(actual, 9 * kl)
+    assert logit_kl(teacher, teacher, 3.0).abs() < 1e-6
 
 
-def test_multilabel_is_each_class_by_itself():
-    said, wanted = torch.randn(2, 6, 4)
-    p, q = torch.sigmoid(wanted / 2), torch.sigmoid(said / 2)
+def test_logit_kl_multilabel_is_the_mean_over_bernoulli_classes():
+    student, teacher = torch.randn(2, 6, 4)
+    p, q = torch.sigmoid(teacher / 2), torch.sigmoid(student / 2)
     kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    torch.testing.assert_close(logit_kl(said, wanted, 2.0, "multilabel"), 4 * kl.mean())
-    assert logit_kl(wanted, wanted, 2.0, "multilabel").abs() < 1e-6
+    torch.testing.assert_close(logit_kl(student, teacher, 2.0, is_multilabel=True), 4 * kl.mean())
+    assert logit_kl(teacher, teacher, 2.0, is_multilabel=True).abs() < 1e-6
+
+
+def test_nearest_level_picks_the_most_similar_size():
+    assert [nearest_level([32, 16, 8, 4], (side, side)) for side in (37, 16, 9, 2)] == [0, 1, 2, 3]
+    assert nearest_level([32, 16, 8, 4], ()) is None
+
+
+def test_projectors_return_the_target_shapes():
+    levels = [torch.randn(2, channels, side, side) for channels, side in ((6, 16), (8, 8))]
+    target_shapes = [(5, 16, 16), (7, 5, 5), (3, 20, 20), (9,)]
+    predictions = Projectors([16, 8], [6, 8], target_shapes)(levels)
+    assert [tuple(prediction.shape) for prediction in predictions] == [(2, *shape) for shape in target_shapes]
+
+
+def test_projectors_keep_locations():
+    """A change in one corner of the student's level changes the same corner of the teacher's map."""
+    level = torch.zeros(1, 6, 16, 16)
+    level[..., :4, 12:] = 1
+    projectors = Projectors([16], [6], [(5, 4, 4)])
+    (changed,), (unchanged,) = projectors([level]), projectors([torch.zeros_like(level)])
+    assert (changed - unchanged).abs().sum(dim=1)[0].argmax() == 3

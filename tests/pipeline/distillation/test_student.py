@@ -1,48 +1,62 @@
-"""Students by themselves: what goes in, what comes out, and what a folder of one holds."""
+"""Students: inputs and outputs, initial weights, and saved files."""
 
 import json
 
 import pytest
 import torch
 
-from pipeline.distillation import student_files
+from pipeline.backbones import create_backbone, get_spec
+from pipeline.backbones.base import InputBands
+from pipeline.config import BackboneConfig
+from pipeline.distillation.student import (
+    Student,
+    StudentSpec,
+    load_student,
+    make_student,
+    pretrained_state,
+    save_student,
+)
 from pipeline.errors import UserError
+from tests.errors import raises
 
-SHAPE = student_files.StudentSpec("mobilenetv3_small_050", 5, 3, "classification", 64)
-TOLD = {
+SPEC = StudentSpec("mobilenetv3_small_050", 5, 3, "classification", 64)
+METADATA = {
     "dataset": "d", "task": "classification", "classes": ["a", "b", "c"], "ignore": None, "units": "dn", "gsd": 10.0,
     "bands": [{"name": f"B{i}", "common_name": f"c{i}", "wavelength": None} for i in range(5)], "size": [16, 16],
     "variant": "supervised", "weights": "random", "teacher": None,
 }  # fmt: skip
+LITE0 = BackboneConfig("efficientnet", "lite0", "pretrained", 64)
+LITE0_STUDENT = StudentSpec("tf_efficientnet_lite0", 3, 4, "classification", 64)
+RGB = ("red", "green", "blue")
 
 
-def made(**changes) -> student_files.Student:
+def create(**changes) -> Student:
     torch.manual_seed(0)
-    shape = student_files.StudentSpec(**{**vars(SHAPE), **changes})
-    return student_files.Student(shape, [100.0] * shape.n_bands, [10.0] * shape.n_bands).eval()
+    spec = StudentSpec(**{**vars(SPEC), **changes})
+    return Student(spec, [100.0] * spec.n_bands, [10.0] * spec.n_bands).eval()
 
 
-@pytest.mark.parametrize(("task", "gives"), [("classification", (2, 3)), ("segmentation", (2, 3, 48, 40))])
-def test_logits_have_the_chips_own_size(task, gives):
+@pytest.mark.parametrize(("task", "shape"), [("classification", (2, 3)), ("segmentation", (2, 3, 48, 40))])
+def test_student_logits_have_the_chips_own_size(task, shape):
     with torch.inference_mode():
-        logits = made(task=task)(torch.rand(2, 5, 48, 40) * 200)
-    assert logits.shape == gives
+        logits = create(task=task)(torch.rand(2, 5, 48, 40) * 200)
+    assert logits.shape == shape
     assert logits.dtype == torch.float32
 
 
-def test_normalisation_is_inside():
-    student, chips = made(), torch.rand(2, 5, 64, 64) * 50 + 80
-    other = student_files.Student(SHAPE, [0.0] * 5, [1.0] * 5).eval()
+def test_student_normalises_its_input():
+    student, chips = create(), torch.rand(2, 5, 64, 64) * 50 + 80
+    unnormalised = Student(SPEC, [0.0] * 5, [1.0] * 5).eval()
     tensors = {name: tensor for name, tensor in student.state_dict().items() if name not in ("mean", "std")}
-    other.load_state_dict(tensors, strict=False)
+    unnormalised.load_state_dict(tensors, strict=False)
     with torch.inference_mode():
-        torch.testing.assert_close(student(chips), other((chips - 100) / 10))
-        assert (student(chips) - other(chips)).abs().max() > 1e-3
+        torch.testing.assert_close(student(chips), unnormalised((chips - 100) / 10))
+        assert (student(chips) - unnormalised(chips)).abs().max() > 1e-3
 
 
-def test_a_shrunk_chip_is_not_aliased():
-    """Bilinear sampling alone would see one column in four of a finely striped chip."""
-    student, chips = made(input_size=32), torch.full((1, 5, 128, 128), 110.0)
+def test_student_antialiases_when_it_shrinks_chips():
+    """Bilinear sampling without antialiasing would read one column in four of a finely striped chip."""
+    student, chips = create(input_size=32), torch.full((1, 5, 128, 128), 110.0)
     striped = chips.clone()
     striped[..., 0::2] += 40
     striped[..., 1::2] -= 40
@@ -52,50 +66,129 @@ def test_a_shrunk_chip_is_not_aliased():
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_saved_and_loaded_it_says_the_same(tmp_path, task):
-    student, chips = made(task=task), torch.rand(2, 5, 16, 16) * 200
-    student_files.save_student(tmp_path / "best", student, {**TOLD, "task": task})
-    loaded, told = student_files.load_student(tmp_path / "best")
+def test_student_exported_graph_takes_any_batch_of_raw_chips(task):
+    student, batch = create(task=task), torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(student, (torch.rand(2, 5, 16, 16),), dynamic_shapes=({0: batch},)).module()
+    chips = torch.rand(7, 5, 16, 16) * 200
+    with torch.inference_mode():
+        torch.testing.assert_close(program(chips), student(chips))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions", "fields"),
+    [
+        ({"architecture": "mobilnet"}, [], {"key": "students.network", "value": "mobilnet"}),
+        ({"input_size": 16}, [32], {"key": "students.input_size", "value": 16}),
+        (
+            {"architecture": "swin_tiny_patch4_window7_224"}, ["64 px", "5 bands"],
+            {"key": "students.network", "value": "swin_tiny_patch4_window7_224"},
+        ),
+    ],
+)  # fmt: skip
+def test_student_unusable_network_is_refused(changes, mentions, fields):
+    with raises(UserError, *mentions, **fields):
+        create(**changes)
+
+
+def test_student_unknown_task_is_refused():
+    with raises(UserError, key="task", value="regression"):
+        create(task="regression")
+
+
+# Initial weights
+
+
+def lite0_state(weights_dir, spec=LITE0_STUDENT, bands=RGB):
+    return pretrained_state("lite0", LITE0, get_spec(LITE0), weights_dir, spec, bands)
+
+
+def lite0_student(state) -> Student:
+    return make_student(LITE0_STUDENT, [0.0] * 3, [1.0] * 3, state, 0).eval()
+
+
+def test_pretrained_state_of_the_same_bands_reproduces_the_backbone(weights_folder):
+    image, folder = torch.randn(2, 3, 64, 64), weights_folder("lite0")
+    network = create_backbone(LITE0, get_spec(LITE0), InputBands(RGB, (0, 1, 2), (None,) * 3, 64), folder)
+    student = lite0_student(lite0_state(folder))
+    with torch.inference_mode():
+        for actual, expected in zip(student.levels(image), network(image).levels, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_pretrained_state_known_bands_keep_their_filters_in_any_order(weights_folder):
+    image, maps = torch.randn(2, 3, 64, 64), []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        student = lite0_student(lite0_state(weights_folder("lite0"), bands=[RGB[index] for index in order]))
+        with torch.inference_mode():
+            maps.append(student.levels(image[:, order])[0])
+    torch.testing.assert_close(*maps, atol=1e-3, rtol=1e-3)
+
+
+def test_pretrained_state_more_bands_keep_the_magnitude_of_the_input_layer(weights_folder):
+    six_bands = StudentSpec("tf_efficientnet_lite0", 6, 4, "classification", 64)
+    wide = lite0_state(weights_folder("lite0"), six_bands, [*RGB, "nir", "swir16", "swir22"])["conv_stem.weight"]
+    narrow = lite0_state(weights_folder("lite0"))["conv_stem.weight"]
+    assert wide.shape[1] == 6
+    torch.testing.assert_close(wide.sum(dim=1), narrow.sum(dim=1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wide[:, 0], narrow[:, 0] / 2)
+
+
+def test_make_student_random_weights_follow_the_seed():
+    spec = StudentSpec("mobilenetv3_small_050", 2, 3, "classification", 32)
+    first, repeated, different = (
+        make_student(spec, [0.0] * 2, [1.0] * 2, None, seed).head.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, repeated)
+    assert not torch.equal(first, different)
+
+
+def test_pretrained_state_of_another_network_is_refused(weights_folder, tmp_path):
+    mobilenet = StudentSpec("mobilenetv3_small_050", 3, 4, "classification", 64)
+    with raises(UserError, "mobilenetv3_small_050", key="students.weights", value="lite0"):
+        lite0_state(weights_folder("lite0"), mobilenet)
+    with raises(UserError, key="students.weights", value="lite0", path=tmp_path / get_spec(LITE0).weights_file):
+        lite0_state(tmp_path)
+
+
+# Saved students
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_save_student_loaded_student_predicts_the_same(tmp_path, task):
+    student, chips = create(task=task), torch.rand(2, 5, 16, 16) * 200
+    save_student(tmp_path / "best", student, {**METADATA, "task": task})
+    loaded, metadata = load_student(tmp_path / "best")
     with torch.inference_mode():
         torch.testing.assert_close(loaded(chips), student(chips), rtol=0, atol=0)
     assert not loaded.training
-    assert told["parameters"] == sum(one.numel() for one in student.parameters())
-    assert told["mean"] == [100.0] * 5
-    assert told["architecture"] == "mobilenetv3_small_050"
+    assert metadata["parameters"] == sum(parameter.numel() for parameter in student.parameters())
+    assert metadata["mean"] == [100.0] * 5
+    assert metadata["architecture"] == "mobilenetv3_small_050"
 
 
-def test_an_exported_graph_takes_any_number_of_raw_chips():
-    for task in ("classification", "segmentation"):
-        student, batch = made(task=task), torch.export.Dim("batch", min=1, max=64)
-        program = torch.export.export(student, (torch.rand(2, 5, 16, 16),), dynamic_shapes=({0: batch},)).module()
-        chips = torch.rand(7, 5, 16, 16) * 200
-        with torch.inference_mode():
-            torch.testing.assert_close(program(chips), student(chips))
+def test_save_student_incomplete_metadata_is_refused(tmp_path):
+    with raises(ValueError, "units"):
+        save_student(tmp_path, create(), {key: value for key, value in METADATA.items() if key != "units"})
 
 
-def test_networks_that_cannot_be_students_are_refused():
-    with pytest.raises(UserError, match="no network 'mobilnet'"):
-        made(architecture="mobilnet")
-    with pytest.raises(UserError, match="stride 32"):
-        made(input_size=16)
-    with pytest.raises(UserError, match="swin_tiny.* cannot be a student of 64 px and 5 bands"):
-        made(architecture="swin_tiny_patch4_window7_224")
-
-
-def test_a_folder_that_is_no_student_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no student in"):
-        student_files.load_student(tmp_path)
-    student_files.save_student(tmp_path, made(), TOLD)
-    with pytest.raises(ValueError, match="units"):
-        student_files.save_student(tmp_path, made(), {key: value for key, value in TOLD.items() if key != "units"})
-    told = json.loads((tmp_path / "student.json").read_text())
-    (tmp_path / "student.json").write_text(json.dumps({**told, "classes": ["a", "b"]}))
-    with pytest.raises(UserError, match="does not fit the network"):
-        student_files.load_student(tmp_path)
-    (tmp_path / "student.json").write_text(json.dumps({"architecture": "x"}))
-    with pytest.raises(UserError, match="does not describe a student"):
-        student_files.load_student(tmp_path)
-    (tmp_path / "student.json").write_text(json.dumps(told))
-    (tmp_path / "student.pt").write_bytes(b"not tensors")
-    with pytest.raises(UserError, match="not a checkpoint"):
-        student_files.load_student(tmp_path)
+def test_load_student_absent_or_damaged_files_are_refused(tmp_path):
+    metadata_path, tensors_path = tmp_path / "student.json", tmp_path / "student.pt"
+    with raises(UserError, path=metadata_path):
+        load_student(tmp_path)
+    save_student(tmp_path, create(), METADATA)
+    metadata, tensors = json.loads(metadata_path.read_text()), tensors_path.read_bytes()
+    metadata_path.write_text(json.dumps({**metadata, "classes": ["a", "b"]}))
+    with raises(UserError, tensors_path, "head"):
+        load_student(tmp_path)
+    metadata_path.write_text(json.dumps({"architecture": "x"}))
+    with raises(UserError, "bands", path=metadata_path):
+        load_student(tmp_path)
+    metadata_path.write_text(json.dumps(metadata))
+    tensors_path.write_bytes(b"not tensors")
+    with raises(UserError, tensors_path):
+        load_student(tmp_path)
+    tensors_path.unlink()
+    with raises(UserError, path=tensors_path):
+        load_student(tmp_path)
+    tensors_path.write_bytes(tensors)
+    load_student(tmp_path)

@@ -1,4 +1,4 @@
-"""The teacher is its cache: rows, views and statistics in their places, and refusals."""
+"""Teachers: which model teaches; rows, views and statistics of its cached features; and refusals."""
 
 import dataclasses
 
@@ -7,80 +7,149 @@ import pytest
 import torch
 
 from cache.errors import StoreError
-from pipeline.data.augmentation import VIEWS, AugmentedImages
+from pipeline.data.augmentation import VIEWS
 from pipeline.data.image_store import UNLABELLED
-from pipeline.distillation.teacher import CachedTeacher
+from pipeline.distillation.teacher import CachedTeacher, choose_teacher
 from pipeline.errors import UserError
 from pipeline.heads import checkpoint
-from tests.pipeline.distillation.conftest import features_of
+from pipeline.tasks import IGNORE
+from tests.errors import raises
+from tests.pipeline.distillation.conftest import SyntheticDataset, extract_features
 
-ROWS = np.array([40, 3, 3, 21, 16])
+# Choice of the teacher
 
 
-@pytest.mark.parametrize("views", [(), ("identity", "rot90")])
-def test_rows_are_those_of_the_chips(made, views):
-    """Features made anew from the student's very chips: a row or a view out of place would show."""
-    one = made("segmentation", views)
-    lesson = one.lesson()
-    rows = lesson.images.rows("train", UNLABELLED)[[5, 0, 0, 11]]
-    turned = ["identity", "rot90", "identity", "rot90"] if views else ["identity"] * 4
-    anew = features_of(lesson.images.image_tensor(rows, turned).numpy())
-    training = features_of(one.image[one.like.split.values == "train"])
-    given = lesson.teacher.features(rows, turned)
-    for (_, name), values in zip(lesson.teacher.fields, given, strict=True):
+@pytest.fixture
+def all_datasets(params):
+    """The committed parameters, with students on all datasets."""
+    return with_distill(params, datasets=())
+
+
+def with_distill(params, **changes):
+    return dataclasses.replace(params, distill=dataclasses.replace(params.distill, **changes))
+
+
+def tuning_results(params, scores):
+    """Results of the stage `tune`: models without a score are skipped."""
+    return {
+        model: {"skipped": None if model in scores else "no such bands", "score": scores.get(model)}
+        for model in params.grid.models
+    }
+
+
+def test_choose_teacher_other_datasets_have_none(all_datasets):
+    params = with_distill(all_datasets, datasets=("e", "f"))
+    tuning = tuning_results(params, {"lite0": 0.6})
+    assert choose_teacher(params, "e", tuning) == ("lite0", None)
+    teacher, reason = choose_teacher(params, "d", tuning)
+    assert teacher is None
+    assert "distill.datasets" in reason
+    assert "e, f" in reason
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({"raw": 0.9, "csmask_b4": 0.5, "lite0": 0.6, "csmask_b4+lite0": 0.55, "lite0_random": 0.99}, "lite0"),
+        ({"csmask_b4": 0.6, "csmask_b4+lite0": 0.6, "lite0": 0.1}, "csmask_b4+lite0"),  # tie: more members win
+        ({"raw": 0.9, "lite0": 0.6}, "lite0"),
+        ({"raw": 0.9, "lite0_random": 0.3}, None),  # neither has a pretrained network
+    ],
+)
+def test_choose_teacher_best_is_the_best_pretrained_model_on_validation(all_datasets, scores, expected):
+    teacher, reason = choose_teacher(all_datasets, "d", tuning_results(all_datasets, scores))
+    assert teacher == expected
+    assert (reason is None) == (expected is not None)
+
+
+def test_choose_teacher_named_model_that_is_skipped_gives_the_reason(all_datasets):
+    params = with_distill(all_datasets, teacher="csmask_b4+lite0")
+    teacher, reason = choose_teacher(params, "d", tuning_results(params, {"raw": 0.9, "lite0": 0.6}))
+    assert teacher is None
+    assert "csmask_b4+lite0" in reason
+    assert "no such bands" in reason
+
+
+def test_choose_teacher_named_model_with_random_weights_is_refused(all_datasets):
+    params = with_distill(all_datasets, teacher="lite0_random")
+    teacher, reason = choose_teacher(params, "d", tuning_results(params, {"lite0_random": 0.3}))
+    assert teacher is None
+    assert "lite0_random" in reason
+
+
+# Cached features and logits
+
+
+@pytest.mark.parametrize("cached_views", [(), ("identity", "rot90")])
+def test_cached_teacher_features_are_those_of_the_chips(make_dataset, cached_views):
+    """Compare with features extracted from the very chips that a student gets: a wrong row or view would show."""
+    dataset = make_dataset("segmentation", cached_views)
+    setup = dataset.setup()
+    rows = setup.images.rows("train", UNLABELLED)[[5, 0, 0, 11]]
+    views = ["identity", "rot90", "identity", "rot90"] if cached_views else ["identity"] * 4
+    expected = extract_features(setup.images.image_tensor(rows, views).numpy())
+    training = extract_features(dataset.pixels[dataset.images.split.values == "train"])
+    actual = setup.teacher.features(rows, views)
+    for (_, name), values in zip(setup.teacher.arrays, actual, strict=True):
         axes = (0, 2, 3) if training[name].ndim == 4 else (0,)
-        by = [np.expand_dims(f(training[name], axis=axes), axes) for f in (np.mean, np.std)]
-        np.testing.assert_allclose(values.numpy(), (anew[name] - by[0]) / by[1], atol=2e-3)
-    assert not np.allclose(given[0][0], given[0][3], atol=0.1), "rows differ, or this test could not tell"
+        mean, std = (np.expand_dims(f(training[name], axis=axes), axes) for f in (np.mean, np.std))
+        np.testing.assert_allclose(values.numpy(), (expected[name] - mean) / std, atol=2e-3)
+    assert not np.allclose(actual[0][0], actual[0][3], atol=0.1), "the rows must differ, or the test proves nothing"
 
 
-def test_other_splits_do_not_move_the_statistics(made):
-    """Standardised training features have mean 0 and spread 1; by all rows' statistics they would not."""
-    lesson = made("classification").lesson()
-    rows = lesson.images.rows("train")
-    for values in lesson.teacher.features(rows, ["identity"] * len(rows)):
+def test_cached_teacher_statistics_are_of_the_training_split(make_dataset):
+    """Standardised training features have mean 0 and standard deviation 1 only with the training statistics."""
+    setup = make_dataset("classification").setup()
+    rows = setup.images.rows("train")
+    for values in setup.teacher.features(rows, ["identity"] * len(rows)):
         axes = (0, 2, 3) if values.ndim == 4 else (0,)
         torch.testing.assert_close(values.mean(dim=axes), torch.zeros(3), atol=1e-4, rtol=0)
         torch.testing.assert_close(values.std(dim=axes, correction=0), torch.ones(3), atol=1e-3, rtol=0)
 
 
-def test_answers_are_the_heads_and_turn_with_the_ground(made):
-    one = made("segmentation")
-    lesson, head = one.lesson(), checkpoint.load(one.head())
-    rows, views = lesson.images.rows("train", UNLABELLED)[:8], list(VIEWS)
-    given = {name: torch.from_numpy(value[rows]) for name, value in features_of(one.image).items()}
-    upright = head.logits([given]).detach().numpy()
-    said = lesson.teacher.logits(rows, views).numpy()
-    for view, ours, theirs in zip(views, said, upright, strict=True):
-        np.testing.assert_allclose(ours, VIEWS[view](theirs), atol=0.02, rtol=2e-3)
-    label = lesson.images.label_tensor(rows, views).numpy()
-    assert (said.argmax(axis=1) == label)[label != 255].mean() > 0.6, "the head knows its task"
-    assert lesson.teacher.matched(views).tolist() == [True] + [False] * 7
+def test_cached_teacher_logits_are_the_heads_and_follow_the_views(make_dataset):
+    dataset = make_dataset("segmentation")
+    setup, head = dataset.setup(), checkpoint.load(dataset.head_path())
+    rows, views = setup.images.rows("train", UNLABELLED)[:8], list(VIEWS)
+    features = {name: torch.from_numpy(values[rows]) for name, values in extract_features(dataset.pixels).items()}
+    upright = head.logits([features]).detach().numpy()
+    logits = setup.teacher.logits(rows, views).numpy()
+    for view, actual, expected in zip(views, logits, upright, strict=True):
+        np.testing.assert_allclose(actual, VIEWS[view](expected), atol=0.02, rtol=2e-3)
+    label = setup.images.label_tensor(rows, views).numpy()
+    assert (logits.argmax(axis=1) == label)[label != IGNORE].mean() > 0.6, "the head must know its task"
+    assert setup.teacher.has_cached_view(views).tolist() == [True] + [False] * 7
 
 
-def test_a_cached_view_has_answers_of_its_own(made):
-    one = made("segmentation", ("identity", "rot90"))
-    lesson, head = one.lesson(), checkpoint.load(one.head())
-    rows = lesson.images.rows("train", UNLABELLED)[:2]
-    turned = features_of(np.ascontiguousarray(np.rot90(one.image[rows], 1, axes=(-2, -1))))
-    wanted = head.logits([{name: torch.from_numpy(value) for name, value in turned.items()}]).detach()
-    torch.testing.assert_close(lesson.teacher.logits(rows, ["rot90"] * 2), wanted, atol=0.02, rtol=2e-3)
-    assert lesson.teacher.matched(["identity", "rot90", "flip_x"]).tolist() == [True, True, False]
+def test_cached_teacher_logits_of_a_cached_view_are_computed_from_its_features(make_dataset):
+    dataset = make_dataset("segmentation", ("identity", "rot90"))
+    setup, head = dataset.setup(), checkpoint.load(dataset.head_path())
+    rows = setup.images.rows("train", UNLABELLED)[:2]
+    rotated = extract_features(np.ascontiguousarray(np.rot90(dataset.pixels[rows], 1, axes=(-2, -1))))
+    expected = head.logits([{name: torch.from_numpy(values) for name, values in rotated.items()}]).detach()
+    torch.testing.assert_close(setup.teacher.logits(rows, ["rot90"] * 2), expected, atol=0.02, rtol=2e-3)
+    assert setup.teacher.has_cached_view(["identity", "rot90", "flip_x"]).tolist() == [True, True, False]
 
 
-def test_stores_that_are_missing_or_of_another_data_set_are_refused(made, tmp_path, open_images):
-    one = made("classification")
-    chips, head = AugmentedImages.load(one.pictures, 1.0), checkpoint.load(one.head())
-    with pytest.raises(StoreError, match="no feature store"):
-        CachedTeacher({tmp_path / "d/nothing.zarr": None}, one.pictures, head, chips.rows("train", UNLABELLED))
-    with pytest.raises(StoreError, match="not the store that was resolved"):
-        CachedTeacher({one.store: "another digest"}, one.pictures, head, chips.rows("train", UNLABELLED))
-    other = type(one)(tmp_path, open_images, "segmentation", one.like.split.values.tolist(), name="other")
-    with pytest.raises(StoreError, match="made from other images"):
-        CachedTeacher({other.store: None}, one.pictures, head, chips.rows("train", UNLABELLED))
-    with pytest.raises(UserError, match="the stores are of member for a, b, c"):
-        CachedTeacher(
-            {one.store: None}, one.pictures, dataclasses.replace(head, classes=("x", "y", "z")), chips.rows("train", UNLABELLED)
-        )
-    with pytest.raises(UserError, match="trained head is of lite0"):
-        CachedTeacher({one.store: None}, one.pictures, dataclasses.replace(head, model="lite0"), chips.rows("train", UNLABELLED))
+def test_cached_teacher_wrong_stores_are_refused(make_dataset, tmp_path, open_images):
+    dataset = make_dataset("classification")
+    head, rows = checkpoint.load(dataset.head_path()), dataset.augmented_images().rows("train")
+    split = dataset.images.split.values.tolist()
+    other = SyntheticDataset(tmp_path, open_images, "segmentation", split, name="other")
+    missing = tmp_path / "d/nothing.zarr"
+    for stores, path in (
+        ({missing: None}, missing),
+        ({dataset.store: "another digest"}, dataset.store),
+        ({other.store: None}, other.store),
+    ):
+        with raises(StoreError, path):
+            CachedTeacher(stores, dataset.images_path, head, rows)
+
+
+@pytest.mark.parametrize(("field", "value"), [("class_names", ("x", "y", "z")), ("model", "lite0")])
+def test_cached_teacher_head_of_other_classes_or_members_is_refused(make_dataset, field, value):
+    dataset = make_dataset("classification")
+    head, rows = checkpoint.load(dataset.head_path()), dataset.augmented_images().rows("train")
+    head = dataclasses.replace(head, **{field: value})
+    with raises(UserError, "a, b, c", key="head", value=head.model, allowed=["member"]):
+        CachedTeacher({dataset.store: None}, dataset.images_path, head, rows)

@@ -1,4 +1,4 @@
-"""Training: what each variant sees, and that a student learns from a teacher what its labels do not say."""
+"""Training of students: what each variant uses, and that a student learns from its teacher beyond the labels."""
 
 import dataclasses
 import json
@@ -7,171 +7,191 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from pipeline.distillation.describe import make_spec, student_metadata
 
 from pipeline.config import StudentConfig
-from pipeline.data import image_store
-from pipeline.distillation import losses, protocol, start, train
+from pipeline.distillation import losses, protocol, train
+from pipeline.distillation.student import make_spec, make_student, student_metadata
 from pipeline.errors import UserError
 from pipeline.tasks import get_task
 from pipeline.training.loop import HParams
+from tests.errors import raises
 from tests.pipeline.distillation.conftest import DISTILL
 
 SMALL = StudentConfig("test_resnet", "random", chip_size=32, mask_size=32)
-SETTING = HParams(0.01, 0.01, 0)
+HPARAMS = HParams(0.01, 0.01, 0)
 
 
-def fresh(lesson, seed=0):
-    chips = lesson.images
-    return start.make_student(make_spec(chips.images, SMALL), chips.mean, chips.std, None, seed)
+def create_student(setup, seed=0):
+    images = setup.images
+    return make_student(make_spec(images.images, SMALL), images.mean, images.std, None, seed)
 
 
-def trained(lesson, variant, setting=SETTING):
-    student = fresh(lesson, setting.seed)
-    ends = train.make_projectors(student, lesson, setting.seed) if variant in ("distilled", "features") else None
-    return train.train(student, ends, lesson, variant, setting), ends
+def train_student(setup, variant, hparams=HPARAMS):
+    """A trained student and its projectors, None for variants without features."""
+    student, projectors = create_student(setup, hparams.seed), None
+    if variant in ("distilled", "features"):
+        projectors = train.make_projectors(student, setup, hparams.seed)
+    return train.train(student, projectors, setup, variant, hparams), projectors
 
 
-class Silent:
-    """A teacher that must not be asked."""
+def with_steps(n_classification, n_segmentation):
+    return dataclasses.replace(
+        DISTILL,
+        classification=dataclasses.replace(DISTILL.classification, steps=n_classification),
+        segmentation=dataclasses.replace(DISTILL.segmentation, steps=n_segmentation),
+    )
 
-    def __init__(self, views, maps, shapes):
-        self.views, self.maps, self.shapes = views, maps, shapes
+
+class SilentTeacher:
+    """A teacher without features and logits."""
+
+    def __init__(self, teacher):
+        self.views, self.n_maps, self.shapes = teacher.views, teacher.n_maps, teacher.shapes
 
     def __getattr__(self, name):
-        raise AssertionError(f"the control asked its teacher for {name}")
+        raise AssertionError(f"the teacher was asked for {name}")
 
 
-def test_labels_alone_never_ask_a_teacher_and_start_and_turn_alike(made):
-    lesson = made("classification").lesson()
-    teacher = Silent(lesson.teacher.views, lesson.teacher.maps, lesson.teacher.shapes)
-    alone = dataclasses.replace(lesson, teacher=teacher)
-    one, two = (trained(each, "supervised")[0] for each in (lesson, alone))
-    for ours, theirs in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
-    with pytest.raises(AssertionError, match="asked its teacher for logits"):
-        trained(alone, "logits")
+def test_train_supervised_never_uses_the_teacher(make_dataset):
+    setup = make_dataset("classification").setup()
+    silent = dataclasses.replace(setup, teacher=SilentTeacher(setup.teacher))
+    with_teacher, without = (train_student(each_setup, "supervised")[0] for each_setup in (setup, silent))
+    for actual, expected in zip(with_teacher.state_dict().values(), without.state_dict().values(), strict=True):
+        assert torch.equal(actual, expected)
+    with raises(AssertionError, "logits"):
+        train_student(silent, "logits")
 
 
-def test_a_student_from_labels_learns_the_task(made):
-    lesson = made("classification").lesson()
-    scores = protocol._scores([fresh(lesson), trained(lesson, "supervised")[0]], lesson, "val")
-    assert scores[1] > max(scores[0], 0.6)
+def test_train_supervised_learns_the_task(make_dataset):
+    setup = make_dataset("classification").setup()
+    untrained, trained = protocol._scores(
+        [create_student(setup), train_student(setup, "supervised")[0]], setup, "val"
+    )
+    assert trained > max(untrained, 0.6)
 
 
-def test_features_are_learned_in_their_places_and_projectors_stay_behind(made):
-    """Only if rows, views and grids of image and teacher agree can the validation's features be foretold."""
-    longer = dataclasses.replace(DISTILL, segmentation=dataclasses.replace(DISTILL.segmentation, steps=60))
-    lesson = made("segmentation").lesson(longer)
-    student, projectors = trained(lesson, "features")
-    untaught, blank = fresh(lesson), train.make_projectors(fresh(lesson), lesson, 0)
-    rows = lesson.images.rows("val")
-    wanted = lesson.teacher.features(rows, ["identity"] * len(rows))
+def test_train_features_predicts_features_of_the_right_rows_and_views(make_dataset):
+    """Features of validation chips can be predicted only if rows, views and grids of image and teacher agree."""
+    setup = make_dataset("segmentation").setup(with_steps(30, 60))
+    student, projectors = train_student(setup, "features")
+    untrained = create_student(setup)
+    untrained_projectors = train.make_projectors(create_student(setup), setup, 0)
+    rows = setup.images.rows("val")
+    targets = setup.teacher.features(rows, ["identity"] * len(rows))
 
-    def apart(one, ends, wanted):
+    def mean_loss(student, projectors, targets):
         with torch.inference_mode():
-            said = ends(one.eval().levels(lesson.images.image_tensor(rows)))
-        return losses.feature_loss(said[0], wanted[0]).mean()
+            predictions = projectors(student.eval().levels(setup.images.image_tensor(rows)))
+        return losses.feature_loss(predictions[0], targets[0]).mean()
 
-    assert apart(student, projectors, wanted) < 0.6 * apart(untaught, blank, wanted)
-    shifted = [array.roll(1, dims=0) for array in wanted]
-    assert apart(student, projectors, wanted) < 0.8 * apart(student, projectors, shifted), "rows"
-    flipped = [array.flip(-1) if array.ndim == 4 else array for array in wanted]
-    assert apart(student, projectors, wanted) < 0.8 * apart(student, projectors, flipped), "views"
-    assert not any("maps" in name for name in student.state_dict()), "no projector is part of the student"
+    loss = mean_loss(student, projectors, targets)
+    assert loss < 0.6 * mean_loss(untrained, untrained_projectors, targets)
+    wrong_rows = [array.roll(1, dims=0) for array in targets]
+    assert loss < 0.8 * mean_loss(student, projectors, wrong_rows)
+    wrong_views = [array.flip(-1) if array.ndim == 4 else array for array in targets]
+    assert loss < 0.8 * mean_loss(student, projectors, wrong_views)
+    assert not any("maps" in name for name in student.state_dict()), "projectors are not part of the student"
 
 
-def test_the_teachers_answers_reach_pixels_without_labels(made):
-    """The labels of the left eighth are withheld; the class there is known from the teacher alone."""
-    lesson = made("segmentation").lesson()
-    rows = lesson.images.rows("train")[:8]
-    student, said = fresh(lesson), {}
-    image = lesson.images.image_tensor(rows)
+def test_loss_teacher_logits_reach_pixels_without_labels(make_dataset):
+    """The left eighth of the masks has no labels; only the teacher has a gradient there."""
+    setup = make_dataset("segmentation").setup()
+    rows = setup.images.rows("train")[:8]
+    student, gradients = create_student(setup), {}
+    chips = setup.images.image_tensor(rows)
     for variant in ("supervised", "logits"):
         student.zero_grad()
-        out = student(image).detach().requires_grad_()
-        stub = dataclasses.replace(lesson)
-        student.levels, student.logits = lambda _: None, lambda *_, out=out: out
-        train._loss(student, None, stub, variant, rows, ["identity"] * 8).backward()
+        logits = student(chips).detach().requires_grad_()
+        student.levels, student.logits = lambda _: None, lambda *_, logits=logits: logits
+        train._loss(student, None, setup, variant, rows, ["identity"] * 8).backward()
         del student.levels, student.logits
-        said[variant] = out.grad[..., :4].abs().sum()
-    assert said["supervised"] == 0
-    assert said["logits"] > 0
+        gradients[variant] = logits.grad[..., :4].abs().sum()
+    assert gradients["supervised"] == 0
+    assert gradients["logits"] > 0
 
 
-def test_chips_without_labels_join_where_there_is_a_teacher(made):
-    lesson = made("classification", split=("train", "val", "test", "unlabelled")).lesson()
-    assert set(lesson.images.split[lesson.rows("distilled")]) == {"train", "unlabelled"}
-    assert set(lesson.images.split[lesson.rows("supervised")]) == {"train"}
-    rows = lesson.images.rows("unlabelled")[:8]
-    student = fresh(lesson)
+def test_training_rows_unlabelled_chips_are_used_with_a_teacher_only(make_dataset):
+    setup = make_dataset("classification", split=("train", "val", "test", "unlabelled")).setup()
+    assert set(setup.images.split[setup.training_rows("distilled")]) == {"train", "unlabelled"}
+    assert set(setup.images.split[setup.training_rows("supervised")]) == {"train"}
+    rows, student = setup.images.rows("unlabelled")[:8], create_student(setup)
     torch.manual_seed(0)
-    one = train._loss(student, None, lesson, "logits", rows, ["identity"] * 8)
-    lesson.images._label = (lesson.images._label + 1) % 3
-    two = train._loss(student, None, lesson, "logits", rows, ["identity"] * 8)
-    torch.testing.assert_close(one, two)  # what stands in their label's place is not used
-    assert trained(lesson, "distilled")[0] is not None
+    loss = train._loss(student, None, setup, "logits", rows, ["identity"] * 8)
+    setup.images._label = (setup.images._label + 1) % 3
+    loss_with_other_labels = train._loss(student, None, setup, "logits", rows, ["identity"] * 8)
+    torch.testing.assert_close(loss, loss_with_other_labels)  # the placeholder of a missing label is not used
+    assert train_student(setup, "distilled")[0] is not None
 
 
-def test_maps_of_chips_turned_otherwise_do_not_count(made):
-    lesson = made("segmentation").lesson()
-    rows = lesson.images.rows("train")[:2]
-    said = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
-    wanted = [torch.randn(2, *shape) for shape in lesson.teacher.shapes]
-    matched = lesson.teacher.matched(["identity", "rot90"])
-    one = train._feature_loss(said, wanted, matched, lesson.teacher)
-    wanted[0][1] += 5  # the map of the turned chip
-    assert train._feature_loss(said, wanted, matched, lesson.teacher) == one
-    wanted[1][1] += 5  # its pooled vector, which does count
-    assert train._feature_loss(said, wanted, matched, lesson.teacher) != one
-    assert len(rows) == 2
+def test_feature_loss_maps_of_uncached_views_do_not_count(make_dataset):
+    teacher = make_dataset("segmentation").setup().teacher
+    predictions, targets = ([torch.randn(2, *shape) for shape in teacher.shapes] for _ in range(2))
+    has_maps = teacher.has_cached_view(["identity", "rot90"])
+    loss = train._feature_loss(predictions, targets, has_maps, teacher)
+    targets[0][1] += 5  # the map of the rotated chip
+    assert train._feature_loss(predictions, targets, has_maps, teacher) == loss
+    targets[1][1] += 5  # its pooled vector, which counts
+    assert train._feature_loss(predictions, targets, has_maps, teacher) != loss
 
 
-def test_views_are_the_cached_ones_or_half_upright(made):
-    lesson = made("segmentation").lesson()
-    drawn = train.draw_views(lesson, 400, np.random.default_rng(0))
-    assert 0.45 < drawn.count("identity") / 400 < 0.65
-    assert len(set(drawn)) == 8
-    lesson.teacher.views = ["identity", "flip_y"]
-    assert set(train.draw_views(lesson, 100, np.random.default_rng(0))) == {"identity", "flip_y"}
-    lesson.teacher.views, lesson.teacher.maps = ["identity"], 0
-    assert train.draw_views(lesson, 400, np.random.default_rng(0)).count("identity") < 100
+def test_draw_views_are_cached_ones_or_half_upright(make_dataset):
+    setup = make_dataset("segmentation").setup()
+    views = train.draw_views(setup, 400, np.random.default_rng(0))
+    assert 0.45 < views.count("identity") / 400 < 0.65
+    assert len(set(views)) == 8
+    setup.teacher.views = ["identity", "flip_y"]
+    assert set(train.draw_views(setup, 100, np.random.default_rng(0))) == {"identity", "flip_y"}
+    setup.teacher.views, setup.teacher.n_maps = ["identity"], 0
+    assert train.draw_views(setup, 400, np.random.default_rng(0)).count("identity") < 100
 
 
 @pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
-def test_the_protocol_on_every_task(made, tmp_path, task):
-    short = dataclasses.replace(DISTILL, classification=dataclasses.replace(DISTILL.classification, steps=6),
-                                segmentation=dataclasses.replace(DISTILL.segmentation, steps=3))  # fmt: skip
-    lesson = made(task).lesson(short)
-    told = {"dataset": "d", "model": "s (distilled)", "weights": "random"}
-    taught = protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "study", 1)
-    assert len(taught.tuned["trials"]) == 2
-    assert set(taught.runs.protocol) == {"distilled"}
-    assert taught.runs.seed.tolist() == [0, 1]
-    assert taught.seed == taught.runs.val_score.idxmax()
-    names = lesson.images.sample[lesson.images.rows("test")].tolist()
-    assert taught.predicted[taught.predicted.seed == 0]["sample"].tolist() == names
-    assert protocol._scores([taught.best], lesson, "test")[0] == pytest.approx(taught.runs.score[taught.seed])
-    again = protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "distilled", told, tmp_path / "other", 1)
-    pd.testing.assert_frame_equal(taught.runs, again.runs)
-    kept = student_metadata(lesson.images.images, "d", "distilled", "random", "member")
-    assert kept["ignore"] == (image_store.IGNORE if task == "segmentation" else None)
-    assert [band["common_name"] for band in kept["bands"]] == ["red", "nir"]
-    assert get_task(task).metric == taught.runs.metric[0]
+def test_train_variant_runs_predictions_and_best_student_agree(make_dataset, tmp_path, task):
+    setup = make_dataset(task).setup(with_steps(6, 3))
+    metadata = {"dataset": "d", "model": "s (distilled)", "weights": "random"}
+
+    def train_variant(study_path):
+        return protocol.train_variant(
+            lambda seed: create_student(setup, seed), setup, "distilled", metadata, study_path, 1
+        )
+
+    search_result, result = train_variant(tmp_path / "study")
+    runs, predicted, best = result.runs, result.predicted, result.best_index
+    assert len(search_result["trials"]) == 2
+    assert set(runs.protocol) == {"distilled"}
+    assert runs.seed.tolist() == [0, 1]
+    assert best == runs.val_score.idxmax()
+    samples = setup.images.sample[setup.images.rows("test")].tolist()
+    assert predicted[predicted.seed == 0]["sample"].tolist() == samples
+    assert protocol._scores([result.group[best]], setup, "test")[0] == pytest.approx(runs.score[best])
+    pd.testing.assert_frame_equal(runs, train_variant(tmp_path / "other")[1].runs)
+    assert get_task(task).metric == runs.metric[0]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_students_that_diverged_are_no_score_and_are_not_chosen(made, monkeypatch, tmp_path, task):
-    lesson = made(task).lesson()
-    told, real = {"dataset": "d", "model": "small"}, protocol._train_students
+def test_student_metadata_describes_the_images(make_dataset, task):
+    metadata = student_metadata(make_dataset(task).images, "d", "distilled", "random", "member")
+    assert metadata["ignore"] == get_task(task).ignore_value
+    assert [band["common_name"] for band in metadata["bands"]] == ["red", "nir"]
+    assert [band["wavelength"] for band in metadata["bands"]] == [0.665, 0.8]
+    assert (metadata["units"], metadata["gsd"], metadata["size"]) == ("dn", 1.0, [32, 32])
+    assert (metadata["teacher"], metadata["variant"], metadata["weights"]) == ("member", "distilled", "random")
 
-    def some(*given):
-        students = real(*given)
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_train_variant_diverged_students_have_no_score_and_are_refused(make_dataset, monkeypatch, tmp_path, task):
+    setup = make_dataset(task).setup()
+    metadata, train_students = {"dataset": "d", "model": "small"}, protocol._train_students
+
+    def last_diverges(*arguments):
+        students = train_students(*arguments)
         next(students[-1].parameters()).data.fill_(float("nan"))
         return students
 
-    monkeypatch.setattr(protocol, "_trained", some)
-    with pytest.raises(UserError, match="with 1 of 2 seeds .*distill.search.learning_rate"):
-        protocol.train_variant(lambda seed: fresh(lesson, seed), lesson, "supervised", told, tmp_path / "study", "")
+    monkeypatch.setattr(protocol, "_train_students", last_diverges)
+    with raises(UserError, "1 of 2", key=protocol.SEARCH_KEYS):
+        protocol.train_variant(
+            lambda seed: create_student(setup, seed), setup, "supervised", metadata, tmp_path / "study", ""
+        )
     trials = json.loads((tmp_path / "study").read_text())["trials"]
     assert [trial.get("diverged", False) for trial in trials] == [False, True]

@@ -181,10 +181,23 @@ def learns(folder, count):
     """With a teacher a student learns from chips without labels, and the control does not."""
     steps = StepsConfig(4, 8)
     search = SearchConfig(trials=1, trials_per_round=1, seed=0, learning_rate=(1e-3, 1e-2), weight_decay=(1e-3, 1e-2))
-    described = DistillConfig((), "best", LossWeights(1.0, 1.0, 1.0), 2.0, (), classification=steps, segmentation=steps, seeds=1, search=search)
+    described = DistillConfig(
+        (),
+        "best",
+        LossWeights(1.0, 1.0, 1.0),
+        2.0,
+        (),
+        classification=steps,
+        segmentation=steps,
+        seeds=1,
+        search=search,
+    )
     chips = AugmentedImages.load(folder / "mine.zarr", 1.0)
     teacher = CachedTeacher(
-        {folder / "lite0.zarr": None}, folder / "mine.zarr", checkpoint.load(folder / "head.pt"), chips.rows("train", "unlabelled")
+        {folder / "lite0.zarr": None},
+        folder / "mine.zarr",
+        checkpoint.load(folder / "head.pt"),
+        chips.rows("train", "unlabelled"),
     )
     lesson = train.DistillationSetup(chips, teacher, described, "cpu")
     assert set(lesson.rows("distilled")) >= set(range(count, len(chips.split)))
