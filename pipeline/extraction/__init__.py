@@ -1,1 +1,1 @@
-"""The engine: one pass of one backbone over one dataset, into the feature store, by one process or many."""
+"""Extraction: one pass of one frozen backbone over one dataset into a feature store, by one process or many."""

@@ -1,82 +1,154 @@
-"""One shard's features on their way from the device to the store."""
+"""Memory for one shard's features: cast to the store's dtype on the device, copied back, checked.
+
+Casting on the device halves the bytes that leave a GPU. The cast is checked with the statistics that `cache.casting`
+computes of values which the writer casts itself.
+"""
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from cache.casting import check_cast
+from cache.casting import CastStat, check_cast
 from cache.errors import StoreError
 from cache.schema import StoreSchema
-from pipeline.extraction.narrow import cast_with_stats, count_nonfinite
-from pipeline.extraction.transfer import DeviceToHost
+from pipeline.extraction.loader import DeviceToHost
 
-# Values that are narrowed at once: on a processor what its cache keeps; on a GPU, where each takes some 20 bytes,
-# what fits beside a network that may fill it.
-_BLOCK, _GPU_BLOCK = 2**18, 2**25
+# Values per cast: on a CPU what its cache keeps; on a GPU, which needs 20 bytes each, what fits next to a network.
+_CPU_BLOCK_VALUES, _GPU_BLOCK_VALUES = 2**18, 2**25
+# Values too small for the dtype are counted in one of so many samples.
+_SUBNORMAL_SAMPLE_STEP = 8
+# Columns of the statistics of a cast: those of `CastStat`, then the number of NaN and infinite values.
+_N_NONFINITE = len(CastStat)
 
 
 class ShardBuffer:
-    """Memory of one shard of every array, used again and again; several threads may put rows into it.
+    """Memory of one shard of every array, reused for later shards; several threads may put rows into it.
 
     Args:
-        layout: the store's.
-        download: how features come back from the device.
+        schema: the store's.
+        download: copies features from the device.
     """
 
-    def __init__(self, layout: StoreSchema, download: DeviceToHost):
-        self._layout, self._download = layout, download
+    def __init__(self, schema: StoreSchema, download: DeviceToHost):
+        self._schema, self._download = schema, download
         self._arrays: dict[str, torch.Tensor] = {}
-        self._tallies: dict[str, torch.Tensor] = {}
+        self._stats: dict[str, torch.Tensor] = {}
 
     def put(self, rows: slice, name: str, values: torch.Tensor) -> None:
-        """Begin to bring features (sample, …) or (sample, view, …) into rows of the shard."""
-        step = max(1, (_GPU_BLOCK if values.is_cuda else _BLOCK) // max(1, values[:1].numel()))
-        for first in range(0, len(values), step):
-            some = values[first : first + step]
-            start = rows.start + first
-            self._put(slice(start, start + len(some)), name, some, first)
+        """Start to copy features into rows of the shard.
 
-    def _put(self, rows: slice, name: str, values: torch.Tensor, first: int) -> None:
+        Args:
+            rows: rows within the shard.
+            name: path of the array in the store.
+            values: (sample, …), or (sample, view, …) for a store with views.
+        """
+        block_values = _GPU_BLOCK_VALUES if values.is_cuda else _CPU_BLOCK_VALUES
+        step = max(1, block_values // max(1, values[:1].numel()))
+        for first in range(0, len(values), step):
+            block = values[first : first + step]
+            start = rows.start + first
+            self._put_block(slice(start, start + len(block)), name, block, first)
+
+    def _put_block(self, rows: slice, name: str, values: torch.Tensor, first: int) -> None:
         if values.is_cuda and not name.endswith("/features"):
-            # Vectors are few bytes, and narrowing is dozens of kernels an array: the writer does it.
+            # Pooled vectors are few bytes, and casting launches dozens of kernels: the writer casts them.
             self._copy(self._arrays, name, rows, values.float())
             return
-        if self._narrows(name):
-            values, tally = cast_with_stats(values, getattr(torch, self._layout.dtype), first)
+        if self._is_cast_here(name):
+            values, stats = cast_with_stats(values, getattr(torch, self._schema.dtype), first)
         else:
-            values, tally = values.float(), count_nonfinite(values)
-        self._copy(self._tallies, name, rows, tally)
+            values, stats = values.float(), count_nonfinite(values)
+        self._copy(self._stats, name, rows, stats)
         self._copy(self._arrays, name, rows, values)
 
-    def take(self, length: int) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, float]]]:
-        """The first rows of every array, and what `Writer.write` wants to know of those that were narrowed.
+    def collect(self, n_rows: int) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, float]]]:
+        """Return the first rows of every array, and the errors of the casts, as `Writer.write` takes them.
 
         Raises:
-            StoreError: values that the store's dtype cannot hold, or that are no finite numbers.
+            StoreError: NaN or infinite values, or values that the store's dtype cannot represent.
         """
-        arrays = {name: array[:length].numpy() for name, array in self._arrays.items()}
-        tallies = {name: tally[:length].numpy() for name, tally in self._tallies.items()}
+        arrays = {name: array[:n_rows].numpy() for name, array in self._arrays.items()}
+        stats = {name: array_stats[:n_rows].numpy() for name, array_stats in self._stats.items()}
         for name, array in arrays.items():
-            untold = name not in tallies
-            if count := int((~np.isfinite(array)).sum() if untold else tallies[name][:, 6].sum()):
-                raise StoreError(
-                    f"{count} values of {name} are NaN or infinite. Check the images; if extract.precision is "
-                    "float16, set it to bfloat16 or float32."
-                )
-        lost = {
-            name: check_cast(tally[:, :6], name, self._layout.dtype)
-            for name, tally in tallies.items()
-            if self._narrows(name)
+            _check_finite(name, array, stats)
+        cast_errors = {
+            name: check_cast(array_stats[:, : len(CastStat)], name, self._schema.dtype)
+            for name, array_stats in stats.items()
+            if self._is_cast_here(name)
         }
-        return arrays, lost
+        return arrays, cast_errors
 
-    def _narrows(self, name: str) -> bool:
-        # A codec that loses digits of its own measures both losses together, from float32.
-        lossy = self._layout.codec.is_lossy and name.endswith("/features")
-        return self._layout.dtype != "float32" and not lossy
+    def _is_cast_here(self, name: str) -> bool:
+        # For a lossy codec the writer casts, and measures the error of cast and codec together from float32.
+        has_lossy_codec = self._schema.codec.is_lossy and name.endswith("/features")
+        return self._schema.dtype != "float32" and not has_lossy_codec
 
-    def _copy(self, held: dict, name: str, rows: slice, values: torch.Tensor) -> None:
-        if name not in held:
-            count = min(self._layout.shard_size, len(self._layout.sample))
-            # Of two threads that find nothing, the first decides.
-            held.setdefault(name, self._download.empty((count, *values.shape[1:]), values.dtype))
-        self._download.copy(held[name][rows], values)
+    def _copy(self, memory: dict[str, torch.Tensor], name: str, rows: slice, values: torch.Tensor) -> None:
+        if name not in memory:
+            n_rows = min(self._schema.shard_size, len(self._schema.sample))
+            # Of two threads that arrive together, the first one's memory is used.
+            memory.setdefault(name, self._download.empty((n_rows, *values.shape[1:]), values.dtype))
+        self._download.copy(memory[name][rows], values)
+
+
+def _check_finite(name: str, array: np.ndarray, stats: Mapping[str, np.ndarray]) -> None:
+    counts = stats[name][:, _N_NONFINITE] if name in stats else ~np.isfinite(array)
+    if n_nonfinite := int(counts.sum()):
+        raise StoreError(
+            f"{n_nonfinite} values of {name} are NaN or infinite. Check the images; if extract.precision is float16, "
+            "set it to bfloat16 or float32.",
+            key=name,
+            value=n_nonfinite,
+        )
+
+
+def cast_with_stats(values: torch.Tensor, dtype: torch.dtype, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cast features and measure the effect on each sample, without waiting for a GPU.
+
+    Args:
+        values: (sample, channel, …).
+        first: number of the first sample in its batch.
+
+    Returns:
+        The values in `dtype`, and float64 (sample, 7): the columns of `CastStat`, then the number of non-finite
+        values.
+    """
+    low = values.to(dtype)
+    channels_last = not values.is_contiguous()  # for both: the memory format of `low` may differ
+    original = _flatten_samples(values, channels_last).float()
+    difference = _flatten_samples(low, channels_last).to(torch.float32, copy=True).sub_(original)
+    size, error = (torch.linalg.vector_norm(part, dim=1) for part in (original, difference))
+    stats = torch.zeros(len(values), len(CastStat) + 1, dtype=torch.float64, device=values.device)
+    # On a CPU the check of the norms is cheap and saves the passes below. On a GPU it would wait.
+    if values.is_cuda or not bool(torch.isfinite(size + error).all()):
+        is_finite = original.isfinite()
+        is_too_large = difference.isinf() & is_finite
+        stats[:, CastStat.N_TOO_LARGE] = is_too_large.sum(dim=1)
+        stats[:, CastStat.MAX_TOO_LARGE] = torch.where(is_too_large, original, 0).abs().amax(dim=1)
+        stats[:, _N_NONFINITE] = (~is_finite).sum(dim=1)
+        size, error = (
+            torch.linalg.vector_norm(torch.where(is_finite & ~is_too_large, part, 0), dim=1, dtype=torch.float64)
+            for part in (original, difference)
+        )
+    sampled = slice(-first % _SUBNORMAL_SAMPLE_STEP, None, _SUBNORMAL_SAMPLE_STEP)
+    if len(magnitude := original[sampled].abs()):
+        n_zeros = (magnitude == 0).sum(dim=1)
+        n_tiny = (magnitude < torch.finfo(dtype).tiny).sum(dim=1)
+        stats[sampled, CastStat.N_SUBNORMAL] = (n_tiny - n_zeros).double()
+        stats[sampled, CastStat.N_NONZERO] = (magnitude.shape[1] - n_zeros).double()
+    stats[:, CastStat.SQUARED_ERROR] = error.double().square()
+    stats[:, CastStat.SUM_OF_SQUARES] = size.double().square()
+    return low, stats
+
+
+def count_nonfinite(values: torch.Tensor) -> torch.Tensor:
+    """Count the non-finite values of each sample, in the columns of `cast_with_stats`; the others are zero."""
+    stats = torch.zeros(len(values), len(CastStat) + 1, dtype=torch.float64, device=values.device)
+    stats[:, _N_NONFINITE] = (~values.isfinite()).flatten(1).sum(dim=1)
+    return stats
+
+
+def _flatten_samples(values: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """Return (sample, values) in the order of memory, so that nothing is copied."""
+    return (values.movedim(1, -1) if channels_last else values).flatten(1)

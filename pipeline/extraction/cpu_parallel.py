@@ -1,4 +1,4 @@
-"""Batches encoded side by side on a processor, each by threads of its own; one after another on a GPU."""
+"""Encode several batches in parallel on a CPU, with a share of the threads each; one after another on a GPU."""
 
 import ctypes
 import platform
@@ -11,74 +11,76 @@ import torch
 
 from pipeline.backbones.encoder import Encoder
 
-# Batches at once on a processor, each of which takes memory.
-_LANES = 2
-# Bytes from which glibc is to map memory of its own and give it back at once, and free ones that it may keep: its
-# mallopt's numbers (malloc.h) and our values.
-_M_MMAP_THRESHOLD, _MAPPED = -3, 4 * 2**20
-_M_TRIM_THRESHOLD, _KEPT = -1, 16 * 2**20
+# Batches at the same time on a CPU; each needs memory.
+_MAX_PARALLEL = 2
+# Parameters of glibc's mallopt (malloc.h), and our values in bytes: larger blocks are mapped separately and returned
+# when freed; less free memory than this stays in the heap.
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 4 * 2**20
+_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES = -1, 16 * 2**20
 
 
 class ParallelEncoder:
-    """Runs calls that encode, a few at once.
+    """Runs functions that encode, a few at the same time; a context manager.
 
-    The threads of one forward wait for one another in every layer, and when other work needs a core, all wait for the
-    slowest. Forwards side by side do not.
+    The threads of one forward pass wait for each other in every layer, and for the slowest when other work needs a
+    core. Parallel forward passes with fewer threads each do not.
 
     Args:
-        encoder: whose twins, one a lane, the calls are given.
+        encoder: is passed to the functions; parallel ones get clones that share its weights.
 
     Attributes:
-        count: of calls that run at once.
+        n_parallel: functions that run at the same time.
     """
 
     def __init__(self, encoder: Encoder):
-        self._threads, self._pool, self._running = torch.get_num_threads(), None, deque()
-        self.count = min(_LANES, self._threads) if encoder.device == "cpu" else 1
-        self._beside = self.count > 1
+        self._n_threads, self._pool, self._running = torch.get_num_threads(), None, deque()
+        self.n_parallel = min(_MAX_PARALLEL, self._n_threads) if encoder.device == "cpu" else 1
         if encoder.device == "cpu":
             _tune_malloc()
-        self._free = queue.SimpleQueue()
-        for number in range(self.count):
-            self._free.put(encoder.clone_sharing_weights() if number else encoder)
+        self._free_encoders = queue.SimpleQueue()
+        for number in range(self.n_parallel):
+            self._free_encoders.put(encoder.clone_sharing_weights() if number else encoder)
 
     def __enter__(self):
-        if self._beside:
-            own = {"initializer": torch.set_num_threads, "initargs": (self._threads // self.count,)}
-            self._pool = ThreadPoolExecutor(self.count, **own)
+        if self.n_parallel > 1:
+            self._pool = ThreadPoolExecutor(
+                self.n_parallel,
+                initializer=torch.set_num_threads,
+                initargs=(self._n_threads // self.n_parallel,),
+            )
         return self
 
     def __exit__(self, *_) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # a thread that sets it sets it for threads to come
+            torch.set_num_threads(self._n_threads)  # setting it in one thread changes it for later threads, too
 
-    def submit(self, call: Callable, *given) -> Future:
-        """Begin `call(encoder, *given)`, as soon as but one waits; an error of an earlier call comes out here too."""
+    def submit(self, function: Callable, *args) -> Future:
+        """Start `function(encoder, *args)` as soon as at most one call waits; raise the error of an earlier call."""
         if self._pool is None:
             done = Future()
-            done.set_result(self._run(call, *given))
+            done.set_result(self._run(function, *args))
             return done
-        while self._running and (len(self._running) > self.count or self._running[0].done()):
+        while self._running and (len(self._running) > self.n_parallel or self._running[0].done()):
             self._running.popleft().result()
-        self._running.append(self._pool.submit(self._run, call, *given))
+        self._running.append(self._pool.submit(self._run, function, *args))
         return self._running[-1]
 
-    def _run(self, call: Callable, *given):
-        encoder = self._free.get()
+    def _run(self, function: Callable, *args):
+        encoder = self._free_encoders.get()
         try:
-            return call(encoder, *given)
+            return function(encoder, *args)
         finally:
-            self._free.put(encoder)
+            self._free_encoders.put(encoder)
 
 
 def _tune_malloc() -> None:
-    """Have glibc give layers' outputs back when they are freed, for the rest of the process.
+    """Make glibc return the memory of layers' outputs when they are freed, for the rest of the process.
 
-    By itself it soon cuts blocks of up to 32 MB from heaps, one a thread, which keep what others lie beside: memory
-    grows by hundreds of megabytes with the number of batches, until the heaps have settled.
+    By default it allocates blocks of up to 32 MB from one heap per thread. Small blocks between them keep the heaps
+    from shrinking: memory grows by hundreds of megabytes with the number of batches until it stabilises.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _MAPPED)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)

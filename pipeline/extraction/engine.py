@@ -1,13 +1,13 @@
 """The extraction engine: one pass of one frozen backbone over one images store, shard by shard.
 
-Three things happen at once: the next images are read, by one thread or for a GPU by several
-(pipeline/extraction/loader.py), the device computes (a processor two batches side by side), and a thread stores the
-shard before. Any number of processes may run it on one store (pipeline/extraction/launch.py).
+Three steps run at the same time:
+1. the loader reads the next images, in one thread, or in several for a GPU (pipeline/extraction/loader.py),
+2. the device encodes, on a CPU two batches in parallel (pipeline/extraction/cpu_parallel.py),
+3. a thread writes the finished shards.
+
+Any number of processes may work on one store (pipeline/extraction/launch.py).
 """
 
-import dataclasses
-import hashlib
-import json
 import queue
 import shutil
 import sys
@@ -21,129 +21,132 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from cache import casting, codecs, running_stats, schema, zarr_shard
-from cache import writer as write
+import cache.writer
+from cache import casting, codecs, running_stats, zarr_shard
+from cache import schema as store_schema
+from cache.checksums import fingerprint
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
 from pipeline import bands
-from pipeline.backbones import base as pyramid
-from pipeline.backbones import encoder as encode
-from pipeline.backbones import preprocessing, resize
+from pipeline.backbones import base, preprocessing
+from pipeline.backbones import encoder as backbone_encoder
 from pipeline.backbones.base import BackboneSpec, FeaturePyramid
 from pipeline.backbones.encoder import Encoder
 from pipeline.backbones.preprocessing import Preprocessor
 from pipeline.config import BackboneConfig, ExtractConfig
 from pipeline.data import augmentation
 from pipeline.data.download import file_sha256
-from pipeline.extraction import batch_size, buffer, cpu_parallel, estimate, loader, narrow
+from pipeline.extraction import buffer, cpu_parallel, estimate, loader
+from pipeline.extraction.buffer import ShardBuffer
 from pipeline.extraction.cpu_parallel import ParallelEncoder
-from pipeline.extraction.transfer import DeviceToHost, threads, wait_for_upload
+from pipeline.extraction.loader import DeviceToHost, LoadedBatch, device_threads, wait_for_upload
+from pipeline.tasks import get_task
 
-# Shards in memory: one being filled, one being stored. For a GPU more if all fit in so many bytes, so that a disk
-# which takes its time now and then does not stop it.
-_SHARDS, _SMALL_SHARDS, _SMALL = 2, 4, 2**26
+# Modules whose code decides the bytes of a store. The family's own module is in the digest of the weights' folder.
+_CODE = (
+    bands, base, preprocessing, backbone_encoder, augmentation, buffer, cpu_parallel, estimate, loader, store_schema,
+    codecs, casting, running_stats, zarr_shard, cache.writer,
+)  # fmt: skip
+# Shards in memory: one is filled while another is written. On a GPU more, if all together are below
+# `_SMALL_BYTES`, so that a slow write does not stop the GPU.
+_SHARDS, _SMALL_SHARDS, _SMALL_BYTES = 2, 4, 2**26
 
 
-def working_dir(folder: Path, described: Mapping, extract: ExtractConfig, clear: bool = True) -> Path:
-    """The place in `folder` of one extraction before it is published, named by everything that decides its bytes.
+def working_dir(folder: Path, provenance: Mapping, extract: ExtractConfig, clear: bool = True) -> Path:
+    """Return the folder in `folder` for one unfinished extraction, named by the fingerprint of all that decides it.
 
-    The same inputs resume there after a kill; other inputs or other code start afresh.
+    The same inputs resume there after a kill; other inputs or other code start a new folder.
 
     Args:
-        clear: remove what an earlier extraction of other inputs left in `folder`.
+        clear: delete what extractions of other inputs left in `folder`.
     """
-    modules = (
-        bands,
-        batch_size,
-        buffer,
-        encode,
-        loader,
-        preprocessing,
-        cpu_parallel,
-        narrow,
-        pyramid,
-        resize,
-        augmentation,
-        schema,
-        codecs,
-        casting,
-        running_stats,
-        zarr_shard,
-        write,
-    )
-    code = [file_sha256(Path(file)) for file in (__file__, *[module.__file__ for module in modules])]
-    decides = {**described, "code": code, "extract": dataclasses.asdict(extract)}
-    path = folder / hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    for old in folder.glob("[!.]*"):
-        if clear and old != path:
-            shutil.rmtree(old, ignore_errors=True)
+    code = [file_sha256(Path(file)) for file in (__file__, *(module.__file__ for module in _CODE))]
+    path = folder / fingerprint(provenance, extract, code)[:16]
+    for other in folder.glob("[!.]*"):
+        if clear and other != path:
+            shutil.rmtree(other, ignore_errors=True)
     return path
 
 
 def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> None:
-    """Encode every sample that no other process encodes, once, and write what the layout keeps.
+    """Encode every sample of the shards that no other process claims, and write them.
 
     Args:
-        writer: which may have shards from an earlier run; nothing is pending in it at the end.
-        batch: images per forward.
+        images: an images store.
+        writer: of the feature store; it may have shards of an earlier run. It is complete at the end.
+        batch: images per forward pass.
     """
-    layout, download = writer.schema, DeviceToHost(encoder.device)
-    count = len(layout.sample)
-    done = count - sum(layout.rows(number).stop - layout.rows(number).start for number in writer.pending_shards())
-    shards, memory = _shards(layout, encoder.device), queue.SimpleQueue()
-    for _ in range(shards):
-        memory.put(buffer.ShardBuffer(layout, download))
-    bar = tqdm(total=count, initial=done, unit="image", mininterval=2, file=sys.stderr)
+    schema, download = writer.schema, DeviceToHost(encoder.device)
+    n_samples = len(schema.sample)
+    n_finished = n_samples - sum(_n_rows(schema, shard) for shard in writer.pending_shards())
+    n_buffers, free_buffers = _n_buffers(schema, encoder.device), queue.SimpleQueue()
+    for _ in range(n_buffers):
+        free_buffers.put(ShardBuffer(schema, download))
+
+    def encode(
+        encoder: Encoder, loaded: LoadedBatch, shard_buffer: ShardBuffer, rows: slice
+    ) -> torch.cuda.Event | None:
+        """Encode a batch into rows of the shard; returns the event of its copies."""
+        for name, values in _encode(encoder, loaded, schema).items():
+            shard_buffer.put(rows, name, values)
+        return download.event()
+
+    def store(shard: int, shard_buffer: ShardBuffer, encoded: list[Future]) -> None:
+        """Wait for all batches of a shard, and write it."""
+        try:
+            for copied in _wait_all(encoded):
+                if copied:
+                    copied.synchronize()
+            writer.write(shard, *shard_buffer.collect(_n_rows(schema, shard)))
+            progress.update(_n_rows(schema, shard))
+        finally:
+            free_buffers.put(shard_buffer)
+
     with (
-        bar as progress,
-        threads(1, encoder.device) as disk,
-        ParallelEncoder(encoder) as beside,
+        tqdm(total=n_samples, initial=n_finished, unit="image", mininterval=2, file=sys.stderr) as progress,
+        device_threads(1, encoder.device) as disk_thread,
+        ParallelEncoder(encoder) as parallel,
         ExitStack() as stack,
     ):
-
-        def encode(own: Encoder, given: tuple, filled: buffer.ShardBuffer, rows: slice):
-            for name, values in _encode(own, given, layout).items():
-                filled.put(rows, name, values)
-            return download.event()
-
-        def store(number: int, filled: buffer.ShardBuffer, encoded: list) -> None:
-            try:
-                for copied in _wait_all(encoded):
-                    if copied:
-                        copied.synchronize()
-                rows = layout.rows(number)
-                writer.write(number, *filled.take(rows.stop - rows.start))
-                progress.update(rows.stop - rows.start)
-            finally:
-                memory.put(filled)
-
-        storing, encoding, filled = deque(), [], None
-        batches = stack.enter_context(loader.batches(images, encoder, writer, batch))
-        stack.callback(writer.release)  # first, if anything fails: the reading thread may be waiting for a shard
-        for number, rows, given in batches:
-            first, last = layout.rows(number).start, layout.rows(number).stop
+        writes, encoded, shard_buffer = deque(), [], None
+        batches = stack.enter_context(loader.load_batches(images, encoder, writer, batch))
+        # On an error this runs before the loader closes: its thread may be waiting for a shard.
+        stack.callback(writer.release)
+        for shard, rows, loaded in batches:
+            first, last = schema.rows(shard).start, schema.rows(shard).stop
             if rows.start == first:
-                filled, encoding = memory.get(), []
-            encoding.append(beside.submit(encode, given, filled, slice(rows.start - first, rows.stop - first)))
+                shard_buffer, encoded = free_buffers.get(), []
+            shard_rows = slice(rows.start - first, rows.stop - first)
+            encoded.append(parallel.submit(encode, loaded, shard_buffer, shard_rows))
             if rows.stop == last:
-                storing.append(disk.submit(store, number, filled, encoding))
-            while storing and (storing[0].done() or len(storing) == shards):
-                storing.popleft().result()
-        for one in storing:
-            one.result()
+                writes.append(disk_thread.submit(store, shard, shard_buffer, encoded))
+            while writes and (writes[0].done() or len(writes) == n_buffers):
+                writes.popleft().result()
+        for write in writes:
+            write.result()
 
 
-def _shards(layout: StoreSchema, device: str) -> int:
-    """How many are in memory."""
-    small = _SMALL_SHARDS * layout.shard_size * estimate.nbytes(layout) <= _SMALL * len(layout.sample)
-    return _SMALL_SHARDS if small and device != "cpu" else _SHARDS
+def _n_rows(schema: StoreSchema, shard: int) -> int:
+    rows = schema.rows(shard)
+    return rows.stop - rows.start
 
 
-def make_layout(
+def _n_buffers(schema: StoreSchema, device: str) -> int:
+    """Return how many shards are in memory."""
+    bytes_per_sample = estimate.nbytes(schema) / len(schema.sample)
+    is_small = _SMALL_SHARDS * schema.shard_size * bytes_per_sample <= _SMALL_BYTES
+    return _SMALL_SHARDS if is_small and device != "cpu" else _SHARDS
+
+
+def make_schema(
     images: xr.Dataset, spec: BackboneSpec, pyramid: FeaturePyramid, input_size: int, extract: ExtractConfig
 ) -> StoreSchema:
-    """The store's layout; classification sets keep pooled vectors alone unless dense levels are asked for."""
-    dense = extract.keep_levels or images.attrs["task"] == "segmentation"
+    """Make the schema of a feature store; levels are stored for dense tasks and with `extract.keep_levels`.
+
+    Args:
+        pyramid: features of any images, for the shapes.
+    """
+    has_levels = extract.keep_levels or get_task(images.attrs["task"]).is_dense
     levels = [
         LevelSchema(*level.shape[1:], stride=input_size // level.shape[-1], layer=layer)
         for level, layer in zip(pyramid.levels, spec.layers, strict=True)
@@ -151,7 +154,7 @@ def make_layout(
     return StoreSchema(
         sample=tuple(images.sample.values.tolist()),
         split=tuple(images.split.values.tolist()),
-        levels=tuple(levels) if dense else (),
+        levels=tuple(levels) if has_levels else (),
         pooled={name: vector.shape[1] for name, vector in pyramid.pooled.items()},
         dtype=extract.dtype,
         shard_size=extract.shard,
@@ -160,26 +163,40 @@ def make_layout(
     )
 
 
-def provenance(images: xr.Dataset, name: str, backbone: BackboneConfig, spec: BackboneSpec, given: Preprocessor, weights: Mapping,
-               extract: ExtractConfig, device: str) -> dict:  # fmt: skip
-    """What the store says of itself: everything that decides its content, and no timestamp."""
+def provenance(
+    images: xr.Dataset,
+    name: str,
+    backbone: BackboneConfig,
+    spec: BackboneSpec,
+    preprocessor: Preprocessor,
+    weights: Mapping,
+    extract: ExtractConfig,
+    device: str,
+) -> dict:
+    """Return the attributes of a feature store: all that decides its content, and no timestamp.
+
+    Args:
+        name: the backbone's name in params.yaml.
+        weights: source.json of the weights' folder.
+    """
+    input_bands, image_bands = preprocessor.input_bands, images.band.values.tolist()
     return {
         "backbone": name,
         "family": backbone.family,
         "variant": backbone.variant,
         "weights": dict(weights),
-        "bands": [images.band.values.tolist()[place] for place in given.input_bands.band_indices],
-        "network_bands": list(given.input_bands.input_names),
-        "wavelengths_micrometre": list(given.input_bands.wavelengths),
+        "bands": [image_bands[index] for index in input_bands.band_indices],
+        "input_names": list(input_bands.input_names),
+        "wavelengths_micrometre": list(input_bands.wavelengths),
         "normalisation": {
-            "eats": spec.input_units,
-            "images_units": images.attrs["units"],
-            "display": given.display_range,
-            "of": given.normalisation,
-            "mean": given.mean,
-            "std": given.std,
+            "input_units": spec.input_units,
+            "image_units": images.attrs["units"],
+            "display_range": preprocessor.display_range,
+            "statistics": preprocessor.normalisation,
+            "mean": preprocessor.mean,
+            "std": preprocessor.std,
         },
-        "place_and_time": list(given.metadata_keys) or False,
+        "metadata_inputs": list(preprocessor.metadata_keys),
         "input_size": backbone.input_size,
         "resampling": spec.resize,
         "precision": extract.precision,
@@ -191,28 +208,27 @@ def provenance(images: xr.Dataset, name: str, backbone: BackboneConfig, spec: Ba
     }
 
 
-def _encode(encoder: Encoder, given: tuple, layout: StoreSchema) -> dict[str, torch.Tensor]:
-    """What the layout keeps of a batch, by array path; with views each array is (sample, view, …)."""
-    tensors, known = wait_for_upload(given)
-    seen = [_flatten(encoder.forward(encoder.preprocessor.__call__(tensor), known), layout) for tensor in tensors]
-    if not layout.views:
-        return seen[0]
-    return {name: torch.stack([one[name] for one in seen], dim=1) for name in seen[0]}
+def _encode(encoder: Encoder, loaded: LoadedBatch, schema: StoreSchema) -> dict[str, torch.Tensor]:
+    """Compute the arrays of a batch by their paths; with views each array is (sample, view, …)."""
+    images, metadata = wait_for_upload(loaded)
+    features = [_flatten(encoder.forward(encoder.preprocessor(image), metadata), schema) for image in images]
+    if not schema.views:
+        return features[0]
+    return {name: torch.stack([arrays[name] for arrays in features], dim=1) for name in features[0]}
 
 
-def _flatten(pyramid: FeaturePyramid, layout: StoreSchema) -> dict:
-    arrays = {f"pooled/{name}": vector for name, vector in pyramid.pooled.items()}
-    if layout.levels:
-        arrays |= {f"level{index}/features": level for index, level in enumerate(pyramid.levels)}
-    return arrays
+def _flatten(pyramid: FeaturePyramid, schema: StoreSchema) -> dict[str, torch.Tensor]:
+    """Return the arrays of a pyramid that the store has, by path."""
+    arrays = pyramid.arrays()
+    return {name: arrays[name] for name in schema.shapes()}
 
 
 def _wait_all(futures: Sequence[Future]) -> list:
-    """What all have made, once all have ended, also if one failed: their memory is used again.
+    """Return all results once all futures have ended, also if one failed: their memory is used again.
 
     `concurrent.futures.wait` would not wake up if they are cancelled while it waits.
     """
-    for one in futures:
+    for future in futures:
         with suppress(BaseException):
-            one.result()
-    return [one.result() for one in futures]
+            future.result()
+    return [future.result() for future in futures]

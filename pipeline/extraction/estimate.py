@@ -1,8 +1,11 @@
-"""Before an extraction starts: a first look at the network, what it will take, and whether the disk can hold it."""
+"""Before an extraction: a dry run of the network, the batch size, and an estimate of time and disk space."""
 
+import json
+import os
 import shutil
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +14,36 @@ import numpy as np
 import torch
 import xarray as xr
 
+from cache.atomic import write_file
+from cache.errors import StoreError
+from cache.reader import FeatureStore
 from cache.schema import StoreSchema
 from pipeline.backbones.base import FeaturePyramid
 from pipeline.backbones.encoder import Encoder
 from pipeline.errors import UserError
 from pipeline.extraction.cpu_parallel import ParallelEncoder
 
-# Images of the first look at a network on a CPU, where a batch may take minutes.
-_LOOK = 4
-# A relative difference to float32 that rounding does not explain: some kernel is wrong (LAB.md has one).
-_WRONG = 0.3
+# Images of the dry run on a CPU, where a batch may take minutes.
+_DRY_RUN_IMAGES = 4
+# A relative difference to float32 that rounding does not explain: a kernel computes wrongly (LAB.md has one).
+_MAX_PRECISION_ERROR = 0.3
+# Larger batches are slower on a CPU, since less of a layer's output stays in the cache (benchmarks/choices.py).
+_CPU_BATCH = 4
+# Fraction of a GPU's memory to use: the casts need some, too.
+_GPU_MEMORY_FRACTION = 0.8
+
+
+# Dry run
 
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """What a first look at a network tells.
+    """Result of encoding a few images.
 
     Attributes:
-        pyramid: features of a few images.
-        rate: images a second, roughly.
-        precision_error: of each level, what lower precision changes: relative root mean square difference to float32.
+        pyramid: their features.
+        images_per_second: approximate throughput.
+        precision_error: relative root mean square difference to float32 of each level; empty in float32.
     """
 
     pyramid: FeaturePyramid
@@ -39,99 +52,207 @@ class DryRunResult:
 
 
 def dry_run(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
-    """Encode the first images, a few of them in float32 too if the forward is in lower precision.
+    """Encode the first images; if the precision is lower than float32, compare a few with float32.
+
+    Args:
+        batch: images per forward pass.
 
     Raises:
-        UserError: features that are no numbers, or far from those in float32, or a network that these images do not
-            fit.
+        UserError: non-finite features, features that differ too much from float32, or a network that does not take
+            these images.
     """
-    rows = slice(0, min(batch if encoder.device != "cpu" else _LOOK, len(images.sample)))
-    image, known = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
+    rows = slice(0, min(batch if encoder.device != "cpu" else _DRY_RUN_IMAGES, len(images.sample)))
+    image, metadata = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
     with translate_errors(encoder, len(image)):
-        pyramid = encoder(image, known)
-    rate = _rate(encoder, image, known)
-    if not all(np.isfinite(each).all() for each in [*pyramid.levels, *pyramid.pooled.values()]):
-        other = "" if encoder.precision == "float32" else ", or set extract.precision to float32"
-        raise UserError(f"Features in {encoder.precision} are not finite numbers. Check the images{other}.")
-    if encoder.precision == "float32":
-        return DryRunResult(pyramid, rate, {})
-    few = {name: values[:_LOOK] for name, values in known.items()}
-    exact = Encoder(encoder.preprocessor, encoder.network, encoder.device, strides=encoder.strides)(image[:_LOOK], few)
-    pairs = zip((level[:_LOOK] for level in pyramid.levels), exact.levels, strict=True)
-    errors = [float(np.linalg.norm(lower - level) / np.linalg.norm(level)) for lower, level in pairs]
-    if max(errors, default=0) > _WRONG:
+        pyramid = encoder(image, metadata)
+    images_per_second = _throughput(encoder, image, metadata)
+    if not all(np.isfinite(array).all() for array in pyramid.arrays().values()):
+        hint = "" if encoder.precision == "float32" else ", or set extract.precision to float32"
         raise UserError(
-            f"Features in {encoder.precision} differ from those in float32 by {max(errors):.0%} on {encoder.device}: "
-            "something computes wrongly there. Set extract.precision to float32."
+            f"Features in {encoder.precision} are NaN or infinite. Check the images{hint}.",
+            key="extract.precision",
+            value=encoder.precision,
         )
-    return DryRunResult(pyramid, rate, {f"level{index}": error for index, error in enumerate(errors)})
+    if encoder.precision == "float32":
+        return DryRunResult(pyramid, images_per_second, {})
+    first_metadata = {name: values[:_DRY_RUN_IMAGES] for name, values in metadata.items()}
+    float32_encoder = Encoder(encoder.preprocessor, encoder.network, encoder.device, strides=encoder.strides)
+    exact = float32_encoder(image[:_DRY_RUN_IMAGES], first_metadata)
+    pairs = zip((level[:_DRY_RUN_IMAGES] for level in pyramid.levels), exact.levels, strict=True)
+    errors = [float(np.linalg.norm(lower - level) / np.linalg.norm(level)) for lower, level in pairs]
+    if max(errors, default=0) > _MAX_PRECISION_ERROR:
+        raise UserError(
+            f"Features in {encoder.precision} differ from float32 by {max(errors):.0%} on {encoder.device}; rounding "
+            "does not explain that, so an operation computes wrongly. Set extract.precision to float32.",
+            key="extract.precision",
+            value=encoder.precision,
+            allowed=("float32",),
+        )
+    precision_error = {f"level{index}": error for index, error in enumerate(errors)}
+    return DryRunResult(pyramid, images_per_second, precision_error)
 
 
-def _rate(encoder: Encoder, image: np.ndarray, known: Mapping[str, np.ndarray]) -> float:
-    """Images a second, encoded side by side as the engine does: the threads of one forward wait for one another."""
-    with ParallelEncoder(encoder) as beside:
-        for _ in range(2):  # the first compiles, if it is to be compiled
-            begun = time.perf_counter()
-            for one in [beside.submit(Encoder.__call__, image, known) for _ in range(beside.count)]:
-                one.result()
-        return beside.count * len(image) / (time.perf_counter() - begun)
+def _throughput(encoder: Encoder, image: np.ndarray, metadata: Mapping[str, np.ndarray]) -> float:
+    """Measure images per second with as many parallel batches as the engine runs."""
+    with ParallelEncoder(encoder) as parallel:
+        for _ in range(2):  # the first may compile
+            start = time.perf_counter()
+            futures = [parallel.submit(Encoder.__call__, image, metadata) for _ in range(parallel.n_parallel)]
+            for future in futures:
+                future.result()
+        return parallel.n_parallel * len(image) / (time.perf_counter() - start)
 
 
 @contextmanager
-def translate_errors(encoder: Encoder, count: int):
-    """Around the first forwards, of so many images, where a network shows what it does not take."""
+def translate_errors(encoder: Encoder, n_images: int):
+    """Translate torch's errors of a first forward pass, of `n_images`, to UserErrors."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{encoder.device} has no memory for {count} images at once. Set extract.batch to fewer than that, or "
-            "see what else uses it."
+            f"{encoder.device} has not enough memory for {n_images} images at a time. Set extract.batch to a lower "
+            "number, or end other programs that use it.",
+            key="extract.batch",
+            value=n_images,
         ) from None
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        seen = encoder.preprocessor.input_bands
+        input_bands = encoder.preprocessor.input_bands
+        names = ", ".join(map(str, input_bands.input_names))
         raise UserError(
-            f"The network does not take {len(seen.input_names)} bands ({', '.join(map(str, seen.input_names))}) of "
-            f"{seen.input_size} px: {str(error).strip().splitlines()[0]}. Check the backbone's bands, input_size and "
-            "options in params.yaml."
+            f"The network does not take {len(input_bands.input_names)} bands ({names}) of {input_bands.input_size} "
+            f"px: {str(error).strip().splitlines()[0]}. Check the backbone's bands, input_size and options in "
+            "params.yaml.",
+            key="bands",
+            value=input_bands.input_names,
         ) from error
 
 
-def format_estimate(layout: StoreSchema, seen: DryRunResult, folder: Path, what: str) -> str:
-    """A line on what an extraction, or what is left of it, will take.
+# Batch size: it decides the floating-point rounding of the features
+
+
+def find_batch_size(images: xr.Dataset, encoder: Encoder, maximum: int, n_views: int = 1) -> int:
+    """Choose a batch size for `extract.batch: 0`: a small one on a CPU, on a GPU a power of two that fits.
+
+    On a GPU the limit is all of its memory without this process's own, the network, also if other processes use some:
+    another batch size would round differently.
 
     Args:
-        folder: where its writers share what they have of it.
+        maximum: the largest batch size to return.
+        n_views: copies of each image that are in memory together.
 
     Raises:
-        UserError: the disk of `folder` cannot hold it.
+        UserError: a network that does not take these images, or too little memory for one.
     """
-    needs = max(0, round(nbytes(layout) * _compressed(layout, seen.pyramid)) - _bytes_in(folder))
-    place = next(one for one in (folder, *folder.parents) if one.exists())
-    free = shutil.disk_usage(place).free
-    safe = len(list(folder.glob("shards/*.json"))) * layout.shard_size
-    seconds = max(0, len(layout.sample) - safe) * max(1, len(layout.views)) / seen.images_per_second
-    size = f"{needs / 1e9:.2f} GB" + ("" if layout.codec.name == "none" else f" as {layout.codec.label}")
+    if encoder.device == "cpu":
+        return min(_CPU_BATCH, maximum)
+    # Not compiled: it would compile again for every size.
+    eager = Encoder(encoder.preprocessor, encoder.network, encoder.device, encoder.precision, strides=encoder.strides)
+    total_bytes = torch.cuda.get_device_properties(encoder.device).total_memory
+    budget = _GPU_MEMORY_FRACTION * (total_bytes - torch.cuda.memory_allocated(encoder.device))
+    batch = _largest_power_of_two(maximum, budget, lambda batch: _forward_bytes(images, eager, batch, n_views))
+    torch.cuda.empty_cache()
+    return batch
+
+
+def _largest_power_of_two(maximum: int, budget: float, measure_bytes: Callable[[int], float]) -> int:
+    """Return the largest batch up to `maximum` that fits: double it while twice its bytes are within the budget."""
+    batch = 1
+    while 2 * batch <= maximum and 2 * measure_bytes(batch) <= budget:
+        batch *= 2
+    return batch
+
+
+def _forward_bytes(images: xr.Dataset, encoder: Encoder, batch: int, n_views: int) -> int:
+    """Measure the GPU memory of a batch: one view's forward pass and the other views' features, or all stacked."""
+    rows = np.zeros(batch, int)
+    image, metadata = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
+    torch.cuda.reset_peak_memory_stats(encoder.device)
+    before = torch.cuda.memory_allocated(encoder.device)
+    with translate_errors(encoder, batch):
+        pyramid = encoder(image, metadata)
+    forward = torch.cuda.max_memory_allocated(encoder.device) - before
+    feature_bytes = sum(array.nbytes for array in pyramid.arrays().values())
+    return max(forward + (n_views - 1) * feature_bytes, 2 * n_views * feature_bytes)
+
+
+def shared_choice(path: Path, choose: Callable[[], int]) -> int:
+    """Return the number that the first worker of a store chose and wrote to `path`; others would choose another."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own_path = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        write_file(own_path, [str(choose()).encode()])
+        with suppress(FileExistsError):
+            os.link(own_path, path)
+        own_path.unlink()
+    return int(path.read_text())
+
+
+def batch_of_existing_store(final: Path, provenance: Mapping, views: Sequence[str]) -> int:
+    """Return the batch size of a finished store with the same provenance, or 0.
+
+    Args:
+        provenance: the store's attributes, without the batch size.
+        views: names of the augmented copies of each image.
+    """
+    try:
+        store = FeatureStore(final)
+    except (StoreError, OSError):
+        return 0
+    expected = json.loads(json.dumps(dict(provenance)))
+    is_same = all(store.attributes.get(name) == value for name, value in expected.items())
+    is_same = is_same and (store.view or ("identity",)) == tuple(views)
+    return store.attributes.get("batch", 0) if is_same else 0
+
+
+# Estimate
+
+
+def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, description: str) -> str:
+    """Describe in one line what an extraction, or the rest of it, takes.
+
+    Args:
+        folder: where its workers write the store; finished shards in it count.
+        description: dataset and backbone, to begin the line.
+
+    Raises:
+        UserError: the disk of `folder` is too small.
+    """
+    total_bytes = round(nbytes(schema) * _compression_ratio(schema, result.pyramid))
+    needed_bytes = max(0, total_bytes - _bytes_in(folder))
+    existing_folder = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing_folder).free
+    n_finished = len(list(folder.glob("shards/*.json"))) * schema.shard_size
+    n_images = max(0, len(schema.sample) - n_finished) * max(1, len(schema.views))
+    size = f"{needed_bytes / 1e9:.2f} GB"
+    if schema.codec.name != "none":
+        size += f" as {schema.codec.label}"
     line = (
-        f"{what}: {len(layout.sample)} samples at {seen.images_per_second:.1f} images/s take this process about "
-        f"{seconds / 60:.1f} min and {size}; {free / 1e9:.1f} GB are free"
+        f"{description}: {len(schema.sample)} samples at {result.images_per_second:.1f} images/s take this process "
+        f"about {n_images / result.images_per_second / 60:.1f} min and {size}; {free_bytes / 1e9:.1f} GB are free"
     )
-    if needs > free:
-        raise UserError(f"The disk cannot hold it. {line} at {place}. Free some space, or choose an extract.codec.")
+    if needed_bytes > free_bytes:
+        raise UserError(
+            f"The disk is too small. {line} at {existing_folder}. Free some space, or choose an extract.codec.",
+            key="extract.codec",
+            value=schema.codec.label,
+            path=existing_folder,
+        )
     return line
 
 
-def _compressed(layout: StoreSchema, pyramid: FeaturePyramid) -> float:
-    """The share of a level's bytes that the codec leaves, by the features of the first images."""
-    if layout.codec.name == "none" or not layout.levels:
+def _compression_ratio(schema: StoreSchema, pyramid: FeaturePyramid) -> float:
+    """Estimate compressed / uncompressed bytes of the levels from the features of the dry run."""
+    if schema.codec.name == "none" or not schema.levels:
         return 1.0
-    before = after = 0
+    n_before = n_after = 0
     for level in pyramid.levels:
-        limit = np.finfo(layout.dtype).max  # what is beyond it is refused where it is stored
-        stored, scale = layout.codec.quantize(np.clip(level[:_LOOK], -limit, limit).astype(layout.dtype, order="C"))
-        before += stored.size * np.dtype(layout.dtype).itemsize
-        after += sum(len(layout.codec.compress(one)) for one in stored)
-        after += 0 if scale is None else scale.nbytes
-    return after / before
+        limit = np.finfo(schema.dtype).max  # larger values are refused when they are stored
+        clipped = np.clip(level[:_DRY_RUN_IMAGES], -limit, limit).astype(schema.dtype, order="C")
+        stored, scale = schema.codec.quantize(clipped)
+        n_before += stored.size * np.dtype(schema.dtype).itemsize
+        n_after += sum(len(schema.codec.compress(sample)) for sample in stored)
+        n_after += 0 if scale is None else scale.nbytes
+    return n_after / n_before
 
 
 def _bytes_in(folder: Path) -> int:
@@ -142,7 +263,7 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def nbytes(layout: StoreSchema) -> int:
-    """Bytes of a store's arrays before compression."""
-    sizes = {name: int(np.prod(shape)) for name, shape in layout.shapes().items()}
-    return len(layout.sample) * sum(sizes.values()) * np.dtype(layout.dtype).itemsize
+def nbytes(schema: StoreSchema) -> int:
+    """Return the bytes of a store's arrays before compression."""
+    values_per_sample = sum(int(np.prod(shape)) for shape in schema.shapes().values())
+    return len(schema.sample) * values_per_sample * np.dtype(schema.dtype).itemsize

@@ -1,7 +1,7 @@
-"""Who runs the extraction engine: this process, local ones (one a GPU), or the workers of a Dask scheduler.
+"""Launch the extraction engine: in this process, in local ones (one per GPU), or on the workers of a Dask scheduler.
 
-All do the same: they take shards of one store that nobody has in hand until none is left. So a worker that dies costs
-the shard it was at, another machine may join at any time, and the store does not depend on who made it.
+All of them do the same: they claim shards of one store until none is left. A worker that dies costs the shard that it
+had claimed; another machine may join at any time; and the store's bytes do not depend on who wrote it.
 """
 
 import json
@@ -18,149 +18,181 @@ import torch
 import xarray as xr
 
 from cache.writer import Writer
-from pipeline.backbones import create_backbone, get_spec, preprocessing
+from pipeline.backbones import create_backbone, get_spec
 from pipeline.backbones.encoder import Encoder
+from pipeline.backbones.preprocessing import make_preprocessor
 from pipeline.config import BackboneConfig, ComputeConfig, ExtractConfig
-from pipeline.data import image_store as images
+from pipeline.data.image_store import open_images
 from pipeline.device import device_for_rank, resolve_device
 from pipeline.errors import UserError
-from pipeline.extraction import batch_size, engine, estimate
+from pipeline.extraction import engine, estimate
 
-# Seconds between looks at which workers there are.
-_PATIENCE = 0.5
-# Workers that may die with no shard finished between them.
-_DEATHS = 4
+# Seconds between checks of the list of workers.
+_POLL_SECONDS = 0.5
+# Workers that may die without a finished shard between them.
+_MAX_DEATHS = 4
 # A process computes for one store at a time, also if its Dask worker has several threads.
-_ALONE = threading.Lock()
+_COMPUTE_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """One cell of the grid, ready to be sent to a worker: paths must mean the same on every machine.
+    """One cell of the grid, ready to be sent to a worker: its paths must be the same on every machine.
 
     Attributes:
-        name: of the backbone.
-        images: the images store.
-        weights: the folder that the fetch stage made.
-        scratch, final: where the store is built, and where it appears.
-        threads: of a processor's forward; sums of floats depend on it in their last digits.
+        name: the backbone's name in params.yaml.
+        device: `auto`, `cpu` or `cuda`.
+        images_path: the images store.
+        weights_dir: the folder that the fetch stage wrote.
+        scratch, final: where the store is built, and where it appears when finished.
+        n_threads: threads of a forward pass on a CPU; the floating-point rounding of sums depends on it.
     """
 
     name: str
     backbone: BackboneConfig
     extract: ExtractConfig
     device: str
-    images: Path
-    weights: Path
+    images_path: Path
+    weights_dir: Path
     scratch: Path
     final: Path
-    threads: int = field(default_factory=torch.get_num_threads)
+    n_threads: int = field(default_factory=torch.get_num_threads)
 
 
-def launch(task: ExtractionJob, compute: ComputeConfig) -> dict:
-    """Extract, wherever `compute` says; returns what the store says of itself, with its content digest.
+def launch(job: ExtractionJob, compute: ComputeConfig) -> dict:
+    """Run an extraction where `compute` says.
+
+    Returns:
+        The store's attributes, with its content digest.
 
     Raises:
-        UserError: workers that may have different devices, or that all die.
+        UserError: the workers' device is not certain, or all workers die.
     """
-    if compute.scheduler and task.device == "auto":
-        raise UserError("compute.device is 'auto', and the scheduler's workers may differ. Set it to cuda or cpu.")
-    if not compute.scheduler:
-        # More threads than cores would wait for one another.
-        task = replace(
-            task, device=resolve_device(task.device), threads=max(1, task.threads // max(1, compute.workers))
+    if compute.scheduler and job.device == "auto":
+        raise UserError(
+            "compute.device is 'auto', but the workers of a scheduler may have different devices. Set it to cuda or "
+            "cpu.",
+            key="compute.device",
+            value=job.device,
+            allowed=("cuda", "cpu"),
         )
+    if not compute.scheduler:
+        # More threads than cores would wait for each other.
+        n_threads = max(1, job.n_threads // max(1, compute.workers))
+        job = replace(job, device=resolve_device(job.device), n_threads=n_threads)
     if not compute.scheduler and not compute.workers:
-        return extract_shards(task, clear=True)
-    with _client(compute) as client:
-        return _wait_for_workers(client, task)
+        return extract_shards(job, clear=True)
+    with _dask_client(compute) as client:
+        return _wait_for_workers(client, job)
 
 
-def _wait_for_workers(client, task: ExtractionJob) -> dict:
-    """Have every worker there is, and every one that joins, work at the store until one says that it is finished."""
-    given, before, died, waits = {}, -1, 0, False
+def _wait_for_workers(client, job: ExtractionJob) -> dict:
+    """Run the job on every worker, and on every one that joins, until one of them reports a finished store."""
+    tasks: dict[str, tuple] = {}  # (future, rank) by worker's address
+    n_finished_before, n_dead_before, is_waiting = -1, 0, False
     while True:
-        there = client.scheduler_info(n_workers=-1)["workers"]
-        if not there and not waits:
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        if not workers and not is_waiting:
             print(f"{client.scheduler.address} has no workers; waiting for one", file=sys.stderr, flush=True)
-        waits = not there
-        gone, safe = len(given.keys() - there), len(list(task.scratch.glob("*/shards/*.json")))
-        if safe != before:
-            before, died = safe, gone
-        if gone - died >= _DEATHS:
+        is_waiting = not workers
+        n_dead, n_finished = len(tasks.keys() - workers), len(list(job.scratch.glob("*/shards/*.json")))
+        if n_finished != n_finished_before:
+            n_finished_before, n_dead_before = n_finished, n_dead
+        if n_dead - n_dead_before >= _MAX_DEATHS:
             raise UserError(
-                f"{_DEATHS} workers died one after another without finishing a shard. See their logs; where memory "
-                "ran out, set extract.batch or extract.shard lower."
+                f"{_MAX_DEATHS} workers died one after another without finishing a shard. Read their logs; if memory "
+                "ran out, set extract.batch or extract.shard lower.",
+                key="extract.shard",
+                value=job.extract.shard,
             )
-        for address, worker in there.items():
-            if address not in given:
-                beside = {given[other][1] for other in given if there.get(other, {}).get("host") == worker["host"]}
-                index = next(number for number in range(len(beside) + 1) if number not in beside)
-                future = client.submit(extract_shards, task, index, workers=[address], allow_other_workers=False, pure=False)
-                given[address] = future, index
-        futures = [future for address, (future, _) in given.items() if address in there]
+        for address, worker in workers.items():
+            if address not in tasks:
+                rank = _free_rank(worker["host"], tasks, workers)
+                # pure=False: every call is a new task, although all have the same arguments.
+                future = client.submit(
+                    extract_shards, job, rank, workers=[address], allow_other_workers=False, pure=False
+                )
+                tasks[address] = future, rank
+        futures = [future for address, (future, _) in tasks.items() if address in workers]
         if finished := [future for future in futures if future.status == "finished"]:
             return finished[0].result()
         if futures and all(future.status == "error" for future in futures):
             raise futures[0].exception()
-        time.sleep(_PATIENCE)
+        time.sleep(_POLL_SECONDS)
 
 
-def extract_shards(task: ExtractionJob, index: int = 0, clear: bool = False) -> dict:
-    """Take shards until none is left, and finish the store.
+def _free_rank(host: str, tasks: Mapping[str, tuple], workers: Mapping[str, Mapping]) -> int:
+    """Return the lowest rank that no living worker on the host has."""
+    ranks = {rank for address, (_, rank) in tasks.items() if workers.get(address, {}).get("host") == host}
+    return next(rank for rank in range(len(ranks) + 1) if rank not in ranks)
+
+
+def extract_shards(job: ExtractionJob, rank: int = 0, clear: bool = False) -> dict:
+    """Claim and extract shards until none is left, and finish the store.
 
     Args:
-        index: of the GPU, on a machine with several.
-        clear: remove what extractions of other inputs left behind.
+        rank: number of the worker on its machine; it decides the GPU.
+        clear: delete what extractions of other inputs left in `job.scratch`.
+
+    Returns:
+        The store's attributes, with its content digest.
     """
-    with _ALONE:
-        return _work(task, index, clear)
+    with _COMPUTE_LOCK:
+        return _extract_shards(job, rank, clear)
 
 
-def _work(task: ExtractionJob, index: int, clear: bool) -> dict:
-    torch.set_num_threads(task.threads)  # Dask gives its workers one
-    pictures, where = images.open_images(task.images), resolve_device(task.device)
-    declared = get_spec(task.backbone)
-    given = preprocessing.make_preprocessor(pictures, task.name, task.backbone, declared)
-    weights = json.loads((task.weights / "source.json").read_text())
-    said = engine.provenance(pictures, task.name, task.backbone, declared, given, weights, task.extract, where)
-    scratch = engine.working_dir(task.scratch, said, task.extract, clear)
-    if where == "cuda":
-        torch.cuda.set_device(device_for_rank(where, index))
-    network = create_backbone(task.backbone, declared, given.input_bands, task.weights)
-    encoder = Encoder(given, network, where, task.extract.precision, task.extract.compiled, declared.strides)
-    said["batch"] = batch = _batch(task, pictures, encoder, said, scratch)
-    seen = estimate.dry_run(pictures, encoder, batch)
-    layout = engine.make_layout(pictures, declared, seen.pyramid, task.backbone.input_size, task.extract)
-    print(estimate.format_estimate(layout, seen, scratch, f"{task.images.stem} x {task.name}"), file=sys.stderr)
-    writer = Writer(scratch, layout, task.final, said)
-    engine.extract(pictures, encoder, writer, batch)
-    measured = {"precision_error": seen.precision_error} if seen.precision_error else {}
-    return {**said, **measured, "content_sha256": writer.finish(measured)}
+def _extract_shards(job: ExtractionJob, rank: int, clear: bool) -> dict:
+    torch.set_num_threads(job.n_threads)  # Dask sets one
+    images, device = open_images(job.images_path), resolve_device(job.device)
+    spec = get_spec(job.backbone)
+    preprocessor = make_preprocessor(images, job.name, job.backbone, spec)
+    weights = json.loads((job.weights_dir / "source.json").read_text())
+    provenance = engine.provenance(images, job.name, job.backbone, spec, preprocessor, weights, job.extract, device)
+    scratch = engine.working_dir(job.scratch, provenance, job.extract, clear)
+    if device == "cuda":
+        torch.cuda.set_device(device_for_rank(device, rank))
+    network = create_backbone(job.backbone, spec, preprocessor.input_bands, job.weights_dir)
+    encoder = Encoder(preprocessor, network, device, job.extract.precision, job.extract.compiled, spec.strides)
+    batch = _choose_batch(job, images, encoder, provenance, scratch)
+    provenance["batch"] = batch
+    result = estimate.dry_run(images, encoder, batch)
+    schema = engine.make_schema(images, spec, result.pyramid, job.backbone.input_size, job.extract)
+    description = f"{job.images_path.stem} x {job.name}"
+    print(estimate.format_estimate(schema, result, scratch, description), file=sys.stderr)
+    writer = Writer(scratch, schema, job.final, provenance)
+    engine.extract(images, encoder, writer, batch)
+    measured = {"precision_error": result.precision_error} if result.precision_error else {}
+    return {**provenance, **measured, "content_sha256": writer.finish(measured)}
 
 
-def _batch(task: ExtractionJob, pictures: xr.Dataset, encoder: Encoder, said: Mapping, scratch: Path) -> int:
-    """Images a forward: as told, or else found; a shard's at most, since a batch does not reach into the next."""
-    extract = task.extract
-    find = partial(batch_size.find_batch_size, pictures, encoder, extract.shard, len(extract.views))
+def _choose_batch(
+    job: ExtractionJob, images: xr.Dataset, encoder: Encoder, provenance: Mapping, scratch: Path
+) -> int:
+    """Return images per forward pass: `extract.batch`, or found if that is 0; at most a shard's.
+
+    A batch never spans two shards.
+    """
+    extract = job.extract
+    find = partial(estimate.find_batch_size, images, encoder, extract.shard, len(extract.views))
     if extract.batch:
         return min(extract.batch, extract.shard)
     if encoder.device == "cpu":
         return find()
-    # A worker that is late finds the store published, and what the others agreed on gone.
-    known = batch_size.batch_of_existing_store(task.final, said, extract.views) or batch_size.shared_choice(scratch / "batch", find)
-    return min(known, extract.shard)
+    # A late worker may find the store finished, and the choice of the others deleted with the scratch folder.
+    batch = estimate.batch_of_existing_store(job.final, provenance, extract.views)
+    return min(batch or estimate.shared_choice(scratch / "batch", find), extract.shard)
 
 
 @contextmanager
-def _client(compute: ComputeConfig):
+def _dask_client(compute: ComputeConfig):
+    # distributed takes 1 s to import, and extraction in this process needs none of it
     from distributed import Client, LocalCluster
 
     if compute.scheduler:
         with Client(compute.scheduler) as client:
             yield client
     else:
-        # Without a limit: Dask would kill a worker whose network and shards take more than its share.
-        size = {"n_workers": compute.workers, "threads_per_worker": 1, "memory_limit": 0}
-        with LocalCluster(**size, dashboard_address=None) as cluster, Client(cluster) as client:
+        # Without a memory limit: Dask would kill a worker whose network and shards take more than its share.
+        cluster_options = {"n_workers": compute.workers, "threads_per_worker": 1, "memory_limit": 0}
+        with LocalCluster(**cluster_options, dashboard_address=None) as cluster, Client(cluster) as client:
             yield client

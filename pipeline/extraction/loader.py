@@ -1,9 +1,13 @@
-"""Batches of images on their way to the device, made while those before are encoded."""
+"""Load batches of images ahead of the encoder, and copy them to the device and features back.
+
+On a GPU each direction has its own stream, ordered by events. On a CPU nothing is copied.
+"""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -14,121 +18,222 @@ from cache.writer import Writer
 from pipeline.backbones.encoder import Encoder
 from pipeline.data.augmentation import VIEWS
 from pipeline.data.image_store import UNLABELLED
-from pipeline.extraction.transfer import HostToDevice, threads
 
-# Batches made ahead, and threads that read a GPU's batch side by side: it computes faster than one reads.
-_AHEAD, _THREADS = 3, 4
+# Batches loaded ahead, and threads that read a GPU's batch: it computes faster than one thread reads.
+_PREFETCHED_BATCHES, _READ_THREADS = 3, 4
+
+
+# Batches of images
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """A batch on its way to the device; pass it to `wait_for_upload` before use.
+
+    Attributes:
+        images: selected bands, (sample, band, y, x) in the store's units, a tensor per view.
+        metadata: `Preprocessor.metadata`, as tensors.
+        uploaded: event after which the tensors are on the device; None on a CPU.
+    """
+
+    images: list[torch.Tensor]
+    metadata: dict[str, torch.Tensor]
+    uploaded: torch.cuda.Event | None
 
 
 @contextmanager
-def batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int):
-    """Iterates over (shard, rows, given), the next of the images, which `arrived` takes on the device.
+def load_batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int):
+    """Open an iterator over (shard, rows, `LoadedBatch`) of all shards that the writer claims.
 
-    A batch does not reach from one shard into the next: features depend in their last digits on what else is in a
-    batch, and a run that resumes, or one of many workers, must make the same. Nor do samples without labels share
-    one with others, so that these have the same features, and heads the same scores, whether they are there or not.
+    A batch never spans two shards: floating-point rounding of features depends on the other samples of the batch, and
+    a resumed run, or one of many workers, must write the same bytes. Nor does a batch mix labelled and unlabelled
+    samples, so that the features of labelled ones do not depend on whether there are unlabelled ones.
+
+    Args:
+        batch: images per forward pass.
     """
-    with threads(_THREADS, encoder.device) as readers:
-        feed, unlabelled = (
-            ImageLoader(images, encoder, writer.schema.views, readers),
-            images.split.values == UNLABELLED,
+    with device_threads(_READ_THREADS, encoder.device) as readers:
+        loader = ImageLoader(images, encoder, writer.schema.views, readers)
+        is_unlabelled = images.split.values == UNLABELLED
+        batches = (
+            (shard, rows, loader(rows))
+            for shard in writer.claim_shards()
+            for rows in batch_slices(writer.schema.rows(shard), batch, is_unlabelled)
         )
-        given = (
-            (number, rows, feed(rows))
-            for number in writer.claim_shards()
-            for rows in batch_slices(writer.schema.rows(number), batch, unlabelled)
-        )
-        with closing(given), threads(1, encoder.device) as thread:
-            yield _prefetch(given, thread)
+        with closing(batches), device_threads(1, encoder.device) as thread:
+            yield _prefetch(batches, thread)
 
 
 class ImageLoader:
-    """Makes batches; called by one thread.
+    """Loads batches of an images store; called by one thread.
 
     Args:
-        images: an images store, opened.
-        views: names of the copies of each image; none for the images themselves.
+        views: names of the augmented copies of each image; empty for the images themselves.
         readers: threads that read for a GPU.
     """
 
-    def __init__(self, images: xr.Dataset, encoder: Encoder, views: tuple[str, ...], readers: ThreadPoolExecutor):
-        self._images, self._inputs, self._readers = images, encoder.preprocessor, readers
+    def __init__(self, images: xr.Dataset, encoder: Encoder, views: Sequence[str], readers: ThreadPoolExecutor):
+        self._images, self._preprocessor, self._readers = images, encoder.preprocessor, readers
         self._views = [VIEWS[view] for view in views] or [lambda image: image]
-        self._upload, self._read = HostToDevice(encoder.device), reader(images)
-        self._chunk, self._on_gpu = chunk(images), encoder.device != "cpu"
+        self._upload, self._read = HostToDevice(encoder.device), make_reader(images)
+        self._chunk_size, self._is_gpu = chunk_size(images), encoder.device != "cpu"
 
-    def __call__(self, rows: slice) -> tuple:
-        """Images as the device wants them, a tensor a view, and their context."""
-        tensors = self._by_many(rows) if self._on_gpu else self._by_one(rows)
-        known = self._inputs.metadata(self._images, rows)
-        return self._upload(tensors, {name: torch.from_numpy(each) for name, each in known.items()})
+    def __call__(self, rows: slice) -> LoadedBatch:
+        """Load rows and start their upload."""
+        tensors = self._read_in_parallel(rows) if self._is_gpu else self._read_serially(rows)
+        metadata = self._preprocessor.metadata(self._images, rows)
+        return self._upload(tensors, {name: torch.from_numpy(values) for name, values in metadata.items()})
 
-    def _by_one(self, rows: slice) -> list[torch.Tensor]:
-        selected = self._inputs.select_bands(self._read(rows))
+    def _read_serially(self, rows: slice) -> list[torch.Tensor]:
+        selected = self._preprocessor.select_bands(self._read(rows))
         return [torch.from_numpy(np.ascontiguousarray(view(selected))) for view in self._views]
 
-    def _by_many(self, rows: slice) -> list[torch.Tensor]:
-        """Chunks side by side, each right into the memory that a GPU copies from."""
+    def _read_in_parallel(self, rows: slice) -> list[torch.Tensor]:
+        """Read chunks in parallel, each directly into the memory that the GPU copies from."""
         image = self._images.image
-        whole = (rows.stop - rows.start, len(self._inputs.input_bands.band_indices), *image.shape[2:])
+        n_bands = len(self._preprocessor.input_bands.band_indices)
+        batch_shape = (rows.stop - rows.start, n_bands, *image.shape[2:])
         dtype = torch.from_numpy(np.empty(0, image.dtype)).dtype
-        shapes = [view(np.broadcast_to(np.empty(()), whole)).shape for view in self._views]
+        shapes = [view(np.broadcast_to(np.empty(()), batch_shape)).shape for view in self._views]
         tensors = [self._upload.empty(shape, dtype) for shape in shapes]
 
-        def fill(some: slice) -> None:
-            selected = self._inputs.select_bands(self._read(some))
+        def fill(chunk: slice) -> None:
+            selected = self._preprocessor.select_bands(self._read(chunk))
             for view, tensor in zip(self._views, tensors, strict=True):
-                tensor.numpy()[some.start - rows.start : some.stop - rows.start] = view(selected)
+                tensor.numpy()[chunk.start - rows.start : chunk.stop - rows.start] = view(selected)
 
-        list(self._readers.map(fill, chunk_slices(rows, self._chunk)))
+        list(self._readers.map(fill, chunk_slices(rows, self._chunk_size)))
         return tensors
 
 
-def chunk(images: xr.Dataset) -> int:
-    """Images in a file of the store."""
+def chunk_size(images: xr.Dataset) -> int:
+    """Return the number of images per file of an images store."""
     return images.image.encoding.get("preferred_chunks", {}).get("sample", 1)
 
 
 def chunk_slices(rows: slice, size: int) -> list[slice]:
-    """Rows chunk by chunk; all together where they begin within a chunk, of which the reader keeps the rest."""
+    """Split rows at the files' edges; rows that begin within a file stay together, since the reader caches it."""
     if rows.start % size:
         return [rows]
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
-def reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
-    """From rows to their images.
+def make_reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
+    """Return a function from rows to their images, (sample, band, y, x).
 
-    Keeps the chunks last read for rows that end within one, since several batches may lie in it. Several threads may
-    call it as long as only one at a time wants such rows.
+    Rows that begin or end within a file are read with all rows of their files, which are cached, since several
+    batches may lie in one file. Several threads may call the function, if at most one at a time passes such rows.
     """
-    size = chunk(images)
-    held, begins = np.empty((0,)), 0
+    size = chunk_size(images)
+    cached, cached_start = np.empty((0,)), 0
 
     def read(rows: slice) -> np.ndarray:
-        nonlocal held, begins
+        nonlocal cached, cached_start
         if rows.start % size == rows.stop % size == 0:
             return images.image[rows].values
-        if not begins <= rows.start <= rows.stop <= begins + len(held):
-            begins = rows.start // size * size
-            held = images.image[begins : -(-rows.stop // size) * size].values
-        return held[rows.start - begins : rows.stop - begins]
+        if not cached_start <= rows.start <= rows.stop <= cached_start + len(cached):
+            cached_start = rows.start // size * size
+            cached = images.image[cached_start : -(-rows.stop // size) * size].values
+        return cached[rows.start - cached_start : rows.stop - cached_start]
 
     return read
 
 
-def batch_slices(rows: slice, batch: int, apart: np.ndarray) -> Iterator[slice]:
-    """A shard's rows in batches, each of samples that are all `apart` (bool, of all samples) or none."""
-    edges = np.flatnonzero(np.diff(apart[rows])) + rows.start + 1
+def batch_slices(rows: slice, batch: int, is_separate: np.ndarray) -> Iterator[slice]:
+    """Split a shard's rows into batches that do not mix samples of both values of `is_separate`.
+
+    Args:
+        batch: samples per batch.
+        is_separate: bool, of all samples of the store.
+    """
+    edges = np.flatnonzero(np.diff(is_separate[rows])) + rows.start + 1
     for first, last in pairwise([rows.start, *edges.tolist(), rows.stop]):
         for start in range(first, last, batch):
             yield slice(start, min(start + batch, last))
 
 
-def _prefetch(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
-    """The same items, each made by the thread while those before are used."""
+def _prefetch(batches: Iterator, thread: ThreadPoolExecutor) -> Iterator:
+    """Yield the same batches; the thread makes the next ones meanwhile."""
     end = object()
-    waiting = deque(thread.submit(next, items, end) for _ in range(_AHEAD))
-    while (item := waiting.popleft().result()) is not end:
-        waiting.append(thread.submit(next, items, end))
-        yield item
+    waiting = deque(thread.submit(next, batches, end) for _ in range(_PREFETCHED_BATCHES))
+    while (batch := waiting.popleft().result()) is not end:
+        waiting.append(thread.submit(next, batches, end))
+        yield batch
+
+
+# Copies between host and device
+
+
+def device_threads(n_threads: int, device: str) -> ThreadPoolExecutor:
+    """Make threads that use this device; by default a new thread uses the first GPU."""
+    keywords = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
+    return ThreadPoolExecutor(n_threads, **keywords)
+
+
+class HostToDevice:
+    """Copies batches to the device; called by one thread.
+
+    Args:
+        device: `cpu`, or one GPU such as `cuda:1`.
+    """
+
+    def __init__(self, device: str):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device != "cpu" else None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate host memory that a GPU copies from directly."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
+
+    def __call__(self, images: Sequence[torch.Tensor], metadata: Mapping[str, torch.Tensor]) -> LoadedBatch:
+        """Start the copies."""
+        if self._stream is None:
+            return LoadedBatch(list(images), dict(metadata), None)
+        with torch.cuda.stream(self._stream):
+            on_device = [image.pin_memory().to(self._device, non_blocking=True) for image in images]
+            metadata_on_device = {
+                name: values.pin_memory().to(self._device, non_blocking=True) for name, values in metadata.items()
+            }
+            return LoadedBatch(on_device, metadata_on_device, self._stream.record_event())
+
+
+def wait_for_upload(batch: LoadedBatch) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Return images and metadata for kernels launched from now on; the GPU's stream waits, the CPU does not."""
+    if batch.uploaded is not None:
+        stream = torch.cuda.current_stream(batch.images[0].device)
+        stream.wait_event(batch.uploaded)
+        for tensor in [*batch.images, *batch.metadata.values()]:
+            tensor.record_stream(stream)  # allocated by another stream, which must not reuse the memory yet
+    return batch.images, batch.metadata
+
+
+class DeviceToHost:
+    """Copies features from the device into memory that `empty` allocated.
+
+    Args:
+        device: `cpu`, or one GPU such as `cuda:1`.
+    """
+
+    def __init__(self, device: str):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device != "cpu" else None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Allocate host memory that a GPU copies into without waiting."""
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
+
+    def copy(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        """Start a copy; `target` is filled once the next `event` has passed."""
+        if self._stream is None:
+            target.copy_(values)
+            return
+        values = values.contiguous()  # strided copies between device and host are made row by row
+        ready = torch.cuda.current_stream(self._device).record_event()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            target.copy_(values, non_blocking=True)
+            values.record_stream(self._stream)
+
+    def event(self) -> torch.cuda.Event | None:
+        """Return an event that passes when all copies started so far are done; None if copies are immediate."""
+        return self._stream.record_event() if self._stream is not None else None
