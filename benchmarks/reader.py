@@ -81,7 +81,7 @@ def warm(features: FeatureStore) -> dict[str, dict]:
             ways = {"ours": _ours(FeatureStore(features.location))} | make(FeatureStore(features.location))
             rounds = MANY if peer == "memmap" else ROUNDS
             measured[peer] = rates(ways, features, partial(_warm, features, peer), rounds=rounds)
-    bounded = {"ours_mapped_256_mib": _ours(FeatureStore(features.location, mapped=256 << 20))}
+    bounded = {"ours_mapped_256_mib": _ours(FeatureStore(features.location, max_mapped_bytes=256 << 20))}
     measured["mapped"] = rates(bounded | peers.memmap_ways(features), features, partial(_warm, features, "memmap"))
     return measured
 

@@ -1,18 +1,27 @@
-"""Rows of one stored array: where each lies, and how it comes into the caller's memory.
+"""Read rows of stored arrays at random: memory-mapped files, the arrays in them, and parallel copies to memory.
 
-`LocalRows` maps the shard files into memory and copies each row from where it lies to where it is wanted. Pages that
-are mapped count as the process's memory, though the system may take them back at any time; they are let go whenever
-they are more than may stay mapped, so that memory is bounded whatever the store's size. (`pread` to the
-same place was slower; LAB.md.) `cache.remote.RemoteRows` does the same for a store that is elsewhere.
+`LocalArray` maps the shard files into memory and copies each row to its destination. `pread` to the same destination
+is slower (docs/decisions). Mapped pages count as memory of the process, so `MmapPool` releases them when there are
+more than allowed: memory is bounded for stores of any size. `cache.remote.RemoteArray` has the same interface for
+stores that are not a local folder, and `DequantizedArray` for int8.
 
-A row is one sample, or in a store with views one view of one sample: `sample * views + view`.
+A row is one sample or, in a store with views, one view of one sample: `row = sample * n_views + view`.
 """
 
+import mmap
 import os
+import resource
 import sys
 import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from itertools import pairwise
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 import zarr
@@ -22,172 +31,415 @@ from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec
 from cache import zarr_shard
 from cache.codecs import dequantize
 from cache.errors import StoreError
-from cache.files import VERIFY_HINT, MmapFile, MmapPool
 from cache.remote import RemoteArray
 from cache.schema import CHUNK_KEYS
 
+VERIFY_HINT = "Check the store with: python -m cache.verify PATH"
+READ_THREADS = 4
+_MAX_OPEN_FILES = 1 << 14
+# A batch is read by one thread more for every so many bytes: a thread costs more than it saves for fewer.
+_BYTES_PER_THREAD = 1 << 20
+_CORES = os.cpu_count() or 1
+# Rows of each array in a batch that are looked up in the page cache; asking for all would cost as much as reading.
+_ROWS_PROBED = 2
 
-class LocalArray:
-    """Rows of an array in a local folder, whose layout `readable` has accepted.
+
+@cache
+def max_open_files() -> int:
+    """Return how many files all stores together may hold open, after raising the limit of the process.
+
+    It is a quarter of the limit, since a mapped file uses two descriptors. The usual limit of 1,024 exists for
+    programs that call `select`; like Go's runtime, this raises it to what the system grants, because opening a file
+    again for every row would cost as much as reading the row.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 4 * _MAX_OPEN_FILES
+    target = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+        soft = target
+    return _MAX_OPEN_FILES if soft == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, soft // 4)
+
+
+class MmapPool:
+    """Open and map the files of one store, within the limits on open files and on mapped memory.
+
+    Files are opened relative to the folder as it was at the start, so a store that is replaced meanwhile is
+    noticed. As with any memory map, a file that is cut short while it is open ends the process; stores never change
+    in place.
+
+    Args:
+        folder: the store's folder.
+        max_mapped_bytes: bytes that may stay mapped, or None for a tenth of the machine's memory.
 
     Attributes:
-        shape, dtype: of one row, as it is read.
+        lock: hold it while calling `open`, and while reading `opened`.
+        opened: for each array, (path, file, chunk index) by number of the shard file; emptied when too many files
+            are open.
     """
 
-    def __init__(self, array: zarr.Array, files: MmapPool, leading: int):
-        codec, file_shape = array.metadata.codecs[0], array.shards or array.chunks
-        self._sharded = isinstance(codec, ShardingCodec)
-        self._compressed = self._sharded and len(codec.codecs) > 1
-        self._files, self._path, self._tail = files, array.path, ".0" * (array.ndim - 1)
-        self._rows, self._total = prod(file_shape[:leading]), prod(array.shape[:leading])
-        self.shape, self.dtype = array.shape[leading:], array.dtype
-        self._bytes = prod(self.shape) * self.dtype.itemsize
-        self._index: dict[int, np.ndarray | None] = {}
+    _live: ClassVar[weakref.WeakSet] = weakref.WeakSet()
 
-    def read(self, places: Sequence[tuple], out: np.ndarray) -> None:
-        """Rows at `places`, in that order, to `out` (row, …), each of whose rows is contiguous."""
-        target = out.reshape(len(places), -1, copy=False).view(np.uint8)
-        if self._compressed:
-            self._decompress(places, target)
+    def __init__(self, folder: str, max_mapped_bytes: int | None = None):
+        self.folder, self.lock = folder, threading.Lock()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._max_mapped_bytes = memory // 10 if max_mapped_bytes is None else max_mapped_bytes
+        self.opened: dict[str, dict[int, tuple]] = defaultdict(dict)
+        self._root, self._open_count = _Descriptor(folder, os.O_DIRECTORY), 0
+        # Mapped bytes that remain after a release, such as those of other stores.
+        self._baseline_bytes = _mapped_bytes()
+        self._is_too_large = False
+        MmapPool._live.add(self)
+
+    def open(self, path: str) -> "MmapFile":
+        """Open and map the file at `path` in the store; it stays open as long as the returned object exists.
+
+        Raises:
+            StoreError: the file is missing.
+        """
+        if self._open_count >= max(1, max_open_files() // len(MmapPool._live)):
+            self._open_count = 0
+            for files in self.opened.values():
+                files.clear()
+        self._open_count += 1
+        try:
+            file = MmapFile(path, self._root.number)
+        except FileNotFoundError:
+            raise StoreError(
+                f"{path} is missing from {self.folder}, or that store was replaced while it was read. {VERIFY_HINT}",
+                value=path,
+                path=self.folder,
+            ) from None
+        if file.map:
+            self._disable_huge_pages(file.map)
+        return file
+
+    def release_excess(self) -> None:
+        """Release mapped pages if there are more than allowed; call it with `lock` held, before copying rows."""
+        if _mapped_bytes() - self._baseline_bytes <= self._max_mapped_bytes:
+            return
+        maps = [file.map for files in self.opened.values() for _, file, _ in files.values() if file.map]
+        if not self._is_too_large and sum(map(len, maps)) > self._max_mapped_bytes:
+            self._is_too_large = True
+        for file_map in maps:
+            self._disable_huge_pages(file_map)
+            file_map.madvise(mmap.MADV_DONTNEED)
+        self._baseline_bytes = _mapped_bytes()
+
+    def _disable_huge_pages(self, file_map: mmap.mmap) -> None:
+        """For a store too large to stay mapped: one row read should not map 2 MB."""
+        if self._is_too_large and hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with suppress(OSError):  # a system without huge pages
+                file_map.madvise(mmap.MADV_NOHUGEPAGE)
+
+    @staticmethod
+    def _after_fork() -> None:
+        """Replace locks in a forked child: a thread of the parent may hold one, and no thread here releases it."""
+        _statm.cache_clear()
+        for pool in MmapPool._live:
+            pool.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=MmapPool._after_fork)
+
+
+@cache
+def _statm() -> "_Descriptor | None":
+    try:
+        return _Descriptor("/proc/self/statm")
+    except OSError:
+        return None
+
+
+def _mapped_bytes() -> int:
+    """Bytes of mapped files in this process's memory as the system counts them; 0 where it does not count.
+
+    They cannot be computed from the rows read: how much more than the touched page is mapped differs between
+    kernels, up to 2 MB.
+    """
+    statm = _statm()
+    if statm is None:
+        return 0
+    return int(os.pread(statm.number, 128, 0).split()[2]) * mmap.PAGESIZE
+
+
+class _Descriptor:
+    """A file descriptor that is closed when the object is deleted."""
+
+    def __init__(self, path: str, flags: int = 0, dir_fd: int | None = None):
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
+
+    def __del__(self):
+        if self.number >= 0:
+            os.close(self.number)
+
+
+class MmapFile(_Descriptor):
+    """An open, memory-mapped file. It uses two descriptors, its own and the map's.
+
+    Args:
+        path: relative to the folder.
+        folder: descriptor of the folder.
+
+    Attributes:
+        content: the file's bytes, uint8 (byte,).
+        map: the memory map, None for an empty file.
+    """
+
+    def __init__(self, path: str, folder: int):
+        super().__init__(path, dir_fd=folder)
+        self.map, self.content = None, np.empty(0, np.uint8)
+        if os.fstat(self.number).st_size:
+            self.map = mmap.mmap(self.number, 0, prot=mmap.PROT_READ)
+            self.content = np.frombuffer(self.map, np.uint8)
+
+
+# Path of a shard file, the file, and the offset and length in bytes of a row in it.
+RowLocation = tuple[str, MmapFile, int, int]
+
+
+class LocalArray:
+    """Rows of an array in a local folder, of a layout that `is_mappable` accepts.
+
+    Args:
+        array: the Zarr array.
+        pool: opens the store's files.
+        n_leading: number of leading axes that count rows: 1, or 2 in a store with views.
+
+    Attributes:
+        shape, dtype: of one row.
+    """
+
+    def __init__(self, array: zarr.Array, pool: MmapPool, n_leading: int):
+        codec, file_shape = array.metadata.codecs[0], array.shards or array.chunks
+        self._is_sharded = isinstance(codec, ShardingCodec)
+        self._is_compressed = self._is_sharded and len(codec.codecs) > 1
+        self._pool, self._path, self._suffix = pool, array.path, ".0" * (array.ndim - 1)
+        self._rows_per_file, self._n_rows = prod(file_shape[:n_leading]), prod(array.shape[:n_leading])
+        self.shape, self.dtype = array.shape[n_leading:], array.dtype
+        self._row_bytes = prod(self.shape) * self.dtype.itemsize
+        self._chunk_index: dict[int, np.ndarray | None] = {}
+
+    def read(self, locations: Sequence[RowLocation], out: np.ndarray) -> None:
+        """Copy rows to `out` (row, …), each row of which is contiguous.
+
+        Raises:
+            StoreError: a chunk cannot be decompressed.
+        """
+        target = out.reshape(len(locations), -1, copy=False).view(np.uint8)
+        if self._is_compressed:
+            self._decompress(locations, target)
         else:
-            rows = [file.content[None, start : start + length] for _, file, start, length in places]
+            rows = [file.content[None, start : start + length] for _, file, start, length in locations]
             np.concatenate(rows, out=target)
 
-    def in_page_cache(self, place: tuple) -> bool:
-        """Whether a row can be read without waiting for the disk, by its first byte; True where no one can say."""
+    def in_page_cache(self, location: RowLocation) -> bool:
+        """Tell whether the first byte of a row is in memory; True where the system cannot tell."""
         if not hasattr(os, "RWF_NOWAIT"):
             return True
-        _, file, start, _ = place
+        _, file, start, _ = location
         try:
             return os.preadv(file.number, [bytearray(1)], start, os.RWF_NOWAIT) == 1
         except BlockingIOError:
             return False
-        except OSError:  # this file system does not say
+        except OSError:  # a file system without RWF_NOWAIT
             return True
 
-    def prefetch(self, places: Sequence[tuple]) -> None:
-        """Tell the system that rows will be read soon, so that it fetches them side by side."""
+    def prefetch(self, locations: Sequence[RowLocation]) -> None:
+        """Ask the system to load rows into the page cache, concurrently and without waiting."""
         if hasattr(os, "posix_fadvise"):
-            for _, file, start, length in places:
+            for _, file, start, length in locations:
                 os.posix_fadvise(file.number, start, length, os.POSIX_FADV_WILLNEED)
 
-    def _decompress(self, places: Sequence[tuple], target: np.ndarray) -> None:
-        for (path, file, start, length), row in zip(places, target, strict=True):
+    def _decompress(self, locations: Sequence[RowLocation], target: np.ndarray) -> None:
+        for (path, file, start, length), row in zip(locations, target, strict=True):
             try:
                 blosc.decompress(file.content[start : start + length], row)
             except (RuntimeError, ValueError):
                 raise self._damaged(path, "a chunk cannot be decompressed") from None
 
-    def locate(self, index: Sequence[int]) -> list[tuple[str, MmapFile, int, int]]:
-        """Where rows lie: path, file, offset and length of each."""
-        found = []
-        with self._files.lock:
-            self._files.release_excess()
-            opened = self._files.opened[self._path]
-            for number, row in [divmod(row, self._rows) for row in index]:
-                path, file, places = opened.get(number) or self._open(number)
-                start, length = (row * self._bytes, self._bytes) if places is None else places[row].tolist()
+    def locate(self, rows: Sequence[int]) -> list[RowLocation]:
+        """Return the location of each row, opening files as needed.
+
+        Raises:
+            StoreError: a file is missing or damaged, or a row was never written.
+        """
+        locations = []
+        with self._pool.lock:
+            self._pool.release_excess()
+            opened = self._pool.opened[self._path]
+            for number, row in [divmod(row, self._rows_per_file) for row in rows]:
+                path, file, index = opened.get(number) or self._open(number)
+                start, length = (row * self._row_bytes, self._row_bytes) if index is None else index[row].tolist()
                 if start == zarr_shard.EMPTY:
                     raise self._damaged(path, f"its row {row} was never written")
-                found.append((path, file, start, length))
-        return found
+                locations.append((path, file, start, length))
+        return locations
 
     def _open(self, number: int) -> tuple[str, MmapFile, np.ndarray | None]:
-        path = f"{self._path}/c.{number}{self._tail}"
-        file = self._files.open(path)
-        if number not in self._index:
-            plain = not self._compressed and len(file.content) == self._plain_size(number)
-            # The contract says how plain rows lie: reading every file's index first would make a cold start slow.
-            self._index[number] = None if plain else self._read_index(path, file)
-        opened = self._files.opened[self._path][number] = path, file, self._index[number]
+        path = f"{self._path}/c.{number}{self._suffix}"
+        file = self._pool.open(path)
+        if number not in self._chunk_index:
+            is_plain = not self._is_compressed and len(file.content) == self._plain_size(number)
+            # The contract fixes where plain rows are: reading the index of every file would make a cold start slow.
+            self._chunk_index[number] = None if is_plain else self._read_index(path, file)
+        opened = self._pool.opened[self._path][number] = path, file, self._chunk_index[number]
         return opened
 
     def check(self) -> None:
-        """Check that every row is where its file's index says, and lies as the contract says.
+        """Check that every row exists, and is where the contract and the index of its file place it.
 
         Raises:
-            StoreError: naming the first file of which that is not so.
+            StoreError: names the first file with an error.
         """
-        self.locate(range(self._total))
-        plain = np.arange(self._rows, dtype="<u8") * self._bytes
-        for number in range(-(-self._total // self._rows) if self._sharded else 0):
-            with self._files.lock:
+        self.locate(range(self._n_rows))
+        plain_offsets = np.arange(self._rows_per_file, dtype="<u8") * self._row_bytes
+        for number in range(-(-self._n_rows // self._rows_per_file) if self._is_sharded else 0):
+            with self._pool.lock:
                 path, file, _ = self._open(number)
-            rows = min(self._rows, self._total - number * self._rows)
+            rows = min(self._rows_per_file, self._n_rows - number * self._rows_per_file)
             index = self._read_index(path, file)[:rows]
             if (index[:, 0] == zarr_shard.EMPTY).any():
                 raise self._damaged(path, "rows were never written")
-            if not self._compressed and not np.array_equal(index[:, 0], plain[:rows]):
-                raise self._damaged(path, "its rows do not follow one another")
+            if not self._is_compressed and not np.array_equal(index[:, 0], plain_offsets[:rows]):
+                raise self._damaged(path, "its rows are not in order without gaps")
 
     def _plain_size(self, number: int) -> int:
-        """Bytes of an uncompressed file none of whose rows is missing."""
-        if not self._sharded:
-            return self._rows * self._bytes
-        return min(self._rows, self._total - number * self._rows) * self._bytes + zarr_shard.index_size(self._rows)
+        """Bytes of an uncompressed file that has all its rows."""
+        if not self._is_sharded:
+            return self._rows_per_file * self._row_bytes
+        rows = min(self._rows_per_file, self._n_rows - number * self._rows_per_file)
+        return rows * self._row_bytes + zarr_shard.index_size(self._rows_per_file)
 
     def _read_index(self, path: str, file: MmapFile) -> np.ndarray:
-        """Offset and length of a file's rows."""
+        """Offset and length of a file's rows, uint64 (row, 2)."""
         size = len(file.content)
-        if not self._sharded:
-            raise self._damaged(path, f"it has {size} bytes, not {self._rows * self._bytes}")
+        if not self._is_sharded:
+            raise self._damaged(path, f"it has {size} bytes instead of {self._rows_per_file * self._row_bytes}")
         try:
-            index = zarr_shard.decode_index(file.content[-zarr_shard.index_size(self._rows) :].tobytes(), self._rows)
+            tail = file.content[-zarr_shard.index_size(self._rows_per_file) :].tobytes()
+            index = zarr_shard.decode_index(tail, self._rows_per_file)
         except ValueError as error:
             raise self._damaged(path, str(error)) from None
         written = index[index[:, 1] != zarr_shard.EMPTY]
-        if not self._compressed and (written[:, 1] != self._bytes).any():
-            raise self._damaged(path, "its index gives rows of another length")
+        if not self._is_compressed and (written[:, 1] != self._row_bytes).any():
+            raise self._damaged(path, "its index has rows of another length")
         if (written > size).any() or (written.sum(axis=1) > size).any():
             raise self._damaged(path, "its index points beyond its end")
         return index
 
-    def _damaged(self, path: str, how: str) -> StoreError:
-        return StoreError(f"{path} of {self._files.folder} is damaged: {how}. {VERIFY_HINT}")
+    def _damaged(self, path: str, reason: str) -> StoreError:
+        return StoreError(
+            f"{path} of {self._pool.folder} is damaged: {reason}. {VERIFY_HINT}", value=path, path=self._pool.folder
+        )
 
 
 class DequantizedArray:
-    """Rows of 8-bit steps times their scale, as floats of `dtype`."""
+    """Rows of an int8 array times their scale, as floats.
 
-    def __init__(self, steps: LocalArray | RemoteArray, scale: LocalArray | RemoteArray, dtype: str):
-        self._steps, self._scale = steps, scale
-        self.shape, self.dtype = steps.shape, np.dtype(dtype)
-        self._own = threading.local()
+    Args:
+        quantized: int8 rows (channel, y, x).
+        scale: float32 rows (channel,).
+        dtype: of the rows that are read.
 
-    def locate(self, index: Sequence[int]) -> list[tuple]:
-        return list(zip(self._steps.locate(index), self._scale.locate(index), strict=True))
+    Attributes:
+        shape, dtype: of one row.
+    """
 
-    def read(self, places: Sequence[tuple], out: np.ndarray) -> None:
-        if not hasattr(self._own, "steps"):
-            self._own.steps = np.empty((1, *self._steps.shape), np.int8)
-            self._own.scale = np.empty((1, *self._scale.shape), np.float32)
-        for (steps, scale), target in zip(places, out, strict=True):
-            self._steps.read([steps], self._own.steps)
-            self._scale.read([scale], self._own.scale)
-            dequantize(self._own.steps[0], self._own.scale[0], target)
+    def __init__(self, quantized: LocalArray | RemoteArray, scale: LocalArray | RemoteArray, dtype: str):
+        self._quantized, self._scale = quantized, scale
+        self.shape, self.dtype = quantized.shape, np.dtype(dtype)
+        self._buffers = threading.local()
 
-    def in_page_cache(self, place: tuple) -> bool:
-        return self._steps.in_page_cache(place[0])
+    def locate(self, rows: Sequence[int]) -> list[tuple]:
+        """Return the location of each row: those of its int8 values and of its scale."""
+        return list(zip(self._quantized.locate(rows), self._scale.locate(rows), strict=True))
+
+    def read(self, locations: Sequence[tuple], out: np.ndarray) -> None:
+        """Read rows to `out` (row, channel, y, x)."""
+        if not hasattr(self._buffers, "quantized"):
+            self._buffers.quantized = np.empty((1, *self._quantized.shape), np.int8)
+            self._buffers.scale = np.empty((1, *self._scale.shape), np.float32)
+        for (quantized, scale), target in zip(locations, out, strict=True):
+            self._quantized.read([quantized], self._buffers.quantized)
+            self._scale.read([scale], self._buffers.scale)
+            dequantize(self._buffers.quantized[0], self._buffers.scale[0], target)
+
+    def in_page_cache(self, location: tuple) -> bool:
+        """Tell whether the int8 values of a row are in memory."""
+        return self._quantized.in_page_cache(location[0])
 
     def check(self) -> None:
-        self._steps.check()
+        """Check both arrays, as `LocalArray.check` does."""
+        self._quantized.check()
         self._scale.check()
 
-    def prefetch(self, places: Sequence[tuple]) -> None:
-        self._steps.prefetch([steps for steps, _ in places])
-        self._scale.prefetch([scale for _, scale in places])
+    def prefetch(self, locations: Sequence[tuple]) -> None:
+        """Ask the system to load rows into the page cache."""
+        self._quantized.prefetch([quantized for quantized, _ in locations])
+        self._scale.prefetch([scale for _, scale in locations])
 
 
 def is_mappable(array: zarr.Array) -> bool:
-    """Whether `LocalRows` understands the layout: files along the first axis, of raw or Blosc rows."""
+    """Tell whether `LocalArray` can read an array: files split along the first axis only, of raw or Blosc rows."""
     codecs, sharding = array.metadata.codecs, array.metadata.codecs[0]
     if array.metadata.chunk_key_encoding.to_dict().get("configuration") != {"separator": CHUNK_KEYS["separator"]}:
         return False
     if isinstance(sharding, ShardingCodec):
         codecs = sharding.codecs
-        whole = array.shards[1:] == array.shape[1:] and sharding.index_location.value == "end"
+        has_whole_rows = array.shards[1:] == array.shape[1:] and sharding.index_location.value == "end"
     else:
-        whole = array.chunks[1:] == array.shape[1:]
-    known = [type(codec) for codec in codecs] in ([BytesCodec], [BytesCodec, BloscCodec])
-    plain = isinstance(sharding, ShardingCodec) or len(codecs) == 1
-    return whole and known and plain and sys.byteorder == "little"
+        has_whole_rows = array.chunks[1:] == array.shape[1:]
+    is_supported = [type(codec) for codec in codecs] in ([BytesCodec], [BytesCodec, BloscCodec])
+    is_plain_or_sharded = isinstance(sharding, ShardingCodec) or len(codecs) == 1
+    return has_whole_rows and is_supported and is_plain_or_sharded and sys.byteorder == "little"
+
+
+AnyArray = LocalArray | RemoteArray | DequantizedArray
+# An array, its row numbers, and the destination (row, …) of these rows.
+ReadRequest = tuple[AnyArray, list[int], np.ndarray]
+
+
+def gather(requests: Sequence[ReadRequest], pool: ThreadPoolExecutor) -> bool:
+    """Read rows of several arrays in parallel.
+
+    Args:
+        requests: all for the same number of rows.
+        pool: of `READ_THREADS` threads.
+
+    Returns:
+        True if the first rows were not in the page cache, so that the disk had to be read.
+    """
+    is_cold = False
+    n_rows = len(requests[0][1])
+    step = max(1, max_open_files() // 2 // len(requests))  # each row may be in a file of its own
+    for start in range(0, n_rows, step):
+        part = slice(start, start + step)
+        is_cold |= _gather([(array, rows[part], out[part]) for array, rows, out in requests], pool)
+    return is_cold
+
+
+def _gather(requests: Sequence[ReadRequest], pool: ThreadPoolExecutor) -> bool:
+    # One thread locates all rows: two would wait for the lock longer than locating takes.
+    located = [(array, array.locate(rows), out) for array, rows, out in requests]
+    is_cold = not all(
+        array.in_page_cache(location) for array, locations, _ in located for location in locations[:_ROWS_PROBED]
+    )
+    if is_cold:
+        for array, locations, _ in located:
+            array.prefetch(locations)
+    n_rows, n_bytes = len(located[0][1]), sum(out.nbytes for _, _, out in located)
+    threads = READ_THREADS if is_cold else min(READ_THREADS, _CORES, 1 + n_bytes // _BYTES_PER_THREAD)
+    bounds = [n_rows * number // threads for number in range(threads + 1)]
+
+    def read(start: int, stop: int) -> None:
+        for array, locations, out in located:
+            if start < stop:
+                array.read(locations[start:stop], out[start:stop])
+
+    futures = [pool.submit(read, start, stop) for start, stop in pairwise(bounds[1:])]
+    read(*bounds[:2])
+    for future in futures:
+        future.result()
+    return is_cold

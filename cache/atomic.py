@@ -1,15 +1,16 @@
-"""Bytes that are safe on disk, and folders that appear at their final name in one step."""
+"""Durable writes, folders that are published in one step, and locks between processes."""
 
+import asyncio
+import fcntl
 import os
 import shutil
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Files flushed at once.
+# A disk flushes many files in the time of one.
 _CONCURRENT_FLUSHES = 16
-# Parts that one call may write.
 _MAX_BUFFERS_PER_WRITE = os.sysconf("SC_IOV_MAX")
 
 
@@ -24,54 +25,62 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(path: Path, durable: Container[str] = ()) -> None:
-    """Flush every file and folder below `path`, but files that are `durable`, the deepest first.
-
-    Files side by side: a disk flushes many in the time of one.
+    """Flush every file below `path`, and then every folder from the deepest to `path`.
 
     Args:
-        durable: paths within it of files that are on the disk already, as `write_file` leaves them.
+        durable: paths relative to `path` of files to skip because they are on the disk already, as `write_file`
+            leaves them.
     """
-    walked = list(os.walk(path, topdown=False))
-    files = (os.path.join(folder, name) for folder, _, names in walked for name in names)
+    folders = list(os.walk(path, topdown=False))
+    files = (os.path.join(folder, name) for folder, _, names in folders for name in names)
     with ThreadPoolExecutor(_CONCURRENT_FLUSHES) as pool:
         list(pool.map(sync_file, (file for file in files if os.path.relpath(file, path) not in durable)))
-    for folder, _, _ in walked:
+    for folder, _, _ in folders:
         sync_folder(Path(folder))
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file that is on the disk, whole, when it has its name; the caller syncs the folder."""
+    """Write a file so that it is complete and on the disk as soon as it has its name.
+
+    The caller flushes the folder (`sync_folder`).
+
+    Args:
+        parts: the file's bytes, in order.
+
+    Raises:
+        OSError: the file cannot be written; `filename` is set, also when the disk is full.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb", buffering=0) as file:
-            _write_all(file, parts)
+            _write_all(file.fileno(), parts)
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk should say where
+        error.filename = error.filename or str(path)  # the system names no file when the disk is full
         raise
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _write_all(file, parts: Iterable[bytes | memoryview]) -> None:
-    """Write parts in as few calls as there can be: the system then caches the file in larger pages."""
-    rest = [memoryview(part).cast("B") for part in parts if len(part)]
-    while rest:
-        written = os.writev(file.fileno(), rest[:_MAX_BUFFERS_PER_WRITE])
-        while rest and written >= len(rest[0]):
-            written -= len(rest.pop(0))
-        if rest:
-            rest[0] = rest[0][written:]
+def _write_all(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write parts in as few calls as possible: the system then caches the file in larger pages."""
+    remaining = [memoryview(part).cast("B") for part in parts if len(part)]
+    while remaining:
+        written = os.writev(descriptor, remaining[:_MAX_BUFFERS_PER_WRITE])
+        while remaining and written >= len(remaining[0]):
+            written -= len(remaining.pop(0))
+        if remaining:
+            remaining[0] = remaining[0][written:]
 
 
 def publish(scratch: Path, final: Path, durable: Container[str] = ()) -> None:
-    """Make `scratch` appear as `final`, whole, replacing what was there.
+    """Flush `scratch`, then rename it to `final`, replacing what is there.
 
-    Both must lie on one file system. A kill leaves the old folder, no folder, or the new one: never a part.
+    Both must lie on one file system. A kill leaves the old folder, no folder, or the new one, never a part of one.
 
     Args:
-        durable: as for `sync_tree`.
+        durable: files that need no flush, as for `sync_tree`.
     """
     sync_tree(scratch, durable)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +94,8 @@ def publish(scratch: Path, final: Path, durable: Container[str] = ()) -> None:
 
 
 @contextmanager
-def atomic_dir(scratch: Path, final: Path):
-    """An empty folder to fill, which is published as `final` if nothing fails, and removed if anything does."""
+def atomic_dir(scratch: Path, final: Path) -> Iterator[Path]:
+    """Yield an empty folder; publish it as `final` if the block succeeds, delete it if the block fails."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
@@ -98,16 +107,53 @@ def atomic_dir(scratch: Path, final: Path):
 
 
 def _drain_zarr_writes() -> None:
-    """Wait for zarr's writes under way: when one fails it reports at once and lets those beside it go on."""
-    import asyncio
+    """Wait for the writes that zarr still runs: when one fails, zarr raises at once and lets the others continue."""
+    # zarr takes 0.25 s to import, and stages that write JSON do not need it.
+    from zarr.core.sync import sync
 
-    from zarr.core.sync import sync  # here, since zarr takes a quarter of a second to import
+    async def drain() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def settled():
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
+    sync(drain())
 
-    sync(settled())
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[bool]:
+    """Wait for a lock and hold it during the block; the death of the process releases it.
+
+    Yields:
+        True if the lock is held, False if its folder does not exist (any more).
+    """
+    descriptor = try_lock(path, wait=True)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def try_lock(path: Path, wait: bool = False) -> int | None:
+    """Lock a file between processes.
+
+    Args:
+        wait: wait while another process holds the lock.
+
+    Returns:
+        A file descriptor that holds the lock until it is closed, also by the death of the process. None if another
+        process holds the lock, or if the folder of `path` does not exist or was deleted meanwhile.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    except FileNotFoundError:
+        return None
+    with suppress(FileNotFoundError, BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        # Another process may have deleted the folder, and with it the file, between `open` and `flock`.
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -1,6 +1,7 @@
-"""The list of every file of a store with its SHA-256, in the format that `sha256sum -c` reads.
+"""SHA-256 of values, of files and of whole stores.
 
-Reading at speed never looks at it; `python -m cache.verify` and `Features(path, verify=True)` do.
+A store lists every file with its SHA-256 in the format that `sha256sum -c` reads. `python -m cache.verify` and
+`FeatureStore(path, verify=True)` compare the files with the list; other reads do not.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from cache.atomic import write_file
 from cache.errors import StoreError
 
 NAME = "SHA256SUMS"
-_REPAIR_HINT = "Delete the store and extract again, or fetch it again from where it came."
+_REPAIR_HINT = "Delete the store and extract it again, or copy it again from its source."
 
 
 def fingerprint(*parts: object) -> str:
@@ -54,76 +55,94 @@ def _as_json(value: object) -> object:
     raise TypeError(f"A fingerprint cannot contain a {type(value).__name__}; use JSON values, dataclasses or paths.")
 
 
-def write(store: Path, known: Mapping[str, str]) -> None:
-    """List every file below `store`; `known` has digests that need no second reading, by path in the store."""
-    digests = {file: known.get(file) or digest(store / file) for file in files(store)}
-    write_file(store / NAME, [_listing(digests).encode()])
+def write(store: Path, digests: Mapping[str, str]) -> None:
+    """Write the list of all files below `store`.
+
+    Args:
+        digests: SHA-256 by path in the store of files that need no second reading.
+    """
+    all_digests = {file: digests.get(file) or digest(store / file) for file in files(store)}
+    write_file(store / NAME, [_format(all_digests).encode()])
 
 
-def content_digest(described: Mapping, shards: Mapping[str, str]) -> str:
-    """The SHA-256 of a store's content: its attributes, and the digests of its shard files by path."""
-    listed = json.dumps([dict(described), _listing(shards)], sort_keys=True)
-    return hashlib.sha256(listed.encode()).hexdigest()
+def content_digest(attributes: Mapping, shards: Mapping[str, str]) -> str:
+    """Return the SHA-256 of a store's content.
+
+    Args:
+        attributes: of the root group.
+        shards: SHA-256 of each shard file by path in the store.
+    """
+    return fingerprint(attributes, shards)
 
 
 def check(store: Path) -> dict[str, str]:
-    """Compare every file with the list.
+    """Compare every file of a store with the list.
 
     Returns:
-        Every file that was checked, and its digest.
+        SHA-256 of every file, by path in the store.
 
     Raises:
-        StoreError: naming the first file, in order of names, that is damaged, missing or not listed.
+        StoreError: the first file by name that is damaged, missing or not listed; `value` is its path in the store.
     """
-    text = _text(store)
-    listed = _parsed(text)
-    found = files(store)
+    text = _read(store)
+    listed = _parse(text)
+    existing = files(store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        actual = dict(zip(found, pool.map(lambda file: digest(store / file), found), strict=True))
-    for file in sorted({*found, *listed}):
+        actual = dict(zip(existing, pool.map(lambda file: digest(store / file), existing), strict=True))
+    for file in sorted({*existing, *listed}):
         if file not in actual:
-            raise StoreError(f"{file} is listed in {NAME} but is not in {store}. {_REPAIR_HINT}")
+            raise StoreError(
+                f"{file} is listed in {NAME} but is not in {store}. {_REPAIR_HINT}", value=file, path=store
+            )
         if file not in listed:
-            raise StoreError(f"{file} of {store} is not listed in {NAME}. {_REPAIR_HINT}")
+            raise StoreError(f"{file} of {store} is not listed in {NAME}. {_REPAIR_HINT}", value=file, path=store)
         if actual[file] != listed[file]:
-            raise StoreError(f"{file} of {store} is damaged: its SHA-256 is not the one in {NAME}. {_REPAIR_HINT}")
-    if text != _listing(actual):
-        raise StoreError(f"{store / NAME} is damaged. {_REPAIR_HINT}")
+            raise StoreError(
+                f"{file} of {store} is damaged: its SHA-256 is not the one in {NAME}. {_REPAIR_HINT}",
+                value=file,
+                path=store,
+            )
+    if text != _format(actual):
+        raise StoreError(f"{store / NAME} is damaged. {_REPAIR_HINT}", value=NAME, path=store)
     return actual
 
 
 def missing_files(store: Path) -> list[str]:
-    """The listed files, or the list itself, that are not there; what is in them is not looked at."""
+    """Return the listed files that do not exist, or the list itself; contents are not checked."""
     try:
-        listed = _parsed(_text(store))
+        listed = _parse(_read(store))
         return [file for file in listed if not (store / file).is_file()] if listed else [NAME]
     except StoreError:
         return [NAME]
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files(store: Path) -> list[str]:
-    """Every file below `store` but the list itself, sorted, as paths within it."""
+    """Return the paths in the store of every file below it except the list, sorted."""
     paths = (os.path.join(folder, name) for folder, _, names in os.walk(store) for name in names)
-    found = (Path(os.path.relpath(path, store)).as_posix() for path in paths if os.path.isfile(path))
-    return sorted(path for path in found if path != NAME)
+    names = (Path(os.path.relpath(path, store)).as_posix() for path in paths if os.path.isfile(path))
+    return sorted(name for name in names if name != NAME)
 
 
-def _text(store: Path) -> str:
+def _read(store: Path) -> str:
     try:
         return (store / NAME).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
-        raise StoreError(f"{store / NAME} is missing or damaged, so nothing in {store} can be checked.") from None
+        raise StoreError(
+            f"{store / NAME} is missing or damaged, so no file of {store} can be checked. {_REPAIR_HINT}",
+            value=NAME,
+            path=store,
+        ) from None
 
 
-def _parsed(text: str) -> dict[str, str]:
+def _parse(text: str) -> dict[str, str]:
     return {line[66:]: line[:64] for line in text.split("\n") if line}
 
 
-def _listing(digests: Mapping[str, str]) -> str:
+def _format(digests: Mapping[str, str]) -> str:
     return "".join(f"{digests[file]}  {file}\n" for file in sorted(digests))

@@ -1,4 +1,4 @@
-"""Minibatches from one or more feature stores, read ahead into memory that is used again and again."""
+"""Minibatches from one or more feature stores, prefetched into reused memory."""
 
 import os
 import queue
@@ -8,40 +8,41 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from cache.arrays import READ_THREADS, ReadRequest, gather
 from cache.errors import StoreError
-from cache.gather import THREADS, gather
 from cache.reader import FeatureStore, check_aligned
 
-# One batch in use, one being filled; a third would only push the others out of the processor's cache.
-_BUFFERS = 2
-# Batches told ahead after one that had to come from the disk.
+# One batch is used while the next is read; a third would evict the others from the CPU's cache.
+_N_BUFFERS = 2
+# After a batch that had to be read from the disk, so many more batches are requested ahead of time.
 _PREFETCH_BATCHES = 16
-# Samples read at once while a set is brought into memory.
 _ROWS_PER_READ = 256
 
 
 class FeatureDataset:
-    """Random access to the samples of one or several stores, several arrays at once.
+    """Random access to samples of one or several stores, several arrays at once.
 
-    Three ways to read: `take(index)` for one batch in new memory; `stream(order)` for an epoch through a prefetch
-    thread; and as a map-style dataset of a torch DataLoader (`len`, and indexing by a position or a list of them).
+    There are three ways to read: `get(index)` returns one batch in new memory; `stream(order)` yields an epoch
+    through a prefetch thread; and a torch DataLoader uses it as a map-style dataset (`len`, and indexing by a
+    position or a list of positions).
 
     Args:
-        fields: for each name in a batch the (store, array) pairs that are joined along channels, such as
-            `{"level2": [(hiera, "level2/features"), (prithvi, "level2/features")]}`. Stores must be aligned, and the
-            arrays of one field alike in dtype and in all but channels.
-        rows: the samples to read, such as `store.rows("train")`; None for all. Nothing is copied.
-        view: which augmented copy; None for the first.
-        budget: bytes; if the rows fit, they are read once and kept in memory, else they stay on disk.
-        empty: makes the reused memory of `stream`, from a shape and a dtype; pinned memory, for instance.
+        fields: for each name in a batch, the (store, array) pairs that are concatenated along channels, such as
+            `{"level2": [(hiera, "level2/features"), (prithvi, "level2/features")]}`. Stores must be aligned; the
+            arrays of a field must have the same dtype and the same shape except for channels.
+        rows: indices of the samples to read, such as `store.rows("train")`; None for all.
+        view: name of the augmented copy; None for the first.
+        budget: bytes; if the rows fit, they are read once and stay in memory, else they are read as needed.
+        empty: allocates the reused memory of `stream` from a shape and a dtype, for instance pinned memory.
 
     Attributes:
-        stores: those of the fields, each once.
-        rows: the samples to read.
-        held: the rows are kept in memory.
+        stores: those of the fields, without duplicates.
+        shapes, dtypes: of one sample, by field.
+        rows: indices of the samples to read, int64 (sample,).
+        in_memory: whether the rows are in memory.
 
     Raises:
-        StoreError: stores that are not aligned, or arrays that cannot be joined.
+        StoreError: stores are not aligned, or arrays cannot be concatenated.
     """
 
     def __init__(
@@ -52,31 +53,37 @@ class FeatureDataset:
         budget: int = 0,
         empty: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
     ):
-        self._given = (fields, rows, view, budget, empty)
-        self._fields = {name: list(parts) for name, parts in fields.items()}
+        self._arguments = (fields, rows, view, budget, empty)
+        self._fields = {name: list(members) for name, members in fields.items()}
         if not self._fields or not all(self._fields.values()):
-            raise StoreError(f"Batches need fields, and each at least one (store, array) pair; given {dict(fields)}.")
-        self.stores = list({id(store): store for parts in self._fields.values() for store, _ in parts}.values())
+            raise StoreError(
+                f"A FeatureDataset needs fields, each with at least one (store, array) pair; given {dict(fields)}.",
+                key="fields",
+                value=dict(fields),
+            )
+        members = [member for members in self._fields.values() for member in members]
+        self.stores = list({id(store): store for store, _ in members}.values())
         check_aligned(self.stores)
         self.shapes, self.dtypes = {}, {}
-        for name, parts in self._fields.items():
-            self.shapes[name], self.dtypes[name] = _joined(name, parts)
-        self.rows = self.stores[0].validate_index(np.arange(len(self.stores[0].sample)) if rows is None else rows)
-        self._places = np.full(len(self.stores[0].sample), -1)
-        self._places[self.rows] = np.arange(len(self.rows))
+        for name, field_members in self._fields.items():
+            self.shapes[name], self.dtypes[name] = _concatenated(name, field_members)
+        n_samples = len(self.stores[0].sample)
+        self.rows = self.stores[0].validate_index(np.arange(n_samples) if rows is None else rows)
+        self._position_of_sample = np.full(n_samples, -1)
+        self._position_of_sample[self.rows] = np.arange(len(self.rows))
         self._view, self._empty = view, empty
-        self._pool, self._process = None, None
-        self._held = None
+        self._pool, self._pool_process = None, None
+        self._memory = None
         if self.total_bytes <= budget:
-            self._held = self._hold()
+            self._memory = self._read_all()
 
     @property
     def in_memory(self) -> bool:
-        return self._held is not None
+        return self._memory is not None
 
     @property
     def total_bytes(self) -> int:
-        """What all the rows would take in memory."""
+        """Bytes of all rows in memory."""
         return sum(
             len(self.rows) * int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
         )
@@ -85,41 +92,48 @@ class FeatureDataset:
         return len(self.rows)
 
     def __getitem__(self, position: int | Sequence[int]) -> dict[str, np.ndarray]:
-        """One sample, or a batch of them, by position among `rows`."""
+        """Return one sample, or a batch of them, by position in `rows`."""
         if isinstance(position, (int, np.integer)):
             return {name: values[0] for name, values in self.get(self.rows[[position]]).items()}
         return self.get(self.rows[np.asarray(position, dtype=np.int64)])
 
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """What a DataLoader that batches by itself asks for."""
+        """Return samples for a DataLoader that makes batches of them."""
         batch = self[positions]
-        return [{name: values[place] for name, values in batch.items()} for place in range(len(positions))]
+        return [{name: values[number] for name, values in batch.items()} for number in range(len(positions))]
 
     def __reduce__(self):
-        return FeatureDataset, self._given
+        return FeatureDataset, self._arguments
 
     def get(self, index: np.ndarray, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """Samples `index` of the stores, in that order.
+        """Return the samples `index` of the stores, in that order.
 
         Args:
-            out: what `memory` gave, for at least so many samples, to be filled from its start; None for new memory.
+            index: indices of samples (sample,), all in `rows`.
+            out: result of `allocate` for at least as many samples, filled from its start; None for new memory.
+
+        Returns:
+            (sample, channel, …) by field.
+
+        Raises:
+            StoreError: a sample is not in `rows`, or a file is missing or damaged.
         """
         out = self._allocate(len(index), np.empty) if out is None else out
         self._fill(out, np.asarray(index))
         return {name: values[: len(index)] for name, values in out.items()}
 
     def allocate(self, count: int) -> dict[str, np.ndarray]:
-        """Memory for `count` samples, made by `empty`."""
+        """Return memory for `count` samples, allocated by `empty`."""
         return self._allocate(count, self._empty)
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """An epoch: (index, batch) for every index array of `order`, read ahead by a thread.
+        """Yield (index, batch) for every index array of `order`; a thread reads ahead.
 
-        A batch's arrays are used again: they hold what they hold until the next batch is asked for. Memory is
-        two batches of the largest size. Leaving the loop early ends the thread.
+        The arrays of a batch are valid until the next batch is requested; their memory is reused. The iterator
+        allocates two batches of the largest size. Leaving the loop early ends the thread.
         """
         free, ready, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-        for _ in range(_BUFFERS):
+        for _ in range(_N_BUFFERS):
             free.put(None)
         reader = threading.Thread(target=self._read_ahead, args=(order, free, ready, stop), daemon=True)
         reader.start()
@@ -138,99 +152,105 @@ class FeatureDataset:
     def _read_ahead(self, order, free: queue.SimpleQueue, ready: queue.SimpleQueue, stop: threading.Event) -> None:
         try:
             upcoming = (np.asarray(index) for index in order)
-            index, cold, failed = next(upcoming, None), 0, None
+            index, prefetches_left, failure = next(upcoming, None), 0, None
             while index is not None:
                 try:
-                    following = next(upcoming, None)
-                except BaseException as error:  # after the batch that is already known
-                    following, failed = None, error
+                    next_index = next(upcoming, None)
+                except BaseException as error:  # raised after the current batch, which `order` did give
+                    next_index, failure = None, error
                 buffer = free.get()
                 if stop.is_set():
                     return
                 if buffer is None or any(len(out) < len(index) for out in buffer.values()):
                     buffer = self._allocate(len(index), self._empty)
-                if cold and following is not None:
-                    self._advise(following)
-                # A batch that was told ahead is at hand; that does not say that the next one would be.
-                cold = _PREFETCH_BATCHES if self._fill(buffer, index) else max(0, cold - 1)
+                if prefetches_left and next_index is not None:
+                    self._prefetch(next_index)
+                # A prefetched batch is found in the page cache, which says nothing about the one after it: hence a
+                # count instead of a flag.
+                prefetches_left = _PREFETCH_BATCHES if self._fill(buffer, index) else max(0, prefetches_left - 1)
                 ready.put((index, buffer))
-                index = following
-            ready.put(failed)
+                index = next_index
+            ready.put(failure)
         except BaseException as error:
             ready.put(error)
 
     def _fill(self, out: Mapping[str, np.ndarray], index: np.ndarray) -> bool:
-        """Gather samples into memory; returns whether they had to come from the disk."""
-        places = self.positions(index)
-        if self._held is not None:
-            for name, held in self._held.items():
-                np.take(held, places, axis=0, out=out[name][: len(index)], mode="clip")
+        """Read samples to memory; returns whether the disk had to be read."""
+        positions = self.positions(index)
+        if self._memory is not None:
+            for name, values in self._memory.items():
+                np.take(values, positions, axis=0, out=out[name][: len(index)], mode="clip")
             return False
-        return gather(self._parts(index, out), self._threads())
+        return gather(self._requests(index, out), self._threads())
 
-    def _parts(self, index: np.ndarray, out: Mapping[str, np.ndarray]) -> list:
-        """Which rows of which array go where; arrays joined along channels lie side by side."""
-        found = []
+    def _requests(self, index: np.ndarray, out: Mapping[str, np.ndarray]) -> list[ReadRequest]:
+        """Rows and destination of every array; arrays of one field go to adjacent channels."""
+        requests = []
         for name, members in self._fields.items():
             start = 0
-            for store, array in members:
-                rows = store.array(array)
-                target = out[name][: len(index), start : start + rows.shape[0]]
-                found.append((rows, store.row_index(index, self._view).tolist(), target))
-                start += rows.shape[0]
-        return found
+            for store, array_name in members:
+                array = store.array(array_name)
+                target = out[name][: len(index), start : start + array.shape[0]]
+                requests.append((array, store.row_index(index, self._view).tolist(), target))
+                start += array.shape[0]
+        return requests
 
-    def _advise(self, index: np.ndarray) -> None:
+    def _prefetch(self, index: np.ndarray) -> None:
         for members in self._fields.values():
-            for store, array in members:
-                rows = store.array(array)
-                rows.prefetch(rows.locate(store.row_index(index, self._view).tolist()))
+            for store, array_name in members:
+                array = store.array(array_name)
+                array.prefetch(array.locate(store.row_index(index, self._view).tolist()))
 
-    def _hold(self) -> dict[str, np.ndarray]:
-        held = self._allocate(len(self.rows), np.empty)
+    def _read_all(self) -> dict[str, np.ndarray]:
+        memory = self._allocate(len(self.rows), np.empty)
         for start in range(0, len(self.rows), _ROWS_PER_READ):
-            some = slice(start, start + _ROWS_PER_READ)
-            self._fill({name: out[some] for name, out in held.items()}, self.rows[some])
-        return held
+            part = slice(start, start + _ROWS_PER_READ)
+            self._fill({name: out[part] for name, out in memory.items()}, self.rows[part])
+        return memory
 
     def positions(self, index: np.ndarray) -> np.ndarray:
-        """Where samples of the store stand among `rows`.
+        """Return the positions in `rows` of samples of the stores, int64 (sample,).
 
         Raises:
-            StoreError: a sample that is not among them.
+            StoreError: a sample is not in `rows`.
         """
-        places = self._places[self.stores[0].validate_index(index)]
-        if len(places) and places.min() < 0:
-            raise StoreError(f"Sample {index[np.argmin(places)]} is not among the rows these batches were made for.")
-        return places
+        positions = self._position_of_sample[self.stores[0].validate_index(index)]
+        if len(positions) and positions.min() < 0:
+            sample = int(index[np.argmin(positions)])
+            raise StoreError(
+                f"Sample {sample} is not one of the rows of this FeatureDataset.", key="index", value=sample
+            )
+        return positions
 
     def _allocate(self, count: int, empty: Callable) -> dict[str, np.ndarray]:
         return {name: empty((count, *shape), self.dtypes[name]) for name, shape in self.shapes.items()}
 
     def _threads(self) -> ThreadPoolExecutor:
-        """The pool of this process; a forked DataLoader worker makes its own."""
-        if self._process != os.getpid():
-            self._pool, self._process = ThreadPoolExecutor(THREADS), os.getpid()
+        """The pool of this process; a forked DataLoader worker creates its own."""
+        if self._pool_process != os.getpid():
+            self._pool, self._pool_process = ThreadPoolExecutor(READ_THREADS), os.getpid()
         return self._pool
 
 
-def _joined(name: str, parts: Sequence[tuple[FeatureStore, str]]) -> tuple[tuple[int, ...], np.dtype]:
-    """One sample's shape and dtype of arrays joined along channels."""
-    rows = [store.array(array) for store, array in parts]
-    if len({(one.shape[1:], one.dtype) for one in rows}) > 1:
+def _concatenated(name: str, members: Sequence[tuple[FeatureStore, str]]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of one sample of arrays concatenated along channels."""
+    arrays = [store.array(array_name) for store, array_name in members]
+    if len({(array.shape[1:], array.dtype) for array in arrays}) > 1:
+        descriptions = [
+            f"{array_name} of {store.location} is {array.shape} {array.dtype}"
+            for (store, array_name), array in zip(members, arrays, strict=True)
+        ]
         raise StoreError(
-            f"The arrays of '{name}' cannot be joined along channels: "
-            + ", ".join(
-                f"{array} of {store.location} is {one.shape} {one.dtype}"
-                for (store, array), one in zip(parts, rows, strict=True)
-            )
-            + ". Ask for them as fields of their own."
+            f"The arrays of '{name}' cannot be concatenated along channels: {', '.join(descriptions)}. Use a field "
+            "for each.",
+            key=f"fields.{name}",
+            value=[array.shape for array in arrays],
         )
-    return (sum(one.shape[0] for one in rows), *rows[0].shape[1:]), rows[0].dtype
+    return (sum(array.shape[0] for array in arrays), *arrays[0].shape[1:]), arrays[0].dtype
 
 
 def shuffled_batches(rows: np.ndarray, batch: int, seed: int, epoch: int = 0) -> Iterator[np.ndarray]:
-    """The rows of one epoch in random order, a batch at a time, the last one as it comes out."""
+    """Yield the rows of one epoch in random order, `batch` at a time; the last batch can be smaller."""
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     for start in range(0, len(order), batch):
         yield order[start : start + batch]

@@ -1,4 +1,4 @@
-"""Reading a finished feature store."""
+"""Read a finished feature store."""
 
 import hashlib
 import re
@@ -11,38 +11,35 @@ import zarr
 from zarr.abc.store import Store
 
 from cache import checksums
-from cache.arrays import DequantizedArray, LocalArray, is_mappable
+from cache.arrays import READ_THREADS, AnyArray, DequantizedArray, LocalArray, MmapPool, gather, is_mappable
 from cache.errors import StoreError
-from cache.files import MmapPool
-from cache.gather import THREADS, gather
 from cache.remote import RemoteArray, open_store
-from cache.schema import CONTRACT
+from cache.schema import CONTRACT, level_array, pooled_array, scale_array
 
-# Rows read side by side.
 _ROWS_PER_READ = 256
 
 
 class FeatureStore:
-    """A finished feature store, opened for reading.
+    """A finished feature store, open for reading.
 
     Args:
-        location: a folder; an address that fsspec knows, such as `s3://bucket/store.zarr`; or a Zarr store object.
+        location: a folder; an address for fsspec, such as `s3://bucket/store.zarr`; or a Zarr store object.
         options: for fsspec, when `location` is an address.
-        verify: compare every file with its checksum first; a local store only.
-        mapped: bytes of a local store that may stay mapped into memory; None for a tenth of the machine's. A store
-            that fits is read fastest once its pages are there.
+        verify: compare every file with its checksum first; for local stores only.
+        max_mapped_bytes: bytes of a local store that may stay mapped into memory; None for a tenth of the machine's
+            memory. A store that fits is read fastest once its pages are mapped.
 
     Attributes:
-        location: as given.
+        location: the folder as a Path, else as given.
         sample, split: text arrays (sample,).
         view: names of the augmented copies of every sample; empty for a store without them.
         levels: names of the levels, finest first.
         pooled: names of the pooled vectors, in the backbone's order.
-        attributes: provenance.
-        root: the Zarr group itself.
+        attributes: of the root group, with the provenance.
+        root: the Zarr group.
 
     Raises:
-        StoreError: nothing there, a store whose writer did not finish, or one of another contract.
+        StoreError: there is no store, its writer did not finish, it has another contract, or it holds no features.
     """
 
     def __init__(
@@ -50,9 +47,9 @@ class FeatureStore:
         location: str | Path | Store,
         options: Mapping | None = None,
         verify: bool = False,
-        mapped: int | None = None,
+        max_mapped_bytes: int | None = None,
     ):
-        self._opened_with = (location, options, False, mapped)
+        self._arguments = (location, options, False, max_mapped_bytes)
         try:
             if isinstance(location, Store) or "://" in str(location):
                 self.location, self._files = location, None
@@ -60,85 +57,104 @@ class FeatureStore:
             else:
                 store = self.location = Path(location)
                 if not (store / "zarr.json").exists():
-                    raise StoreError(f"There is no feature store at {location}; no writer has published one there.")
-                self._files = MmapPool(str(store), mapped)
+                    raise self._error(f"There is no feature store at {location}: no writer has published one there.")
+                self._files = MmapPool(str(store), max_mapped_bytes)
             self.root = zarr.open_group(store, mode="r")
         except StoreError:
             raise
-        except Exception as error:  # every file system fails in its own way
-            raise StoreError(
+        except Exception as error:  # each file system fails in its own way
+            raise self._error(
                 f"{location} cannot be opened as a Zarr store: {type(error).__name__}: {error}"
             ) from None
         self.attributes = dict(self.root.attrs)
-        self._check()
+        self._check_attributes()
         if verify:
             if not self._files:
-                raise StoreError(f"{location} is not a local folder; fetch it before checking its checksums.")
+                raise self._error(f"{location} is not a local folder. Copy it to one to verify its checksums.")
             checksums.check(self.location)
-        self._describe()
-
-    @classmethod
-    def unfinished(cls, folder: Path) -> "FeatureStore":
-        """A writer's store whose shards are all there but which is not yet marked complete."""
-        features = cls.__new__(cls)
-        features.location, features._files = folder, MmapPool(str(folder), mapped=1 << 28)
-        features.root = zarr.open_group(folder, mode="r", use_consolidated=False)
-        features.attributes = dict(features.root.attrs)
-        features._describe()
-        return features
+        self._read_names()
 
     def __reduce__(self):
-        return FeatureStore, self._opened_with
+        return FeatureStore, self._arguments
+
+    @property
+    def level_arrays(self) -> list[str]:
+        """Paths of the levels' features, finest first."""
+        return [level_array(level) for level in self.levels]
+
+    @property
+    def pooled_arrays(self) -> list[str]:
+        """Paths of the pooled vectors."""
+        return [pooled_array(name) for name in self.pooled]
 
     def rows(self, split: str | None = None, fraction: float = 1.0, seed: int = 0) -> np.ndarray:
-        """Indices, ascending, of a split's samples (None: all), or of a random fraction of them.
+        """Return the indices of a split's samples, or of a random fraction of them.
 
-        Which samples are drawn depends on their names and the seed alone, and a smaller fraction is part of a
-        larger one.
+        Which samples are drawn depends only on their names and the seed. A smaller fraction is a subset of a larger
+        one.
+
+        Args:
+            split: None for all samples.
+            fraction: above 0 and at most 1.
+
+        Returns:
+            int64 (sample,), ascending.
 
         Raises:
-            StoreError: the store has no such split.
+            StoreError: the store has no such split, or the fraction is out of range.
         """
         if split is not None and split not in self.split:
-            raise StoreError(f"{self.location} has no split '{split}'; it has {sorted(set(self.split.tolist()))}.")
-        chosen = np.arange(len(self.sample)) if split is None else np.flatnonzero(self.split == split)
+            splits = sorted(set(self.split.tolist()))
+            raise self._error(
+                f"{self.location} has no split '{split}'; it has {splits}.", key="split", value=split, allowed=splits
+            )
+        rows = np.arange(len(self.sample)) if split is None else np.flatnonzero(self.split == split)
         if not 0 < fraction <= 1:
-            raise StoreError(f"A fraction of {fraction} was asked for; it must be above 0 and at most 1.")
+            raise self._error(
+                f"fraction is {fraction}; it must be above 0 and at most 1.", key="fraction", value=fraction
+            )
         if fraction == 1:
-            return chosen
-        draws = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in self.sample[chosen].tolist()]
-        order = sorted(range(len(chosen)), key=draws.__getitem__)
-        return np.sort(chosen[order[: max(1, round(fraction * len(chosen)))]])
+            return rows
+        keys = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in self.sample[rows].tolist()]
+        order = sorted(range(len(rows)), key=keys.__getitem__)
+        return np.sort(rows[order[: max(1, round(fraction * len(rows)))]])
 
     def read(
         self, name: str, index: np.ndarray, view: str | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Samples `index` of the array `name` (such as `level0/features`), in that order.
+        """Read samples of an array.
 
         Args:
-            view: which augmented copy; None for the first.
-            out: where to put them: of their shape and dtype, each row contiguous; None for new memory.
+            name: path of the array, such as `level0/features`.
+            index: indices of samples (sample,), in any order.
+            view: name of the augmented copy; None for the first.
+            out: destination, of the result's shape and dtype, each row contiguous; None for a new array.
 
         Returns:
-            (len(index), …) in the dtype the store was given, int8 restored.
+            (sample, …) in the order of `index`, in the dtype that was written; int8 is dequantized.
+
+        Raises:
+            StoreError: no such array, sample or view, `out` does not fit, or a file is missing or damaged.
         """
-        rows = self.array(name)
-        index = self.row_index(index, view)
-        shape = (len(index), *rows.shape)
-        out = np.empty(shape, rows.dtype) if out is None else out
-        if out.shape != shape or out.dtype != rows.dtype or not (len(out) == 0 or out[0].flags.c_contiguous):
-            raise StoreError(
-                f"{name} gives {shape} {rows.dtype}, each row contiguous; the memory given is {out.shape} "
-                f"{out.dtype}."
+        array = self.array(name)
+        rows = self.row_index(index, view)
+        shape = (len(rows), *array.shape)
+        out = np.empty(shape, array.dtype) if out is None else out
+        if out.shape != shape or out.dtype != array.dtype or not (len(out) == 0 or out[0].flags.c_contiguous):
+            raise self._error(
+                f"out must be {shape} {array.dtype} with contiguous rows for {name}; it is {out.shape} {out.dtype}.",
+                key="out",
+                value=(out.shape, str(out.dtype)),
+                allowed=[(shape, str(array.dtype))],
             )
-        with ThreadPoolExecutor(THREADS) as pool:
-            for start in range(0, len(index), _ROWS_PER_READ):
-                some = slice(start, start + _ROWS_PER_READ)
-                gather([(rows, index[some].tolist(), out[some])], pool)
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for start in range(0, len(rows), _ROWS_PER_READ):
+                part = slice(start, start + _ROWS_PER_READ)
+                gather([(array, rows[part].tolist(), out[part])], pool)
         return out
 
-    def array(self, name: str) -> LocalArray | DequantizedArray | RemoteArray:
-        """The rows of one array.
+    def array(self, name: str) -> AnyArray:
+        """Return the rows of one array.
 
         Raises:
             StoreError: the store has no such array.
@@ -148,102 +164,145 @@ class FeatureStore:
         return self._arrays[name]
 
     def row_index(self, index: np.ndarray, view: str | None = None) -> np.ndarray:
-        """Row numbers of samples' views, int64.
+        """Return the rows of a view of samples, int64 (sample,).
 
         Raises:
-            StoreError: not row numbers, one out of range, or no such view.
+            StoreError: no such sample or view.
         """
         index = self.validate_index(index)
         if view is None:
             return index * max(1, len(self.view))
         if view not in self.view:
-            raise StoreError(f"{self.location} has no view '{view}'; it has {self.view or 'none'}.")
+            raise self._error(
+                f"{self.location} has no view '{view}'; it has {', '.join(self.view) or 'none'}.",
+                key="view",
+                value=view,
+                allowed=self.view,
+            )
         return index * len(self.view) + self.view.index(view)
 
     def validate_index(self, index: np.ndarray) -> np.ndarray:
-        """Sample numbers as int64, each of which the store has.
+        """Return indices of samples as int64 (sample,).
 
         Raises:
-            StoreError: not row numbers, or one out of range.
+            StoreError: not a list of integers, or an index is out of range.
         """
         index = np.asarray(index)
         if index.ndim != 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
-            raise StoreError(
-                f"Samples are asked for by a list of row numbers; this is {index.ndim}-dimensional {index.dtype}. "
-                "A mask becomes one by np.flatnonzero."
+            raise self._error(
+                f"Samples are selected by a list of integers; this is {index.ndim}-dimensional {index.dtype}. "
+                "Convert a mask with np.flatnonzero.",
+                key="index",
+                value=str(index.dtype),
             )
         index = index.astype(np.int64, copy=False)
         if index.size and (index.min() < 0 or index.max() >= len(self.sample)):
-            raise StoreError(
-                f"{self.location} has samples 0 to {len(self.sample) - 1}; asked for {index.min()} to {index.max()}."
+            raise self._error(
+                f"{self.location} has samples 0 to {len(self.sample) - 1}; the index has {index.min()} to "
+                f"{index.max()}.",
+                key="index",
+                value=(int(index.min()), int(index.max())),
             )
         return index
 
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a level's channels over the training split, float64 (channel,)."""
+        """Return mean and standard deviation of a level's channels over the training split, float64 (channel,).
+
+        Args:
+            level: name of the level, such as `level0`.
+
+        Raises:
+            StoreError: the store has no such level.
+        """
         if level not in self.levels:
-            raise StoreError(f"{self.location} has no level '{level}'; it has {', '.join(self.levels) or 'none'}.")
+            raise self._error(
+                f"{self.location} has no level '{level}'; it has {', '.join(self.levels) or 'none'}.",
+                key="level",
+                value=level,
+                allowed=self.levels,
+            )
         return self.root[level]["mean"][:], self.root[level]["std"][:]
 
-    def _check(self) -> None:
+    def _check_attributes(self) -> None:
         if not self.attributes.get("complete"):
-            raise StoreError(f"{self.location} was never finished, so it is not read. Delete it and extract again.")
+            raise self._error(
+                f"{self.location} was never finished. Delete it and extract it again.", key="complete", value=False
+            )
         if (contract := self.attributes.get("contract")) != CONTRACT:
-            raise StoreError(
-                f"{self.location} follows contract {contract}; this reader knows {CONTRACT}. Extract it again, or "
-                "read it with the version that wrote it."
+            raise self._error(
+                f"{self.location} has contract {contract}; this version reads contract {CONTRACT}. Extract it again, "
+                "or read it with the version that wrote it.",
+                key="contract",
+                value=contract,
+                allowed=[CONTRACT],
             )
         if reason := self.attributes.get("skipped"):
-            raise StoreError(f"{self.location} holds no features: {reason}")
+            raise self._error(f"{self.location} has no features: {reason}", key="skipped", value=reason)
 
-    def _describe(self) -> None:
+    def _read_names(self) -> None:
         self.sample = np.array(self.root["sample"][:].tolist())
         self.split = np.array(self.root["split"][:].tolist())
         self.view = self.root["view"][:].tolist() if "view" in self.root else []
         for name in ("sample", "split", "view"):
-            if "" in getattr(self, name):  # what zarr reads where a file is missing
-                raise StoreError(
-                    f"{self.location} lacks a file of its array '{name}': some of its samples have none. Fetch the "
-                    "store again, or delete it and extract again."
+            if "" in getattr(self, name):  # what zarr reads in place of a missing file
+                raise self._error(
+                    f"{self.location} has lost a file of its array '{name}', so some entries are empty. Copy the "
+                    "store again from its source, or delete it and extract it again.",
+                    key=name,
                 )
         levels = [name for name in self.root.group_keys() if re.fullmatch(r"level\d+", name)]
         self.levels = sorted(levels, key=lambda name: int(name.removeprefix("level")))
         self.pooled = list(self.root["pooled"].attrs["vectors"])
-        self._arrays: dict[str, LocalArray | DequantizedArray | RemoteArray] = {}
+        self._arrays: dict[str, AnyArray] = {}
 
-    def _open(self, name: str) -> LocalArray | DequantizedArray | RemoteArray:
-        known = [f"{level}/features" for level in self.levels] + [f"pooled/{vector}" for vector in self.pooled]
-        if name not in known:
-            raise StoreError(f"{self.location} has no array '{name}'; it has {', '.join(known)}.")
+    def _open(self, name: str) -> AnyArray:
+        names = self.level_arrays + self.pooled_arrays
+        if name not in names:
+            raise self._error(
+                f"{self.location} has no array '{name}'; it has {', '.join(names)}.",
+                key="name",
+                value=name,
+                allowed=names,
+            )
         array = self.root[name]
-        scale = self.root[name.replace("features", "scale")] if array.dtype == np.int8 else None
-        local = self._files and all(is_mappable(one) for one in (array, scale) if one is not None)
-        leading = 2 if self.view else 1
+        scale = self.root[scale_array(name)] if array.dtype == np.int8 else None
+        use_mmap = self._files and all(is_mappable(stored) for stored in (array, scale) if stored is not None)
+        n_leading = 2 if self.view else 1
 
-        def rows(one: zarr.Array) -> LocalArray | RemoteArray:
-            return LocalArray(one, self._files, leading) if local else RemoteArray(one, leading)
+        def rows(stored: zarr.Array) -> LocalArray | RemoteArray:
+            return LocalArray(stored, self._files, n_leading) if use_mmap else RemoteArray(stored, n_leading)
 
         return rows(array) if scale is None else DequantizedArray(rows(array), rows(scale), self.attributes["dtype"])
 
+    def _error(self, message: str, **fields) -> StoreError:
+        path = self.location if isinstance(self.location, (str, Path)) else None
+        return StoreError(message, path=path, **fields)
+
 
 def check_aligned(stores: Sequence[FeatureStore]) -> None:
-    """Check that stores hold the same samples in the same order with the same splits and views.
+    """Check that stores have the same samples in the same order, with the same splits and views.
 
     Raises:
-        StoreError: naming the two stores and the first difference.
+        StoreError: names the first two stores that differ; `key` is `sample`, `split` or `view`.
     """
     first = stores[0]
-    for other in stores[1:]:
-        for what in ("sample", "split", "view"):
-            ours, theirs = np.asarray(getattr(first, what)), np.asarray(getattr(other, what))
-            if len(ours) != len(theirs):
+    for store in stores[1:]:
+        for key in ("sample", "split", "view"):
+            a, b = np.asarray(getattr(first, key)), np.asarray(getattr(store, key))
+            if len(a) != len(b):
                 raise StoreError(
-                    f"{first.location} has {len(ours)} {what}s, {other.location} has {len(theirs)}. Both must come "
-                    "from one images store: extract again."
+                    f"{first.location} has {len(a)} {key}s, {store.location} has {len(b)}. Extract both again from "
+                    "one images store.",
+                    key=key,
+                    value=len(b),
+                    allowed=[len(a)],
                 )
-            if (ours != theirs).any():
-                row = int(np.argmax(ours != theirs))
+            if (a != b).any():
+                row = int(np.argmax(a != b))
                 raise StoreError(
-                    f"{first.location} and {other.location} differ in '{what}' at row {row}: '{ours[row]}' and "
-                    f"'{theirs[row]}'. Both must come from one images store: extract again."
+                    f"{first.location} and {store.location} differ in '{key}' at row {row}: '{a[row]}' and "
+                    f"'{b[row]}'. Extract both again from one images store.",
+                    key=key,
+                    value=str(b[row]),
+                    allowed=[str(a[row])],
                 )

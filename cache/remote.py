@@ -1,4 +1,4 @@
-"""Stores that are not a local folder: opened through fsspec, read by zarr-python."""
+"""Read stores that are not a local folder: opened through fsspec, decoded by zarr-python."""
 
 import asyncio
 from collections import OrderedDict
@@ -12,14 +12,17 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
-# Whole files kept, where parts of files cannot be read.
-_KEPT = 8
+_CACHED_FILES = 8
+_CACHED_CHUNKS = 8
 
 
 def open_store(location: str | Store, options: Mapping | None) -> Store:
-    """The Zarr store at an address, one that can give parts of files.
+    """Open the Zarr store at an address, such that byte ranges of its files can be read.
 
-    DVC's file system, and web servers without ranges, give whole files only or fail.
+    DVC's file system, and web servers without range requests, return whole files only or fail.
+
+    Args:
+        options: for fsspec.
 
     Raises:
         FileNotFoundError: there is no zarr.json.
@@ -27,26 +30,27 @@ def open_store(location: str | Store, options: Mapping | None) -> Store:
     store = zarr.open_group(location, mode="r", storage_options=options).store
     whole = sync(store.get("zarr.json", default_buffer_prototype())).to_bytes()
     try:
-        part = sync(store.get("zarr.json", default_buffer_prototype(), SuffixByteRequest(4))).to_bytes()
+        tail = sync(store.get("zarr.json", default_buffer_prototype(), SuffixByteRequest(4))).to_bytes()
     except Exception:  # each file system fails in its own way
-        part = b""
-    return store if part == whole[-4:] else WholeFiles(store)
+        tail = b""
+    return store if tail == whole[-4:] else WholeFileStore(store)
 
 
-class WholeFiles(WrapperStore):
-    """Fetches whole files and gives parts of them, remembering the last few."""
+class WholeFileStore(WrapperStore):
+    """Serve byte ranges from whole files, of which it caches the last few."""
 
     def __init__(self, store: Store):
         super().__init__(store)
-        self._files, self._fetching = OrderedDict(), asyncio.Lock()
+        self._files, self._lock = OrderedDict(), asyncio.Lock()
 
     async def get(self, key, prototype, byte_range=None):
-        async with self._fetching:  # others want the same file
+        """Return a file or a range of its bytes."""
+        async with self._lock:  # requests for one file must fetch it once
             if key not in self._files:
                 self._files[key] = await self._store.get(key, prototype)
             self._files.move_to_end(key)
             value = self._files[key]
-            while len(self._files) > _KEPT:
+            while len(self._files) > _CACHED_FILES:
                 self._files.popitem(last=False)
         if value is None or byte_range is None:
             return value
@@ -57,34 +61,46 @@ class WholeFiles(WrapperStore):
         return value[-byte_range.suffix :]
 
     async def get_partial_values(self, prototype, key_ranges):
+        """Return several ranges."""
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
 
 class RemoteArray:
-    """Rows of an array through zarr-python, from any store it can open: slower, and by the same interface."""
+    """Rows of an array through zarr-python, from any store: the interface of `LocalArray`, but slower.
 
-    def __init__(self, array: zarr.Array, leading: int):
-        self._array, self._views = array, array.shape[1:leading]
-        self.shape, self.dtype = array.shape[leading:], array.dtype
-        self._step = array.chunks[0]
-        # A chunk of many rows is kept for the others of a batch.
-        self._chunk = lru_cache(maxsize=8)(lambda start: array[start : start + self._step])
+    Args:
+        array: the Zarr array.
+        n_leading: number of leading axes that count rows: 1, or 2 in a store with views.
 
-    def locate(self, index: Sequence[int]) -> list[tuple[int, ...]]:
-        """Sample, and view where there are views, of each row."""
-        return [divmod(row, *self._views) if self._views else (row,) for row in index]
+    Attributes:
+        shape, dtype: of one row.
+    """
 
-    def read(self, places: Sequence[tuple[int, ...]], out: np.ndarray) -> None:
-        # File after file, since some stores can fetch whole files only.
-        for number in sorted(range(len(places)), key=places.__getitem__):
-            sample, *view = places[number]
-            if self._step == 1:
-                out[number] = self._array[places[number]]
+    def __init__(self, array: zarr.Array, n_leading: int):
+        self._array, self._views = array, array.shape[1:n_leading]
+        self.shape, self.dtype = array.shape[n_leading:], array.dtype
+        self._chunk_rows = array.chunks[0]
+        # A batch often needs several rows of one chunk.
+        self._chunk = lru_cache(maxsize=_CACHED_CHUNKS)(lambda start: array[start : start + self._chunk_rows])
+
+    def locate(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return sample, and view in a store with views, of each row."""
+        return [divmod(row, *self._views) if self._views else (row,) for row in rows]
+
+    def read(self, locations: Sequence[tuple[int, ...]], out: np.ndarray) -> None:
+        """Read rows to `out` (row, …)."""
+        # In the order of the files, since some stores fetch whole files only.
+        for position in sorted(range(len(locations)), key=locations.__getitem__):
+            sample, *view = locations[position]
+            if self._chunk_rows == 1:
+                out[position] = self._array[locations[position]]
             else:
-                out[number] = self._chunk(sample - sample % self._step)[(sample % self._step, *view)]
+                chunk = self._chunk(sample - sample % self._chunk_rows)
+                out[position] = chunk[(sample % self._chunk_rows, *view)]
 
-    def in_page_cache(self, place: tuple) -> bool:
+    def in_page_cache(self, location: tuple) -> bool:
+        """Return True: nothing is known about a remote file."""
         return True
 
-    def prefetch(self, places: Sequence[tuple]) -> None:
-        """Nothing that can be told ahead."""
+    def prefetch(self, locations: Sequence[tuple]) -> None:
+        """Do nothing: fsspec has no request to load ahead."""

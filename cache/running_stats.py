@@ -1,4 +1,4 @@
-"""Mean and spread of a level's channels, summed piece by piece and merged, exact to float64's last digits."""
+"""Mean and standard deviation per channel, computed block by block in float64 and merged."""
 
 import math
 from collections.abc import Iterable
@@ -6,85 +6,105 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Values in a piece: few enough that, as float64, they stay in a processor's cache from one step to the next.
+# Values of a block: few enough to stay, as float64, in the cache of a core between the steps.
 _BLOCK_VALUES = 2**17
 
 
 @dataclass(frozen=True)
 class RunningStats:
-    """Of any part of a level.
+    """Statistics of any part of an array, per channel.
 
     Attributes:
-        count: values a channel.
-        mean: of each, float64 (channel,).
-        squares: sum of squares about the mean, float64 (channel,).
+        count: number of values per channel.
+        mean: float64 (channel,).
+        squared_deviations: sum of squared differences to the mean, float64 (channel,).
     """
 
     count: int
     mean: np.ndarray
     squared_deviations: np.ndarray
 
+    @classmethod
+    def from_array(cls, maps: np.ndarray) -> "RunningStats | None":
+        """Compute the statistics of maps (map, channel, y, x); None if there are no maps.
+
+        A channel with NaN or infinite values gets a non-finite mean and standard deviation.
+        """
+        flat = maps.reshape(*maps.shape[:2], math.prod(maps.shape[2:]))
+        blocks = block_slices(len(flat), math.prod(flat.shape[1:]))
+        # One buffer for all blocks: allocating one each time takes longer than the sums.
+        buffer = np.empty(flat[blocks[0]].shape) if blocks else None
+        return cls.merge(_block_stats(block, buffer[: len(block)]) for block in map(flat.__getitem__, blocks))
+
+    @staticmethod
+    def merge(parts: Iterable["RunningStats"]) -> "RunningStats | None":
+        """Merge the statistics of several parts, in their order; None if there are no parts.
+
+        The same parts in the same order give the same bits.
+
+        Source: Chan, Golub, LeVeque 1983, doi:10.1080/00031305.1983.10483115.
+        """
+        total = None
+        for part in parts:
+            total = part if total is None else _merge_two(total, part)
+        return total
+
+    def std(self) -> np.ndarray:
+        """Return the standard deviation (population, not sample), float64 (channel,)."""
+        return np.sqrt(self.squared_deviations / self.count)
+
     def to_json(self) -> list:
-        """As JSON; `Moments.read` gives the same bits back."""
+        """Return JSON values from which `from_json` restores the same bits."""
         return [self.count, self.mean.tolist(), self.squared_deviations.tolist()]
 
     @classmethod
-    def from_json(cls, record: list) -> "RunningStats":
-        count, *arrays = record
+    def from_json(cls, values: list) -> "RunningStats":
+        """Restore the statistics that `to_json` returned."""
+        count, *arrays = values
         return cls(count, *map(np.array, arrays))
 
-    def std(self) -> np.ndarray:
-        return np.sqrt(self.squared_deviations / self.count)
+
+def mean_std_from_sums(count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation from sums of values and of squares.
+
+    Only for values whose mean is not large compared with their spread, such as pixels of images: the difference of
+    two large numbers would lose digits. `RunningStats` has no such limit.
+
+    Args:
+        count: number of values per channel.
+        total: sums of the values, float64 (channel,).
+        squares: sums of the squared values, float64 (channel,).
+    """
+    mean = total / count
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
 
 
-def block_slices(count: int, size: int, values: int = _BLOCK_VALUES) -> list[slice]:
-    """Rows of `count` maps with `size` values each, cut into pieces of about so many values."""
-    step = max(1, values // size)
+def block_slices(count: int, values_per_row: int, block_values: int = _BLOCK_VALUES) -> list[slice]:
+    """Split `count` rows into slices of about `block_values` values each."""
+    step = max(1, block_values // values_per_row)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def from_array(maps: np.ndarray) -> RunningStats | None:
-    """Moments of maps (map, channel, y, x); None of none.
-
-    Values that are NaN or infinite make their channel's moments so.
-    """
-    flat = maps.reshape(*maps.shape[:2], math.prod(maps.shape[2:]))
-    cut = block_slices(len(flat), math.prod(flat.shape[1:]))
-    memory = np.empty(flat[cut[0]].shape) if cut else None  # fresh memory costs more than the sums
-    return merge(_of(part, memory[: len(part)]) for part in map(flat.__getitem__, cut))
+def _merge_two(a: RunningStats, b: RunningStats) -> RunningStats:
+    count = a.count + b.count
+    difference = b.mean - a.mean
+    mean = a.mean + difference * (b.count / count)
+    squared_deviations = a.squared_deviations + b.squared_deviations + difference**2 * (a.count * b.count / count)
+    return RunningStats(count, mean, squared_deviations)
 
 
-def merge(parts: Iterable[RunningStats]) -> RunningStats | None:
-    """Moments of all parts together, in their order, so that the same parts give the same bits; None of none.
-
-    Source: Chan, Golub, LeVeque 1983, doi:10.1080/00031305.1983.10483115.
-    """
-    whole = None
-    for part in parts:
-        whole = part if whole is None else _two(whole, part)
-    return whole
-
-
-def _two(one: RunningStats, other: RunningStats) -> RunningStats:
-    count = one.count + other.count
-    away = other.mean - one.mean
-    mean = one.mean + away * (other.count / count)
-    squares = one.squared_deviations + other.squared_deviations + away**2 * (one.count * other.count / count)
-    return RunningStats(count, mean, squares)
+def _block_stats(maps: np.ndarray, deviation: np.ndarray) -> RunningStats:
+    """Statistics of a few maps (map, channel, cell); `deviation` is a float64 buffer of their shape."""
+    # Shifted by one value of each channel: a spread that is small compared with the mean would be lost otherwise.
+    shift, count = maps[0, :, 0].astype(np.float64), len(maps) * maps.shape[2]
+    with np.errstate(invalid="ignore"):  # infinite values
+        np.subtract(maps, shift[:, None], out=deviation)
+        total = _channel_sums(deviation)
+        squares = _channel_sums(np.square(deviation, out=deviation)) - total * total / count
+    return RunningStats(count, shift + total / count, np.maximum(squares, 0))
 
 
-def _of(maps: np.ndarray, away: np.ndarray) -> RunningStats:
-    """Of a few maps (map, channel, cell); `away` is memory of their shape, float64."""
-    # About a value of each channel's own: one whose spread is small beside its mean would lose it otherwise.
-    about, count = maps[0, :, 0].astype(np.float64), len(maps) * maps.shape[2]
-    with np.errstate(invalid="ignore"):  # infinities among them
-        np.subtract(maps, about[:, None], out=away)
-        total = _sums(away)
-        squares = _sums(np.square(away, out=away)) - total * total / count
-    return RunningStats(count, about + total / count, np.maximum(squares, 0))
-
-
-def _sums(values: np.ndarray) -> np.ndarray:
-    """Sums of each channel of (map, channel, cell); not by BLAS, whose last digits depend on its threads."""
-    # Map upon map first: maps may be so small that a sum over each is slow.
+def _channel_sums(values: np.ndarray) -> np.ndarray:
+    """Sum (map, channel, cell) per channel, not by BLAS, whose rounding depends on its threads."""
+    # The maps first: maps can be so small that a sum over each is slow.
     return (values[0] if len(values) == 1 else values.sum(axis=0)).sum(axis=1)

@@ -19,19 +19,33 @@ DTYPES = ("float16", "float32")
 CHUNK_KEYS = {"name": "default", "separator": "."}
 
 
-def level_array(index: int) -> str:
-    """Path of the features of one level in a store; level 0 is the finest."""
-    return f"level{index}/features"
+def level_array(level: int | str) -> str:
+    """Return the path in a store of the features of a level.
+
+    Args:
+        level: number of the level, 0 the finest, or its name, such as `level0`.
+    """
+    return f"{level}/features" if isinstance(level, str) else f"level{level}/features"
 
 
 def pooled_array(name: str) -> str:
-    """Path of one pooled vector in a store, such as `pooled/mean_level3`."""
+    """Return the path in a store of a pooled vector, such as `pooled/mean_level3`."""
     return f"pooled/{name}"
 
 
-def layer_name(array: str) -> str:
-    """Short name of an array: `level2` for `level2/features`, `mean_level3` for `pooled/mean_level3`."""
-    return array.removeprefix("pooled/").removesuffix("/features")
+def is_level_array(path: str) -> bool:
+    """Tell whether a path is that of a level's features."""
+    return path.endswith("/features")
+
+
+def layer_name(path: str) -> str:
+    """Return the name of the level or pooled vector at a path: `level0`, or `mean_level3`."""
+    return path.removeprefix("pooled/").removesuffix("/features")
+
+
+def scale_array(path: str) -> str:
+    """Return the path of the int8 scale of the level's features at `path`."""
+    return path.removesuffix("features") + "scale"
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,9 @@ class StoreSchema:
             names = getattr(self, key)
             if len(set(names)) < len(names):
                 duplicate = next(name for number, name in enumerate(names) if name in names[:number])
-                raise StoreError(f"{key} has '{duplicate}' more than once; names must differ.", key=key, value=duplicate)
+                raise StoreError(
+                    f"{key} has '{duplicate}' more than once; names must differ.", key=key, value=duplicate
+                )
         if not self.sample or len(self.split) != len(self.sample):
             raise StoreError(
                 f"There are {len(self.sample)} samples and {len(self.split)} splits. Give at least one sample, and a "
@@ -93,7 +109,9 @@ class StoreSchema:
             )
         for key in ("sample", "split"):
             if "" in getattr(self, key):
-                raise StoreError(f"An entry of {key} is empty; give each sample a name and a split.", key=key, value="")
+                raise StoreError(
+                    f"An entry of {key} is empty; give each sample a name and a split.", key=key, value=""
+                )
         if self.dtype not in DTYPES:
             raise StoreError(
                 f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.",
@@ -160,8 +178,9 @@ def create_store(path: Path, schema: StoreSchema) -> None:
         )  # fmt: skip
         if schema.codec.has_scale:
             _create_empty(
-                group, "scale", (n_samples, *shape[:-2]), "float32", ("sample", *view, "channel"), (shard_size, *shape[:-2])
-            )
+                group, "scale", (n_samples, *shape[:-2]), "float32",
+                ("sample", *view, "channel"), (shard_size, *shape[:-2]),
+            )  # fmt: skip
         for axis, n_cells in (("y", level.height), ("x", level.width)):
             centers = (np.arange(n_cells) + 0.5) * level.stride
             put_array(group, axis, centers, (axis,), attributes={"units": "input pixels, at the center of the cell"})

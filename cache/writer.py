@@ -1,13 +1,14 @@
-"""Writing a feature store: whole shards, each recorded after its bytes are safe, published in one step.
+"""Write a feature store shard by shard, durably and resumably, and publish it in one step.
 
-Writers, of which there may be many on many machines, share a scratch folder that their caller names after
-everything that decides the content:
+Any number of writers, on any number of machines, share a scratch folder. Its name must contain a fingerprint of
+everything that decides the content; that is up to the caller.
 
-    <scratch>/store.zarr          the store, at full size, filled shard by shard
-    <scratch>/shards/<k>.json     exists once shard k is safe: the SHA-256 of its files, what was lost, and the
-                                  moments of its training samples
-    <scratch>/shards/<k>.lock     held by the writer at work on shard k; a killed writer lets go
-    <scratch>/lock                held while the store is laid down and while it is finished
+    <scratch>/store.zarr          the store at full size, filled shard by shard
+    <scratch>/shards/<k>.json     exists once shard k is on the disk: SHA-256 of its files, errors of the cast, and
+                                  statistics of its training samples
+    <scratch>/shards/<k>.lock     locked by the writer of shard k; the death of the writer releases it
+    <scratch>/fingerprint         of the schema and the provenance, which all writers must agree on
+    <scratch>/lock                locked while the store is created and while it is finished
 """
 
 import hashlib
@@ -23,79 +24,90 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from cache import checksums, running_stats
-from cache import zarr_shard as shard_format
-from cache.atomic import atomic_dir, publish, sync_folder, write_file
+from cache import checksums, zarr_shard
+from cache.atomic import atomic_dir, file_lock, publish, sync_folder, try_lock, write_file
 from cache.casting import CastArray, cast_array
 from cache.codecs import NONE, dequantize
 from cache.errors import StoreError
-from cache.locks import file_lock, try_lock
-from cache.schema import CONTRACT, StoreSchema, consolidate_metadata, create_store, put_array
+from cache.running_stats import RunningStats, block_slices
+from cache.schema import (
+    CONTRACT,
+    StoreSchema,
+    consolidate_metadata,
+    create_store,
+    is_level_array,
+    level_array,
+    put_array,
+    scale_array,
+)
 
-# Seconds between looks at shards that others have in hand.
+# Seconds between checks whether shards of other writers are free.
 _POLL_SECONDS = 0.2
-# Values in a task that sums them.
+# Values of a task that computes statistics.
 _BLOCK_VALUES = 2**20
+_CPU_THREADS = 4
+_DISK_THREADS = 4
 
 
 class Writer:
-    """Fills one store, alone or beside other writers; after a kill it goes on at the first missing shard.
+    """Fill one store, alone or together with other writers; after a kill it resumes with the missing shards.
 
     Args:
-        scratch: on the file system of `final`; shared by all that write this store.
-        layout: the same for all of them.
-        final: where the finished store appears. If it is there already, whole, with the same layout and provenance,
-            there is nothing to do.
-        provenance: attributes of the store, JSON values; the same for all of them.
+        scratch: a folder on the file system of `final`, the same for all writers of the store.
+        schema: the same for all writers.
+        final: path of the finished store. If it exists, complete and with the same schema and provenance, there is
+            nothing to do.
+        provenance: attributes of the store, JSON values, the same for all writers.
+
+    Attributes:
+        scratch, schema, final: as given.
 
     Raises:
-        StoreError: the scratch folder holds the beginning of another store.
+        StoreError: the scratch folder contains a store with another schema or provenance.
     """
 
     def __init__(self, scratch: Path, schema: StoreSchema, final: Path, provenance: Mapping):
-        self._claimed, self._given_up = {}, False
+        self._claimed, self._is_released = {}, False
         self.scratch, self.schema, self.final = Path(scratch), schema, Path(final)
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
-        made_from = json.dumps([repr(schema), dict(provenance)], sort_keys=True)
-        self._provenance = {**provenance, "made_from_sha256": hashlib.sha256(made_from.encode()).hexdigest()}
-        held = False
-        while not held:  # a writer that finishes takes the folder away while this one is arriving
+        self._provenance = {**provenance, "fingerprint": checksums.fingerprint(schema, provenance)}
+        is_locked = False
+        while not is_locked:  # a writer that finishes may delete the folder at this moment
             self._records.mkdir(parents=True, exist_ok=True)
-            with file_lock(self.scratch / "lock") as held:
-                if held and self.published() is None:
+            with file_lock(self.scratch / "lock") as is_locked:
+                if is_locked and self.published() is None:
                     self._create()
-                elif held:
+                elif is_locked:
                     self._remove_scratch()
 
     def published(self) -> str | None:
-        """The content digest of the finished store, if it is at its final name with all its files."""
+        """Return the content digest of the finished store, or None if it or one of its files is missing."""
         with suppress(FileNotFoundError):
-            said = json.loads((self.final / "zarr.json").read_text())["attributes"]
-            ours = said.get("made_from_sha256") == self._provenance["made_from_sha256"]
-            if said.get("complete") and ours and not checksums.missing_files(self.final):
-                return said["content_sha256"]
+            attributes = json.loads((self.final / "zarr.json").read_text())["attributes"]
+            is_same = attributes.get("fingerprint") == self._provenance["fingerprint"]
+            if attributes.get("complete") and is_same and not checksums.missing_files(self.final):
+                return attributes["content_sha256"]
         return None
 
     def pending_shards(self) -> list[int]:
-        """Shards still to be written, in order."""
+        """Return the shards that are not written yet, in order."""
         if not self._store.exists():
             return []
         return [shard for shard in range(self.schema.n_shards) if not self._record(shard).exists()]
 
     def claim_shards(self) -> Iterator[int]:
-        """Shards to write, one after another, none that another living writer has in hand.
+        """Yield shards to write, each of which this writer has locked against other writers.
 
-        A shard is in this writer's hand from here until it is written. At the end waits for those in other hands, and
-        yields them too if their writer dies. Ends early if another writer finished the store, and with it the
-        scratch folder.
+        A shard stays locked until it is written. When only shards of other writers are left, the iterator waits for
+        them, and yields those whose writer died. It ends early if another writer finishes the store.
         """
-        self._given_up = False
+        self._is_released = False
         try:
-            while open_ones := [shard for shard in self.pending_shards() if shard not in self._claimed]:
-                before = len(self._claimed)
-                for shard in open_ones:
-                    if self._given_up:
-                        self.release()  # what was taken while another thread let go
+            while pending := [shard for shard in self.pending_shards() if shard not in self._claimed]:
+                n_claimed = len(self._claimed)
+                for shard in pending:
+                    if self._is_released:
+                        self.release()  # a shard locked while another thread called `release`
                         return
                     lock = try_lock(self._records / f"{shard}.lock")
                     if lock is None:
@@ -105,31 +117,38 @@ class Writer:
                         continue
                     self._claimed[shard] = lock
                     yield shard
-                if len(self._claimed) == before:  # never wait for a lock itself: two that wait may wait for each other
+                # Poll instead of waiting for a lock: two writers could wait for each other.
+                if len(self._claimed) == n_claimed:
                     time.sleep(_POLL_SECONDS)
-        except GeneratorExit:  # its user gave up
+        except GeneratorExit:
             self.release()
             raise
 
     def release(self) -> None:
-        """Let go of the shards in this writer's hand that are not being written, and take no more."""
-        self._given_up = True
+        """Unlock the shards that are not being written, and end `claim_shards`."""
+        self._is_released = True
         while self._claimed:
             os.close(self._claimed.popitem()[1])
 
     __del__ = release
 
-    def write(self, shard: int, values: Mapping[str, np.ndarray], cast_errors: Mapping | None = None) -> None:
-        """Write one whole shard of every array, make it durable, and record it.
+    def write(
+        self,
+        shard: int,
+        values: Mapping[str, np.ndarray],
+        cast_errors: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Write one whole shard of every array, flush it to the disk, and record it.
 
         Args:
-            values: float arrays (rows of the shard, …) by array path; `Layout.shapes` has one sample's shape.
-            lost: of arrays that the caller narrowed to the store's dtype: the sums of squares that this lost, and of
-                what there was before.
+            shard: number of the shard.
+            values: float arrays (sample of the shard, …) by array path; `StoreSchema.shapes` has the shape of one
+                sample.
+            cast_errors: for arrays that the caller already cast to the store's dtype, the sums of squares of the
+                cast's differences and of the values before it (`casting.check_cast`), by array path.
 
         Raises:
-            StoreError: no such shard; an array is missing or of the wrong shape, or holds values that the dtype
-                cannot.
+            StoreError: no such shard, an array is missing or has another shape, or the dtype cannot hold its values.
         """
         lock = self._claimed.pop(shard, None)
         try:
@@ -138,167 +157,195 @@ class Writer:
             if lock is not None:
                 os.close(lock)
 
-    def _write(self, shard: int, values: Mapping[str, np.ndarray], lost: Mapping) -> None:
+    def _write(self, shard: int, values: Mapping[str, np.ndarray], cast_errors: Mapping) -> None:
         if not 0 <= shard < self.schema.n_shards:
-            raise StoreError(f"There is no shard {shard}; there are 0 to {self.schema.n_shards - 1}.")
+            raise StoreError(
+                f"There is no shard {shard}; there are 0 to {self.schema.n_shards - 1}.",
+                key="shard",
+                value=shard,
+                path=self.scratch,
+            )
         rows = self.schema.rows(shard)
-        shapes = {name: (rows.stop - rows.start, *shape) for name, shape in self.schema.shapes().items()}
-        given = {name: np.shape(array) for name, array in values.items()}
-        if given != shapes:
-            raise StoreError(f"Shard {shard} has the arrays {given}; wanted {shapes}.")
-        with ThreadPoolExecutor(4) as pool, ThreadPoolExecutor(4) as disk:
-            persisted, loss, measured = {}, {}, {}
+        expected = {name: (rows.stop - rows.start, *shape) for name, shape in self.schema.shapes().items()}
+        actual = {name: np.shape(array) for name, array in values.items()}
+        if actual != expected:
+            raise StoreError(
+                f"Shard {shard} has the arrays {actual}; the schema requires {expected}.",
+                key="values",
+                value=actual,
+                allowed=expected.items(),
+                path=self.scratch,
+            )
+        with ThreadPoolExecutor(_CPU_THREADS) as pool, ThreadPoolExecutor(_DISK_THREADS) as disk:
+            files, errors, stats = {}, {}, {}
             for name, array in values.items():
-                codec = self.schema.codec if name.endswith("/features") else NONE
-                prepared = cast_array(np.asarray(array), name, self.schema.dtype, codec, pool)
-                loss[name] = lost.get(name) or [prepared.squared_error, prepared.sum_of_squares]
-                # The disk works on this array while the processor prepares the next.
-                persisted[name] = disk.submit(self._persist, shard, name, prepared.stored, pool)
-                if prepared.scale is not None:
-                    scale = name.replace("features", "scale")
-                    persisted[scale] = disk.submit(self._persist, shard, scale, prepared.scale, pool)
-                if name.endswith("/features"):
-                    measured[name] = self._training_stats(rows, prepared, pool)
-            digests = dict(file.result() for file in persisted.values())
-        for name in persisted:
+                codec = self.schema.codec if is_level_array(name) else NONE
+                cast = cast_array(np.asarray(array), name, self.schema.dtype, codec, pool)
+                errors[name] = cast_errors.get(name) or [cast.squared_error, cast.sum_of_squares]
+                # The disk writes this array while the CPU casts the next.
+                files[name] = disk.submit(self._persist, shard, name, cast.stored, pool)
+                if cast.scale is not None:
+                    scale = scale_array(name)
+                    files[scale] = disk.submit(self._persist, shard, scale, cast.scale, pool)
+                if is_level_array(name):
+                    stats[name] = self._training_stats(rows, cast, pool)
+            digests = dict(file.result() for file in files.values())
+        for name in files:
             sync_folder(self._store / name)
-        record = {"sha256": digests, "loss": loss, "moments": measured}
+        record = {"sha256": digests, "cast_errors": errors, "training_stats": stats}
         write_file(self._record(shard), [json.dumps(record, sort_keys=True).encode()])
-        with suppress(FileNotFoundError):  # another writer saw the record, finished the store and tidied up
+        with suppress(FileNotFoundError):  # another writer saw the record, finished the store and deleted the folder
             sync_folder(self._records)
 
-    def finish(self, measured: Mapping | None = None) -> str:
+    def finish(self, measurements: Mapping | None = None) -> str:
         """Add training statistics, provenance and checksums, mark the store complete, and publish it.
 
-        Every writer of the store may call it; the first does the work.
+        Every writer of the store may call it; the first one does the work.
 
         Args:
-            measured: what was found on the way and decides no content, JSON values: the attribute `measured`.
+            measurements: JSON values that were measured on the way and are no part of the content digest; stored as
+                the attribute `measurements`.
 
         Returns:
-            The SHA-256 of the content: of every shard and of the provenance.
+            SHA-256 of the content: of every shard and of the attributes.
 
         Raises:
             StoreError: shards are missing.
         """
-        with file_lock(self.scratch / "lock") as held:
-            if held and self._store.exists():
-                return self._finish(measured or {})
+        with file_lock(self.scratch / "lock") as is_locked:
+            if is_locked and self._store.exists():
+                return self._finish(measurements or {})
         if (digest := self.published()) is None:
-            raise StoreError(f"{self.scratch} was taken away before its store was at {self.final}. Run again.")
+            raise StoreError(
+                f"{self.scratch} was deleted before its store was published at {self.final}. Run again.",
+                path=self.scratch,
+            )
         return digest
 
     def _create(self) -> None:
-        """Create the store if no writer has, and check that those before meant the same one."""
-        ours = self._provenance["made_from_sha256"]
+        """Create the store if no writer has, and check that all writers agree on schema and provenance."""
+        fingerprint = self._provenance["fingerprint"]
         if not self._store.exists():
-            # Records without a store are of one that was published and then deleted.
+            # Records without a store belong to one that was published and then deleted.
             for record in self._records.glob("*.json"):
                 record.unlink()
-            laid = self.scratch / "laid.zarr"
-            create_store(laid, self.schema)
-            write_file(self.scratch / "made_from", [ours.encode()])
-            publish(laid, self._store)
-        if (self.scratch / "made_from").read_text() != ours:
+            new_store = self.scratch / "new.zarr"
+            create_store(new_store, self.schema)
+            write_file(self.scratch / "fingerprint", [fingerprint.encode()])
+            publish(new_store, self._store)
+        file = self.scratch / "fingerprint"
+        if not file.exists() or file.read_text() != fingerprint:
             raise StoreError(
-                f"{self.scratch} holds the beginning of a store with another layout or provenance. Delete that "
-                "folder, or write to one named after everything that decides the content."
+                f"{self.scratch} contains an unfinished store with another schema or provenance. Delete that folder, "
+                "or write to a folder named after everything that decides the content.",
+                key="fingerprint",
+                value=fingerprint,
+                path=self.scratch,
             )
 
-    def _finish(self, measured: Mapping) -> str:
+    def _finish(self, measurements: Mapping) -> str:
         if pending := self.pending_shards():
-            raise StoreError(f"Shards {pending[:5]} of {self.scratch} are not written yet.")
-        shards, found = self._merge_records()
-        for torn in [*self._store.rglob("*.partial"), self._store / checksums.NAME]:
-            torn.unlink(missing_ok=True)
+            raise StoreError(
+                f"Shards {pending[:5]} of {self.scratch} are not written yet.",
+                key="shards",
+                value=pending,
+                path=self.scratch,
+            )
+        digests, stats, errors = self._merge_records()
+        for leftover in [*self._store.rglob("*.partial"), self._store / checksums.NAME]:
+            leftover.unlink(missing_ok=True)
         root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
         for index in range(len(self.schema.levels)):
-            self._describe_level(root[f"level{index}"], *found[f"level{index}/features"])
-        described = {
+            name = level_array(index)
+            self._describe_level(root[f"level{index}"], stats[name], errors[name])
+        attributes = {
             **self._provenance,
             "contract": CONTRACT,
             "dtype": self.schema.dtype,
             "codec": self.schema.codec.label,
         }
-        content = checksums.content_digest(described, shards)
-        beside = {"measured": dict(measured)} if measured else {}
-        root.attrs.update(
-            {**described, **beside, "content_sha256": content, "coordinates": "split", "complete": True}
-        )
+        content = checksums.content_digest(attributes, digests)
+        extra = {"measurements": dict(measurements)} if measurements else {}
+        attributes |= {**extra, "content_sha256": content, "coordinates": "split", "complete": True}
+        root.attrs.update(attributes)
         consolidate_metadata(root)
-        checksums.write(self._store, shards)
-        publish(self._store, self.final, shards)
+        checksums.write(self._store, digests)
+        publish(self._store, self.final, digests)
         self._remove_scratch()
         return content
 
     def _remove_scratch(self) -> None:
-        """Take the folder away in one step, so that another writer finds all of it or none."""
-        gone = self.scratch.with_name(f".{self.scratch.name}.old")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(self.scratch, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        """Rename the folder before deleting it, so that another writer finds all of it or nothing."""
+        old = self.scratch.with_name(f".{self.scratch.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(self.scratch, old)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _persist(self, shard: int, name: str, array: np.ndarray, pool: Executor) -> tuple[str, str]:
-        """Write one shard of one array durably; returns its file's path in the store and SHA-256."""
-        parts, file = self._parts(name, array), f"{name}/c.{shard}{'.0' * (array.ndim - 1)}"
+        """Write one shard of one array durably; returns the path of its file in the store and its SHA-256."""
+        parts, file = self._encode(name, array), f"{name}/c.{shard}{'.0' * (array.ndim - 1)}"
         digest = pool.submit(_sha256, parts)
         write_file(self._store / file, parts)
         return file, digest.result()
 
-    def _parts(self, name: str, array: np.ndarray) -> list[bytes | memoryview]:
-        """The bytes of one shard file: sharded for features, one chunk padded to full size for the rest."""
+    def _encode(self, name: str, array: np.ndarray) -> list[bytes | memoryview]:
+        """The bytes of one shard file: sharded for features, else one chunk padded to full size."""
         full = min(self.schema.shard_size, len(self.schema.sample))
-        if not name.endswith("/features"):
+        if not is_level_array(name):
             padding = np.full((full - len(array), *array.shape[1:]), np.nan, dtype=array.dtype)
             return [array.data.cast("B"), padding.tobytes()]
         maps = array.reshape(-1, *array.shape[-3:])
-        chunks = [self.schema.codec.compress(one) for one in maps]
-        return shard_format.encode(chunks, full * (len(maps) // len(array)))
+        chunks = [self.schema.codec.compress(level_map) for level_map in maps]
+        return zarr_shard.encode(chunks, full * (len(maps) // len(array)))
 
-    def _training_stats(self, rows: slice, prepared: CastArray, pool: Executor) -> list | None:
-        """Of a shard's training samples, all views, as a reader gets them; None if it has none."""
+    def _training_stats(self, rows: slice, cast: CastArray, pool: Executor) -> list | None:
+        """Statistics, as they will be read, of a shard's training samples in all views; None if it has none."""
         training = np.flatnonzero(np.array(self.schema.split[rows]) == "train")
 
-        def of(some: np.ndarray) -> running_stats.RunningStats:
-            maps = prepared.stored[some]
-            if prepared.scale is not None:
-                steps, maps = maps, np.empty(maps.shape, self.schema.dtype)
-                dequantize(steps, prepared.scale[some], maps)
-            return running_stats.from_array(maps.reshape(-1, *maps.shape[-3:]))
+        def stats(index: np.ndarray) -> RunningStats:
+            maps = cast.stored[index]
+            if cast.scale is not None:
+                quantized, maps = maps, np.empty(maps.shape, self.schema.dtype)
+                dequantize(quantized, cast.scale[index], maps)
+            return RunningStats.from_array(maps.reshape(-1, *maps.shape[-3:]))
 
-        blocks = [training[some] for some in running_stats.block_slices(len(training), prepared.stored[0].size, _BLOCK_VALUES)]
-        whole = running_stats.merge(pool.map(of, blocks))
-        return whole and whole.to_json()
+        blocks = [training[part] for part in block_slices(len(training), cast.stored[0].size, _BLOCK_VALUES)]
+        total = RunningStats.merge(pool.map(stats, blocks))
+        return total and total.to_json()
 
-    def _merge_records(self) -> tuple[dict[str, str], dict[str, tuple]]:
-        """From the records, one after another: every file's SHA-256, and each level's moments and losses."""
-        digests, found = {}, {}
+    def _merge_records(self) -> tuple[dict[str, str], dict[str, RunningStats | None], dict[str, list]]:
+        """Merge the records in order: SHA-256 by file, and training statistics and cast errors by level's array."""
+        digests, stats, errors = {}, {}, {}
         for shard in range(self.schema.n_shards):
             record = json.loads(self._record(shard).read_text())
             digests |= record["sha256"]
-            for name, part in record["moments"].items():
-                whole, losses = found.get(name, (None, []))
-                parts = [one for one in (whole, part and running_stats.RunningStats.from_json(part)) if one]
-                found[name] = running_stats.merge(parts), [*losses, record["loss"][name]]
-        return digests, found
+            for name, values in record["training_stats"].items():
+                parts = [stats.get(name), RunningStats.from_json(values) if values else None]
+                stats[name] = RunningStats.merge(part for part in parts if part)
+                errors.setdefault(name, []).append(record["cast_errors"][name])
+        return digests, stats, errors
 
-    def _describe_level(self, group: zarr.Group, training: running_stats.RunningStats | None, losses: list) -> None:
-        """Training statistics of a level (NaN without training samples), and the relative error of storing it."""
-        nothing = np.full(group.attrs["channels"], np.nan)
-        mean, std = (training.mean, training.std()) if training else (nothing, nothing)
+    def _describe_level(self, group: zarr.Group, training: RunningStats | None, errors: list) -> None:
+        """Store the training statistics of a level (NaN without training samples) and the error of its storage."""
+        missing = np.full(group.attrs["channels"], np.nan)
+        mean, std = (training.mean, training.std()) if training else (missing, missing)
         for key, values in (("mean", mean), ("std", std)):
             if key in group:
                 del group[key]
             put_array(group, key, values, ("channel",))
-        error, size = np.array(losses).sum(axis=0)
-        group.attrs["relative_error"] = float(np.sqrt(error / size)) if size else 0.0
+        squared_error, sum_of_squares = np.array(errors).sum(axis=0)
+        group.attrs["relative_error"] = float(np.sqrt(squared_error / sum_of_squares)) if sum_of_squares else 0.0
 
     def _record(self, shard: int) -> Path:
         return self._records / f"{shard}.json"
 
 
 def write_skipped(final: Path, scratch: Path, reason: str) -> None:
-    """An empty store that says why it is empty: the backbone cannot see this dataset."""
+    """Write an empty store that states why it is empty, such as a band that the backbone requires.
+
+    Args:
+        scratch: a folder on the file system of `final`.
+    """
     with atomic_dir(scratch, final):
         root = zarr.open_group(scratch, mode="w", zarr_format=3)
         root.attrs.update({"contract": CONTRACT, "skipped": reason, "complete": True})

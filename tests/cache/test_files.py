@@ -49,7 +49,7 @@ def test_more_files_than_may_be_open(tmp_path, monkeypatch):
 def test_what_is_mapped_is_let_go(tmp_path):
     """Values are the same, and of the files' pages no more stay in the process than may."""
     write(tmp_path, layout(samples=3000, shard=500))
-    features = FeatureStore(tmp_path / "store.zarr", mapped=100_000)
+    features = FeatureStore(tmp_path / "store.zarr", max_mapped_bytes=100_000)
     order = np.random.default_rng(0).integers(0, 3000, 1000)
     expected = everything(layout(samples=3000, shard=500), "level0/features").astype("float16")[order]
     for start in range(0, 1000, 50):

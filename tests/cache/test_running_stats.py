@@ -14,14 +14,14 @@ def drawn(dtype, count=40, shape=(6, 9, 11)):
 
 
 def whole(maps, cuts):
-    return running_stats.merge(running_stats.from_array(part) for part in np.split(maps, cuts))
+    return running_stats.RunningStats.merge(running_stats.RunningStats.from_array(part) for part in np.split(maps, cuts))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("cuts", [[], [1], [7, 8, 30]])
 @pytest.mark.parametrize("piece", [1, 2000, 2**16])
 def test_any_pieces_give_the_moments_of_all(monkeypatch, dtype, cuts, piece):
-    monkeypatch.setattr(running_stats, "_PIECE", piece)
+    monkeypatch.setattr(running_stats, "_BLOCK_VALUES", piece)
     maps = drawn(dtype)
     found, exact = whole(maps, cuts), maps.astype("float64")
     assert found.count == maps[:, 0].size
@@ -61,5 +61,5 @@ def test_values_that_are_no_finite_numbers_show_in_their_channel_alone(odd, plac
 
 
 def test_of_nothing_there_are_none():
-    assert running_stats.from_array(drawn("float16")[:0]) is None
-    assert running_stats.merge([]) is None
+    assert running_stats.RunningStats.from_array(drawn("float16")[:0]) is None
+    assert running_stats.RunningStats.merge([]) is None

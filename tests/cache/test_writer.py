@@ -36,7 +36,7 @@ def test_resumed_and_unbroken_runs_give_the_same_bytes(tmp_path):
     assert not (tmp_path / "broken/scratch").exists()
 
 
-STEPS = ["cache.writer.publish", "cache.writer.consolidate", "cache.checksums.write"]
+STEPS = ["cache.writer.publish", "cache.writer.consolidate_metadata", "cache.checksums.write"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -169,7 +169,7 @@ def test_what_was_measured_is_told_and_decides_no_digest(tmp_path):
 
     found = {"precision_error": {"level0": 0.01}}
     assert digest("told", found) == digest("plain", None)
-    assert FeatureStore(tmp_path / "told.zarr").attributes["measured"] == found
+    assert FeatureStore(tmp_path / "told.zarr").attributes["measurements"] == found
     assert "measured: {'precision_error': {'level0': 0.01}}" in verify(tmp_path / "told.zarr")
 
 
@@ -254,7 +254,7 @@ def test_a_store_without_training_samples(tmp_path):
         ({"views": ("identity", "identity")}, "views has 'identity' more than once"),
         ({"split": ("",) * 150}, "or its split, is empty"),
         ({"dtype": "float64"}, "dtype is 'float64'; features are stored as float16 or float32"),
-        ({"shard": 0}, "must be at least 1"),
+        ({"shard_size": 0}, "must be at least 1"),
         ({"sample": (), "split": ()}, "0 samples"),
     ],
 )
@@ -288,6 +288,6 @@ def test_a_shard_that_is_taken_while_another_thread_lets_go_is_let_go(tmp_path, 
         return lock
 
     take = cache.writer.try_lock
-    monkeypatch.setattr("cache.writer.take", slow)
+    monkeypatch.setattr("cache.writer.try_lock", slow)
     assert list(writer.claim_shards()) == [0]
     assert not writer._claimed

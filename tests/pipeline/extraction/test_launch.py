@@ -28,9 +28,9 @@ def task(images_path, weights_folder, tmp_path):
     def make(name):
         return launch.ExtractionJob(
             "csmask_b4", BackboneConfig("efficientnet", "csmask_b4", "pretrained", 64), EXTRACT, "cpu",
-            images=images_path("sample-landuse-seg"), weights=weights_folder("csmask_b4"),
+            images_path=images_path("sample-landuse-seg"), weights_dir=weights_folder("csmask_b4"),
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
-            threads=1,
+            n_threads=1,
         )  # fmt: skip
 
     return make
@@ -87,7 +87,7 @@ def test_a_store_in_lower_precision_is_whole_and_says_what_that_changed(task):
     )
     assert "whole" in verify(lower.final)
     assert said["batch"] == FeatureStore(lower.final).attributes["batch"] == 4
-    told = FeatureStore(lower.final).attributes["measured"]["precision_error"]
+    told = FeatureStore(lower.final).attributes["measurements"]["precision_error"]
     assert told == said["precision_error"]
     assert all(1e-4 < error < 0.3 for error in told.values())
 
