@@ -40,7 +40,7 @@ from pipeline.backbones import create_backbone, get_spec, preprocessing
 from pipeline.backbones.encoder import Encoder
 from pipeline.data import image_writer
 from pipeline.data.image_store import open_images
-from pipeline.extraction import batch_size, engine, estimate
+from pipeline.extraction import engine, estimate
 from pipeline.extraction.cpu_parallel import ParallelEncoder
 
 ALL_OF_GEO_BENCH, SETS = 104_000, 12
@@ -87,7 +87,7 @@ class Case:
         given = preprocessing.make_preprocessor(self.images, backbone, chosen, self.declared)
         network = create_backbone(chosen, self.declared, given.input_bands, trained)
         self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
-        self.batch = batch or batch_size.find_batch_size(self.images, self.encoder, described.extract.shard)
+        self.batch = batch or estimate.find_batch_size(self.images, self.encoder, described.extract.shard)
         # A batch does not reach from one shard into the next, and both sides are to have the same.
         shard = max(described.extract.shard, self.batch)
         self.extract = dataclasses.replace(
@@ -96,7 +96,7 @@ class Case:
         self.look = estimate.dry_run(self.images, self.encoder, 4)
 
     def layout(self, images: xr.Dataset):
-        return engine.make_layout(images, self.declared, self.look.pyramid, 224, self.extract)
+        return engine.make_schema(images, self.declared, self.look.pyramid, 224, self.extract)
 
     def engine(self) -> float:
         """Images a second from store to store, with the levels."""

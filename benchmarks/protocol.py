@@ -46,9 +46,9 @@ from benchmarks.timing import seconds
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.writer import Writer
-from pipeline import config, device, metrics
+from pipeline import config, device
 from pipeline.data.image_store import open_images
-from pipeline.data.splits import SPLITS
+from pipeline.data.image_store import SPLITS
 from pipeline.training import loop, task_data
 from pipeline.training.head_trainer import HeadTrainer
 from pipeline.training.loop import HParams
@@ -72,7 +72,7 @@ def load(described: config.Params, dataset: str, model: str) -> task_data.TaskDa
 
 
 def scores(cell: task_data.TaskData, group, split: str) -> np.ndarray:
-    return metrics.score(cell.task.type, cell.counts(group, split).sum(axis=1), cell.task.n_classes)
+    return cell.task.score(cell.counts(group, split).sum(axis=1))
 
 
 def protocol(described: config.Params, cell: task_data.TaskData) -> tuple[dict, np.ndarray]:
@@ -101,7 +101,7 @@ def classification(described: config.Params) -> list[tuple[str, str]]:
 
 def plain(cell: task_data.TaskData, recipe: loop.TrainSchedule, threads: int) -> float:
     """Seconds of one linear head in plain torch, to its test score."""
-    part, test = cell.parts["train"], cell.parts["test"]
+    part, test = cell.splits["train"], cell.splits["test"]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     begun = time.perf_counter()
@@ -159,11 +159,11 @@ def all_cores(described: config.Params, cell: task_data.TaskData) -> float:
     chosen, setting = described.heads.upernet, HParams(1e-2, 1e-2, 0)
     recipe = loop.TrainSchedule(chosen.steps, chosen.batch)
     group = cell.train([setting])  # made, and trained outside of the clock
-    lane = HeadTrainer(group.lanes()[0].train(), [setting], cell.task, recipe)
+    lane = HeadTrainer(group.independent_heads()[0].train(), [setting], cell.task, recipe)
     begun = time.perf_counter()
-    for index in loop.batch_order(len(cell.parts["train"].label), recipe, 0):
+    for index in loop.batch_order(len(cell.splits["train"].label), recipe, 0):
         lane.step(
-            [level[index] for level in cell.parts["train"].inputs], None, cell.parts["train"].label[index][None]
+            [level[index] for level in cell.splits["train"].inputs], None, cell.splits["train"].label[index][None]
         )
     scores(cell, group.eval(), "test")
     return time.perf_counter() - begun
@@ -198,7 +198,7 @@ def terratorch(described: config.Params, dealt: int | None = None) -> dict:
     """
     from pipeline.backbones import create_backbone, get_spec, preprocessing
     from pipeline.backbones.encoder import Encoder
-    from pipeline.extraction import batch_size, engine, estimate
+    from pipeline.extraction import engine, estimate
 
     dataset, backbone = THEIRS
     recipe = dataclasses.replace(described.heads.linear, pooled="last", steps=STEPS)
@@ -215,10 +215,10 @@ def terratorch(described: config.Params, dealt: int | None = None) -> dict:
     begun = time.perf_counter()
     encoder = Encoder(given, network, "cpu", strides=declared.strides)
     look = estimate.dry_run(images, encoder, 4)
-    layout = engine.make_layout(images, declared, look.pyramid, chosen.input_size, described.extract)
+    layout = engine.make_schema(images, declared, look.pyramid, chosen.input_size, described.extract)
     provenance = {"images_sha256": images.attrs["content_sha256"]}
     writer = Writer(scratch / "scratch", layout, scratch / "store.zarr", provenance)
-    batch = described.extract.batch or batch_size.find_batch_size(images, encoder, described.extract.shard)
+    batch = described.extract.batch or estimate.find_batch_size(images, encoder, described.extract.shard)
     engine.extract(images, encoder, writer, batch)
     writer.finish()
     cell = task_data.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")
@@ -226,7 +226,7 @@ def terratorch(described: config.Params, dealt: int | None = None) -> dict:
     spent = time.perf_counter() - begun
     shutil.rmtree(scratch)
 
-    epochs = -(-recipe.steps * recipe.batch // len(cell.parts["train"].label))
+    epochs = -(-recipe.steps * recipe.batch // len(cell.splits["train"].label))
     with tempfile.TemporaryDirectory() as folder:
         write_tiffs(images, Path(folder))
 

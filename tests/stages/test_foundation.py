@@ -48,7 +48,7 @@ def test_from_a_folder_of_weights_to_a_store_that_names_them(job, params):
     weights = root.attrs["weights"]
     assert (weights["source"], weights["revision"]) == ("someone/tiny", REVISION)
     assert weights["file_sha256"] == params["sha256"]
-    assert root.attrs["place_and_time"] == ["place", "time"]
+    assert root.attrs["metadata_inputs"] == ["location", "time"]
     assert root["level3/features"].shape == (72, 192, 4, 4)
     manifest = json.loads((job.folder / "data/manifests/sample-landuse-seg" / f"{NAME}.json").read_text())
     assert manifest["content_sha256"] == root.attrs["content_sha256"]
