@@ -1,4 +1,4 @@
-"""Mistakes that raise nothing and only make scores wrong: each is planted here and must show."""
+"""Mistakes that raise no error and make scores wrong: each is made on purpose here and must be noticed."""
 
 import dataclasses
 
@@ -12,203 +12,229 @@ from cache.writer import Writer
 from pipeline.bands import Band
 from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.data import image_store, image_writer
-from pipeline.data.image_store import IGNORE
 from pipeline.data.sources import osm_landuse
-from pipeline.tasks import Classification
+from pipeline.tasks import IGNORE
 from pipeline.training import loop, task_data
+from tests.errors import raises
 
-SMALL = HeadsConfig(
+HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=200, batch=64), UPerNetHeadConfig(channels=8, steps=5, batch=4)
 )
 
 
 @pytest.fixture
-def encoder(open_images, make_encoder, weights_folder):
-    """From a dataset in memory to a stand-in's encoder."""
-    return lambda made, variant: make_encoder(open_images(made), "efficientnet", variant, folder=weights_folder(variant))
+def demo_encoder(open_images, make_encoder, weights_folder):
+    """Function from a dataset in memory and a variant to the encoder of a demo backbone."""
+    return lambda dataset, variant: make_encoder(
+        open_images(dataset), "efficientnet", variant, folder=weights_folder(variant)
+    )
 
 
 # Bands and units
 
 
 @pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
-def test_bands_are_found_by_name_whatever_their_order_in_the_store(image_dataset, encoder, variant):
-    made = image_dataset("sample-landuse")
+def test_encoder_bands_in_another_order_in_the_store_give_equal_inputs(image_dataset, demo_encoder, variant):
+    dataset = image_dataset("sample-landuse")
     order = np.random.default_rng(0).permutation(13)
-    shuffled = dataclasses.replace(made, image=made.image[:, order], bands=[made.bands[i] for i in order])
-    ours, theirs = (encoder(one, variant).prepare(one.image[:3]) for one in (made, shuffled))
-    assert torch.equal(ours, theirs)
+    shuffled = dataclasses.replace(dataset, image=dataset.image[:, order], bands=[dataset.bands[i] for i in order])
+    expected = demo_encoder(dataset, variant).prepare(dataset.image[:3])
+    assert torch.equal(demo_encoder(shuffled, variant).prepare(shuffled.image[:3]), expected)
 
 
-def test_a_wrong_band_order_changes_the_features(image_dataset, encoder):
-    made = image_dataset("sample-landuse")
-    sealed = encoder(made, "lite0")
-    right, wrong = sealed(made.image[:3]), sealed(made.image[:3, ::-1])
-    assert np.abs(right.pooled["mean_level3"] - wrong.pooled["mean_level3"]).max() > 0.1
+def test_encoder_wrong_band_order_changes_the_features(image_dataset, demo_encoder):
+    dataset = image_dataset("sample-landuse")
+    encoder = demo_encoder(dataset, "lite0")
+    correct, reversed_bands = encoder(dataset.image[:3]), encoder(dataset.image[:3, ::-1])
+    assert np.abs(correct.pooled["mean_level3"] - reversed_bands.pooled["mean_level3"]).max() > 0.1
 
 
-def test_rgb_is_not_bgr(image_dataset, encoder):
-    made = image_dataset("sample-trees")
-    tensor = encoder(made, "lite0").prepare(made.image[:1])
-    assert made.bands[0] == Band("R", "red", 0.665, 0.1)
-    expected = made.image[0].astype(np.float32).mean(axis=(1, 2)) / 255
-    np.testing.assert_allclose(tensor[0].mean(dim=(1, 2)) * 0.502 + 0.498, expected, atol=1e-4)
+def test_encoder_rgb_is_not_bgr(image_dataset, demo_encoder):
+    dataset = image_dataset("sample-trees")
+    inputs = demo_encoder(dataset, "lite0").prepare(dataset.image[:1])
+    assert dataset.bands[0] == Band("R", "red", 0.665, 0.1)
+    expected = dataset.image[0].astype(np.float32).mean(axis=(1, 2)) / 255
+    np.testing.assert_allclose(inputs[0].mean(dim=(1, 2)) * 0.502 + 0.498, expected, atol=1e-4)
 
 
-def test_dn_and_reflectance_of_one_scene_reach_the_network_alike(image_dataset, encoder):
-    made = image_dataset("sample-landuse")
-    scaled = dataclasses.replace(made, image=made.image.astype(np.float32) / 10000, units="reflectance")
-    for variant in ("csmask_b4", "lite0"):
-        ours, theirs = (encoder(one, variant).prepare(one.image[:3]) for one in (made, scaled))
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
+def test_encoder_dn_and_reflectance_of_one_scene_give_equal_inputs(image_dataset, demo_encoder, variant):
+    dataset = image_dataset("sample-landuse")
+    reflectance = dataset.image.astype(np.float32) / 10000
+    scaled = dataclasses.replace(dataset, image=reflectance, units="reflectance")
+    actual, expected = (demo_encoder(images, variant).prepare(images.image[:3]) for images in (scaled, dataset))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_reflectance_read_as_dn_is_visible(image_dataset, encoder):
-    made = image_dataset("sample-landuse")
-    wrong = dataclasses.replace(made, image=made.image.astype(np.float32) / 10000)  # still says DN
-    ours, theirs = (encoder(one, "csmask_b4").prepare(one.image[:3]) for one in (made, wrong))
-    assert (ours - theirs).abs().mean() > 0.3
+def test_encoder_reflectance_declared_as_dn_changes_the_inputs(image_dataset, demo_encoder):
+    dataset = image_dataset("sample-landuse")
+    mislabelled = dataclasses.replace(dataset, image=dataset.image.astype(np.float32) / 10000)  # units are still DN
+    actual, expected = (
+        demo_encoder(images, "csmask_b4").prepare(images.image[:3]) for images in (mislabelled, dataset)
+    )
+    assert (actual - expected).abs().mean() > 0.3
 
 
-# Place
+# Location
 
 
-def test_latitude_and_longitude_are_not_swapped(image_dataset):
-    made = image_dataset("sample-landuse")
+def test_prepare_does_not_swap_latitude_and_longitude(image_dataset):
+    dataset = image_dataset("sample-landuse")
     # The scene lies west of Berlin; rows run south, columns east.
-    assert (made.lat.min(), made.lat.max()) == pytest.approx((52.45, 52.52), abs=0.05)
-    assert (made.lon.min(), made.lon.max()) == pytest.approx((12.50, 12.73), abs=0.05)
-    rows = np.array([int(name[1:5]) for name in made.sample])
-    columns = np.array([int(name[6:]) for name in made.sample])
-    assert np.corrcoef(rows, made.lat)[0, 1] < -0.99
-    assert np.corrcoef(columns, made.lon)[0, 1] > 0.99
+    assert (dataset.lat.min(), dataset.lat.max()) == pytest.approx((52.45, 52.52), abs=0.05)
+    assert (dataset.lon.min(), dataset.lon.max()) == pytest.approx((12.50, 12.73), abs=0.05)
+    rows = np.array([int(name[1:5]) for name in dataset.sample])
+    columns = np.array([int(name[6:]) for name in dataset.sample])
+    assert np.corrcoef(rows, dataset.lat)[0, 1] < -0.99
+    assert np.corrcoef(columns, dataset.lon)[0, 1] > 0.99
 
 
 # Splits
 
 
 @pytest.mark.parametrize("name", ["sample-landuse", "sample-landuse-seg", "sample-trees", "sample-trees-seg"])
-def test_no_chip_reaches_into_another_splits_block(image_dataset, params, name):
-    made, chosen = image_dataset(name), params.dataset(name)
-    owner = {}
-    for sample, split in zip(made.sample, made.split, strict=True):
-        scene, place = sample.rsplit("r", 1)
-        row, column = (int(value) for value in place.split("c"))
-        for corner_row in (row, row + chosen.chip - 1):
-            for corner_column in (column, column + chosen.chip - 1):
-                block = (scene, corner_row // chosen.block, corner_column // chosen.block)
-                assert owner.setdefault(block, split) == split
+def test_splits_no_chip_overlaps_a_block_of_another_split(image_dataset, params, name):
+    dataset, config = image_dataset(name), params.dataset(name)
+    split_of_block = {}
+    for sample, split in zip(dataset.sample, dataset.split, strict=True):
+        scene, position = sample.rsplit("r", 1)
+        row, column = (int(value) for value in position.split("c"))
+        for corner_row in (row, row + config.chip - 1):
+            for corner_column in (column, column + config.chip - 1):
+                block = (scene, corner_row // config.block, corner_column // config.block)
+                assert split_of_block.setdefault(block, split) == split
 
 
-def test_both_tasks_of_the_scene_share_their_areas(image_dataset):
-    """A tile in train whose chips are in test would leak as soon as one model saw both sets."""
-    areas = {}
+def test_splits_both_tasks_of_a_scene_have_equal_areas(image_dataset):
+    """A block in train of one task and in test of the other would leak to a model that is trained on both."""
+    splits_of_block = {}
     for name in ("sample-landuse", "sample-landuse-seg"):
-        for sample, split in zip(image_dataset(name).sample, image_dataset(name).split, strict=True):
-            areas.setdefault((int(sample[1:5]) // 256, int(sample[6:]) // 256), set()).add(split)
-    assert all(len(splits) == 1 for splits in areas.values())
+        dataset = image_dataset(name)
+        for sample, split in zip(dataset.sample, dataset.split, strict=True):
+            splits_of_block.setdefault((int(sample[1:5]) // 256, int(sample[6:]) // 256), set()).add(split)
+    assert all(len(splits) == 1 for splits in splits_of_block.values())
 
 
-def test_unlabelled_is_ignored_and_never_a_class(image_dataset):
-    made = image_dataset("sample-landuse-seg")
-    assert IGNORE not in range(len(made.classes))
-    assert set(np.unique(made.label)) == {*range(len(osm_landuse.CLASSES)), IGNORE}
+def test_masks_unlabelled_pixels_are_ignored_and_never_a_class(image_dataset):
+    dataset = image_dataset("sample-landuse-seg")
+    assert IGNORE not in range(len(dataset.classes))
+    assert set(np.unique(dataset.label)) == {*range(len(osm_landuse.CLASSES)), IGNORE}
 
 
 # Stores and training
 
 
-@pytest.fixture
-def cell(image_dataset, tmp_path):
-    """Land use with its bands' means as a backbone; `change` plants the mistake."""
-    made = image_dataset("sample-landuse")
-    image_writer.write(made, tmp_path / "scratch-images", tmp_path / "images.zarr")
-    digest = image_store.open_images(tmp_path / "images.zarr").attrs["content_sha256"]
-    means = np.concatenate([made.image.mean((2, 3)), made.image.std((2, 3))], axis=1) / 1000
+@pytest.fixture(scope="module")
+def landuse(image_dataset, tmp_path_factory):
+    """The land use dataset in memory, and the path of its images store."""
+    folder, dataset = tmp_path_factory.mktemp("landuse"), image_dataset("sample-landuse")
+    image_writer.write(dataset, folder / "scratch", folder / "images.zarr")
+    return dataset, folder / "images.zarr"
 
-    def make(name="b", change=lambda features, layout: (features, layout), images_digest=digest):
-        layout = StoreSchema(tuple(made.sample), tuple(made.split), (), {"mean": 26}, "float32", 1024)
-        features, layout = change(means, layout)
-        provenance = {"images_sha256": images_digest}
-        writer = Writer(tmp_path / f"scratch-{name}", layout, tmp_path / f"{name}.zarr", provenance)
+
+@pytest.fixture
+def write_features(landuse, tmp_path):
+    """Function from a name to a feature store with the bands' means and deviations; `change` makes the mistake."""
+    dataset, images_path = landuse
+    content_sha256 = image_store.open_images(images_path).attrs["content_sha256"]
+    stats = np.concatenate([dataset.image.mean((2, 3)), dataset.image.std((2, 3))], axis=1) / 1000
+
+    def write(name, change=None, images_sha256=content_sha256):
+        schema = StoreSchema(tuple(dataset.sample), tuple(dataset.split), (), {"mean": 26}, "float32", 1024)
+        features, schema = change(stats, schema) if change else (stats, schema)
+        provenance = {"images_sha256": images_sha256}
+        writer = Writer(tmp_path / f"scratch-{name}", schema, tmp_path / f"{name}.zarr", provenance)
         writer.write(0, {"pooled/mean": features})
         writer.finish()
         return tmp_path / f"{name}.zarr"
 
-    make.images, make.made = tmp_path / "images.zarr", made
-    return make
+    return write
 
 
-def load(cell, stores, splits=("train", "val")):
-    return task_data.load(dict.fromkeys(stores), cell.images, SMALL, splits, "cpu")
+@pytest.fixture
+def load(landuse):
+    """Function from paths of feature stores to the features and labels of two splits."""
+    _, images_path = landuse
+
+    def load_stores(*stores):
+        return task_data.load(dict.fromkeys(stores), images_path, HEADS, ("train", "val"), "cpu")
+
+    return load_stores
 
 
-def score(loaded, split="val", seed=0):
-    counts = loaded.counts(loaded.train([loop.HParams(1e-2, 1e-4, seed)]), split)
-    return Classification(loaded.task.classes).score(counts.sum(1))[0]
+def val_score(data):
+    """Validation score of a head with one seed."""
+    counts = protocol.count_split(data, protocol.train_heads(data, [loop.HParams(1e-2, 1e-4, 0)]), "val")
+    return data.task.score(counts.sum(1))[0]
 
 
-def test_misaligned_sample_order_between_stores_is_refused(cell):
-    def swap(features, layout):
-        order = np.random.default_rng(0).permutation(len(features))
-        names = tuple(layout.sample[i] for i in order)
-        return features[order], dataclasses.replace(layout, sample=names)
-
-    with pytest.raises(StoreError, match="differ in 'sample'"):
-        load(cell, [cell("a"), cell("b", swap)])
-    with pytest.raises(StoreError, match="in another order than"):
-        load(cell, [cell("b2", swap)])
+def shuffle_samples(features, schema):
+    order = np.random.default_rng(0).permutation(len(features))
+    return features[order], dataclasses.replace(schema, sample=tuple(schema.sample[i] for i in order))
 
 
-def test_stores_of_other_images_are_refused(cell):
-    with pytest.raises(StoreError, match="made from other images"):
-        load(cell, [cell("a"), cell("b", images_digest="0" * 64)])
+def test_load_stores_with_different_sample_orders_are_refused(write_features, load):
+    with raises(StoreError, key="sample"):
+        load(write_features("a"), write_features("b", shuffle_samples))
 
 
-def test_a_store_that_is_not_the_resolved_one_is_refused(cell):
-    path = cell("a")
-    with pytest.raises(StoreError, match="is not the store that was resolved"):
-        task_data.load({path: "0" * 64}, cell.images, SMALL, ("train",), "cpu")
+def test_load_store_with_another_sample_order_than_its_images_is_refused(write_features, load):
+    path = write_features("a", shuffle_samples)
+    with raises(StoreError, key="sample", path=path):
+        load(path)
 
 
-def test_what_lies_in_the_test_split_changes_nothing_in_the_search(cell):
-    def spoil(features, layout):
+def test_load_store_of_other_images_is_refused(write_features, load):
+    path = write_features("b", images_sha256="0" * 64)
+    with raises(StoreError, key="images_sha256", path=path):
+        load(write_features("a"), path)
+
+
+def test_load_store_with_another_digest_than_the_resolved_one_is_refused(write_features, landuse):
+    path, (_, images_path) = write_features("a"), landuse
+    with raises(StoreError, key="content_sha256", path=path):
+        task_data.load({path: "0" * 64}, images_path, HEADS, ("train",), "cpu")
+
+
+def test_load_and_search_do_not_depend_on_the_test_split(write_features, load):
+    def change_test(features, schema):
         features = features.copy()
-        features[np.array(layout.split) == "test"] = 1e6
-        return features, layout
+        features[np.array(schema.split) == "test"] = 1e6
+        return features, schema
 
-    clean, spoilt = load(cell, [cell("a")]), load(cell, [cell("b", spoil)])
+    expected, actual = load(write_features("a")), load(write_features("b", change_test))
     for split in ("train", "val"):
-        assert torch.equal(clean.splits[split].inputs, spoilt.splits[split].inputs)
-    assert score(clean) == score(spoilt)
-    assert "test" not in clean.splits
+        assert torch.equal(expected.splits[split].inputs, actual.splits[split].inputs)
+    assert val_score(expected) == val_score(actual)
+    assert "test" not in expected.splits
 
 
-def test_standardisation_comes_from_the_training_split_alone(cell):
-    def shift(features, layout):
+def test_load_standardizes_with_the_training_split_only(write_features, load):
+    def shift_val(features, schema):
         features = features.copy()
-        features[np.array(layout.split) == "val"] += 100
-        return features, layout
+        features[np.array(schema.split) == "val"] += 100
+        return features, schema
 
-    clean, shifted = load(cell, [cell("a")]), load(cell, [cell("b", shift)])
-    assert torch.equal(clean.splits["train"].inputs, shifted.splits["train"].inputs)
-    assert not torch.equal(clean.splits["val"].inputs, shifted.splits["val"].inputs)
+    original, shifted = load(write_features("a")), load(write_features("b", shift_val))
+    assert torch.equal(original.splits["train"].inputs, shifted.splits["train"].inputs)
+    assert not torch.equal(original.splits["val"].inputs, shifted.splits["val"].inputs)
 
 
-def test_shuffled_features_know_nothing(cell):
-    """Rows out of step with labels must fall to the majority's share: real features do not."""
+def test_train_shuffled_features_score_like_the_majority_class(write_features, load, landuse):
+    """Features whose rows do not match the labels must not beat the majority class. Matching features must."""
 
-    def shuffle(features, layout):
-        return features[np.random.default_rng(0).permutation(len(features))], layout
+    def shuffle_features(features, schema):
+        return features[np.random.default_rng(0).permutation(len(features))], schema
 
-    label = cell.made.label[np.array(cell.made.split) == "val"]
+    dataset, _ = landuse
+    label = dataset.label[np.array(dataset.split) == "val"]
     majority = np.bincount(label).max() / len(label)
-    assert score(load(cell, [cell("a")])) > majority + 0.1
-    assert score(load(cell, [cell("b", shuffle)])) < majority + 0.05
+    assert val_score(load(write_features("a"))) > majority + 0.1
+    assert val_score(load(write_features("b", shuffle_features))) < majority + 0.05
 
 
-def test_labels_are_joined_by_the_stores_order(cell):
-    loaded = load(cell, [cell("a")])
-    for part in loaded.splits.values():
-        expected = [cell.made.label[list(cell.made.sample).index(name)] for name in part.sample]
-        assert part.label.tolist() == expected
+def test_load_joins_labels_in_the_order_of_the_store(write_features, load, landuse):
+    dataset, _ = landuse
+    for split in load(write_features("a")).splits.values():
+        expected = [dataset.label[list(dataset.sample).index(name)] for name in split.sample]
+        assert split.label.tolist() == expected

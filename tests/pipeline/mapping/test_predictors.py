@@ -49,7 +49,7 @@ def made(images_path, params, make_encoder, tmp_path_factory):
         encoder = make_encoder(opened, one.family, one.variant, 64, weights=one.weights)
         given = encoder.inputs
         look = estimate.dry_run(opened, encoder, 4)
-        layout = engine.make_layout(opened, get_spec(one), look.pyramid, 64, extracting)
+        layout = engine.make_schema(opened, get_spec(one), look.pyramid, 64, extracting)
         told = engine.provenance(opened, name, one, get_spec(one), given, {"weights": one.weights}, extracting, "cpu")
         writer = Writer(tmp_path / "scratch", layout, tmp_path / f"features/{name}.zarr", told)
         engine.extract(opened, encoder, writer, 16)
@@ -58,8 +58,8 @@ def made(images_path, params, make_encoder, tmp_path_factory):
         (tmp_path / "weights" / name / "source.json").write_text(json.dumps({"weights": one.weights}))
     stores = {tmp_path / f"features/{name}.zarr": None for name in MEMBERS}
     cell = task_data.load(stores, path, HEADS, ("train", "val", "test"), "cpu")
-    group = cell.train([loop.HParams(1e-2, 1e-3, 0)])
-    checkpoint.save(tmp_path / "head.pt", "+".join(MEMBERS), cell, group, 0)
+    group = protocol.train_heads(cell, [loop.HParams(1e-2, 1e-3, 0)])
+    checkpoint.save(tmp_path / "head.pt", protocol.trained_head(cell, "+".join(MEMBERS), group, 0))
     return params, opened, tmp_path
 
 
@@ -120,7 +120,7 @@ def _alone(parts, store, folder):
     _, places = parts
     cell = task_data.load({places.features / "lite0_random.zarr": None}, store("sample-landuse-seg"), HEADS,
                       ("train", "val", "test"), "cpu")  # fmt: skip
-    checkpoint.save(folder / "alone.pt", "lite0_random", cell, cell.train([loop.HParams(1e-2, 1e-3, 0)]), 0)
+    checkpoint.save(folder / "alone.pt", protocol.trained_head(cell, "lite0_random", protocol.train_heads(cell, [loop.HParams(1e-2, 1e-3, 0)]), 0))
     return folder / "alone.pt"
 
 
