@@ -1,8 +1,9 @@
-"""Files as GEO-Bench 1.0 released them, all twelve sets, written from real pixels.
+"""Write small copies of the twelve GEO-Bench 1.0 sets from real pixels, in the format of the release.
 
-Layout, keys, sizes, dtypes, names and attribute pickles follow the converters in GEO-Bench's repository; pixels are
-cut from the sample scenes (and scaled as the set is), labels from the land-use polygons. Faults are planted too: the
-mislabelled bands of m-eurosat and m-brick-kiln, swapped places, placeholder dates, a missing label_map.json.
+Folders, keys, sizes, dtypes, sample names and pickled attributes follow the converters in GEO-Bench's repository.
+Pixels are cropped from the sample scenes and scaled as in the set; labels come from the land-use polygons. The faults
+of the release are included: wrong band names of m-eurosat and m-brick-kiln, swapped latitude and longitude,
+placeholder dates, and a missing label_map.json.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ S1 = ("01 - VH.Real", "02 - VH.Imaginary", "03 - VV.Real", "04 - VV.Imaginary", 
 L8 = ("04 - Red", "03 - Green", "02 - Blue", "05 - NIR", "06 - SWIR1", "07 - SWIR2")
 RGB = ("Red", "Green", "Blue")
 NO_CIRRUS = tuple(key for key in S2 if "Cirrus" not in key)
-# Which band of the scene (B01 ... B08, B8A, B09 ... B12) lies under each key of S2.
+# Index of the scene's band (B01 ... B08, B8A, B09 ... B12) under each key of S2.
 EUROSAT = (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 8)
 BRICK = (0, 1, 2, 3, 4, 6, 8, 7, 11, 12, "red", "green", "blue")
 SEGMENTATION = ("m-pv4ger-seg", "m-chesapeake-landcover", "m-cashew-plantation", "m-SA-crop-type", "m-nz-cattle",
@@ -39,22 +40,22 @@ SIZE = {"m-bigearthnet": 120, "m-so2sat": 32, "m-brick-kiln": 64, "m-forestnet":
 CLASSES = {"m-bigearthnet": 43, "m-so2sat": 17, "m-brick-kiln": 2, "m-forestnet": 12, "m-eurosat": 10, "m-pv4ger": 2,
            "m-pv4ger-seg": 2, "m-chesapeake-landcover": 7, "m-cashew-plantation": 7, "m-SA-crop-type": 10,
            "m-nz-cattle": 2, "m-NeonTree": 2}  # fmt: skip
-# As terratorch and the archives call them.
+# Folder names in terratorch and in the archives.
 FOLDER = {"m-chesapeake-landcover": "m-chesapeake", "m-cashew-plantation": "m-cashew-plant"}
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50, 1.00)
 
 
 def write(name: str, root: Path, scene: np.ndarray, photo: np.ndarray, mask: np.ndarray, counts=(6, 4, 4)) -> Path:
-    """Write one set below `root`, as it is unpacked from the hub; returns its folder.
+    """Write one set below `root` as if unpacked from the hub, and return its folder.
 
     Args:
         scene: Sentinel-2 (13, y, x) in DN, in the order B01 to B08, B8A, B09 to B12.
         photo: aerial RGB (3, y, x), 8-bit.
-        mask: land-use class of every pixel of `scene`, 255 where there is none.
-        counts: samples in train, valid and test.
+        mask: land-use class of every pixel of `scene`, 255 for none.
+        counts: number of samples in train, valid and test.
     """
-    kind = "segmentation_v1.0" if name in SEGMENTATION else "classification_v1.0"
-    folder = root / kind / FOLDER.get(name, name)
+    parent = "segmentation_v1.0" if name in SEGMENTATION else "classification_v1.0"
+    folder = root / parent / FOLDER.get(name, name)
     folder.mkdir(parents=True)
     generator = np.random.default_rng(sum(name.encode()))
     partition, labels, split_of = {"train": [], "valid": [], "test": []}, {}, []
@@ -62,7 +63,7 @@ def write(name: str, root: Path, scene: np.ndarray, photo: np.ndarray, mask: np.
         split_of += [split] * count
     for number, split in enumerate(split_of):
         sample = _name(name, number)
-        bands, info, label, own = _sample(name, number, scene, photo, mask, generator)
+        bands, info, label, dated_mask = _sample(name, number, scene, photo, mask, generator)
         attributes = {} if label is None else {"label": label}
         order = []
         with h5py.File(folder / f"{sample}.hdf5", "w") as file:
@@ -70,37 +71,38 @@ def write(name: str, root: Path, scene: np.ndarray, photo: np.ndarray, mask: np.
                 file.create_dataset(name=key, data=values)
                 order.append(key)
                 attributes[key] = info(key)
-            if own is not None:
-                key = "label" + (f"_{own[1]}" if own[1] else "")
-                file.create_dataset(name=key, data=own[0])
+            if dated_mask is not None:
+                pixels, date = dated_mask
+                key = "label" + (f"_{date}" if date else "")
+                file.create_dataset(name=key, data=pixels)
                 order.append(key)
                 attributes[key] = {**info(next(iter(bands))), "band_info": ("SegmentationClasses", "label")}
             attributes["bands_order"] = order
             file.attrs["pickle"] = str(dumps(attributes))
         partition[split].append(sample)
         labels[sample] = label
-    _lists(name, folder, partition, labels)
-    _statistics(folder)
+    _write_lists(name, folder, partition, labels)
+    _write_band_stats(folder)
     return folder
 
 
 def dumps(attributes: dict) -> bytes:
-    """A pickle as geobench wrote it: protocol 4, its classes under geobench.dataset, numpy under numpy.core."""
+    """Pickle as geobench did: protocol 4, its classes in geobench.dataset, numpy's in numpy.core."""
     with classes() as module:
-        made = {}
+        pickled = {}
         for key, value in attributes.items():
             if isinstance(value, dict) and "band_info" in value:
-                kind, band = value["band_info"]
-                info = object.__new__(getattr(module, kind))
+                class_name, band = value["band_info"]
+                info = object.__new__(getattr(module, class_name))
                 info.name, info.alt_names, info.spatial_resolution = band, (), 10
                 info.wavelength = 0.5
                 value = {**value, "band_info": info}
-            made[key] = value
-        return _as_numpy_1(pickle.dumps(made, protocol=4))
+            pickled[key] = value
+        return _with_numpy_1_names(pickle.dumps(pickled, protocol=4))
 
 
-def _as_numpy_1(data: bytes) -> bytes:
-    """numpy 2 pickles under numpy._core, which has one letter more; frames say how long they are."""
+def _with_numpy_1_names(data: bytes) -> bytes:
+    """Replace numpy 2's module name numpy._core by numpy 1's, and adapt the pickle's frame length."""
     old, new = b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray"
     changed = data.replace(old, new)
     if changed != data:
@@ -112,11 +114,11 @@ def _as_numpy_1(data: bytes) -> bytes:
 
 @contextlib.contextmanager
 def classes():
-    """The module that the pickles name, for as long as they are written; our reader must do without."""
+    """Provide the module geobench.dataset while pickles are written; the reader must not need it."""
     package, module = types.ModuleType("geobench"), types.ModuleType("geobench.dataset")
-    for kind in ("SpectralBand", "Sentinel1", "Sentinel2", "Landsat8", "CloudProbability", "ElevationBand",
+    for class_name in ("SpectralBand", "Sentinel1", "Sentinel2", "Landsat8", "CloudProbability", "ElevationBand",
                  "HyperSpectralBands", "SegmentationClasses"):  # fmt: skip
-        setattr(module, kind, type(kind, (), {"__module__": "geobench.dataset"}))
+        setattr(module, class_name, type(class_name, (), {"__module__": "geobench.dataset"}))
     sys.modules |= {"geobench": package, "geobench.dataset": module}
     try:
         yield module
@@ -146,16 +148,16 @@ def _date(name: str, number: int) -> str:
 
 
 def _sample(name, number, scene, photo, mask, generator):
-    """Bands by key, what the pickle says of each, the label in the attribute, and the mask with its date."""
+    """Return bands by key, a function from key to pickled metadata, the label attribute, and (mask, date)."""
     size, classes, date = SIZE[name], CLASSES[name], _date(name, number)
     rows, columns = (side - size + 1 for side in mask.shape)
     row, column = generator.integers(rows), generator.integers(columns)
     window = (slice(row, row + size), slice(column, column + size))
-    cut = scene[:, *window]
-    here = (generator.integers(photo.shape[1] - size + 1), generator.integers(photo.shape[2] - size + 1))
-    aerial = photo[:, here[0] : here[0] + size, here[1] : here[1] + size]
-    area = mask[window]
-    bands = _bands(name, cut, aerial, generator)
+    optical = scene[:, *window]
+    top, left = (generator.integers(photo.shape[1] - size + 1), generator.integers(photo.shape[2] - size + 1))
+    aerial = photo[:, top : top + size, left : left + size]
+    land_use = mask[window]
+    bands = _bands(name, optical, aerial, generator)
     if date and name != "m-forestnet":
         bands = {f"{key}_{date}": values for key, values in bands.items()}
     georeferenced = name in (
@@ -169,64 +171,67 @@ def _sample(name, number, scene, photo, mask, generator):
     transform = rasterio.Affine(1e-4, 0, 6.8, 0, -1e-4, 51.2) if georeferenced else None
 
     def info(key: str) -> dict:
-        kind = "Sentinel1" if key in S1 else "Sentinel2" if key in S2 else "SpectralBand"
-        when = datetime.date.fromisoformat(date) if date else None
+        class_name = "Sentinel1" if key in S1 else "Sentinel2" if key in S2 else "SpectralBand"
+        day = datetime.date.fromisoformat(date) if date else None
         return {
-            "date": when, "date_id": when, "spatial_resolution": np.float64(10.0), "band_info": (kind, key),
+            "date": day, "date_id": day, "spatial_resolution": np.float64(10.0), "band_info": (class_name, key),
             "meta_info": {"location": "here"} if name == "m-nz-cattle" else None, "transform": transform,
             "crs": CRS.from_epsg(32634) if name == "m-SA-crop-type" else "EPSG:4326" if georeferenced else None,
         }  # fmt: skip
 
     if name in SEGMENTATION:
-        drawn = np.where(area == 255, 0, area + 1) % classes
+        pixels = np.where(land_use == 255, 0, land_use + 1) % classes
         if name == "m-NeonTree":
-            drawn = (aerial[1] > aerial[1].mean()).astype(np.uint8)
-        kind = {"m-chesapeake-landcover": np.int64, "m-cashew-plantation": np.int64, "m-SA-crop-type": np.int16}
-        return bands, info, None, (drawn.astype(kind.get(name, np.uint8)), date if name == "m-nz-cattle" else "")
+            pixels = (aerial[1] > aerial[1].mean()).astype(np.uint8)
+        dtype = {"m-chesapeake-landcover": np.int64, "m-cashew-plantation": np.int64, "m-SA-crop-type": np.int16}
+        pixels = pixels.astype(dtype.get(name, np.uint8))
+        return bands, info, None, (pixels, date if name == "m-nz-cattle" else "")
     if name == "m-bigearthnet":
-        hot = np.zeros(classes, np.int64)
-        hot[[5 * number % classes, *np.unique(area[area != 255])]] = 1
-        return bands, info, hot, None
+        multi_hot = np.zeros(classes, np.int64)
+        multi_hot[[5 * number % classes, *np.unique(land_use[land_use != 255])]] = 1
+        return bands, info, multi_hot, None
     return bands, info, (number * 7) % classes, None
 
 
-def _bands(name, cut, aerial, generator) -> dict[str, np.ndarray]:
+def _bands(name, scene, aerial, generator) -> dict[str, np.ndarray]:
+    """Make the bands of a sample by key."""
     red, green, blue = aerial
     if name in ("m-pv4ger", "m-pv4ger-seg", "m-nz-cattle"):
         return {"Red": red, "Green": green, "Blue": blue}
     if name == "m-chesapeake-landcover":
-        parts = {"Red": red, "Green": green, "Blue": blue, "NearInfrared": 255 - red}
-        return {key: (values / 255).astype(np.float32) for key, values in parts.items()}
+        channels = {"Red": red, "Green": green, "Blue": blue, "NearInfrared": 255 - red}
+        return {key: (values / 255).astype(np.float32) for key, values in channels.items()}
     if name == "m-NeonTree":
         height = generator.gamma(2, 3, (40, 40, 1)).astype(np.float32)
         cube = generator.integers(0, 5000, (40, 40, 369)).astype(np.int16)
         return {"Red": red, "Green": green, "Blue": blue, "Canopy Height Model": height, "Neon": cube}
     if name == "m-so2sat":
-        radar = {key: generator.normal(0, 0.3, cut.shape[1:]).astype(np.float32) for key in S1}
-        places = [*range(1, 9), 11, 12]
-        return radar | {S2[place]: (cut[place] / 10000).astype(np.float32) for place in places}
+        radar = {key: generator.normal(0, 0.3, scene.shape[1:]).astype(np.float32) for key in S1}
+        indices = [*range(1, 9), 11, 12]
+        return radar | {S2[index]: (scene[index] / 10000).astype(np.float32) for index in indices}
     if name == "m-forestnet":
-        places = dict(zip(L8, (3, 2, 1, 8, 11, 12), strict=True))
-        return {key: np.clip(cut[place] / 12, 0, 255).astype(np.uint8) for key, place in places.items()}
+        indices = dict(zip(L8, (3, 2, 1, 8, 11, 12), strict=True))
+        return {key: np.clip(scene[index] / 12, 0, 255).astype(np.uint8) for key, index in indices.items()}
     if name == "m-eurosat":
-        return {key: cut[place].astype(np.int16) for key, place in zip(S2, EUROSAT, strict=True)}
+        return {key: scene[index].astype(np.int16) for key, index in zip(S2, EUROSAT, strict=True)}
     if name == "m-brick-kiln":
-        picture = {
-            c: np.clip(cut[p] / 3000 * 255, 0, 255) for c, p in zip(("red", "green", "blue"), (3, 2, 1), strict=True)
+        true_colour = {
+            colour: np.clip(scene[index] / 3000 * 255, 0, 255)
+            for colour, index in {"red": 3, "green": 2, "blue": 1}.items()
         }
-        true = [picture[place] if isinstance(place, str) else cut[place].astype(np.float64) for place in BRICK]
-        return dict(zip(S2, true, strict=True))
-    optical = {key: cut[S2.index(key)] for key in NO_CIRRUS}
+        actual = [true_colour[band] if isinstance(band, str) else scene[band].astype(np.float64) for band in BRICK]
+        return dict(zip(S2, actual, strict=True))
+    optical = {key: scene[S2.index(key)] for key in NO_CIRRUS}
     if name == "m-bigearthnet":
         return {key: values.astype(np.float32) for key, values in optical.items()}
-    clouds = {"Cloud Probability": generator.integers(0, 100, cut.shape[1:])}
+    clouds = {"Cloud Probability": generator.integers(0, 100, scene.shape[1:])}
     if name == "m-cashew-plantation":
         return {key: values.astype(np.float32) for key, values in (optical | clouds).items()}
     scaled = {key: np.clip(values / 20, 0, 255) for key, values in optical.items()}
     return {key: values.astype(np.int16) for key, values in (scaled | clouds).items()}
 
 
-def _lists(name, folder: Path, partition: dict, labels: dict) -> None:
+def _write_lists(name, folder: Path, partition: dict, labels: dict) -> None:
     (folder / "default_partition.json").write_text(json.dumps(partition, indent=2))
     for fraction in FRACTIONS:
         keep = max(1, round(fraction * len(partition["train"])))
@@ -235,22 +240,22 @@ def _lists(name, folder: Path, partition: dict, labels: dict) -> None:
     if name == "m-bigearthnet":
         stats = {sample: label.tolist() for sample, label in labels.items()}
         (folder / "label_stats.json").write_text(json.dumps(stats))
-    elif name in ("m-brick-kiln", "m-forestnet", "m-pv4ger"):  # m-so2sat and m-eurosat have none in some releases
-        listed: dict = {}
+    elif name in ("m-brick-kiln", "m-forestnet", "m-pv4ger"):  # some releases of m-so2sat and m-eurosat have none
+        samples_of_class: dict = {}
         for sample, label in labels.items():
-            listed.setdefault(str(label), []).append(sample)
-        (folder / "label_map.json").write_text(json.dumps(listed, indent=4))
-    (folder / "task_specs.pkl").write_bytes(b"\x80\x04cos\nsystem\n\x8c\x04true\x85R.")  # nobody needs to read it
+            samples_of_class.setdefault(str(label), []).append(sample)
+        (folder / "label_map.json").write_text(json.dumps(samples_of_class, indent=4))
+    (folder / "task_specs.pkl").write_bytes(b"\x80\x04cos\nsystem\n\x8c\x04true\x85R.")  # must never be read
 
 
-def _statistics(folder: Path) -> None:
-    """band_stats.json: statistics of every band over the training samples, as GEO-Bench's bandstats.py wrote them."""
+def _write_band_stats(folder: Path) -> None:
+    """Write band_stats.json: statistics of the training samples, as GEO-Bench's bandstats.py does."""
     values: dict[str, list] = {}
     for sample in json.loads((folder / "default_partition.json").read_text())["train"]:
         with h5py.File(folder / f"{sample}.hdf5") as file:
             for key in file:
                 values.setdefault(key.split("_20")[0], []).append(file[key][...].ravel()[::7])
-    found = {key: np.concatenate(parts).astype(np.float64) for key, parts in values.items()}
-    stats = {key: {"min": one.min(), "max": one.max(), "mean": one.mean(), "median": float(np.median(one)),
-                   "std": one.std()} for key, one in found.items()}  # fmt: skip
+    pixels = {key: np.concatenate(parts).astype(np.float64) for key, parts in values.items()}
+    stats = {key: {"min": band.min(), "max": band.max(), "mean": band.mean(), "median": float(np.median(band)),
+                   "std": band.std()} for key, band in pixels.items()}  # fmt: skip
     (folder / "band_stats.json").write_text(json.dumps(stats, indent=4, sort_keys=True))

@@ -1,4 +1,4 @@
-"""Compare the band means of a set with published ones, to notice files whose bands are in another order."""
+"""Compare the band means of a set with published ones, to detect bands in another order."""
 
 import itertools
 import math
@@ -35,12 +35,12 @@ class BandMeanCheck:
         Raises:
             UserError: a mean deviates from the published one, or two bands are swapped.
         """
-        known = [
+        checked = [
             (key, float(mean), *stats)
             for mean, (key, stats) in zip(means, self.published.items(), strict=True)
             if stats
         ]
-        for key, mean, expected, std in known:
+        for key, mean, expected, std in checked:
             if abs(mean - expected) > MEAN_TOLERANCE * std:
                 raise UserError(
                     f"{self.set_name}: the mean of '{key}' is {mean:.6g}, but the published mean is {expected:.6g} "
@@ -49,9 +49,9 @@ class BandMeanCheck:
                     key=key,
                     value=mean,
                 )
-        for (key_a, mean_a, expected_a, std_a), (key_b, mean_b, expected_b, std_b) in itertools.combinations(
-            known, 2
-        ):
+        for band_a, band_b in itertools.combinations(checked, 2):
+            key_a, mean_a, expected_a, std_a = band_a
+            key_b, mean_b, expected_b, std_b = band_b
             separated = abs(expected_a - expected_b) > self.min_separation * math.sqrt(std_a * std_b)
             deviation = abs(mean_a - expected_a) + abs(mean_b - expected_b)
             swapped_deviation = abs(mean_a - expected_b) + abs(mean_b - expected_a)

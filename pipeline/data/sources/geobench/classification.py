@@ -80,7 +80,8 @@ SETS = (
         gsd=10,
         licence="CDLA-Permissive-1.0, BigEarthNet",
         published_stats=stats_by_key(
-            sentinel2_bands("B10"), (386.65, 467.31), (488.99, 510.79), (714.61, 551.8), (738.26, 691.78), (1114.42, 700.45),
+            sentinel2_bands("B10"),
+            (386.65, 467.31), (488.99, 510.79), (714.61, 551.8), (738.26, 691.78), (1114.42, 700.45),
             (1910.19, 976.75), (2191.48, 1134.89), (2334.29, 1238.07), (2392.91, 1215.98), (2367.29, 1153.86),
             (1902.69, 1117.01), (1261.07, 894.74),
         ),
@@ -125,7 +126,8 @@ SETS = (
         licence="CC-BY-SA-4.0, SustainBench",
         known_issues=("the last three bands are an 8-bit true-colour image, in other units than the other bands",),
         published_stats=stats_by_key(
-            sentinel2_bands(), (572.205, 190.09), (669, 234.367), (879.878, 272.815), (807.583, 358.861), (1127.9, 361.903),
+            sentinel2_bands(),
+            (572.205, 190.09), (669, 234.367), (879.878, 272.815), (807.583, 358.861), (1127.9, 361.903),
             (1960.74, 721.657), (2075.83, 813.801), (2039.48, 789.61), (1625.46, 788.954), (1135.59, 692.586),
             (82.471, 36.0834), (89.8659, 27.5559), (68.4528, 23.7711),
         ),
@@ -148,7 +150,10 @@ SETS = (
         location_format="lat_lon_date",
         date_source="name",
         has_placeholder_dates=True,
-        known_issues=("values are Landsat 8 stretched to 8 bits, not reflectance", "annual composites have the date 1 January"),
+        known_issues=(
+            "values are Landsat 8 stretched to 8 bits, not reflectance",
+            "annual composites have the date 1 January",
+        ),
         published_stats=stats_by_key(
             _LANDSAT8_BANDS, (72.376, 16.2839), (83.1816, 15.3587), (77.0862, 16.6665), (123.543, 16.9485),
             (91.0484, 14.2801), (74.3097, 13.2854),
@@ -188,7 +193,9 @@ SETS = (
         gsd=0.1,
         licence="MIT, 3D-PV-Locator",
         location_format="lat,lon",
-        known_issues=("latitude and longitude are swapped in many sample names; in Germany the larger value is the latitude",),
+        known_issues=(
+            "latitude and longitude are swapped in many sample names; in Germany the larger value is the latitude",
+        ),
         published_stats=stats_by_key(rgb_bands(0.1), (116.316, 44.5176), (119.375, 48.1189), (113.102, 54.0881)),
     ),
 )  # fmt: skip

@@ -39,8 +39,8 @@ def describe_files(spec: GeoBenchSet, partition: str, root: Path) -> dict:
         root: folder of all sets (`geobench_dir`).
 
     Returns:
-        source, licence, folder, partition, number of files, bytes, and a SHA-256 of the names and sizes of all samples
-        and of the content of all JSON files.
+        source, licence, folder, partition, number of files, bytes, and a SHA-256 of the names and sizes of all
+        samples and of the content of all JSON files.
 
     Raises:
         UserError: the set is not in `root` and cannot be downloaded.
@@ -115,9 +115,9 @@ def download_set(spec: GeoBenchSet, root: Path) -> Path:
         reason = (str(error).splitlines() or ["no message"])[0][:150]
         folder = root / spec.archive_folder / spec.folder_names[0]
         raise UserError(
-            f"{spec.name} is not in {root} and could not be downloaded from {REPO} ({type(error).__name__}: {reason}). "
-            f"Put its folder at {folder}, or set geobench_dir in params.yaml to the folder of your sets, and run "
-            "again. A partial download is resumed.",
+            f"{spec.name} is not in {root} and could not be downloaded from {REPO} ({type(error).__name__}: "
+            f"{reason}). Put its folder at {folder}, or set geobench_dir in params.yaml to the folder of your sets, "
+            "and run again. A partial download is resumed.",
             key="geobench_dir",
             value=str(root),
             path=folder,
@@ -187,8 +187,8 @@ def _extract_files(path: Path, folder: Path) -> None:
                     )
                 with archive.open(member) as source, open(folder / name, "wb") as copy:
                     shutil.copyfileobj(source, copy, 1 << 20)
-    # zipfile has no common error class: wrong or missing bytes raise the first three, passwords and unknown compression
-    # methods raise RuntimeError.
+    # zipfile has no common error class: wrong or missing bytes raise the first three, passwords and unknown
+    # compression methods raise RuntimeError.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(
             f"{path} is not a readable zip archive ({error}). Delete it and run again.", path=path

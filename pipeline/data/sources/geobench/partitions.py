@@ -89,7 +89,7 @@ def read_labels(folder: Path, spec: GeoBenchSet) -> dict[str, int | tuple[int, .
 def read_published_stats(
     folder: Path, spec: GeoBenchSet, keys: Sequence[str], scale: float
 ) -> dict[str, tuple[float, float] | None]:
-    """Return the published mean and standard deviation of each key, times `scale`; None where there are none.
+    """Return the published mean and standard deviation of each key, times `scale`; None if there are none.
 
     If nothing is published, band_stats.json in the set's folder is read.
 

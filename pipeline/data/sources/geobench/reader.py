@@ -1,7 +1,7 @@
 """Read one HDF5 file of GEO-Bench: pixels, label, location and date.
 
-The files come from strangers: a file never runs code, refers to other files or allocates more memory than its set needs.
-Every fault is reported with the path of the file.
+The files are not trusted: a file cannot run code, refer to other files, or make the reader allocate more memory than
+its set needs. Every error names the file.
 """
 
 import ast
@@ -131,13 +131,13 @@ class GeoBenchReader:
         dataset = h5d.open(file, key_in_file)
         values = _reusable_buffer(out.shape, np.dtype(np.float32)) if self.restore_bytes else out
         if dataset.shape == out.shape and dataset.get_type() == _hdf5_type(file_dtype):
-            _read(file, dataset, values, same_type=file_dtype == values.dtype)
+            _read(file, dataset, key, values, same_type=file_dtype == values.dtype)
         else:
             values[:] = _read_converted(h5py.Dataset(dataset), key, values.dtype, self.spec)
         if self.restore_bytes and (invalid := _restore_bytes(values, out)) is not None:
             raise UserError(
                 f"Band '{key}' has the value {invalid:.6g}, which is not an 8-bit value divided by 255. Skip such "
-                "files with skip_bad: true, or keep all values with keep_released_metadata: true if they are in [0, 1].",
+                "files with skip_bad: true. If the values are in [0, 1], keep_released_metadata: true keeps them.",
                 key=key,
                 value=invalid,
             )
@@ -147,14 +147,14 @@ class GeoBenchReader:
         size, n_classes = self.spec.image_size, len(self.spec.classes)
         if dataset.shape not in ((size, size), (size, size, 1)) or dataset.dtype.kind not in "biuf":
             raise UserError(
-                f"The label has {dataset.dtype} values of shape {dataset.shape}. Masks of {self.spec.name} have numbers "
-                f"of shape ({size}, {size}).",
+                f"The label has {dataset.dtype} values of shape {dataset.shape}. Masks of {self.spec.name} have "
+                f"numbers of shape ({size}, {size}).",
                 key="label",
                 value=dataset.shape,
                 allowed=((size, size), (size, size, 1)),
             )
         mask = _reusable_buffer(dataset.shape, dataset.dtype)
-        _read(file, dataset, mask, same_type=dataset.get_type() == _hdf5_type(mask.dtype))
+        _read(file, dataset, "label", mask, same_type=dataset.get_type() == _hdf5_type(mask.dtype))
         mask = mask.reshape(size, size)
         # As unsigned integers, negative values are greater than any class index.
         unsigned = mask.view(mask.dtype.str.replace("i", "u"))
@@ -185,8 +185,8 @@ class GeoBenchReader:
         )
         if file_label is not None and listed_label is not None and not np.array_equal(file_label, listed_label):
             raise UserError(
-                f"The label is {file_label.tolist()} in the file and {listed_label.tolist()} in the JSON files of the "
-                "folder.",
+                f"The label is {file_label.tolist()} in the file, but {listed_label.tolist()} in the JSON files of "
+                "the folder.",
                 key="label",
                 value=file_label.tolist(),
                 allowed=(listed_label.tolist(),),
@@ -238,7 +238,7 @@ def open_hdf5(path: str | Path) -> Iterator[h5f.FileID]:
 
 
 def file_error(path: str | Path, error: Exception) -> UserError:
-    """Make the error for a file that cannot be read: the message with the path, the fields of `error` if it has any."""
+    """Make a UserError that adds the path to an error; the fields of a UserError are kept."""
     if isinstance(error, UserError):
         return UserError(f"{path}: {error}", key=error.key, value=error.value, allowed=error.allowed, path=path)
     message = " ".join(str(error).split())[:300]
@@ -358,29 +358,34 @@ def location_from_name(name: str, spec: GeoBenchSet, keep_released_metadata: boo
     return lat, lon
 
 
-def _read(file: h5f.FileID, dataset: h5d.DatasetID, out: np.ndarray, same_type: bool) -> None:
+def _read(file: h5f.FileID, dataset: h5d.DatasetID, key: str, out: np.ndarray, same_type: bool) -> None:
     """Read a dataset. If it is contiguous and of the `same_type` as `out`, bypass HDF5, which is slower."""
     offset = dataset.get_offset() if same_type else None
     if offset is None:
-        _check_values_in_file(dataset)
+        _check_values_in_file(dataset, key)
         dataset.read(h5s.ALL, h5s.ALL, out, _hdf5_type(out.dtype))
     elif os.preadv(file.get_vfd_handle(), [out], offset) < out.nbytes:
         raise OSError("the file ends within the pixels of a band or mask")
 
 
-def _check_values_in_file(dataset: h5d.DatasetID) -> None:
+def _check_values_in_file(dataset: h5d.DatasetID, key: str) -> None:
     """Refuse a dataset whose values are not in the file: HDF5 would read other files, or return zeros."""
     properties = dataset.get_create_plist()
     if properties.get_layout() == h5d.VIRTUAL or properties.get_external_count():
-        raise UserError("Pixels are in other files. GEO-Bench's files contain their own pixels.")
+        raise UserError(
+            f"The pixels of '{key}' are in other files. GEO-Bench's files contain their own pixels.",
+            key=key,
+            value="external",
+        )
     if dataset.get_space_status() == h5d.SPACE_STATUS_NOT_ALLOCATED:
-        raise UserError("Pixels are missing: they were never written.")
+        raise UserError(f"The pixels of '{key}' were never written.", key=key, value="not allocated")
 
 
 def _read_converted(dataset: h5py.Dataset, key: str, dtype: np.dtype, spec: GeoBenchSet) -> np.ndarray:
     """Read a band that differs from the expected shape or dtype.
 
-    Bands of a coarser GSD than the set are repeated to its image size. Other dtypes are cast; integers must stay exact.
+    Bands of a coarser GSD than the set are repeated to its image size. Other dtypes are cast; integers must stay
+    exact.
     """
     size = spec.image_size
     is_coarse = spec.released_bands[key].gsd > spec.gsd
@@ -393,7 +398,7 @@ def _read_converted(dataset: h5py.Dataset, key: str, dtype: np.dtype, spec: GeoB
             allowed=((size, size),),
         )
     check_numeric(key, dataset.dtype)
-    _check_values_in_file(dataset.id)
+    _check_values_in_file(dataset.id, key)
     values = dataset[()].reshape(dataset.shape[:2])
     repeats = size // values.shape[0]
     values = values.repeat(repeats, axis=0).repeat(repeats, axis=1)
@@ -443,7 +448,7 @@ def _restore_bytes(values: np.ndarray, out: np.ndarray) -> float | None:
 
 @functools.lru_cache(maxsize=2)
 def _reusable_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return the same buffer for every band or mask of a shape; the system would have to clear a new one each time."""
+    """Return the same buffer for every band or mask of a shape: new memory would have to be cleared."""
     return np.empty(shape, dtype)
 
 

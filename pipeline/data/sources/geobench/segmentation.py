@@ -21,7 +21,9 @@ SETS = (
         gsd=0.1,
         licence="MIT, 3D-PV-Locator",
         location_format="lat,lon",
-        known_issues=("latitude and longitude are swapped in many sample names; in Germany the larger value is the latitude",),
+        known_issues=(
+            "latitude and longitude are swapped in many sample names; in Germany the larger value is the latitude",
+        ),
     ),
     GeoBenchSet(
         name="m-chesapeake-landcover",
@@ -74,7 +76,10 @@ SETS = (
         gsd=10,
         licence="CC-BY-4.0, Western Cape Department of Agriculture and Radiant Earth",
         nodata_class=0,
-        known_issues=("values are Sentinel-2 stretched to 8 bits, not reflectance", "all files contain the same location"),
+        known_issues=(
+            "values are Sentinel-2 stretched to 8 bits, not reflectance",
+            "all files contain the same location",
+        ),
     ),
     GeoBenchSet(
         name="m-nz-cattle",
@@ -90,7 +95,10 @@ SETS = (
         location_format="lon,lat",
         date_source="key",
         has_placeholder_dates=True,
-        known_issues=("only the year of the dates is known: files contain 1 January", "sample names contain the longitude before the latitude"),
+        known_issues=(
+            "only the year of the dates is known: files contain 1 January",
+            "sample names contain the longitude before the latitude",
+        ),
     ),
     GeoBenchSet(
         name="m-NeonTree",

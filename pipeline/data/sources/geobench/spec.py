@@ -42,8 +42,8 @@ class GeoBenchSet:
         actual_bands: the band of each key, where the released names are wrong; else empty.
         unread_keys: keys that are not read, with the reason.
         units, gsd, licence, display: as in the images store.
-        divided_by_255: whether the files contain 8-bit images divided by 255. The store then contains the 8-bit values,
-            at a quarter of the size.
+        divided_by_255: whether the files contain 8-bit images divided by 255. The store then contains the 8-bit
+            values, at a quarter of the size.
         nodata_class: index of the class "no data", which GEO-Bench counts as a class.
         location_format: how sample names contain the location: `lat_lon_date`, `lat,lon`, `lon,lat`, or empty.
         date_source: where the date is: `key` (HDF5 keys), `name` (sample name), or empty.

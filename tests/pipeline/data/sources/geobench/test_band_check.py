@@ -1,4 +1,4 @@
-"""Means of bands against the published ones: other orders are noticed, and the released one is not refused."""
+"""The check of band means detects bands in another order, and accepts the released order."""
 
 import dataclasses
 
@@ -11,73 +11,76 @@ from pipeline.data.sources import geobench
 from pipeline.data.sources.geobench.band_check import BandMeanCheck
 from pipeline.errors import UserError
 from tests import geobench_files
+from tests.errors import raises
 
 
-def test_bands_in_another_order_show_in_the_means(copied, stream, tmp_path, monkeypatch):
-    root, folder = copied("m-eurosat")
+def test_band_check_files_with_bands_in_another_order_are_refused(copy_set, open_set, tmp_path, monkeypatch):
+    root, folder = copy_set("m-eurosat")
 
-    def full(published):
-        declared = dataclasses.replace(geobench.SETS["m-eurosat"], counts=(6, 4, 4), published=published)
-        monkeypatch.setitem(geobench.SETS, "m-eurosat", declared)
-        return stream(root, "m-eurosat")
+    def open_full_set(published_stats):
+        spec = geobench.SETS["m-eurosat"]
+        spec = dataclasses.replace(spec, split_sizes=(6, 4, 4), published_stats=published_stats)
+        monkeypatch.setitem(geobench.SETS, "m-eurosat", spec)
+        return open_set(root, "m-eurosat")
 
-    made = full({})
-    pixels = np.stack([made.read(sample).image for sample in made.sample])[:, :, ::4, ::4].astype(float)
-    pairs = zip(pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3)), strict=True)
-    published = dict(zip(geobench_files.S2, pairs, strict=True))
-    image_writer.write(full(published), tmp_path / "scratch", tmp_path / "store")
-    for path in folder.glob("*.hdf5"):  # as if a copy had other bands under these keys
+    images = open_full_set({})
+    pixels = np.stack([images.read_sample(sample).image for sample in images.sample])[:, :, ::4, ::4].astype(float)
+    stats = zip(pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3)), strict=True)
+    published = dict(zip(geobench_files.S2, stats, strict=True))
+    image_writer.write(open_full_set(published), tmp_path / "scratch", tmp_path / "store")
+    for path in folder.glob("*.hdf5"):  # a copy that has other bands under these keys
         with h5py.File(path, "r+") as file:
-            file.move("08 - NIR", "away")
+            file.move("08 - NIR", "moved")
             file.move("12 - SWIR", "08 - NIR")
             file.move("03 - Green", "12 - SWIR")
-            file.move("away", "03 - Green")
-    with pytest.raises(UserError, match="the mean of '03 - Green' is .* or their bands are in another order"):
-        image_writer.write(full(published), tmp_path / "scratch", tmp_path / "again")
-    trusted = stream(root, "m-eurosat", check_means=False)
-    image_writer.write(trusted, tmp_path / "scratch", tmp_path / "again")
-    # Where nothing is declared, band_stats.json of the files themselves counts.
-    with pytest.raises(UserError, match="these are not the released files"):
-        image_writer.write(full({}), tmp_path / "scratch", tmp_path / "third")
+            file.move("moved", "03 - Green")
+    with raises(UserError, "m-eurosat", "check_means", key="03 - Green"):
+        image_writer.write(open_full_set(published), tmp_path / "scratch", tmp_path / "permuted")
+    unchecked = open_set(root, "m-eurosat", check_means=False)
+    image_writer.write(unchecked, tmp_path / "scratch", tmp_path / "permuted")
+    # Without published statistics, band_stats.json of the files themselves is used.
+    with raises(UserError, "m-eurosat", "check_means"):
+        image_writer.write(open_full_set({}), tmp_path / "scratch", tmp_path / "third")
 
 
-def test_means_of_bytes_are_compared_as_bytes(copied, stream, tmp_path, monkeypatch):
-    root, _ = copied("m-chesapeake-landcover")
-    declared = dataclasses.replace(geobench.SETS["m-chesapeake-landcover"], counts=(6, 4, 4))
-    monkeypatch.setitem(geobench.SETS, declared.name, declared)
-    for options in ({}, {"as_labelled": True}):
-        made = stream(root, declared.name, **options)
-        assert made.verify.published["Red"][0] > (0 if options else 1)
-        image_writer.write(made, tmp_path / "scratch", tmp_path / str(len(options)))
+def test_band_check_8_bit_images_are_compared_in_the_stored_units(copy_set, open_set, tmp_path, monkeypatch):
+    root, _ = copy_set("m-chesapeake-landcover")
+    spec = dataclasses.replace(geobench.SETS["m-chesapeake-landcover"], split_sizes=(6, 4, 4))
+    monkeypatch.setitem(geobench.SETS, spec.name, spec)
+    for options in ({}, {"keep_released_metadata": True}):
+        images = open_set(root, spec.name, **options)
+        assert images.check_band_means.published["Red"][0] > (0 if options else 1)
+        image_writer.write(images, tmp_path / "scratch", tmp_path / str(len(options)))
 
 
-def test_published_means_tell_the_true_order(geobench_root):
-    """EuroSAT's own means of each band (torchgeo's, of all 27 000 images) stand beside those of the keys' truth."""
-    known = {"B09": 732, "B10": 12.1, "B11": 1819, "B12": 1119, "B8A": 2594}
-    declared = geobench.SETS["m-eurosat"]
-    for key, band in declared.actual_bands.items():
-        if band.name in known:
-            mean, std = declared.published_stats[key]
-            assert abs(mean - known[band.name]) < 0.2 * std
-            assert abs(mean - known.get(declared.released_bands[key].name, 0)) > 0.2 * std
+def test_published_stats_of_eurosat_match_the_actual_bands():
+    """torchgeo's means of all 27,000 images agree with the actual bands, not with the released ones."""
+    torchgeo_mean = {"B09": 732, "B10": 12.1, "B11": 1819, "B12": 1119, "B8A": 2594}
+    spec = geobench.SETS["m-eurosat"]
+    for key, band in spec.actual_bands.items():
+        if band.name in torchgeo_mean:
+            mean, std = spec.published_stats[key]
+            assert abs(mean - torchgeo_mean[band.name]) < 0.2 * std
+            assert abs(mean - torchgeo_mean.get(spec.released_bands[key].name, 0)) > 0.2 * std
 
 
 @pytest.mark.parametrize(
-    ("name", "one", "other"),
+    ("name", "key_a", "key_b"),
     [
         ("m-pv4ger", "Red", "Blue"),
         ("m-pv4ger", "Green", "Red"),
         ("m-bigearthnet", "08 - NIR", "08A - Vegetation Red Edge"),
     ],
 )
-def test_two_bands_that_changed_places_are_noticed(name, one, other):
-    """Also those whose means are within the tolerance of each other's; and no shift of all, as of other light, is."""
+def test_band_check_swapped_bands_with_similar_means_are_refused(name, key_a, key_b):
+    """The two means are within the tolerance of each other. A common shift of all bands is accepted."""
     published = geobench.SETS[name].published_stats
-    means = BandMeanCheck(name, published, min_separation=0.03)
-    right = {key: mean for key, (mean, _) in published.items()}
+    check = BandMeanCheck(name, published, min_separation=0.03)
+    means = {key: mean for key, (mean, _) in published.items()}
     for shift in (-0.15, 0, 0.15):
-        moved = {key: mean + shift * published[key][1] for key, mean in right.items()}
-        means(np.array(list(moved.values())))
-    swapped = right | {one: right[other], other: right[one]}
-    with pytest.raises(UserError, match=f"{name}: the mean"):
-        means(np.array(list(swapped.values())))
+        check(np.array([mean + shift * published[key][1] for key, mean in means.items()]))
+    swapped = means | {key_a: means[key_b], key_b: means[key_a]}
+    with raises(UserError, name) as info:
+        check(np.array(list(swapped.values())))
+    assert info.value.key in (key_a, key_b)
+    assert info.value.value == swapped[info.value.key]

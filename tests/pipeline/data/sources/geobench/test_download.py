@@ -1,4 +1,4 @@
-"""The hub's own client against a server that speaks its protocol: what is fetched, kept, checked and refused."""
+"""Download of sets with the hub's own client, from a local server that speaks the hub's protocol."""
 
 import dataclasses
 import hashlib
@@ -16,30 +16,40 @@ from urllib.parse import parse_qs
 import pytest
 from huggingface_hub import constants
 
-from pipeline.config import DatasetConfig
 from pipeline.data.sources import geobench
 from pipeline.data.sources.geobench import download
 from pipeline.errors import UserError
+from tests.errors import raises
+from tests.pipeline.data.sources.geobench.conftest import dataset_config
+
+CHESAPEAKE = geobench.SETS["m-chesapeake-landcover"]
+CATTLE = geobench.SETS["m-nz-cattle"]
 
 
-class Hub(BaseHTTPRequestHandler):
-    """One repository's files: their description, and their bytes or parts of them."""
+class HubHandler(BaseHTTPRequestHandler):
+    """Serves the files of one repository, their descriptions, and ranges of their bytes.
+
+    Attributes:
+        files: bytes by path.
+        requests: path and first byte of every download, such as `a.zip from 0`.
+        breaks_after: close the connection after this many bytes, once; None for never.
+    """
 
     files: Mapping[str, bytes] = MappingProxyType({})
-    asked: Sequence[str] = ()
+    requests: Sequence[str] = ()
     breaks_after: int | None = None
 
     def log_message(self, *_):
         pass
 
     def do_POST(self):
-        wanted = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-        found = [
+        paths = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        descriptions = [
             {"type": "file", "path": path, "size": len(data), "oid": "a" * 40,
              "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
-            for path, data in self.files.items() if path in wanted
+            for path, data in self.files.items() if path in paths
         ]  # fmt: skip
-        self._answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+        self._respond(200, json.dumps(descriptions).encode(), {"Content-Type": "application/json"})
 
     def do_HEAD(self):
         self.do_GET(head=True)
@@ -47,17 +57,17 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self, head=False):
         path = self.path.partition(f"/resolve/{download.REVISION}/")[2]
         if path not in self.files:
-            return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return self._respond(404, b"", {"X-Error-Code": "EntryNotFound"})
         data, status, headers = self.files[path], 200, {}
-        begin = int(match[1]) if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        if begin:
-            status, headers = 206, {"Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"}
+        start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
+        if start:
+            status, headers = 206, {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         headers |= {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": download.REVISION}
         if not head:
-            self.asked.append(f"{path} from {begin}")
-        self._answer(status, data[begin:], headers, head)
+            self.requests.append(f"{path} from {start}")
+        self._respond(status, data[start:], headers, head)
 
-    def _answer(self, status, data, headers, head=False):
+    def _respond(self, status, data, headers, head=False):
         self.send_response(status)
         for key, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(key, value)
@@ -72,7 +82,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (Hub,), {"files": {}, "asked": []}))
+    """The handler class of a running hub, for tests to set its files."""
+    handler = type("Handler", (HubHandler,), {"files": {}, "requests": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -80,13 +92,13 @@ def hub(monkeypatch, tmp_path):
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield server.RequestHandlerClass
+    yield handler
     server.shutdown()
 
 
 @pytest.fixture
 def archive(geobench_root, tmp_path):
-    """A set's folder, zipped as it is on the hub."""
+    """Function from a set's name to the bytes of its zip archive, as on the hub."""
 
     def pack(name: str) -> bytes:
         folder = download.local_folder(geobench.SETS[name], geobench_root)
@@ -98,129 +110,127 @@ def archive(geobench_root, tmp_path):
     return pack
 
 
-def block(name: str) -> DatasetConfig:
-    return DatasetConfig("geobench", options={"set": name})
-
-
-def test_a_set_is_fetched_once_checked_and_unpacked(hub, archive, geobench_root, tmp_path):
-    hub.files["segmentation_v1.0/m-chesapeake.zip"] = archive("m-chesapeake-landcover")
+def test_download_set_is_fetched_once_and_unpacked(hub, archive, geobench_root, tmp_path):
+    hub.files["segmentation_v1.0/m-chesapeake.zip"] = archive(CHESAPEAKE.name)
     root = tmp_path / "sets"
-    declared = geobench.SETS["m-chesapeake-landcover"]
-    record = download.describe_files(declared, "default", root)
+    record = download.describe_files(CHESAPEAKE, "default", root)
     assert record["files"] == 14
-    assert hub.asked == ["segmentation_v1.0/m-chesapeake.zip from 0"]
-    ours, theirs = Path(record["folder"]), download.local_folder(declared, geobench_root)
-    assert {path.name for path in ours.iterdir()} == {p.name for p in theirs.iterdir() if p.suffix != ".pkl"}
-    for path in ours.iterdir():
-        assert path.read_bytes() == (theirs / path.name).read_bytes()
-    assert not list(root.rglob("*.zip")), "unpacked, an archive is not kept twice"
-    assert download.describe_files(declared, "default", root) == record
-    assert len(hub.asked) == 1
+    assert hub.requests == ["segmentation_v1.0/m-chesapeake.zip from 0"]
+    actual, original = Path(record["folder"]), download.local_folder(CHESAPEAKE, geobench_root)
+    names = {path.name for path in actual.iterdir()}
+    assert names == {path.name for path in original.iterdir() if path.suffix != ".pkl"}
+    for name in names:
+        assert (actual / name).read_bytes() == (original / name).read_bytes()
+    assert not list(root.rglob("*.zip")), "the archive must be removed after unpacking"
+    assert download.describe_files(CHESAPEAKE, "default", root) == record
+    assert len(hub.requests) == 1
 
 
-def test_a_download_that_broke_off_goes_on(hub, archive, tmp_path):
-    hub.files["segmentation_v1.0/m-nz-cattle.zip"] = archive("m-nz-cattle")
+def test_download_interrupted_is_resumed(hub, archive, tmp_path):
+    hub.files["segmentation_v1.0/m-nz-cattle.zip"] = archive(CATTLE.name)
     hub.breaks_after = 12_000_000
-    record = download.describe_files(geobench.SETS["m-nz-cattle"], "default", tmp_path / "sets")
+    record = download.describe_files(CATTLE, "default", tmp_path / "sets")
     assert record["files"] == 14
-    begins = [int(one.rpartition(" ")[2]) for one in hub.asked]
-    assert begins[0] == 0
-    assert begins[1] > 0, "the second request asks for the rest alone"
+    starts = [int(request.rpartition(" ")[2]) for request in hub.requests]
+    assert starts[0] == 0
+    assert starts[1] > 0, "the second request must ask only for the missing bytes"
 
 
-def test_other_bytes_than_the_pinned_are_refused(hub, archive, tmp_path):
-    hub.files["classification_v1.0/m-so2sat.zip"] = archive("m-so2sat")
-    with pytest.raises(UserError, match="m-so2sat.zip has SHA-256 .*, but ec4d7cefeea4a326"):
-        download.describe_files(geobench.SETS["m-so2sat"], "default", tmp_path / "sets")
-    assert not (tmp_path / "sets/classification_v1.0/m-so2sat").exists()
+def test_download_bytes_other_than_pinned_are_refused(hub, archive, tmp_path):
+    data = hub.files["classification_v1.0/m-so2sat.zip"] = archive("m-so2sat")
+    root = tmp_path / "sets"
+    path = root / "classification_v1.0/m-so2sat.zip"
+    actual, expected = hashlib.sha256(data).hexdigest(), download.SHA256["m-so2sat"]
+    with raises(UserError, actual, expected, path=path, value=actual, allowed=[expected]):
+        download.describe_files(geobench.SETS["m-so2sat"], "default", root)
+    assert not path.with_suffix("").exists()
 
 
-def test_a_folder_that_is_there_needs_no_hub_and_is_not_copied(geobench_root, monkeypatch, params, tmp_path):
+def test_fetch_local_folder_needs_no_hub_and_is_not_copied(geobench_root, monkeypatch, params, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for root in (geobench_root, geobench_root / "classification_v1.0"):
         params = dataclasses.replace(params, geobench_dir=str(root))
-        record = geobench.fetch(block("m-eurosat"), params)
+        record = geobench.fetch(dataset_config("m-eurosat"), params)
         assert record["folder"] == str(geobench_root / "classification_v1.0/m-eurosat")
     params = dataclasses.replace(params, geobench_dir=str(tmp_path))
-    with pytest.raises(UserError) as refused:
-        geobench.fetch(block("m-eurosat"), params)
-    assert f"Put its folder at {tmp_path}/classification_v1.0/m-eurosat, or name yours as geobench_dir" in str(
-        refused.value
-    )
+    expected = tmp_path / "classification_v1.0/m-eurosat"
+    with raises(UserError, "m-eurosat", expected, key="geobench_dir", value=str(tmp_path), path=expected):
+        geobench.fetch(dataset_config("m-eurosat"), params)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(hub, archive, tmp_path, monkeypatch):
-    hub.files["segmentation_v1.0/m-nz-cattle.zip"] = archive("m-nz-cattle")
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="needs about .* GB while it is unpacked; 0.0 GB are free"):
-        download.describe_files(geobench.SETS["m-nz-cattle"], "default", tmp_path / "sets")
-    assert hub.asked == []
+def test_download_disk_too_small_is_refused_before_any_request(hub, archive, tmp_path, monkeypatch):
+    hub.files["segmentation_v1.0/m-nz-cattle.zip"] = archive(CATTLE.name)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with raises(UserError, "0.0 GB", key="geobench_dir", path=tmp_path):
+        download.describe_files(CATTLE, "default", tmp_path / "sets")
+    assert hub.requests == []
 
 
-def packed(path, **members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
-        for name, text in members.items():
-            made.writestr(name.replace("__", "/"), text)
-    return path
-
-
-def flipped(path):
+def zero_bytes(path):
     data = bytearray(path.read_bytes())
     data[60:90] = bytes(30)
     path.write_bytes(data)
 
 
-def encrypted(path):
+def set_encrypted_flag(path):
     data = bytearray(path.read_bytes())
-    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        data[data.index(mark) + place] |= 1
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + offset] |= 1
     path.write_bytes(data)
 
 
+def truncate(path):
+    path.write_bytes(b"PK")
+
+
+PARTITION = "default_partition.json"
+
+
 @pytest.mark.parametrize(
-    ("members", "damage", "words"),
+    ("members", "damage", "mentions"),
     [
-        ({"a__id_0.hdf5": "x", "a__readme.json": "{}"}, None, "has no partition of GEO-Bench's within"),
-        ({"a__default_partition.json": "{}", "b__default_partition.json": "[]"}, None,
-         "has two files named default_partition.json"),
-        ({"a__default_partition.json": "0123456789" * 99}, flipped, "is no readable archive"),
-        ({"a__default_partition.json": "{}"}, encrypted, "is no readable archive"),
-        ({"a__default_partition.json": "{}"}, lambda path: path.write_bytes(b"PK"), "is no readable archive"),
+        ({"a/id_0.hdf5": "x", "a/readme.json": "{}"}, None, []),
+        ({f"a/{PARTITION}": "{}", f"b/{PARTITION}": "[]"}, None, [PARTITION]),
+        ({f"a/{PARTITION}": "0123456789" * 99}, zero_bytes, []),
+        ({f"a/{PARTITION}": "{}"}, set_encrypted_flag, []),
+        ({f"a/{PARTITION}": "{}"}, truncate, []),
     ],
-)  # fmt: skip
-def test_archives_that_are_none_leave_nothing(tmp_path, members, damage, words):
-    path = packed(tmp_path / "set.zip", **members)
+    ids=["no partition", "two files of one name", "damaged", "encrypted", "truncated"],
+)
+def test_unpack_invalid_archive_leaves_no_files(tmp_path, members, damage, mentions):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
     if damage:
         damage(path)
-    with pytest.raises(UserError, match=f"set.zip {words}"):
+    with raises(UserError, path, *mentions, path=path):
         download._unpack(path, tmp_path / "sets/set")
     assert path.exists()
     assert list((tmp_path / "sets").iterdir()) == []
 
 
-def test_a_partition_that_is_not_there_is_refused_when_fetched(geobench_root, params):
+def test_fetch_unknown_partition_is_refused(geobench_root, params):
     params = dataclasses.replace(params, geobench_dir=str(geobench_root))
-    wrong = DatasetConfig("geobench", options={"set": "m-so2sat", "partition": "0.1x"})
-    with pytest.raises(UserError, match="no .*0.1x_partition.json. Partitions there: .*default"):
-        geobench.fetch(wrong, params)
+    with raises(UserError, "default", "0.01x_train", key="partition", value="0.1x") as info:
+        geobench.fetch(dataset_config("m-so2sat", partition="0.1x"), params)
+    assert "default" in info.value.allowed
+    assert info.value.path.name == "0.1x_partition.json"
 
 
-def test_a_plan_counts_what_is_there_and_leaves_out_what_may_be(geobench_root, params, tmp_path):
+def test_estimate_size_counts_local_samples_and_skips_unreadable_ones(geobench_root, params, tmp_path):
     folder = tmp_path / "m-so2sat"
     shutil.copytree(geobench_root / "classification_v1.0/m-so2sat", folder)
-    listed = json.loads((folder / "default_partition.json").read_text())
-    (folder / "mine_partition.json").write_text(json.dumps(listed | {"train": listed["train"][:2]}))
+    partition = json.loads((folder / PARTITION).read_text())
+    (folder / "mine_partition.json").write_text(json.dumps(partition | {"train": partition["train"][:2]}))
     (folder / "id_0000.hdf5").write_bytes(b"")
-    here, nowhere = (dataclasses.replace(params, geobench_dir=str(root)) for root in (tmp_path, tmp_path / "none"))
-    options = {"set": "m-so2sat", "partition": "mine"}
-    with pytest.raises(UserError, match="id_0000.hdf5 cannot be read"):
-        geobench.estimate_size(DatasetConfig("geobench", options=options), here)
-    wanted, there = geobench.estimate_size(DatasetConfig("geobench", options=options | {"skip_bad": True}), here)
-    assert (wanted.samples, there) == (10, 0)
-    assert wanted.images_per_second > 0
-    for partition, train in (("mine", 19992), ("0.01x_train", 200)):
-        wanted, there = geobench.estimate_size(
-            DatasetConfig("geobench", options=options | {"partition": partition}), nowhere
-        )
-        assert wanted.samples == train + sum(geobench.SETS["m-so2sat"].split_sizes[1:])
-        assert there > 1e9
+    local, remote = (dataclasses.replace(params, geobench_dir=str(root)) for root in (tmp_path, tmp_path / "none"))
+    with raises(UserError, path=folder / "id_0000.hdf5"):
+        geobench.estimate_size(dataset_config("m-so2sat", partition="mine"), local)
+    size, download_bytes = geobench.estimate_size(dataset_config("m-so2sat", partition="mine", skip_bad=True), local)
+    assert (size.samples, download_bytes) == (10, 0)
+    assert size.images_per_second > 0
+    for partition, n_train in (("mine", 19992), ("0.01x_train", 200)):
+        size, download_bytes = geobench.estimate_size(dataset_config("m-so2sat", partition=partition), remote)
+        assert size.samples == n_train + sum(geobench.SETS["m-so2sat"].split_sizes[1:])
+        assert download_bytes > 1e9
