@@ -1,15 +1,17 @@
-"""The images store: the one format that every source is turned into and everything else reads.
+"""The images store: the one format that every source is converted to and everything else reads.
 
 A Zarr v3 group that opens with `xarray.open_zarr`:
 
-    image   (sample, band, y, x)   the data's own units and size
-    label   (sample) | (sample, class) | (sample, y, x)   class index, multi-hot, or mask; `no_label` if unlabelled
-    sample, split, band, wavelength, and lat, lon, time, crs, transform where known: coordinates
+    image   (sample, band, y, x)   in the units and size of the data
+    label   (sample) | (sample, class) | (sample, y, x)   class index, multi-hot vector, or mask
+    sample, split, band, band_name, wavelength, and lat, lon, time, crs, transform where known: coordinates
 
-Its attributes state task, classes, ignore value, units, ground sampling distance, licence, source, corrections,
-what was left out, and the SHA-256 of the content, from which every later digest follows.
+Labels of the split `unlabelled` have the missing value of their task (pipeline/tasks.py). The attributes state task,
+classes, units, ground sampling distance, licence, source, notes on corrections, skipped samples, and the SHA-256 of
+the content, which identifies the images in everything computed from them.
 """
 
+import itertools
 import json
 import math
 import re
@@ -22,32 +24,36 @@ import numpy as np
 
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
+from pipeline.tasks import get_task
 
 if TYPE_CHECKING:
     import xarray as xr
 
-IGNORE = 255
-# A split of images without labels: backbones encode them, and students learn what their teachers say of them.
+SPLITS = ("train", "val", "test")
+# Split of images without labels. Backbones encode them, and students learn from the teacher's predictions on them.
 UNLABELLED = "unlabelled"
-# In place of a class index. Losses, counts and indexing raise on it; -1 would be the last class to an index, and to
-# counts, as 255, a class of another sample.
-NO_CLASS = -(2**31)
-# numpy takes 20170216 for a year, and xarray none that nanoseconds since 1970 cannot say.
-_MOMENT = re.compile(r"(19|20|21)\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?(Z|\+00:?00)?")
+# Dates of the years that datetime64[ns] can hold; without this numpy would read 20170216 as a year.
+TIMESTAMP = re.compile(r"(19|20|21)\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?(Z|\+00:?00)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDatasetInfo:
-    """What is known of a dataset before a pixel of it is read.
+    """Description of a dataset, known before a pixel is read.
 
     Attributes:
         sample: unique, stable names.
         split: `train`, `val`, `test` or `unlabelled` of every sample.
-        display: for reflectances, the [low, high] that is stretched to [0, 1] for models trained on
-            photographs; None for 8-bit colour, which is display already.
-        notes: what was corrected, merged, dropped or resampled on the way.
+        bands: in the order of the images.
+        classes: names of the classes.
+        task: name of the task.
+        units: of the pixel values, a key of `FULL_SCALE` in pipeline/bands.py.
+        gsd: ground sampling distance in metres.
+        licence, source: of the data, as text.
+        display: reflectances [low, high] that are stretched to [0, 1] for models trained on photographs; None for
+            8-bit colour, which is display-referred already.
+        notes: what was corrected, merged, dropped or resampled.
         crs: coordinate reference system of every sample, as WKT or an authority's code; empty where unknown.
-        transform: (sample, 6), affine coefficients a to f from a pixel's column and row to its place in `crs`.
+        transform: (sample, 6), affine coefficients a to f from a pixel's column and row to coordinates in `crs`.
     """
 
     sample: Sequence[str]
@@ -67,12 +73,12 @@ class ImageDatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset(ImageDatasetInfo):
-    """One prepared dataset in memory.
+    """A prepared dataset in memory.
 
     Attributes:
         image: (sample, band, y, x).
         label: class index (sample,), multi-hot (sample, class) or mask (sample, y, x) with `IGNORE`.
-        lat, lon: chip centres in degrees (WGS 84), or None where unknown.
+        lat, lon: chip centres in degrees (WGS 84), or None if unknown.
         time: acquisition, UTC, datetime64[s], or None.
     """
 
@@ -85,7 +91,7 @@ class ImageDataset(ImageDatasetInfo):
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as a stream's reader gives it: image (band, y, x), its label, and its place and time if known."""
+    """One sample: image (band, y, x), label, and its location in degrees and time where known."""
 
     image: np.ndarray
     label: np.ndarray
@@ -96,16 +102,16 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class LazyImageDataset(ImageDatasetInfo):
-    """One prepared dataset that is read sample by sample, by several processes, since it may not fit into memory.
+    """A prepared dataset that several processes read sample by sample, because it may not fit into memory.
 
     Attributes:
-        read: from a sample's name, and memory that its image may be read into, to the sample; it is sent to other
-            processes. It raises UserError for a sample that is damaged.
-        shape, dtype: of every image.
-        verify: looks at the mean of each band over all samples (of every eighth pixel each way) and raises
-            UserError if they cannot be those of this dataset; None where nothing is known of them.
-        ahead: given names of samples that will be read soon, has the system fetch their files meanwhile; None where
-            nothing can be fetched.
+        read_sample: picklable function from a sample's name, and an array that its image may be read into, to the
+            sample. It raises UserError for a damaged sample.
+        shape, dtype: of every image, (band, y, x).
+        check_band_means: takes the mean of each band over all samples (of every eighth pixel in y and x) and raises
+            UserError if they cannot belong to this dataset; None if nothing is known of them.
+        prefetch: takes names of samples that will be read soon, and asks the system to read their files ahead; None
+            if that is not possible.
     """
 
     read_sample: Callable[[str, np.ndarray], Sample]
@@ -115,19 +121,22 @@ class LazyImageDataset(ImageDatasetInfo):
     prefetch: Callable[[Sequence[str]], None] | None = None
 
 
+# Reading
+
+
 def open_images(path: Path) -> "xr.Dataset":
-    """The images store as a lazy xarray dataset.
+    """Open an images store as a lazy xarray dataset.
 
     Raises:
-        UserError: nothing there, or a file of it is missing or cut; the message says which stage makes it.
+        UserError: there is no store, or one of its files is missing or truncated.
     """
     path = Path(path)
     if not (path / "zarr.json").exists():
-        raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{path.stem}")
-    of_all = json.loads((path / "zarr.json").read_text()).get("consolidated_metadata") or {"metadata": {}}
-    for name, described in of_all["metadata"].items():
-        _check_files(path / name, described)
-    import xarray as xr  # takes half a second, which processes that only write would wait for
+        raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{path.stem}", path=path)
+    consolidated = json.loads((path / "zarr.json").read_text()).get("consolidated_metadata") or {"metadata": {}}
+    for name, metadata in consolidated["metadata"].items():
+        _check_chunk_files(path / name, metadata)
+    import xarray as xr  # takes 0.4 s to import; processes that only write images need none
 
     return xr.open_zarr(path, chunks=None)
 
@@ -138,124 +147,141 @@ def image_bands(images: "xr.Dataset") -> list[Band]:
     return [Band(*row, gsd=images.attrs["gsd"]) for row in zip(*columns, strict=True)]
 
 
-def _again(store: Path) -> str:
-    return f"Delete {store} and make it again with: dvc repro prepare@{store.stem}"
-
-
-def _check_files(array: Path, described: Mapping) -> None:
-    """Refuse an array that lacks a file, for which zarr would read zeros, or of which one is cut."""
-    codec, *others = (codec["name"] for codec in described["codecs"])
-    if others:  # not as all are written here: files may be left out that hold zeros alone
+def _check_chunk_files(array: Path, metadata: Mapping) -> None:
+    """Refuse an array with a missing or truncated file: zarr would read zeros in its place."""
+    codec, *compressors = (codec["name"] for codec in metadata["codecs"])
+    if compressors:  # not written by this package: chunks of zeros may have no file
         return
-    chunk = described["chunk_grid"]["configuration"]["chunk_shape"]
-    size = math.prod(chunk) * np.dtype(described["data_type"]).itemsize if codec == "bytes" else None
-    separator = described["chunk_key_encoding"]["configuration"]["separator"]
-    for place in np.ndindex(*(-(-side // step) for side, step in zip(described["shape"], chunk, strict=True))):
-        path = array / separator.join(["c", *map(str, place)])
-        found = path.stat().st_size if path.exists() else None
-        if found is None or (size and found != size):
-            what = "is missing" if found is None else f"has {found} of {size} bytes"
-            raise UserError(f"{path} {what}. {_again(array.parent)}")
+    chunk_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    size = math.prod(chunk_shape) * np.dtype(metadata["data_type"]).itemsize if codec == "bytes" else None
+    separator = metadata["chunk_key_encoding"]["configuration"]["separator"]
+    counts = (-(-side // step) for side, step in zip(metadata["shape"], chunk_shape, strict=True))
+    for index in np.ndindex(*counts):
+        path = array / separator.join(["c", *map(str, index)])
+        actual = path.stat().st_size if path.exists() else None
+        if actual is None or (size and actual != size):
+            problem = "is missing" if actual is None else f"has {actual} of {size} bytes"
+            store = array.parent
+            raise UserError(
+                f"{path} {problem}. Delete {store} and make it again with: dvc repro prepare@{store.stem}",
+                key=array.name, value=actual, allowed=[size] if size else None, path=path,
+            )  # fmt: skip
 
 
-def label_dims(task: str) -> tuple[str, ...]:
-    """Dimensions of the label of a task."""
-    return {
-        "classification": ("sample",),
-        "multilabel": ("sample", "class"),
-        "segmentation": ("sample", "y", "x"),
-    }[task]
-
-
-def missing_label(task: str, classes: int, size: tuple[int, ...]) -> np.ndarray:
-    """What stands in the label's place of a sample of the split `unlabelled`.
-
-    Args:
-        size: (y, x) of the image.
-
-    Returns:
-        `NO_CLASS`, int64 (), or `IGNORE` everywhere, which is in no multi-hot label either, uint8 (class,) or (y, x).
-    """
-    if task == "classification":
-        return np.array(NO_CLASS)
-    return np.full(size if task == "segmentation" else classes, IGNORE, np.uint8)
+# Validation
 
 
 def validate_dataset(images: ImageDataset) -> None:
-    """Refuse what could not be a dataset; every message names what is wrong."""
+    """Check that images, labels and coordinates fit together.
+
+    Raises:
+        UserError: they do not.
+    """
     count = len(images.image)
     if images.image.ndim != 4 or images.image.shape[1] != len(images.bands):
-        raise UserError(f"Images of shape {images.image.shape} do not have {len(images.bands)} bands second.")
+        raise UserError(
+            f"Images have the shape {images.image.shape}; it must be (sample, band, y, x) with {len(images.bands)} "
+            "bands.",
+            key="image", value=images.image.shape, allowed=[len(images.bands)],
+        )  # fmt: skip
     for name in ("label", "sample", "split", "lat", "lon", "time"):
         values = getattr(images, name)
         if values is not None and len(values) != count:
-            raise UserError(f"There are {count} images but {len(values)} values of '{name}'.")
+            raise UserError(
+                f"There are {count} images but {len(values)} values of '{name}'.",
+                key=name, value=len(values), allowed=[count],
+            )  # fmt: skip
     validate_info(images)
-    if images.label.ndim != len(label_dims(images.task)):
-        raise UserError(f"A {images.task} label has dimensions {label_dims(images.task)}, not {images.label.shape}.")
-    bare = np.asarray(images.split) == UNLABELLED
-    check_label(images.label[~bare], images)
-    check_label_is_missing(images.label[bare], images.task)
+    task = get_task(images.task)
+    if images.label.ndim != len(task.label_dims):
+        raise UserError(
+            f"A {images.task} label has dimensions {task.label_dims}, not the shape {images.label.shape}.",
+            key="label", value=images.label.shape, allowed=task.label_dims,
+        )  # fmt: skip
+    is_unlabelled = np.asarray(images.split) == UNLABELLED
+    check_label(images.label[~is_unlabelled], images)
+    check_label_is_missing(images.label[is_unlabelled], images.task)
     if images.lat is not None:
         check_location(images.lat, images.lon)
 
 
-def parse_timestamp(text: str, what: str) -> np.datetime64:
-    """A time in UTC, or NaT of no text.
+def validate_info(info: ImageDatasetInfo) -> None:
+    """Check names, splits, bands and units.
 
     Raises:
-        UserError: it is written otherwise; `what` begins the message.
+        UserError: a repeated name, an empty split, unknown units, or arrays of different lengths.
+    """
+    if len(set(info.sample)) != len(info.sample):
+        repeated = next(a for a, b in itertools.pairwise(sorted(info.sample)) if a == b)
+        raise UserError(
+            f"The sample name '{repeated}' appears twice; names must be unique.", key="sample", value=repeated
+        )
+    if empty := set(SPLITS) - set(info.split):
+        raise UserError(
+            f"The splits {', '.join(sorted(empty))} are empty. Use smaller blocks or more data, or a list of splits "
+            "that has all three.",
+            key="split", value=sorted(empty), allowed=SPLITS,
+        )  # fmt: skip
+    names = [band.common_name for band in info.bands]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise UserError(
+            f"Two bands are called '{min(repeated)}'; common names must be unique.", key="bands", value=min(repeated)
+        )
+    if info.units not in FULL_SCALE:
+        raise UserError(
+            f"Units '{info.units}' are not known. Known units: {', '.join(FULL_SCALE)}.",
+            key="units", value=info.units, allowed=FULL_SCALE,
+        )  # fmt: skip
+    for name in ("crs", "transform"):
+        values = getattr(info, name)
+        if values is not None and len(values) != len(info.sample):
+            raise UserError(
+                f"There are {len(info.sample)} samples but {len(values)} values of '{name}'.",
+                key=name, value=len(values), allowed=[len(info.sample)],
+            )  # fmt: skip
+
+
+def check_label(label: np.ndarray, info: ImageDatasetInfo) -> None:
+    """Raise UserError if a label, or one of several, lies outside the classes."""
+    if not get_task(info.task)(len(info.classes)).is_valid_label(label):
+        raise UserError(
+            f"A label lies outside the {len(info.classes)} classes {', '.join(info.classes)}.",
+            key="label", allowed=info.classes,
+        )  # fmt: skip
+
+
+def check_label_is_missing(label: np.ndarray, task: str) -> None:
+    """Raise UserError if a sample of the split `unlabelled` has a label, which could be used by mistake."""
+    if (label != get_task(task).missing_value).any():
+        raise UserError(
+            f"A sample of the split {UNLABELLED} has a label. Give it another split, or no label.",
+            key="split", value=UNLABELLED,
+        )  # fmt: skip
+
+
+def check_location(lat: np.ndarray | float, lon: np.ndarray | float) -> None:
+    """Raise UserError for coordinates, in degrees, that are not on Earth; NaN means unknown."""
+    if (np.abs(lat) > 90).any() or (np.abs(lon) > 180).any():
+        raise UserError(
+            "A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?", key="lat, lon"
+        )
+
+
+def parse_timestamp(text: str, name: str) -> np.datetime64:
+    """Parse a time in UTC; NaT if the text is empty.
+
+    Args:
+        name: of the value, for the message.
+
+    Raises:
+        UserError: another format.
     """
     try:
-        if text and not _MOMENT.fullmatch(text):
+        if text and not TIMESTAMP.fullmatch(text):
             raise ValueError
         return np.datetime64(re.sub(r"Z$|\+00:?00$", "", text) or "NaT", "s")
     except ValueError:
         raise UserError(
-            f"{what} is '{text}'; write it as 2017-02-16 or 2017-02-16T10:21:01, in UTC, in the years 1900 to 2199."
-        ) from None
-
-
-def validate_info(images: ImageDatasetInfo) -> None:
-    """Refuse names, splits and units that could not be a dataset's."""
-    if len(set(images.sample)) != len(images.sample):
-        raise UserError("A sample's name appears twice; names must be unique.")
-    if absent := {"train", "val", "test"} - set(images.split):
-        raise UserError(
-            f"The splits {', '.join(sorted(absent))} are empty. Use smaller blocks or more data, or a list of splits "
-            "that has all three."
-        )
-    names = [band.common_name for band in images.bands]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"Two bands are called '{min(twice)}'; a band must be known by its name.")
-    if images.units not in FULL_SCALE:
-        raise UserError(f"Units '{images.units}' are not known. Known units: {', '.join(FULL_SCALE)}.")
-    for name in ("crs", "transform"):
-        values = getattr(images, name)
-        if values is not None and len(values) != len(images.sample):
-            raise UserError(f"There are {len(images.sample)} samples but {len(values)} values of '{name}'.")
-
-
-def check_label(label: np.ndarray, images: ImageDatasetInfo) -> None:
-    """Refuse a label, or labels, outside the classes."""
-    if images.task == "multilabel":
-        allowed = ((label == 0) | (label == 1)).all() and label.shape[-1] == len(images.classes)
-    elif label.dtype.kind == "u" and label.size and label.max() < len(images.classes):  # as nearly all are
-        allowed = True
-    else:
-        outside = (label < 0) | (label >= len(images.classes))
-        allowed = not (outside & (label != IGNORE) if images.task == "segmentation" else outside).any()
-    if not allowed:
-        raise UserError(f"A label lies outside the {len(images.classes)} classes {', '.join(images.classes)}.")
-
-
-def check_label_is_missing(label: np.ndarray, task: str) -> None:
-    """Refuse labels in the split `unlabelled`, where nothing would use them, and something might by mistake."""
-    if (label != (NO_CLASS if task == "classification" else IGNORE)).any():
-        raise UserError(f"A sample of the split {UNLABELLED} has a label. Give it another split, or no label.")
-
-
-def check_location(lat, lon) -> None:
-    """Refuse what is no place on Earth; not a number is one that is not known."""
-    if (np.abs(lat) > 90).any() or (np.abs(lon) > 180).any():
-        raise UserError("A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?")
+            f"{name} is '{text}'; write it as 2017-02-16 or 2017-02-16T10:21:01, in UTC, in the years 1900 to 2199.",
+            key=name, value=text,
+        ) from None  # fmt: skip
