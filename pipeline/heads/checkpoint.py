@@ -1,7 +1,4 @@
-"""A trained head in a file, with all that it needs to be used again: on a map, by a student, in fine-tuning.
-
-Of a model's seeds the one that is best on validation is kept, so that test scores choose nothing.
-"""
+"""Checkpoint of a trained head: all that maps, students and fine-tuning need to use it again."""
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -11,13 +8,11 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
+from pipeline.feature_ops import channels_last, standardize_
 from pipeline.heads.config import HeadConfig
-from pipeline.training.feature_inputs import standardise
-from pipeline.training.feature_loader import channels_last
-from pipeline.training.task_data import TaskData
 
-# In every file; a reader refuses others.
-FORMAT = "eo-compose head 1"
+# In every file; other formats are refused.
+FORMAT = "eo-compose head 2"
 
 
 @dataclass(frozen=True)
@@ -25,12 +20,13 @@ class TrainedHead:
     """One trained head.
 
     Attributes:
-        model: its name; `backbones` are those of its members, in order.
-        task: `classification`, `multilabel` or `segmentation`.
-        classes: their names.
-        fields: of each member, the names of the store's arrays that the head reads.
-        by: of each of these, what is taken off and what is multiplied by, float32 (channel,).
-        network: a group of one head (pipeline/heads), evaluating.
+        model: name of the model; its backbones' names joined by `+`.
+        task: name of the task (pipeline/tasks.py).
+        class_names: names of the classes.
+        array_names: names of each backbone's arrays that the head reads, as in its feature store.
+        config: creates the network.
+        mean_scale: for each of these arrays, the mean to subtract and the factor to multiply by, float32 (channel,).
+        network: a group of one head (pipeline/heads), in evaluation mode.
     """
 
     model: str
@@ -46,66 +42,96 @@ class TrainedHead:
         return self.model.split("+")
 
     def standardize(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | list[torch.Tensor]:
-        """What `network.pieces` takes, from what `logits` takes; differentiable in the features."""
-        values = [member[name].float() for member, names in zip(features, self.array_names, strict=True) for name in names]
-        fresh = [standardise(value.clone(), *by) for value, by in zip(values, self.mean_scale, strict=True)]
-        return torch.cat(fresh, dim=1) if self.network.stacked else [channels_last(level) for level in fresh]
-
-    def logits(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-        """Logits (batch, class), or (batch, class, y, x) of the masks' size.
+        """Standardize features as in training; differentiable.
 
         Args:
-            features: of each member, its arrays by name as in the store, not standardised: (batch, channel, …).
+            features: as for `logits`.
+
+        Returns:
+            Pooled features (batch, channel), or levels (batch, channel, y, x): the input of the network.
         """
-        ((_, logits),) = self.network.pieces(self.standardize(features), None)
+        values = [
+            member[name].float() for member, names in zip(features, self.array_names, strict=True) for name in names
+        ]
+        standardized = [
+            standardize_(array.clone(), *mean_scale)
+            for array, mean_scale in zip(values, self.mean_scale, strict=True)
+        ]
+        if self.network.is_stacked:
+            return torch.cat(standardized, dim=1)
+        return [channels_last(level) for level in standardized]
+
+    def logits(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """Compute the logits (batch, class), or (batch, class, y, x) of the masks' size.
+
+        Args:
+            features: for each backbone, its arrays by name as in the store, not standardized: (batch, channel, …).
+        """
+        ((_, logits),) = self.network.forward_heads(self.standardize(features), None)
         return logits[0]
 
 
-def save(path: Path, model: str, cell: TaskData, group: torch.nn.Module, head: int) -> None:
-    """Write one head of a trained group.
+def select_head(config: HeadConfig, group: torch.nn.Module, index: int) -> torch.nn.Module:
+    """Copy one head of a trained group into a group of its own, on the CPU.
 
     Args:
-        head: its place in the group.
+        config: of the group.
+        index: of the head.
     """
-    one = cell.blueprint.create_group([0])
-    if group.stacked:
-        state = {name: values[head : head + 1] for name, values in group.state_dict().items()}
+    if group.is_stacked:
+        state = {name: values[index : index + 1] for name, values in group.state_dict().items()}
     else:
-        state = {f"heads.0.{name}": values for name, values in group.heads[head].state_dict().items()}
-    one.load_state_dict(state)
+        state = {f"heads.0.{name}": values for name, values in group.heads[index].state_dict().items()}
+    network = config.create_group([0])
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def save(path: Path, head: TrainedHead) -> None:
+    """Write a trained head to a file."""
     torch.save(
         {
             "format": FORMAT,
-            "model": model,
-            "task": cell.task.type,
-            "classes": cell.names,
-            "fields": cell.fields,
-            "blueprint": asdict(cell.blueprint),
-            "by": [tuple(torch.as_tensor(value) for value in by) for by in cell.by],
-            "state": {name: values.detach().cpu().clone() for name, values in one.state_dict().items()},
+            "model": head.model,
+            "task": str(head.task),
+            "class_names": list(head.class_names),
+            "array_names": [list(names) for names in head.array_names],
+            "config": asdict(head.config),
+            "mean_scale": [tuple(values.cpu() for values in pair) for pair in head.mean_scale],
+            "state": {name: values.detach().cpu().clone() for name, values in head.network.state_dict().items()},
         },
         path,
     )
 
 
 def load(path: Path, device: str = "cpu") -> TrainedHead:
-    """Read what `save` wrote; nothing in the file is run.
+    """Read a trained head; no code in the file is run.
 
     Raises:
-        UserError: no such file, or not one of these.
+        UserError: there is no such file, or it is not a head of this format.
     """
     if not Path(path).exists():
-        raise UserError(f"There is no trained head at {path}. Train it with: dvc repro train")
+        raise UserError(f"There is no trained head at {path}. Train it with: dvc repro train", path=path)
     try:
-        read = torch.load(path, map_location=device, weights_only=True)
-        if read["format"] != FORMAT:
-            raise KeyError(read["format"])
-        blueprint = HeadConfig(**read["blueprint"])
-        network = blueprint.create_group([0])
-        network.load_state_dict(read["state"])
+        data = torch.load(path, map_location=device, weights_only=True)
+        if data["format"] != FORMAT:
+            raise KeyError(data["format"])
+        config = HeadConfig(**data["config"])
+        network = config.create_group([0])
+        network.load_state_dict(data["state"])
+        return TrainedHead(
+            data["model"],
+            data["task"],
+            tuple(data["class_names"]),
+            tuple(map(tuple, data["array_names"])),
+            config,
+            tuple((mean, scale) for mean, scale in data["mean_scale"]),
+            network.to(device).eval(),
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no head that train has kept ({reason}). Run: dvc repro -f train") from None
-    fields, classes = tuple(map(tuple, read["fields"])), tuple(read["classes"])
-    by = tuple((mean, scale) for mean, scale in read["by"])
-    return TrainedHead(read["model"], read["task"], classes, fields, blueprint, by, network.to(device).eval())
+        raise UserError(
+            f"{path} is not a trained head of the format '{FORMAT}' ({reason}). Run: dvc repro -f train",
+            allowed=[FORMAT],
+            path=path,
+        ) from None

@@ -1,30 +1,28 @@
-"""What a head is built from: enough to make groups of it, and one again from a file."""
+"""Configuration of a head: enough to create it, and to create it again for its checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
+from cache.schema import layer_name
+from pipeline.heads import get_head
 from pipeline.heads.dense import HeadList
-from pipeline.heads.fcn import Fcn
-from pipeline.heads.fusion import FusedHead, PyramidFusion, fuse, projection_shapes
+from pipeline.heads.fusion import FusedHead, PyramidFusion, get_fusion
 from pipeline.heads.linear import StackedLinear
-from pipeline.heads.upernet import UPerNet
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """A head for a model's features.
+    """A head on a model's features.
 
     Attributes:
-        head: `linear` on pooled vectors, `upernet` or `fcn` on levels.
-        fusion: how members are joined (pipeline/heads/fusion.py).
-        shapes: of each member's arrays, (channel,) or (channel, y, x).
-        classes: how many.
-        size: of the masks, (y, x); none of pooled vectors.
-        channels: of a UPerNet's decoder.
-        neck: whether a transformer's levels become a pyramid first.
+        head: a name of `pipeline.heads.HEADS`.
+        fusion: a name of `pipeline.heads.fusion.FUSIONS`.
+        shapes: shapes of each backbone's arrays, (channel,) or (channel, y, x).
+        n_classes: number of classes.
+        output_size: (y, x) of the masks; empty for pooled features.
+        options: further arguments of the head's class.
+        neck: whether a transformer's levels are first resampled to a pyramid.
         precision: of dense heads, float32 or bfloat16.
     """
 
@@ -33,37 +31,49 @@ class HeadConfig:
     shapes: tuple[tuple[tuple[int, ...], ...], ...]
     n_classes: int
     output_size: tuple[int, ...] = ()
-    channels: int = 0
+    options: dict[str, object] = field(default_factory=dict)
     neck: bool = False
     precision: str = "float32"
 
     def create_group(self, seeds: Sequence[int]) -> StackedLinear | HeadList:
-        """Heads, one a seed, not yet trained."""
-        if self.head == "linear":
-            widths = [sum(shape[0] for shape in member) for member in self.shapes]
-            mixed = partial(fuse, self.fusion, dim=2)
-            return StackedLinear(widths, self.n_classes, seeds, projection_shapes(self.fusion, widths), mixed)
-        return HeadList(self._dense, self.output_size, seeds, self.precision)
+        """Create untrained heads, one per seed.
 
-    def _dense(self) -> FusedHead:
-        return FusedHead(PyramidFusion(self.shapes, self.fusion, self.neck), self._head)
+        Raises:
+            UserError: there is no such head or fusion.
+        """
+        if get_head(self.head, key="heads").is_dense:
+            return HeadList(self._create_dense, self.output_size, seeds, self.precision)
+        widths, fusion = [sum(shape[0] for shape in member) for member in self.shapes], get_fusion(self.fusion)
+        if self.fusion == "concat" or len(widths) == 1:
+            return StackedLinear(widths, self.n_classes, seeds)
+        return StackedLinear(
+            widths,
+            self.n_classes,
+            seeds,
+            partial(fusion.fuse, dim=2),
+            fusion.projection_shapes(widths),
+            fusion.fused_width(widths),
+        )
 
-    def _head(self, channels: Sequence[int]) -> torch.nn.Module:
-        if self.head == "fcn":
-            return Fcn(channels, self.n_classes)
-        return UPerNet(channels, self.channels, self.n_classes)
+    def _create_dense(self) -> FusedHead:
+        network = get_head(self.head).load()
+        create = partial(network, n_classes=self.n_classes, **self.options)
+        return FusedHead(PyramidFusion(self.shapes, self.fusion, self.neck), create)
 
 
 def describe_head(config: HeadConfig, array_names: Sequence[Sequence[str]], has_class_weights: bool) -> str:
-    """What is trained, and on what: upernet of 16 channels, concat, level0, level1, balanced class weights.
+    """Describe a head and its inputs: "upernet of 16 channels, concat, level0, level1, balanced class weights".
 
     Args:
-        fields: of each member, the names of the arrays that are read.
-        balanced: whether the classes are weighted.
+        array_names: names of each backbone's arrays that the head reads.
+        has_class_weights: whether the loss has class weights.
     """
-    arrays = [name.removeprefix("pooled/").removesuffix("/features") for member in array_names for name in member]
+    arrays = [layer_name(name) for names in array_names for name in names]
+    options = dict(config.options)
+    channels = options.pop("channels", None)
     parts = [
-        f"{config.head} of {config.channels} channels" if config.channels else config.head,
+        f"{config.head} of {channels} channels" if channels else config.head,
+        *(f"{name} {value}" for name, value in options.items()),
         *([config.fusion] if len(array_names) > 1 else []),
         *dict.fromkeys(arrays),
         *(["balanced class weights"] if has_class_weights else []),

@@ -1,143 +1,274 @@
-"""Members' features inside a head: grids brought together, then concatenated, averaged, modulated or multiplied.
+"""Fusion of the backbones' feature pyramids inside a head.
 
-Concatenation is the paper's. The others are its later version's ablation; in them the first member leads, and the
-others are brought to its width by a learned projection:
-- `average`: the mean of all.
-- `film`: the others scale and shift the first, channel by channel (Perez et al., AAAI 2018).
-- `dot`: the product of all, channel by channel (Kim et al., ICLR 2017).
+Levels are matched between pyramids, resized to the finest grid, and combined by a method of `FUSIONS`. Concatenation
+is the method of the paper (arXiv 2506.20174); the others are the ablation of its later version. In these the first
+backbone leads: a learned projection brings the others to its channels.
+
+A new method is one class and one line in `FUSIONS`, or, from outside the package, one call of `register_fusion`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import log2, prod
 
 import torch
 from torch import nn
 
-from pipeline.grids import resize
-from pipeline.heads.neck import LEVELS, LearnedPyramid
+from pipeline.errors import UserError
+from pipeline.feature_ops import resize
 
-METHODS = ("concat", "average", "film", "dot")
-# Channels, height and width of one level.
-Shape = tuple[int, int, int]
-
-
-def resize_to_finest(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Bring maps (sample, channel, y, x) to the finest of their grids, bilinearly."""
-    finest = max((part.shape[-2:] for part in parts), key=prod)
-    return [part if part.shape[-2:] == finest else resize(part, finest) for part in parts]
+# Channels, height and width of a level.
+LevelShape = tuple[int, int, int]
+# Number of levels that a vision transformer's pyramid is made from.
+TRANSFORMER_LEVELS = 4
 
 
-def match_levels(shapes: Sequence[Sequence[Shape]]) -> list[list[int]]:
-    """Which level of each member meets which: for every joined level, finest first, an index a member.
+class Fusion(ABC):
+    """A method that combines features of the same grid; it has no parameters of its own."""
 
-    Members of as many levels meet level by level. One of fewer levels gives, each time, the level with the
-    nearest grid, and among equal grids the one at the nearest relative depth.
+    def projection_shapes(self, widths: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the channels in and out of the projections of all backbones but the first.
+
+        Args:
+            widths: channels of every backbone.
+        """
+        return [(width, widths[0]) for width in widths[1:]]
+
+    def fused_width(self, widths: Sequence[int]) -> int:
+        """Return the number of channels of the result."""
+        return widths[0]
+
+    @abstractmethod
+    def fuse(self, first: torch.Tensor, projected: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        """Combine the first backbone's features with the others' projected ones; channels lie along `dim`."""
+
+
+class ConcatFusion(Fusion):
+    """Concatenation along channels."""
+
+    def projection_shapes(self, widths: Sequence[int]) -> list[tuple[int, int]]:
+        return []
+
+    def fused_width(self, widths: Sequence[int]) -> int:
+        return sum(widths)
+
+    def fuse(self, first: torch.Tensor, projected: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        return torch.cat([first, *projected], dim=dim)
+
+
+class AverageFusion(Fusion):
+    """Mean over the backbones."""
+
+    def fuse(self, first: torch.Tensor, projected: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        return (first + sum(projected)) / (1 + len(projected))
+
+
+class FilmFusion(Fusion):
+    """FiLM (Perez et al., AAAI 2018): the others scale and shift the first backbone's channels."""
+
+    def projection_shapes(self, widths: Sequence[int]) -> list[tuple[int, int]]:
+        return [(width, 2 * widths[0]) for width in widths[1:]]
+
+    def fuse(self, first: torch.Tensor, projected: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        scale, shift = sum(projected).chunk(2, dim)
+        return first * (1 + scale) + shift
+
+
+class DotFusion(Fusion):
+    """Product of the backbones, channel by channel (Kim et al., ICLR 2017)."""
+
+    def fuse(self, first: torch.Tensor, projected: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        product = first
+        for features in projected:
+            product = product * features
+        return product
+
+
+FUSIONS: dict[str, type[Fusion]] = {
+    "concat": ConcatFusion,
+    "average": AverageFusion,
+    "film": FilmFusion,
+    "dot": DotFusion,
+}
+
+
+def register_fusion(name: str, fusion: type[Fusion]) -> None:
+    """Add a fusion method, chosen by `heads.fusion`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in FUSIONS:
+        raise ValueError(f"There is already a fusion called '{name}'.")
+    FUSIONS[name] = fusion
+
+
+def get_fusion(name: str) -> Fusion:
+    """Return a fusion method by its name.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    if name not in FUSIONS:
+        raise UserError(
+            f"heads.fusion is '{name}'. Choose one of: {', '.join(FUSIONS)}.",
+            key="heads.fusion",
+            value=name,
+            allowed=FUSIONS,
+        )
+    return FUSIONS[name]()
+
+
+def resize_to_finest(levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Resize maps (sample, channel, y, x) to the finest of their grids, bilinearly."""
+    finest = max((level.shape[-2:] for level in levels), key=prod)
+    return [level if level.shape[-2:] == finest else resize(level, finest) for level in levels]
+
+
+def match_levels(shapes: Sequence[Sequence[LevelShape]]) -> list[list[int]]:
+    """Match the levels of several pyramids.
+
+    Pyramids with as many levels as the longest are matched level by level. A shorter one gives, each time, the level
+    of the most similar grid; of equal grids, the one at the most similar relative depth.
+
+    Args:
+        shapes: shapes of each pyramid's levels, finest first.
+
+    Returns:
+        For every fused level, finest first: the index of each pyramid's level.
     """
     longest = max(shapes, key=len)
 
-    def nearest(member: Sequence[Shape], place: int) -> int:
+    def nearest(pyramid: Sequence[LevelShape], index: int) -> int:
         def distance(level: int) -> tuple[float, float]:
-            depth = level / max(1, len(member) - 1) - place / max(1, len(longest) - 1)
-            return abs(log2(prod(member[level][1:]) / prod(longest[place][1:]))), abs(depth)
+            depth = level / max(1, len(pyramid) - 1) - index / max(1, len(longest) - 1)
+            return abs(log2(prod(pyramid[level][1:]) / prod(longest[index][1:]))), abs(depth)
 
-        return place if len(member) == len(longest) else min(range(len(member)), key=distance)
+        return index if len(pyramid) == len(longest) else min(range(len(pyramid)), key=distance)
 
-    return [[nearest(member, place) for member in shapes] for place in range(len(longest))]
-
-
-def fuse(method: str, first: torch.Tensor, others: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """The first member's features with the others', which are projected (for `film`, to scales and shifts)."""
-    if method == "average":
-        return (first + sum(others)) / (1 + len(others))
-    if method == "film":
-        scale, shift = sum(others).chunk(2, dim)
-        return first * (1 + scale) + shift
-    for other in others:
-        first = first * other
-    return first
-
-
-def projection_shapes(method: str, widths: Sequence[int]) -> list[tuple[int, int]]:
-    """Channels in and out of each projection that a method needs."""
-    return [] if method == "concat" else [(w, widths[0] * (2 if method == "film" else 1)) for w in widths[1:]]
+    return [[nearest(pyramid, index) for pyramid in shapes] for index in range(len(longest))]
 
 
 class LevelFusion(nn.Module):
-    """One level of every member, (batch, channel, y, x) of any grids, to one map of the finest grid."""
+    """Fuse one level of every backbone, (batch, channel, y, x) of any grids, to one map of the finest grid.
+
+    Args:
+        method: a name of `FUSIONS`.
+        widths: channels of every backbone's level.
+
+    Attributes:
+        channels: of the fused map.
+    """
 
     def __init__(self, method: str, widths: Sequence[int]):
         super().__init__()
-        self.method = method
-        self.projections = nn.ModuleList(nn.Conv2d(*pair, 1) for pair in projection_shapes(method, widths))
-        self.channels = sum(widths) if method == "concat" else widths[0]
+        self.fusion = get_fusion(method)
+        self.projections = nn.ModuleList(nn.Conv2d(*shape, 1) for shape in self.fusion.projection_shapes(widths))
+        self.channels = self.fusion.fused_width(widths)
 
-    def forward(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        first, *others = resize_to_finest(parts)
-        if self.method == "concat":
-            return torch.cat([first, *others], dim=1) if others else first
-        others = [project(other) for project, other in zip(self.projections, others, strict=True)]
-        return fuse(self.method, first, others, dim=1) if others else first
+    def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
+        first, *rest_levels = resize_to_finest(levels)
+        if not rest_levels:
+            return first
+        if self.projections:
+            rest_levels = [project(level) for project, level in zip(self.projections, rest_levels, strict=True)]
+        return self.fusion.fuse(first, rest_levels, dim=1)
 
 
 class PyramidFusion(nn.Module):
-    """Members' pyramids to one.
+    """Fuse the pyramids of several backbones to one.
 
     Args:
-        shapes: of each member's levels, finest first.
-        method: of `METHODS`.
-        neck: whether four levels of one grid, a transformer's, become a pyramid first.
+        shapes: shapes of each backbone's levels, finest first.
+        method: a name of `FUSIONS`.
+        neck: whether four levels of one grid, as a vision transformer's, are first resampled to a pyramid.
 
     Attributes:
-        channels: of the joined levels.
+        channels: of the fused levels.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[Shape]], method: str = "concat", neck: bool = True):
+    def __init__(self, shapes: Sequence[Sequence[LevelShape]], method: str = "concat", neck: bool = True):
         super().__init__()
-        self.counts = [len(member) for member in shapes]
+        self.n_levels = [len(levels) for levels in shapes]
         self.necks = nn.ModuleDict()
         pyramids = []
-        for place, member in enumerate(shapes):
-            if neck and len(member) == LEVELS and len({level[1:] for level in member}) == 1:
-                self.necks[str(place)] = LearnedPyramid([level[0] for level in member])
-                member = _scaled(self.necks[str(place)].channels, *member[0][1:])
-            pyramids.append(member)
-        self.pairs = match_levels(pyramids)
-        self.mixes = nn.ModuleList(
-            LevelFusion(method, [member[level][0] for member, level in zip(pyramids, chosen, strict=True)])
-            for chosen in self.pairs
+        for index, levels in enumerate(shapes):
+            if neck and len(levels) == TRANSFORMER_LEVELS and len({level[1:] for level in levels}) == 1:
+                self.necks[str(index)] = LearnedPyramid([level[0] for level in levels])
+                levels = _pyramid_shapes(self.necks[str(index)].channels, *levels[0][1:])
+            pyramids.append(levels)
+        self.matches = match_levels(pyramids)
+        self.fusions = nn.ModuleList(
+            LevelFusion(method, [levels[index][0] for levels, index in zip(pyramids, match, strict=True)])
+            for match in self.matches
         )
-        self.channels = [one.channels for one in self.mixes]
+        self.channels = [fusion.channels for fusion in self.fusions]
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """All members' levels, one member after the other, to the joined pyramid, finest first."""
-        members, rest = [], list(levels)
-        for place, count in enumerate(self.counts):
-            taken, rest = rest[:count], rest[count:]
-            members.append(self.necks[str(place)](taken) if str(place) in self.necks else taken)
+        """Fuse the levels of all backbones, one backbone after the other, to one pyramid, finest first."""
+        pyramids, start = [], 0
+        for index, count in enumerate(self.n_levels):
+            pyramid = list(levels[start : start + count])
+            pyramids.append(self.necks[str(index)](pyramid) if str(index) in self.necks else pyramid)
+            start += count
         return [
-            mixed([member[level] for member, level in zip(members, chosen, strict=True)])
-            for mixed, chosen in zip(self.mixes, self.pairs, strict=True)
+            fusion([pyramid[index] for pyramid, index in zip(pyramids, match, strict=True)])
+            for fusion, match in zip(self.fusions, self.matches, strict=True)
         ]
 
 
 class FusedHead(nn.Module):
-    """A head for one pyramid made a head for several members.
+    """A head on the fused pyramid of several backbones.
 
     Args:
-        join: the members' pyramids to one.
-        head: from the joined channels to the head.
+        fusion: fuses the pyramids.
+        make_head: from the channels of the fused levels to a head.
     """
 
-    def __init__(self, fusion: PyramidFusion, head: Callable[[Sequence[int]], nn.Module]):
+    def __init__(self, fusion: PyramidFusion, make_head: Callable[[Sequence[int]], nn.Module]):
         super().__init__()
-        self.join = fusion
-        self.head = head(fusion.channels)
+        self.fusion = fusion
+        self.head = make_head(fusion.channels)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self.head(self.join(levels))
+        """Map the levels of all backbones, one backbone after the other, to logits (batch, class, y, x)."""
+        return self.head(self.fusion(levels))
 
 
-def _scaled(channels: Sequence[int], height: int, width: int) -> list[Shape]:
-    return [
-        (one, int(height * scale), int(width * scale)) for one, scale in zip(channels, (4, 2, 1, 0.5), strict=True)
-    ]
+class LearnedPyramid(nn.Module):
+    """Resample four levels of one grid (y, x), as a vision transformer's, to 4, 2, 1 and 1/2 times its sides.
+
+    The same network and parameter names as `LearnedInterpolateToPyramidal` of terratorch 1.2; a test compares the
+    outputs. It is a copy because terratorch takes 6 to 10 s to import.
+
+    Args:
+        channels: of the four levels.
+
+    Attributes:
+        channels: of the four resampled levels.
+    """
+
+    def __init__(self, channels: Sequence[int]):
+        super().__init__()
+        first, second, third, fourth = channels
+        self.channels = [first // 4, second // 2, third, fourth]
+        self.fpn1 = nn.Sequential(
+            nn.ConvTranspose2d(first, first // 2, 2, 2),
+            nn.BatchNorm2d(first // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(first // 2, first // 4, 2, 2),
+        )
+        self.fpn2 = nn.Sequential(nn.ConvTranspose2d(second, second // 2, 2, 2))
+        self.fpn3 = nn.Sequential(nn.Identity())
+        self.fpn4 = nn.Sequential(nn.MaxPool2d(2, 2))
+
+    def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Resample levels (batch, channel, y, x) of one grid to a pyramid, finest first."""
+        resamplers = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
+        return [resample(level) for resample, level in zip(resamplers, levels, strict=True)]
+
+
+def _pyramid_shapes(channels: Sequence[int], height: int, width: int) -> list[LevelShape]:
+    """Shapes of the levels that `LearnedPyramid` returns for a grid of `height` and `width`."""
+    scales = (4, 2, 1, 0.5)
+    return [(count, int(height * scale), int(width * scale)) for count, scale in zip(channels, scales, strict=True)]

@@ -1,4 +1,4 @@
-"""Linear heads on pooled vectors, K as one batched product."""
+"""K linear heads on pooled features, computed as one batched product."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,18 +7,20 @@ from torch import nn
 
 
 class StackedLinear(nn.Module):
-    """K linear classifiers, each initialised from its own seed.
+    """A group of K linear classifiers, each initialised from its own seed.
 
     Args:
-        widths: channels of each member's pooled vectors, or of all together.
-        classes: outputs.
+        widths: channels of each backbone's pooled features; the inputs are these, concatenated.
+        n_classes: number of classes.
         seeds: one per head.
-        projected: channels in and out of the projections of all members but the first; none for concatenation.
-        mix: from the first member's vectors and the others' projected ones to (head, batch, channel).
+        fuse: from the first backbone's features and the list of the others' projected features, each (head, batch,
+            channel), to fused features; None classifies the concatenated inputs.
+        projections: channels in and out of the projections of all backbones but the first.
+        fused_width: channels of the fused features; None without `fuse`.
 
     Attributes:
-        stacked: parameters hold all heads, along their first dimension.
-        direct: one layer a head, whose gradients `pull` gives without autograd.
+        is_stacked: the first dimension of all parameters is the head.
+        has_manual_backward: whether `backward` computes the gradients without autograd; not with `fuse`.
     """
 
     is_stacked = True
@@ -26,79 +28,91 @@ class StackedLinear(nn.Module):
     def __init__(
         self,
         widths: Sequence[int],
-        classes: int,
+        n_classes: int,
         seeds: Sequence[int],
-        projected: Sequence[tuple[int, int]] = (),
-        mix: Callable | None = None,
+        fuse: Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor] | None = None,
+        projections: Sequence[tuple[int, int]] = (),
+        fused_width: int | None = None,
     ):
         super().__init__()
-        self.widths, self.mix, self.has_manual_backward = list(widths), mix, not projected
-        shapes = [*projected, (widths[0] if projected else sum(widths), classes)]
-        made = []
+        self.widths, self.fuse, self.has_manual_backward = list(widths), fuse, fuse is None
+        self.n_projections = len(projections)
+        shapes = [*projections, (sum(widths) if fused_width is None else fused_width, n_classes)]
+        layers_of_heads = []
         for seed in seeds:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                made.append([nn.Linear(*shape) for shape in shapes])
-        layers = list(zip(*made, strict=True))
-        self.weights = nn.ParameterList(torch.stack([one.weight.detach() for one in layer]) for layer in layers)
-        self.biases = nn.ParameterList(torch.stack([one.bias.detach() for one in layer]) for layer in layers)
+                layers_of_heads.append([nn.Linear(*shape) for shape in shapes])
+        stacks = list(zip(*layers_of_heads, strict=True))
+        self.weights = nn.ParameterList(torch.stack([layer.weight.detach() for layer in stack]) for stack in stacks)
+        self.biases = nn.ParameterList(torch.stack([layer.bias.detach() for layer in stack]) for stack in stacks)
 
     def __len__(self) -> int:
         return len(self.biases[-1])
 
-    def independent_heads(self):
-        """One: the heads are trained as one product."""
+    def independent_heads(self) -> list["StackedLinear"]:
+        """Return this group: all heads are computed as one product."""
         return [self]
 
     def parameter_heads(self) -> list[tuple[nn.Parameter, bool]]:
-        """Weights (head, out, in) decay, biases (head, out) do not."""
-        return [(one, True) for one in self.weights] + [(one, False) for one in self.biases]
+        """Return all parameters and whether weight decay applies: to weights (head, out, in), not to biases (head, out)."""
+        return [(weight, True) for weight in self.weights] + [(bias, False) for bias in self.biases]
 
     def forward_heads(self, inputs: torch.Tensor, index: torch.Tensor | None):
-        """Yield once: all heads and their logits (head, batch, class), from inputs (sample, channel)."""
-        rows = inputs if index is None else self._picked(inputs, index)
-        yield slice(None), self._logits(rows) if self.has_manual_backward else self._mixed(rows)
+        """Yield once: (all heads, logits (head, batch, class)).
+
+        Args:
+            inputs: (sample, channel).
+            index: rows of each head, (head, batch); None for all rows.
+        """
+        rows = inputs if index is None else self._select(inputs, index)
+        yield slice(None), self._logits(rows) if self.fuse is None else self._fused_logits(rows)
 
     @torch.no_grad()
     def backward(
-        self, inputs: torch.Tensor, index: torch.Tensor | None, slope: Callable[[torch.Tensor, slice], torch.Tensor]
+        self,
+        inputs: torch.Tensor,
+        index: torch.Tensor | None,
+        loss_grad: Callable[[torch.Tensor, slice], torch.Tensor],
     ) -> None:
-        """Set the gradients of all heads' losses, by the product that they are; autograd takes longer to get there.
+        """Set the gradients of all heads' losses, each one matrix product; autograd takes longer.
 
         Args:
-            inputs, index: as for `pieces`.
-            slope: from logits (head, batch, class), and whose they are, to the losses' gradients by them.
+            inputs, index: as for `forward_heads`.
+            loss_grad: from logits (head, batch, class) and the slice of heads to the gradient with respect to the
+                logits.
         """
-        rows = inputs if index is None else self._picked(inputs, index)
-        steep = slope(self._logits(rows), slice(None))
-        self.biases[0].grad = steep.sum(dim=1)
+        rows = inputs if index is None else self._select(inputs, index)
+        grad_logits = loss_grad(self._logits(rows), slice(None))
+        self.biases[0].grad = grad_logits.sum(dim=1)
         if rows.ndim == 3:
-            self.weights[0].grad = torch.bmm(steep.transpose(1, 2), rows)
+            self.weights[0].grad = torch.bmm(grad_logits.transpose(1, 2), rows)
         else:
-            flat = steep.transpose(0, 1).flatten(1)
+            flat = grad_logits.transpose(0, 1).flatten(1)
             self.weights[0].grad = torch.mm(flat.t(), rows).view_as(self.weights[0])
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Each head on its own rows (head, batch, channel), or all on the same (batch, channel), as one product."""
+        """Logits (head, batch, class), from rows of each head (head, batch, channel) or of all (batch, channel)."""
         if rows.ndim == 3:
-            return self._product(0, rows)
+            return self._linear(0, rows)
         logits = torch.addmm(self.biases[0].flatten(), rows, self.weights[0].flatten(0, 1).t())
         return logits.view(len(rows), len(self), -1).transpose(0, 1)
 
-    def _mixed(self, rows: torch.Tensor) -> torch.Tensor:
-        first, *others = rows.expand(len(self), -1, -1).split(self.widths, dim=2)
-        others = [self._product(layer, other) for layer, other in enumerate(others)]
-        return self._product(-1, self.mix(first, others))
+    def _fused_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        first, *features = rows.expand(len(self), -1, -1).split(self.widths, dim=2)
+        if self.n_projections:
+            features = [self._linear(layer, values) for layer, values in enumerate(features)]
+        return self._linear(-1, self.fuse(first, features))
 
-    def _product(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Each head on its own rows (head, batch, channel).
+    def _linear(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Apply a layer of each head to its own rows (head, batch, channel).
 
-        Weights come first: with few classes that is faster on a CPU than rows first
-        (benchmarks/choices.py).
+        The weights are the first factor: with few classes that is faster on a CPU (benchmarks/choices.py).
         """
         bias = self.biases[layer][:, :, None]
         return torch.baddbmm(bias, self.weights[layer], rows.transpose(1, 2)).transpose(1, 2)
 
     @staticmethod
-    def _picked(inputs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def _select(inputs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Rows (head, batch, channel) of inputs (sample, channel)."""
         return inputs.index_select(0, index.flatten()).view(*index.shape, -1)

@@ -1,8 +1,8 @@
-"""Quick deterministic probes by scikit-learn: logistic regression by L-BFGS, and nearest neighbours.
+"""Deterministic probes by scikit-learn: logistic regression by L-BFGS, and nearest neighbours.
 
-Nothing is drawn at random and nothing is searched but the strength of the penalty, so a probe ranks features in
-seconds. Its scores are another protocol's than the heads', and are not mixed with theirs. Whoever wants the same last
-digits on every machine, and speed, gives BLAS one thread (threadpoolctl).
+A probe ranks features in seconds: nothing is random, and only the strength of the penalty is searched. Its scores are
+of another protocol than the heads' and are not mixed with theirs. For the same floating-point rounding on every
+machine, and for speed, limit BLAS to one thread (threadpoolctl).
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,16 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-# Penalties tried, strongest first: half the squared weights times this, beside the mean loss of a sample.
+from pipeline.tasks import Task
+
+# Penalties, strongest first: the factor of half the squared weights, added to the mean loss of a sample.
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
 NEIGHBOURS = 5
-# Ten times scikit-learn's own tolerance: nearly half the time, and at most one validation chip of 197 (LAB.md).
-_STEPS, _TOLERANCE = 1000, 1e-3
+MAX_ITERATIONS = 1000
+# Ten times scikit-learn's own tolerance: nearly half the time; at most one validation chip of 197 differs (LAB.md).
+TOLERANCE = 1e-3
+# Bias of a class without training samples: it is never predicted.
+ABSENT_CLASS_BIAS = -1e9
 
 
 @dataclass(frozen=True)
@@ -26,58 +31,55 @@ class LinearProbe:
     bias: np.ndarray
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
-        """(sample, class) from inputs (sample, channel)."""
+        """Compute logits (sample, class) from inputs (sample, channel)."""
         return inputs @ self.weight.T + self.bias
 
 
-def fit_logistic(kind: str, inputs: np.ndarray, label: np.ndarray, classes: int) -> list[LinearProbe]:
-    """Logistic regressions, one a penalty of PENALTIES, each begun where the one before ended.
+def fit_logistic(task: Task, inputs: np.ndarray, label: np.ndarray) -> list[LinearProbe]:
+    """Fit one logistic regression per penalty of `PENALTIES`, each starting where the one before ended.
 
     Args:
-        kind: of task; a multi-label one is as many regressions as classes.
-        inputs: standardised, float (sample, channel).
+        task: for a multi-label task, every class has its own regression.
+        inputs: standardized features, float (sample, channel).
         label: class index (sample,), or multi-hot (sample, class).
     """
-    if kind != "multilabel":
-        return _path(inputs, label, classes)
-    each = [_path(inputs, column, 2) for column in label.T]
-    # Of two classes' logits the difference is what a threshold at zero is set on.
+    if not task.is_multilabel:
+        return _fit_penalties(inputs, label, task.n_classes)
+    probes_of_class = [_fit_penalties(inputs, column, 2) for column in label.T]
+    # The difference of the two logits (absent, present) is compared with zero.
     return [
         LinearProbe(
-            np.stack([path[i].weight[1] - path[i].weight[0] for path in each]),
-            np.array([path[i].bias[1] - path[i].bias[0] for path in each]),
+            np.stack([probes[i].weight[1] - probes[i].weight[0] for probes in probes_of_class]),
+            np.array([probes[i].bias[1] - probes[i].bias[0] for probes in probes_of_class]),
         )
         for i in range(len(PENALTIES))
     ]
 
 
 def predict_knn(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Labels (query,) or (query, class) by the vote of the nearest training samples, by Euclidean distance."""
-    votes = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute").fit(inputs, label).predict(queries)
-    return votes.reshape(len(queries), *label.shape[1:])  # of a single class scikit-learn gives a vector
+    """Predict labels (query,) or (query, class) by the vote of the nearest training samples (Euclidean distance)."""
+    classifier = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute")
+    votes = classifier.fit(inputs, label).predict(queries)
+    return votes.reshape(len(queries), *label.shape[1:])  # for a single class scikit-learn returns a vector
 
 
-def predicted(kind: str, logits: np.ndarray) -> np.ndarray:
-    """What logits (sample, class) say: class index (sample,), or multi-hot (sample, class)."""
-    return (logits > 0).astype(np.int64) if kind == "multilabel" else logits.argmax(axis=1)
-
-
-def _path(inputs: np.ndarray, label: np.ndarray, classes: int) -> list[LinearProbe]:
+def _fit_penalties(inputs: np.ndarray, label: np.ndarray, n_classes: int) -> list[LinearProbe]:
+    """Fit one regression per penalty; `label` (sample,)."""
     present = np.unique(label)
-    # A class that the training samples lack is never predicted.
-    weight, bias = np.zeros((classes, inputs.shape[1]), inputs.dtype), np.full(classes, -1e9, inputs.dtype)
+    weight = np.zeros((n_classes, inputs.shape[1]), inputs.dtype)
+    bias = np.full(n_classes, ABSENT_CLASS_BIAS, inputs.dtype)
     if len(present) == 1:
         bias[present] = 0
         return [LinearProbe(weight, bias)] * len(PENALTIES)
-    found, model = [], LogisticRegression(max_iter=_STEPS, tol=_TOLERANCE, warm_start=True)
+    probes, model = [], LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
     for penalty in PENALTIES:
         model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, label)
         weight, bias = weight.copy(), bias.copy()
-        # scikit-learn keeps one row for two classes: the second's logit above the first's.
+        # For two classes scikit-learn has one row: the second class's logit minus the first's.
         weight[present], bias[present] = (
             (np.stack([np.zeros_like(model.coef_[0]), model.coef_[0]]), [0, model.intercept_[0]])
             if len(present) == 2
             else (model.coef_, model.intercept_)
         )
-        found.append(LinearProbe(weight, bias))
-    return found
+        probes.append(LinearProbe(weight, bias))
+    return probes

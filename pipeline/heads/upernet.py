@@ -1,8 +1,7 @@
 """UPerNet (Xiao et al., ECCV 2018) on fused pyramids.
 
-The same network as terratorch 1.2's `UperNetDecoder` with a 1x1 classifier, and the same parameter names, so
-that its weights load here and give the same output (a test compares); written out because importing
-terratorch takes 6 to 10 s in every training stage.
+The same network and parameter names as terratorch 1.2's `UperNetDecoder` with a 1x1 classifier; a test compares the
+outputs. It is a copy because terratorch takes 6 to 10 s to import.
 """
 
 from collections.abc import Sequence
@@ -12,15 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.grids import resize
+from pipeline.feature_ops import resize
 
 POOL_SCALES = (1, 2, 3, 6)
 
 
-def _convolution(inputs: int, outputs: int, size: int) -> nn.Sequential:
+def _conv_norm_relu(channels_in: int, channels_out: int, kernel_size: int) -> nn.Sequential:
     layers = {
-        "conv": nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False),
-        "norm": nn.BatchNorm2d(outputs),
+        "conv": nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2, bias=False),
+        "norm": nn.BatchNorm2d(channels_out),
         "act": nn.ReLU(),
     }
     block = nn.Sequential()
@@ -29,10 +28,10 @@ def _convolution(inputs: int, outputs: int, size: int) -> nn.Sequential:
     return block
 
 
-class _Averages(nn.Module):
-    """`nn.AdaptiveAvgPool2d(scale)`; on a GPU as two products, whose gradient is the same each time.
+class _AveragePool(nn.Module):
+    """`nn.AdaptiveAvgPool2d(scale)`; on a GPU as two matrix products, whose gradient is deterministic.
 
-    On a processor the products take five times as long.
+    On a CPU the products take five times as long.
     """
 
     def __init__(self, scale: int):
@@ -42,42 +41,42 @@ class _Averages(nn.Module):
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         if not maps.is_cuda:
             return functional.adaptive_avg_pool2d(maps, self.scale)
-        rows, columns = (_shares(side, self.scale, maps.device) for side in maps.shape[-2:])
-        with torch.autocast(maps.device.type, enabled=False):
+        rows, columns = (_pool_weights(side, self.scale, maps.device) for side in maps.shape[-2:])
+        with torch.autocast(maps.device.type, enabled=False):  # weights in bfloat16 would not sum to 1
             return (rows @ (maps.float() @ columns.t())).to(maps.dtype)
 
 
 @lru_cache
-@torch.inference_mode(False)  # or a tensor first made while predicting could not be trained through
-def _shares(side: int, scale: int, device: torch.device) -> torch.Tensor:
-    """What each of `side` cells gives to each of `scale` averages, float32 (scale, side)."""
+@torch.inference_mode(False)  # else autograd could not use weights that are first computed in inference
+def _pool_weights(side: int, scale: int, device: torch.device) -> torch.Tensor:
+    """Weights of `side` cells in each of `scale` averages, float32 (scale, side)."""
     weights = torch.zeros(scale, side)
-    for place in range(scale):
-        first, last = place * side // scale, -(-(place + 1) * side // scale)
-        weights[place, first:last] = 1 / (last - first)
+    for index in range(scale):
+        first, last = index * side // scale, -(-(index + 1) * side // scale)
+        weights[index, first:last] = 1 / (last - first)
     return weights.to(device)
 
 
 class UPerNetDecoder(nn.Module):
-    """Pyramid pooling on the deepest level, lateral and top-down convolutions, one fused map.
+    """Pool the deepest level at several scales, and merge the levels top-down to one map.
 
     Args:
         channels_in: channels of every level, finest first.
-        channels: of the output map, at the finest level's size.
+        channels: of the merged map.
     """
 
     def __init__(self, channels_in: Sequence[int], channels: int):
         super().__init__()
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(_Averages(scale), _convolution(channels_in[-1], channels, 1)) for scale in POOL_SCALES
+            nn.Sequential(_AveragePool(scale), _conv_norm_relu(channels_in[-1], channels, 1)) for scale in POOL_SCALES
         )
-        self.bottleneck = _convolution(channels_in[-1] + len(POOL_SCALES) * channels, channels, 3)
-        self.lateral_convs = nn.ModuleList(_convolution(width, channels, 1) for width in channels_in[:-1])
-        self.fpn_convs = nn.ModuleList(_convolution(channels, channels, 3) for _ in channels_in[:-1])
-        self.fpn_bottleneck = _convolution(len(channels_in) * channels, channels, 3)
+        self.bottleneck = _conv_norm_relu(channels_in[-1] + len(POOL_SCALES) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(_conv_norm_relu(width, channels, 1) for width in channels_in[:-1])
+        self.fpn_convs = nn.ModuleList(_conv_norm_relu(channels, channels, 3) for _ in channels_in[:-1])
+        self.fpn_bottleneck = _conv_norm_relu(len(channels_in) * channels, channels, 3)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Levels (batch, channel, y, x), finest first, to one map (batch, channels, y, x) of the finest size."""
+        """Map levels (batch, channel, y, x), finest first, to one map (batch, channels, y, x) of the finest size."""
         deepest = levels[-1]
         contexts = [resize(module(deepest), deepest.shape[-2:], align_corners=True) for module in self.psp_modules]
         maps = [lateral(level) for lateral, level in zip(self.lateral_convs, levels[:-1], strict=True)]
@@ -86,17 +85,24 @@ class UPerNetDecoder(nn.Module):
             maps[index - 1] = maps[index - 1] + resize(maps[index], maps[index - 1].shape[-2:], align_corners=True)
         smoothed = [conv(level) for conv, level in zip(self.fpn_convs, maps[:-1], strict=True)] + maps[-1:]
         finest = smoothed[0].shape[-2:]
-        joined = torch.cat([smoothed[0], *[resize(level, finest, align_corners=True) for level in smoothed[1:]]], dim=1)
-        return self.fpn_bottleneck(joined)
+        resized = [resize(level, finest, align_corners=True) for level in smoothed[1:]]
+        return self.fpn_bottleneck(torch.cat([smoothed[0], *resized], dim=1))
 
 
 class UPerNet(nn.Module):
-    """The decoder with a 1x1 classifier; logits (batch, class, y, x) at the finest level's size."""
+    """The decoder with a 1x1 classifier.
 
-    def __init__(self, channels_in: Sequence[int], channels: int, classes: int):
+    Args:
+        channels_in: channels of every level, finest first.
+        n_classes: number of classes.
+        channels: width of the decoder.
+    """
+
+    def __init__(self, channels_in: Sequence[int], n_classes: int, channels: int):
         super().__init__()
         self.decoder = UPerNetDecoder(channels_in, channels)
-        self.classifier = nn.Conv2d(channels, classes, 1)
+        self.classifier = nn.Conv2d(channels, n_classes, 1)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Map levels (batch, channel, y, x), finest first, to logits (batch, class, y, x) of the finest size."""
         return self.classifier(self.decoder(levels))

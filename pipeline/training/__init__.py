@@ -1,1 +1,1 @@
-"""Heads on cached features: what is joined, the only training loop, the search, and the paper's protocol."""
+"""Training of heads on cached features: inputs, training loop, hyperparameter search and the frozen protocol."""

@@ -1,6 +1,6 @@
-"""A lane's steps on a GPU, recorded once and repeated without Python (CUDA graphs).
+"""Training steps as CUDA graphs: recorded once, then repeated without Python.
 
-A step of a small head is hundreds of kernels, each of which Python takes longer to launch than the GPU to run.
+A step of a small head is hundreds of kernels; Python takes longer to launch each than the GPU to run it.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,55 +10,56 @@ import torch
 
 
 class GraphedStep:
-    """One lane's steps, on the stream that is current whenever it is called.
+    """The training steps of one head trainer, on the CUDA stream that is current at each call.
 
-    The first is done as it is, so that whatever is made once is there; the second is recorded, and repeated from then
-    on. A recording knows addresses, not values: what changes from step to step is read from the device's memory.
+    The first step runs without a graph, so that everything allocated once exists. The second is recorded; it and all
+    later ones are replays. A graph records addresses, not values: what changes from step to step is read from device
+    memory.
 
     Args:
-        update: one step, from rows (head, batch) and the share of the learning rate, a scalar on the device.
+        update: one step, from rows (head, batch) and the factor of the learning rate, a scalar on the device.
         orders: rows of all steps, (step, head, batch), on the device.
-        factors: shares of the learning rate of all steps.
-        pool: memory that recordings use one after the other, so those of one stream may share it
-            (torch.cuda.graph_pool_handle).
+        lr_factors: factors of the learning rate of all steps.
+        pool: memory pool (torch.cuda.graph_pool_handle) shared by the graphs of one stream, which run one after the
+            other.
     """
 
     def __init__(
         self,
         update: Callable[[torch.Tensor, torch.Tensor], None],
         orders: torch.Tensor,
-        factors: Sequence[float],
+        lr_factors: Sequence[float],
         pool: tuple[int, int] | None = None,
     ):
         self._update, self._orders, self._pool = update, orders, pool
-        self._factors = torch.tensor(factors, dtype=torch.float32, device=orders.device)
-        self._place = torch.zeros(1, dtype=torch.long, device=orders.device)
-        self._begun, self._graph = False, None
+        self._lr_factors = torch.tensor(lr_factors, dtype=torch.float32, device=orders.device)
+        self._step = torch.zeros(1, dtype=torch.long, device=orders.device)
+        self._has_started, self._graph = False, None
 
     def __call__(self) -> None:
-        """The next step, begun."""
-        if not self._begun:
-            self.once()
-            self._begun = True
+        """Start the next step."""
+        if not self._has_started:
+            self.run_eagerly()
+            self._has_started = True
             return
         if self._graph is None:
             self._graph = self._record()
         self._graph.replay()
 
-    def once(self) -> None:
-        """The next step, launched kernel by kernel."""
-        index, factor = (each.index_select(0, self._place)[0] for each in (self._orders, self._factors))
-        self._update(index, factor)
-        self._place += 1
+    def run_eagerly(self) -> None:
+        """Start the next step, kernel by kernel."""
+        index, lr_factor = (values.index_select(0, self._step)[0] for values in (self._orders, self._lr_factors))
+        self._update(index, lr_factor)
+        self._step += 1
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        # torch.cuda.graph would wait for the whole device and give its memory back, for every head.
+        # torch.cuda.graph would synchronize the whole device and release its memory, for every head.
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
-            self.once()
+            self.run_eagerly()
         except BaseException:
-            with suppress(RuntimeError):  # of a recording that the error has broken
+            with suppress(RuntimeError):  # from ending a capture that the error has invalidated
                 graph.capture_end()
             raise
         graph.capture_end()

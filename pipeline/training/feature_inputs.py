@@ -1,7 +1,7 @@
 """Inputs of a head: which arrays of the backbones' stores it reads, and their standardization.
 
-The paper's composition concatenates the backbones' features along channels (arXiv 2506.20174, section 3). Each channel
-is first standardized by the training split, else one backbone's scale would dominate. Levels of different grids are
+The paper's composition concatenates the backbones' features along channels (arXiv 2506.20174, section 3). Each
+channel is first standardized by the training split, else one backbone's scale would dominate. Levels of different grids are
 combined inside the head (pipeline/heads/fusion.py), so that memory holds each on its own grid.
 """
 

@@ -1,159 +1,170 @@
 """Minibatches of cached features on the device that trains.
 
-They come from the disk through memory that is used again (pinned for a GPU), or, when all rows fit a budget, from
-tensors kept on the device; the caller need not know which.
+Features that fit a memory budget are read once and stay on the device. Others are streamed from the disk through
+reused memory (pinned for a GPU). The caller need not know which.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from cache.errors import StoreError
 from cache.loader import FeatureDataset
-from cache.reader import FeatureStore
-from pipeline.training.feature_inputs import Field, Statistics, to_mean_scale, nonfinite_message, standardise
+from pipeline.feature_ops import channels_last, standardize_
+from pipeline.training.feature_inputs import ChannelStats, StoreArray, nonfinite_error, to_mean_scale
 
-_STEP = 256
+ROWS_PER_READ = 256
 
 
 class FeatureLoader:
-    """`cache.loader.Batches` as tensors on a device.
+    """A `cache.loader.FeatureDataset` as tensors on a device.
 
     Args:
-        fields, rows, view: as for `Batches`.
+        fields, rows, view: as for `FeatureDataset`.
         device: `cpu` or `cuda`.
-        budget: bytes; rows that fit are read once and kept on the device.
+        budget: bytes; rows that fit are read once and stay on the device.
 
     Attributes:
-        held: they are kept there.
+        in_memory: whether they stay there.
     """
 
     def __init__(
         self,
-        fields: Mapping[str, Sequence[tuple[FeatureStore, str]]],
+        fields: Mapping[str, Sequence[StoreArray]],
         rows: np.ndarray | None = None,
         view: str | None = None,
         device: str = "cpu",
         budget: int = 0,
     ):
-        self._cuda = torch.device(device).type == "cuda"
-        self._batches = FeatureDataset(fields, rows, view, empty=_pinned if self._cuda else np.empty)
+        self._is_cuda = torch.device(device).type == "cuda"
+        self._dataset = FeatureDataset(fields, rows, view, empty=_pinned if self._is_cuda else np.empty)
         self._device = device
-        self._tensors = self._hold() if self._batches.total_bytes <= budget else None
+        self._tensors = self._read_all() if self._dataset.total_bytes <= budget else None
 
     @property
-    def held(self) -> bool:
+    def in_memory(self) -> bool:
         return self._tensors is not None
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-        """(index, batch) for every index array of `order`; a batch lasts until the next is asked for."""
+        """Yield (index, batch) for every index array of `order`; a batch is valid until the next is requested."""
         return self._from_disk(order) if self._tensors is None else self._from_device(order)
 
-    def _from_disk(self, order):
-        for index, batch in self._batches.stream(order):
-            moved = {
+    def _from_disk(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+        for index, batch in self._dataset.stream(order):
+            tensors = {
                 name: torch.from_numpy(values).to(self._device, non_blocking=True) for name, values in batch.items()
             }
-            copied = torch.cuda.current_stream().record_event() if self._cuda else None
-            yield index, moved
-            if copied:  # the pinned memory is about to be filled again
+            copied = torch.cuda.current_stream().record_event() if self._is_cuda else None
+            yield index, tensors
+            if copied:  # the next batch overwrites the pinned memory
                 copied.synchronize()
 
-    def _from_device(self, order):
+    def _from_device(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
         out = {}
         for index in order:
-            places = torch.from_numpy(self._batches.positions(index)).to(self._device)
+            positions = torch.from_numpy(self._dataset.positions(index)).to(self._device)
             for name, values in self._tensors.items():
                 if name not in out or len(out[name]) < len(index):
                     out[name] = values.new_empty((len(index), *values.shape[1:]))
-                torch.index_select(values, 0, places, out=out[name][: len(index)])
+                torch.index_select(values, 0, positions, out=out[name][: len(index)])
             yield index, {name: values[: len(index)] for name, values in out.items()}
 
-    def _hold(self) -> dict[str, torch.Tensor]:
-        batches, tensors, start = self._batches, {}, 0
-        order = (batches.rows[first : first + _STEP] for first in range(0, len(batches), _STEP))
+    def _read_all(self) -> dict[str, torch.Tensor]:
+        dataset, tensors, start = self._dataset, {}, 0
+        order = (dataset.rows[first : first + ROWS_PER_READ] for first in range(0, len(dataset), ROWS_PER_READ))
         for index, batch in self._from_disk(order):
             for name, values in batch.items():
                 if name not in tensors:
-                    tensors[name] = values.new_empty((len(batches), *values.shape[1:]))
+                    tensors[name] = values.new_empty((len(dataset), *values.shape[1:]))
                 tensors[name][start : start + len(index)] = values
             start += len(index)
         return tensors
 
 
 class StreamedFeatures:
-    """A split's features, standardised batch by batch as they come from the disk.
+    """Features of a split that are streamed from the disk and standardized batch by batch.
 
     Args:
-        fields: arrays of aligned stores.
-        by: the mean and standard deviation of each.
-        rows: the split's rows.
-        device: where batches go.
-        vectors: the fields are pooled vectors, to be given side by side.
+        arrays: arrays of aligned stores.
+        stats: mean and standard deviation of each array.
+        rows: rows of the split.
+        device: where batches are moved.
+        is_pooled: whether the arrays are pooled features, which are concatenated; else they are levels.
+
+    Attributes:
+        shapes: of one sample of each array.
     """
 
     def __init__(
-        self, fields: Sequence[Field], by: Sequence[Statistics], rows: np.ndarray, device: str, vectors: bool
+        self,
+        arrays: Sequence[StoreArray],
+        stats: Sequence[ChannelStats],
+        rows: np.ndarray,
+        device: str,
+        is_pooled: bool,
     ):
-        named = {f"{place:03d}": [field] for place, field in enumerate(fields)}
-        self._feed, self._rows, self._vectors = FeatureLoader(named, rows, device=device), rows, vectors
-        self._by = [[torch.from_numpy(one).to(device) for one in to_mean_scale(*each)] for each in by]
-        self._fields = list(fields)
-        self.shapes = [tuple(store.array(name).shape) for store, name in fields]
-        self._axes: Sequence[torch.Tensor] = ()
+        fields = {f"{index:03d}": [array] for index, array in enumerate(arrays)}
+        self._loader, self._rows, self._is_pooled = FeatureLoader(fields, rows, device=device), rows, is_pooled
+        self._mean_scale = [
+            [torch.from_numpy(values).to(device) for values in to_mean_scale(*array_stats)] for array_stats in stats
+        ]
+        self._arrays = list(arrays)
+        self.shapes = [tuple(store.array(name).shape) for store, name in arrays]
+        self._rotations: Sequence[torch.Tensor] = ()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def turned(self, axes: Sequence[torch.Tensor]) -> "StreamedFeatures":
-        """The same with each pooled vector in axes of its own, (channel, axis)."""
-        other = copy(self)
-        other._axes = axes
-        return other
+    def rotate(self, rotations: Sequence[torch.Tensor]) -> "StreamedFeatures":
+        """Return the same features, each array rotated by its matrix (channel, axis)."""
+        rotated = copy(self)
+        rotated._rotations = rotations
+        return rotated
 
     def batches(self, order: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | list[torch.Tensor]]:
-        """For every array of positions in the split: (batch, channel), or a list of maps (batch, channel, y, x).
+        """Yield a batch for every array of positions in the split.
+
+        Returns:
+            Pooled features (batch, channel), or levels (batch, channel, y, x).
 
         Raises:
-            StoreError: when all are given: some had values that are no numbers.
+            StoreError: after the last batch, if there were non-finite values.
         """
-        sound: dict[int, torch.Tensor] = {}  # asked only then, since a GPU would have to be waited for
-        for _, batch in self._feed.stream(self._rows[index.numpy()] for index in order):
+        is_finite: dict[int, torch.Tensor] = {}  # read at the end only: reading it synchronizes a GPU
+        for _, batch in self._loader.stream(self._rows[index.numpy()] for index in order):
             parts = [
-                standardise(batch[name].to(torch.float32, copy=True), *self._by[place])
-                for place, name in enumerate(sorted(batch))
+                standardize_(batch[name].to(torch.float32, copy=True), *self._mean_scale[index])
+                for index, name in enumerate(sorted(batch))
             ]
-            for place, part in enumerate(parts):
-                sound[place] = part.isfinite().all() & sound.get(place, True)
-            if self._axes:
-                parts = [part @ axes for part, axes in zip(parts, self._axes, strict=True)]
-            yield torch.cat(parts, dim=1) if self._vectors else [channels_last(part) for part in parts]
-        for place, whole in sound.items():
-            if not whole:
-                raise StoreError(nonfinite_message(*self._fields[place]))
+            for index, part in enumerate(parts):
+                is_finite[index] = part.isfinite().all() & is_finite.get(index, True)
+            if self._rotations:
+                parts = [part @ rotation for part, rotation in zip(parts, self._rotations, strict=True)]
+            yield torch.cat(parts, dim=1) if self._is_pooled else [channels_last(part) for part in parts]
+        for index, finite in is_finite.items():
+            if not finite:
+                raise nonfinite_error(*self._arrays[index])
 
 
 @dataclass(frozen=True)
-class Data:
-    """Features and labels of the same samples.
+class SplitData:
+    """Features and labels of one split.
 
     Attributes:
-        inputs: (sample, channel), or a list of levels (sample, channel, y, x), standardised; or a stream of them.
+        inputs: standardized pooled features (sample, channel), or a list of levels (sample, channel, y, x), finest
+            first; or either as a stream.
         label: (sample,), (sample, class) or (sample, y, x), on the device that trains.
+        sample: names of the samples; may be empty where nobody needs them.
     """
 
     inputs: torch.Tensor | list[torch.Tensor] | StreamedFeatures
     label: torch.Tensor
-
-
-def channels_last(maps: torch.Tensor) -> torch.Tensor:
-    return maps.contiguous(memory_format=torch.channels_last)
+    sample: list[str] = field(default_factory=list)
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that a GPU copies from without waiting for the processor."""
-    kind = torch.from_numpy(np.empty(0, dtype)).dtype
-    return torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+    """Allocate memory from which a GPU copies asynchronously."""
+    torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=torch_dtype, pin_memory=True).numpy()

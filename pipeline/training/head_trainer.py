@@ -1,4 +1,4 @@
-"""Heads that are trained as one: their optimiser, their schedule, and when each stops."""
+"""One independent group of heads in training: its optimizer, its schedule, and its early stopping."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline import metrics
-from pipeline.training.losses import Task, loss, loss_grad
-from pipeline.training.optim import StackedAdamW, TorchAdamW, warm_cosine
+from pipeline.tasks import Task
+from pipeline.training.optim import FusedAdamW, StackedAdamW, warm_cosine
 
 
 @dataclass(frozen=True)
 class HParams:
-    """What distinguishes one head of a group."""
+    """Hyperparameters of one head."""
 
     learning_rate: float
     weight_decay: float
@@ -22,86 +21,114 @@ class HParams:
 
 @dataclass(frozen=True)
 class TrainSchedule:
-    """How heads are trained.
+    """Length of the training and early stopping.
 
     Attributes:
-        steps, batch: updates, and samples in each.
-        patience: validation checks without a better score after which a head stops, and then every head ends as it
-            was at its best check; 0 to train all steps and keep the last.
-        checks: validation checks in all steps.
+        steps: number of updates.
+        batch: samples per update.
+        patience: validation checks without a better score after which a head stops; every head then ends with its
+            best state. 0 trains all steps and keeps the last state.
+        val_checks: number of validation checks.
     """
 
     steps: int
     batch: int
     patience: int = 0
-    checks: int = 10
+    val_checks: int = 10
 
 
 class HeadTrainer:
-    """Part of a group, which trains by itself: heads that are one product, or a single one."""
+    """Train one independent group: heads that are stacked, or a single one.
 
-    def __init__(self, group, settings: Sequence[HParams], task: Task, recipe: TrainSchedule):
-        self.group, self.task, self.recipe, self.settings = group, task, recipe, list(settings)
-        rates, decays = zip(*[(one.learning_rate, one.weight_decay) for one in settings], strict=True)
-        self.optimiser = (
-            StackedAdamW(group.parameter_heads(), rates, decays)
-            if group.stacked
-            else TorchAdamW(group, rates[0], decays[0])
+    Args:
+        group: of heads (pipeline/heads).
+        hparams: of each head.
+        task: defines the loss and the score.
+        schedule: of the training.
+
+    Attributes:
+        lr_factor: from a step to the factor of the learning rate.
+        steps: steps so far.
+        best_scores: best validation score of each head.
+        checks_since_best: validation checks of each head since then.
+        best_state: state of each head at its best check; empty before the first.
+    """
+
+    def __init__(self, group: torch.nn.Module, hparams: Sequence[HParams], task: Task, schedule: TrainSchedule):
+        self.group, self.task, self.schedule, self.hparams = group, task, schedule, list(hparams)
+        learning_rates = [head.learning_rate for head in hparams]
+        weight_decays = [head.weight_decay for head in hparams]
+        self.optimizer = (
+            StackedAdamW(group.parameter_heads(), learning_rates, weight_decays)
+            if group.is_stacked
+            else FusedAdamW(group, learning_rates[0], weight_decays[0])
         )
-        self.factor, self.steps = warm_cosine(recipe.steps), 0
-        self.best, self.since = np.full(len(settings), -np.inf), np.zeros(len(settings), dtype=int)
-        self.state: dict[str, torch.Tensor] = {}
+        self.lr_factor, self.steps = warm_cosine(schedule.steps), 0
+        self.best_scores = np.full(len(hparams), -np.inf)
+        self.checks_since_best = np.zeros(len(hparams), dtype=int)
+        self.best_state: dict[str, torch.Tensor] = {}
 
     @property
-    def done(self) -> bool:
-        """Every head has stopped, or has had all its steps."""
-        stopped = self.recipe.patience > 0 and bool((self.since >= self.recipe.patience).all())
-        return stopped or self.steps >= self.recipe.steps
+    def is_done(self) -> bool:
+        """Whether every head has stopped, or has taken all its steps."""
+        patience = self.schedule.patience
+        has_stopped = patience > 0 and bool((self.checks_since_best >= patience).all())
+        return has_stopped or self.steps >= self.schedule.steps
 
     def step(self, inputs, index: torch.Tensor | None, label: torch.Tensor) -> None:
-        """The next update of every head, from rows `index` (head, batch) of the inputs and their labels (head, …)."""
-        self.update(inputs, index, label, self.factor(self.steps))
+        """Take the next step of every head.
+
+        Args:
+            inputs, index: as for the group's `forward_heads`.
+            label: of these rows, (head, batch, …).
+        """
+        self.update(inputs, index, label, self.lr_factor(self.steps))
         self.steps += 1
 
-    def update(self, inputs, index: torch.Tensor | None, label: torch.Tensor, factor: float | torch.Tensor) -> None:
-        """One update, the learning rates times `factor`; the caller counts the steps."""
-        self.optimiser.zero_grad()
-        if self.group.direct:
-            self.group.pull(inputs, index, lambda logits, heads: loss_grad(logits, label[heads], self.task))
+    def update(
+        self, inputs, index: torch.Tensor | None, label: torch.Tensor, lr_factor: float | torch.Tensor
+    ) -> None:
+        """Update the parameters once, with the learning rates times `lr_factor`; does not count the step."""
+        self.optimizer.zero_grad()
+        if self.group.has_manual_backward:
+            self.group.backward(inputs, index, lambda logits, heads: self.task.loss_grad(logits, label[heads]))
         else:
-            for heads, logits in self.group.pieces(inputs, index):
-                loss(logits, label[heads], self.task).sum().backward()
-        self.optimiser.step(factor)
+            for heads, logits in self.group.forward_heads(inputs, index):
+                self.task.loss(logits, label[heads]).sum().backward()
+        self.optimizer.step(lr_factor)
 
-    def check_is_due(self) -> bool:
-        every = max(1, self.recipe.steps // self.recipe.checks)
-        return self.steps % every == 0 or self.steps == self.recipe.steps
+    def is_check_due(self) -> bool:
+        """Whether the validation split is to be evaluated after this step."""
+        interval = max(1, self.schedule.steps // self.schedule.val_checks)
+        return self.steps % interval == 0 or self.steps == self.schedule.steps
 
-    def check(self, counts: np.ndarray) -> None:
-        """Note which heads are at their best, from their counts on validation (head, sample, cells).
+    def record_validation(self, counts: np.ndarray) -> None:
+        """Record validation counts (head, sample, cell), and the state of every head that is at its best.
 
-        One that has stopped may be trained on beside others: what it was at its best is kept, and no more noted.
+        A head that has stopped is trained on as long as others of its group are, but no longer recorded.
         """
-        scores = metrics.score(self.task.type, counts.sum(axis=1), self.task.n_classes)
-        going = self.since < self.recipe.patience
-        # Of equals the later: on a small validation split many are equal, and the first of them is the least trained.
-        kept, better = going & (scores >= self.best), going & (scores > self.best)
-        self.since = np.where(going, np.where(better, 0, self.since + 1), self.since)
-        self.best = np.where(kept, scores, self.best)
-        self._keep(kept)
+        scores = self.task.score(counts.sum(axis=1))
+        is_active = self.checks_since_best < self.schedule.patience
+        # Ties: the latest wins. On a small validation split many checks tie, and the first is the least trained.
+        is_best, is_better = is_active & (scores >= self.best_scores), is_active & (scores > self.best_scores)
+        checks = np.where(is_better, 0, self.checks_since_best + 1)
+        self.checks_since_best = np.where(is_active, checks, self.checks_since_best)
+        self.best_scores = np.where(is_best, scores, self.best_scores)
+        self._copy_state(is_best)
 
-    def _keep(self, kept: np.ndarray) -> None:
+    def _copy_state(self, is_best: np.ndarray) -> None:
+        """Copy the state of some heads, bool (head,), to `best_state`."""
         for name, values in self.group.state_dict().items():
-            if not self.group.stacked:
-                if kept[0]:
-                    self.state[name] = values.clone()
-            elif name not in self.state:
-                self.state[name] = values.clone()
+            if not self.group.is_stacked:
+                if is_best[0]:
+                    self.best_state[name] = values.clone()
+            elif name not in self.best_state:
+                self.best_state[name] = values.clone()
             else:
-                chosen = torch.from_numpy(np.flatnonzero(kept)).to(values.device)
-                self.state[name][chosen] = values[chosen]
+                heads = torch.from_numpy(np.flatnonzero(is_best)).to(values.device)
+                self.best_state[name][heads] = values[heads]
 
-    def restore(self) -> None:
-        """Every head as it was at its best check."""
-        if self.state:
-            self.group.load_state_dict(self.state)
+    def restore_best(self) -> None:
+        """Set every head to its state at its best check."""
+        if self.best_state:
+            self.group.load_state_dict(self.best_state)

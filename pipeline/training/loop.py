@@ -1,9 +1,9 @@
-"""The only training loop: K heads, each with its own learning rate, weight decay and seed, in one pass.
+"""The training loop: K heads, each with its own learning rate, weight decay and seed, in one pass over the features.
 
-A head's own: its initialisation, its optimiser's state, the step at which it stops, and, where the features are in
-memory, its order of samples. Shared: the features, read and moved once, and the number of steps. Features that are
-streamed from the disk come in one order, the same for all heads and settings. Either way a head trained among K gives
-the numbers that it gives alone, but for rounding.
+Each head has its own initialisation, optimizer state and early stopping, and, where the features are in memory, its
+own order of samples. The heads share the features, which are read and moved once, and the number of steps. Features
+streamed from the disk come in one order for all heads. A head trained among K has the same numbers as one trained
+alone, up to floating-point rounding.
 """
 
 import sys
@@ -12,157 +12,172 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from pipeline.tasks import Task
 from pipeline.training.cuda_graphs import GraphedStep
-from pipeline.training.evaluate import diverged_heads, evaluate, evaluate_groups, evaluate_in_memory, predict_logits, select_rows
-from pipeline.training.feature_loader import Data, StreamedFeatures
+from pipeline.training.evaluate import evaluate_groups, evaluate_in_memory, select_rows
+from pipeline.training.feature_loader import SplitData, StreamedFeatures
 from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
-from pipeline.training.losses import Task
-from pipeline.training.parallel import deterministic_cudnn, parallel_map, streams
+from pipeline.training.parallel import cuda_streams, deterministic_cudnn, parallel_map
 
-# Decides the order of samples that are streamed.
+# Seed of the order of streamed samples.
 STREAMED_SEED = 0
 
 
 def fit(
     make_group: Callable[[Sequence[int]], torch.nn.Module],
-    data: Data,
+    data: SplitData,
     task: Task,
-    settings: Sequence[HParams],
-    recipe: TrainSchedule,
-    validation: Data | None = None,
+    hparams: Sequence[HParams],
+    schedule: TrainSchedule,
+    validation: SplitData | None = None,
 ) -> torch.nn.Module:
-    """Train one head per setting with AdamW and a warmed-up cosine schedule, and return the group.
+    """Train one head per hyperparameters with AdamW and a cosine schedule with warm-up; return the group.
 
     Args:
-        make_group: from seeds to a group of heads (see pipeline/heads).
-        validation: what `recipe.patience` is judged on.
+        make_group: from seeds to a group of heads (pipeline/heads).
+        data: the training split.
+        validation: the validation split, for `schedule.patience`.
     """
-    group = make_group([setting.seed for setting in settings]).to(data.label.device).train()
-    lanes, rest = [], list(settings)
-    for part in group.lanes():
-        mine, rest = rest[: len(part)], rest[len(part) :]
-        lanes.append(HeadTrainer(part, mine, task, recipe))
-    checked = validation if recipe.patience else None
+    group = make_group([head.seed for head in hparams]).to(data.label.device).train()
+    trainers, start = [], 0
+    for part in group.independent_heads():
+        trainers.append(HeadTrainer(part, hparams[start : start + len(part)], task, schedule))
+        start += len(part)
+    validation = validation if schedule.patience else None
     if isinstance(data.inputs, StreamedFeatures):
-        _streamed(lanes, data, recipe, checked)
+        _train_streamed(trainers, data, schedule, validation)
     elif data.label.is_cuda:
-        _by_turns(lanes, data, recipe, checked)
+        _train_on_gpu(trainers, data, schedule, validation)
     else:
-        with parallel_map(data, group) as each:
-            trained = each(lambda lane: _in_memory(lane, data, recipe, checked), lanes)
-            for _ in tqdm(trained, total=len(lanes), unit="lane", mininterval=2, file=sys.stderr):
+        with parallel_map(data, group) as map_parallel:
+            finished = map_parallel(lambda trainer: _train_in_memory(trainer, data, schedule, validation), trainers)
+            for _ in tqdm(finished, total=len(trainers), unit="group", mininterval=2, file=sys.stderr):
                 pass
-    for lane in lanes:
-        lane.restore()
+    for trainer in trainers:
+        trainer.restore_best()
     return group.eval()
 
 
-def order(count: int, recipe: TrainSchedule, seed: int) -> torch.Tensor:
-    """Rows of every batch, (step, batch): each epoch in a new order; what does not fill a batch waits its turn.
+def batch_order(n_samples: int, schedule: TrainSchedule, seed: int) -> torch.Tensor:
+    """Return the rows of every batch, int64 (step, batch).
 
-    All batches have one size, so that K heads' batches stack and BatchNorm never meets a single sample.
+    Every epoch has a new order; samples that do not fill a batch start the next one. So all batches have one size:
+    the batches of K heads can be stacked, and BatchNorm never gets a single sample.
     """
-    generator, wanted = torch.Generator().manual_seed(seed), recipe.steps * recipe.batch
-    epochs = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
-    return torch.cat(epochs)[:wanted].view(recipe.steps, recipe.batch)
+    generator, total = torch.Generator().manual_seed(seed), schedule.steps * schedule.batch
+    epochs = [torch.randperm(n_samples, generator=generator) for _ in range(-(-total // n_samples))]
+    return torch.cat(epochs)[:total].view(schedule.steps, schedule.batch)
 
 
-def _in_memory(lane: HeadTrainer, data: Data, recipe: TrainSchedule, validation: Data | None) -> None:
-    """Train a lane, every head with its own order of samples."""
-    for index in _orders(lane, data, recipe):
-        lane.step(*_batch(lane, data, index))
-        if validation and lane.check_is_due():
-            lane.check(evaluate_in_memory(lane.group, validation, lane.task, recipe.batch))
-        if lane.done:
+def _train_in_memory(
+    trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule, validation: SplitData | None
+) -> None:
+    """Train a group on the CPU, every head with its own order of samples."""
+    for index in _orders(trainer, data, schedule):
+        trainer.step(*_batch(trainer, data, index))
+        if validation and trainer.is_check_due():
+            trainer.record_validation(evaluate_in_memory(trainer.group, validation, trainer.task, schedule.batch))
+        if trainer.is_done:
             return
 
 
-def _by_turns(lanes: Sequence[HeadTrainer], data: Data, recipe: TrainSchedule, validation: Data | None) -> None:
-    """Train all lanes on a GPU, a step of each in turn, on a few streams side by side."""
+def _train_on_gpu(
+    trainers: Sequence[HeadTrainer], data: SplitData, schedule: TrainSchedule, validation: SplitData | None
+) -> None:
+    """Train all groups on a GPU: alternating, one step of each, on a few concurrent streams."""
     device = data.label.device
-    lines = streams(device)
-    pools = [torch.cuda.graph_pool_handle() for _ in lines]
-    recorded = [_steps(lane, data, recipe, pools[place % len(pools)]) for place, lane in enumerate(lanes)]
-    going = [
-        (_repeated(lane, steps, validation), lines[place % len(lines)])
-        for place, (lane, steps) in enumerate(zip(lanes, recorded, strict=True))
+    streams = cuda_streams(device)
+    pools = [torch.cuda.graph_pool_handle() for _ in streams]
+    steps = [
+        _graphed_step(trainer, data, schedule, pools[index % len(pools)]) for index, trainer in enumerate(trainers)
     ]
-    torch.cuda.synchronize(device)  # what these streams are about to read is there
-    bar = tqdm(total=recipe.steps * len(lanes), unit="step", mininterval=2, file=sys.stderr)
+    active = [
+        (_run_graphed(trainer, step, validation), streams[index % len(streams)])
+        for index, (trainer, step) in enumerate(zip(trainers, steps, strict=True))
+    ]
+    torch.cuda.synchronize(device)  # the other streams read what this one has written
+    bar = tqdm(total=schedule.steps * len(trainers), unit="step", mininterval=2, file=sys.stderr)
     try:
         with deterministic_cudnn(), bar as progress:
-            going = _turn(going, progress)
-            # Memory of the steps that are not recorded: a recording has its own, and cannot take this.
+            active = _step_each(active, progress)
+            # Release the memory of the eager steps: graphs have their own and cannot use it.
             torch.cuda.empty_cache()
-            while going:
-                going = _turn(going, progress)
+            while active:
+                active = _step_each(active, progress)
     finally:
         torch.cuda.synchronize(device)
-        del recorded, going
-        torch.cuda.empty_cache()  # the recordings' memory, which nothing else would use
+        del steps, active
+        torch.cuda.empty_cache()  # release the memory of the graphs, which nothing else could use
 
 
-def _turn(going: Sequence[tuple[Iterator[int], torch.cuda.Stream]], progress: tqdm) -> list:
-    """Those that took a step and may take another."""
-    left = []
-    for lane, stream in going:
+def _step_each(active: Sequence[tuple[Iterator[int], torch.cuda.Stream]], progress: tqdm) -> list:
+    """Take a step of each training; return the trainings that are not finished."""
+    unfinished = []
+    for training, stream in active:
         with torch.cuda.stream(stream):
-            taken = next(lane, None)
-        if taken:
-            progress.update(taken)
-            left.append((lane, stream))
-    return left
+            n_steps = next(training, None)
+        if n_steps:
+            progress.update(n_steps)
+            unfinished.append((training, stream))
+    return unfinished
 
 
-def _steps(lane: HeadTrainer, data: Data, recipe: TrainSchedule, pool: tuple[int, int] | None) -> GraphedStep:
-    """A lane's steps, to be recorded."""
+def _graphed_step(
+    trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule, pool: tuple[int, int] | None
+) -> GraphedStep:
+    def update(index: torch.Tensor, lr_factor: torch.Tensor) -> None:
+        trainer.update(*_batch(trainer, data, index), lr_factor)
 
-    def update(index: torch.Tensor, factor: torch.Tensor) -> None:
-        lane.update(*_batch(lane, data, index), factor)
-
-    return GraphedStep(update, _orders(lane, data, recipe), [lane.factor(step) for step in range(recipe.steps)], pool)
+    lr_factors = [trainer.lr_factor(step) for step in range(schedule.steps)]
+    return GraphedStep(update, _orders(trainer, data, schedule), lr_factors, pool)
 
 
-def _repeated(lane: HeadTrainer, step: GraphedStep, validation: Data | None) -> Iterator[int]:
-    """A lane's training as `_in_memory`'s, by its recorded steps; yields after each, on its caller's stream."""
-    while not lane.done:
+def _run_graphed(trainer: HeadTrainer, step: GraphedStep, validation: SplitData | None) -> Iterator[int]:
+    """Train as `_train_in_memory`, by a CUDA graph; yield 1 after each step, on the caller's stream."""
+    while not trainer.is_done:
         step()
-        lane.steps += 1
-        if validation and lane.check_is_due():
-            lane.check(evaluate_in_memory(lane.group, validation, lane.task, lane.recipe.batch))
+        trainer.steps += 1
+        if validation and trainer.is_check_due():
+            batch = trainer.schedule.batch
+            trainer.record_validation(evaluate_in_memory(trainer.group, validation, trainer.task, batch))
         yield 1
-    lane.optimiser.zero_grad()  # gradients are the recording's memory
+    trainer.optimizer.zero_grad()  # the gradients are in the graph's memory
 
 
-def _orders(lane: HeadTrainer, data: Data, recipe: TrainSchedule) -> torch.Tensor:
-    """Rows of every step, (step, head, batch), on the device; heads of one seed have one order: (step, 1, batch)."""
-    seeds = [setting.seed for setting in lane.settings]
+def _orders(trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule) -> torch.Tensor:
+    """Rows of every step, (step, head, batch), on the device; (step, 1, batch) if all heads have one seed."""
+    seeds = [head.seed for head in trainer.hparams]
     seeds = seeds[:1] if len(set(seeds)) == 1 else seeds
-    return torch.stack([order(len(data.label), recipe, seed) for seed in seeds], dim=1).to(data.label.device)
+    orders = [batch_order(len(data.label), schedule, seed) for seed in seeds]
+    return torch.stack(orders, dim=1).to(data.label.device)
 
 
-def _batch(lane: HeadTrainer, data: Data, index: torch.Tensor) -> tuple:
-    """What `Lane.step` takes, of the rows (head, batch) or (1, batch), which heads then share."""
-    heads = len(lane.settings)
-    if len(index) == heads > 1:
+def _batch(trainer: HeadTrainer, data: SplitData, index: torch.Tensor) -> tuple:
+    """Arguments of `HeadTrainer.step` for rows (head, batch), or (1, batch), which all heads share."""
+    n_heads = len(trainer.hparams)
+    if len(index) == n_heads > 1:
         return data.inputs, index, data.label[index]
-    label = data.label[index].expand(heads, *index.shape[1:], *data.label.shape[1:])
+    label = data.label[index].expand(n_heads, *index.shape[1:], *data.label.shape[1:])
     return select_rows(data.inputs, index[0]), None, label
 
 
-def _streamed(lanes: Sequence[HeadTrainer], data: Data, recipe: TrainSchedule, validation: Data | None) -> None:
-    """Train all lanes batch by batch, each batch read and moved once."""
-    rows, device = order(len(data.label), recipe, STREAMED_SEED), data.label.device
-    with parallel_map(data, lanes[0].group) as each:
-        for index, batch in zip(rows, data.inputs.batches(rows), strict=True):
-            label, going = data.label[index.to(device)], [lane for lane in lanes if not lane.done]
-            list(each(lambda lane, x=batch, y=label: lane.step(x, None, y.expand(len(lane.group), *y.shape)), going))
-            if validation and going[0].check_is_due():
-                counts = evaluate_groups([lane.group for lane in going], validation, going[0].task, recipe.batch)
-                for lane, one in zip(going, counts, strict=True):
-                    lane.check(one)
-            if all(lane.done for lane in lanes):
+def _train_streamed(
+    trainers: Sequence[HeadTrainer], data: SplitData, schedule: TrainSchedule, validation: SplitData | None
+) -> None:
+    """Train all groups batch by batch; each batch is read and moved once."""
+    rows, device = batch_order(len(data.label), schedule, STREAMED_SEED), data.label.device
+    with parallel_map(data, trainers[0].group) as map_parallel:
+        for index, inputs in zip(rows, data.inputs.batches(rows), strict=True):
+            label, active = data.label[index.to(device)], [trainer for trainer in trainers if not trainer.is_done]
+
+            def step(trainer: HeadTrainer, inputs=inputs, label=label) -> None:
+                trainer.step(inputs, None, label.expand(len(trainer.group), *label.shape))
+
+            list(map_parallel(step, active))
+            if validation and active[0].is_check_due():
+                groups = [trainer.group for trainer in active]
+                counts_of_group = evaluate_groups(groups, validation, active[0].task, schedule.batch)
+                for trainer, counts in zip(active, counts_of_group, strict=True):
+                    trainer.record_validation(counts)
+            if all(trainer.is_done for trainer in trainers):
                 return
-
-
-__all__ = ["Data", "HParams", "Task", "TrainSchedule", "diverged_heads", "evaluate", "fit", "predict_logits", "order"]

@@ -1,63 +1,68 @@
-"""Heads side by side: a core each, a stream each, or one after the other."""
+"""Train and evaluate independent heads in parallel: one CPU core or one CUDA stream per head."""
 
 import queue
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 
 import torch
 
-from pipeline.training.feature_loader import Data, StreamedFeatures
+from pipeline.training.feature_loader import SplitData, StreamedFeatures
 
-# Heads at once on a GPU, which the kernels of one do not fill.
-_STREAMS = 4
-# Values in pooled vectors above which a product over all of them is worth every core.
-_LARGE = 1 << 23
+# Concurrent heads on a GPU; the kernels of one head do not occupy it.
+N_STREAMS = 4
+# Values in pooled features above which the product over all of them is worth every core.
+LARGE_INPUT_VALUES = 1 << 23
 
 
 @contextmanager
-def parallel_map(data: Data, group: torch.nn.Module):
-    """A `map` over lanes: a core a lane, or one lane after the other where one lane keeps the device busy.
+def parallel_map(data: SplitData, group: torch.nn.Module) -> Iterator[Callable]:
+    """Provide a `map` over independent groups of heads.
 
-    On a GPU a few dense heads are evaluated at once, each on a stream of its own, if features are kept there.
+    On a CPU every group has one core: small convolutions and products use one core well and two badly. This is
+    faster than all cores on one group after the other, and much faster on a busy machine, where torch's threads spin
+    while they wait for each other. A head's numbers depend neither on the other heads nor on the number of cores.
 
-    Small convolutions and small products keep one core busy and not two: a core a lane is faster than every core on
-    each lane in turn, much faster where others use the machine too, since torch's threads wait for one another by
-    spinning; and a head's numbers depend neither on the others nor on how many cores there are.
+    On a GPU, features in memory are evaluated by a few dense heads at once, each on its own stream.
+
+    Stacked heads on a GPU or with large inputs are one product that occupies the device: a plain `map`.
     """
-    large = isinstance(data.inputs, torch.Tensor) and data.inputs.numel() > _LARGE
-    on_gpu = data.label.device.type != "cpu"
-    if group.stacked and (on_gpu or large):
+    is_large = isinstance(data.inputs, torch.Tensor) and data.inputs.numel() > LARGE_INPUT_VALUES
+    is_gpu = data.label.device.type != "cpu"
+    if group.is_stacked and (is_gpu or is_large):
         yield map
         return
-    if on_gpu and isinstance(data.inputs, StreamedFeatures):  # batches come through one stream, which all lanes share
+    if is_gpu and isinstance(data.inputs, StreamedFeatures):  # batches arrive on one stream, which all groups share
         with deterministic_cudnn():
             yield map
         return
-    if on_gpu:
-        torch.cuda.synchronize(data.label.device)  # what streams of other threads are about to read is there
-        free = queue.SimpleQueue()
-        for stream in streams(data.label.device):
-            free.put(stream)
-        own = {"initializer": lambda: torch.cuda.set_stream(free.get())}
-        with deterministic_cudnn(), ThreadPoolExecutor(_STREAMS, **own) as pool:
+    if is_gpu:
+        torch.cuda.synchronize(data.label.device)  # the streams of other threads read what this one has written
+        free_streams = queue.SimpleQueue()
+        for stream in cuda_streams(data.label.device):
+            free_streams.put(stream)
+        with (
+            deterministic_cudnn(),
+            ThreadPoolExecutor(N_STREAMS, initializer=lambda: torch.cuda.set_stream(free_streams.get())) as pool,
+        ):
             yield pool.map
         torch.cuda.synchronize(data.label.device)
         return
-    cores = torch.get_num_threads()
-    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    n_cores = torch.get_num_threads()
+    with ThreadPoolExecutor(n_cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool.map
 
 
-def deterministic_cudnn():
-    """cuDNN's convolutions such that a head's numbers are the same each time.
+def deterministic_cudnn() -> AbstractContextManager:
+    """Provide a context in which cuDNN's convolutions are deterministic.
 
-    (cuDNN 9 has no such way for convolutions of a channel each, which students and backbones have, and fails.)
+    Do not use it for depthwise convolutions (students, backbones): cuDNN 9 has no deterministic algorithm and fails.
     """
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 @lru_cache
-def streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """A GPU's streams for heads, always the same: memory that one has freed is its own."""
-    return [torch.cuda.Stream(device) for _ in range(_STREAMS)]
+def cuda_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """Return a GPU's streams for heads, always the same ones: memory freed on a stream is reused on that stream."""
+    return [torch.cuda.Stream(device) for _ in range(N_STREAMS)]

@@ -1,7 +1,7 @@
-"""What every seed said of every test sample, as one table, so that every figure can be recomputed.
+"""Tables of predictions: every seed on every test sample, so that every figure can be recomputed.
 
-Of classification: the class or classes said, the true ones, and the probabilities. Of segmentation: the confusion
-matrix of each mask, which holds all that its scores and their resampling need at a thousandth of the masks' size.
+For classification and multi-label tasks a row has the prediction, the label and the probabilities. For segmentation
+it has the confusion matrix of the mask: enough for its scores and their resampling, at a thousandth of the size.
 """
 
 from collections.abc import Sequence
@@ -9,82 +9,90 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from pipeline import metrics
 from pipeline.errors import UserError
+from pipeline.tasks import Task
 
-# What holds the heads' learning rate and weight decay down.
-BOUNDS = "search.learning_rate, search.weight_decay"
+# Keys of params.yaml that bound the heads' learning rate and weight decay.
+SEARCH_KEYS = "search.learning_rate, search.weight_decay"
 
 
-def of_samples(
-    samples: list[str], label: np.ndarray, logits: np.ndarray, kind: str, bounds: str = BOUNDS
+def prediction_table(
+    samples: Sequence[str], label: np.ndarray, logits: np.ndarray, task: Task, search_keys: str = SEARCH_KEYS
 ) -> pd.DataFrame:
-    """One row a seed and sample: seed, sample, label, predicted, probability.
+    """Return one row per seed and sample: seed, sample, label, predicted, probability.
 
     Args:
-        label: (sample,) or, multi-label, (sample, class).
+        samples: names of the samples.
+        label: (sample,), or, multi-label, (sample, class).
         logits: (seed, sample, class).
-        bounds: as for `diverged`.
+        search_keys: as for `divergence_message`.
 
     Raises:
-        UserError: some are no numbers.
+        UserError: some logits are non-finite.
     """
-    if wrong := [seed for seed, one in enumerate(logits) if not np.isfinite(one).all()]:
-        raise UserError(diverged(wrong, len(logits), bounds))
+    if diverged := [seed for seed, values in enumerate(logits) if not np.isfinite(values).all()]:
+        raise divergence_error(diverged, len(logits), search_keys)
     logits = logits.astype(np.float64)
-    if kind == "multilabel":
-        predicted = (logits > 0).astype(np.int64)
-        probability = 1 / (1 + np.exp(-logits))
-    else:
-        predicted = logits.argmax(axis=2)
-        probability = np.exp(logits - logits.max(axis=2, keepdims=True))
-        probability /= probability.sum(axis=2, keepdims=True)
-    probability = probability.astype(np.float32)
+    predicted = task.predict(logits, axis=2)
+    probability = task.probabilities(logits, axis=2).astype(np.float32)
     return pd.DataFrame(
         [
-            {"seed": seed, "sample": name, "label": true, "predicted": said, "probability": chance}
+            {
+                "seed": seed,
+                "sample": samples[index],
+                "label": label[index],
+                "predicted": predicted[seed, index],
+                "probability": probability[seed, index],
+            }
             for seed in range(len(logits))
-            for name, true, said, chance in zip(samples, label, predicted[seed], probability[seed], strict=True)
+            for index in range(len(samples))
         ]
     )
 
 
-def diverged(seeds: Sequence[int], count: int, bounds: str = BOUNDS) -> str:
-    """What to say of trainings that ended in no numbers, and what to do.
+def divergence_error(seeds: Sequence[int], n_seeds: int, search_keys: str = SEARCH_KEYS) -> UserError:
+    """Return the error for trainings that ended with non-finite values.
 
     Args:
-        seeds: theirs, of `count`.
-        bounds: the parameters that hold learning rate and weight decay down.
+        seeds: seeds that diverged, of `n_seeds`.
+        search_keys: keys of params.yaml that bound learning rate and weight decay.
     """
-    return (
-        f"The training diverged with {len(seeds)} of {count} seeds ({', '.join(map(str, seeds))}), at the learning "
-        f"rate and weight decay that did best on validation. Allow only smaller ones: {bounds}."
+    return UserError(
+        f"The training diverged with {len(seeds)} of {n_seeds} seeds ({', '.join(map(str, seeds))}), at the learning "
+        f"rate and weight decay of the best validation score. Set smaller upper bounds: {search_keys}.",
+        key=search_keys,
+        value=[int(seed) for seed in seeds],
     )
 
 
-def of_masks(samples: list[str], counts: np.ndarray) -> pd.DataFrame:
-    """One row a seed and sample: seed, sample, counts (true class x predicted class, flattened).
+def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
+    """Return one row per seed and sample: seed, sample, counts (a flattened confusion matrix).
 
     Args:
-        counts: (seed, sample, cells); see pipeline/metrics.
+        samples: names of the samples.
+        counts: (seed, sample, cell); see pipeline/metrics.py.
     """
     return pd.DataFrame(
         [
             {"seed": seed, "sample": name, "counts": row}
-            for seed, of_seed in enumerate(counts)
-            for name, row in zip(samples, of_seed, strict=True)
+            for seed, rows in enumerate(counts)
+            for name, row in zip(samples, rows, strict=True)
         ]
     )
 
 
-def counts(table: pd.DataFrame, kind: str, classes: int) -> tuple[list[str], np.ndarray]:
-    """Names of the samples, sorted, and the counts (seed, sample, cells) that the table stands for."""
+def counts_from_table(table: pd.DataFrame, task: Task) -> tuple[list[str], np.ndarray]:
+    """Compute the counts of a table of predictions.
+
+    Returns:
+        Names of the samples, sorted, and their counts (seed, sample, cell); see pipeline/metrics.py.
+    """
     table = table.sort_values(["seed", "sample"], kind="stable")
-    seeds = table.seed.nunique()
-    samples = table["sample"].iloc[: len(table) // seeds].tolist()
+    n_seeds = table.seed.nunique()
+    samples = table["sample"].iloc[: len(table) // n_seeds].tolist()
     if "counts" in table:
-        each = np.stack(table.counts)
+        counts = np.stack(table.counts)
     else:
         predicted, label = (np.stack(table[name]) for name in ("predicted", "label"))
-        each = metrics.counts(kind, predicted, label, classes, None)
-    return samples, each.reshape(seeds, len(samples), -1)
+        counts = task.counts(predicted, label)
+    return samples, counts.reshape(n_seeds, len(samples), -1)

@@ -1,90 +1,155 @@
-"""The paper's protocol on one cell, a data set seen through a model: search on validation, then seeds on test."""
+"""The frozen protocol: search hyperparameters on validation, then train seeds and score each once on test.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+The backbones are frozen and features come from the cache.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from pipeline import config, metrics
-from pipeline.errors import UserError
+from pipeline.config import SearchConfig
+from pipeline.heads.checkpoint import TrainedHead, select_head
 from pipeline.heads.config import describe_head
-from pipeline.training import loop, predictions
-from pipeline.training.loop import HParams
+from pipeline.training import pca, predictions
+from pipeline.training.evaluate import diverged_heads, evaluate, predict_logits
+from pipeline.training.feature_loader import SplitData
+from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import fit
 from pipeline.training.search import search
 from pipeline.training.task_data import TaskData
 
-# Whose figures these are: backbones frozen, features from the cache. A fine-tuned model would be another protocol.
+# Value of the column `protocol` of the runs; fine-tuning and distillation have others.
 PROTOCOL = "frozen"
 
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """Seeds that were read on the test split.
+    """Trained seeds and their test scores.
 
     Attributes:
-        runs: one row a seed.
-        predicted: one row a seed and test sample (pipeline/training/predictions.py).
+        runs: one row per seed.
+        predicted: one row per seed and test sample (pipeline/training/predictions.py).
         group: the trained heads.
-        best: the place in it of the one with the best score on validation.
+        best_index: index of the head with the best validation score.
     """
 
     runs: pd.DataFrame
     predicted: pd.DataFrame
     group: torch.nn.Module
-    best: int
+    best_index: int
+
+
+def train_heads(data: TaskData, hparams: Sequence[HParams]) -> torch.nn.Module:
+    """Train one head per hyperparameters; return the group.
+
+    Linear heads are trained in the principal axes of their inputs, and rotated back.
+    """
+
+    def rotated(split: SplitData) -> SplitData:
+        return replace(split, inputs=pca.rotate(split.inputs, data.rotations)) if data.rotations else split
+
+    validation = rotated(data.splits["val"]) if data.schedule.patience else None
+    train = rotated(data.splits["train"])
+    group = fit(data.head_config.create_group, train, data.task, hparams, data.schedule, validation)
+    if data.rotations:
+        pca.rotate_back(group, data.rotations)
+    return group
+
+
+def count_split(data: TaskData, group: torch.nn.Module, split: str) -> np.ndarray:
+    """Count hits and errors of every head on a split, int64 (head, sample, cell); see pipeline/metrics.py."""
+    return evaluate(group, data.splits[split], data.task, data.schedule.batch)
+
+
+def score_split(data: TaskData, group: torch.nn.Module, split: str) -> np.ndarray:
+    """Compute the score of every head on a split, (head,)."""
+    return data.task.score(count_split(data, group, split).sum(axis=1))
+
+
+def trained_head(data: TaskData, model: str, group: torch.nn.Module, index: int) -> TrainedHead:
+    """Return one head of a trained group, ready to be saved (pipeline/heads/checkpoint.py).
+
+    Args:
+        model: name of the model.
+        index: of the head.
+    """
+    return TrainedHead(
+        model,
+        data.task.type.value,
+        tuple(data.class_names),
+        tuple(map(tuple, data.array_names)),
+        data.head_config,
+        tuple((torch.from_numpy(mean), torch.from_numpy(scale)) for mean, scale in data.mean_scale),
+        select_head(data.head_config, group, index),
+    )
 
 
 def tune(
-    cell: TaskData, described: config.SearchConfig, name: str, study: Path | None = None, about: object = None
+    data: TaskData, config: SearchConfig, name: str, study_path: Path | None = None, cache_key: object = None
 ) -> dict:
     """Search learning rate and weight decay on the validation split.
 
     Args:
-        name: for the line that says how far it is.
-        study, about: as for `search`.
-    """
-
-    def score(settings):
-        group = cell.train(settings)
-        scores = metrics.score(cell.task.type, cell.counts(group, "val").sum(axis=1), cell.task.n_classes)
-        print(f"{name}: {len(settings)} trials, best on validation {scores.max():.4f}", flush=True)
-        return np.where(loop.diverged_heads(group), np.nan, scores)
-
-    return search(score, described, study, about)
-
-
-def test(cell: TaskData, best: Mapping[str, float], seeds: int, told: Mapping) -> ProtocolResult:
-    """Train `seeds` heads at the best setting and read the test split, once for each.
-
-    Args:
-        told: what else each run's row says, such as its data set and model.
+        data: with the splits `train` and `val`.
+        name: printed with the progress.
+        study_path, cache_key: as for `search`.
 
     Returns:
-        every run, what was predicted, and the heads.
+        As `search`.
+    """
+
+    def score(hparams: Sequence[HParams]) -> np.ndarray:
+        group = train_heads(data, hparams)
+        scores = score_split(data, group, "val")
+        print(f"{name}: {len(hparams)} trials, best on validation {scores.max():.4f}", flush=True)
+        return np.where(diverged_heads(group), np.nan, scores)
+
+    return search(score, config, study_path, cache_key)
+
+
+def train_and_test(
+    data: TaskData, best_hparams: Mapping[str, float], n_seeds: int, metadata: Mapping
+) -> ProtocolResult:
+    """Train a head per seed with the best hyperparameters, and score each once on the test split.
+
+    Args:
+        data: with the splits `train`, `val` and `test`.
+        best_hparams: learning rate and weight decay.
+        metadata: further columns of the runs, such as dataset and model.
 
     Raises:
         UserError: heads diverged.
     """
-    group = cell.train([HParams(**best, seed=seed) for seed in range(seeds)])
-    if (wrong := loop.diverged_heads(group)).any():
-        raise UserError(predictions.diverged(np.flatnonzero(wrong), seeds))
-    task, part = cell.task, cell.parts["test"]
-    validation = metrics.score(task.type, cell.counts(group, "val").sum(axis=1), task.n_classes)
-    if task.type == "segmentation":
-        predicted = predictions.of_masks(part.sample, cell.counts(group, "test"))
+    group = train_heads(data, [HParams(**best_hparams, seed=seed) for seed in range(n_seeds)])
+    if (is_diverged := diverged_heads(group)).any():
+        raise predictions.divergence_error(np.flatnonzero(is_diverged), n_seeds)
+    task, test = data.task, data.splits["test"]
+    val_scores = score_split(data, group, "val")
+    if task.is_dense:
+        predicted = predictions.confusion_table(test.sample, count_split(data, group, "test"))
     else:
-        label = part.label.cpu().numpy()
-        predicted = predictions.of_samples(part.sample, label, cell.logits(group, "test"), task.type)
-    _, counts = predictions.counts(predicted, task.type, task.n_classes)
-    tested = metrics.score(task.type, counts.sum(axis=1), task.n_classes)
+        logits = predict_logits(group, test.inputs)
+        predicted = predictions.prediction_table(test.sample, test.label.cpu().numpy(), logits, task)
+    _, counts = predictions.counts_from_table(predicted, task)
+    test_scores = task.score(counts.sum(axis=1))
     runs = [
-        {**told, "protocol": PROTOCOL, "head": describe_head(cell.blueprint, cell.fields, bool(task.class_weights)),
-         "task": task.type, "seed": seed, "metric": metrics.METRICS[task.type], "score": tested[seed],
-         "val_score": validation[seed], "n_test": len(part.sample), "classes": task.n_classes,
-         **best}
-        for seed in range(seeds)
-    ]  # fmt: skip
-    return ProtocolResult(pd.DataFrame(runs), predicted, group, int(validation.argmax()))
+        {
+            **metadata,
+            "protocol": PROTOCOL,
+            "head": describe_head(data.head_config, data.array_names, bool(task.class_weights)),
+            "task": task.type.value,
+            "seed": seed,
+            "metric": task.metric,
+            "score": test_scores[seed],
+            "val_score": val_scores[seed],
+            "n_test": len(test.sample),
+            "classes": task.n_classes,
+            **best_hparams,
+        }
+        for seed in range(n_seeds)
+    ]
+    return ProtocolResult(pd.DataFrame(runs), predicted, group, int(val_scores.argmax()))

@@ -1,7 +1,7 @@
-"""One cell of the grid, a dataset seen through a model: its features, labels and heads, ready to train."""
+"""Data of a task: a dataset's labels and a model's features, aligned, standardized and split."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -12,212 +12,232 @@ import xarray as xr
 
 from cache.errors import StoreError
 from cache.reader import FeatureStore, check_aligned
-from pipeline.config import HeadsConfig
+from pipeline.config import CustomHeadConfig, HeadsConfig
 from pipeline.data import image_store
 from pipeline.errors import UserError
+from pipeline.feature_ops import channels_last
+from pipeline.heads import get_head
 from pipeline.heads.config import HeadConfig
-from pipeline.training import feature_inputs, loop, pca
-from pipeline.training.feature_loader import StreamedFeatures, channels_last
+from pipeline.tasks import IGNORE, Task, get_task
+from pipeline.training import feature_inputs, pca
+from pipeline.training.feature_inputs import ChannelStats, StoreArray
+from pipeline.training.feature_loader import SplitData, StreamedFeatures
+from pipeline.training.head_trainer import TrainSchedule
 
-# Masks looked at together for a labelled pixel.
-_MASKS = 64
-
-
-@dataclass(frozen=True)
-class SplitData(loop.Data):
-    """Features and labels of one split, and its samples' names."""
-
-    sample: list[str]
+# Masks that are read at once to find a labelled pixel.
+MASKS_PER_READ = 64
+# Fields of a head's settings that are not arguments of its class.
+SCHEDULE_FIELDS = {"steps", "batch", "patience", "neck"}
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The splits asked for, and how to train on them.
+    """Features and labels of a dataset for a model, and the configuration of its heads.
 
     Attributes:
-        parts: by split.
-        task: what is asked.
-        train: from settings to a trained group of heads.
-        batch: samples per step.
-        names: of the classes.
-        fields: of each member, the names of the arrays that are read.
-        by: of each of these, `fusion.factors`.
-        blueprint: of the heads.
+        splits: the loaded splits, by name.
+        task: the task, with its number of classes and their weights.
+        class_names: names of the classes.
+        array_names: names of each backbone's arrays that the heads read.
+        mean_scale: for each of these arrays, `feature_inputs.to_mean_scale`.
+        rotations: principal axes of each array, in which linear heads are trained; empty for none.
+        head_config: configuration of the heads.
+        schedule: length of the training.
     """
 
-    parts: dict[str, SplitData]
-    task: loop.Task
-    train: Callable[[Sequence[loop.HParams]], torch.nn.Module]
-    batch: int
-    names: list[str]
-    fields: list[list[str]]
-    by: list[tuple[np.ndarray, np.ndarray]]
-    blueprint: HeadConfig
-
-    def counts(self, group: torch.nn.Module, split: str) -> np.ndarray:
-        """Per-sample counts of every head on a split, (head, sample, cells)."""
-        return loop.evaluate(group, self.parts[split], self.task, self.batch)
-
-    def logits(self, group: torch.nn.Module, split: str) -> np.ndarray:
-        """What every head says of a split's chips, float32 (head, sample, class); for pooled vectors."""
-        return loop.predict_logits(group, self.parts[split].inputs)
+    splits: dict[str, SplitData]
+    task: Task
+    class_names: list[str]
+    array_names: list[list[str]]
+    mean_scale: list[tuple[np.ndarray, np.ndarray]]
+    rotations: list[torch.Tensor]
+    head_config: HeadConfig
+    schedule: TrainSchedule
 
 
 def load(
-    stores: Mapping[Path, str | None], pictures: Path, heads: HeadsConfig, splits: Sequence[str], device: str
+    stores: Mapping[Path, str | None], images_path: Path, heads: HeadsConfig, splits: Sequence[str], device: str
 ) -> TaskData:
-    """Open the members' stores, check that they belong together, and bring the splits into memory.
+    """Open the feature stores of a model's backbones, check that they belong together, and load the splits.
 
-    Splits that are larger than `heads.max_feature_gb` together stay on disk and are streamed.
+    If the splits need more memory than `heads.max_feature_gb`, their features are streamed from the disk.
 
     Args:
-        stores: the members' stores, and the content digests they must have; None leaves that unchecked.
-        splits: the splits to read; nothing is read of the others, but validation where it decides when to stop.
+        stores: feature stores of the backbones, and the content digests that they must have; None for no check.
+        images_path: the images store that the features were extracted from.
+        heads: the heads' configuration.
+        splits: names of the splits to load; `val` is added where it decides when to stop.
+        device: `cpu` or `cuda`.
 
     Raises:
-        StoreError: stores that differ in samples, were made from other images, or are not those resolved.
-        UserError: parameters that do not fit the task, or a split of masks without a labelled pixel.
+        StoreError: stores differ in their samples, were extracted from other images, or are not those resolved.
+        UserError: a parameter does not fit the task, or a split of masks has no labelled pixel.
     """
-    members, labelled = open_aligned(stores, pictures)
-    task = task_from_store(labelled)
-    kind, classes = task.type, task.n_classes
-    dense = kind == "segmentation"
-    chosen = getattr(heads, heads.segmentation if dense else "linear")
-    recipe = loop.TrainSchedule(chosen.steps, chosen.batch, chosen.patience, heads.val_checks)
-    wanted = dict.fromkeys([*splits, *(["val"] if chosen.patience else [])])
-    rows = {split: np.flatnonzero(members[0].split == split) for split in [*wanted, "train"]}
-    if dense:
-        _refuse_unlabelled(labelled, rows)
+    members, images = open_aligned(stores, images_path)
+    task = task_from_store(images)
+    head_name = heads.segmentation if task.is_dense else "linear"
+    get_head(head_name, is_dense=task.is_dense)
+    settings = heads.settings(head_name)
+    schedule = TrainSchedule(settings.steps, settings.batch, settings.patience, heads.val_checks)
+    split_names = dict.fromkeys([*splits, *(["val"] if schedule.patience else [])])
+    rows = {split: np.flatnonzero(members[0].split == split) for split in [*split_names, "train"]}
+    if task.is_dense:
+        _check_labelled(images, rows)
 
-    grouped = (
+    arrays_of_member = (
         feature_inputs.select_levels(members, heads.levels)
-        if dense
+        if task.is_dense
         else feature_inputs.select_pooled(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
     )
-    fields = list(chain(*grouped))
-    by = [feature_inputs.channel_stats(field, rows["train"]) for field in fields]
-    # What mixes members channel by channel needs their channels.
-    straight = dense or (heads.fusion != "concat" and len(members) > 1)
-    turns = [] if straight else [one.to(device) for one in pca.principal(fields, by, rows["train"])]
-    # Linear heads are trained on a turned copy.
-    count = sum(len(rows[split]) for split in wanted) + (len(rows["train"]) if turns else 0)
-    held = 4 * count * sum(prod(_shape(field)) for field in fields)
-    parts = {}
-    for split in wanted:
-        if held > heads.max_feature_gb * 1e9:
-            inputs = StreamedFeatures(fields, by, rows[split], device, vectors=not dense)
-        else:
-            inputs = _in_memory(fields, by, rows[split], device, dense)
-        label = torch.from_numpy(labelled.label[rows[split]].values.astype(np.uint8 if dense else np.int64))
-        parts[split] = SplitData(inputs, label.to(device), members[0].sample[rows[split]].tolist())
+    arrays = list(chain(*arrays_of_member))
+    stats = [feature_inputs.channel_stats(array, rows["train"]) for array in arrays]
+    # Fusions that combine backbones channel by channel need the original channels.
+    needs_channels = task.is_dense or (heads.fusion != "concat" and len(members) > 1)
+    rotations = (
+        []
+        if needs_channels
+        else [rotation.to(device) for rotation in pca.principal_axes(arrays, stats, rows["train"])]
+    )
+    # Linear heads are trained on a rotated copy.
+    n_rows = sum(len(rows[split]) for split in split_names) + (len(rows["train"]) if rotations else 0)
+    feature_bytes = 4 * n_rows * sum(prod(_shape(array)) for array in arrays)
+    is_streamed = feature_bytes > heads.max_feature_gb * 1e9
+    label_dtype = np.uint8 if task.is_dense else np.int64
+    split_data = {}
+    for split in split_names:
+        inputs = (
+            StreamedFeatures(arrays, stats, rows[split], device, is_pooled=not task.is_dense)
+            if is_streamed
+            else _read_inputs(arrays, stats, rows[split], device, task.is_dense)
+        )
+        label = torch.from_numpy(images.label[rows[split]].values.astype(label_dtype))
+        split_data[split] = SplitData(inputs, label.to(device), members[0].sample[rows[split]].tolist())
 
     if heads.class_weights == "balanced":
-        task = replace(task, weights=_balanced(labelled.label[rows["train"]].values, kind, classes))
-    shapes = tuple(tuple(_shape(field) for field in member) for member in grouped)
-    blueprint = _blueprint(heads, shapes, classes, tuple(labelled.label.shape[1:]), device if dense else None)
-    train = make_trainer(parts, task, recipe, blueprint, turns)
-    names = [[name for _, name in member] for member in grouped]
-    factors = [feature_inputs.to_mean_scale(*each) for each in by]
-    return TaskData(parts, task, train, chosen.batch, list(labelled.attrs["classes"]), names, factors, blueprint)
+        task = replace(task, class_weights=balanced_weights(images.label[rows["train"]].values, task))
+    shapes = tuple(tuple(_shape(array) for array in member) for member in arrays_of_member)
+    return TaskData(
+        split_data,
+        task,
+        list(images.attrs["classes"]),
+        [[name for _, name in member] for member in arrays_of_member],
+        [feature_inputs.to_mean_scale(*array_stats) for array_stats in stats],
+        rotations,
+        _head_config(heads, head_name, shapes, task, tuple(images.label.shape[1:]), device),
+        schedule,
+    )
 
 
-def make_trainer(
-    parts: Mapping[str, SplitData],
-    task: loop.Task,
-    recipe: loop.TrainSchedule,
-    blueprint: HeadConfig,
-    turns: Sequence[torch.Tensor],
-) -> Callable[[Sequence[loop.HParams]], torch.nn.Module]:
-    """`Cell.train`: heads trained in the axes `turns` of their arrays, if there are any, and turned back."""
-
-    def turned(part: SplitData) -> SplitData:
-        return replace(part, inputs=pca.turned(part.inputs, turns)) if turns else part
-
-    def train(settings: Sequence[loop.HParams]) -> torch.nn.Module:
-        validation = turned(parts["val"]) if recipe.patience else None
-        group = loop.fit(blueprint.create_group, turned(parts["train"]), task, settings, recipe, validation)
-        if turns:
-            pca.turn_back(group, turns)
-        return group
-
-    return train
-
-
-def open_aligned(stores: Mapping[Path, str | None], pictures: Path) -> tuple[list[FeatureStore], xr.Dataset]:
-    """The members' stores and the images store they were made from, checked to belong together.
+def open_aligned(stores: Mapping[Path, str | None], images_path: Path) -> tuple[list[FeatureStore], xr.Dataset]:
+    """Open feature stores and the images store that they were extracted from; check that they belong together.
 
     Args:
-        stores: the members' stores, and the content digests they must have; None leaves that unchecked.
+        stores: feature stores, and the content digests that they must have; None for no check.
 
     Raises:
-        StoreError: stores that differ in samples, were made from other images, or are not those resolved.
+        StoreError: stores differ in their samples, were extracted from other images, or are not those resolved.
     """
     for path in stores:
         if not Path(path).exists():
             raise StoreError(
-                f"There is no feature store at {path}. Run: dvc repro extract@{path.parent.name}-{path.stem}"
+                f"There is no feature store at {path}. Run: dvc repro extract@{path.parent.name}-{path.stem}",
+                path=path,
             )
     members = [FeatureStore(path) for path in stores]
     check_aligned(members)
-    labelled = image_store.open_images(pictures)
+    images = image_store.open_images(images_path)
     for member in members:
-        if (wanted := stores[member.location]) and member.attributes["content_sha256"] != wanted:
-            raise StoreError(f"{member.location} is not the store that was resolved for this model. Run: dvc repro")
-        if member.attributes["images_sha256"] != labelled.attrs["content_sha256"]:
-            raise StoreError(f"{member.location} was made from other images than {pictures}. Run: dvc repro")
-        if member.sample.tolist() != labelled.sample.values.tolist():
-            raise StoreError(f"{member.location} lists its samples in another order than {pictures}. Run: dvc repro")
-    return members, labelled
+        expected, attributes = stores[member.location], member.attributes
+        if expected and attributes["content_sha256"] != expected:
+            raise StoreError(
+                f"{member.location} is not the store that was resolved for this model. Run: dvc repro",
+                key="content_sha256",
+                value=attributes["content_sha256"],
+                allowed=[expected],
+                path=member.location,
+            )
+        if attributes["images_sha256"] != images.attrs["content_sha256"]:
+            raise StoreError(
+                f"{member.location} was extracted from other images than {images_path}. Run: dvc repro",
+                key="images_sha256",
+                value=attributes["images_sha256"],
+                allowed=[images.attrs["content_sha256"]],
+                path=member.location,
+            )
+        if member.sample.tolist() != images.sample.values.tolist():
+            raise StoreError(
+                f"{member.location} has its samples in another order than {images_path}. Run: dvc repro",
+                key="sample",
+                path=member.location,
+            )
+    return members, images
 
 
-def task_from_store(labelled: xr.Dataset) -> loop.Task:
-    """What an images store asks."""
-    kind = labelled.attrs["task"]
-    return loop.Task(kind, len(labelled.attrs["classes"]), image_store.IGNORE if kind == "segmentation" else None)
+def task_from_store(images: xr.Dataset) -> Task:
+    """Return the task of an images store, with its number of classes."""
+    return get_task(images.attrs["task"])(len(images.attrs["classes"]))
 
 
-def _refuse_unlabelled(labelled: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
-    """Masks that ask nothing would be scored, and as badly as can be."""
+def _check_labelled(images: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
+    """Refuse a split of masks without a labelled pixel: its score would be 0 for any prediction."""
     for split, index in rows.items():
-        # The first masks are almost always enough.
-        some = (labelled.label[index[start : start + _MASKS]].values for start in range(0, len(index), _MASKS))
-        if not any((masks != image_store.IGNORE).any() for masks in some):
+        # Lazy: the first masks nearly always have a label.
+        batches = (
+            images.label[index[start : start + MASKS_PER_READ]].values
+            for start in range(0, len(index), MASKS_PER_READ)
+        )
+        if not any((masks != IGNORE).any() for masks in batches):
             raise UserError(
-                f"The split {split} has {len(index)} masks and no labelled pixel: all are {image_store.IGNORE}, which is "
-                "not counted. Deal the splits otherwise (splits, seed and block of the data set in params.yaml), or "
-                "add labels."
+                f"The split {split} has {len(index)} masks without a labelled pixel: all values are {IGNORE}, which "
+                "is ignored. Change the dataset's splits, seed or block in params.yaml, or add labels.",
+                key="split",
+                value=split,
             )
 
 
-def _in_memory(fields: Sequence[feature_inputs.Field], by, rows: np.ndarray, device: str, dense: bool):
-    read = (feature_inputs.standardised(field, rows, each).to(device) for field, each in zip(fields, by, strict=True))
-    return [channels_last(level) for level in read] if dense else torch.cat(list(read), dim=1)
+def _read_inputs(
+    arrays: Iterable[StoreArray], stats: Iterable[ChannelStats], rows: np.ndarray, device: str, is_dense: bool
+) -> torch.Tensor | list[torch.Tensor]:
+    values = (
+        feature_inputs.read_standardized(array, rows, array_stats).to(device)
+        for array, array_stats in zip(arrays, stats, strict=True)
+    )
+    return [channels_last(level) for level in values] if is_dense else torch.cat(list(values), dim=1)
 
 
-def _shape(field: feature_inputs.Field) -> tuple[int, ...]:
-    store, name = field
+def _shape(array: StoreArray) -> tuple[int, ...]:
+    store, name = array
     return tuple(store.array(name).shape)
 
 
-def _blueprint(heads: HeadsConfig, shapes, classes: int, size: tuple[int, ...], device: str | None) -> HeadConfig:
-    """What `heads` asks for; `device` is that of dense heads, none of linear ones."""
-    if device is None:
-        return HeadConfig("linear", heads.fusion, shapes, classes)
+def _head_config(
+    heads: HeadsConfig, head_name: str, shapes: tuple, task: Task, mask_size: tuple[int, ...], device: str
+) -> HeadConfig:
+    """Configure a head from params.yaml; on a GPU, `precision: auto` is bfloat16."""
+    if not task.is_dense:
+        return HeadConfig(head_name, heads.fusion, shapes, task.n_classes)
     automatic = "bfloat16" if device.startswith("cuda") else "float32"
     precision = automatic if heads.precision == "auto" else heads.precision
-    if heads.segmentation == "fcn":
-        return HeadConfig("fcn", heads.fusion, shapes, classes, size, precision=precision)
-    channels, neck = heads.upernet.channels, heads.upernet.neck
-    return HeadConfig("upernet", heads.fusion, shapes, classes, size, channels, neck, precision)
+    settings = heads.settings(head_name)
+    if isinstance(settings, CustomHeadConfig):
+        options = dict(settings.options)
+    else:
+        options = {name: value for name, value in asdict(settings).items() if name not in SCHEDULE_FIELDS}
+    neck = getattr(settings, "neck", False)
+    return HeadConfig(head_name, heads.fusion, shapes, task.n_classes, mask_size, options, neck, precision)
 
 
-def _balanced(label: np.ndarray, kind: str, classes: int) -> tuple[float, ...]:
-    """A weight a class, inverse to how often it occurs in training; one for those that do not."""
-    if kind == "multilabel":
+def balanced_weights(label: np.ndarray, task: Task) -> tuple[float, ...]:
+    """Return a weight per class, inverse to its frequency in the training labels; 1 for absent classes."""
+    if task.is_multilabel:
         raise UserError(
-            "heads.class_weights is 'balanced', which is for one class a sample or a pixel; this set is multi-label. "
-            "Set it to 'none'."
+            "heads.class_weights is 'balanced', which is for one class per sample or pixel; this dataset is "
+            "multi-label. Set it to 'none'.",
+            key="heads.class_weights",
+            value="balanced",
+            allowed=["none"],
         )
-    count = np.bincount(label[label != image_store.IGNORE] if kind == "segmentation" else label, minlength=classes)
-    present = count > 0
-    return tuple(np.where(present, count.sum() / (present.sum() * np.maximum(count, 1)), 1.0).tolist())
+    count = task.class_frequencies(label)
+    is_present = count > 0
+    weights = np.where(is_present, count.sum() / (is_present.sum() * np.maximum(count, 1)), 1.0)
+    return tuple(weights.tolist())

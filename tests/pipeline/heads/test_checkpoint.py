@@ -11,12 +11,15 @@ from cache.reader import FeatureStore
 from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
 from pipeline.heads import checkpoint
-from pipeline.training import loop, task_data
+from pipeline.training import task_data
+from pipeline.training.evaluate import predict_logits
+from pipeline.training.head_trainer import HParams
+from pipeline.training.protocol import train_heads, trained_head
 
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=40, batch=20), UPerNetHeadConfig(channels=4, steps=4, batch=4)
 )
-SETTINGS = [loop.HParams(1e-2, 1e-3, seed) for seed in (5, 6)]
+SETTINGS = [HParams(1e-2, 1e-3, seed) for seed in (5, 6)]
 
 
 def trained(given, names, **changes):
@@ -24,7 +27,7 @@ def trained(given, names, **changes):
     stores = {members[name].location: None for name in names}
     heads = dataclasses.replace(HEADS, **changes)
     cell = task_data.load(stores, Path(like.encoding["source"]), heads, ("train", "val", "test"), "cpu")
-    return list(stores), cell, cell.train(SETTINGS)
+    return list(stores), cell, train_heads(cell, SETTINGS)
 
 
 def raw(stores, names, split):
@@ -39,11 +42,11 @@ def raw(stores, names, split):
 @pytest.mark.parametrize("fusion", ["concat", "film"])
 def test_of_chips(informative_chips, tmp_path, fusion):
     stores, cell, group = trained(informative_chips, ["high", "low"], fusion=fusion)
-    checkpoint.save(tmp_path / "head.pt", "high+low", cell, group, 1)
+    checkpoint.save(tmp_path / "head.pt", trained_head(cell, "high+low", group, 1))
     head = checkpoint.load(tmp_path / "head.pt")
     said = head.logits(raw(stores, head.array_names, "test"))
-    np.testing.assert_allclose(said.detach(), cell.logits(group, "test")[1], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(said.detach(), cell.logits(group, "test")[0], atol=1e-3)
+    np.testing.assert_allclose(said.detach(), predict_logits(group, cell.splits["test"].inputs)[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(said.detach(), predict_logits(group, cell.splits["test"].inputs)[0], atol=1e-3)
     assert head.backbones == ["high", "low"]
     assert (head.task, len(head.class_names)) == ("classification", 4)
 
@@ -51,7 +54,7 @@ def test_of_chips(informative_chips, tmp_path, fusion):
 @pytest.mark.parametrize("segmentation", ["upernet", "fcn"])
 def test_of_masks(informative_masks, tmp_path, segmentation):
     stores, cell, group = trained(informative_masks, ["fine", "coarse"], segmentation=segmentation)
-    checkpoint.save(tmp_path / "head.pt", "fine+coarse", cell, group, 0)
+    checkpoint.save(tmp_path / "head.pt", trained_head(cell, "fine+coarse", group, 0))
     head = checkpoint.load(tmp_path / "head.pt")
     features = raw(stores, head.array_names, "val")
     before = [value.clone() for member in features for value in member.values()]

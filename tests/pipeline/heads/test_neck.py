@@ -1,7 +1,6 @@
 import torch
-from terratorch.models.necks import LearnedInterpolateToPyramidal
-
 from pipeline.heads.neck import LearnedPyramid
+from terratorch.models.necks import LearnedInterpolateToPyramidal
 
 
 def test_terratorchs_weights_give_terratorchs_output():

@@ -21,7 +21,7 @@ def test_terratorchs_weights_give_terratorchs_output():
 
 
 def test_logits_have_the_masks_size_and_seeds_their_own_start():
-    group = HeadList(lambda: UPerNet([4, 6, 8, 10], 8, 3), (50, 60), seeds=(0, 1, 0))
+    group = HeadList(lambda: UPerNet([4, 6, 8, 10], 3, 8), (50, 60), seeds=(0, 1, 0))
     levels = [torch.randn(5, width, side, side) for width, side in zip((4, 6, 8, 10), (16, 8, 4, 2), strict=True)]
     index = torch.arange(4).expand(3, -1)
     logits = [logits for _, logits in group.forward_heads(levels, index)]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from pipeline.heads.linear import StackedLinear
+from pipeline.tasks import Classification
 from pipeline.training import loop
 from pipeline.training.cuda_graphs import GraphedStep
-from pipeline.training.head_trainer import HeadTrainer
-from pipeline.tasks import Classification
-from pipeline.training.loop import Data
+from pipeline.training.feature_loader import SplitData
+from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
 from tests.pipeline.training.test_loop import SETTINGS, linear, upernet, weights
 
 
@@ -28,7 +28,7 @@ def unrecorded(monkeypatch):
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (5, 5, 5)])
 def test_linear_heads_are_those_of_plain_steps(unrecorded, points, seeds):
     settings = [
-        loop.HParams(one.learning_rate, one.weight_decay, seed) for one, seed in zip(SETTINGS, seeds, strict=True)
+        HParams(one.learning_rate, one.weight_decay, seed) for one, seed in zip(SETTINGS, seeds, strict=True)
     ]
     plain = linear(*points, settings)
     unrecorded()
@@ -60,11 +60,11 @@ def test_heads_that_stop_stop_at_the_same_step(unrecorded, monkeypatch, points, 
     chance = torch.Generator().manual_seed(1)
     if kind == "linear":
         inputs, label = points
-        noise = Data(inputs, label[torch.randperm(len(label), generator=chance)])
-        task, recipe = Classification(3), loop.TrainSchedule(200, 32, patience=1, val_checks=20)
-        train = partial(loop.fit, partial(StackedLinear, [12], 3), Data(*points), task, SETTINGS, recipe, noise)
+        noise = SplitData(inputs, label[torch.randperm(len(label), generator=chance)])
+        task, recipe = Classification(3), TrainSchedule(200, 32, patience=1, val_checks=20)
+        train = partial(loop.fit, partial(StackedLinear, [12], 3), SplitData(*points), task, SETTINGS, recipe, noise)
     else:
-        noise = Data([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
+        noise = SplitData([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
 
         def train():
             return upernet(*maps, SETTINGS, steps=60, patience=1, validation=noise)[0]

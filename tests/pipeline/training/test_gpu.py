@@ -9,9 +9,11 @@ import torch
 from pipeline.heads.dense import HeadList
 from pipeline.heads.linear import StackedLinear
 from pipeline.heads.upernet import UPerNet
-from pipeline.training import loop
 from pipeline.tasks import Classification, Segmentation
-from pipeline.training.loop import Data
+from pipeline.training import loop
+from pipeline.training.evaluate import evaluate
+from pipeline.training.feature_loader import SplitData
+from pipeline.training.head_trainer import TrainSchedule
 from tests.pipeline.training.test_loop import SETTINGS, linear, upernet, weights
 
 
@@ -46,9 +48,9 @@ def test_a_head_among_others_is_the_head_alone(groups, kind):
 
 def test_patience_on_a_gpu(groups, maps):
     levels, label = maps
-    validation = Data([level.cuda() for level in levels], label.cuda())
+    validation = SplitData([level.cuda() for level in levels], label.cuda())
     group = groups("upernet", SETTINGS, steps=60, patience=2, validation=validation)
-    counts = loop.evaluate(group, validation, Segmentation(2), 8)
+    counts = evaluate(group, validation, Segmentation(2), 8)
     assert Segmentation(2).score(counts.sum(1)).max() > 0.7
 
 
@@ -65,8 +67,8 @@ def test_linear_heads_that_stop_are_the_processors(gpu, points):
     def train(device: str) -> torch.nn.Module:
         inputs, label = points
         noise = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(1))]
-        data, validation = (Data(inputs.to(device), one.to(device)) for one in (label, noise))
-        recipe = loop.TrainSchedule(200, batch=32, patience=1, val_checks=20)
+        data, validation = (SplitData(inputs.to(device), one.to(device)) for one in (label, noise))
+        recipe = TrainSchedule(200, batch=32, patience=1, val_checks=20)
         return loop.fit(
             partial(StackedLinear, [12], 3), data, Classification(3), SETTINGS, recipe, validation
         )
@@ -81,9 +83,9 @@ def test_linear_heads_that_stop_are_the_processors(gpu, points):
 def test_class_weights_are_the_processors(gpu, maps):
     def train(device: str) -> torch.nn.Module:
         task = Segmentation(2, (1.0, 20.0))
-        data = Data([level.to(device) for level in maps[0]], maps[1].to(device))
-        make = partial(HeadList, lambda: UPerNet([4] * 4, 8, 2), (32, 32))
-        return loop.fit(make, data, task, SETTINGS, loop.TrainSchedule(10, batch=4))
+        data = SplitData([level.to(device) for level in maps[0]], maps[1].to(device))
+        make = partial(HeadList, lambda: UPerNet([4] * 4, 2, 8), (32, 32))
+        return loop.fit(make, data, task, SETTINGS, TrainSchedule(10, batch=4))
 
     ours, theirs = train(gpu), train("cpu")
     for place in range(len(SETTINGS)):

@@ -7,10 +7,11 @@ import torch
 from pipeline.heads.dense import HeadList
 from pipeline.heads.linear import StackedLinear
 from pipeline.heads.upernet import UPerNet
-from pipeline.training import loop
-from pipeline.training.head_trainer import HeadTrainer
-from pipeline.training.loop import Data, HParams, TrainSchedule
 from pipeline.tasks import Classification, MultiLabel, Segmentation, get_task
+from pipeline.training import loop
+from pipeline.training.evaluate import evaluate
+from pipeline.training.feature_loader import SplitData
+from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.optim import warm_cosine
 
 SETTINGS = [HParams(1e-2, 1e-4, 0), HParams(1e-3, 1e-1, 1), HParams(3e-2, 1e-6, 2)]
@@ -27,16 +28,16 @@ def side_by_side():
 
 def linear(inputs, label, settings, steps=60, kind="classification", classes=3, **more):
     make = partial(StackedLinear, [inputs.shape[1]], classes)
-    return loop.fit(make, Data(inputs, label), get_task(kind)(classes), settings, TrainSchedule(steps, batch=32), **more)
+    return loop.fit(make, SplitData(inputs, label), get_task(kind)(classes), settings, TrainSchedule(steps, batch=32), **more)
 
 
 def upernet(levels, label, settings, steps=20, precision="float32", **more):
     def make(seeds):
-        return HeadList(lambda: UPerNet([4] * 4, 8, 2), (32, 32), seeds, precision)
+        return HeadList(lambda: UPerNet([4] * 4, 2, 8), (32, 32), seeds, precision)
 
     task, patience = Segmentation(2), more.pop("patience", 0)
     recipe = TrainSchedule(steps, batch=4, patience=patience, val_checks=5)
-    return loop.fit(make, Data(levels, label), task, settings, recipe, **more), task
+    return loop.fit(make, SplitData(levels, label), task, settings, recipe, **more), task
 
 
 def weights(group, head):
@@ -47,14 +48,14 @@ def weights(group, head):
 
 
 def test_linear_heads_learn_what_there_is(points):
-    counts = loop.evaluate(linear(*points, SETTINGS, steps=300), Data(*points), Classification(3), 64)
+    counts = evaluate(linear(*points, SETTINGS, steps=300), SplitData(*points), Classification(3), 64)
     assert counts.shape == (3, 300, 9)
     assert Classification(3).score(counts.sum(1)).max() > 0.95
 
 
 def test_upernet_learns_and_unlabelled_pixels_do_not_count(maps):
     group, task = upernet(*maps, [HParams(1e-2, 1e-4, 0)], steps=100)
-    counts = loop.evaluate(group, Data(*maps), task, 8)
+    counts = evaluate(group, SplitData(*maps), task, 8)
     assert counts.sum() == (maps[1] != 255).sum()
     assert Segmentation(2).score(counts.sum(1))[0] > 0.75
 
@@ -137,7 +138,7 @@ def test_multilabel(image_dataset):
     label = torch.from_numpy(tiles.label.astype(np.int64))
     task = MultiLabel(7)
     group = linear(inputs, label, SETTINGS, 400, "multilabel", 7)
-    scores = MultiLabel(7).score(loop.evaluate(group, Data(inputs, label), task, 16).sum(1))
+    scores = MultiLabel(7).score(evaluate(group, SplitData(inputs, label), task, 16).sum(1))
     always = MultiLabel(7).counts(np.ones_like(label.numpy()), label.numpy())
     assert scores.max() > MultiLabel(7).score(always.sum(0))
 
@@ -150,7 +151,7 @@ def test_every_epoch_sees_every_sample():
 def test_heads_stop_each_in_its_own_time_and_end_at_their_best(points, maps):
     """On validation labels that are noise; the kept head is one that the checks saw, and scored what they noted."""
     inputs, label = points
-    noise = Data(inputs, label[torch.randperm(300, generator=torch.Generator().manual_seed(1))])
+    noise = SplitData(inputs, label[torch.randperm(300, generator=torch.Generator().manual_seed(1))])
     recipe, task = TrainSchedule(200, 32, patience=3, val_checks=20), Classification(3)
     settings = [HParams(3e-1, 1e-6, 0), HParams(1e-5, 1e-6, 1), HParams(1e-2, 1e-6, 2)]
     group = StackedLinear([12], 3, [one.seed for one in settings])
@@ -161,7 +162,7 @@ def test_heads_stop_each_in_its_own_time_and_end_at_their_best(points, maps):
         lane.step(inputs, index, label[index])
         if lane.check_is_due():
             before = {name: values.clone() for name, values in lane.state.items()}
-            lane.check(loop.evaluate(group, noise, task, 64))
+            lane.check(evaluate(group, noise, task, 64))
             for head in np.flatnonzero(stopped):  # trained on beside the others, and not kept
                 assert all(torch.equal(values[head], before[name][head]) for name, values in lane.state.items())
             stopped = np.where((lane.since >= 3) & (stopped == 0), lane.steps, stopped)
@@ -169,18 +170,18 @@ def test_heads_stop_each_in_its_own_time_and_end_at_their_best(points, maps):
             break
     assert len(set(stopped)) > 1
     lane.restore()
-    scores = Classification(3).score(loop.evaluate(group, noise, task, 64).sum(1))
+    scores = Classification(3).score(evaluate(group, noise, task, 64).sum(1))
     np.testing.assert_allclose(scores, lane.best)
     for head, setting in enumerate(settings):  # together as alone, with the stops
-        alone = loop.fit(partial(StackedLinear, [12], 3), Data(*points), task, [setting], recipe, noise)
+        alone = loop.fit(partial(StackedLinear, [12], 3), SplitData(*points), task, [setting], recipe, noise)
         torch.testing.assert_close(weights(alone, 0), weights(group, head), rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_head_ends_at_its_best_check(maps):
-    validation = Data([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
+    validation = SplitData([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
     kept, task = upernet(*maps, SETTINGS[:1], steps=40, patience=1, validation=validation)
     last, _ = upernet(*maps, SETTINGS[:1], steps=40)
-    of = [Segmentation(2).score(loop.evaluate(one, validation, task, 8).sum(1))[0] for one in (kept, last)]
+    of = [Segmentation(2).score(evaluate(one, validation, task, 8).sum(1))[0] for one in (kept, last)]
     assert of[0] > of[1], "labels turned round are matched best before training"
 
 
@@ -199,6 +200,6 @@ def test_bfloat16_trains_and_keeps_parameters_in_float32(maps):
     full, _ = upernet(*maps, SETTINGS[:1], steps=100)
     assert not torch.equal(weights(group, 0), weights(full, 0))
     of = [
-        Segmentation(2).score(loop.evaluate(one, Data(*maps), task, 8).sum(1))[0] for one in (group, full)
+        Segmentation(2).score(evaluate(one, SplitData(*maps), task, 8).sum(1))[0] for one in (group, full)
     ]
     assert of[0] == pytest.approx(of[1], abs=0.05)

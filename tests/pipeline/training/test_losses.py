@@ -60,7 +60,7 @@ def test_dense_heads_pull_as_autograd_does_through_torchs_resize(name, size):
     label = torch.randint(4, (2, 3, *size), generator=generator).to(torch.uint8)
     if task.ignore_value is not None:
         label[:, 0], label[:, 1, :2] = 255, 255
-    group, index = HeadList(lambda: UPerNet([5, 5, 5], 6, 4), size, (0, 1)), torch.tensor([[0, 1, 2], [5, 3, 2]])
+    group, index = HeadList(lambda: UPerNet([5, 5, 5], 4, 6), size, (0, 1)), torch.tensor([[0, 1, 2], [5, 3, 2]])
     wanted = []
     for head, rows, true in zip(group.heads, index, label, strict=True):
         resized = torch.nn.functional.interpolate(head([one[rows] for one in levels]), size, mode="bilinear")

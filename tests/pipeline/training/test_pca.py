@@ -10,10 +10,11 @@ from cache.schema import StoreSchema
 from cache.writer import Writer
 from pipeline.heads.config import HeadConfig
 from pipeline.heads.linear import StackedLinear
-from pipeline.training import feature_inputs, loop, pca, task_data
-from pipeline.training.feature_loader import StreamedFeatures
 from pipeline.tasks import Classification
-from pipeline.training.loop import HParams
+from pipeline.training import feature_inputs, pca, task_data
+from pipeline.training.evaluate import evaluate, predict_logits
+from pipeline.training.feature_loader import SplitData, StreamedFeatures
+from pipeline.training.head_trainer import HParams, TrainSchedule
 
 TRAINING = np.arange(300)
 TASK = Classification(2)
@@ -101,14 +102,14 @@ def test_a_small_difference_of_two_bands_is_learnt_sooner(bands):
     assert difference.var() < 0.1 * plain[:, 5].var()
     label = (difference > difference.median()).long()
     names = [f"{place}" for place in TRAINING]
-    part = task_data.SplitData(plain, label, names)
+    part = SplitData(plain, label, names)
     blueprint = HeadConfig("linear", "concat", (((plain.shape[1],),),), 2)
     right = []
     for turns in ((), turns_of(bands)):
-        train = task_data.make_trainer({"train": part}, TASK, loop.TrainSchedule(200, 32), blueprint, turns)
+        train = task_data.make_trainer({"train": part}, TASK, TrainSchedule(200, 32), blueprint, turns)
         group = train([HParams(rate, 1e-2, 0) for rate in (1e-3, 1e-2, 1e-1)])
-        counts = loop.evaluate(group, part, TASK, 32)
-        right.append((loop.predict_logits(group, plain).argmax(axis=2) == label.numpy()).mean(axis=1).max())
+        counts = evaluate(group, part, TASK, 32)
+        right.append((predict_logits(group, plain).argmax(axis=2) == label.numpy()).mean(axis=1).max())
         assert counts.shape[:2] == (3, len(plain))
     assert right[1] > right[0] + 0.02
 
@@ -125,12 +126,12 @@ def test_channels_that_differ_by_little_are_still_told_apart():
     rows = np.arange(1500)
     by = feature_inputs.channel_stats(field, rows)
     turns = pca.principal_axes([field], [by], rows)
-    part = task_data.SplitData(
+    part = SplitData(
         feature_inputs.read_standardized(field, rows, by), torch.from_numpy(label), [str(row) for row in rows]
     )
     blueprint = HeadConfig("linear", "concat", (((3,),),), 2)
-    train = task_data.make_trainer({"train": part}, TASK, loop.TrainSchedule(600, 32), blueprint, turns)
-    said = loop.predict_logits(train([HParams(rate, 1e-2, 0) for rate in (1e-2, 1e-1)]), part.inputs).argmax(axis=2)
+    train = task_data.make_trainer({"train": part}, TASK, TrainSchedule(600, 32), blueprint, turns)
+    said = predict_logits(train([HParams(rate, 1e-2, 0) for rate in (1e-2, 1e-1)]), part.inputs).argmax(axis=2)
     assert (said == label).mean(axis=1).max() > 0.98
 
 

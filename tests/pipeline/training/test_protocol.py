@@ -8,8 +8,8 @@ from sklearn.metrics import accuracy_score
 
 from pipeline.config import HeadsConfig, LinearHeadConfig, SearchConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
-from pipeline.training import predictions, protocol, task_data
 from pipeline.tasks import Segmentation
+from pipeline.training import predictions, protocol, task_data
 from pipeline.training.feature_loader import StreamedFeatures
 
 HEADS = HeadsConfig(
@@ -49,13 +49,13 @@ def test_chips_searched_trained_and_kept(informative_chips, capsys):
 
 def test_the_kept_counts_are_those_of_the_evaluation(informative_chips):
     """Predictions are made apart from `Cell.counts`; both must say the same."""
-    from pipeline.training.loop import HParams
+    from pipeline.training.head_trainer import HParams
 
     cell = load(informative_chips, ["high", "none"])
-    group = cell.train([HParams(0.05, 0.01, seed) for seed in range(3)])
+    group = protocol.train_heads(cell, [HParams(0.05, 0.01, seed) for seed in range(3)])
     kept = protocol.train_and_test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
     _, counts = predictions.counts_from_table(kept, "classification", 4)
-    np.testing.assert_array_equal(counts, cell.counts(group, "test"))
+    np.testing.assert_array_equal(counts, protocol.count_split(cell, group, "test"))
 
 
 def test_masks_keep_their_confusion(informative_masks):
@@ -95,7 +95,7 @@ def diverging(cell: task_data.TaskData, heads: set[int]) -> task_data.TaskData:
     """The same with some heads' weights no numbers once they are trained."""
 
     def train(settings):
-        group = cell.train(settings)
+        group = protocol.train_heads(cell, settings)
         for lane in group.independent_heads():
             for parameter in lane.parameters():
                 if group.is_stacked:

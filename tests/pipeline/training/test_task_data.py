@@ -18,7 +18,8 @@ from pipeline.data import image_store, image_writer
 from pipeline.errors import UserError
 from pipeline.training import loop, task_data
 from pipeline.training.feature_loader import StreamedFeatures
-from pipeline.training.loop import HParams
+from pipeline.training.head_trainer import HParams, TrainSchedule
+from pipeline.training.protocol import count_split, train_heads
 
 HEADS = HeadsConfig(LinearHeadConfig("all", "mean", 60, 32), UPerNetHeadConfig(8, 6, 4), FcnHeadConfig(40, 4))
 SETTINGS = [HParams(1e-2, 1e-3, 0), HParams(3e-3, 1e-1, 1)]
@@ -69,7 +70,7 @@ def load(made, task="segmentation", names=("pyramid", "flat"), splits=("train", 
 
 
 def score(cell, group, split="val"):
-    return cell.task.score(cell.counts(group, split).sum(1))
+    return cell.task.score(count_split(cell, group, split).sum(1))
 
 
 @pytest.mark.parametrize("task", ["segmentation", "multilabel"])
@@ -77,10 +78,10 @@ def test_streamed_features_are_those_in_memory(made, task):
     """Heads evaluated on either have the same counts; a head among others, streamed, is the head alone."""
     held, streamed = load(made, task), load(made, task, max_feature_gb=0.0)
     assert isinstance(streamed.splits["train"].inputs, StreamedFeatures)
-    group = held.train(SETTINGS)
+    group = train_heads(held, SETTINGS)
     for split in ("train", "val"):
-        np.testing.assert_array_equal(held.counts(group, split), streamed.counts(group, split))
-    together, alone = streamed.train(SETTINGS), streamed.train(SETTINGS[1:])
+        np.testing.assert_array_equal(count_split(held, group, split), count_split(streamed, group, split))
+    together, alone = train_heads(streamed, SETTINGS), train_heads(streamed, SETTINGS[1:])
     for both, one in zip(together.independent_heads()[-1].parameters(), alone.independent_heads()[0].parameters(), strict=True):
         torch.testing.assert_close(both[-1:] if alone.is_stacked else both, one, rtol=1e-3, atol=1e-4)
 
@@ -89,8 +90,8 @@ def test_streamed_batches_come_in_one_order_for_every_seed(made):
     """Two seeds in memory differ in their order of samples; streamed, with one start, they do not differ at all."""
     cell = load(made, "multilabel", max_feature_gb=0.0)
     seeds = [HParams(1e-2, 0.0, seed) for seed in (0, 1)]
-    group = cell.train(seeds)
-    part, recipe = cell.splits["train"], loop.TrainSchedule(60, 32)
+    group = train_heads(cell, seeds)
+    part, recipe = cell.splits["train"], TrainSchedule(60, 32)
     begun = [loop.batch_order(len(part.label), recipe, seed)[0].tolist() for seed in (0, 1)]
     assert begun[0] != begun[1]
     shared = loop.fit(lambda seeds: type(group)([64], 7, [0 for _ in seeds]), part, cell.task, seeds, recipe)
@@ -102,15 +103,15 @@ def test_streamed_heads_stop_too(made):
     held = load(made, segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1))
     assert "val" in load(made, splits=("train",), segmentation="fcn", fcn=FcnHeadConfig(40, 4, patience=1)).splits
     for one in (cell, held):
-        assert np.isfinite(score(one, one.train(SETTINGS))).all()
+        assert np.isfinite(score(one, train_heads(one, SETTINGS))).all()
 
 
 @pytest.mark.parametrize("fusion", ["concat", "average", "film", "dot"])
 @pytest.mark.parametrize("task", ["segmentation", "multilabel"])
 def test_members_of_other_grids_and_numbers_of_levels_join_in_every_way(made, task, fusion):
     cell = load(made, task, ("pyramid", "flat", "three"), fusion=fusion)
-    group = cell.train(SETTINGS)
-    assert cell.counts(group, "val").shape[0] == 2
+    group = train_heads(cell, SETTINGS)
+    assert count_split(cell, group, "val").shape[0] == 2
     if task == "segmentation":
         assert [tuple(level.shape[-2:]) for level in cell.splits["val"].inputs] == [
             (side, side) for name in ("pyramid", "flat", "three") for side in GRIDS[name]
@@ -120,9 +121,9 @@ def test_members_of_other_grids_and_numbers_of_levels_join_in_every_way(made, ta
 @pytest.mark.parametrize("fusion", ["average", "film", "dot"])
 def test_fusion_changes_nothing_of_one_member(made, fusion):
     alone, fused = (load(made, "multilabel", ("pyramid",), fusion=one) for one in ("concat", fusion))
-    ours, theirs = (one.counts(one.train(SETTINGS), "val") for one in (alone, fused))
+    ours, theirs = (count_split(one, train_heads(one, SETTINGS), "val") for one in (alone, fused))
     np.testing.assert_array_equal(ours, theirs)
-    weights = [one.train(SETTINGS).state_dict() for one in (alone, fused)]
+    weights = [train_heads(one, SETTINGS).state_dict() for one in (alone, fused)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -152,7 +153,7 @@ def test_features_that_are_no_numbers_are_refused_in_any_split(made, tmp_path, t
     heads = dataclasses.replace(HEADS, max_feature_gb=0.0)
     streamed = task_data.load({tmp_path / "odd.zarr": None}, pictures, heads, ("train", "val"), "cpu")
     with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
-        streamed.counts(streamed.train(SETTINGS), "val")
+        count_split(streamed, train_heads(streamed, SETTINGS), "val")
     members = {"odd": FeatureStore(tmp_path / "odd.zarr")}
     described = CompositionConfig((), "logistic", 2, False)
     with pytest.raises(StoreError, match=f"odd.zarr: {name} has values that are no numbers"):
@@ -161,7 +162,7 @@ def test_features_that_are_no_numbers_are_refused_in_any_split(made, tmp_path, t
 
 def test_the_linear_probe_learns(made):
     cell = load(made, segmentation="fcn", fcn=FcnHeadConfig(150, 8))
-    before, after = (score(cell, cell.train([HParams(rate, 1e-4, 0)]), "train")[0] for rate in (1e-9, 1e-2))
+    before, after = (score(cell, train_heads(cell, [HParams(rate, 1e-4, 0)]), "train")[0] for rate in (1e-9, 1e-2))
     assert after > before + 0.1
 
 
