@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.config import Float
 from pipeline.errors import UserError
 
 # Two bands are the same if their centres differ by at most this. It is more than the difference between sensors for
@@ -35,8 +36,8 @@ class Band:
 
     name: str
     common_name: str
-    wavelength: float = math.nan
-    gsd: float = math.nan
+    wavelength: Float = math.nan
+    gsd: Float = math.nan
 
     @property
     def is_optical(self) -> bool:

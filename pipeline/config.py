@@ -8,14 +8,12 @@ allowed. The docstring below a field is its description, in error messages and i
 Source options and scene descriptions are parsed by the same rules with `parse`.
 """
 
-import difflib
 import json
 import re
-import typing
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import field
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -34,7 +32,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from cache import codecs
-from pipeline.errors import UserError
+from pipeline.errors import UserError, similar_name, validation_error
 
 FILE = "params.yaml"
 SCHEMA_FILE = "params.schema.json"
@@ -42,8 +40,6 @@ T = TypeVar("T")
 
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
-# Messages list at most this many mistakes of one file.
-_MAX_MISTAKES = 3
 
 
 def _parse_number(value: object) -> object:
@@ -93,9 +89,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 BatchNormBatch = Annotated[int, Field(ge=2)]
 Bounds = Annotated[tuple[Float, ...], AfterValidator(_check_bounds), Field(min_length=2, max_length=2)]
 UniqueNames = Annotated[tuple[str, ...], _Unique, Field(json_schema_extra={"uniqueItems": True})]
-SomeNames = Annotated[
-    tuple[str, ...], _Unique, Field(min_length=1, json_schema_extra={"uniqueItems": True})
-]
+SomeNames = Annotated[tuple[str, ...], _Unique, Field(min_length=1, json_schema_extra={"uniqueItems": True})]
 Name = Annotated[str, Field(pattern=_NAME)]
 BandReference = Annotated[
     object, AfterValidator(_check_band_reference), WithJsonSchema({"type": ["string", "number"]})
@@ -123,7 +117,7 @@ class GridConfig:
     backbones: SomeNames
     """Names of backbones, described under `backbones`."""
     models: SomeNames
-    """Models: one backbone, or several joined by `+`. A model is skipped where a dataset lacks bands that it needs."""
+    """Models: one backbone, or several joined by `+`. A model is skipped where a dataset lacks its bands."""
     students: UniqueNames = ()
     """Names of compact networks to distil into, described under `students`; may be empty."""
     finetune: UniqueNames = ()
@@ -218,7 +212,7 @@ class BackboneConfig:
     normalisation: Literal["native", "dataset"] = "native"
     """Mean and standard deviation: `native`, those of pretraining, or `dataset`, those of the training split."""
     bands: tuple[BandReference, ...] = ()
-    """Bands to use instead of the backbone's own, in the order of its inputs: names, or wavelengths in micrometres."""
+    """Bands to use instead of the backbone's own, in the order of its inputs: names, or wavelengths in µm."""
     hub: HubFile | None = None
     """Another file of weights."""
     input_units: Literal["reflectance", "display", "any", ""] = ""
@@ -262,7 +256,7 @@ class LinearHeadConfig:
     """Linear head on pooled features, for classification and multi-label tasks."""
 
     pooled: Literal["last", "all"]
-    """Pooled features to use: those of the `last` (deepest) level of each backbone, or of `all` levels, concatenated."""
+    """Pooled features to use: of the `last` (deepest) level of each backbone, or of `all` levels, concatenated."""
     tokens: Literal["mean", "cls", "both"]
     """What is pooled from transformers: the `mean` of the patch tokens, the `cls` token, or `both`."""
     steps: PositiveInt
@@ -410,9 +404,9 @@ class FineTuneConfig:
     rank: PositiveInt = 8
     """Rank of LoRA adapters."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), _Unique] = (3e-5, 3e-4)
-    """Learning rates of the head and of adapters. Each is tried with the first seed; the best on validation is used."""
+    """Learning rates of the head and of adapters. The first seed tries each; the best on validation is used."""
     layer_decay: Annotated[float, Field(gt=0, le=1), _Number] = 0.75
-    """Factor on the learning rate from each block to the one before it; 1 for one rate. Adapters have the full rate."""
+    """Factor on the learning rate from each block to the one before it. Adapters have the full rate."""
     weight_decay: NonNegativeFloat = 0.05
     """Weight decay of AdamW; not applied to biases and normalisation layers."""
     steps: PositiveInt = 200
@@ -677,7 +671,7 @@ def parse(model: type[T], raw: object, where: str = "", path: Path | str | None 
         # JSON, since pydantic's strict mode for Python objects would refuse lists for tuples.
         return TypeAdapter(model).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
-        raise _user_error(error, model, where, path) from None
+        raise validation_error(error, model, where, path) from None
 
 
 def json_schema() -> str:
@@ -693,20 +687,14 @@ def json_schema() -> str:
 def _described(table: Mapping[str, T], name: str, noun: str, section: str) -> T:
     if name not in table:
         raise UserError(
-            f"There is no {noun} '{name}'. {FILE} describes: {', '.join(table) or 'none'}.{_similar(name, table)} "
-            f"Use one of these, or describe '{name}' under '{section}:' first.",
+            f"There is no {noun} '{name}'. {FILE} describes: {', '.join(table) or 'none'}."
+            f"{similar_name(name, table)} Use one of these, or describe '{name}' under '{section}:' first.",
             key=section,
             value=name,
             allowed=table,
             path=FILE,
         )
     return table[name]
-
-
-def _similar(name: object, names) -> str:
-    """Return " Did you mean 'x'?", or nothing if no name is similar."""
-    matches = difflib.get_close_matches(str(name), [str(known) for known in names], n=1)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def _check_references(params: Params, path: Path | str) -> None:
@@ -788,7 +776,11 @@ def _refuse_renamed(raw: object, path: Path | str) -> None:
         for key, value in _matches(raw, old.split(".")):
             new_key = _fill(new, key)
             raise UserError(
-                f"{path}: {key} is now called {new_key}. Rename it.", key=key, value=value, allowed=[new_key], path=path
+                f"{path}: {key} is now called {new_key}. Rename it.",
+                key=key,
+                value=value,
+                allowed=[new_key],
+                path=path,
             )
     for (pattern, old), new in RENAMED_VALUES.items():
         for key, value in _matches(raw, pattern.split(".")):
@@ -815,127 +807,3 @@ def _fill(pattern: str, key: str) -> str:
     """Replace the `*` of a pattern by the name that stands there in a key."""
     parts = key.split(".")
     return ".".join(parts[i] if part == "*" else part for i, part in enumerate(pattern.split(".")))
-
-
-def _user_error(error: ValidationError, model: type, where: str, path: Path | str | None) -> UserError:
-    """Translate pydantic's errors into one message for the user; its fields are those of the first mistake."""
-    mistakes = error.errors(include_url=False)
-    first, *others = (_Mistake(details, model, where) for details in mistakes[:_MAX_MISTAKES])
-    text = " ".join(mistake.message for mistake in (first, *others))
-    if len(mistakes) > _MAX_MISTAKES:
-        text += f" There are {len(mistakes) - _MAX_MISTAKES} more mistakes."
-    return UserError(
-        f"{path}: {text}" if path else text, key=first.key, value=first.value, allowed=first.allowed, path=path
-    )
-
-
-class _Mistake:
-    """One of pydantic's errors: dotted key, value, allowed values and a message."""
-
-    def __init__(self, details: Mapping, model: type, where: str):
-        location = [part for part in details["loc"] if part != "[key]"]
-        self.key, self.value = _dotted(where, location), details["input"]
-        self.allowed: tuple | None = None
-        container, _ = _follow(model, location[:-1])
-        kind, description = _follow(model, location)
-        error_type, limits = details["type"], details.get("ctx", {})
-
-        if error_type == "unexpected_keyword_argument":
-            self.allowed = _keys(container)
-            self.message = (
-                f"{_dotted(where, location[:-1]) or 'the file'} has an unknown key: {location[-1]}. Known keys: "
-                f"{', '.join(self.allowed)}.{_similar(location[-1], self.allowed)} Correct the spelling or remove it."
-            )
-            return
-        if error_type == "missing":
-            self.allowed, self.value = _keys(container), None
-            self.message = (
-                f"{_dotted(where, location[:-1]) or 'the file'} lacks the key {location[-1]}"
-                f"{f' ({description})' if description else ''}. Its keys are: {', '.join(self.allowed)}."
-            )
-            return
-        if details["loc"] and details["loc"][-1] == "[key]":
-            self.message = (
-                f"{self.key}: invalid name '{location[-1]}': use letters, digits, '_' and '-' (DVC reads '.' as "
-                "nesting)."
-            )
-            self.value = location[-1]
-            return
-        if error_type == "literal_error":
-            self.allowed = tuple(value for value in _literals(kind) if value != "")
-            problem = f"allowed: {', '.join(map(str, self.allowed))}.{_similar(self.value, self.allowed)}"
-        elif error_type == "dataclass_type":
-            self.allowed = _keys(kind)
-            problem = f"it must be a mapping with the keys {', '.join(self.allowed)}."
-        elif error_type == "value_error":
-            problem = f"{limits['error']}."
-        else:
-            problem = f"it must be {_REQUIREMENTS[error_type](limits)}." if error_type in _REQUIREMENTS else (
-                f"{details['msg'][0].lower()}{details['msg'][1:]}."
-            )  # fmt: skip
-        self.message = f"{self.key or 'the file'} is {self.value!r}; {problem}"
-        if description:
-            self.message += f" Meaning: {description.rstrip('.')}."
-
-
-_REQUIREMENTS: dict[str, Callable[[Mapping], str]] = {
-    "int_type": lambda limits: "a whole number (int)",
-    "float_type": lambda limits: "a number (float)",
-    "finite_number": lambda limits: "a finite number",
-    "bool_type": lambda limits: "true or false (bool)",
-    "string_type": lambda limits: "text (str)",
-    "tuple_type": lambda limits: "a list",
-    "dict_type": lambda limits: "a mapping of names",
-    "greater_than": lambda limits: f"above {limits['gt']:g}",
-    "greater_than_equal": lambda limits: f"at least {limits['ge']:g}",
-    "less_than": lambda limits: f"below {limits['lt']:g}",
-    "less_than_equal": lambda limits: f"at most {limits['le']:g}",
-    "too_short": lambda limits: f"a list of at least {limits['min_length']}",
-    "too_long": lambda limits: f"a list of at most {limits['max_length']}",
-    "string_pattern_mismatch": lambda limits: f"text that matches {limits['pattern']}",
-}
-
-
-def _dotted(where: str, location: list) -> str:
-    """Join a location to a key such as `datasets.x.options.bands[2].gsd`; the index of a plain value is dropped."""
-    while location and isinstance(location[-1], int):
-        location = location[:-1]
-    key = where
-    for part in location:
-        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
-    return key
-
-
-def _follow(model: type, location: list) -> tuple[Any, str]:
-    """Return the type at a location in a dataclass, and the description of the last field on the way."""
-    kind, description = _plain_type(model), ""
-    for part in location:
-        arguments = typing.get_args(kind)
-        if is_dataclass(kind):
-            details = getattr(kind, "__pydantic_fields__", {}).get(part)
-            description = (details.description or "") if details else ""
-            kind = typing.get_type_hints(kind, include_extras=True).get(part)
-        elif len(arguments) > 1 and typing.get_origin(kind) is dict:
-            kind = arguments[1]
-            description = ""
-        elif arguments:
-            kind = arguments[0]
-        kind = _plain_type(kind)
-    return kind, description
-
-
-def _plain_type(kind: Any) -> Any:
-    """Strip `Annotated` and `| None` from a type."""
-    if typing.get_origin(kind) is Annotated:
-        return _plain_type(typing.get_args(kind)[0])
-    if typing.get_origin(kind) in (UnionType, typing.Union):
-        return _plain_type(next(part for part in typing.get_args(kind) if part is not NoneType))
-    return kind
-
-
-def _keys(kind: Any) -> tuple[str, ...]:
-    return tuple(kind.__dataclass_fields__) if is_dataclass(kind) else ()
-
-
-def _literals(kind: Any) -> tuple:
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()

@@ -1,115 +1,444 @@
+"""params.yaml: values that are read, and mistakes that are refused with key, value, allowed values and file."""
+
+import dataclasses
+import json
+import typing
+
 import pytest
 import yaml
 
 from pipeline import config
+from pipeline.bands import Band
+from pipeline.config import FineTuneConfig, HubFile
+from pipeline.data.augmentation import VIEWS
 from pipeline.errors import UserError
+from pipeline.tasks import TaskType
 from tests.conftest import ROOT
+from tests.errors import raises
 
 
-def load_with(tmp_path, change):
-    content = yaml.safe_load((ROOT / "params.yaml").read_text())
-    change(content)
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return config.load(path)
+def merge(base: dict, change: dict) -> dict:
+    """Return `base` with the keys of `change` set, at any depth."""
+    return {
+        **base,
+        **{
+            key: merge(base.get(key) or {}, value) if isinstance(value, dict) else value
+            for key, value in change.items()
+        },
+    }
 
 
-def test_the_committed_file_is_valid(params):
+@pytest.fixture
+def load_changed(tmp_path):
+    """A function that loads the committed params.yaml with changes, given as nested keys or as a function."""
+
+    def load(change):
+        content = yaml.safe_load((ROOT / "params.yaml").read_text())
+        if callable(change):
+            change(content)
+        else:
+            content = merge(content, change)
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return config.load(path)
+
+    return load
+
+
+def nested(key: str, value: object) -> dict:
+    """Return {"a": {"b": value}} for the key a.b."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def field_names(model: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(model)]
+
+
+# Values
+
+
+def test_load_committed_file_is_valid(params):
     assert params.members("csmask_b4+lite0") == ["csmask_b4", "lite0"]
     assert params.search.trials == 16
     assert params.train.seeds == 10
+    assert params.grid.finetune == ()
+    assert params.finetune.protocol == "fine-tuned (all)"
 
 
-def test_numbers_in_either_yaml_dialect(tmp_path):
-    changed = load_with(tmp_path, lambda c: c["search"].update(learning_rate=["1e-4", 1]))
-    assert changed.search.learning_rate == (1e-4, 1.0)
+def test_load_exponent_without_point_is_a_number(load_changed):
+    params = load_changed(nested("search.learning_rate", ["1e-4", 1]))
+    assert params.search.learning_rate == (1e-4, 1.0)
+    assert all(type(bound) is float for bound in params.search.learning_rate)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda c: c["train"].update(sedes=3), ["params.yaml: train", "sedes", "Known keys: seeds"]),
-        (lambda c: c.update(trian={}), ["trian", "Known keys: grid"]),
-        (
-            lambda c: c["backbones"]["lite0"].update(inputsize=3),
-            ["backbones: lite0", "inputsize", "input_size"],
-        ),
-        (lambda c: c["train"].pop("seeds"), ["lacks: seeds"]),
-        (lambda c: c["train"].update(seeds="ten"), ["must be int", "'ten'"]),
-        (lambda c: c["train"].update(seeds=0), ["train.seeds is 0"]),
-        (lambda c: c["grid"]["datasets"].append("m-eurosta"), ["m-eurosta", "sample-landuse"]),
-        (lambda c: c["grid"]["models"].append("lite0+hiera"), ["hiera", "csmask_b4"]),
-        (lambda c: c["grid"]["models"].append("lite0+lite0"), ["twice"]),
-        (lambda c: c["grid"]["backbones"].remove("lite0"), ["lite0", "grid.backbones", "Add it there"]),
-        (lambda c: c["backbones"]["lite0"].update(input_size=0), ["input_size is 0", "at least 1"]),
-        (
-            lambda c: c["backbones"]["lite0"].update(normalisation="own"),
-            ["normalisation is 'own'", "native, dataset"],
-        ),
-        (lambda c: c["backbones"]["lite0"].update(hub={"repo": "a/b"}), ["lite0: hub lacks: file, revision"]),
-        (lambda c: c["extract"].update(precision="fp8"), ["extract.precision is 'fp8'", "bfloat16"]),
-        (lambda c: c["compute"].update(workers=-1), ["compute.workers is -1"]),
-        (lambda c: c["datasets"]["sample-landuse"].update(chip=24), ["multiple of the chip"]),
-        (lambda c: c["datasets"]["sample-landuse"]["splits"].update(test=0.5), ["sum to 1"]),
-        (lambda c: c["datasets"]["sample-landuse"].update(task="regression"), ["regression", "segmentation"]),
-        (lambda c: c["compute"].update(device="tpu"), ["tpu", "cuda"]),
-        (lambda c: c["search"].update(learning_rate=[1, 0.1]), ["low <= high"]),
-        (lambda c: c["search"].update(learning_rate=[0.1, float("inf")]), ["learning_rate is [0.1, inf]"]),
-        (lambda c: c["datasets"].update({"a b; ls": c["datasets"]["sample-trees"]}), ["'a b; ls' is no name"]),
-        (lambda c: c["backbones"].update({"a+b": c["backbones"]["raw"]}), ["'a+b' is no name"]),
-        (lambda c: c["datasets"].update({"a.b": c["datasets"]["sample-trees"]}), ["'a.b' is no name"]),
-        (lambda c: c["grid"]["models"].append("lite0+csmask_b4"), ["lite0+csmask_b4", "same ensemble"]),
-        (lambda c: c["grid"].update(models=[]), ["grid.models", "at least one"]),
-        (lambda c: c["grid"]["models"].append("raw"), ["each once"]),
-        (lambda c: c["datasets"]["sample-trees"].update(seed=-1), ["must not be negative"]),
-        (lambda c: c["heads"]["upernet"].update(batch=1), ["at least 2", "BatchNorm"]),
-        (lambda c: c["heads"].update(segmentation="unet"), ["heads.segmentation is 'unet'", "upernet, fcn"]),
-        (lambda c: c["heads"].update(fusion="sum"), ["heads.fusion is 'sum'", "concat, average, film, dot"]),
-        (lambda c: c["heads"].update(class_weights="rare"), ["heads.class_weights is 'rare'", "none, balanced"]),
-        (lambda c: c["heads"].update(precision="float16"), ["heads.precision is 'float16'", "bfloat16"]),
-        (lambda c: c["heads"].update(memory=-1), ["heads.memory is -1", "0 streams every set"]),
-        (lambda c: c["heads"].update(checks=0), ["heads.checks is 0"]),
-        (lambda c: c["heads"]["fcn"].update(steps=0), ["heads.fcn.steps is 0"]),
-        (lambda c: c["heads"]["linear"].update(patience=-1), ["heads.linear.patience is -1", "all steps"]),
-        (lambda c: c.update(grid=[1]), ["must be a mapping"]),
-        (lambda c: c["compose"].update(backbones=["lite1"]), ["no backbone 'lite1'"]),
-        (lambda c: c["compose"].update(backbones=["dofa_300m"]), ["dofa_300m", "grid.backbones", "Add it there"]),
-        (lambda c: c["compose"].update(backbones=["raw", "raw"]), ["compose.backbones", "each once"]),
-        (lambda c: c["compose"].update(probe="svm"), ["compose.probe is 'svm'", "logistic, knn"]),
-        (lambda c: c["compose"].update(best=-1), ["compose.best is -1"]),
-    ],
-)
-def test_a_mistake_names_what_was_given_and_what_exists(tmp_path, change, words):
-    with pytest.raises(UserError) as error:
-        load_with(tmp_path, change)
-    assert all(word in str(error.value) for word in words), str(error.value)
-    assert "\n" not in str(error.value)
+def test_load_sections_are_read_only(params):
+    with pytest.raises(TypeError):
+        params.datasets["x"] = params.dataset("sample-trees")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.train.seeds = 3
 
 
-def test_no_file_and_no_yaml(tmp_path):
-    with pytest.raises(UserError, match="Run from the root"):
-        config.load(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text("grid: [")
-    with pytest.raises(UserError, match="not valid YAML"):
-        config.load(tmp_path / "params.yaml")
+def test_load_new_student_is_one_line(tmp_path):
+    text = (ROOT / "params.yaml").read_text()
+    line = "students:\n  resnet: {network: resnet18, weights: random, chip_size: 64, mask_size: 64}\n  small:"
+    (tmp_path / "params.yaml").write_text(
+        text.replace("students:\n  small:", line).replace("    - small\n", "    - resnet\n")
+    )
+    assert config.load(tmp_path / "params.yaml").student("resnet").network == "resnet18"
 
 
-def test_random_controls_are_composed_only_if_named(params, tmp_path):
-    assert params.composed() == ["raw", "csmask_b4", "lite0"]
-    changed = load_with(tmp_path, lambda c: c["compose"].update(backbones=["lite0", "lite0_random"]))
+def test_composition_backbones_random_controls_only_if_named(params, load_changed):
+    assert params.composition_backbones() == ["raw", "csmask_b4", "lite0"]
+    changed = load_changed(nested("composition.backbones", ["lite0", "lite0_random"]))
     assert changed.composition_backbones() == ["lite0", "lite0_random"]
 
 
+def test_variants_always_include_supervised(params):
+    assert params.distill.variants == ["distilled", "supervised"]
+    ablated = dataclasses.replace(params.distill, extra_variants=("logits", "features"))
+    assert ablated.variants == ["distilled", "features", "logits", "supervised"]
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("method", "n_last_blocks", "protocol"),
     [
-        ("codec", "gzip", "extract.codec: there is no codec 'gzip'; there are none, lz4"),
-        ("codec", "bitround11", "float16 has 10"),
-        ("views", ["flip_x"], r"extract.views is \['flip_x'\]; it must begin with identity"),
-        ("views", ["identity", "flip"], "extract.views is 'flip'; it must be one of: identity, flip_x"),
-        ("views", ["identity", "identity"], "name each view once"),
+        ("lora", 0, "fine-tuned (lora)"),
+        ("last1", 1, "fine-tuned (last 1 blocks)"),
+        ("last12", 12, "fine-tuned (last 12 blocks)"),
     ],
 )
-def test_codecs_and_views(tmp_path, key, value, said):
-    with pytest.raises(UserError, match=said):
-        load_with(tmp_path, lambda content: content["extract"].update({key: value}))
+def test_finetune_method_gives_blocks_and_protocol(method, n_last_blocks, protocol):
+    settings = FineTuneConfig(method)
+    assert (settings.n_last_blocks, settings.protocol) == (n_last_blocks, protocol)
+
+
+def test_head_settings_include_custom_heads(load_changed):
+    params = load_changed({"heads": {"segmentation": "mlp", "custom": {"mlp": {"steps": 5, "batch": 2}}}})
+    assert params.heads.settings("upernet") is params.heads.upernet
+    assert params.heads.settings("mlp").steps == 5
+    with raises(UserError, "mlp", key="heads.custom.unet", allowed=("linear", "upernet", "fcn", "mlp")):
+        params.heads.settings("unet")
+
+
+# Literals of the schema that equal tables of upper layers
+
+
+def test_literals_equal_the_tables_of_upper_layers():
+    assert typing.get_args(config.ViewName) == tuple(VIEWS)
+    assert typing.get_args(config.TaskName) == tuple(TaskType)
+
+
+# Mistakes in one value: (key, value, allowed values or None)
+
+VALUES = [
+    ("train.seeds", "ten", None),
+    ("train.seeds", True, None),
+    ("train.seeds", 1.0, None),
+    ("train.seeds", 0, None),
+    ("extract.compiled", "no", None),
+    ("extract.compiled", 0, None),
+    ("weights_dir", 3, None),
+    ("search.trials", 0, None),
+    ("search.trials_per_round", 0, None),
+    ("search.learning_rate", True, None),
+    ("search.learning_rate", [1, 0.1], None),
+    ("search.learning_rate", [0, 0.1], None),
+    ("search.learning_rate", [0.1], None),
+    ("search.weight_decay", [0.1, 1, 2], None),
+    ("extract.precision", "fp8", ("float32", "bfloat16", "float16")),
+    ("extract.dtype", "float64", ("float16", "float32")),
+    ("extract.codec", "gzip", None),
+    ("extract.codec", "bitround11", None),
+    ("extract.views", ["flip_x"], None),
+    ("extract.views", ["identity", "identity"], None),
+    ("extract.shard", 0, None),
+    ("extract.batch", -1, None),
+    ("compute.workers", -1, None),
+    ("compute.device", "tpu", ("auto", "cpu", "cuda")),
+    ("backbones.lite0.input_size", 0, None),
+    ("backbones.lite0.seed", -1, None),
+    ("backbones.lite0.weights", "trained", ("pretrained", "random", "none")),
+    ("backbones.lite0.normalisation", "own", ("native", "dataset")),
+    ("backbones.lite0.input_units", "dn", ("reflectance", "display", "any")),
+    ("datasets.sample-landuse.task", "regression", ("classification", "multilabel", "segmentation")),
+    ("datasets.sample-landuse.seed", -1, None),
+    ("datasets.sample-landuse.block", 250, None),
+    ("heads.class_weights", "rare", ("none", "balanced")),
+    ("heads.precision", "float16", ("auto", "float32", "bfloat16")),
+    ("heads.max_feature_gb", -1, None),
+    ("heads.max_feature_gb", float("inf"), None),
+    ("heads.max_feature_gb", float("nan"), None),
+    ("heads.val_checks", 0, None),
+    ("heads.levels", 3, None),
+    ("heads.fcn.steps", 0, None),
+    ("heads.upernet.batch", 1, None),
+    ("heads.upernet.channels", 0, None),
+    ("heads.linear.patience", -1, None),
+    ("heads.linear.pooled", "first", ("last", "all")),
+    ("heads.linear.tokens", "max", ("mean", "cls", "both")),
+    ("composition.probe", "svm", ("logistic", "knn")),
+    ("composition.top_k", -1, None),
+    ("composition.backbones", ["raw", "raw"], None),
+    ("grid.models", [], None),
+    ("grid.models", ["raw", "raw"], None),
+    ("grid.students", ["small", "small"], None),
+    ("grid.finetune", ["lite0", "lite0"], None),
+    ("students.small.chip_size", 0, None),
+    ("distill.temperature", 0.0, None),
+    ("distill.loss_weights.labels", 0.0, None),
+    ("distill.loss_weights.logits", -1.0, None),
+    ("distill.segmentation.batch", 1, None),
+    ("distill.classification.steps", 0, None),
+    ("distill.seeds", 0, None),
+    ("distill.search.trials", 0, None),
+    ("distill.search.learning_rate", [1.0, 0.1], None),
+    ("finetune.method", "last0", None),
+    ("finetune.method", "head", None),
+    ("finetune.rank", 0, None),
+    ("finetune.steps", -1, None),
+    ("finetune.val_checks", 0, None),
+    ("finetune.learning_rates", [], None),
+    ("finetune.layer_decay", 1.5, None),
+    ("finetune.layer_decay", 0, None),
+    ("finetune.weight_decay", -1, None),
+    ("finetune.precision", "float16", ("auto", "float32", "bfloat16")),
+    ("finetune.augment", "yes", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), VALUES)
+def test_load_invalid_value_is_refused(load_changed, tmp_path, key, value, allowed):
+    with raises(UserError, key, repr(value), key=key, path=tmp_path / "params.yaml") as info:
+        load_changed(nested(key, value))
+    assert info.value.value == value or value != value
+    assert info.value.allowed == allowed
+    assert all(name in str(info.value) for name in allowed or ())
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "invalid"),
+    [
+        ("extract.views", ["identity", "flip"], "flip"),
+        ("search.learning_rate", [0.1, float("inf")], float("inf")),
+        ("search.learning_rate", [0.1, True], True),
+        ("finetune.learning_rates", [1e-3, 0], 0),
+        ("distill.extra_variants", ["both"], "both"),
+        ("grid.models", ["raw", 3], 3),
+    ],
+)
+def test_load_invalid_item_of_a_list_is_refused(load_changed, key, values, invalid):
+    with raises(UserError, repr(invalid), key=key, value=invalid):
+        load_changed(nested(key, values))
+
+
+def test_load_same_learning_rate_in_two_spellings_is_refused(load_changed):
+    with raises(UserError, key="finetune.learning_rates"):
+        load_changed(nested("finetune.learning_rates", [1e-3, "1e-3"]))
+
+
+def test_load_splits_that_do_not_sum_to_one_are_refused(load_changed):
+    with raises(UserError, 0.5, key="datasets.sample-landuse.splits"):
+        load_changed(nested("datasets.sample-landuse.splits.test", 0.5))
+
+
+@pytest.mark.parametrize("section", ["datasets", "backbones", "students"])
+@pytest.mark.parametrize("name", ["a b; ls", "a+b", "a.b", "-a", ""])
+def test_load_invalid_name_is_refused(load_changed, section, name):
+    def change(content):
+        content[section][name] = next(iter(content[section].values()))
+
+    with raises(UserError, repr(name), value=name):
+        load_changed(change)
+
+
+# Unknown and missing keys, and values of the wrong shape
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "allowed"),
+    [
+        ({"train": {"sedes": 3}}, "train.sedes", ("seeds",)),
+        (
+            {"finetune": {"epochs": 3}},
+            "finetune.epochs",
+            [field.name for field in dataclasses.fields(FineTuneConfig)],
+        ),
+        (
+            {"students": {"small": {"width": 2}}},
+            "students.small.width",
+            ("network", "weights", "chip_size", "mask_size"),
+        ),
+        (
+            {"backbones": {"lite0": {"hub": {"repo": "a/b", "file": "f", "revision": "0", "commit": "0"}}}},
+            "backbones.lite0.hub.commit",
+            field_names(HubFile),
+        ),
+        ({"trian": {}}, "trian", field_names(config.Params)),
+    ],
+)
+def test_load_unknown_key_is_refused_with_the_known_ones(load_changed, change, key, allowed):
+    with raises(UserError, key.rpartition(".")[2], *allowed, key=key, allowed=allowed):
+        load_changed(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "similar"),
+    [({"train": {"sedes": 3}}, "seeds"), ({"backbones": {"lite0": {"inputsize": 3}}}, "input_size")],
+)
+def test_load_unknown_key_names_the_similar_one(load_changed, change, similar):
+    with raises(UserError, f"'{similar}'"):
+        load_changed(change)
+
+
+def test_load_missing_key_is_refused(load_changed):
+    with raises(UserError, "seeds", key="train.seeds", allowed=("seeds",)):
+        load_changed(lambda content: content["train"].pop("seeds"))
+    with raises(UserError, "file", "revision", key="backbones.lite0.hub.file"):
+        load_changed({"backbones": {"lite0": {"hub": {"repo": "a/b"}}}})
+
+
+@pytest.mark.parametrize("value", [[1], None, "x"])
+def test_load_section_that_is_not_a_mapping_is_refused(load_changed, value):
+    with raises(UserError, *field_names(config.GridConfig), key="grid", value=value):
+        load_changed({"grid": value})
+
+
+def test_load_several_mistakes_are_reported_together(load_changed):
+    with raises(UserError, "sedes", "extract.precision", "compute.device", "1 more") as info:
+        load_changed(
+            {"train": {"sedes": 3}, "extract": {"precision": "fp8"}, "compute": {"device": "tpu", "workers": -1}}
+        )
+    assert info.value.key == "extract.precision"
+
+
+def test_load_absent_or_invalid_file_is_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    with raises(UserError, path, path=path):
+        config.load(path)
+    path.write_text("grid: [")
+    with raises(UserError, path, path=path):
+        config.load(path)
+    path.write_text("")
+    with raises(UserError, path, path=path, value=None):
+        config.load(path)
+
+
+# References between sections
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "value"),
+    [
+        (lambda c: c["grid"]["datasets"].append("m-eurosta"), "datasets", "m-eurosta"),
+        (lambda c: c["grid"]["backbones"].append("hiera"), "backbones", "hiera"),
+        (lambda c: c["grid"]["students"].append("tiny"), "students", "tiny"),
+        (lambda c: c["grid"]["models"].append("lite0+hiera"), "backbones", "hiera"),
+        (lambda c: c["grid"]["models"].append("lite0+lite0"), "grid.models", "lite0+lite0"),
+        (lambda c: c["grid"]["models"].append("lite0+csmask_b4"), "grid.models", "lite0+csmask_b4"),
+        (lambda c: c["grid"]["backbones"].remove("lite0"), "grid.models", "lite0"),
+        (lambda c: c["grid"]["finetune"].append("hiera_200m"), "grid.finetune", "hiera_200m"),
+        (lambda c: c["grid"]["finetune"].append("raw+lite0"), "grid.finetune", "raw+lite0"),
+        (lambda c: c["composition"].update(backbones=["lite1"]), "backbones", "lite1"),
+        (lambda c: c["composition"].update(backbones=["dofa_300m"]), "composition.backbones", "dofa_300m"),
+        (lambda c: c["distill"].update(datasets=["sample-tree"]), "datasets", "sample-tree"),
+        (lambda c: c["distill"].update(teacher="hiera_200m"), "distill.teacher", "hiera_200m"),
+        (lambda c: c["students"]["small"].update(weights="imagenet"), "students.small.weights", "imagenet"),
+        (lambda c: c["students"]["small"].update(weights="lite0_random"), "students.small.weights", "lite0_random"),
+    ],
+)
+def test_load_reference_to_something_absent_is_refused(load_changed, change, key, value):
+    with raises(UserError, value, key=key, value=value):
+        load_changed(change)
+
+
+def test_load_reference_names_what_exists(load_changed, params):
+    with raises(UserError, "sample-landuse", allowed=params.datasets):
+        load_changed(lambda content: content["grid"]["datasets"].append("m-eurosta"))
+    with raises(UserError, *params.grid.backbones, allowed=params.grid.backbones):
+        load_changed(nested("composition.backbones", ["dofa_300m"]))
+
+
+# Names of earlier versions
+
+
+@pytest.mark.parametrize(("old", "new"), config.RENAMED_KEYS.items())
+def test_load_renamed_key_is_refused_with_its_new_name(load_changed, old, new):
+    name = {"backbones": "lite0", "datasets": "sample-trees"}.get(old.partition(".")[0], "")
+    old, new = old.replace("*", name), new.replace("*", name)
+    with raises(UserError, old, new, key=old, allowed=[new]):
+        load_changed(nested(old, {"x": 1} if old == "compose" else 1))
+
+
+@pytest.mark.parametrize(("pattern", "old", "new"), [(*key, new) for key, new in config.RENAMED_VALUES.items()])
+def test_load_renamed_value_is_refused_with_its_new_name(load_changed, pattern, old, new):
+    key = pattern.replace("*", {"backbones": "lite0", "datasets": "sample-trees"}[pattern.partition(".")[0]])
+    with raises(UserError, key, repr(new), key=key, value=old, allowed=[new]):
+        load_changed(nested(key, old))
+
+
+def test_renamed_keys_lead_to_keys_that_exist():
+    schema = json.loads(config.json_schema())
+    for new in config.RENAMED_KEYS.values():
+        node, parts = schema, new.split(".")
+        while parts and "options" not in node.get("title", "").lower():
+            if "$ref" in node:
+                node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+                continue
+            part = parts.pop(0)
+            if part == "*":
+                node = next(iter(node["patternProperties"].values()))
+                continue
+            assert part in node["properties"], new
+            node = node["properties"][part]
+
+
+# Parsing of other records
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneOptions:
+    bands: tuple[Band, ...]
+    size: int = 3
+    offset: config.Float | None = None
+
+
+def test_parse_plain_dataclass_is_strict():
+    raw = {"bands": [{"name": "B04", "common_name": "red", "wavelength": "6.65e-1", "gsd": 10}]}
+    options = config.parse(SceneOptions, raw, "datasets.x.options")
+    assert options == SceneOptions((Band("B04", "red", 0.665, 10.0),))
+    with raises(UserError, key="datasets.x.options.bands[0].gsd", value=True):
+        config.parse(
+            SceneOptions, {"bands": [{"name": "B04", "common_name": "red", "gsd": True}]}, "datasets.x.options"
+        )
+    with raises(UserError, "name", key="datasets.x.options.bands[0].nam"):
+        config.parse(SceneOptions, {"bands": [{"nam": "B04", "name": "a", "common_name": "b"}]}, "datasets.x.options")
+    with raises(UserError, key="datasets.x.options.size", value="3"):
+        config.parse(SceneOptions, {"bands": [], "size": "3"}, "datasets.x.options")
+    with raises(UserError, key="datasets.x.options.offset", value="x"):
+        config.parse(SceneOptions, {"bands": [], "offset": "x"}, "datasets.x.options")
+
+
+def test_parse_date_without_quotes_is_refused(tmp_path):
+    raw = yaml.safe_load("bands: []\ntime: 2017-02-16")
+    with raises(UserError, "scene.yaml", path="scene.yaml"):
+        config.parse(SceneOptions, raw, path="scene.yaml")
+
+
+# JSON schema
+
+
+def test_schema_file_is_up_to_date():
+    assert (ROOT / config.SCHEMA_FILE).read_text() == config.json_schema(), "run: python -m stages.validate --schema"
+    first_line = (ROOT / "params.yaml").read_text().splitlines()[0]
+    assert first_line == f"# yaml-language-server: $schema={config.SCHEMA_FILE}"
+
+
+def test_schema_describes_every_field():
+    schema = json.loads(config.json_schema())
+    for model in [schema, *schema["$defs"].values()]:
+        for name, field in model["properties"].items():
+            target = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {})
+            assert field.get("description") or target.get("description"), (model["title"], name)
