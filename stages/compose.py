@@ -74,7 +74,7 @@ def _tune_and_train(
     write_json(folder / "tune.json", tuned)
     result.runs.to_csv(folder / "runs.csv", index=False)
     result.predicted.to_parquet(folder / "predictions.parquet")
-    checkpoint.save(folder / "head.pt", model, data, result.group, result.best_index)
+    checkpoint.save(folder / "head.pt", protocol.trained_head(data, model, result.group, result.best_index))
     study_path.unlink(missing_ok=True)
     print(f"{dataset} {model}: test {result.runs.score.mean():.4f}, mean of {len(result.runs)} seeds", flush=True)
 

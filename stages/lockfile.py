@@ -1,8 +1,8 @@
 """Remove the stages without outputs on this machine from dvc.lock, before a long run.
 
 DVC reads and writes all of dvc.lock after every stage, which takes 2 s of CPU time with the default grid's 100 stages
-(LAB.md). In a fresh clone, dvc.lock records results of another machine; stages that were removed from the grid stay in
-it too. Removed stages run either way and are recorded when they end.
+(LAB.md). In a fresh clone, dvc.lock records results of another machine, and it keeps stages that were removed from
+the grid. Stages removed from dvc.lock run either way and are recorded when they end.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ LOCK = Path("dvc.lock")
 def drop_absent() -> None:
     """Keep only the stages in dvc.lock that have an output in this folder or in DVC's cache.
 
-    With a DVC remote nothing is removed, because `dvc pull` reads from dvc.lock what to download. Errors of reading or
-    writing are ignored, because DVC reports them.
+    With a DVC remote nothing is removed, because `dvc pull` reads from dvc.lock what to download. Errors of reading
+    or writing are ignored, because DVC reports them.
     """
     try:
         with Repo(_wait_for_lock=True) as repo, repo.lock:
@@ -41,6 +41,6 @@ def _drop_entries(content: dict, cached: Callable[[str], bool]) -> None:
 
 
 def _has_output(entry: dict | None, cached: Callable[[str], bool]) -> bool:
-    """Return whether an output exists here; True for stages without outputs, or with outputs that DVC does not cache."""
+    """Return whether an output exists here; True for stages without outputs or with uncached ones."""
     outs = (entry or {}).get("outs") or ()
     return not outs or any("md5" not in out or Path(out["path"]).exists() or cached(out["md5"]) for out in outs)

@@ -37,9 +37,7 @@ def plan() -> None:
     print(planning.format_table(estimates))
     required = sum(estimate.gigabytes for estimate in estimates) + download_bytes / 1e9
     free = shutil.disk_usage(Path()).free / 1e9
-    print(
-        f"\nDisk: {required:.1f} GB are needed, {free:.1f} GB are free. Times are for this machine's {device}."
-    )
+    print(f"\nDisk: {required:.1f} GB are needed, {free:.1f} GB are free. Times are for this machine's {device}.")
     if unknown:
         print(f"Datasets without an estimate, because they are not prepared yet: {', '.join(unknown)}.")
     if required > free:

@@ -10,6 +10,7 @@ from pipeline.composition.result import CompositionResult
 from pipeline.errors import UserError
 from pipeline.report import composition, distillation, figures, mapped, page, statements
 from pipeline.report.significance import BootstrapSamples, bootstrap
+from pipeline.tasks import get_task
 from pipeline.training import predictions
 from stages.cli import (
     COMPOSITION,
@@ -112,7 +113,7 @@ def _bootstrap_all(
     for number, (key, folder) in enumerate(folders.items()):
         first_run = runs[(runs.dataset == key[0]) & (runs.model == key[1])].iloc[0]
         table = pd.read_parquet(folder / "predictions.parquet")
-        samples, counts = predictions.counts_from_table(table, first_run.task, first_run.classes)
+        samples, counts = predictions.counts_from_table(table, get_task(first_run.task)(first_run.classes))
         if samples != tested_samples.setdefault(key[0], samples):
             raise UserError(
                 f"{folder} was tested on other samples than the other models of {key[0]}. Run: dvc repro", path=folder

@@ -38,7 +38,7 @@ def train(dataset: str, model: str) -> None:
         result = protocol.train_and_test(data, tuned["best"], params.train.seeds, row)
         result.runs.to_csv(folder / "runs.csv", index=False)
         result.predicted.to_parquet(folder / "predictions.parquet")
-        checkpoint.save(folder / "head.pt", model, data, result.group, result.best_index)
+        checkpoint.save(folder / "head.pt", protocol.trained_head(data, model, result.group, result.best_index))
         print(f"{dataset} {model}: test {result.runs.score.mean():.4f}, mean of {len(result.runs)} seeds")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.backbones import get_spec
-from pipeline.config import Params
+from pipeline.config import HeadsConfig, Params
 from pipeline.data import sources
 from pipeline.errors import UserError
 from stages.cli import DISTILLATION, EXPORTS, FINETUNING, MAPS, run, write_json, write_text
@@ -24,12 +24,24 @@ def validate(schema: bool) -> None:
     params = config.load()
     for name, dataset in params.datasets.items():
         sources.validate(name, dataset)
+    _check_heads(params.heads)
     specs = {name: get_spec(backbone) for name, backbone in params.backbones.items()}
     for name in dict.fromkeys(name for model in params.grid.models for name in params.members(model)):
         if params.backbone(name).weights != "none":  # a baseline without weights has pooled features only
             _check_levels(params.heads.levels, name, specs[name].layers)
     _check_networks({name: params.student(name).network for name in params.grid.students})
     _write_grids(params)
+
+
+def _check_heads(heads: HeadsConfig) -> None:
+    """Refuse heads and fusions that are not registered, and heads without settings."""
+    # torch takes 3 s to import; a mistake in params.yaml is reported before that
+    from pipeline.heads import get_head
+    from pipeline.heads.fusion import get_fusion
+
+    get_head(heads.segmentation, is_dense=True)
+    heads.settings(heads.segmentation)
+    get_fusion(heads.fusion)
 
 
 def _check_levels(levels: Sequence[int], name: str, layers: tuple[str, ...]) -> None:

@@ -1,8 +1,8 @@
 """Run stages in forks of a process that has imported torch already.
 
 Importing torch and other libraries takes longer than many stages of the sample grid. While `stages.repro` runs,
-`python -m stages.<stage>` sends its command line, folder, environment and standard streams to a waiting process, and a
-fork of it runs the stage. Without that process, as under a plain `dvc repro`, stages import for themselves.
+`python -m stages.<stage>` sends its command line, folder, environment and standard streams to a waiting process, and
+a fork of it runs the stage. Without that process, as under a plain `dvc repro`, stages import for themselves.
 """
 
 import json
