@@ -11,8 +11,8 @@ import numpy as np
 from benchmarks.features import FOLDER, remade
 from pipeline import config
 from pipeline.data import image_writer
-from pipeline.data.image_store import open_images
-from pipeline.data.splits import SPLITS, assign_blocks_to_splits
+from pipeline.data.image_store import SPLITS, open_images
+from pipeline.data.splits import assign_blocks_to_splits
 
 
 def deal(labelled, described: config.DatasetConfig, seed: int) -> np.ndarray:

@@ -47,12 +47,11 @@ from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.writer import Writer
 from pipeline import config, device
-from pipeline.data.image_store import open_images
-from pipeline.data.image_store import SPLITS
+from pipeline.data.image_store import SPLITS, open_images
 from pipeline.training import loop, task_data
-from pipeline.training.head_trainer import HeadTrainer
-from pipeline.training.loop import HParams
+from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.optim import warm_cosine
+from pipeline.training.protocol import count_split, train_heads
 from pipeline.training.search import search
 
 ROUNDS = 3
@@ -72,18 +71,18 @@ def load(described: config.Params, dataset: str, model: str) -> task_data.TaskDa
 
 
 def scores(cell: task_data.TaskData, group, split: str) -> np.ndarray:
-    return cell.task.score(cell.counts(group, split).sum(axis=1))
+    return cell.task.score(count_split(cell, group, split).sum(axis=1))
 
 
 def protocol(described: config.Params, cell: task_data.TaskData) -> tuple[dict, np.ndarray]:
     """The search's result, and the seeds' test scores."""
-    found = search(lambda settings: scores(cell, cell.train(settings), "val"), described.search)
+    found = search(lambda settings: scores(cell, train_heads(cell, settings), "val"), described.search)
     settings = [HParams(**found["best"], seed=seed) for seed in range(described.train.seeds)]
-    return found, scores(cell, cell.train(settings), "test")
+    return found, scores(cell, train_heads(cell, settings), "test")
 
 
 def single(cell: task_data.TaskData) -> np.ndarray:
-    return scores(cell, cell.train([HParams(1e-2, 1e-2, 0)]), "test")
+    return scores(cell, train_heads(cell, [HParams(1e-2, 1e-2, 0)]), "test")
 
 
 def classification(described: config.Params) -> list[tuple[str, str]]:
@@ -123,7 +122,7 @@ def plain(cell: task_data.TaskData, recipe: loop.TrainSchedule, threads: int) ->
 def linear(described: config.Params) -> dict:
     """Ratios of the linear protocol over all cells."""
     rounds, chosen = [], classification(described)
-    recipe = loop.TrainSchedule(described.heads.linear.steps, described.heads.linear.batch)
+    recipe = TrainSchedule(described.heads.linear.steps, described.heads.linear.batch)
     for _ in range(1 + (ROUNDS if described.compute.device == "cpu" else 1)):  # a GPU's time is dear
         times = np.zeros(4)
         for dataset, model in chosen:
@@ -157,8 +156,8 @@ def _threads(described: config.Params) -> set[int]:
 def all_cores(described: config.Params, cell: task_data.TaskData) -> float:
     """Seconds of one UPerNet on every core, which `fit` would give one."""
     chosen, setting = described.heads.upernet, HParams(1e-2, 1e-2, 0)
-    recipe = loop.TrainSchedule(chosen.steps, chosen.batch)
-    group = cell.train([setting])  # made, and trained outside of the clock
+    recipe = TrainSchedule(chosen.steps, chosen.batch)
+    group = train_heads(cell, [setting])  # made, and trained outside of the clock
     lane = HeadTrainer(group.independent_heads()[0].train(), [setting], cell.task, recipe)
     begun = time.perf_counter()
     for index in loop.batch_order(len(cell.splits["train"].label), recipe, 0):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.splits import SPLITS
+from pipeline.data.image_store import SPLITS
 
 
 def write_tiffs(images, folder: Path) -> None:

@@ -25,7 +25,7 @@ from benchmarks.protocol import classification, protocol, stores
 from cache.reader import FeatureStore
 from pipeline import config
 from pipeline.data import image_store
-from pipeline.data.splits import SPLITS
+from pipeline.data.image_store import SPLITS
 from pipeline.heads.config import HeadConfig
 from pipeline.training import feature_inputs, loop, pca, task_data
 
@@ -62,7 +62,7 @@ def compare(dataset: str, model: str, seed: int) -> tuple[float, float]:
     threadpool_limits(1)  # BLAS threads on products this small only wait for one another
     described = config.load()
     cell = cell_of(described, dataset, model, seed)
-    of = {split: (part.inputs.numpy(), part.label.numpy()) for split, part in cell.parts.items()}
+    of = {split: (part.inputs.numpy(), part.label.numpy()) for split, part in cell.splits.items()}
     tried, probe = [], LogisticRegression(max_iter=2000, warm_start=True)  # each C begins where the one before ended
     for strength in np.logspace(*STRENGTHS, described.search.trials):
         probe.set_params(C=strength).fit(*of["train"])

@@ -82,7 +82,7 @@ class AugmentedImages:
         header = {
             "descr": images.image.dtype.str, "fortran_order": False, "shape": (count, *images.image.shape[1:])
         }  # fmt: skip
-        # Write first and map afterwards: on a full disk a write raises an error, and a mapped file crashes the process.
+        # Write first and map afterwards: on a full disk a write raises an error, and a mapped file kills the process.
         with open(path, "wb") as file:
             np.lib.format.write_array_header_2_0(file, header)
             for start in range(0, count, READ_BATCH):

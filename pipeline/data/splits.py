@@ -1,67 +1,203 @@
-"""Chips on a grid, and spatial blocks dealt whole to the splits, so that neighbours stay together."""
+"""Chips on a grid, assignment of spatial blocks to splits, and overlap of chips from different images."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import shapely
+from pyproj import CRS, Transformer
+from rasterio import Affine
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from pipeline.config import SplitFractions
 from pipeline.errors import UserError
 
-SPLITS = ("train", "val", "test")
+# Two chips overlap if they share more than this fraction of the smaller one; less is rounding at common edges.
+MIN_OVERLAP = 0.01
+
+
+# Chips
 
 
 def chip_corners(height: int, width: int, chip_size: int) -> np.ndarray:
-    """Upper left corners (row, column) of the whole, non-overlapping chips of an image, as int (n, 2)."""
+    """Upper left corners (row, column) of the whole, non-overlapping chips of an image, as int (chip, 2)."""
     rows, columns = np.arange(height // chip_size) * chip_size, np.arange(width // chip_size) * chip_size
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
-def crop(image: np.ndarray, corner: np.ndarray, chip_size: int) -> np.ndarray:
-    """One chip (…, chip, chip) of an image (…, y, x)."""
+def crop(image: np.ndarray, corner: Sequence[int] | np.ndarray, chip_size: int) -> np.ndarray:
+    """Crop a chip (…, chip_size, chip_size) from an image (…, y, x)."""
     row, column = corner
     return image[..., row : row + chip_size, column : column + chip_size]
 
 
 def fill_nodata(chip: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
-    """A chip (band, y, x) with each band's mean of the known pixels (y, x) in place of the others."""
+    """Replace invalid pixels of a chip (band, y, x) by the mean of each band over the valid pixels (y, x)."""
     if is_valid.all():
         return chip
     mean = chip.mean(axis=(1, 2), where=is_valid, keepdims=True)
     return np.where(is_valid, chip, mean if chip.dtype.kind == "f" else np.rint(mean)).astype(chip.dtype)
 
 
-def assign_blocks_to_splits(class_areas: np.ndarray, splits: SplitFractions, seed: int, n_draws: int = 20000) -> np.ndarray:
-    """Deal blocks to train, val and test so that each split's label shares are near the whole's.
+# Spatial blocks
 
-    Of `draws` random deals the one is kept whose worst class share is closest to the wanted fraction.
-    Only label counts are looked at, never a model's score.
+
+def assign_blocks_to_splits(
+    class_areas: np.ndarray, splits: SplitFractions, seed: int, n_draws: int = 20000
+) -> np.ndarray:
+    """Assign blocks to train, val and test so that each split's class shares are close to the whole dataset's.
+
+    Of `n_draws` random assignments the best one is returned: that with the smallest relative deviation of its worst
+    class share from the fraction asked for. It depends on labels only, never on the score of a model.
 
     Args:
-        counts: how much of each class lies in each block, (block, class), any unit.
-        splits: wanted fractions.
-        seed: of the random deals.
+        class_areas: how much of each class lies in each block, (block, class), in any unit.
+        splits: fractions of the blocks.
+        seed: of the random assignments.
+        n_draws: number of random assignments.
 
     Returns:
-        The split's index in `SPLITS` of every block, (block,).
+        Index in `SPLITS` (pipeline/data/image_store.py) of every block, (block,).
 
     Raises:
         UserError: too few blocks for three splits.
     """
     fractions = np.array([splits.train, splits.val, splits.test])
-    blocks = len(class_areas)
-    sizes = np.maximum(np.round(fractions * blocks).astype(int), 1)
-    sizes[0] = blocks - sizes[1:].sum()
+    n_blocks = len(class_areas)
+    sizes = np.maximum(np.round(fractions * n_blocks).astype(int), 1)
+    sizes[0] = n_blocks - sizes[1:].sum()
     if sizes[0] < 1:
         raise UserError(
-            f"{blocks} blocks, of ground or an image each, cannot fill three splits. Give a smaller 'block' in the "
-            "dataset's description, or more images."
-        )
-    deal = np.repeat(np.arange(3), sizes)
+            f"{n_blocks} spatial blocks cannot fill three splits. Give a smaller 'block' to the dataset, or more "
+            "images.",
+            key="block", value=n_blocks,
+        )  # fmt: skip
+    split_of_block = np.repeat(np.arange(3), sizes)
     generator = np.random.default_rng(seed)
     totals = np.maximum(class_areas.sum(axis=0), 1e-9)
-    best, best_gap = None, np.inf
+    best, best_deviation = split_of_block, np.inf
     for _ in range(n_draws):
-        generator.shuffle(deal)
-        shares = np.stack([class_areas[deal == split].sum(axis=0) for split in range(3)]) / totals
-        gap = np.max(np.abs(shares - fractions[:, None]) / fractions[:, None])
-        if gap < best_gap:
-            best, best_gap = deal.copy(), gap
+        generator.shuffle(split_of_block)
+        shares = np.stack([class_areas[split_of_block == split].sum(axis=0) for split in range(3)]) / totals
+        deviation = np.max(np.abs(shares - fractions[:, None]) / fractions[:, None])
+        if deviation < best_deviation:
+            best, best_deviation = split_of_block.copy(), deviation
     return best
+
+
+def merge_blocks(block_ids: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+    """Number the blocks of chips, (chip,); blocks with overlapping chips become one.
+
+    Args:
+        block_ids: of every chip.
+        pairs: indices of overlapping chips, int (pair, 2).
+    """
+    _, block = np.unique(block_ids, return_inverse=True)
+    count = block.max() + 1
+    graph = coo_array((np.ones(len(pairs)), (block[pairs[:, 0]], block[pairs[:, 1]])), shape=(count, count))
+    return connected_components(graph, directed=False)[1][block]
+
+
+# Overlap
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Location of a chip.
+
+    Attributes:
+        image: paths of its image, which identify it.
+        crs: of the image, as WKT; empty if it states none.
+        transform: the image's affine coefficients; None if the image is not georeferenced.
+        row, column: upper left corner of the chip in pixels.
+        height, width: of the chip in pixels.
+    """
+
+    image: tuple[str, ...]
+    crs: str
+    transform: tuple[float, ...] | None
+    row: int
+    column: int
+    height: int
+    width: int
+
+    def polygon_corners(self) -> np.ndarray:
+        """Longitude and latitude of the four corners, (4, 2), without a jump at ±180°; x and y if there is no CRS."""
+        bottom, right = self.row + self.height, self.column + self.width
+        corners = ((self.row, self.column), (self.row, right), (bottom, right), (bottom, self.column))
+        x, y = zip(*[Affine(*self.transform) @ (column, row) for row, column in corners], strict=True)
+        if not self.crs:
+            return np.stack([x, y], axis=1)
+        lon, lat = map(np.asarray, to_latlon(self.crs).transform(x, y))
+        crosses_antimeridian = lon.max() - lon.min() > 180
+        lon = np.where(crosses_antimeridian & (lon < 0), lon + 360, lon)
+        return np.stack([lon - 360 * np.floor((lon.mean() + 180) / 360), lat], axis=1)
+
+
+def overlapping_pairs(footprints: Sequence[Footprint]) -> np.ndarray:
+    """Indices of chips of different images that overlap on the ground, as int (pair, 2)."""
+    if len({chip.image for chip in footprints if chip.transform is not None}) < 2:
+        return np.empty((0, 2), int)
+    pairs = overlaps_between(footprints, footprints)
+    return pairs[pairs[:, 0] < pairs[:, 1]]
+
+
+def overlaps_between(a: Sequence[Footprint], b: Sequence[Footprint]) -> np.ndarray:
+    """Indices (in a, in b) of chips of different images that overlap on the ground, as int (pair, 2).
+
+    Images with a transform and without a CRS are compared among themselves, as if they had the same CRS.
+    """
+    pairs = []
+    for has_crs in (True, False):
+        polygons_a = _polygons(a, has_crs)
+        polygons_b = polygons_a if b is a else _polygons(b, has_crs)
+        # Chips at one side of the antimeridian meet those at the other side after a shift by 360 degrees.
+        for shift in (0, 360, -360) if has_crs else (0,):
+            pairs.append(_intersecting(a, polygons_a, b, polygons_b, shift))
+    return np.unique(np.concatenate(pairs), axis=0)
+
+
+@functools.cache
+def to_latlon(crs: str) -> Transformer:
+    """Transformer from a CRS, as WKT, to longitude and latitude (WGS 84)."""
+    return Transformer.from_crs(CRS.from_wkt(crs), "EPSG:4326", always_xy=True)
+
+
+def _polygons(footprints: Sequence[Footprint], has_crs: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the georeferenced chips with, or without, a CRS, and their polygons."""
+    indices = [
+        index for index, chip in enumerate(footprints) if chip.transform is not None and bool(chip.crs) == has_crs
+    ]
+    # If all images without a CRS have the same transform, it says nothing about where they lie.
+    if not indices or (not has_crs and len({footprints[index].transform for index in indices}) == 1):
+        return np.empty(0, int), np.empty(0, object)
+    return np.array(indices), shapely.polygons(np.stack([footprints[index].polygon_corners() for index in indices]))
+
+
+def _intersecting(
+    a: Sequence[Footprint],
+    polygons_a: tuple[np.ndarray, np.ndarray],
+    b: Sequence[Footprint],
+    polygons_b: tuple[np.ndarray, np.ndarray],
+    shift: int,
+) -> np.ndarray:
+    """Indices of overlapping chips, int (pair, 2), with the polygons of b moved by `shift` degrees of longitude."""
+    (indices_a, shapes_a), (indices_b, shapes_b) = polygons_a, polygons_b
+    if shift and len(shapes_b):
+        bounds = shapely.bounds(shapes_b)
+        farthest = np.abs(shapely.bounds(shapes_a)).max(initial=0)
+        crosses = (bounds[:, 2] >= 180) | (bounds[:, 0] <= -180) | (farthest >= 180)
+        indices_b = indices_b[crosses]
+        shapes_b = shapely.transform(shapes_b[crosses], lambda points: points + np.array((shift, 0)))
+    if not len(indices_a) or not len(indices_b):
+        return np.empty((0, 2), int)
+    left, right = shapely.STRtree(shapes_b).query(shapes_a, predicate="intersects")
+    images_a = np.array([str(a[index].image) for index in indices_a])
+    images_b = np.array([str(b[index].image) for index in indices_b])
+    different = images_a[left] != images_b[right]
+    left, right = left[different], right[different]
+    smaller = np.minimum(shapely.area(shapes_a[left]), shapely.area(shapes_b[right]))
+    overlap = shapely.area(shapely.intersection(shapes_a[left], shapes_b[right])) > MIN_OVERLAP * smaller
+    return np.stack([indices_a[left[overlap]], indices_b[right[overlap]]], axis=1)

@@ -27,7 +27,7 @@ from cache.checksums import fingerprint
 from pipeline import config
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.data.image_store import parse_timestamp
-from pipeline.data.sources.custom import rasters, scenes
+from pipeline.data.sources.custom import rasters
 from pipeline.errors import UserError
 from pipeline.mapping.scene import Scene
 
@@ -45,7 +45,7 @@ class SceneConfig:
     units: str
     bands: tuple[Band, ...]
     folder: str = ""
-    nodata: float | None = None
+    nodata: Float | None = None
     time: str = ""
 
 
@@ -60,7 +60,7 @@ def open_scene(path: Path) -> Scene:
         raise UserError(f"There is no scene at {path}. Check the path.", path=path)
     if path.suffix in (".yaml", ".yml"):
         scene_config = config.parse(SceneConfig, config.read_yaml(path), path=path)
-        files = scenes.find_files(path.parent / scene_config.folder, scene_config.images)
+        files = rasters.find_files(path.parent / scene_config.folder, scene_config.images)
         return scene_from_rasters(files, scene_config)
     if (path / "zarr.json").exists() or (path / ".zgroup").exists():
         return _scene_from_zarr(path)
@@ -70,7 +70,7 @@ def open_scene(path: Path) -> Scene:
 def scene_from_rasters(paths: list[Path], scene_config: SceneConfig) -> Scene:
     """Open one raster with all bands, or one raster per band, whose file name contains the name of the band."""
     _check_units(scene_config.units, paths[0])
-    image = scenes.open_scene_files(paths, scene_config.bands)
+    image = rasters.open_scene_files(paths, scene_config.bands)
 
     def read_window(window, band_indices):
         row, column, height, width = window
@@ -99,7 +99,7 @@ def _self_described(path: Path) -> SceneConfig:
     Raises:
         UserError: it does not contain them.
     """
-    with rasters.translate_errors(path), rasterio.open(path) as file:
+    with rasters.translate_rasterio_errors(path), rasterio.open(path) as file:
         names, tags = file.descriptions, file.tags()
         units = tags.get("units") or next((band_units for band_units in file.units if band_units), "")
         wavelengths = [file.tags(i, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM") for i in file.indexes]

@@ -9,7 +9,7 @@ import rasterio
 from pyproj import Geod
 
 from pipeline.bands import Band, band_index
-from pipeline.data.sources.custom.rasters import to_latlon
+from pipeline.data.splits import to_latlon
 from pipeline.errors import UserError
 from pipeline.mapping.predictors import Signature
 

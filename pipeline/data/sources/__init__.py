@@ -46,8 +46,8 @@ class Source(Protocol):
         ARCHIVE: the pinned file with the raw data; None if `fetch` finds or downloads them.
         REQUIRED_KEYS: keys of its block in params.yaml, among `task`, `chip`, `block` and `splits`, that it needs.
         OPTIONAL_KEYS: keys among these that it accepts. Any other of them is refused.
-        Options: the frozen dataclass of `datasets.*.options`; None if it has no options. With a field `skip_bad: bool`
-            unreadable samples may be skipped.
+        Options: the frozen dataclass of `datasets.*.options`, or None. If it has a field `skip_bad: bool`, unreadable
+            samples can be skipped.
     """
 
     ARCHIVE: PinnedWheel | None = None

@@ -1,7 +1,7 @@
-"""Aerial trees: two crops of NEON's RGB camera mosaic over Yellowstone, 0.1 m, with hand-drawn crown boxes.
+"""NEON trees: two crops of the RGB camera mosaic over Yellowstone, 0.1 m, with hand-drawn boxes of tree crowns.
 
-The same kind of image as GEO-Bench's m-NeonTree. The place of the crops within their 1 km tiles is not
-published, so the store has no lat and lon.
+The images resemble those of GEO-Bench's m-NeonTree. The location of the crops within their 1 km tiles is not
+published, so the images store has no lat and lon.
 """
 
 import xml.etree.ElementTree as ElementTree
@@ -13,9 +13,10 @@ from PIL import Image
 from pipeline.bands import Band
 from pipeline.config import DatasetConfig
 from pipeline.data.download import PinnedWheel
-from pipeline.data.image_store import ImageDataset
-from pipeline.data.splits import SPLITS, assign_blocks_to_splits, chip_corners, crop
+from pipeline.data.image_store import SPLITS, ImageDataset
+from pipeline.data.splits import assign_blocks_to_splits, chip_corners, crop
 from pipeline.errors import UserError
+from pipeline.tasks import get_task
 
 ARCHIVE = PinnedWheel(
     package="deepforest",
@@ -30,54 +31,68 @@ ARCHIVE = PinnedWheel(
     source="NEON site YELL, 2019, RGB camera mosaic, crops and boxes from deepforest 2.1.0",
 )
 REQUIRED_KEYS = ("task", "chip", "block", "splits")
-# A camera's bands are broad; these are the usual nominal centres.
+# The bands of a camera are broad; these are their usual nominal centres.
 BANDS = (
     Band("R", "red", 0.665, 0.1),
     Band("G", "green", 0.560, 0.1),
     Band("B", "blue", 0.490, 0.1),
 )
 CLASSES = ("background", "tree")
-# A chip shows a tree if boxes cover this share of it, and background if they cover none of it.
-TREE_SHARE = 0.2
+# A chip is a tree if boxes cover at least this fraction of it, and background if they cover none of it.
+MIN_TREE_FRACTION = 0.2
 
 
 def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
-    """Cut both crops into chips (tree or background; in between is left out) or into tiles with box masks."""
-    if dataset.task == "multilabel":
-        raise UserError("Source 'trees' has one question, tree or not: use classification or segmentation.")
-    chips, masks, names, homes = [], [], [], []
+    """Crop both images into chips of trees or background, or into tiles with masks of the boxes.
+
+    Chips that boxes cover in part, by less than `MIN_TREE_FRACTION`, are skipped in classification.
+
+    Raises:
+        UserError: a multi-label task, or no image of a chip's size.
+    """
+    task = get_task(dataset.task)
+    if task.is_multilabel:
+        raise UserError(
+            "Source 'neon_trees' has the classes background and tree, which exclude each other. Use the task "
+            "classification or segmentation.",
+            key="task", value=dataset.task, allowed=("classification", "segmentation"),
+        )  # fmt: skip
+    chips, mask_chips, names, block_ids = [], [], [], []
     for path in sorted(raw.glob("*.png")):
         image = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
         mask = box_mask(path.with_suffix(".xml"), image.shape[1:])
         for row, column in chip_corners(*mask.shape, dataset.chip):
             chips.append(crop(image, (row, column), dataset.chip))
-            masks.append(crop(mask, (row, column), dataset.chip))
+            mask_chips.append(crop(mask, (row, column), dataset.chip))
             names.append(f"{path.stem.split('_image')[0]}_r{row:04d}c{column:04d}")
-            homes.append((path.stem, row // dataset.block, column // dataset.block))
+            block_ids.append(str((path.stem, row // dataset.block, column // dataset.block)))
     if not chips:
-        raise UserError(f"{raw} holds no PNG images of at least {dataset.chip} px. Fetch it again.")
-    images, masks = np.stack(chips), np.stack(masks)
-    share = masks.mean(axis=(1, 2))
+        raise UserError(
+            f"{raw} contains no PNG images of at least {dataset.chip} px. Fetch it again, or use smaller chips.",
+            key="chip", value=dataset.chip, path=raw,
+        )  # fmt: skip
+    images, masks = np.stack(chips), np.stack(mask_chips)
+    tree_fraction = masks.mean(axis=(1, 2))
+    unique_ids, block = np.unique(block_ids, return_inverse=True)
+    class_areas = np.zeros((len(unique_ids), 2))
+    np.add.at(class_areas, block, np.stack([1 - tree_fraction, tree_fraction], axis=1))
+    split_of_block = assign_blocks_to_splits(class_areas, dataset.splits, dataset.seed)
 
-    # Blocks are named by image and place; those at an image's edge may be smaller.
-    block_names, block = np.unique([str(home) for home in homes], return_inverse=True)
-    areas = np.zeros((len(block_names), 2))
-    np.add.at(areas, block, np.stack([1 - share, share], axis=1))
-    deal = assign_blocks_to_splits(areas, dataset.splits, dataset.seed)
-
-    notes = ["masks are the annotated boxes filled in, so crowns' corners count as tree"]
-    keep = np.ones(len(images), dtype=bool)
-    label = masks
-    if dataset.task == "classification":
-        keep = (share == 0) | (share >= TREE_SHARE)
-        label = (share >= TREE_SHARE).astype(np.int64)
-        notes = [f"tree where boxes cover at least {TREE_SHARE:.0%} of a chip, background where none; rest left out"]
-    chosen = np.flatnonzero(keep)
+    if task.is_dense:
+        selected, label = np.arange(len(images)), masks
+        notes = ["masks are the filled boxes, so the corners around crowns count as tree"]
+    else:
+        selected = np.flatnonzero((tree_fraction == 0) | (tree_fraction >= MIN_TREE_FRACTION))
+        label = (tree_fraction >= MIN_TREE_FRACTION).astype(np.int64)
+        notes = [
+            f"tree where boxes cover at least {MIN_TREE_FRACTION:.0%} of a chip, background where none; others are "
+            "skipped"
+        ]
     return ImageDataset(
-        image=images[chosen],
-        label=label[chosen],
-        sample=[names[index] for index in chosen],
-        split=[SPLITS[deal[block[index]]] for index in chosen],
+        image=images[selected],
+        label=label[selected],
+        sample=[names[index] for index in selected],
+        split=[SPLITS[split_of_block[block[index]]] for index in selected],
         bands=BANDS,
         classes=CLASSES,
         task=dataset.task,
@@ -90,15 +105,18 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
 
 
 def box_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Pascal VOC boxes filled in: 1 inside any box, else 0; uint8 (y, x).
+    """Draw the Pascal VOC boxes of a file into a mask, uint8 (y, x): 1 inside any box, else 0.
 
     Raises:
         UserError: a box reaches outside the image, as when x and y are swapped.
     """
     mask = np.zeros(shape, dtype=np.uint8)
     for item in ElementTree.parse(path).iter("bndbox"):
-        left, top, right, bottom = (int(item.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+        box = left, top, right, bottom = tuple(int(item.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
         if not (0 <= left < right <= shape[1] and 0 <= top < bottom <= shape[0]):
-            raise UserError(f"{path.name}: box {(left, top, right, bottom)} lies outside {shape[1]}x{shape[0]} px.")
+            raise UserError(
+                f"{path.name}: box {box} lies outside the image of {shape[1]} x {shape[0]} px.",
+                key="bndbox", value=box, path=path,
+            )  # fmt: skip
         mask[top:bottom, left:right] = 1
     return mask

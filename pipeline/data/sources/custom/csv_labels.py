@@ -1,4 +1,4 @@
-"""Labels of one's own as a table: a CSV file with a row an image."""
+"""Labels in a CSV file, one row per image."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.data.image_store import parse_timestamp
-from pipeline.data.sources.custom.names import normalize_unicode, unique_class_names
+from pipeline.data.sources.custom.options import normalize_unicode, unique_class_names
 from pipeline.errors import UserError
 
-_SEVERAL = "|"
+LABEL_SEPARATOR = "|"
 
 
 def read_table(
@@ -18,113 +18,138 @@ def read_table(
     images: Sequence[Path],
     columns: Sequence[str],
     classes: Sequence[str],
-    several: bool,
+    is_multilabel: bool,
     skip_bad: bool = False,
 ) -> pd.DataFrame:
-    """A CSV with one row an image: columns `file`, the label's, and, if they are there, `split` and `time`.
+    """Read a CSV file with the columns `file` and the label's, and, optionally, `split` and `time`.
 
     Args:
-        columns: that it must have; the second is the labels'.
-        several: labels are class names joined by `|`.
-        skip_bad: leave out rows of images that are not there.
+        images: all image files.
+        columns: required columns; the first is `file`, the second that of the labels.
+        classes: names of the classes; empty for those of the file.
+        is_multilabel: labels are class names joined by `|`.
+        skip_bad: skip rows without an image or a label.
 
     Returns:
-        path, label (index, or list of zeros and ones), split and time, a row an image; the classes and notes on rows
-        that are left out are in `attrs`.
+        A row per image with path, label (class index, or list of zeros and ones), split and time. `attrs` has the
+        classes, and notes on skipped rows.
 
     Raises:
-        UserError: a column, file, time or class that is not there, or a file listed twice.
+        UserError: a column, file, time or class is missing or unknown, or a file is listed twice.
     """
-    frame, column = _read(path, columns), columns[1]
-    known = _names(path, images)
-    gone = [name for name in frame.file if _key(name) not in known]
-    if gone and (not skip_bad or len(gone) == len(frame)):
+    frame, column = _read_csv(path, columns), columns[1]
+    images_by_name = _images_by_name(path, images)
+    missing = [name for name in frame.file if _file_key(name) not in images_by_name]
+    if missing and (not skip_bad or len(missing) == len(frame)):
         raise UserError(
-            f"{path} lists '{gone[0]}', and there is no such image. {len(images)} are there, such as "
-            f"{images[0].name}."
-        )
-    notes = [f"left out: {path} lists {name}, and there is no such image" for name in gone]
-    unlabelled = frame.file[(frame[column] == "") & ~frame.file.isin(gone)].tolist() if not several else []
+            f"{path} lists '{missing[0]}', and there is no such image. There are {len(images)} images, such as "
+            f"{images[0].name}.",
+            key="file", value=missing[0], path=path,
+        )  # fmt: skip
+    notes = [f"skipped: {path} lists {name}, and there is no such image" for name in missing]
+    is_empty = (frame[column] == "") & ~frame.file.isin(missing)
+    unlabelled = [] if is_multilabel else frame.file[is_empty].tolist()
     if unlabelled and not skip_bad:
-        raise UserError(f"{path}: {unlabelled[0]} has no label.")
-    notes += [f"left out: {path} has no label for {name}" for name in unlabelled]
-    frame = frame[~frame.file.isin([*gone, *unlabelled])].reset_index(drop=True)
+        raise UserError(f"{path}: {unlabelled[0]} has no label.", key=column, value=unlabelled[0], path=path)
+    notes += [f"skipped: {path} has no label for {name}" for name in unlabelled]
+    frame = frame[~frame.file.isin([*missing, *unlabelled])].reset_index(drop=True)
     if frame.empty:
-        raise UserError(f"{path} has no row with an image and a label; {notes[0]}.")
-    frame["path"] = _paths(path, frame.file, known)
-    said = [[normalize_unicode(one) for one in (value.split(_SEVERAL) if several else [value])] for value in frame[column]]
-    used = {name for names in said for name in names if name}
-    named = [normalize_unicode(name) for name in classes] or unique_class_names(used, f"The labels of {path}")
-    if strange := used - set(named):
-        raise UserError(f"{path} has the label '{min(strange)}', and the classes are {', '.join(named)}.")
-    if several:
-        frame["label"] = [[int(name in names) for name in named] for names in said]
-    else:
-        frame["label"] = [named.index(names[0]) for names in said]
+        raise UserError(f"{path} has no row with an image and a label; {notes[0]}.", key=column, path=path)
+    frame["path"] = _image_paths(path, frame.file, images_by_name)
+    class_names = _add_labels(frame, path, column, classes, is_multilabel)
     if "time" in frame:
         for file, time in zip(frame.file, frame.time, strict=True):
             parse_timestamp(time, f"{path}: the time of {file}")
-    frame.attrs["classes"] = tuple(named)
+    frame.attrs["classes"] = tuple(class_names)
     frame.attrs["notes"] = notes
     return frame
 
 
-def _key(name: str) -> str:
-    """One way to write a file's name or path."""
-    return normalize_unicode(name).replace("\\", "/").removeprefix("./")
+def _add_labels(
+    frame: pd.DataFrame, path: Path, column: str, classes: Sequence[str], is_multilabel: bool
+) -> list[str]:
+    """Add the column `label` and return the names of the classes."""
+    labels = [
+        [normalize_unicode(name) for name in (value.split(LABEL_SEPARATOR) if is_multilabel else [value])]
+        for value in frame[column]
+    ]
+    used = {name for names in labels for name in names if name}
+    class_names = [normalize_unicode(name) for name in classes] or unique_class_names(used, f"The labels of {path}")
+    if unknown := used - set(class_names):
+        raise UserError(
+            f"{path} has the label '{min(unknown)}', and the classes are {', '.join(class_names)}.",
+            key=column, value=min(unknown), allowed=class_names, path=path,
+        )  # fmt: skip
+    if is_multilabel:
+        frame["label"] = [[int(name in names) for name in class_names] for names in labels]
+    else:
+        frame["label"] = [class_names.index(names[0]) for names in labels]
+    return class_names
 
 
-def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """The table as text, without blanks at the ends of names and values."""
+def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Read the table as text, without blanks around names and values."""
     try:
         with warnings.catch_warnings():
-            # Of rows that are all longer than the columns pandas would cut the rest off.
+            # pandas truncates rows that are all longer than the header, with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False, skipinitialspace=True)
-            # As it is written: of two columns of a name pandas calls one otherwise.
+            # The header as written: pandas renames the second of two equal columns.
             header = pd.read_csv(path, dtype=str, header=None, nrows=1).iloc[0].astype(str).str.strip().tolist()
     except pd.errors.ParserWarning:
         raise UserError(
-            f"{path} has rows with more values than columns. Several labels of an image are joined by {_SEVERAL}."
+            f"{path} has rows with more values than columns. Join several labels of an image by {LABEL_SEPARATOR}.",
+            path=path,
         ) from None
-    except ValueError as error:  # also of pandas' parser, and of text that is not UTF-8
+    except ValueError as error:  # also a parser error of pandas, or text that is not UTF-8
         raise UserError(
-            f"{path} cannot be read as a table: {' '.join(str(error).split())}. Save it as CSV, in UTF-8."
+            f"{path} cannot be read as a table: {' '.join(str(error).split())}. Save it as CSV, in UTF-8.", path=path
         ) from None
     frame.columns = [str(name).strip() for name in frame.columns]
     for name in columns:
         if name not in frame:
             raise UserError(
                 f"{path} has no column '{name}'. It has: {', '.join(frame.columns)}. It needs {', '.join(columns)}, "
-                "with commas between them; label_column in params.yaml names the labels'."
-            )
+                "separated by commas; label_column in params.yaml names the column of the labels.",
+                key=name, allowed=frame.columns, path=path,
+            )  # fmt: skip
         if header.count(name) > 1:
-            raise UserError(f"{path} has two columns '{name}'.")
+            raise UserError(f"{path} has two columns '{name}'. Remove one.", key=name, path=path)
     frame = frame.apply(lambda values: values.fillna("").str.strip())
     frame = frame[(frame != "").any(axis=1)].reset_index(drop=True)
     if frame.empty:
-        raise UserError(f"{path} has no rows below its columns {', '.join(frame.columns)}.")
+        raise UserError(f"{path} has no rows below its columns {', '.join(frame.columns)}.", path=path)
     return frame
 
 
-def _names(path: Path, images: Sequence[Path]) -> dict[str, set[Path]]:
-    """Images by what a row may call them: the path, the path below the table's folder, the name or the stem."""
-    known: dict[str, set[Path]] = {}
+def _file_key(name: str) -> str:
+    """Write a file's name or path in one form."""
+    return normalize_unicode(name).replace("\\", "/").removeprefix("./")
+
+
+def _images_by_name(path: Path, images: Sequence[Path]) -> dict[str, set[Path]]:
+    """Images by all names that a row may use: path, path relative to the table's folder, file name, or stem."""
+    by_name: dict[str, set[Path]] = {}
     for image in images:
-        below = {str(image.relative_to(path.parent))} if image.is_relative_to(path.parent) else set()
-        for key in {str(image), image.name, image.stem, *below}:
-            known.setdefault(_key(key), set()).add(image)
-    return known
+        relative = {str(image.relative_to(path.parent))} if image.is_relative_to(path.parent) else set()
+        for name in {str(image), image.name, image.stem, *relative}:
+            by_name.setdefault(_file_key(name), set()).add(image)
+    return by_name
 
 
-def _paths(path: Path, named: pd.Series, known: dict[str, set[Path]]) -> list[str]:
-    """The image of each row."""
-    for name in named:
-        if len(known[_key(name)]) > 1:
-            several = ", ".join(map(str, sorted(known[_key(name)])[:3]))
-            raise UserError(f"{path} lists '{name}', and several images have that name: {several}. List their paths.")
-    paths = [str(image) for name in named for image in known[_key(name)]]
-    twice = pd.Series(paths).duplicated()
-    if twice.any():
-        raise UserError(f"{path} lists {named[twice.to_numpy()].iloc[0]} twice.")
+def _image_paths(path: Path, names: pd.Series, images_by_name: dict[str, set[Path]]) -> list[str]:
+    """Return the image of each row."""
+    for name in names:
+        matches = images_by_name[_file_key(name)]
+        if len(matches) > 1:
+            examples = ", ".join(map(str, sorted(matches)[:3]))
+            raise UserError(
+                f"{path} lists '{name}', and several images have that name: {examples}. List their paths.",
+                key="file", value=name, allowed=sorted(map(str, matches)), path=path,
+            )  # fmt: skip
+    paths = [str(image) for name in names for image in images_by_name[_file_key(name)]]
+    is_repeated = pd.Series(paths).duplicated()
+    if is_repeated.any():
+        name = names[is_repeated.to_numpy()].iloc[0]
+        raise UserError(f"{path} lists {name} twice.", key="file", value=name, path=path)
     return paths

@@ -1,4 +1,4 @@
-"""Labels of one's own as polygons over a scene."""
+"""Labels as polygons over a scene."""
 
 import functools
 from collections.abc import Sequence
@@ -12,21 +12,23 @@ import rasterio
 from rasterio.features import rasterize
 from rasterio.windows import Window
 
-from pipeline.data.image_store import IGNORE
-from pipeline.data.sources.custom.names import normalize_unicode, unique_class_names
+from pipeline.data.sources.custom.options import normalize_unicode, unique_class_names
 from pipeline.data.sources.custom.rasters import RasterImage
 from pipeline.errors import UserError
+from pipeline.tasks import IGNORE
 
-_AREAS = ("Polygon", "MultiPolygon")
-_PARQUET = (".parquet", ".geoparquet")
+POLYGON_TYPES = ("Polygon", "MultiPolygon")
+PARQUET_SUFFIXES = (".parquet", ".geoparquet")
 
 
 @dataclass(frozen=True)
 class PolygonLabels:
-    """Labelled polygons in the CRS of a scene; where they overlap the smaller one counts, elsewhere is no label.
+    """Draws the mask of a window of a scene; the smaller of two overlapping polygons counts.
 
     Attributes:
-        path, crs, column, classes, layer: where they are read from, once a process.
+        path, layer, column: of the polygons and their classes; each process reads them once.
+        crs: of the scene, as WKT.
+        classes: names of the classes.
     """
 
     path: str
@@ -35,110 +37,152 @@ class PolygonLabels:
     classes: tuple[str, ...]
     layer: str | None
 
-    def __call__(self, picture: RasterImage, window: Window) -> np.ndarray:
-        shapes, index = _polygons(self)
-        transform = rasterio.Affine(*picture.window_transform(window.row_off, window.col_off))
+    def __call__(self, image: RasterImage, window: Window) -> np.ndarray:
+        """Draw the classes of a window's pixels, uint8 (y, x), with `IGNORE` outside all polygons."""
+        geometry, class_index = _sorted_polygons(self)
+        transform = rasterio.Affine(*image.window_transform(window.row_off, window.col_off))
         corners = [transform @ (column, row) for column in (0, window.width) for row in (0, window.height)]
         x, y = zip(*corners, strict=True)
-        near = np.sort(shapes.sindex.intersection((min(x), min(y), max(x), max(y))))
-        drawn = [(shapes.iloc[place], int(index[place])) for place in near]
+        near = np.sort(geometry.sindex.intersection((min(x), min(y), max(x), max(y))))
+        shapes = [(geometry.iloc[index], int(class_index[index])) for index in near]
         size = (window.height, window.width)
-        if not drawn:
+        if not shapes:
             return np.full(size, IGNORE, np.uint8)
-        return rasterize(drawn, out_shape=size, transform=transform, fill=IGNORE, dtype="uint8")
+        return rasterize(shapes, out_shape=size, transform=transform, fill=IGNORE, dtype="uint8")
 
 
 def read_polygons(
-    path: Path, picture: RasterImage, column: str, classes: Sequence[str], layer: str = ""
+    path: Path, image: RasterImage, column: str, classes: Sequence[str], layer: str = ""
 ) -> tuple[PolygonLabels, list[str]]:
-    """Polygons of any format that geopandas reads, and notes on those that are not used.
+    """Read and check polygons of any format that geopandas reads.
 
     Args:
-        layer: of a file with several; it may be left out where there is one with geometries.
+        column: with the classes.
+        classes: names of the classes; empty for all in the column.
+        layer: of a file with several layers; optional if only one has geometries.
+
+    Returns:
+        The labels, and notes on polygons that are not used.
 
     Raises:
-        UserError: no such layer or column, no CRS, no polygon of the classes, too many classes, or no polygon where
-            the scene lies.
+        UserError: no such layer or column, no CRS, no polygon of a class, too many classes, or no polygon within the
+            scene.
     """
     try:
-        chosen = _layer(path, layer)
-        frame = _read(path, chosen)
+        layer_name = _choose_layer(path, layer)
+        frame = _read_file(path, layer_name)
     except UserError:
         raise
-    except Exception as error:  # the drivers raise their own
-        raise UserError(f"{path} cannot be read as polygons: {' '.join(str(error).split())}") from None
-    if not isinstance(frame, geopandas.GeoDataFrame) or not frame.geom_type.isin(_AREAS).any():
-        raise UserError(f"{path} has no polygons; labels of a scene are polygons, each with its class in a column.")
+    except Exception as error:  # each driver raises its own errors
+        raise UserError(f"{path} cannot be read as polygons: {' '.join(str(error).split())}", path=path) from None
+    _check_polygons(path, frame, column, image)
+    frame[column] = _class_names(frame[column])
+    listed = [normalize_unicode(name) for name in classes]
+    present = sorted(frame[column].dropna().unique())
+    present = present if listed else unique_class_names(present, f"The polygons of {path}")
+    if missing := [name for name in listed if name not in present]:
+        raise UserError(
+            f"{path} has no polygon of {', '.join(missing)}. Its '{column}' has: {', '.join(present)}.",
+            key="classes", value=missing, allowed=present, path=path,
+        )  # fmt: skip
+    _check_intersects(path, frame.to_crs(image.crs).total_bounds, image)
+    class_names = listed or present
+    if len(class_names) > IGNORE:
+        raise UserError(
+            f"{path} has {len(class_names)} classes in '{column}', such as {present[0]}; masks allow {IGNORE}. "
+            "Name another label_column, or list the classes.",
+            key="label_column", value=column, path=path,
+        )  # fmt: skip
+    notes = _unused_notes(frame, column, listed, present)
+    return PolygonLabels(str(path), image.crs, column, tuple(class_names), layer_name), notes
+
+
+def _check_polygons(path: Path, frame: pd.DataFrame, column: str, image: RasterImage) -> None:
+    """Raise UserError for a file without polygons, without the column, or without a CRS."""
+    if not isinstance(frame, geopandas.GeoDataFrame) or not frame.geom_type.isin(POLYGON_TYPES).any():
+        raise UserError(
+            f"{path} has no polygons. Labels of a scene are polygons, each with its class in a column.",
+            key="labels", path=path,
+        )  # fmt: skip
     if column not in frame:
         raise UserError(
             f"{path} has no column '{column}'. It has: {', '.join(map(str, frame.columns))}. "
-            "Name the one with the classes as label_column."
-        )
-    if frame.crs is None or not picture.crs:
-        raise UserError(f"{path if frame.crs is None else picture.paths[0]} states no coordinate reference system.")
-    frame[column], classes = _names(frame[column]), [normalize_unicode(name) for name in classes]
-    found = sorted(frame[column].dropna().unique())
-    found = found if classes else unique_class_names(found, f"The polygons of {path}")
-    if gone := [name for name in classes if name not in found]:
-        raise UserError(f"{path} has no polygon of {', '.join(gone)}. Its '{column}' has: {', '.join(found)}.")
-    _meet(path, frame.to_crs(picture.crs).total_bounds, picture)
-    if len(classes or found) > IGNORE:
-        raise UserError(
-            f"{path} has {len(classes or found)} classes in '{column}', such as {found[0]}; masks hold {IGNORE} at "
-            "most. Name another label_column, or list the classes."
-        )
-    unused = [name for name in found if classes and name not in classes]
-    notes = [f"polygons of {', '.join(unused)} are not used"] if unused else []
-    if others := int((~frame.geom_type.isin(_AREAS)).sum()):
-        notes.append(f"{others} of {len(frame)} features are no polygons, and are not used")
-    if nameless := int(frame[column].isna().sum()):
-        notes.append(f"{nameless} of {len(frame)} polygons have no class, and are not used")
-    used = frame[frame[column].isin(classes or found) & frame.geom_type.isin(_AREAS)]
-    if twice := int((used.groupby(used.geometry.normalize().to_wkb())[column].nunique() > 1).sum()):
-        notes.append(f"{twice} polygons are there again with another class, and the later counts")
-    return PolygonLabels(str(path), picture.crs, column, tuple(classes or found), chosen), notes
+            "Name the one with the classes as label_column.",
+            key="label_column", value=column, allowed=map(str, frame.columns), path=path,
+        )  # fmt: skip
+    if frame.crs is None or not image.crs:
+        file = path if frame.crs is None else image.paths[0]
+        raise UserError(f"{file} states no coordinate reference system.", key="crs", path=file)
 
 
-def _layer(path: Path, layer: str) -> str | None:
-    """The layer to read; None of a file that has no layers."""
-    if path.suffix.lower() in _PARQUET:
+def _unused_notes(
+    frame: geopandas.GeoDataFrame, column: str, listed: Sequence[str], present: Sequence[str]
+) -> list[str]:
+    """Describe the polygons that are not used, and those that are drawn twice."""
+    notes = []
+    is_polygon = frame.geom_type.isin(POLYGON_TYPES)
+    if unlisted := [name for name in present if listed and name not in listed]:
+        notes.append(f"polygons of {', '.join(unlisted)} are not used")
+    if count := int((~is_polygon).sum()):
+        notes.append(f"{count} of {len(frame)} features are not polygons, and are not used")
+    if count := int(frame[column].isna().sum()):
+        notes.append(f"{count} of {len(frame)} polygons have no class, and are not used")
+    used = frame[frame[column].isin(listed or present) & is_polygon]
+    if count := int((used.groupby(used.geometry.normalize().to_wkb())[column].nunique() > 1).sum()):
+        notes.append(f"{count} polygons occur again with another class, and the last one counts")
+    return notes
+
+
+def _choose_layer(path: Path, layer: str) -> str | None:
+    """Return the layer to read; None for a file without layers."""
+    if path.suffix.lower() in PARQUET_SUFFIXES:
         return None
     layers = geopandas.list_layers(path)
-    there = layers.name[layers.geometry_type.notna()].tolist()
-    if layer and layer not in there:
-        raise UserError(f"{path} has no layer '{layer}'. It has: {', '.join(there)}.")
-    if not layer and len(there) > 1:
-        raise UserError(f"{path} has the layers {', '.join(there)}. Name one as layer in the options.")
-    return layer or (there[0] if there else None)
+    names = layers.name[layers.geometry_type.notna()].tolist()
+    if layer and layer not in names:
+        raise UserError(
+            f"{path} has no layer '{layer}'. It has: {', '.join(names)}.",
+            key="layer", value=layer, allowed=names, path=path,
+        )  # fmt: skip
+    if not layer and len(names) > 1:
+        raise UserError(
+            f"{path} has the layers {', '.join(names)}. Name one as layer in the options.",
+            key="layer", value=layer, allowed=names, path=path,
+        )  # fmt: skip
+    return layer or (names[0] if names else None)
 
 
-def _read(path: str | Path, layer: str | None) -> geopandas.GeoDataFrame:
-    if Path(path).suffix.lower() in _PARQUET:
+def _read_file(path: str | Path, layer: str | None) -> geopandas.GeoDataFrame:
+    if Path(path).suffix.lower() in PARQUET_SUFFIXES:
         return geopandas.read_parquet(path)
     return geopandas.read_file(path, layer=layer)
 
 
-def _meet(path: Path, bounds: np.ndarray, picture: RasterImage) -> None:
-    (west, south, east, north), (left, low, right, high) = bounds, picture.bounds
+def _check_intersects(path: Path, bounds: np.ndarray, image: RasterImage) -> None:
+    """Raise UserError if the bounds of the polygons and of the scene, both in the scene's CRS, are disjoint."""
+    (west, south, east, north), (left, low, right, high) = bounds, image.bounds
     if not (west < right and east > left and south < high and north > low):
         raise UserError(
-            f"{path} does not meet {picture.paths[0]}: in the scene's coordinates the polygons lie between "
+            f"{path} does not intersect {image.paths[0]}: in the scene's coordinates the polygons lie between "
             f"({west:.8g}, {south:.8g}) and ({east:.8g}, {north:.8g}), the scene between ({left:.8g}, {low:.8g}) and "
-            f"({right:.8g}, {high:.8g}). Are x and y swapped, or is one's coordinate reference system wrong?"
-        )
+            f"({right:.8g}, {high:.8g}). Are x and y swapped, or is a coordinate reference system wrong?",
+            key="labels", value=tuple(map(float, bounds)), allowed=image.bounds, path=path,
+        )  # fmt: skip
 
 
-def _names(values: pd.Series) -> pd.Series:
-    """Names of classes, also of those that are numbers; drivers give whole ones as 1.0 where some are missing."""
+def _class_names(values: pd.Series) -> pd.Series:
+    """Return names of classes as text; drivers read integers as 1.0 where some are missing."""
     if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all():
         values = values.astype("Int64")
-    return values.astype(object).where(values.notna()).map(lambda value: normalize_unicode(str(value)), na_action="ignore")
+    names = values.astype(object).where(values.notna())
+    return names.map(lambda name: normalize_unicode(str(name)), na_action="ignore")
 
 
 @functools.lru_cache(maxsize=4)
-def _polygons(given: PolygonLabels):
-    frame = _read(given.path, given.layer).to_crs(given.crs)
-    frame[given.column] = _names(frame[given.column])
-    frame = frame[frame[given.column].isin(given.classes) & frame.geom_type.isin(_AREAS)]
+def _sorted_polygons(labels: PolygonLabels) -> tuple[geopandas.GeoSeries, np.ndarray]:
+    """Read the used polygons in the scene's CRS, the largest first, and their class indices."""
+    frame = _read_file(labels.path, labels.layer).to_crs(labels.crs)
+    frame[labels.column] = _class_names(frame[labels.column])
+    frame = frame[frame[labels.column].isin(labels.classes) & frame.geom_type.isin(POLYGON_TYPES)]
     frame = frame.iloc[np.argsort(-frame.area.to_numpy(), kind="stable")].reset_index(drop=True)
-    return frame.geometry, frame[given.column].map(given.classes.index).to_numpy()
+    return frame.geometry, frame[labels.column].map(labels.classes.index).to_numpy()

@@ -1,7 +1,10 @@
-"""Images of one's own: any raster that rasterio reads, all bands in one file or a file a band, read by windows."""
+"""Raster images: any format that rasterio reads, with all bands in one file or one file per band, read by windows."""
 
 import contextlib
 import functools
+import glob
+import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,16 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
-from pyproj import CRS, Transformer
-from rasterio.enums import MaskFlags, Resampling
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.vrt import WarpedVRT
+from rasterio.warp import transform as transform_points
 from rasterio.windows import Window
 
+from pipeline.bands import Band
+from pipeline.data.splits import to_latlon
 from pipeline.errors import UserError
 
-# That an image has no place is said in the store's notes.
+# The store's notes say that an image is not georeferenced.
 warnings.simplefilter("ignore", NotGeoreferencedWarning)
+
+# Metres per degree of latitude.
+METRES_PER_DEGREE = 111_320.0
+# Files of a Shapefile besides the one with the ending .shp.
+SHAPEFILE_SIDECARS = (".dbf", ".shx", ".prj", ".cpg")
 
 
 @dataclass(frozen=True)
@@ -26,12 +36,13 @@ class RasterImage:
     """One image: its files, and the grid of the first or finest of them.
 
     Attributes:
-        paths: one file with all bands, or one a band, in the bands' order.
-        transform: affine coefficients a to f; those of the identity where the file has no place.
-        crs: as WKT; empty where it has none.
-        dtype: that holds every band.
-        bands: how many.
-        gaps: whether some of its pixels may hold no data.
+        paths: one file with all bands, or one file per band in the order of the bands.
+        height, width: in pixels.
+        transform: affine coefficients a to f; those of the identity if the file is not georeferenced.
+        crs: as WKT; empty if the file states none.
+        dtype: a dtype that represents the values of every band.
+        n_bands: number of bands.
+        may_have_nodata: whether some of its pixels may have no data.
     """
 
     paths: tuple[str, ...]
@@ -45,143 +56,344 @@ class RasterImage:
 
     @property
     def name(self) -> str:
+        """Name of its first file without the ending."""
         return Path(self.paths[0]).stem
 
     @property
     def bounds(self) -> tuple[float, float, float, float]:
-        """West, south, east and north, in the picture's CRS."""
+        """West, south, east and north in the image's CRS."""
         x, y = zip(*[self.xy(row, column) for row in (0, self.height) for column in (0, self.width)], strict=True)
         return min(x), min(y), max(x), max(y)
 
     def read(self, window: Window | None = None, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (band, y, x) of a window, or of all resampled to `size`, and which (y, x) of them hold data.
+        """Read a window, or the whole image resampled to `size` pixels.
+
+        Returns:
+            Pixels (band, y, x), and where (y, x) all bands are valid.
 
         Raises:
             UserError: a file is damaged.
         """
         shape = (size, size) if size else None
-        image = self._pixels(window, shape)
-        return image, self._declared(window, shape) & isfinite_mask(image)
+        pixels = self._read_pixels(window, shape)
+        return pixels, self._read_mask(window, shape) & isfinite_mask(pixels)
 
     def is_valid(self, window: Window) -> np.ndarray:
-        """Where (y, x) all bands of a window hold data: not their nodata, and numbers.
+        """Return where (y, x) all bands of a window are finite and not nodata.
 
         Raises:
             UserError: a file is damaged.
         """
-        declared = self._declared(window, None)
-        return declared & isfinite_mask(self._pixels(window, None)) if self.dtype.kind == "f" else declared
+        mask = self._read_mask(window, None)
+        return mask & isfinite_mask(self._read_pixels(window, None)) if self.dtype.kind == "f" else mask
 
-    def _pixels(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
-        if len(self.paths) == 1:
-            with translate_errors(self.paths[0]):
-                out = (self.n_bands, *shape) if shape else None
-                return _opened(self.paths[0]).read(out_shape=out, window=window, resampling=Resampling.bilinear)
-        return np.stack([self._band(path, window) for path in self.paths])
+    def read_bands(self, window: Window, band_indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Read some bands of a window.
 
-    def _declared(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
-        """Where (y, x) no file says that a band has no data."""
-        if len(self.paths) == 1:
-            with translate_errors(self.paths[0]):
-                out = (self.n_bands, *shape) if shape else None
-                return _opened(self.paths[0]).read_masks(out_shape=out, window=window).all(axis=0)
-        return np.stack([self._mask(path, window) for path in self.paths]).all(axis=0)
-
-    def read_bands(self, window: Window, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Some bands' pixels (band, y, x) of a window, and where (y, x) all of them hold data.
+        Returns:
+            Pixels (band, y, x), and where (y, x) all of these bands are valid.
 
         Raises:
             UserError: a file is damaged.
         """
         if len(self.paths) == 1:
-            with translate_errors(self.paths[0]):
-                source, indexes = _opened(self.paths[0]), [place + 1 for place in places]
-                image, masks = source.read(indexes, window=window), source.read_masks(indexes, window=window)
+            with translate_rasterio_errors(self.paths[0]):
+                file, indexes = _open(self.paths[0]), [index + 1 for index in band_indices]
+                pixels, masks = file.read(indexes, window=window), file.read_masks(indexes, window=window)
         else:
-            paths = [self.paths[place] for place in places]
-            image = np.stack([self._band(path, window) for path in paths])
-            masks = [self._mask(path, window) for path in paths]
-        return image, np.stack(masks).all(axis=0) & isfinite_mask(image)
-
-    def _band(self, path: str, window: Window | None) -> np.ndarray:
-        """Pixels (y, x) of a band that has a file of its own."""
-        with translate_errors(path):
-            return _on_grid(path, self).read(1, window=window).astype(self.dtype)
-
-    def _mask(self, path: str, window: Window | None) -> np.ndarray:
-        """Where (y, x) such a band has data; 0 is nowhere."""
-        with translate_errors(path):
-            return _on_grid(path, self).read_masks(1, window=window)
+            paths = [self.paths[index] for index in band_indices]
+            pixels = np.stack([self._read_band(path, window) for path in paths])
+            masks = [self._read_band_mask(path, window) for path in paths]
+        return pixels, np.stack(masks).all(axis=0) & isfinite_mask(pixels)
 
     def resampled_bands(self) -> list[str]:
-        """Names of the files that are brought to the grid of another, the finest."""
-        return [Path(path).name for path in self.paths if isinstance(_on_grid(path, self), WarpedVRT)]
+        """Names of the files that are resampled to the grid of the finest."""
+        return [Path(path).name for path in self.paths if isinstance(_open_on_grid(path, self), WarpedVRT)]
 
     def xy(self, row: float, column: float) -> tuple[float, float]:
-        """x and y, in the picture's CRS, of a place in pixels from its upper left corner."""
+        """x and y, in the image's CRS, of a point in pixels from the upper left corner."""
         return rasterio.Affine(*self.transform) @ (column, row)
 
     def latlon(self, row: float, column: float) -> tuple[float, float]:
-        """Latitude and longitude of a place in pixels; not a number where the picture has none."""
+        """Latitude and longitude of a point in pixels; NaN if the image states no CRS."""
         if not self.crs:
             return np.nan, np.nan
         lon, lat = to_latlon(self.crs).transform(*self.xy(row, column))
-        return lat, (lon + 180) % 360 - 180 if abs(lon) > 180 else lon  # of grids from 0 to 360 degrees
+        return lat, (lon + 180) % 360 - 180 if abs(lon) > 180 else lon  # for grids from 0 to 360 degrees
 
     def window_transform(self, row: int, column: int) -> tuple[float, ...]:
-        """Affine coefficients of a window that begins at a pixel."""
+        """Affine coefficients of a window with this upper left corner."""
         return tuple(rasterio.Affine(*self.transform) @ rasterio.Affine.translation(column, row))[:6]
 
     def resampled_transform(self, size: int) -> tuple[float, ...]:
-        """Affine coefficients of all of it, resampled to a side of `size` pixels."""
+        """Affine coefficients of the whole image, resampled to a side of `size` pixels."""
         scale = rasterio.Affine.scale(self.width / size, self.height / size)
         return tuple(rasterio.Affine(*self.transform) @ scale)[:6]
 
+    def _read_pixels(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
+        if len(self.paths) == 1:
+            with translate_rasterio_errors(self.paths[0]):
+                out_shape = (self.n_bands, *shape) if shape else None
+                return _open(self.paths[0]).read(out_shape=out_shape, window=window, resampling=Resampling.bilinear)
+        return np.stack([self._read_band(path, window) for path in self.paths])
+
+    def _read_mask(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
+        """Where (y, x) no file declares a band as nodata."""
+        if len(self.paths) == 1:
+            with translate_rasterio_errors(self.paths[0]):
+                out_shape = (self.n_bands, *shape) if shape else None
+                return _open(self.paths[0]).read_masks(out_shape=out_shape, window=window).all(axis=0)
+        return np.stack([self._read_band_mask(path, window) for path in self.paths]).all(axis=0)
+
+    def _read_band(self, path: str, window: Window | None) -> np.ndarray:
+        """Pixels (y, x) of a file with one band."""
+        with translate_rasterio_errors(path):
+            return _open_on_grid(path, self).read(1, window=window).astype(self.dtype)
+
+    def _read_band_mask(self, path: str, window: Window | None) -> np.ndarray:
+        """Where (y, x) a file with one band has data; 0 means nodata."""
+        with translate_rasterio_errors(path):
+            return _open_on_grid(path, self).read_masks(1, window=window)
+
 
 @contextlib.contextmanager
-def translate_errors(path: str | Path):
-    """What rasterio cannot read becomes an error that names the file."""
+def translate_rasterio_errors(path: str | Path):
+    """Turn errors of rasterio into a UserError that names the file."""
     try:
         yield
     except RasterioError as error:
-        said = " ".join(str(error).split())
-        if "See previous exception" in said:  # which says it of every block anew
-            said = "some of its pixels are missing or damaged. Is the file whole?"
-        raise UserError(f"{path} cannot be read: {said}") from None
+        reason = " ".join(str(error).split())
+        if "See previous exception" in reason:  # which has one line for each block
+            reason = "some of its pixels are missing or damaged. Is the file complete?"
+        raise UserError(f"{path} cannot be read: {reason}", path=path) from None
 
 
 def is_georeferenced(transform: Sequence[float], height: int) -> bool:
-    """Whether a transform says a place, and does not just count pixels from a corner."""
+    """Whether a transform states a location, and does not only count pixels from a corner."""
     return tuple(transform)[:6] not in ((1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), (1, 0, 0, 0, -1, height))
 
 
 def isfinite_mask(image: np.ndarray) -> np.ndarray:
-    """Where (y, x) all bands of an image (band, y, x) are finite numbers."""
+    """Where (y, x) all bands of an image (band, y, x) are finite."""
     return np.isfinite(image).all(axis=0) if image.dtype.kind == "f" else np.ones(image.shape[1:], bool)
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(path: str):
+def _open(path: str) -> rasterio.DatasetReader:
     return rasterio.open(path)
 
 
 @functools.lru_cache(maxsize=64)
-def _on_grid(path: str, grid: RasterImage):
-    """A band's file as if it were on the scene's grid, by nearest neighbour."""
+def _open_on_grid(path: str, grid: RasterImage) -> rasterio.DatasetReader | WarpedVRT:
+    """Open the file of a band, resampled to the scene's grid by nearest neighbour if it has another grid."""
     file = rasterio.open(path)
     if (file.height, file.width) == (grid.height, grid.width) and (
         not (file.crs and grid.crs)
         or (file.crs.to_wkt() == grid.crs and file.transform.almost_equals(rasterio.Affine(*grid.transform), 1e-6))
     ):
         return file
-    # Beyond its edge a file without nodata would be zeros, and no mask would say so.
-    whole = file.mask_flag_enums[0] == [MaskFlags.all_valid]
+    # Outside a file without nodata value the VRT would return zeros, with no mask, unless it adds an alpha band.
+    all_valid = file.mask_flag_enums[0] == [MaskFlags.all_valid]
     return WarpedVRT(
         file, crs=grid.crs or None, transform=rasterio.Affine(*grid.transform), height=grid.height, width=grid.width,
-        resampling=Resampling.nearest, add_alpha=whole,
+        resampling=Resampling.nearest, add_alpha=all_valid,
     )  # fmt: skip
 
 
-@functools.cache
-def to_latlon(crs: str) -> Transformer:
-    return Transformer.from_crs(CRS.from_wkt(crs), "EPSG:4326", always_xy=True)
+# Files of an image
+
+
+def find_files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
+    """Find the files below a folder that match one of the patterns; of folders only geodatabases (.gdb).
+
+    Raises:
+        UserError: nothing matches.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if absolute := [pattern for pattern in patterns if Path(pattern).is_absolute()]:
+        raise UserError(
+            f"{absolute[0]} is an absolute path; patterns are relative to the folder, {folder}.",
+            key="folder", value=absolute[0], path=folder,
+        )  # fmt: skip
+    root = glob.escape(str(folder))
+    matches = {Path(path) for pattern in patterns for path in glob.glob(f"{root}/{pattern}", recursive=True)}
+    files = sorted(path for path in matches if path.is_file() or path.suffix.lower() == ".gdb")
+    if not files:
+        names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
+        present = f"It has: {', '.join(names) or 'nothing'}." if folder.is_dir() else "There is no such folder."
+        raise UserError(
+            f"{folder} has no file like {', '.join(patterns)}. {present}",
+            key="folder", value=", ".join(patterns), allowed=names, path=folder,
+        )  # fmt: skip
+    return files
+
+
+def sidecar_files(path: Path) -> list[Path]:
+    """List the files with the content of a file: those in a folder, of a Shapefile, or of a raster and its sidecars."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.suffix.lower() == ".shp":
+        siblings = path.parent.glob(f"{glob.escape(path.stem)}.*")
+        return [path, *sorted(file for file in siblings if file.suffix.lower() in SHAPEFILE_SIDECARS)]
+    try:
+        with rasterio.open(path) as file:
+            return [path, *sorted({Path(name) for name in file.files if Path(name).is_file()} - {path})]
+    except RasterioError:  # not a raster, or a damaged one, which `prepare` reports
+        return [path]
+
+
+def has_token(text: str, name: str) -> bool:
+    """Whether a file name contains another as a whole token: tile_1_mask has tile_1, and tile_10_mask does not."""
+    return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
+
+
+def _has_suffix_token(text: str, name: str) -> bool:
+    """Whether a capitalized name ends a lower-case word: sceneB02 ends with B02, and sceneB8A not with B8."""
+    return name[0].isupper() and re.search(rf"(?<=[a-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
+
+
+def open_image(path: Path, bands: Sequence[Band]) -> RasterImage:
+    """Describe a file with all bands.
+
+    Raises:
+        UserError: it cannot be read, or has another number or order of bands.
+    """
+    with translate_rasterio_errors(path), rasterio.open(path) as file:
+        if file.count != len(bands):
+            raise UserError(
+                f"{path} has {file.count} bands, and {len(bands)} are described in bands.",
+                key="bands", value=file.count, allowed=[len(bands)], path=path,
+            )  # fmt: skip
+        _check_band_order(path, file.descriptions, bands)
+        _check_no_offset(file)
+        return _raster_image((str(path),), [file], file, np.result_type(*file.dtypes), len(bands))
+
+
+def open_scene_files(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
+    """Describe a scene: one file with all bands, or one file per band, found by the band's name in the file's.
+
+    Raises:
+        UserError: files that are not those of the bands.
+    """
+    if len(paths) == 1:
+        return open_image(paths[0], bands)
+    band_paths = _match_band_files(paths, bands)
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path in band_paths:
+            with translate_rasterio_errors(path):
+                files.append(stack.enter_context(rasterio.open(path)))
+        finest = min(files, key=_pixel_area)
+        for path, file in zip(band_paths, files, strict=True):
+            if sum(kind != ColorInterp.alpha for kind in file.colorinterp) != 1:
+                raise UserError(
+                    f"{path} has {file.count} bands; in a scene with one file per band, each file has one band.",
+                    key="bands", value=file.count, allowed=[1], path=path,
+                )  # fmt: skip
+            _check_same_area(path, file, finest)
+            _check_no_offset(file)
+        dtype = np.result_type(*[file.dtypes[0] for file in files])
+        return _raster_image(tuple(map(str, band_paths)), files, finest, dtype, len(bands))
+
+
+def _match_band_files(paths: Sequence[Path], bands: Sequence[Band]) -> list[Path]:
+    """Return the file of each band.
+
+    Raises:
+        UserError: the name of a band is in no file's name, or in several.
+    """
+    band_paths = []
+    for band in bands:
+        matches = [path for path in paths if has_token(path.stem, band.name)]
+        matches = matches or [path for path in paths if _has_suffix_token(path.stem, band.name)]
+        if len(matches) != 1 or matches[0] in band_paths:
+            names = [path.name for path in (matches or paths)]
+            raise UserError(
+                f"Band {band.name} should be in the name of one file; it is in {len(matches)} of: "
+                f"{', '.join(names[:8])}. No capital letter or digit may touch it there, and no other band may have "
+                "the same file. A scene, which maps and polygons need, is one file with all bands or one file per "
+                "band. Put unlabelled scenes of one file per band into a folder each.",
+                key=band.name, value=len(matches), allowed=names,
+            )  # fmt: skip
+        band_paths.append(matches[0])
+    return band_paths
+
+
+def _check_band_order(path: Path, descriptions: Sequence[str | None], bands: Sequence[Band]) -> None:
+    """Raise UserError if a file names the same bands as the options, in another order."""
+    file_names = [(name or "").strip().casefold() for name in descriptions]
+    for attribute in ("name", "common_name"):
+        expected = [getattr(band, attribute).casefold() for band in bands]
+        if file_names != expected and sorted(file_names) == sorted(expected):
+            raise UserError(
+                f"{path} names its bands {', '.join(file_names)}, and the options list {', '.join(expected)}. List "
+                "the bands in the order of the file, or correct the descriptions in the file.",
+                key="bands", value=tuple(file_names), allowed=expected, path=path,
+            )  # fmt: skip
+
+
+def _check_same_area(path: Path, file: rasterio.DatasetReader, finest: rasterio.DatasetReader) -> None:
+    """Raise UserError if a band's file does not cover, within a pixel, the area of the finest file."""
+    if not is_georeferenced(file.transform, file.height) or not is_georeferenced(finest.transform, finest.height):
+        return
+    corners = [finest.transform @ (column, row) for column in (0, finest.width) for row in (0, finest.height)]
+    x, y = zip(*corners, strict=True)
+    if file.crs and finest.crs:
+        x, y = transform_points(finest.crs, file.crs, x, y)
+    columns, rows = zip(*[~file.transform @ point for point in zip(x, y, strict=True)], strict=True)
+    if min(*columns, *rows) < -1 or max(columns) > file.width + 1 or max(rows) > file.height + 1:
+        raise UserError(
+            f"{path} does not cover the area of {finest.name}; all bands of a scene must cover the same area.",
+            key="images", path=path,
+        )  # fmt: skip
+
+
+def _pixel_area(file: rasterio.DatasetReader) -> float:
+    """Approximate area of a pixel in square metres; in the file's own units if it states no CRS."""
+    a, b, _, d, e, _ = tuple(file.transform)[:6]
+    area = abs(a * e - b * d)
+    if not file.crs:
+        return area
+    if not file.crs.is_geographic:
+        return area * file.crs.linear_units_factor[1] ** 2
+    _, lat = file.transform @ (file.width / 2, file.height / 2)
+    return area * METRES_PER_DEGREE**2 * math.cos(math.radians(lat))
+
+
+def _check_no_offset(file: rasterio.DatasetReader) -> None:
+    """Raise UserError if a file's values are its stored values plus an offset; a scale alone is accepted."""
+    if any(file.offsets):
+        raise UserError(
+            f"{file.name} states an offset ({file.offsets[0]:g}) that is to be added to its scaled values, and only "
+            "stored values are read. Write it with scale and offset applied (gdal_translate -unscale, then state the "
+            "units of the result), or remove the tags if they are wrong.",
+            key="offsets", value=file.offsets[0], path=file.name,
+        )  # fmt: skip
+
+
+def _raster_image(
+    paths: tuple[str, ...],
+    files: Sequence[rasterio.DatasetReader],
+    grid: rasterio.DatasetReader,
+    dtype: np.dtype,
+    n_bands: int,
+) -> RasterImage:
+    """Describe an image by its open files and the file whose grid it has."""
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "iuf":
+        raise UserError(
+            f"{paths[0]} has {dtype} values; pixels must be integers or floats.",
+            key="dtype", value=str(dtype), path=paths[0],
+        )  # fmt: skip
+    all_valid = all(flags == [MaskFlags.all_valid] for file in files for flags in file.mask_flag_enums)
+    same_grid = all((file.height, file.width) == (grid.height, grid.width) for file in files)
+    return RasterImage(
+        paths=paths,
+        height=grid.height,
+        width=grid.width,
+        transform=tuple(grid.transform)[:6],
+        crs=grid.crs.to_wkt() if grid.crs else "",
+        dtype=dtype,
+        n_bands=n_bands,
+        may_have_nodata=not (all_valid and same_grid) or dtype.kind == "f",
+    )

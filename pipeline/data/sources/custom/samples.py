@@ -1,31 +1,39 @@
-"""Chips of one's own images: read one by one, and dealt to the splits."""
+"""Samples of custom data: chips of images, how they are read, and how they are assigned to splits."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import rasterio
 from rasterio.windows import Window
 
 from pipeline.config import DatasetConfig
-from pipeline.data.image_store import IGNORE, Sample, missing_label, parse_timestamp
-from pipeline.data.sources.custom.ground import Place, merge_blocks, overlapping_pairs
-from pipeline.data.sources.custom.rasters import RasterImage
-from pipeline.data.splits import SPLITS, assign_blocks_to_splits, fill_nodata
+from pipeline.data.image_store import SPLITS, Sample, parse_timestamp
+from pipeline.data.sources.custom.rasters import RasterImage, is_georeferenced
+from pipeline.data.splits import Footprint, assign_blocks_to_splits, fill_nodata, merge_blocks, overlapping_pairs
 from pipeline.errors import UserError
+from pipeline.tasks import IGNORE, get_task
 
-# Deals of blocks that are tried, times their number: ten thousand blocks need no twenty thousand deals.
-_DEALS = 4_000_000
+# Random assignments tried, times the number of blocks: with ten thousand blocks, fewer than 20,000 suffice.
+DRAWS_TIMES_BLOCKS = 4_000_000
+MIN_DRAWS, MAX_DRAWS = 200, 20000
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Chip:
-    """A sample: a window of a picture, or all of it, with its label where a table gives it.
+    """A window of an image, or the whole image.
 
     Attributes:
-        split: by the table.
-        labelled: whether it has a label at all, of the table or of a mask.
+        image: the image.
+        row, column: upper left corner in pixels.
+        label: class index, or multi-hot vector, from a table; None if there is none.
+        time: acquisition time in UTC as text; empty if unknown.
+        split: from a table; empty if unknown.
+        is_labelled: whether it has a label, from a table or a mask.
     """
 
     image: RasterImage
@@ -34,16 +42,20 @@ class Chip:
     label: int | tuple[int, ...] | None = None
     time: str = ""
     split: str = ""
-    labelled: bool = True
+    is_labelled: bool = True
 
 
 @dataclass(frozen=True)
 class CustomSampleReader:
-    """From a chip's name to its sample.
+    """Reads a sample by its name.
 
     Attributes:
-        size: the chip's side in pixels; 0 for whole pictures as they are.
-        mask: labels of the pixels of a window, or None where chips have their own.
+        chips: by name.
+        chip_size: side of a chip in pixels; 0 for whole images as they are.
+        task: name of the task.
+        n_classes: number of classes.
+        purity: fraction of a chip that its class must cover, for classification from masks.
+        read_mask: reads the classes of a window's pixels; None if chips have labels of their own.
     """
 
     chips: dict[str, Chip]
@@ -53,125 +65,177 @@ class CustomSampleReader:
     purity: float
     read_mask: Callable[[RasterImage, Window], np.ndarray] | None
 
+    @property
+    def crops_windows(self) -> bool:
+        """Whether chips are windows of images; else they are whole images, resampled to `chip_size`."""
+        return self.read_mask is not None
+
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
+        """Read a sample; `out` is not used.
+
+        Raises:
+            UserError: a file is damaged, or the chip has no valid pixel.
+        """
         chip = self.chips[name]
-        lat, lon = chip.image.latlon(*_centre(chip, self.chip_size if self.read_mask else 0))
+        lat, lon = chip.image.latlon(*self._centre(chip))
         time = parse_timestamp(chip.time, "the time")
-        image, valid = chip.image.read(self.window(chip)) if self.read_mask else chip.image.read(size=self.chip_size)
-        if not valid.any():
-            raise UserError(f"{chip.image.paths[0]} has no data here: every pixel is nodata in some band.")
-        image = fill_nodata(image, valid)
-        if not chip.labelled:
-            label = missing_label(self.task, self.n_classes, image.shape[1:])
+        pixels, is_valid = (
+            chip.image.read(self.window(chip)) if self.crops_windows else chip.image.read(size=self.chip_size)
+        )
+        if not is_valid.any():
+            raise UserError(
+                f"{chip.image.paths[0]}: chip {name} has no data; every pixel is nodata in some band.",
+                key=name, path=chip.image.paths[0],
+            )  # fmt: skip
+        pixels = fill_nodata(pixels, is_valid)
+        if not chip.is_labelled:
+            label = get_task(self.task).missing_label(self.n_classes, pixels.shape[1:])
+        elif self.crops_windows:
+            label = get_task(self.task).label_from_mask(self._valid_mask(chip, is_valid), self.n_classes)
         else:
-            label = self.label(chip, valid) if self.read_mask else np.array(chip.label)
-        return Sample(image, label, lat, lon, time)
+            label = np.array(chip.label)
+        return Sample(pixels, label, lat, lon, time)
 
     def window(self, chip: Chip) -> Window:
+        """Return the window of a chip in its image."""
         return Window(chip.column, chip.row, self.chip_size, self.chip_size)
 
-    def label(self, chip: Chip, valid: np.ndarray) -> np.ndarray:
-        """The label of a chip with a mask: that, the class that covers it, or the classes in it."""
-        mask = self._labels(chip, valid)
-        if self.task == "segmentation":
-            return mask
-        areas = np.bincount(mask[mask != IGNORE], minlength=self.n_classes)
-        return np.int64(areas.argmax()) if self.task == "classification" else (areas > 0).astype(np.uint8)
+    def footprint(self, chip: Chip) -> Footprint:
+        """Return the location of a chip."""
+        image = chip.image
+        is_located = bool(image.crs) or is_georeferenced(image.transform, image.height)
+        height, width = self._size(chip)
+        return Footprint(
+            image.paths, image.crs, image.transform if is_located else None, chip.row, chip.column, height, width
+        )
 
     def class_areas(self, chip: Chip) -> np.ndarray:
-        """How much of each class a chip has; nothing for one that cannot be used."""
-        if not self.read_mask:
-            one = np.zeros(self.n_classes)
-            one[np.flatnonzero(chip.label) if self.task == "multilabel" else [chip.label]] = 1
-            return one
-        mask = self._labels(chip, chip.image.is_valid(self.window(chip)))
+        """Return how much of each class a chip has, (class,); zeros for a chip that cannot be used."""
+        task = get_task(self.task)
+        if not self.crops_windows:
+            areas = np.zeros(self.n_classes)
+            areas[task.classes_present(np.asarray(chip.label))] = 1
+            return areas
+        mask = self._valid_mask(chip, chip.image.is_valid(self.window(chip)))
         areas = np.bincount(mask[mask != IGNORE], minlength=self.n_classes).astype(float)
-        if self.task == "classification" and areas.max() < self.purity * mask.size:
+        needs_purity = not (task.is_dense or task.is_multilabel)
+        if needs_purity and areas.max() < self.purity * mask.size:
             return np.zeros(self.n_classes)
         return areas
 
-    def _labels(self, chip: Chip, valid: np.ndarray) -> np.ndarray:
-        """Labels of a chip's pixels, of those that hold data."""
-        return np.where(valid, self.read_mask(chip.image, self.window(chip)), IGNORE).astype(np.uint8)
+    def _valid_mask(self, chip: Chip, is_valid: np.ndarray) -> np.ndarray:
+        """Classes of a chip's pixels, with `IGNORE` where there is no data."""
+        return np.where(is_valid, self.read_mask(chip.image, self.window(chip)), IGNORE).astype(np.uint8)
+
+    def _size(self, chip: Chip) -> tuple[int, int]:
+        """Height and width of a chip in pixels of its image."""
+        return (self.chip_size, self.chip_size) if self.crops_windows else (chip.image.height, chip.image.width)
+
+    def _centre(self, chip: Chip) -> tuple[float, float]:
+        height, width = self._size(chip)
+        return chip.row + height / 2, chip.column + width / 2
 
 
-def read_all(names: Iterable, read: Callable, skip_bad: bool, notes: list[str]) -> dict:
-    """What is read of each, without those that cannot be if they may be left out; the notes say which.
+def read_all(keys: Iterable[Key], read: Callable[[Key], Value], skip_bad: bool, notes: list[str]) -> dict[Key, Value]:
+    """Read a value for every key.
+
+    Args:
+        skip_bad: skip keys that cannot be read and add a note on each.
 
     Raises:
-        UserError: one cannot be read, and may not be left out; or none can.
+        UserError: a key cannot be read and `skip_bad` is false, or none can be read.
     """
-    found, wrong = {}, None
-    for name in names:
+    values: dict[Key, Value] = {}
+    last_error = None
+    for key in keys:
         try:
-            found[name] = read(name)
+            values[key] = read(key)
         except UserError as error:
             if not skip_bad:
                 raise
-            wrong = error
-            notes += [f"left out: {error}"] if f"left out: {error}" not in notes else []
-    if wrong and not found:
-        raise wrong
-    return found
+            last_error = error
+            notes += [f"skipped: {error}"] if f"skipped: {error}" not in notes else []
+    if last_error and not values:
+        raise last_error
+    return values
 
 
 def assign_splits(
-    chips: Mapping[str, Chip], areas: Mapping[str, np.ndarray], size: int, rule: str, dataset: DatasetConfig
-) -> tuple[list[str], str]:
-    """The split of every chip, by a rule: `blocks` of ground, `random`, or its own `column`; and what to say of it.
-
-    Blocks whose chips overlap, as those of overlapping images do, are dealt as one; the other rules say how many do.
+    reader: CustomSampleReader,
+    chips: Mapping[str, Chip],
+    class_areas: Mapping[str, np.ndarray],
+    rule: str,
+    dataset: DatasetConfig,
+) -> tuple[list[str], list[str]]:
+    """Assign every chip to a split.
 
     Args:
-        size: a chip's side in pixels; 0 for whole pictures.
+        chips: by name.
+        class_areas: of every chip, (class,).
+        rule: `blocks` assigns spatial blocks whole, and blocks with overlapping chips together; `random` assigns
+            chips; `column` takes each chip's own split.
+
+    Returns:
+        The split of every chip, and a note if chips of different splits overlap.
+
+    Raises:
+        UserError: too few blocks, or a chip without a valid split.
     """
-    pairs = overlapping_pairs([footprint(chip, size) for chip in chips.values()])
-    deal = np.array(_assign(chips, areas, pairs, rule, dataset))
-    across = pairs[deal[pairs[:, 0]] != deal[pairs[:, 1]]]
+    pairs = overlapping_pairs([reader.footprint(chip) for chip in chips.values()])
+    splits = np.array(_assign(chips, class_areas, pairs, rule, dataset))
+    across = pairs[splits[pairs[:, 0]] != splits[pairs[:, 1]]]
+    if not len(across):
+        return splits.tolist(), []
     names = list(chips)
-    said = f"{len(np.unique(across))} chips share ground with one of another split" if len(across) else ""
-    return deal.tolist(), f"{said}, such as {' and '.join(names[place] for place in across[0])}" if said else ""
+    return splits.tolist(), [
+        f"{len(np.unique(across))} chips overlap with one of another split, such as "
+        f"{' and '.join(names[index] for index in across[0])}"
+    ]
 
 
-def footprint(chip: Chip, size: int) -> Place:
-    """Where a chip lies; of a whole picture `size` is 0."""
-    whole = (chip.image.height, chip.image.width)
-    return (chip.image, chip.row, chip.column, *((size, size) if size else whole))
-
-
-def _assign(chips, areas, pairs: np.ndarray, rule: str, dataset: DatasetConfig) -> list[str]:
+def _assign(
+    chips: Mapping[str, Chip],
+    class_areas: Mapping[str, np.ndarray],
+    pairs: np.ndarray,
+    rule: str,
+    dataset: DatasetConfig,
+) -> list[str]:
+    """Return the split of every chip by a rule, given the pairs of overlapping chips."""
     if rule == "column":
         for name, chip in chips.items():
             if chip.split not in SPLITS:
-                raise UserError(f"The split of {name} is '{chip.split}'; it must be one of {', '.join(SPLITS)}.")
+                raise UserError(
+                    f"The split of {name} is '{chip.split}'; it must be one of {', '.join(SPLITS)}.",
+                    key="split", value=chip.split, allowed=SPLITS,
+                )  # fmt: skip
         return [chip.split for chip in chips.values()]
-    homes = list(chips) if rule == "random" else [_block_id(chip, chips, dataset.block) for chip in chips.values()]
-    block = merge_blocks([str(home) for home in homes], pairs if rule == "blocks" else pairs[:0])
-    count = block.max() + 1
-    if count < len(SPLITS) <= len(set(homes)):
+    if rule == "random":
+        block_ids: list[object] = list(chips)
+    else:
+        block_ids = [_block_id(chip, chips, dataset.block) for chip in chips.values()]
+    block = merge_blocks([str(block_id) for block_id in block_ids], pairs if rule == "blocks" else pairs[:0])
+    n_blocks = block.max() + 1
+    if n_blocks < len(SPLITS) <= len(set(block_ids)):
         raise UserError(
-            f"The images overlap so much that their ground hangs together in {count} of the {len(SPLITS)} pieces "
-            "that the splits need at least; a split would see another's ground. Take images that overlap less, state "
-            "their splits yourself (split: column, with a table of labels), or accept it (split: random)."
-        )
-    counts = np.zeros((count, len(next(iter(areas.values())))))
-    np.add.at(counts, block, np.stack([areas[name] for name in chips]))
-    draws = int(np.clip(_DEALS // count, 200, 20000))
-    deal = assign_blocks_to_splits(counts, dataset.splits, dataset.seed, draws)
-    return [SPLITS[split] for split in deal[block]]
+            f"The images overlap so much that they form {n_blocks} connected areas, and {len(SPLITS)} splits need at "
+            "least one each. Use images that overlap less, state the splits yourself (split: column, with a table of "
+            "labels), or accept overlapping splits (split: random).",
+            key="split", value=int(n_blocks), allowed=("column", "random"),
+        )  # fmt: skip
+    block_areas = np.zeros((n_blocks, len(next(iter(class_areas.values())))))
+    np.add.at(block_areas, block, np.stack([class_areas[name] for name in chips]))
+    n_draws = int(np.clip(DRAWS_TIMES_BLOCKS // n_blocks, MIN_DRAWS, MAX_DRAWS))
+    split_of_block = assign_blocks_to_splits(block_areas, dataset.splits, dataset.seed, n_draws)
+    return [SPLITS[split] for split in split_of_block[block]]
 
 
-def _block_id(chip: Chip, chips: Mapping[str, Chip], block: int) -> tuple:
-    """The block of ground that a chip lies in, on one grid for all pictures of a CRS."""
-    origin = next(one.image for one in chips.values() if one.image.crs == chip.image.crs)
-    if not chip.image.crs:
-        if chip.image.height < 2 * block and chip.image.width < 2 * block and len(chips) > 1:
-            return (chip.image.paths,)
-        return (chip.image.paths, chip.row // block, chip.column // block)
-    column, row = ~rasterio.Affine(*origin.transform) @ chip.image.xy(chip.row, chip.column)
-    return (chip.image.crs, math.floor(column / block + 1e-6), math.floor(row / block + 1e-6))
-
-
-def _centre(chip: Chip, size: int) -> tuple[float, float]:
-    height, width = (size, size) if size else (chip.image.height, chip.image.width)
-    return chip.row + height / 2, chip.column + width / 2
+def _block_id(chip: Chip, chips: Mapping[str, Chip], block_size: int) -> tuple:
+    """Return the spatial block of a chip, on one grid for all images of a CRS."""
+    image = chip.image
+    if not image.crs:
+        if image.height < 2 * block_size and image.width < 2 * block_size and len(chips) > 1:
+            return (image.paths,)
+        return (image.paths, chip.row // block_size, chip.column // block_size)
+    origin = next(other.image for other in chips.values() if other.image.crs == image.crs)
+    column, row = ~rasterio.Affine(*origin.transform) @ image.xy(chip.row, chip.column)
+    return (image.crs, math.floor(column / block_size + 1e-6), math.floor(row / block_size + 1e-6))
