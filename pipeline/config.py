@@ -345,21 +345,21 @@ class HeadsConfig:
         Raises:
             UserError: params.yaml has no settings for it.
         """
-        known = {"linear": self.linear, "upernet": self.upernet, "fcn": self.fcn, **self.custom}
-        if head not in known:
+        settings = {"linear": self.linear, "upernet": self.upernet, "fcn": self.fcn, **self.custom}
+        if head not in settings:
             raise UserError(
-                f"{FILE}: there are no settings for the head '{head}'. There are settings for: {', '.join(known)}. "
+                f"{FILE}: there are no settings for the head '{head}', only for: {', '.join(settings)}. "
                 f"Write its steps and batch under 'heads: custom: {head}:'.",
                 key=f"heads.custom.{head}",
-                allowed=known,
+                allowed=settings,
                 path=FILE,
             )
-        return known[head]
+        return settings[head]
 
 
 @dataclass(frozen=True, config=_RULES)
 class SearchConfig:
-    """Search for a learning rate and a weight decay. The first half of the trials is random, the rest is TPE."""
+    """Search for a learning rate and a weight decay: random trials first, then the TPE sampler."""
 
     trials: PositiveInt
     """Number of trials."""
@@ -645,7 +645,7 @@ def read_yaml(path: Path | str) -> object:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}", path=path) from None
 
 
-def parse(model: type[T], raw: object, where: str = "", path: Path | str | None = None) -> T:
+def parse(model: type[T], raw: object, section: str = "", path: Path | str | None = None) -> T:
     """Turn plain YAML data into a dataclass, strictly: no unknown keys, no conversion between types.
 
     Args:
@@ -660,10 +660,10 @@ def parse(model: type[T], raw: object, where: str = "", path: Path | str | None 
     try:
         text = json.dumps(raw)
     except TypeError as error:
-        prefix = ": ".join(str(part) for part in (path, where) if part)
+        prefix = ": ".join(str(part) for part in (path, section) if part)
         raise UserError(
             f"{prefix}: use text, numbers, lists and mappings only ({error}). Quote dates and times.",
-            key=where or None,
+            key=section or None,
             value=raw,
             path=path,
         ) from None
@@ -671,7 +671,7 @@ def parse(model: type[T], raw: object, where: str = "", path: Path | str | None 
         # JSON, since pydantic's strict mode for Python objects would refuse lists for tuples.
         return TypeAdapter(model).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
-        raise validation_error(error, model, where, path) from None
+        raise validation_error(error, model, section, path) from None
 
 
 def json_schema() -> str:
@@ -795,7 +795,7 @@ def _refuse_renamed(raw: object, path: Path | str) -> None:
 
 
 def _matches(raw: object, pattern: list[str], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the dotted key and value of everything that a pattern such as `backbones.*.eats` matches."""
+    """Yield the dotted key and value of everything that a pattern such as `backbones.*.weights` matches."""
     if not pattern:
         yield prefix, raw
     elif isinstance(raw, Mapping):

@@ -17,16 +17,16 @@ MAX_MISTAKES = 3
 
 
 class UserError(InputError):
-    """Bad input: a parameter, an option or a file. Its fields (`key`, `value`, `allowed`, `path`) locate it."""
+    """Bad input: a parameter, an option or a file. Its fields locate the mistake."""
 
 
 def similar_name(name: object, names: Iterable) -> str:
     """Return " Did you mean 'x'?", or nothing if no name is similar."""
-    matches = difflib.get_close_matches(str(name), [str(known) for known in names], n=1)
+    matches = difflib.get_close_matches(str(name), [str(candidate) for candidate in names], n=1)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
-def validation_error(error: ValidationError, model: type, where: str, path: Path | str | None) -> UserError:
+def validation_error(error: ValidationError, model: type, section: str, path: Path | str | None) -> UserError:
     """Translate pydantic's errors into one message; its fields are those of the first mistake.
 
     Args:
@@ -36,7 +36,7 @@ def validation_error(error: ValidationError, model: type, where: str, path: Path
         path: the file, or None.
     """
     details = error.errors(include_url=False)
-    mistakes = [_mistake(detail, model, where) for detail in details[:MAX_MISTAKES]]
+    mistakes = [_mistake(detail, model, section) for detail in details[:MAX_MISTAKES]]
     text = " ".join(mistake.message for mistake in mistakes)
     if len(details) > MAX_MISTAKES:
         text += f" There are {len(details) - MAX_MISTAKES} more mistakes."
@@ -72,38 +72,38 @@ _REQUIREMENTS: dict[str, Callable[[Mapping], str]] = {
 }
 
 
-def _mistake(detail: Mapping, model: type, where: str) -> _Mistake:
+def _mistake(detail: Mapping, model: type, section: str) -> _Mistake:
     """Describe one of pydantic's errors."""
     location = [part for part in detail["loc"] if part != "[key]"]
     if detail["type"] in ("unexpected_keyword_argument", "missing"):
-        return _key_mistake(detail, model, where)
+        return _key_mistake(detail, model, section)
     if "[key]" in detail["loc"]:
-        key, name = _dotted(where, location), location[-1]
+        key, name = _dotted(section, location), location[-1]
         rule = "use letters, digits, '_' and '-' (DVC reads '.' as nesting)"
         return _Mistake(key, name, None, f"{key}: invalid name '{name}': {rule}.")
-    return _value_mistake(detail, model, where)
+    return _value_mistake(detail, model, section)
 
 
-def _key_mistake(detail: Mapping, model: type, where: str) -> _Mistake:
+def _key_mistake(detail: Mapping, model: type, section: str) -> _Mistake:
     """Describe an unknown or a missing key."""
     *parents, name = detail["loc"]
-    section = _dotted(where, parents) or "the file"
-    key, known_keys = _dotted(where, detail["loc"]), _keys(_follow(model, parents)[0])
+    parent = _dotted(section, parents) or "the file"
+    key, known_keys = _dotted(section, detail["loc"]), _keys(_follow(model, parents)[0])
     if detail["type"] == "missing":
         description = _follow(model, detail["loc"])[1]
         meaning = f" ({description.rstrip('.')})" if description else ""
-        message = f"{section} lacks the key {name}{meaning}. Its keys are: {', '.join(known_keys)}."
+        message = f"{parent} lacks the key {name}{meaning}. Its keys are: {', '.join(known_keys)}."
         return _Mistake(key, None, known_keys, message)
     message = (
-        f"{section} has an unknown key: {name}. Known keys: {', '.join(known_keys)}."
+        f"{parent} has an unknown key: {name}. Known keys: {', '.join(known_keys)}."
         f"{similar_name(name, known_keys)} Correct the spelling or remove it."
     )
     return _Mistake(key, detail["input"], known_keys, message)
 
 
-def _value_mistake(detail: Mapping, model: type, where: str) -> _Mistake:
+def _value_mistake(detail: Mapping, model: type, section: str) -> _Mistake:
     """Describe a value of the wrong type, out of bounds or not among the allowed values."""
-    key, value, error_type = _dotted(where, detail["loc"]), detail["input"], detail["type"]
+    key, value, error_type = _dotted(section, detail["loc"]), detail["input"], detail["type"]
     kind, description = _follow(model, detail["loc"])
     allowed = None
     if error_type == "literal_error":
@@ -122,11 +122,11 @@ def _value_mistake(detail: Mapping, model: type, where: str) -> _Mistake:
     return _Mistake(key, value, allowed, f"{key or 'the file'} is {value!r}; {problem}{meaning}")
 
 
-def _dotted(where: str, location: Sequence) -> str:
-    """Join a location to a key such as `datasets.x.options.bands[2].gsd`; the index of a plain value is dropped."""
+def _dotted(section: str, location: Sequence) -> str:
+    """Join a location to a key such as `datasets.x.bands[2].gsd`, without the index of a plain value."""
     while location and isinstance(location[-1], int):
         location = location[:-1]
-    key = where
+    key = section
     for part in location:
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
     return key

@@ -1,4 +1,4 @@
-"""Shared by all stages: command-line arguments, paths of inputs and outputs, and messages for known failures."""
+"""Shared by all stages: arguments, paths of inputs and outputs, and messages for known failures."""
 
 import argparse
 import errno
@@ -48,7 +48,9 @@ def run(
     flags: Mapping[str, str] = MappingProxyType({}),
     options: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Run a stage with its command-line arguments; a known failure ends in one paragraph and exit status 1.
+    """Run a stage with its command-line arguments.
+
+    A known failure ends in one paragraph and exit status 1.
 
     Args:
         stage: the function to call with the arguments by name.

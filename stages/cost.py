@@ -1,4 +1,4 @@
-"""cost: benchmark every student, its exported files and every frozen model on real images of its dataset."""
+"""cost: benchmark students, their exported files and frozen models on real images."""
 
 import pandas as pd
 

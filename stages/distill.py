@@ -1,4 +1,4 @@
-"""distill: train a compact student on labels and a teacher's cached outputs, and a supervised baseline."""
+"""distill: train a student on labels and a teacher's cached outputs, and a supervised baseline."""
 
 from dataclasses import asdict
 from functools import partial

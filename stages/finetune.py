@@ -1,6 +1,6 @@
-"""finetune: fine-tune the backbones of the models in grid.finetune, starting from the best head on frozen features.
+"""finetune: fine-tune the backbones of the models in grid.finetune.
 
-The test split is read once per seed, as in train.
+Fine-tuning starts from the frozen backbones and their best head. The test split is read once per seed, as in train.
 """
 
 import shutil

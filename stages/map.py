@@ -12,7 +12,9 @@ from stages.cli import COMPOSITION, FEATURES, IMAGES, RUNS, WEIGHTS, run
 def map_scene(
     scene: str, out: str, onnx: str | None, student: str | None, dataset: str | None, model: str | None
 ) -> None:
-    """Write class.tif, confidence.tif (Cloud Optimized GeoTIFFs on the scene's grid) and map.json to a folder.
+    """Write class.tif, confidence.tif and map.json to a folder.
+
+    The maps are Cloud Optimized GeoTIFFs on the scene's grid.
 
     The predictor is --onnx FILE (an exported student, without torch), --student FOLDER (a trained student), or
     --dataset and --model (an ensemble of frozen backbones with its trained head). --scene is a raster that names its

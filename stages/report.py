@@ -1,4 +1,4 @@
-"""report: summarize all runs of the grid and of the composition search in tables, figures and one HTML page."""
+"""report: summarize all runs in tables, figures and one HTML page."""
 
 from pathlib import Path
 

@@ -48,7 +48,10 @@ def dataset_stages(grid: GridConfig, dataset: str) -> list[str]:
 
 
 def _run_in_parallel(*runs: list[str]) -> None:
-    """Run lists of stages in parallel, without upstream stages: two processes must not write the same files."""
+    """Run lists of stages in parallel.
+
+    Upstream stages are not run: two processes must not write the same files.
+    """
     with ThreadPoolExecutor(PARALLEL_DATASETS) as pool:
         list(pool.map(lambda targets: _dvc("--single-item", *targets), runs))
 

@@ -1,4 +1,4 @@
-"""resolve: list the feature stores of every model, with their digests; heads are trained from these files."""
+"""resolve: list the feature stores of every model, with their digests."""
 
 from cache.atomic import atomic_dir
 from pipeline import config

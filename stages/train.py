@@ -1,4 +1,7 @@
-"""train: train a model's heads with the best hyperparameters and score each seed once on the test split."""
+"""train: train a model's heads with the best hyperparameters and score them on the test split.
+
+Only this stage, compose, finetune and distill read the test split, once per seed.
+"""
 
 import pandas as pd
 

@@ -27,7 +27,11 @@ MAX_MESSAGE_BYTES = 1 << 20
 
 @contextmanager
 def warm_process():
-    """Start the waiting process for the duration of the block; yield the environment variable for its clients."""
+    """Start the waiting process for the duration of the block.
+
+    Yields:
+        The environment variable that its clients need.
+    """
     with TemporaryDirectory() as folder:
         socket_path = os.path.join(folder, "socket")
         command = [sys.executable, "-m", "stages.warm", socket_path]
@@ -36,7 +40,10 @@ def warm_process():
 
 
 def hand_over() -> None:
-    """Run this process's command in the waiting process and exit with its status; return if no process waits."""
+    """Run this process's command in the waiting process and exit with its status.
+
+    Returns if no process waits.
+    """
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(os.environ[SOCKET_VARIABLE])

@@ -1,4 +1,4 @@
-"""params.yaml: values that are read, and mistakes that are refused with key, value, allowed values and file."""
+"""params.yaml: values that are read, and mistakes that are refused with the fields of the error."""
 
 import dataclasses
 import json
