@@ -1,8 +1,8 @@
-"""A harness that kills writers, by themselves and in pairs, at random moments; prints what it saw as JSON.
+"""Kill writers, alone and in pairs, at random moments; prints the outcome as JSON.
 
     PYTHONPATH=.:tests/cache python tests/cache/kills.py FOLDER KILLS
 
-Writers are forked from this process, which has the imports behind it, so that moments are spread over the work.
+Writers are forked from this process, which has imported everything, so that the moments cover the whole work.
 """
 
 import json
@@ -14,16 +14,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from small_store import content, layout, write
+from small_store import file_bytes, small_schema, write_store
 
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 
-DESCRIBED = layout(samples=60, shard=4)
+SCHEMA = small_schema(samples=60, shard_size=4)
 
 
 def fork(work, *arguments) -> int:
-    """A child that does the work and exits 0, or 1 if it fails."""
+    """Run `work` in a child process, which exits with 0, or with 1 if it fails; returns its process id."""
     if child := os.fork():
         return child
     try:
@@ -35,48 +35,48 @@ def fork(work, *arguments) -> int:
 
 
 def watch(final: Path, digest: str, stop: Path) -> None:
-    """Open the store again and again; whatever opens must be the finished one, to the last byte it reads."""
-    whole = opened = 0
+    """Open the store repeatedly; whatever opens must be the finished store with all its values."""
+    n_opened = n_whole = 0
     while not stop.exists():
-        time.sleep(0.005)  # the processor is the writers'
+        time.sleep(0.005)  # leaves the CPU to the writers
         try:
             features = FeatureStore(final)
             values = features.read("level0/features", np.arange(60))
         except (StoreError, FileNotFoundError):
             continue
-        opened += 1
-        whole += features.attributes["content_sha256"] == digest and bool(np.isfinite(values).all())
-    stop.with_suffix(".json").write_text(json.dumps([opened, whole]))
+        n_opened += 1
+        n_whole += features.attributes["content_sha256"] == digest and bool(np.isfinite(values).all())
+    stop.with_suffix(".json").write_text(json.dumps([n_opened, n_whole]))
 
 
-def main(folder: Path, wanted: int) -> None:
-    begun = time.monotonic()
-    assert os.waitpid(fork(write, folder / "unbroken", DESCRIBED), 0)[1] == 0
-    span = time.monotonic() - begun
-    unbroken = content(folder / "unbroken/store.zarr")
+def main(folder: Path, min_kills: int) -> None:
+    start = time.monotonic()
+    assert os.waitpid(fork(write_store, folder / "unbroken", SCHEMA), 0)[1] == 0
+    duration = time.monotonic() - start
+    unbroken = file_bytes(folder / "unbroken/store.zarr")
     digest = json.loads(unbroken["zarr.json"])["attributes"]["content_sha256"]
     broken, stop = folder / "broken", folder / "stop"
     watcher = fork(watch, broken / "store.zarr", digest, stop)
     generator = np.random.default_rng(0)
-    kills = stores = different = failed = 0
-    while kills < wanted:
-        writers = [fork(write, broken, DESCRIBED) for _ in range(generator.integers(1, 3))]
-        time.sleep(generator.uniform(0, 1.2 * span))
+    n_kills = n_stores = n_different = n_failed = 0
+    while n_kills < min_kills:
+        writers = [fork(write_store, broken, SCHEMA) for _ in range(generator.integers(1, 3))]
+        time.sleep(generator.uniform(0, 1.2 * duration))
         for writer in writers:
             os.kill(writer, signal.SIGKILL)
         for writer in writers:
             status = os.waitpid(writer, 0)[1]
-            kills += os.WIFSIGNALED(status)
-            failed += os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0
+            n_kills += os.WIFSIGNALED(status)
+            n_failed += os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0
         if (broken / "store.zarr").exists():
-            stores += 1
-            different += content(broken / "store.zarr") != unbroken
+            n_stores += 1
+            n_different += file_bytes(broken / "store.zarr") != unbroken
             shutil.rmtree(broken)
     stop.touch()
     os.waitpid(watcher, 0)
-    opened, whole = json.loads(stop.with_suffix(".json").read_text())
-    print(json.dumps({"kills": int(kills), "stores": stores, "different": different, "failed": int(failed),
-                      "opened": opened, "whole": whole}))  # fmt: skip
+    n_opened, n_whole = json.loads(stop.with_suffix(".json").read_text())
+    print(json.dumps({"kills": int(n_kills), "stores": n_stores, "different": n_different, "failed": int(n_failed),
+                      "opened": n_opened, "whole": n_whole}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
-"""Rows as they are stored, with every codec, and files that are not as they should be."""
+"""Rows as they are stored with every codec, files that are damaged, and limits on open and mapped files."""
 
 import os
+import shutil
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
-from small_store import layout, write
+from small_store import N_SAMPLES, all_values, small_schema, write_store
 
+from cache import arrays
 from cache.errors import StoreError
 from cache.reader import FeatureStore
-from cache.schema import StoreSchema
+from cache.schema import LevelSchema, StoreSchema
+from tests.errors import raises
 
 INDEX = np.array([149, 0, 64, 63, 7, 149])
 CODECS = ("none", "lz4", "zstd", "bitround6", "int8")
 
 
-def through_zarr(path, name):
+def read_with_zarr(path, name):
     """The whole array by zarr-python alone."""
     root = zarr.open_group(path, mode="r")
     values = root[name][:]
@@ -27,58 +33,119 @@ def through_zarr(path, name):
 @pytest.mark.parametrize("views", [(), ("identity", "flip_x", "rot90")], ids=["plain", "views"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_rows_are_those_that_zarr_python_reads(tmp_path, codec, dtype, views):
-    write(tmp_path, layout(dtype=dtype, codec=codec, views=views))
+def test_read_equals_zarr_python(tmp_path, codec, dtype, views):
+    write_store(tmp_path, small_schema(dtype=dtype, codec=codec, views=views))
     features = FeatureStore(tmp_path / "store.zarr")
     for name in ("level0/features", "level1/features", "pooled/mean_level1"):
-        expected = through_zarr(tmp_path / "store.zarr", name)[INDEX]
+        expected = read_with_zarr(tmp_path / "store.zarr", name)[INDEX]
         for number, view in enumerate(views or (None,)):
-            read = features.read(name, INDEX, view)
-            assert read.dtype == dtype
-            np.testing.assert_array_equal(read, expected[:, number] if views else expected)
+            actual = features.read(name, INDEX, view)
+            assert actual.dtype == dtype
+            np.testing.assert_array_equal(actual, expected[:, number] if views else expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
-def test_every_value_of_a_lossless_codec_comes_back(tmp_path, dtype, codec):
-    """Every float16 there is, NaNs' payloads and signed zeros included."""
-    words = np.arange(2**16, dtype=np.uint16).view(np.float16)
+def test_read_with_a_lossless_codec_returns_every_value(tmp_path, dtype, codec):
+    """All float16 values, including the payloads of NaN and signed zeros."""
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
     with np.errstate(invalid="ignore"):
-        given = words if dtype == "float16" else words.astype(np.float32) * np.float32(1.1)
-    described = StoreSchema(
+        values = values if dtype == "float16" else values.astype(np.float32) * np.float32(1.1)
+    schema = StoreSchema(
         sample=tuple(f"s{i}" for i in range(64)), split=("train",) * 64, pooled={}, dtype=dtype, shard_size=64,
-        levels=(layout().levels[0].__class__(16, 8, 8, 4, "a"),), codec=layout(codec=codec).codec,
+        levels=(LevelSchema(16, 8, 8, 4, "a"),), codec=small_schema(codec=codec).codec,
     )  # fmt: skip
-    maps = given.reshape(64, 16, 8, 8)
+    maps = values.reshape(64, 16, 8, 8)
     with np.errstate(all="ignore"):
-        write(tmp_path, described, given=lambda *_: {"level0/features": maps})
-    read = FeatureStore(tmp_path / "store.zarr").read("level0/features", np.arange(64))
-    assert read.tobytes() == maps.tobytes()
+        write_store(tmp_path, schema, make_values=lambda *_: {"level0/features": maps})
+    actual = FeatureStore(tmp_path / "store.zarr").read("level0/features", np.arange(64))
+    assert actual.tobytes() == maps.tobytes()
 
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("length", [0, 3, 1000])
-def test_a_cut_file_is_named(tmp_path, codec, length):
-    write(tmp_path, layout(codec=codec))
+def test_read_from_a_truncated_file_names_it(tmp_path, codec, length):
+    write_store(tmp_path, small_schema(codec=codec))
     file = tmp_path / "store.zarr/level0/features/c.1.0.0.0"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(StoreError, match=r"level0/features/c.1.0.0.0 of .* is damaged.*cache.verify"):
+    name = "level0/features/c.1.0.0.0"
+    with raises(StoreError, name, "cache.verify", value=name, path=tmp_path / "store.zarr"):
         FeatureStore(tmp_path / "store.zarr").read("level0/features", [120])
 
 
-def test_a_missing_shard_is_an_error_and_not_nan(tmp_path):
-    write(tmp_path)
+def test_read_from_a_missing_shard_fails_instead_of_giving_nan(tmp_path):
+    write_store(tmp_path)
     (tmp_path / "store.zarr/pooled/mean_level0/c.2.0").unlink()
-    with pytest.raises(StoreError, match=r"pooled/mean_level0/c.2.0 is missing"):
+    with raises(StoreError, value="pooled/mean_level0/c.2.0", path=tmp_path / "store.zarr"):
         FeatureStore(tmp_path / "store.zarr").read("pooled/mean_level0", [140])
 
 
-def test_reads_wait_for_the_disk_where_the_system_cannot_say_so(tmp_path, monkeypatch):
+def test_read_on_a_system_without_rwf_nowait_gives_the_same(tmp_path, monkeypatch):
     """As on macOS, and on file systems without RWF_NOWAIT."""
-    write(tmp_path)
+    write_store(tmp_path)
     features = FeatureStore(tmp_path / "store.zarr")
     expected = features.read("level0/features", INDEX)
     monkeypatch.setattr(os, "RWF_NOWAIT", 1 << 30)  # a flag that no kernel knows
     np.testing.assert_array_equal(features.read("level0/features", INDEX), expected)
     monkeypatch.delattr(os, "RWF_NOWAIT")
     np.testing.assert_array_equal(features.read("level0/features", INDEX), expected)
+
+
+def test_read_in_a_forked_child_does_not_wait_for_a_lock_of_the_parent(tmp_path):
+    """A lock that a thread of the parent holds at the fork is never released in the child."""
+    write_store(tmp_path)
+    features = FeatureStore(tmp_path / "store.zarr")
+    with features._files.lock:
+        child = os.fork()
+        if not child:
+            os._exit(0 if features.read("level0/features", [3]).shape == (1, 5, 8, 8) else 1)
+    for _ in range(200):
+        process, status = os.waitpid(child, os.WNOHANG)
+        if process:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits for a lock that no thread releases")
+    assert status == 0
+
+
+def test_read_from_more_files_than_may_be_open_closes_some(tmp_path, monkeypatch):
+    write_store(tmp_path, small_schema(shard_size=2))
+    features = FeatureStore(tmp_path / "store.zarr")
+    monkeypatch.setattr(arrays, "max_open_files", lambda: 6 * len(arrays.MmapPool._live))
+    order = np.random.default_rng(0).permutation(N_SAMPLES)
+    expected = all_values(small_schema(shard_size=2), "level0/features").astype("float16")[order]
+    np.testing.assert_array_equal(features.read("level0/features", order), expected)
+    assert 1 <= sum(map(len, features._files.opened.values())) <= 6
+
+
+def test_read_beyond_max_mapped_bytes_releases_pages(tmp_path):
+    schema = small_schema(samples=3000, shard_size=500)
+    write_store(tmp_path, schema)
+    features = FeatureStore(tmp_path / "store.zarr", max_mapped_bytes=100_000)
+    order = np.random.default_rng(0).integers(0, 3000, 1000)
+    expected = all_values(schema, "level0/features").astype("float16")[order]
+    for start in range(0, 1000, 50):
+        actual = features.read("level0/features", order[start : start + 50])
+        np.testing.assert_array_equal(actual, expected[start : start + 50])
+    features.read("level0/features", order[:2])
+    lines, resident = Path("/proc/self/smaps").read_text().split("\n"), 0
+    for number, line in enumerate(lines):
+        if "level0/features/c." in line:
+            rss = next(entry for entry in lines[number:] if entry.startswith("Rss:"))
+            resident += int(rss.split()[1]) * 1024
+    size = sum(path.stat().st_size for path in (tmp_path / "store.zarr/level0/features").glob("c.*"))
+    assert size > 1_900_000
+    assert resident < size / 2  # two rows, and what the system maps around them
+
+
+def test_read_from_a_replaced_store_fails(tmp_path):
+    write_store(tmp_path)
+    features = FeatureStore(tmp_path / "store.zarr")
+    features.read("level0/features", [0])
+    shutil.rmtree(tmp_path / "store.zarr")
+    write_store(tmp_path, seed=1)
+    with raises(StoreError, value="level0/features/c.2.0.0.0", path=tmp_path / "store.zarr"):
+        features.read("level0/features", [140])

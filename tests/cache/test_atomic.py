@@ -1,6 +1,8 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and locks between processes."""
 
 import asyncio
+import os
+import shutil
 import time
 
 import numpy as np
@@ -8,11 +10,11 @@ import pytest
 import zarr
 from zarr.storage import LocalStore
 
-from cache.atomic import atomic_dir
+from cache.atomic import atomic_dir, file_lock, try_lock
 
 
-class FirstFailsRestLate(LocalStore):
-    """A disk on which one chunk fails at once while those written beside it land later."""
+class FirstChunkFailsStore(LocalStore):
+    """A disk on which one chunk fails at once, while the other chunks are written later."""
 
     async def set(self, key, value):
         if key.endswith("c/0"):
@@ -22,14 +24,27 @@ class FirstFailsRestLate(LocalStore):
         await super().set(key, value)
 
 
-def test_a_failed_build_leaves_nothing_even_while_zarr_is_still_writing(tmp_path):
-    def build():
+def test_atomic_dir_with_a_failed_zarr_write_leaves_nothing(tmp_path):
+    def fill():
         with atomic_dir(tmp_path / "scratch", tmp_path / "final") as folder:
-            array = zarr.create_array(FirstFailsRestLate(folder), name="a", shape=(8,), chunks=(1,), dtype="int8")
+            array = zarr.create_array(FirstChunkFailsStore(folder), name="a", shape=(8,), chunks=(1,), dtype="int8")
             array[:] = np.arange(1, 9)
 
-    with pytest.raises(OSError, match="No space"):
-        build()
+    with pytest.raises(OSError) as info:  # noqa: PT011 - the errno is checked
+        fill()
+    assert info.value.errno == 28
     assert list(tmp_path.iterdir()) == []
     time.sleep(0.6)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_of_a_deleted_folder_are_not_given(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lock = try_lock(folder / "lock")
+    assert try_lock(folder / "lock") is None
+    shutil.rmtree(folder)
+    assert try_lock(folder / "lock") is None
+    with file_lock(folder / "lock") as is_locked:
+        assert not is_locked
+    os.close(lock)

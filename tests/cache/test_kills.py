@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 
 
-def test_kill_9_at_a_hundred_random_moments(tmp_path):
-    command = [sys.executable, Path(__file__).with_name("kills.py"), tmp_path, "100"]
-    here = Path(__file__).parent
-    paths = {"PYTHONPATH": f"{here.parents[1]}:{here}"}
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | paths)
-    assert ended.returncode == 0, ended.stderr
-    seen = json.loads(ended.stdout)
-    assert seen["kills"] >= 100
-    assert seen["stores"] >= 5, "too few were finished between kills to say anything"
-    assert seen["different"] == 0
-    assert seen["failed"] == 0, ended.stderr
-    assert seen["opened"] == seen["whole"] > 0
+def test_writers_killed_at_random_moments_leave_whole_stores(tmp_path):
+    folder = Path(__file__).parent
+    command = [sys.executable, folder / "kills.py", tmp_path, "100"]
+    paths = {"PYTHONPATH": f"{folder.parents[1]}:{folder}"}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | paths)
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    assert result["kills"] >= 100
+    assert result["stores"] >= 5, "too few stores were finished between kills"
+    assert result["different"] == 0
+    assert result["failed"] == 0, process.stderr
+    assert result["opened"] == result["whole"] > 0

@@ -1,6 +1,7 @@
-"""The store as others see it: xarray, zarr-python, and the Zarr v3 specification."""
+"""The store as other software reads it: xarray, zarr-python, and the Zarr v3 specification."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +9,17 @@ import pytest
 import tensorstore
 import xarray as xr
 import zarr
-from small_store import SAMPLES, everything, layout, write
+from small_store import N_SAMPLES, all_values, small_schema, write_store
 
+from cache.errors import StoreError
 from cache.reader import FeatureStore
+from cache.schema import layer_name, level_array, pooled_array, scale_array
 from cache.writer import write_skipped
+from tests.errors import raises
 
 
-def test_the_store_is_a_datatree_with_named_dimensions_and_coordinates(tmp_path):
-    write(tmp_path)
+def test_store_is_a_datatree_with_named_dimensions_and_coordinates(tmp_path):
+    write_store(tmp_path)
     tree = xr.open_datatree(tmp_path / "store.zarr", engine="zarr")
     assert tree["level0"].features.dims == ("sample", "channel", "y", "x")
     assert tree["level0"].features.dtype == np.float16
@@ -23,78 +27,105 @@ def test_the_store_is_a_datatree_with_named_dimensions_and_coordinates(tmp_path)
     assert set(tree.coords) == {"sample", "split"}
     assert tree["level1"].sample.values.tolist()[:2] == ["s000", "s001"]
     assert tree["level1"].y.values.tolist() == [4, 12, 20, 28]
-    assert tree["pooled"].mean_level1.shape == (SAMPLES, 7)
-    np.testing.assert_array_equal(tree["level0"].features, everything(layout(), "level0/features").astype("float16"))
-    # Levels meet where they lie in the image, since their cells have coordinates.
+    assert tree["pooled"].mean_level1.shape == (N_SAMPLES, 7)
+    expected = all_values(small_schema(), "level0/features").astype("float16")
+    np.testing.assert_array_equal(tree["level0"].features, expected)
+    # Levels can be interpolated to each other, since their cells have coordinates.
     fine = tree["level1"].features.astype("float32").interp(y=tree["level0"].y, x=tree["level0"].x)
     assert fine.shape[-2:] == (8, 8)
 
 
-def test_a_level_opens_lazily(tmp_path):
-    write(tmp_path)
-    lazy = xr.open_zarr(tmp_path / "store.zarr", group="level0", chunks={})
-    assert lazy.features.chunks[0][0] == 1
+def test_level_opens_lazily_by_sample_and_by_shard(tmp_path):
+    write_store(tmp_path)
+    by_sample = xr.open_zarr(tmp_path / "store.zarr", group="level0", chunks={})
+    assert by_sample.features.chunks[0][0] == 1
     by_shard = xr.open_zarr(tmp_path / "store.zarr", group="level0", chunks={"sample": 64})
     assert by_shard.features.chunks[0] == (64, 64, 22)
-    means = [store.features.astype("float32").mean("sample").compute() for store in (by_shard, lazy)]
+    means = [store.features.astype("float32").mean("sample").compute() for store in (by_shard, by_sample)]
     np.testing.assert_allclose(*means, atol=1e-6)
 
 
 def test_views_are_a_dimension_with_names(tmp_path):
-    described = layout(samples=10, shard=4, views=("identity", "rot90"))
-    write(tmp_path, described)
+    schema = small_schema(samples=10, shard_size=4, views=("identity", "rot90"))
+    write_store(tmp_path, schema)
     tree = xr.open_datatree(tmp_path / "store.zarr", engine="zarr")
     assert tree["level0"].features.dims == ("sample", "view", "channel", "y", "x")
     assert tree["pooled"].mean_level0.dims == ("sample", "view", "mean_level0_channel")
-    turned = tree["level0"].features.sel(view="rot90")
-    np.testing.assert_array_equal(turned, everything(described, "level0/features").astype("float16")[:, 1])
+    rotated = tree["level0"].features.sel(view="rot90")
+    np.testing.assert_array_equal(rotated, all_values(schema, "level0/features").astype("float16")[:, 1])
 
 
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd", "bitround6", "int8"])
-def test_a_reader_in_another_language_gets_the_same_values(tmp_path, codec):
-    """tensorstore is C++ and shares nothing with zarr-python."""
-    write(tmp_path, layout(codec=codec))
+def test_tensorstore_reads_the_same_values(tmp_path, codec):
+    """tensorstore is written in C++ and shares no code with zarr-python."""
+    write_store(tmp_path, small_schema(codec=codec))
     location = {"driver": "file", "path": str(tmp_path / "store.zarr/level1/features")}
-    theirs = tensorstore.open({"driver": "zarr3", "kvstore": location}).result().read().result()
-    ours = zarr.open_group(tmp_path / "store.zarr", mode="r")["level1/features"][:]
-    assert theirs.dtype == ours.dtype
-    np.testing.assert_array_equal(theirs, ours)
+    actual = tensorstore.open({"driver": "zarr3", "kvstore": location}).result().read().result()
+    expected = zarr.open_group(tmp_path / "store.zarr", mode="r")["level1/features"][:]
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_a_shard_is_byte_for_byte_what_zarr_python_writes(tmp_path, codec):
-    write(tmp_path, layout(codec=codec))
+def test_shard_files_have_the_bytes_that_zarr_python_writes(tmp_path, codec):
+    write_store(tmp_path, small_schema(codec=codec))
     array = zarr.open_group(tmp_path / "store.zarr", mode="r")["level1/features"]
-    theirs = zarr.create_array(
-        tmp_path / "theirs.zarr", shape=array.shape, dtype=array.dtype, chunks=array.chunks, shards=array.shards,
+    copy = zarr.create_array(
+        tmp_path / "copy.zarr", shape=array.shape, dtype=array.dtype, chunks=array.chunks, shards=array.shards,
         compressors=array.compressors, fill_value=float("nan"), config={"write_empty_chunks": True},
         chunk_key_encoding={"name": "default", "separator": "."},
     )  # fmt: skip
-    theirs[:] = array[:]
-    # zarr-python lays a full shard's chunks down in Morton order, which for one axis is their own.
+    copy[:] = array[:]
+    # zarr-python writes the chunks of a shard in Morton order, which for one axis is their own order.
     for shard in range(3):
         name = f"c.{shard}.0.0.0"
-        assert (tmp_path / "theirs.zarr" / name).read_bytes() == (
-            tmp_path / "store.zarr/level1/features" / name
-        ).read_bytes()
+        expected = (tmp_path / "copy.zarr" / name).read_bytes()
+        assert (tmp_path / "store.zarr/level1/features" / name).read_bytes() == expected
 
 
-def test_one_file_a_shard(tmp_path):
-    write(tmp_path)
+def test_array_has_one_file_per_shard(tmp_path):
+    write_store(tmp_path)
     folder = tmp_path / "store.zarr/level0/features"
     assert sorted(path.name for path in folder.iterdir()) == ["c.0.0.0.0", "c.1.0.0.0", "c.2.0.0.0", "zarr.json"]
 
 
-def test_a_left_out_store_says_why(tmp_path):
-    write_skipped(tmp_path / "x.zarr", tmp_path / "scratch", "needs nir")
-    with pytest.raises(Exception, match="holds no features: needs nir"):
+def test_skipped_store_states_the_reason(tmp_path):
+    write_skipped(tmp_path / "x.zarr", tmp_path / "scratch", "requires nir")
+    with raises(StoreError, key="skipped", value="requires nir", path=tmp_path / "x.zarr"):
         FeatureStore(tmp_path / "x.zarr")
-    assert xr.open_datatree(tmp_path / "x.zarr", engine="zarr").attrs["skipped"] == "needs nir"
+    assert xr.open_datatree(tmp_path / "x.zarr", engine="zarr").attrs["skipped"] == "requires nir"
 
 
-def test_the_contract_page_names_every_array(tmp_path):
-    """What cache/README.md promises is what lies there, and nothing else."""
-    write(tmp_path, layout(codec="int8", views=("identity", "flip_x")))
+def test_array_names_are_made_in_one_place():
+    assert level_array(0) == level_array(np.int64(0)) == level_array("level0") == "level0/features"
+    assert scale_array(level_array(2)) == "level2/scale"
+    assert pooled_array("mean_level3") == "pooled/mean_level3"
+    assert [layer_name(path) for path in ("level1/features", "pooled/cls_level3")] == ["level1", "cls_level3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "fields"),
+    [
+        ({"split": ("train",)}, {"key": "split", "value": 1}),
+        ({"sample": ("a",) * 150}, {"key": "sample", "value": "a"}),
+        ({"views": ("identity", "identity")}, {"key": "views", "value": "identity"}),
+        ({"split": ("",) * 150}, {"key": "split", "value": ""}),
+        ({"sample": ("", *small_schema().sample[1:])}, {"key": "sample", "value": ""}),
+        ({"dtype": "float64"}, {"key": "dtype", "value": "float64", "allowed": ("float16", "float32")}),
+        ({"shard_size": 0}, {"key": "shard_size", "value": 0}),
+        ({"pooled": {"mean": 0}}, {"key": "pooled/mean", "value": 0}),
+        ({"levels": (replace(small_schema().levels[0], height=0),)}, {"key": "level0/features", "value": 0}),
+        ({"sample": (), "split": ()}, {"key": "split", "value": 0}),
+    ],
+)
+def test_schema_with_an_invalid_field_is_refused(change, fields):
+    with raises(StoreError, **fields):
+        replace(small_schema(), **change)
+
+
+def test_contract_page_lists_every_array_of_a_store(tmp_path):
+    """What cache/README.md lists is what a store contains, and nothing else."""
+    write_store(tmp_path, small_schema(codec="int8", views=("identity", "flip_x")))
     metadata = json.loads((tmp_path / "store.zarr/zarr.json").read_text())["consolidated_metadata"]["metadata"]
     arrays = {name for name, node in metadata.items() if node["node_type"] == "array"}
     level = {"features", "scale", "mean", "std", "y", "x"}

@@ -1,8 +1,7 @@
 """The batch that is found where none is given; on a GPU in test_gpu.py."""
 
 import pytest
-from small_store import layout
-from small_store import values as drawn
+from small_store import shard_values, small_schema
 
 from cache.writer import Writer
 from pipeline.extraction import batch_size
@@ -30,9 +29,9 @@ def test_a_store_keeps_to_the_batch_that_was_found_first(tmp_path):
 
 
 def test_a_late_worker_takes_the_batch_of_the_finished_store(tmp_path):
-    said, described = {"backbone": "b", "bands": ("red",)}, layout(samples=8)
+    said, described = {"backbone": "b", "bands": ("red",)}, small_schema(samples=8)
     writer = Writer(tmp_path / "scratch", described, tmp_path / "store.zarr", {**said, "batch": 16})
-    writer.write(0, drawn(described, 0))
+    writer.write(0, shard_values(described, 0))
     writer.finish()
     assert batch_size.batch_of_existing_store(tmp_path / "store.zarr", said, ("identity",)) == 16
     assert batch_size.batch_of_existing_store(tmp_path / "store.zarr", said, ("identity", "flip_x")) == 0

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from small_store import everything, layout, write
+from small_store import all_values, small_schema, write_store
 
 from cache.loader import shuffled_batches
 from cache.reader import FeatureStore
@@ -14,9 +14,9 @@ from pipeline.training.feature_loader import FeatureLoader
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 def test_an_epoch_on_the_device(tmp_path, chosen, budget):
     device = compute.resolve_device(chosen)
-    write(tmp_path)
+    write_store(tmp_path)
     features = FeatureStore(tmp_path / "store.zarr")
-    expected = everything(layout(), "level0/features").astype("float16")
+    expected = all_values(small_schema(), "level0/features").astype("float16")
     train = features.rows("train")
     feed = FeatureLoader({"x": [(features, "level0/features")]}, train, device=device, budget=budget)
     assert feed.in_memory == bool(budget)
