@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -7,43 +5,43 @@ import torch
 from pipeline.backbones.encoder import Encoder
 from pipeline.data import image_store
 from pipeline.errors import UserError
+from tests.errors import raises
 
 
 @pytest.fixture
-def sealed(images_path, make_encoder, weights_folder):
-    opened = image_store.open_images(images_path("sample-landuse"))
-    return make_encoder(opened, "efficientnet", "lite0", 64, weights_folder("lite0")), opened
+def images(images_path):
+    return image_store.open_images(images_path("sample-landuse"))
 
 
-def test_batches_do_not_matter_even_after_terratorch_lowered_the_precision(sealed):
-    encoder, opened = sealed
+@pytest.fixture
+def encoder(images, make_encoder, weights_folder):
+    return make_encoder(images, "efficientnet", "lite0", 64, weights_folder("lite0"))
+
+
+def test_encoder_features_do_not_depend_on_the_batch_even_after_terratorch_lowers_the_precision(encoder, images):
     torch.set_float32_matmul_precision("medium")  # as importing terratorch does
-    together = encoder(opened.image[:5].values).pooled["mean_level3"]
-    alone = np.concatenate([encoder(opened.image[i : i + 1].values).pooled["mean_level3"] for i in range(5)])
+    together = encoder(images.image[:5].values).pooled["mean_level3"]
+    alone = np.concatenate([encoder(images.image[i : i + 1].values).pooled["mean_level3"] for i in range(5)])
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
-def test_lower_precision_is_another_forward_but_a_near_one(sealed):
-    encoder, opened = sealed
-    lower = Encoder(encoder.inputs, encoder.network, "cpu", precision="bfloat16")
-    exact, near = (one(opened.image[:3].values).levels[2] for one in (encoder, lower))
-    assert near.dtype == np.float32
-    assert 0 < np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.2  # eight bits of mantissa
+def test_encoder_in_bfloat16_differs_from_float32_by_rounding(encoder, images):
+    lower = Encoder(encoder.preprocessor, encoder.network, "cpu", precision="bfloat16")
+    exact, rounded = (each_encoder(images.image[:3].values).levels[2] for each_encoder in (encoder, lower))
+    assert rounded.dtype == np.float32
+    assert 0 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 0.2  # eight bits of mantissa
 
 
-def test_a_compiled_forward_gives_the_same(sealed, monkeypatch):
-    encoder, opened = sealed
+def test_encoder_compiled_compiles_the_network(encoder, images, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
-    again = Encoder(encoder.inputs, encoder.network, "cpu", compiled=True)
-    image = opened.image[:2].values
-    np.testing.assert_array_equal(again(image).levels[1], encoder(image).levels[1])
+    compiled_encoder = Encoder(encoder.preprocessor, encoder.network, "cpu", compiled=True)
+    image = images.image[:2].values
+    np.testing.assert_array_equal(compiled_encoder(image).levels[1], encoder(image).levels[1])
     assert compiled == [encoder.network]
 
 
-def test_shapes_that_were_not_declared_are_refused(sealed):
-    encoder, opened = sealed
-    wrong = Encoder(encoder.inputs, encoder.network, "cpu", strides=(4, 8, 16, 16))
-    with pytest.raises(UserError, match=r"shape \(1, 320, 2, 2\) for an input of 64 px; 4x4 cells were declared"):
-        wrong(opened.image[:1].values)
-    assert dataclasses.is_dataclass(encoder.inputs)
+def test_encoder_refuses_shapes_that_the_spec_does_not_state(encoder, images):
+    other = Encoder(encoder.preprocessor, encoder.network, "cpu", strides=(4, 8, 16, 16))
+    with raises(UserError, "(1, 320, 2, 2)", 64, "4x4", key="strides", value=(1, 320, 2, 2)):
+        other(images.image[:1].values)

@@ -1,12 +1,25 @@
-"""Prithvi as terratorch builds it, against terratorch called directly and files laid out as the official ones are."""
+"""Prithvi as terratorch builds it, against terratorch itself and files with the layout of the official ones."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
+from terratorch.datasets import HLSBands
+from terratorch.models.backbones.prithvi_vit import (
+    PRITHVI_V2_MEAN,
+    PRITHVI_V2_STD,
+    _create_prithvi,
+    pretrained_weights,
+    prithvi_cfgs,
+)
+from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-from pipeline.backbones import prithvi
+from pipeline.backbones.catalog import PRITHVI
+from pipeline.backbones.prithvi import PatchConv3d
 from pipeline.data import image_store
 from pipeline.errors import UserError
+from tests.errors import raises
 
 TINY = "prithvi_eo_v2_tiny_tl"
 
@@ -14,15 +27,13 @@ TINY = "prithvi_eo_v2_tiny_tl"
 @pytest.fixture(scope="module")
 def official():
     """The masked autoencoder with four frames, as it is published: encoder and decoder."""
-    from terratorch.models.backbones.prithvi_vit import _create_prithvi
-
     torch.manual_seed(3)
     return _create_prithvi(TINY, num_frames=4, encoder_only=False)
 
 
 @pytest.fixture
-def folder(official, tmp_path):
-    torch.save(official.state_dict(), tmp_path / prithvi.VARIANTS[TINY].weights_file)
+def weights_dir(official, tmp_path):
+    torch.save(official.state_dict(), tmp_path / PRITHVI[TINY].weights_file)
     return tmp_path
 
 
@@ -31,95 +42,121 @@ def images(images_path):
     return image_store.open_images(images_path("sample-landuse-seg"))
 
 
-def directly(folder, image, bands=None, **coordinates):
-    """terratorch's own way to a pyramid from the same file."""
-    from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
-
+def official_levels(weights_dir, image, bands=None, **coordinates):
+    """Return the levels that terratorch computes from the same file."""
     network = TERRATORCH_BACKBONE_REGISTRY.build(
         TINY,
         pretrained=True,
-        ckpt_path=str(folder / prithvi.VARIANTS[TINY].weights_file),
+        ckpt_path=str(weights_dir / PRITHVI[TINY].weights_file),
         bands=bands,
         num_frames=1,
     )
     with torch.inference_mode():
         outputs = network.eval()(image, **coordinates)
-        return network.prepare_features_for_image_model([outputs[index] for index in prithvi.OUTPUTS[TINY]])
+        return network.prepare_features_for_image_model([outputs[index] for index in PRITHVI[TINY].layer_indices])
 
 
-def test_levels_are_those_of_terratorch_with_place_and_time(folder, images, make_encoder):
-    sealed = make_encoder(images, "prithvi", TINY, 224, folder)
-    image, known = images.image[:2].values, sealed.inputs.where_and_when(images, slice(0, 2))
-    ours = sealed(image, known)
-    theirs = directly(
-        folder,
-        sealed.prepare(image),
-        temporal_coords=torch.from_numpy(known["time"]),
-        location_coords=torch.from_numpy(known["place"]),
+def test_prithvi_levels_with_location_and_time_equal_terratorchs(weights_dir, images, make_encoder):
+    encoder = make_encoder(images, "prithvi", TINY, 224, weights_dir)
+    image, metadata = images.image[:2].values, encoder.preprocessor.metadata(images, slice(0, 2))
+    features = encoder(image, metadata)
+    expected = official_levels(
+        weights_dir,
+        encoder.prepare(image),
+        temporal_coords=torch.from_numpy(metadata["time"]),
+        location_coords=torch.from_numpy(metadata["location"]),
     )
-    assert ours.levels[0].shape == (2, 192, 14, 14)
-    for level, other in zip(ours.levels, theirs, strict=True):
-        np.testing.assert_allclose(level, other, rtol=1e-4, atol=1e-4)
-    nowhere = sealed(image, {})
-    assert np.abs(nowhere.levels[3] - ours.levels[3]).max() > 1e-3
-    assert list(ours.pooled) == [f"{kind}_level{i}" for kind in ("mean", "cls") for i in range(4)]
+    assert features.levels[0].shape == (2, 192, 14, 14)
+    for level, expected_level in zip(features.levels, expected, strict=True):
+        np.testing.assert_allclose(level, expected_level, rtol=1e-4, atol=1e-4)
+    without_metadata = encoder(image, {})
+    assert np.abs(without_metadata.levels[3] - features.levels[3]).max() > 1e-3
+    assert list(features.pooled) == [f"{kind}_level{i}" for kind in ("mean", "cls") for i in range(4)]
 
 
-def test_fewer_bands_take_the_columns_that_belong_to_them(folder, official, images, make_encoder):
-    from terratorch.datasets import HLSBands
+def test_prithvi_input_is_normalised_as_its_authors_do(images, make_encoder):
+    """Their mean and standard deviation are of digital numbers, as the image is."""
+    encoder = make_encoder(images, "prithvi", TINY, 128)
+    image = images.image[:1].sel(band=["blue", "green", "red", "nir08", "swir16", "swir22"]).values.astype("float32")
+    expected = (image - np.reshape(PRITHVI_V2_MEAN, (6, 1, 1))) / np.reshape(PRITHVI_V2_STD, (6, 1, 1))
+    np.testing.assert_allclose(encoder.prepare(images.image[:1].values), expected, atol=1e-4)
 
-    sealed = make_encoder(images, "prithvi", TINY, 224, folder, bands=("red", "nir", "swir16"))
+
+def test_prithvi_with_fewer_bands_uses_their_columns(weights_dir, official, images, make_encoder):
+    encoder = make_encoder(images, "prithvi", TINY, 224, weights_dir, bands=("red", "nir", "swir16"))
     image = images.image[:1].values
-    theirs = directly(folder, sealed.prepare(image), [HLSBands.RED, HLSBands.NIR_NARROW, HLSBands.SWIR_1])
-    np.testing.assert_allclose(sealed(image).levels[3], theirs[3], rtol=1e-4, atol=1e-4)
+    bands = [HLSBands.RED, HLSBands.NIR_NARROW, HLSBands.SWIR_1]
+    expected = official_levels(weights_dir, encoder.prepare(image), bands)
+    np.testing.assert_allclose(encoder(image).levels[3], expected[3], rtol=1e-4, atol=1e-4)
     columns = official.state_dict()["encoder.patch_embed.proj.weight"][:, [2, 3, 4]]
-    assert torch.equal(sealed.network.network.patch_embed.proj.weight, columns)
+    assert torch.equal(encoder.network.network.patch_embed.proj.weight, columns)
 
 
-def test_years_and_days_survive_lower_precision(folder, images, make_encoder):
-    """In bfloat16 the year 2017 would be 2016, and so would the embedding."""
-    sealed = make_encoder(images, "prithvi", TINY, 224, folder)
-    embed = sealed.network.network.temporal_embed_enc
-    when = torch.tensor([[[2017.0, 46.0]]])
+def test_prithvi_years_and_days_stay_in_float32_under_autocast(weights_dir, images, make_encoder):
+    """In bfloat16 the year 2017 would be 2016, and the embedding with it."""
+    encoder = make_encoder(images, "prithvi", TINY, 224, weights_dir)
+    embed = encoder.network.network.temporal_embed_enc
+    time = torch.tensor([[[2017.0, 46.0]]])
     with torch.inference_mode():
-        exact = embed(when)
+        expected = embed(time)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(embed(when), exact)
-    assert not torch.allclose(embed(torch.tensor([[[2016.0, 46.0]]])), exact, atol=1e-3)
+            assert torch.equal(embed(time), expected)
+    assert not torch.allclose(embed(torch.tensor([[[2016.0, 46.0]]])), expected, atol=1e-3)
 
 
-def test_the_600m_has_a_finer_grid_and_the_layers_are_quarters():
-    from terratorch.models.backbones.prithvi_vit import prithvi_cfgs
-
-    for variant, outputs in prithvi.OUTPUTS.items():
-        depth, patch = prithvi_cfgs[variant]["depth"], prithvi_cfgs[variant]["patch_size"][1]
-        assert outputs == tuple(depth // 4 * quarter - 1 for quarter in (1, 2, 3, 4))
-        assert prithvi.VARIANTS[variant].strides == (patch,) * 4
-        assert prithvi_cfgs[variant]["bands"] == prithvi_cfgs[TINY]["bands"]
-
-
-def test_the_files_are_those_that_terratorch_names():
-    from terratorch.models.backbones.prithvi_vit import pretrained_weights
-
-    for variant, declared in prithvi.VARIANTS.items():
-        theirs = pretrained_weights[variant]
-        assert (declared.weights.repo, declared.weights.file) == (theirs["hf_hub_id"], theirs["hf_hub_filename"])
+@pytest.mark.parametrize("variant", list(PRITHVI))
+def test_prithvi_catalog_agrees_with_terratorch(variant):
+    config, spec = prithvi_cfgs[variant], PRITHVI[variant]
+    assert spec.layer_indices == tuple(config["depth"] // 4 * quarter - 1 for quarter in (1, 2, 3, 4))
+    assert spec.strides == (config["patch_size"][1],) * 4
+    assert config["bands"] == prithvi_cfgs[TINY]["bands"]
+    official = pretrained_weights[variant]
+    assert (spec.weights.repo, spec.weights.file) == (official["hf_hub_id"], official["hf_hub_filename"])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "names"),
     [
-        (lambda file: {"decoder.x": torch.zeros(1)}, "holds no tensors named encoder"),
+        (lambda file: {"decoder.x": torch.zeros(1)}, ["encoder.", "decoder.x"]),
         (
             lambda file: {k: v for k, v in file.items() if k != "encoder.blocks.3.norm1.bias"},
-            "missing blocks.3.norm1",
+            ["blocks.3.norm1.bias"],
         ),
-        (lambda file: {**file, "encoder.blocks.99.w": torch.zeros(1)}, "unexpected blocks.99.w"),
-        (lambda file: {**file, "encoder.norm.bias": torch.zeros(3)}, "size mismatch for norm.bias"),
+        (lambda file: {**file, "encoder.blocks.99.w": torch.zeros(1)}, ["blocks.99.w"]),
+        (lambda file: {**file, "encoder.norm.bias": torch.zeros(3)}, ["norm.bias"]),
     ],
 )
-def test_another_layout_is_refused_by_name(spoil, words, folder, images, make_encoder):
-    path = folder / prithvi.VARIANTS[TINY].weights_file
-    torch.save(spoil(torch.load(path, weights_only=True)), path)
-    with pytest.raises(UserError, match=words):
-        make_encoder(images, "prithvi", TINY, 224, folder)
+def test_prithvi_checkpoint_of_another_layout_is_refused_by_name(damage, names, weights_dir, images, make_encoder):
+    path = weights_dir / PRITHVI[TINY].weights_file
+    torch.save(damage(torch.load(path, weights_only=True)), path)
+    with raises(UserError, *names, path=path):
+        make_encoder(images, "prithvi", TINY, 224, weights_dir)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 3, 1, 28, 28), (1, 3, 1, 31, 45)])
+@pytest.mark.parametrize("kernel", [(1, 14, 14), (1, 16, 8)])
+def test_patch_conv3d_equals_torchs_convolution(shape, kernel, bias):
+    conv = torch.nn.Conv3d(3, 5, kernel, stride=kernel, bias=bias)
+    image = torch.randn(shape).to(memory_format=torch.channels_last_3d)
+    expected = conv(image)
+    conv.__class__ = PatchConv3d
+    assert torch.equal(conv(image), expected)  # on a CPU it convolves
+    torch.testing.assert_close(conv.as_matrix_product(image), expected)
+
+
+def test_patch_conv3d_with_several_timestamps_equals_torchs_convolution():
+    conv = torch.nn.Conv3d(2, 4, (2, 3, 3), stride=(2, 3, 3))
+    image = torch.randn(1, 2, 5, 6, 9)
+    expected = conv(image)
+    conv.__class__ = PatchConv3d
+    torch.testing.assert_close(conv.as_matrix_product(image), expected)
+
+
+def test_patch_conv3d_copy_has_its_own_weights():
+    conv = torch.nn.Conv3d(2, 4, (1, 3, 3), stride=(1, 3, 3))
+    conv.__class__ = PatchConv3d
+    other = copy.deepcopy(conv)
+    torch.nn.init.zeros_(other.weight)
+    assert conv.as_matrix_product(torch.ones(1, 2, 1, 3, 3)).std() > 0
+    assert list(other.state_dict()) == ["weight", "bias"]

@@ -1,0 +1,213 @@
+"""Specifications, the registry of families, feature pyramids, and the matching of bands."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.backbones import base, create_backbone, get_family, get_spec, register_family
+from pipeline.backbones.base import BackboneFamily, BackboneSpec, FeaturePyramid, MissingBandsError, match_bands
+from pipeline.backbones.catalog import DOFA, EFFICIENTNET, FAMILIES, PRITHVI
+from pipeline.bands import SENTINEL2, Band
+from pipeline.config import BackboneConfig
+from pipeline.errors import UserError
+from tests.errors import raises
+
+ROOT = Path(__file__).parents[3]
+CSMASK = EFFICIENTNET["csmask_b4"]
+PRITHVI_300 = PRITHVI["prithvi_eo_v2_300_tl"]
+DOFA_LARGE = DOFA["dofa_large_patch16_224"]
+RGB_NIR = [
+    Band("1", "red", 0.665, 1),
+    Band("2", "green", 0.56, 1),
+    Band("3", "blue", 0.49, 1),
+    Band("4", "nir", 0.84, 1),
+]
+
+
+def band_names(input_bands):
+    return [SENTINEL2[index].name for index in input_bands.band_indices]
+
+
+# get_spec
+
+
+@pytest.mark.parametrize(
+    ("backbone", "mentions", "fields"),
+    [
+        (("vgg", "16", "random", 64), FAMILIES, {"key": "family", "value": "vgg", "allowed": FAMILIES}),
+        (("efficientnet", "b7", "random", 64), ["csmask_b4"], {"key": "variant", "allowed": ("csmask_b4", "lite0")}),
+        (("efficientnet", "lite0", "random", 100), [32], {"key": "input_size", "value": 100}),
+        (("hiera", "sam2.1_hiera_l", "random", 240), [32], {"key": "input_size", "value": 240}),
+        (("prithvi", "prithvi_eo_v2_600_tl", "random", 512), [14], {"key": "input_size", "value": 512}),
+        (("dofa", "dofa_large_patch16_224", "random", 224), [], {"key": "normalisation", "allowed": ("dataset",)}),
+        (
+            ("dofa", "dofa_small_patch16_224", "pretrained", 224, 0, "dataset"),
+            [],
+            {"key": "weights", "allowed": ("random",)},
+        ),
+        (
+            ("hiera", "sam2.1_hiera_t", "none", 64),
+            [],
+            {"key": "weights", "value": "none", "allowed": ("pretrained", "random")},
+        ),
+        (
+            ("band_statistics", "mean_std", "random", 64),
+            [],
+            {"key": "weights", "value": "random", "allowed": ("none",)},
+        ),
+        (("timm", "resnet19", "random", 64), ["resnet"], {"key": "variant", "value": "resnet19"}),
+    ],
+)
+def test_get_spec_of_an_impossible_backbone_is_refused(backbone, mentions, fields):
+    with raises(UserError, *mentions, **fields):
+        get_spec(BackboneConfig(*backbone))
+
+
+def test_get_spec_of_a_catalog_family_refuses_keys_that_the_catalog_defines():
+    with raises(UserError, key="input_units", value="any"):
+        get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, input_units="any"))
+
+
+def test_get_spec_does_not_import_torch():
+    code = (
+        "import sys; from pipeline import config; from pipeline.backbones import get_spec;"
+        "[get_spec(backbone) for backbone in config.load().backbones.values() if backbone.family != 'timm'];"
+        "sys.exit(bool({'torch', 'timm', 'terratorch'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# Registry
+
+# This module is itself a family from outside the package: it defines `create_network`.
+
+
+class Gray(torch.nn.Module):
+    def forward(self, image):
+        return FeaturePyramid.from_maps([image.mean(dim=1, keepdim=True)])
+
+
+def create_network(backbone, spec, input_bands, weights_dir):
+    return Gray()
+
+
+@pytest.fixture
+def gray_family(monkeypatch):
+    monkeypatch.setattr(base, "_FAMILIES", dict(base._FAMILIES))
+    spec = BackboneSpec(
+        bands=("red", "green", "blue"), input_units="any", mean=None, std=None, strides=(1,), layers=("mean",)
+    )
+    family = BackboneFamily(__name__, variants={"gray": spec}, has_weights=False)
+    register_family("gray", family)
+    return family
+
+
+def test_register_family_from_outside_the_package_makes_its_variants_usable(gray_family):
+    backbone = BackboneConfig("gray", "gray", "none", 8)
+    spec = get_spec(backbone)
+    input_bands = match_bands("gray", spec, SENTINEL2, backbone.input_size)
+    network = create_backbone(backbone, spec, input_bands, Path())
+    assert get_family("gray") is gray_family
+    assert network(torch.ones(2, 3, 8, 8)).levels[0].shape == (2, 1, 8, 8)
+    assert not network.training
+
+
+def test_register_family_refuses_a_name_that_is_taken(gray_family):
+    register_family("gray", gray_family)
+    with pytest.raises(ValueError, match=__name__):
+        register_family("gray", BackboneFamily("elsewhere"))
+
+
+# FeaturePyramid
+
+
+def test_feature_pyramid_arrays_are_named_as_in_the_store():
+    levels = [torch.rand(2, 3, 8, 8), torch.rand(2, 5, 4, 4)]
+    arrays = FeaturePyramid.from_maps(levels).arrays()
+    assert list(arrays) == ["level0/features", "level1/features", "pooled/mean_level0", "pooled/mean_level1"]
+    assert arrays["level1/features"] is levels[1]
+    torch.testing.assert_close(arrays["pooled/mean_level1"], levels[1].mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("n_class_tokens", [0, 1])
+def test_feature_pyramid_from_tokens_restores_the_grid(n_class_tokens):
+    tokens = torch.rand(2, n_class_tokens + 9, 4)
+    pyramid = FeaturePyramid.from_tokens([tokens])
+    assert torch.equal(pyramid.levels[0][1, :, 2, 0], tokens[1, n_class_tokens + 6])
+    assert list(pyramid.pooled) == ["mean_level0", "cls_level0"][: 1 + n_class_tokens]
+    if n_class_tokens:
+        assert torch.equal(pyramid.pooled["cls_level0"], tokens[:, 0])
+
+
+def test_feature_pyramid_from_tokens_refuses_other_grids():
+    with pytest.raises(ValueError, match="12"):
+        FeaturePyramid.from_tokens([torch.rand(1, 12, 4)])
+
+
+# match_bands
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        (CSMASK, ["B02", "B03", "B04", "B08", "B11", "B12"]),
+        (PRITHVI_300, ["B02", "B03", "B04", "B8A", "B11", "B12"]),
+        (DOFA_LARGE, [band.name for band in SENTINEL2]),
+    ],
+)
+def test_match_bands_follows_the_networks_order(spec, names):
+    assert band_names(match_bands("m", spec, SENTINEL2, 64)) == names
+
+
+def test_match_bands_keeps_wavelengths_with_their_bands():
+    input_bands = match_bands("m", DOFA_LARGE, SENTINEL2[::-1], 64)
+    assert input_bands.input_names[0] == "swir22"
+    assert input_bands.wavelengths == tuple(band.wavelength for band in SENTINEL2[::-1])
+
+
+def test_match_bands_without_a_required_band_names_what_is_missing_and_available():
+    missing, available = ["swir16", "swir22"], ["red", "green", "blue", "nir"]
+    with raises(
+        MissingBandsError, "csmask", *missing, *available, key="backbones.csmask.bands", value=missing,
+        allowed=available,
+    ):  # fmt: skip
+        match_bands("csmask", CSMASK, RGB_NIR, 64)
+
+
+def test_match_bands_drops_optional_bands_and_uses_substitutes():
+    input_bands = match_bands("m", PRITHVI_300, RGB_NIR, 64)
+    assert input_bands.input_names == ("blue", "green", "red", "nir08")
+    assert input_bands.band_indices == (2, 1, 0, 3)
+    assert match_bands("m", PRITHVI_300, RGB_NIR[:3], 64).input_names == ("blue", "green", "red")
+    with raises(MissingBandsError, value=["blue"]):
+        match_bands("m", PRITHVI_300, RGB_NIR[:2], 64)
+
+
+def test_match_bands_of_requested_bands_takes_names_and_wavelengths():
+    assert band_names(match_bands("m", DOFA_LARGE, SENTINEL2, 64, ["B12", 0.49, "red"])) == ["B12", "B02", "B04"]
+    with raises(MissingBandsError, value=["10.9"]):
+        match_bands("m", DOFA_LARGE, SENTINEL2, 64, ["red", 10.9])
+
+
+def test_match_bands_of_requested_bands_fills_inputs_in_order():
+    input_bands = match_bands("m", CSMASK, SENTINEL2, 64, ["B02", "B03", "B04", "B8A", "B11", "B12"])
+    assert input_bands.input_names == CSMASK.bands
+    assert band_names(input_bands)[3] == "B8A"
+    repeated = match_bands("m", EFFICIENTNET["lite0"], SENTINEL2, 64, ["B11", "B11", "B11"])
+    assert (repeated.input_names, repeated.band_indices) == (("red", "green", "blue"), (11, 11, 11))
+
+
+def test_match_bands_of_requested_bands_known_by_name_ignores_their_order():
+    reversed_bands = match_bands("m", CSMASK, SENTINEL2, 64, list(CSMASK.bands[::-1]))
+    assert reversed_bands == match_bands("m", CSMASK, SENTINEL2, 64)
+    subset = match_bands("m", PRITHVI_300, SENTINEL2, 64, ["swir16", "red", "nir"])
+    assert subset.input_names == ("red", "nir08", "swir16")
+
+
+@pytest.mark.parametrize(("spec", "requested"), [(PRITHVI_300, ["red", "cirrus"]), (CSMASK, ["red"])])
+def test_match_bands_of_requested_bands_that_do_not_fit_is_refused(spec, requested):
+    with raises(UserError, *spec.bands, *requested, key="backbones.m.bands", value=requested, allowed=spec.bands):
+        match_bands("m", spec, SENTINEL2, 64, requested)
