@@ -1,4 +1,4 @@
-"""Measure the cost of students and frozen ensembles: parameters, size, floating-point operations and speed.
+"""Measure parameters, size, floating-point operations and speed of students and frozen ensembles.
 
 Everything from a chip as it is stored to its logits counts; reading the chip from the disk does not.
 """

@@ -145,7 +145,7 @@ class _Estimator:
         return Estimate("tune, train", f"{name} x {model}", n_heads * settings.steps * settings.batch, 0.0, hours)
 
     def student(self, name: str, size: DatasetSize, student: str) -> Estimate:
-        """Estimate a student: the search and the seeds of every variant, without the predictions of its teacher.
+        """Estimate a student: the search and the seeds of every variant, without its teacher's predictions.
 
         The disk space is that of the best student's tensors and its two exports of the same size.
         """
@@ -225,7 +225,7 @@ def _fused_shapes(outputs: Sequence[OutputShape]) -> list[tuple[int, int, int]]:
 
 
 def _time_second_call(function: Callable[[], T], device: str) -> tuple[T, float]:
-    """Call a function twice; return its result and the seconds of the second call, since the first is slower."""
+    """Call a function twice; return its result and the seconds of the second, faster call."""
     for _ in range(2):
         _synchronize(device)
         start = time.perf_counter()

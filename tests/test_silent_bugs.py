@@ -1,4 +1,4 @@
-"""Mistakes that raise no error and make scores wrong: each is made on purpose here and must be noticed."""
+"""Mistakes that make scores wrong without an error: each is made on purpose and must be noticed."""
 
 import dataclasses
 
@@ -14,7 +14,9 @@ from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import osm_landuse
 from pipeline.tasks import IGNORE
-from pipeline.training import loop, task_data
+from pipeline.training import task_data
+from pipeline.training.head_trainer import HParams
+from pipeline.training.protocol import count_split, train_heads
 from tests.errors import raises
 
 HEADS = HeadsConfig(
@@ -134,7 +136,7 @@ def landuse(image_dataset, tmp_path_factory):
 
 @pytest.fixture
 def write_features(landuse, tmp_path):
-    """Function from a name to a feature store with the bands' means and deviations; `change` makes the mistake."""
+    """Function from a name to a feature store of the bands' statistics; `change` makes the mistake."""
     dataset, images_path = landuse
     content_sha256 = image_store.open_images(images_path).attrs["content_sha256"]
     stats = np.concatenate([dataset.image.mean((2, 3)), dataset.image.std((2, 3))], axis=1) / 1000
@@ -164,7 +166,7 @@ def load(landuse):
 
 def val_score(data):
     """Validation score of a head with one seed."""
-    counts = protocol.count_split(data, protocol.train_heads(data, [loop.HParams(1e-2, 1e-4, 0)]), "val")
+    counts = count_split(data, train_heads(data, [HParams(1e-2, 1e-4, 0)]), "val")
     return data.task.score(counts.sum(1))[0]
 
 
@@ -221,7 +223,7 @@ def test_load_standardizes_with_the_training_split_only(write_features, load):
 
 
 def test_train_shuffled_features_score_like_the_majority_class(write_features, load, landuse):
-    """Features whose rows do not match the labels must not beat the majority class. Matching features must."""
+    """Features whose rows do not match the labels must not beat the majority class; others must."""
 
     def shuffle_features(features, schema):
         return features[np.random.default_rng(0).permutation(len(features))], schema

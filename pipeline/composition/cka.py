@@ -59,10 +59,10 @@ def linear_cka(batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> tup
 
 
 def correlation_with_gain(cka: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
-    """Compute Spearman's rank correlation of CKA and gain over pairs, and its two-sided permutation p-value.
+    """Compute Spearman's rank correlation of CKA and gain over pairs, and its p-value.
 
-    The p-value assumes independent pairs. Pairs that share a backbone or a dataset are not independent, so the
-    p-value is too small if anything.
+    The p-value is that of a two-sided permutation test, which assumes independent pairs. Pairs that share a backbone
+    or a dataset are not independent, so the p-value is too small if anything.
 
     Args:
         cka, gain: similarity and gain of every pair, (pair,).

@@ -1,4 +1,4 @@
-"""Probe cached features: samples of several backbones, and probes fitted on training and scored on validation.
+"""Fit probes on cached features of the training split and score them on the validation split.
 
 The samples are the chips of a classification dataset, or pixels of the masks of a segmentation dataset. All backbones
 are compared on the same samples, whatever the sizes of their feature grids.
@@ -118,7 +118,16 @@ def _draw_pixels(masks: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interpolate(maps: torch.Tensor, pixels: np.ndarray, mask_size: tuple[int, int]) -> np.ndarray:
-    """Interpolate maps (sample, channel, y, x) at pixels of masks of another size: (sample, pixel, channel)."""
+    """Interpolate feature maps at pixels of masks of another size.
+
+    Args:
+        maps: (sample, channel, y, x).
+        pixels: flat indices in the masks, (sample, pixel).
+        mask_size: (y, x) of the masks.
+
+    Returns:
+        Float32 (sample, pixel, channel).
+    """
     y, x = (torch.from_numpy(axis).float() for axis in np.unravel_index(pixels, mask_size))
     grid = torch.stack([(2 * x + 1) / mask_size[1] - 1, (2 * y + 1) / mask_size[0] - 1], dim=-1)[:, None]
     values = functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)

@@ -44,9 +44,10 @@ def search(
     heads: config.HeadsConfig,
     composition: config.CompositionConfig,
 ) -> CompositionResult:
-    """Probe every ensemble on the validation split, measure the similarity of the backbones, and select the best.
+    """Probe every ensemble on the validation split and select the best.
 
-    A probe reads the standardized features of an ensemble concatenated, whatever `heads.fusion` is.
+    The similarity of the backbones is measured too. A probe reads the standardized features of an ensemble
+    concatenated, whatever `heads.fusion` is.
 
     Args:
         stores: aligned feature stores by backbone.
@@ -91,7 +92,7 @@ def search(
 
 
 def _select_rows(store: FeatureStore, task: Task) -> dict[str, np.ndarray]:
-    """Select the rows of the training split, a random fraction if there are many, and of the validation split."""
+    """Select the rows of the validation split, and of the training split or a random part of it."""
     max_samples = MAX_PIXELS if task.is_dense else MAX_CHIPS
     return {
         "train": store.rows("train", min(1.0, max_samples / len(store.rows("train")))),

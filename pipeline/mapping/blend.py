@@ -1,4 +1,4 @@
-"""Compute one block of a map: predict the tiles that overlap it and blend them, one row of tiles at a time."""
+"""Compute one block of a map: predict the tiles that overlap it and blend them, row by row."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,13 +37,16 @@ class MappingJob:
 def predict_block(
     job: MappingJob, block: OutputBlock, on_progress: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the classes and confidences of a block, uint8 (band, y, x), `NODATA` where the scene has no data.
+    """Compute the classes and confidences of a block.
 
     There is one band, with the most probable class and its probability in percent. Multi-label models have one band
     per class instead: whether it holds (0 or 1), and its probability in percent.
 
     Args:
         on_progress: is called with the number of tiles that were finished.
+
+    Returns:
+        Classes and confidences, uint8 (band, y, x), `NODATA` where the scene has no data.
     """
     signature = job.predictor.signature
     n_bands = len(signature.class_names) if signature.task.is_multilabel else 1

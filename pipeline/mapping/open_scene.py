@@ -45,7 +45,7 @@ class SceneConfig:
     units: str
     bands: tuple[Band, ...]
     folder: str = ""
-    nodata: Float | None = None
+    nodata: config.Float | None = None
     time: str = ""
 
 
@@ -68,7 +68,7 @@ def open_scene(path: Path) -> Scene:
 
 
 def scene_from_rasters(paths: list[Path], scene_config: SceneConfig) -> Scene:
-    """Open one raster with all bands, or one raster per band, whose file name contains the name of the band."""
+    """Open one raster with all bands, or one raster per band, with the name of the band in its file name."""
     _check_units(scene_config.units, paths[0])
     image = rasters.open_scene_files(paths, scene_config.bands)
 
@@ -121,7 +121,7 @@ def _self_described(path: Path) -> SceneConfig:
 
 
 def _scene_from_zarr(path: Path) -> Scene:
-    """Open a variable (band, y, x) with common names as its coordinate `band`, georeferenced as by rioxarray."""
+    """Open a variable (band, y, x) with common names as coordinate `band` and rioxarray's georeference."""
     store = xr.open_zarr(path, chunks=None, decode_coords="all")
     candidates = [name for name, variable in store.data_vars.items() if variable.dims == ("band", "y", "x")]
     if len(candidates) != 1 or "band" not in store.coords:

@@ -1,4 +1,6 @@
-"""Map a scene block by block. Finished blocks are on disk, so that a killed run resumes after its last one.
+"""Map a scene block by block.
+
+Finished blocks are on disk, so that a killed run resumes after the last of them.
 
 The finished map is a folder that is published atomically:
 

@@ -1,4 +1,4 @@
-"""A scene to map: its location, bands and units, and its pixels, which are read in windows, never all at once."""
+"""A scene to map: its location, bands and units, and its pixels, which are read in windows."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Models that map scenes with torch: trained students, and ensembles of frozen backbones with their head."""
+"""Models that map scenes with torch: trained students and frozen ensembles."""
 
 import dataclasses
 import json
@@ -153,7 +153,7 @@ def _ensemble_signature(
 
 
 def _metadata_tensors(encoder: Encoder, metadata: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Convert location and time to a backbone's inputs, as `Preprocessor.metadata` does for an images store."""
+    """Convert location and time to a backbone's inputs, as `Preprocessor.metadata` does for images."""
     arrays = {}
     if "location" in encoder.preprocessor.metadata_keys:
         arrays["location"] = metadata["location"]

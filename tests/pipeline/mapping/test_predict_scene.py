@@ -44,7 +44,7 @@ def read_map(folder, name):
 
 @pytest.fixture
 def map_scene(tmp_path):
-    """Function from a scene, or its path, and a model to the content of map.json; the map is in tmp_path/map."""
+    """Function from a scene and a model, or their paths, to the content of map.json; maps to tmp_path/map."""
 
     def map_to_folder(scene, model):
         scene = scene if hasattr(scene, "read_window") else open_scene(scene)

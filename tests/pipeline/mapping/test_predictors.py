@@ -21,9 +21,11 @@ from pipeline.heads import checkpoint
 from pipeline.mapping import predict_scene
 from pipeline.mapping import predictors as ensembles
 from pipeline.mapping.open_scene import open_scene
-from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble
 from pipeline.mapping.scene import match_scene_bands as bands_at
-from pipeline.training import loop, task_data
+from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble
+from pipeline.training import task_data
+from pipeline.training.head_trainer import HParams
+from pipeline.training.protocol import train_heads, trained_head
 
 MEMBERS = {
     "raw": BackboneConfig("raw", "mean_std", "none", 64),
@@ -58,8 +60,8 @@ def made(images_path, params, make_encoder, tmp_path_factory):
         (tmp_path / "weights" / name / "source.json").write_text(json.dumps({"weights": one.weights}))
     stores = {tmp_path / f"features/{name}.zarr": None for name in MEMBERS}
     cell = task_data.load(stores, path, HEADS, ("train", "val", "test"), "cpu")
-    group = protocol.train_heads(cell, [loop.HParams(1e-2, 1e-3, 0)])
-    checkpoint.save(tmp_path / "head.pt", protocol.trained_head(cell, "+".join(MEMBERS), group, 0))
+    group = train_heads(cell, [HParams(1e-2, 1e-3, 0)])
+    checkpoint.save(tmp_path / "head.pt", trained_head(cell, "+".join(MEMBERS), group, 0))
     return params, opened, tmp_path
 
 
@@ -120,7 +122,7 @@ def _alone(parts, store, folder):
     _, places = parts
     cell = task_data.load({places.features / "lite0_random.zarr": None}, store("sample-landuse-seg"), HEADS,
                       ("train", "val", "test"), "cpu")  # fmt: skip
-    checkpoint.save(folder / "alone.pt", protocol.trained_head(cell, "lite0_random", protocol.train_heads(cell, [loop.HParams(1e-2, 1e-3, 0)]), 0))
+    checkpoint.save(folder / "alone.pt", trained_head(cell, "lite0_random", train_heads(cell, [HParams(1e-2, 1e-3, 0)]), 0))
     return folder / "alone.pt"
 
 
