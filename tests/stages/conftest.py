@@ -1,4 +1,4 @@
-"""The program itself in a fresh folder: committed files, a small grid, DVC, real data and weights."""
+"""A clone of the repository in a temporary folder, with a small grid, DVC, real data and weights."""
 
 import io
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cache.errors import InputError
 from tests.conftest import ROOT
 
 SMALL = {
@@ -21,40 +22,44 @@ SMALL = {
         "models": ["raw", "lite0", "csmask_b4+lite0"],
     },
     "heads": {"linear": {"steps": 20}, "upernet": {"steps": 4, "channels": 4}},
-    "search": {"trials": 2, "parallel": 1},
+    "search": {"trials": 2, "trials_per_round": 1},
     "train": {"seeds": 2},
     "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 64}},
-    "distill": {"chips": {"steps": 4}, "masks": {"steps": 2, "batch": 4}, "search": {"trials": 1}},
+    "distill": {
+        "classification": {"steps": 4},
+        "segmentation": {"steps": 2, "batch": 4},
+        "search": {"trials": 1},
+    },
     "backbones": {"csmask_b4": {"input_size": 64}, "lite0": {"input_size": 64}, "raw": {"input_size": 64}},
 }
 
 
 def merge(base: dict, change: dict) -> dict:
-    """`base` with the keys of `change` set, at any depth."""
+    """Return `base` with the keys of `change` set, at any depth."""
     return {
         **base,
         **{k: merge(base.get(k) or {}, v) if isinstance(v, dict) else v for k, v in change.items()},
     }
 
 
-@pytest.hookimpl(tryfirst=True)  # or xdist reads the groups before, when tests/stages alone is asked for
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups early when only tests/stages is collected
 def pytest_collection_modifyitems(items):
-    """One process runs all that share the job, from the beginning: they take as long as all others together."""
+    """Run all tests that share the job in one process, first: they take as long as all other tests."""
 
-    def shares(item) -> bool:  # fine-tuning's tests have a fixture of this name too
+    def shares_job(item) -> bool:  # the tests of fine-tuning have another fixture of this name
         return item.path.parent == Path(__file__).parent and "job" in getattr(item, "fixturenames", ())
 
-    items.sort(key=lambda item: not shares(item))
-    for item in filter(shares, items):
+    items.sort(key=lambda item: not shares_job(item))
+    for item in filter(shares_job, items):
         item.add_marker(pytest.mark.xdist_group("job"))
 
 
 class Job:
-    """A clone of the repository with its own DVC cache, and what a user does in it."""
+    """A clone of the repository with its own DVC cache, and the commands of a user."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # Stages run with the tests' own Python, whatever PATH says.
+        # Stages run with the Python of the tests, not with another one in PATH.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         author = {
             "GIT_AUTHOR_NAME": "t",
@@ -65,8 +70,8 @@ class Job:
         self.environment = {**os.environ, **author, "PATH": path, "PYTHONPATH": str(folder)}
 
     def run(self, *command: str, fails: bool = False) -> str:
-        """The output of a command that must succeed, or must fail."""
-        done = subprocess.run(
+        """Run a command and return its output; it must succeed, or fail if `fails`."""
+        result = subprocess.run(
             command,
             cwd=self.folder,
             env=self.environment,
@@ -74,57 +79,75 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        assert (done.returncode != 0) == fails, done.stdout[-3000:]
-        return done.stdout
+        assert (result.returncode != 0) == fails, result.stdout[-3000:]
+        return result.stdout
 
     def stage(self, name: str, *arguments: str, fails: bool = False) -> str:
-        """The output of a stage's file run as `python -m` runs it, but in this process, where imports are done."""
-        said, ended = io.StringIO(), None
-        with pytest.MonkeyPatch.context() as patched, redirect_stdout(said), redirect_stderr(said):
+        """Run a stage as `python -m` does, but in this process, to save imports; return its output."""
+        output, exit_error = self._run_stage(name, *arguments)
+        exit_code = exit_error and exit_error.code
+        assert isinstance(exit_code, str) == fails, exit_code or output[-3000:]
+        return output + (exit_code or "")
+
+    def stage_error(self, name: str, *arguments: str) -> InputError:
+        """Run a stage that must refuse its input with one printed paragraph; return the error."""
+        output, exit_error = self._run_stage(name, *arguments)
+        assert exit_error is not None, output[-3000:]
+        assert exit_error.code.startswith("error: ")
+        assert "\n" not in exit_error.code
+        assert "Traceback" not in output
+        error = exit_error.__context__
+        assert isinstance(error, InputError)
+        return error
+
+    def _run_stage(self, name: str, *arguments: str) -> tuple[str, SystemExit | None]:
+        output, exit_error = io.StringIO(), None
+        with pytest.MonkeyPatch.context() as patched, redirect_stdout(output), redirect_stderr(output):
             patched.chdir(self.folder)
             patched.setattr(sys, "argv", [f"stages/{name}.py", *arguments])
             try:
                 runpy.run_path(str(ROOT / f"stages/{name}.py"), run_name="__main__")
-            except SystemExit as end:
-                ended = end.code
-        assert isinstance(ended, str) == fails, ended or said.getvalue()[-3000:]
-        return said.getvalue() + (ended or "")
+            except SystemExit as error:
+                exit_error = error
+        return output.getvalue(), exit_error
 
     def start(self, *command: str) -> subprocess.Popen:
-        """A command in a process group of its own, to be killed whole."""
+        """Start a command in its own process group, so that the whole group can be killed."""
         return subprocess.Popen(
             command, cwd=self.folder, env=self.environment, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def change(self, change: dict) -> None:
+        """Set keys of params.yaml."""
         path = self.folder / "params.yaml"
         path.write_text(yaml.safe_dump(merge(yaml.safe_load(path.read_text()), change), sort_keys=False))
 
     @contextmanager
     def changed(self, change: dict):
-        """The change to params.yaml for as long as the block lasts."""
+        """Set keys of params.yaml for the duration of the block."""
         path = self.folder / "params.yaml"
-        before = path.read_text()
+        original = path.read_text()
         self.change(change)
         try:
             yield
         finally:
-            path.write_text(before)
+            path.write_text(original)
 
     def results(self) -> dict[str, bytes]:
-        """Every file that the report, the runs and the manifests consist of."""
-        found = {}
+        """Read every file of the results and the manifests."""
+        contents = {}
         for name in ("results", "data/manifests"):
             for path in sorted((self.folder / name).rglob("*")):
                 if path.is_file() and path.name != ".gitignore":
-                    found[str(path.relative_to(self.folder))] = path.read_bytes()
-        return found
+                    contents[str(path.relative_to(self.folder))] = path.read_bytes()
+        return contents
 
 
 def clone(folder: Path, archive_folder: Path) -> Job:
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+    """Copy the repository without results to a folder, with the small grid."""
+    list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(list_files, cwd=ROOT, text=True).splitlines():
         if (ROOT / name).exists() and name != "dvc.lock" and not name.startswith("results/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -138,17 +161,17 @@ def clone(folder: Path, archive_folder: Path) -> Job:
 
 @pytest.fixture(scope="package")
 def job(tmp_path_factory, weights_folder, raw_folder):
-    """The small grid, run through to the report; tests leave params.yaml as they found it."""
-    weights_folder("csmask_b4"), weights_folder("lite0"), raw_folder("osm_landuse"), raw_folder("neon_trees")  # the archives are at hand
-    made = clone(tmp_path_factory.mktemp("job"), ROOT / "data/archives")
-    made.log = made.run(sys.executable, "-m", "stages.repro")
-    made.run("git", "add", "-A")
-    made.run("git", "commit", "-qm", "small grid")
-    return made
+    """The small grid, run through to the report; tests leave params.yaml unchanged."""
+    weights_folder("csmask_b4"), weights_folder("lite0"), raw_folder("osm_landuse"), raw_folder("neon_trees")
+    small_grid = clone(tmp_path_factory.mktemp("job"), ROOT / "data/archives")
+    small_grid.run(sys.executable, "-m", "stages.repro")
+    small_grid.run("git", "add", "-A")
+    small_grid.run("git", "commit", "-qm", "small grid")
+    return small_grid
 
 
 @pytest.fixture
-def fresh(tmp_path, weights_folder, raw_folder):
+def fresh_clone(tmp_path, weights_folder, raw_folder):
     """A clone in which nothing has run yet."""
     weights_folder("lite0"), raw_folder("neon_trees")
     return clone(tmp_path, ROOT / "data/archives")

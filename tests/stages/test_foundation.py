@@ -1,4 +1,4 @@
-"""A foundation model's file, laid out as the official one is, from a folder of weights to a feature store."""
+"""A small foundation model in the official file layout, from its weights to a feature store."""
 
 import json
 import shutil
@@ -25,29 +25,29 @@ def weights_dir(tmp_path):
 
 
 @pytest.fixture
-def params(job, weights_dir):
-    """params.yaml with the model in it, its file pinned; whatever it leaves behind is removed."""
-    pinned = {"repo": "someone/tiny", "file": FILE, "revision": REVISION, "sha256": file_sha256(weights_dir / FILE)}
+def pinned_file(job, weights_dir):
+    """Add the model with a pinned file to params.yaml; remove its outputs afterwards."""
+    hub = {"repo": "someone/tiny", "file": FILE, "revision": REVISION, "sha256": file_sha256(weights_dir / FILE)}
     backbone = {"family": "prithvi", "variant": "prithvi_eo_v2_tiny_tl", "weights": "pretrained", "input_size": 64}
-    with job.changed({"weights_dir": str(weights_dir), "backbones": {NAME: {**backbone, "hub": pinned}}}):
-        yield pinned
-    for left in (job.folder / "data").glob(f"*/*/{NAME}*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with job.changed({"weights_dir": str(weights_dir), "backbones": {NAME: {**backbone, "hub": hub}}}):
+        yield hub
+    for output in (job.folder / "data").glob(f"*/*/{NAME}*"):
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
     shutil.rmtree(job.folder / "data/weights" / NAME, ignore_errors=True)
 
 
-def fetch(job, **given) -> str:
-    return job.run(sys.executable, "-m", "stages.fetch", "--backbone", NAME, **given)
+def fetch(job, fails: bool = False) -> str:
+    return job.run(sys.executable, "-m", "stages.fetch", "--backbone", NAME, fails=fails)
 
 
-def test_from_a_folder_of_weights_to_a_store_that_names_them(job, params):
+def test_extract_pinned_weights_are_recorded_in_the_store(job, pinned_file):
     fetch(job)
-    said = job.stage("extract", "--dataset", "sample-landuse-seg", "--backbone", NAME)
-    assert "sample-landuse-seg x prithvi_tiny: 72 samples at" in said
+    output = job.stage("extract", "--dataset", "sample-landuse-seg", "--backbone", NAME)
+    assert all(value in output for value in ("sample-landuse-seg", "prithvi_tiny", "72")), output
     root = zarr.open_group(job.folder / "data/features/sample-landuse-seg" / f"{NAME}.zarr", mode="r")
     weights = root.attrs["weights"]
     assert (weights["source"], weights["revision"]) == ("someone/tiny", REVISION)
-    assert weights["file_sha256"] == params["sha256"]
+    assert weights["file_sha256"] == pinned_file["sha256"]
     assert root.attrs["metadata_inputs"] == ["location", "time"]
     assert root["level3/features"].shape == (72, 192, 4, 4)
     manifest = json.loads((job.folder / "data/manifests/sample-landuse-seg" / f"{NAME}.json").read_text())
@@ -55,13 +55,13 @@ def test_from_a_folder_of_weights_to_a_store_that_names_them(job, params):
     assert list(root["pooled"].attrs["vectors"])[-1] == "cls_level3"
 
 
-def test_a_truncated_file_is_refused_and_an_absent_one_asked_for(job, params, weights_dir):
-    whole = (weights_dir / FILE).read_bytes()
-    (weights_dir / FILE).write_bytes(whole[:1000])
-    assert "is pinned: it is damaged or not the same file" in fetch(job, fails=True)
+def test_fetch_truncated_or_absent_file_is_refused(job, pinned_file, weights_dir):
+    content = (weights_dir / FILE).read_bytes()
+    (weights_dir / FILE).write_bytes(content[:1000])
+    assert pinned_file["sha256"] in fetch(job, fails=True)
     (weights_dir / FILE).unlink()
     job.environment["HF_HUB_OFFLINE"] = "1"
-    said = fetch(job, fails=True)
+    output = fetch(job, fails=True)
     del job.environment["HF_HUB_OFFLINE"]
-    assert f"Download https://huggingface.co/someone/tiny/resolve/{REVISION}/{FILE}, put it at" in said
+    assert f"https://huggingface.co/someone/tiny/resolve/{REVISION}/{FILE}" in output
     assert not (job.folder / "data/weights" / NAME).exists()

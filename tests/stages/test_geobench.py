@@ -1,4 +1,4 @@
-"""GEO-Bench and the paper's profile through the stages: all twelve sets to a report, and the whole grid's plan."""
+"""GEO-Bench and the paper's profile through the stages: all twelve sets, and plans of the grid."""
 
 import re
 import shutil
@@ -11,6 +11,8 @@ import xarray as xr
 import yaml
 
 from pipeline import config
+from pipeline.backbones import get_spec
+from pipeline.bands import match_bands
 from pipeline.data.sources import geobench
 from stages import compose, cost, distill, export, extract, fetch, prepare, report, resolve, train, tune
 from stages.plan import plan
@@ -18,16 +20,17 @@ from tests.conftest import ROOT
 from tests.stages.conftest import merge
 
 SETS = list(geobench.SETS)
-TAUGHT = ["m-bigearthnet", "m-so2sat", "m-nz-cattle"]  # one of each task
+DISTILLED_SETS = ["m-bigearthnet", "m-so2sat", "m-nz-cattle"]  # one per task
 SMALL = {
     "grid": {"datasets": SETS, "backbones": ["raw"], "models": ["raw"]},
     "backbones": {"raw": {"input_size": 64}},
     "heads": {"linear": {"steps": 5, "batch": 4}, "upernet": {"steps": 2, "channels": 4, "batch": 2}},
-    "search": {"trials": 1, "parallel": 1},
+    "search": {"trials": 1, "trials_per_round": 1},
     "train": {"seeds": 1},
     "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 32}},
     "distill": {
-        "datasets": TAUGHT, "teacher": "raw", "chips": {"steps": 1, "batch": 4}, "masks": {"steps": 1, "batch": 2},
+        "datasets": DISTILLED_SETS, "teacher": "raw", "classification": {"steps": 1, "batch": 4},
+        "segmentation": {"steps": 1, "batch": 2},
         "seeds": 1, "search": {"trials": 1},
     },
 }  # fmt: skip
@@ -35,8 +38,8 @@ PAPER = yaml.safe_load((ROOT / "profiles/paper.yaml").read_text())
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, geobench_root):
-    """A folder with a params.yaml alone: the committed one with the paper's bands, small heads and the files."""
+def geobench_job(tmp_path, monkeypatch, geobench_root):
+    """A folder with only a params.yaml, with the paper's bands, small heads and small sets."""
     content = yaml.safe_load((ROOT / "params.yaml").read_text())
     content = merge(merge(content, {"datasets": PAPER["datasets"]}), SMALL | {"geobench_dir": str(geobench_root)})
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
@@ -46,14 +49,14 @@ def place(tmp_path, monkeypatch, geobench_root):
 
 @contextmanager
 def changed(change):
-    """params.yaml with a change, for as long as the block lasts."""
-    before = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(before), change)))
+    """Set keys of params.yaml for the duration of the block."""
+    original = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(original), change)))
     yield
-    Path("params.yaml").write_text(before)
+    Path("params.yaml").write_text(original)
 
 
-def test_all_twelve_sets_go_through_to_a_report(place, capsys):
+def test_stages_all_twelve_sets_reach_the_report(geobench_job, capsys):
     for backbone in SMALL["grid"]["backbones"]:
         fetch.fetch(None, backbone)
     for name in SETS:
@@ -66,14 +69,14 @@ def test_all_twelve_sets_go_through_to_a_report(place, capsys):
             tune.tune(name, model)
             train.train(name, model)
         compose.compose(name)
-    for name in TAUGHT:
+    for name in DISTILLED_SETS:
         distill.distill(name, "small")
-        taught = pd.read_csv(f"results/distill/{name}/small/runs.csv")
-        assert taught.model.tolist() == ["small (distilled)", "small (supervised)"]
-        assert taught.score.between(0, 1).all()
-    # The small grid exports, prices and maps the other tasks' students (test_map.py); the report also wants maps.
-    with changed({"distill": {"datasets": TAUGHT[:1]}}):
-        export.export("small", TAUGHT[0], False)
+        students = pd.read_csv(f"results/distill/{name}/small/runs.csv")
+        assert students.model.tolist() == ["small (distilled)", "small (supervised)"]
+        assert students.score.between(0, 1).all()
+    # The small grid exports, measures and maps students of other tasks (test_map.py). A report of students needs maps.
+    with changed({"distill": {"datasets": DISTILLED_SETS[:1]}}):
+        export.export("small", DISTILLED_SETS[0], False)
         cost.cost()
     assert set(pd.read_csv("results/cost.csv").model) == {"small", "raw"}
     with changed({"grid": {"students": []}}):
@@ -88,35 +91,32 @@ def test_all_twelve_sets_go_through_to_a_report(place, capsys):
     for name in SETS:
         store = xr.open_zarr(f"data/images/{name}.zarr")
         assert store.band.values.tolist() == PAPER["datasets"][name]["options"]["bands"]
-        assert store.wavelength.notnull().all(), "optical bands alone"
-        assert not list(Path("data/raw", name).glob("*.hdf5")), "files are read where they are"
+        assert store.wavelength.notnull().all(), "optical bands only"
+        assert not list(Path("data/raw", name).glob("*.hdf5")), "files are read in place"
 
 
-def test_a_damaged_file_from_the_command_line(job, geobench_root, tmp_path):
-    """`--skip-bad` lists what it left out; without it, the error names the file."""
+def test_prepare_damaged_file_is_refused_or_skipped(job, geobench_root, tmp_path):
     shutil.copytree(geobench_root / "classification_v1.0/m-so2sat", tmp_path / "m-so2sat")
     (tmp_path / "m-so2sat/id_0003.hdf5").write_bytes(b"nothing")
     with job.changed({"geobench_dir": str(tmp_path)}):
         job.stage("fetch", "--dataset", "m-so2sat")
-        said = job.stage("prepare", "--dataset", "m-so2sat", fails=True)
-        assert f"error: {tmp_path}/m-so2sat/id_0003.hdf5 cannot be read" in said
-        assert "Traceback" not in said
-        said = job.stage("prepare", "--dataset", "m-so2sat", "--skip-bad")
-        assert "left out id_0003" in said
-        assert "{'train': 5, 'val': 4, 'test': 4}" in said
+        assert str(tmp_path / "m-so2sat/id_0003.hdf5") in str(job.stage_error("prepare", "--dataset", "m-so2sat"))
+        output = job.stage("prepare", "--dataset", "m-so2sat", "--skip-bad")
+        assert "id_0003" in output
+        assert "{'train': 5, 'val': 4, 'test': 4}" in output
 
 
-def test_the_papers_profile_is_planned_whole(fresh):
-    """`dvc repro --dry` of the whole grid; by itself DVC would look in its run cache for files yet to be made."""
-    shutil.copy(ROOT / "params.yaml", fresh.folder)
-    fresh.stage("profile", "--name", "paper")
-    planned = re.findall(r"Running stage '([^']+)'", fresh.run("dvc", "repro", "--dry", "--force-downstream"))
-    verbs = [name.split("@")[0] for name in planned]
-    counted = {
-        verb: verbs.count(verb)
-        for verb in ("fetch", "fetch_weights", "prepare", "extract", "tune", "train", "compose")
+def test_profile_paper_plans_every_stage(fresh_clone):
+    shutil.copy(ROOT / "params.yaml", fresh_clone.folder)
+    fresh_clone.stage("profile", "--name", "paper")
+    # Without --force-downstream DVC looks in its run cache for files that do not exist yet.
+    output = fresh_clone.run("dvc", "repro", "--dry", "--force-downstream")
+    stages = [name.split("@")[0] for name in re.findall(r"Running stage '([^']+)'", output)]
+    counts = {
+        stage: stages.count(stage)
+        for stage in ("fetch", "fetch_weights", "prepare", "extract", "tune", "train", "compose")
     }
-    assert counted == {
+    assert counts == {
         "fetch": 12,
         "fetch_weights": 4,
         "prepare": 12,
@@ -125,41 +125,44 @@ def test_the_papers_profile_is_planned_whole(fresh):
         "train": 96,
         "compose": 12,
     }
-    described = config.load(fresh.folder / "params.yaml")
-    assert (described.search.trials, described.train.seeds) == (16, 10)
-    assert {described.backbone(name).input_size for name in described.grid.backbones} == {224}
-    assert set(described.grid.datasets) == set(SETS)
-    assert "# family: a file in pipeline/backbones" in (fresh.folder / "params.yaml").read_text(), "comments stay"
-    assert "There is no profile 'papre'. Profiles: paper" in fresh.stage("profile", "--name", "papre", fails=True)
+    params = config.load(fresh_clone.folder / "params.yaml")
+    assert (params.search.trials, params.train.seeds) == (16, 10)
+    assert {params.backbone(name).input_size for name in params.grid.backbones} == {224}
+    assert set(params.grid.datasets) == set(SETS)
+    assert "# family: a file in pipeline/backbones" in (fresh_clone.folder / "params.yaml").read_text(), (
+        "comments stay"
+    )
 
 
-def test_the_papers_table_2(params):
-    """Bands of each model and set: RGB for Hiera everywhere; what Prithvi and DOFA see is the set's."""
-    from pipeline.backbones import get_spec
-    from pipeline.bands import match_bands
+def test_profile_unknown_name_is_refused(fresh_clone):
+    error = fresh_clone.stage_error("profile", "--name", "papre")
+    assert (error.value, error.allowed) == ("papre", ("paper",))
 
+
+def test_profile_paper_has_the_bands_of_table_2(params):
+    """Hiera uses RGB of every set; Prithvi and DOFA use all selected bands of the set."""
     six, four, rgb = ["blue", "green", "red", "nir08", "swir16", "swir22"], ["blue", "green", "red", "nir"], 3
     multispectral = ("m-bigearthnet", "m-so2sat", "m-brick-kiln", "m-forestnet", "m-eurosat", "m-cashew-plantation",
                      "m-SA-crop-type")  # fmt: skip
     for name in SETS:
         block = merge({"source": "geobench", "options": {"set": name}}, PAPER["datasets"][name])
-        wanted, _ = geobench.estimate_size(config.DatasetConfig(**block), params)
+        size, _ = geobench.estimate_size(config.DatasetConfig(**block), params)
         expected = six if name in multispectral else four if name == "m-chesapeake-landcover" else six[:rgb]
-        assert [band.common_name for band in wanted.bands] == expected
+        assert [band.common_name for band in size.bands] == expected
         for backbone, count in (("hiera_200m", 3), ("prithvi_300m", len(expected)), ("dofa_300m", len(expected))):
-            chosen = params.backbone(backbone)
-            assert len(match_bands(backbone, get_spec(chosen), wanted.bands, 224).input_names) == count
+            spec = get_spec(params.backbone(backbone))
+            assert len(match_bands(backbone, spec, size.bands, 224).input_names) == count
 
 
-def test_the_plan_says_what_a_grid_takes(place, capsys):
+def test_plan_estimates_every_stage(geobench_job, capsys):
     plan()
-    said = capsys.readouterr().out
-    assert "fetch  m-so2sat: is there" in said
-    rows = [re.split(r"  +", line) for line in said.splitlines()]
+    output = capsys.readouterr().out
+    rows = [re.split(r"  +", line) for line in output.splitlines()]
+    assert ["fetch", "m-so2sat: present"] in rows
     totals = {row[0]: row for row in rows if "in all" in row}
     assert set(totals) == {"prepare", "extract", "tune, train", "distill, export"}
-    # 21 964 images of m-so2sat: six bands of 32 px in four bytes.
+    # 21,964 images of m-so2sat: six bands of 32 x 32 px in four bytes.
     row = next(row for row in rows if row[:2] == ["prepare", "m-so2sat"])
     assert row[2:4] == ["21964", f"{21964 * 6 * 32 * 32 * 4 / 1e9:.2f}"]
     assert row[4] != "–"
-    assert re.search(r"Disk: [\d.]+ GB are needed, [\d.]+ GB are free", said)
+    assert re.search(r"Disk: [\d.]+ GB are needed, [\d.]+ GB are free", output)

@@ -1,4 +1,4 @@
-"""What is dropped from dvc.lock before a run, and what never is."""
+"""Stages that are removed from dvc.lock before a run, and stages that are kept."""
 
 import os
 import shutil
@@ -12,33 +12,33 @@ import yaml
 from stages import lockfile
 
 STAGES = {
-    name: {"cmd": f"echo {name} > {name}.txt", "deps": ["given.txt"], "outs": [f"{name}.txt"]}
+    name: {"cmd": f"echo {name} > {name}.txt", "deps": ["input.txt"], "outs": [f"{name}.txt"]}
     for name in ("one", "two")
 }
 
 
 def dvc(*arguments: str) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments], env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
-def entered() -> list[str]:
+def locked_stages() -> list[str]:
     return sorted(yaml.safe_load(Path("dvc.lock").read_text())["stages"])
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory):
-    """A pipeline of two stages that ran; the output of the second is nowhere any more."""
+def finished_folder(tmp_path_factory):
+    """A pipeline of two finished stages; the output of the second was deleted."""
     folder = tmp_path_factory.mktemp("ran")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         dvc("init", "-q", "--no-scm")
         Path("dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}))
-        Path("given.txt").write_text("given")
+        Path("input.txt").write_text("input")
         dvc("repro")
         (out,) = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["two"]["outs"]
         Path(".dvc/cache/files/md5", out["md5"][:2], out["md5"][2:]).unlink()
@@ -48,47 +48,47 @@ def once(tmp_path_factory):
 
 
 @pytest.fixture
-def ran(once, tmp_path, monkeypatch):
-    """A copy of it, to be in."""
-    shutil.copytree(once, tmp_path / "copy")
+def finished(finished_folder, tmp_path, monkeypatch):
+    """A copy of the folder as the working directory."""
+    shutil.copytree(finished_folder, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    assert entered() == ["one", "two"]
+    assert locked_stages() == ["one", "two"]
 
 
-def test_a_stage_of_which_nothing_is_here_is_dropped_and_runs(ran):
-    before = yaml.safe_load(Path("dvc.lock").read_text())
+def test_drop_absent_stage_without_output_is_removed_and_runs(finished):
+    original = yaml.safe_load(Path("dvc.lock").read_text())
     lockfile.drop_absent()
-    after = yaml.safe_load(Path("dvc.lock").read_text())
-    assert after == {**before, "stages": {"one": before["stages"]["one"]}}
-    said = dvc("repro")
-    assert "Running stage 'two'" in said
-    assert "Running stage 'one'" not in said
-    assert yaml.safe_load(Path("dvc.lock").read_text()) == before
+    reduced = yaml.safe_load(Path("dvc.lock").read_text())
+    assert reduced == {**original, "stages": {"one": original["stages"]["one"]}}
+    output = dvc("repro")
+    assert "Running stage 'two'" in output
+    assert "Running stage 'one'" not in output
+    assert yaml.safe_load(Path("dvc.lock").read_text()) == original
 
 
-def test_with_nothing_here_at_all_dvc_takes_what_is_left(ran):
+def test_drop_absent_no_outputs_removes_all_stages(finished):
     Path("one.txt").unlink()
     shutil.rmtree(".dvc/cache")
     lockfile.drop_absent()
-    assert entered() == []
+    assert locked_stages() == []
     dvc("repro")
-    assert entered() == ["one", "two"]
+    assert locked_stages() == ["one", "two"]
 
 
-def test_what_the_cache_has_stays(ran):
+def test_drop_absent_cached_output_is_kept(finished):
     dvc("repro", "two")
     Path("two.txt").unlink()
     lockfile.drop_absent()
-    assert entered() == ["one", "two"]
+    assert locked_stages() == ["one", "two"]
 
 
-def test_with_a_remote_nothing_is_dropped(ran, tmp_path):
-    dvc("remote", "add", "-q", "kept", str(tmp_path / "remote"))
+def test_drop_absent_with_remote_keeps_all(finished, tmp_path):
+    dvc("remote", "add", "-q", "storage", str(tmp_path / "remote"))
     lockfile.drop_absent()
-    assert entered() == ["one", "two"]
+    assert locked_stages() == ["one", "two"]
 
 
-def test_without_a_lock_there_is_nothing_to_do(ran):
+def test_drop_absent_without_lock_file_does_nothing(finished):
     Path("dvc.lock").unlink()
     lockfile.drop_absent()
     assert not Path("dvc.lock").exists()
@@ -100,13 +100,13 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
-def test_what_dvc_cannot_read_is_left_to_dvc(ran, text):
+def test_drop_absent_unreadable_file_is_unchanged(finished, text):
     Path("dvc.lock").write_text(text)
     lockfile.drop_absent()
     assert Path("dvc.lock").read_text() == text
 
 
-def test_outside_of_a_dvc_repository_nothing_happens(tmp_path, monkeypatch):
+def test_drop_absent_outside_a_repository_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     lockfile.drop_absent()

@@ -1,4 +1,4 @@
-"""The stages export and map on the small grid, and the command that maps: what is left, and mistakes in words."""
+"""The stages export and map on the small grid, and the command map: results and errors."""
 
 import json
 
@@ -7,18 +7,17 @@ import pytest
 import rasterio
 
 from pipeline.mapping.open_scene import open_scene
-from tests.stages.test_bad_input import stage
 
 
-def test_what_the_grid_leaves(job):
+def test_export_and_map_write_files_maps_and_report(job):
     results = job.folder / "results"
     for dataset in ("sample-landuse-seg", "sample-trees"):
-        told = json.loads((results / f"export/{dataset}/small/export.json").read_text())
-        files = {name: one for name, one in told["files"].items() if name != "torch"}
+        summary = json.loads((results / f"export/{dataset}/small/export.json").read_text())
+        files = {name: entry for name, entry in summary["files"].items() if name != "torch"}
         assert set(files) == {"student.onnx", "student.pt2", "student-int8.onnx"}
-        for name, one in files.items():
-            assert (results / f"export/{dataset}/small/{name}").stat().st_size == one["bytes"]
-        assert max(files[name]["difference"] for name in ("student.onnx", "student.pt2")) <= told["tolerance"]
+        for name, entry in files.items():
+            assert (results / f"export/{dataset}/small/{name}").stat().st_size == entry["bytes"]
+        assert max(files[name]["difference"] for name in ("student.onnx", "student.pt2")) <= summary["tolerance"]
     scene = open_scene(job.folder / "scenes/sample-landuse-seg.yaml")
     for name in ("class", "confidence"):
         with rasterio.open(results / f"map/sample-landuse-seg/small/{name}.tif") as file:
@@ -26,14 +25,14 @@ def test_what_the_grid_leaves(job):
             assert tuple(file.transform)[:6] == scene.transform
             assert file.crs == rasterio.CRS.from_wkt(scene.crs)
             assert (file.read(1) != 255).all()
-    assert "no scenes/sample-trees.yaml" in (results / "map/sample-trees/small/map.json").read_text()
+    assert "scenes/sample-trees.yaml" in (results / "map/sample-trees/small/map.json").read_text()
     page = (results / "report/index.html").read_text()
-    assert "<h2>Exported students</h2>" in page
+    assert all(name in page for name in ("student.onnx", "student.pt2", "student-int8.onnx"))
     assert page.count("Map of the scene of sample-landuse-seg") == 1
 
 
 @pytest.mark.slow
-def test_an_ensemble_and_a_student_map_the_scene(job, tmp_path):
+def test_map_ensemble_and_student_cover_the_scene(job, tmp_path):
     scene = ["--scene", "scenes/sample-landuse-seg.yaml", "--out"]
     ensemble = ["--dataset", "sample-landuse-seg", "--model", "csmask_b4+lite0"]
     job.run("python", "-m", "stages.map", *scene, str(tmp_path / "ensemble"), *ensemble)
@@ -42,29 +41,45 @@ def test_an_ensemble_and_a_student_map_the_scene(job, tmp_path):
     maps = {name: rasterio.open(tmp_path / name / "class.tif").read(1) for name in ("ensemble", "student")}
     assert maps["ensemble"].shape == maps["student"].shape == (768, 1536)
     with rasterio.open(job.folder / "results/map/sample-landuse-seg/small/class.tif") as file:
-        assert (maps["student"] == file.read(1)).mean() > 0.999  # by torch, and by onnxruntime
+        assert (maps["student"] == file.read(1)).mean() > 0.999  # torch and onnxruntime
     assert json.loads((tmp_path / "ensemble/map.json").read_text())["model"] == "csmask_b4+lite0"
     assert len(np.unique(maps["ensemble"])) > 1
 
 
-def test_mistakes(job, tmp_path):
-    scene, out = ["--scene", "scenes/sample-landuse-seg.yaml"], ["--out", str(tmp_path / "map")]
-    onnx = ["--onnx", "results/export/sample-landuse-seg/small/student.onnx"]
-    trees = ["--scene", "scenes/sample-trees-seg.yaml"]
+SCENE = ["--scene", "scenes/sample-landuse-seg.yaml"]
+ONNX = ["--onnx", "results/export/sample-landuse-seg/small/student.onnx"]
+
+
+def test_map_scene_without_the_bands_is_refused(job, tmp_path):
     (job.folder / "data/raw/sample-trees-seg").symlink_to("sample-trees")
     try:
-        said = stage(job, "map", *trees, *onnx, *out)
+        scene = ["--scene", "scenes/sample-trees-seg.yaml"]
+        error = job.stage_error("map", *scene, *ONNX, "--out", str(tmp_path / "map"))
     finally:
         (job.folder / "data/raw/sample-trees-seg").unlink()
-    assert "lacks the bands coastal" in said
-    assert "it has red (0.665 µm), green" in said
-    assert "Say what maps" in stage(job, "map", *scene, *out)
-    assert "Say what maps" in stage(job, "map", *scene, *out, *onnx, "--student", "x")
-    assert "no exported student at x.onnx" in stage(job, "map", *scene, *out, "--onnx", "x.onnx")
-    assert "no student in x" in stage(job, "map", *scene, *out, "--student", "x")
-    model = ["--dataset", "sample-landuse-seg", "--model", "raw+lite0"]
-    assert "no trained head at results/runs" in stage(job, "map", *scene, *out, *model)
-    assert "no scene at nowhere.tif" in stage(job, "map", "--scene", "nowhere.tif", *out, *onnx)
-    assert "There is no results/distill" in stage(job, "export", "--dataset", "sample-trees", "--student", "x")
-    assert "There is no dataset 'x'" in stage(job, "export", "--dataset", "x", "--student", "small")
+    assert all(value in str(error) for value in ("coastal", "red", "0.665", "green")), error
     assert not (tmp_path / "map").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentions"),
+    [
+        (SCENE, ["--onnx", "--student", "--dataset", "--model"]),
+        ([*SCENE, *ONNX, "--student", "x"], ["--onnx", "--student", "--dataset", "--model"]),
+        ([*SCENE, "--onnx", "x.onnx"], ["x.onnx"]),
+        ([*SCENE, "--student", "x"], ["x"]),
+        ([*SCENE, "--dataset", "sample-landuse-seg", "--model", "raw+lite0"], ["results/runs", "raw+lite0"]),
+        (["--scene", "nowhere.tif", *ONNX], ["nowhere.tif"]),
+    ],
+    ids=["no predictor", "two predictors", "no file", "no student", "no head", "no scene"],
+)
+def test_map_missing_input_is_refused(job, tmp_path, arguments, mentions):
+    error = job.stage_error("map", *arguments, "--out", str(tmp_path / "map"))
+    assert all(value in str(error) for value in mentions), error
+    assert not (tmp_path / "map").exists()
+
+
+def test_export_unknown_names_are_refused(job):
+    assert "results/distill" in str(job.stage_error("export", "--dataset", "sample-trees", "--student", "x"))
+    error = job.stage_error("export", "--dataset", "x", "--student", "small")
+    assert (error.key, error.value) == ("datasets", "x")

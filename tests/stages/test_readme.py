@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, in a folder where the stages have run."""
+"""The README's Python code runs in a folder where the stages have run."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ import sys
 from tests.conftest import ROOT
 
 
-def test_the_notebook_section(job):
+def test_readme_notebook_section_runs(job):
     section = (ROOT / "README.md").read_text().split("## Features in a notebook")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 3
