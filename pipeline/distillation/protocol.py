@@ -13,9 +13,8 @@ from pipeline.config import VARIANTS
 from pipeline.distillation.losses import Projectors
 from pipeline.distillation.student import Student
 from pipeline.distillation.train import DistillationSetup, make_projectors, predict, train
-from pipeline.errors import UserError
 from pipeline.training import predictions
-from pipeline.training.loop import HParams
+from pipeline.training.head_trainer import HParams
 from pipeline.training.protocol import ProtocolResult
 from pipeline.training.search import search
 
@@ -67,13 +66,13 @@ def train_variant(
     hparams = [HParams(**search_result["best"], seed=seed) for seed in range(config.seeds)]
     students = _train_students(create_student, setup, variant, hparams)
     if diverged := [seed for seed, student in enumerate(students) if _diverged(student)]:
-        raise UserError(predictions.divergence_message(diverged, len(students), SEARCH_KEYS), key=SEARCH_KEYS)
+        raise predictions.divergence_error(diverged, len(students), SEARCH_KEYS)
     val_scores = _scores(students, setup, "val")
     table = _predictions(students, setup)
-    samples, counts = predictions.counts_from_table(table, task.type, task.n_classes)
+    samples, counts = predictions.counts_from_table(table, task)
     test_scores = task.score(counts.sum(axis=1))
     runs = [
-        {**metadata, "protocol": PROTOCOLS[variant], "task": task.type, "seed": seed, "metric": task.metric,
+        {**metadata, "protocol": PROTOCOLS[variant], "task": task.type.value, "seed": seed, "metric": task.metric,
          "score": test_scores[seed], "val_score": val_scores[seed], "n_test": len(samples),
          "classes": task.n_classes, **search_result["best"]}
         for seed in range(len(students))
@@ -128,4 +127,4 @@ def _predictions(students: Sequence[Student], setup: DistillationSetup) -> pd.Da
     if setup.task.is_dense:
         return predictions.confusion_table(samples, outputs)
     label = setup.images.label_tensor(rows).numpy()
-    return predictions.prediction_table(samples, label, outputs, setup.task.type, SEARCH_KEYS)
+    return predictions.prediction_table(samples, label, outputs, setup.task, SEARCH_KEYS)

@@ -18,6 +18,7 @@ from pipeline.backbones.base import BackboneSpec
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 from pipeline.backbones.efficientnet import timm_name
 from pipeline.config import BackboneConfig, StudentConfig
+from pipeline.data.image_store import image_bands
 from pipeline.errors import UserError
 from pipeline.tasks import get_task
 
@@ -235,15 +236,11 @@ def _timm_names(backbone: BackboneConfig, tensors: Tensors) -> Tensors:
     return {timm_name(name): tensor for name, tensor in tensors.items()}
 
 
-def _adapt_input_filters(
-    filters: torch.Tensor, backbone_bands: Sequence[str], image_bands: Sequence[str]
-) -> torch.Tensor:
-    """Reorder filters (out, band, y, x) of the backbone's bands to the images' bands."""
+def _adapt_input_filters(filters: torch.Tensor, known_bands: Sequence[str], bands: Sequence[str]) -> torch.Tensor:
+    """Reorder filters (out, band, y, x) of a backbone's bands, `known_bands`, to the images' bands."""
     unknown_band = filters.mean(dim=1)
-    adapted = [
-        filters[:, backbone_bands.index(band)] if band in backbone_bands else unknown_band for band in image_bands
-    ]
-    return torch.stack(adapted, dim=1) * (filters.shape[1] / len(image_bands))
+    adapted = [filters[:, known_bands.index(band)] if band in known_bands else unknown_band for band in bands]
+    return torch.stack(adapted, dim=1) * (filters.shape[1] / len(bands))
 
 
 # Saved students
@@ -260,18 +257,18 @@ def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: st
         teacher: name of the teacher model, or None.
     """
     task = images.attrs["task"]
-    columns = zip(
-        images.band_name.values.tolist(), images.band.values.tolist(), images.wavelength.values, strict=True
-    )
     return {
         "dataset": dataset,
         "task": task,
         "classes": list(images.attrs["classes"]),
         "ignore": get_task(task).ignore_value,
         "bands": [
-            # A band without a wavelength has NaN in the store.
-            {"name": name, "common_name": common, "wavelength": length if length == length else None}
-            for name, common, length in zip(*columns, strict=True)
+            {
+                "name": band.name,
+                "common_name": band.common_name,
+                "wavelength": float(band.wavelength) if band.is_optical else None,
+            }
+            for band in image_bands(images)
         ],
         "units": images.attrs["units"],
         "gsd": float(images.attrs["gsd"]),

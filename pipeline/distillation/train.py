@@ -13,7 +13,8 @@ from pipeline.distillation.losses import Projectors
 from pipeline.distillation.student import Student
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.tasks import Task
-from pipeline.training import loop
+from pipeline.training.head_trainer import HParams, TrainSchedule
+from pipeline.training.loop import batch_order
 from pipeline.training.optim import FusedAdamW, warm_cosine
 from pipeline.training.task_data import task_from_store
 
@@ -43,10 +44,10 @@ class DistillationSetup:
         return task_from_store(self.images.images)
 
     @property
-    def schedule(self) -> loop.TrainSchedule:
+    def schedule(self) -> TrainSchedule:
         """Number of steps, and chips per step."""
         length = self.config.segmentation if self.task.is_dense else self.config.classification
-        return loop.TrainSchedule(length.steps, length.batch)
+        return TrainSchedule(length.steps, length.batch)
 
     def training_rows(self, variant: str) -> np.ndarray:
         """Return the indices of the training samples; variants with a teacher also use unlabelled samples."""
@@ -66,7 +67,7 @@ def train(
     projectors: Projectors | None,
     setup: DistillationSetup,
     variant: str,
-    hparams: loop.HParams,
+    hparams: HParams,
 ) -> Student:
     """Train a student with AdamW and a cosine schedule with warm-up.
 
@@ -88,7 +89,7 @@ def train(
     optimizer = FusedAdamW(modules, hparams.learning_rate, hparams.weight_decay)
     schedule, lr_factor = setup.schedule, warm_cosine(setup.schedule.steps)
     rows, generator = setup.training_rows(variant), np.random.default_rng(hparams.seed)
-    for step, positions in enumerate(loop.batch_order(len(rows), schedule, hparams.seed).numpy()):
+    for step, positions in enumerate(batch_order(len(rows), schedule, hparams.seed).numpy()):
         views = draw_views(setup, len(positions), generator)
         optimizer.zero_grad()
         _loss(student, projectors, setup, variant, rows[positions], views).backward()

@@ -138,7 +138,7 @@ def check_exported(student: Student, path: Path, predict: LogitsFunction, chips:
         path.unlink()
         raise UserError(
             f"The logits of {path.name} differ from torch's by {error:.2g} of their standard deviation on real "
-            f"chips. The limit is {TOLERANCE:g}. torch {torch.__version__} cannot export this network; choose another.",
+            f"chips. The limit is {TOLERANCE:g}. torch {torch.__version__} cannot export it; choose another.",
             key="students.network",
             value=error,
             path=path,

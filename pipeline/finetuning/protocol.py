@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from sklearn.utils.class_weight import compute_class_weight
 
 from cache.checksums import fingerprint
 from pipeline.data.augmentation import AugmentedImages
@@ -19,8 +18,8 @@ from pipeline.finetuning.train import FineTuneJob, TrainState, count_predictions
 from pipeline.heads.config import describe_head
 from pipeline.tasks import Task
 from pipeline.training import predictions
-from pipeline.training.loop import HParams
-from pipeline.training.task_data import task_from_store
+from pipeline.training.head_trainer import HParams
+from pipeline.training.task_data import balanced_weights, task_from_store
 
 # Keys of params.yaml that set the learning rate and the weight decay.
 SEARCH_KEYS = "finetune.learning_rates, finetune.weight_decay"
@@ -70,9 +69,9 @@ def run_fine_tuning(
         rows.append(
             {**metadata, "protocol": config.protocol,
              "head": describe_head(head.config, head.array_names, bool(task.class_weights)),
-             "task": task.type, "seed": seed, "metric": task.metric, "score": None, "val_score": state.best_score,
-             "n_test": len(job.images.rows("test")), "classes": task.n_classes, "learning_rate": rate,
-             "weight_decay": config.weight_decay, "frozen_val_score": state.frozen_score,
+             "task": task.type.value, "seed": seed, "metric": task.metric, "score": None,
+             "val_score": state.best_score, "n_test": len(job.images.rows("test")), "classes": task.n_classes,
+             "learning_rate": rate, "weight_decay": config.weight_decay, "frozen_val_score": state.frozen_score,
              "best_step": state.best_step,
              "trained_parameters": sum(tensor.numel() for tensor in state.best_tensors.values())}
         )  # fmt: skip
@@ -80,7 +79,7 @@ def run_fine_tuning(
             best_score, best_tensors = state.best_score, state.best_tensors
         del model, head  # free its memory before the next model is created
     table = _predictions(job, np.stack(outputs))
-    _, counts = predictions.counts_from_table(table, task.type, task.n_classes)
+    _, counts = predictions.counts_from_table(table, task)
     scores = task.score(counts.sum(axis=1))
     return FineTuneResult(pd.DataFrame(rows).assign(score=scores), table, best_tensors)
 
@@ -97,10 +96,7 @@ def make_task(images: xr.Dataset, augmented_images: AugmentedImages, class_weigh
     if class_weights == "none":
         return task
     label = augmented_images.label(augmented_images.rows("train"))
-    label, weights = label[label != task.ignore_value], np.ones(task.n_classes)
-    present = np.unique(label)
-    weights[present] = compute_class_weight("balanced", classes=present, y=label.flatten())
-    return replace(task, class_weights=tuple(weights.tolist()))
+    return replace(task, class_weights=balanced_weights(label, task))
 
 
 def checkpoint_folder(folder: Path, cache_key: object) -> Path:
@@ -154,4 +150,4 @@ def _predictions(job: FineTuneJob, outputs: np.ndarray) -> pd.DataFrame:
     if job.task.is_dense:
         return predictions.confusion_table(samples, outputs)
     label = job.images.label(rows).astype(np.int64)
-    return predictions.prediction_table(samples, label, outputs, job.task.type, SEARCH_KEYS)
+    return predictions.prediction_table(samples, label, outputs, job.task, SEARCH_KEYS)

@@ -26,7 +26,8 @@ from pipeline.distillation.train import DistillationSetup
 from pipeline.heads import checkpoint
 from pipeline.tasks import IGNORE, get_task
 from pipeline.training import task_data
-from pipeline.training.loop import HParams
+from pipeline.training.head_trainer import HParams
+from pipeline.training.protocol import train_heads, trained_head
 
 N_SAMPLES, SIDE = 60, 32
 HEADS = HeadsConfig(
@@ -109,7 +110,7 @@ class SyntheticDataset:
         path = self.folder / "head.pt"
         if not path.exists():
             data = task_data.load({self.store: None}, self.images_path, HEADS, ("train", "val"), "cpu")
-            checkpoint.save(path, "member", data, data.train([HParams(0.02, 0.01, 0)]), 0)
+            checkpoint.save(path, trained_head(data, "member", train_heads(data, [HParams(0.02, 0.01, 0)]), 0))
         return path
 
     def augmented_images(self) -> AugmentedImages:

@@ -1,11 +1,8 @@
-"""A fine-tuning in a process of its own, to be killed: python killed.py IMAGES HEAD FOLDER; writes FOLDER/done."""
+"""A fine-tuning in its own process, to be killed: python killed.py IMAGES HEAD FOLDER; writes FOLDER/done."""
 
 import dataclasses
 import sys
 from pathlib import Path
-
-import pandas as pd
-import torch
 
 from pipeline.data import image_store
 from pipeline.data.augmentation import AugmentedImages
@@ -13,23 +10,27 @@ from pipeline.finetuning import protocol
 from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble
 from pipeline.finetuning.train import FineTuneJob
 from pipeline.training import task_data
-from tests.pipeline.finetuning.conftest import BACKBONES, FEW
+from tests.pipeline.finetuning.conftest import BACKBONES, CONFIG
 
-# Checkpoints after every step, so that a kill falls between two.
-MANY = dataclasses.replace(FEW, method="lora", steps=6, val_checks=6, seeds=2, learning_rates=(1e-3, 1e-2))
-TOLD = {"dataset": "d", "model": "lite0", "weights": "random, seed 0"}
+# A checkpoint after every step, so that a kill falls between two checkpoints.
+KILLED_CONFIG = dataclasses.replace(
+    CONFIG, method="lora", steps=6, val_checks=6, seeds=2, learning_rates=(1e-3, 1e-2)
+)
+METADATA = {"dataset": "d", "model": "lite0", "weights": "random, seed 0"}
 
 
-def fine_tune(pictures: Path, head: Path, folder: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
-    """The whole protocol on lite0; what `protocol.run` says of its runs, and the best of them."""
+def fine_tune(images_path: Path, head_path: Path, folder: Path) -> protocol.FineTuneResult:
+    """Run the whole protocol on lite0."""
     folder.mkdir(exist_ok=True)
-    opened = image_store.open_images(pictures)
+    images = image_store.open_images(images_path)
     members = [EnsembleMember("lite0", BACKBONES["lite0"], folder)]
-    job = FineTuneJob(AugmentedImages.copy_to_file(opened, folder / "images.npy"), task_data.task_from_store(opened), MANY)
-    tested = protocol.run_fine_tuning(
-        lambda seed: FineTunedEnsemble(opened, members, head, MANY, seed, "cpu", "float32"), job, TOLD, folder
-    )
-    return tested.runs, tested.best
+    augmented_images = AugmentedImages.copy_to_file(images, folder / "images.npy")
+    job = FineTuneJob(augmented_images, task_data.task_from_store(images), KILLED_CONFIG)
+
+    def create_model(seed: int) -> FineTunedEnsemble:
+        return FineTunedEnsemble(images, members, head_path, KILLED_CONFIG, seed, "cpu", "float32")
+
+    return protocol.run_fine_tuning(create_model, job, METADATA, folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tuning on a GPU: it starts as the frozen model, and ends with finite weights and scores."""
+"""Fine-tuning on a GPU: it starts from the frozen model, and ends with finite weights and scores."""
 
 import dataclasses
 
@@ -8,31 +8,27 @@ import torch
 
 from pipeline.finetuning import protocol, train
 from pipeline.finetuning.model import FineTunedEnsemble
-from pipeline.training.loop import HParams
-from tests.pipeline.finetuning.conftest import FEW
+from pipeline.training.head_trainer import HParams
+from tests.pipeline.finetuning.conftest import CONFIG
 
-TOLD = {"dataset": "d", "model": "m", "weights": "random, seed 0"}
-
-
-@pytest.fixture
-def tuned(gpu, frozen):
-    def make(dataset: str, model: str, precision: str, **changes):
-        one = frozen(dataset, model)
-        described = dataclasses.replace(FEW, **changes)
-        return one, lambda seed: FineTunedEnsemble(one.opened, one.members, one.head, described, seed, gpu, precision)
-
-    return make
+METADATA = {"dataset": "d", "model": "m", "weights": "random, seed 0"}
 
 
 @pytest.mark.parametrize("model", ["lite0", "prithvi", "hiera"])
-@pytest.mark.parametrize(("what", "checkpointing"), [("all", True), ("lora", False)])
-def test_it_starts_as_the_frozen_model_and_ends_with_scores(tuned, job, tmp_path, model, what, checkpointing):
-    changes = {"what": what, "checkpointing": checkpointing}
-    one, make = tuned("sample-landuse", model, "bfloat16", **changes)
-    asked = job(one, **changes)
-    done = train.train(make(0), asked, HParams(1e-3, 1e-2, 0), tmp_path / "first.pt")
-    exact = train.train(one.tuned(**changes), asked, HParams(1e-3, 1e-2, 0), tmp_path / "exact.pt")
-    assert done.frozen_score == pytest.approx(exact.frozen_score, abs=0.1)
-    tested = protocol.run_fine_tuning(make, asked, TOLD, tmp_path)
-    assert np.isfinite(tested.runs.score).all()
-    assert all(torch.isfinite(values).all() for values in tested.best.values())
+@pytest.mark.parametrize(("method", "checkpointing"), [("all", True), ("lora", False)])
+def test_fine_tuning_on_gpu_starts_as_the_frozen_model_and_scores(
+    gpu, frozen_model, make_job, tmp_path, model, method, checkpointing
+):
+    frozen, changes = frozen_model("sample-landuse", model), {"method": method, "checkpointing": checkpointing}
+    config, job = dataclasses.replace(CONFIG, **changes), make_job(frozen, **changes)
+
+    def create_model(seed: int) -> FineTunedEnsemble:
+        return FineTunedEnsemble(frozen.images, frozen.members, frozen.head_path, config, seed, gpu, "bfloat16")
+
+    hparams = HParams(1e-3, 1e-2, 0)
+    on_gpu = train.train(create_model(0), job, hparams, tmp_path / "gpu.pt")
+    on_cpu = train.train(frozen.trainable(**changes), job, hparams, tmp_path / "cpu.pt")
+    assert on_gpu.frozen_score == pytest.approx(on_cpu.frozen_score, abs=0.1)
+    result = protocol.run_fine_tuning(create_model, job, METADATA, tmp_path)
+    assert np.isfinite(result.runs.score).all()
+    assert all(torch.isfinite(tensor).all() for tensor in result.best_tensors.values())

@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole: what it learns, what it chooses and says, and that a kill changes nothing."""
+"""Fine-tuning as a whole: what it learns, selects and reports, and that a killed run ends as an uninterrupted one."""
 
 import dataclasses
 import os
@@ -11,126 +11,117 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import HeadsConfig
-from pipeline.data.augmentation import AugmentedImages
-from pipeline.finetuning import protocol as finetuning
-from pipeline.finetuning import train
-from pipeline.training import predictions, protocol
-from pipeline.training.loop import HParams
+from pipeline.finetuning import protocol, train
+from pipeline.training import predictions, task_data
+from pipeline.training import protocol as frozen_protocol
+from pipeline.training.head_trainer import HParams
 from tests.conftest import ROOT
-from tests.pipeline.finetuning.conftest import FEW, HEADS
-from tests.pipeline.finetuning.killed import MANY, TOLD, fine_tune
+from tests.pipeline.finetuning.conftest import CONFIG, HEADS
+from tests.pipeline.finetuning.killed import KILLED_CONFIG, METADATA, fine_tune
 
-# As the tests' own process computes: sums of floats depend on the number of threads.
-ALONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(frozen, tmp_path):
-    one = frozen("sample-landuse", "lite0")
-    pictures, broken = one.opened.encoding["source"], tmp_path / "broken"
-    runs, best = fine_tune(pictures, one.head, tmp_path / "unbroken")
-    command = [sys.executable, "-m", "tests.pipeline.finetuning.killed", pictures, str(one.head), str(broken)]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ALONE})
-    while process.poll() is None and steps(broken) < 8:  # in the second of three trainings
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 8 <= steps(broken) < 18
-    again, found = fine_tune(pictures, one.head, broken)
-    assert again.equals(runs)
-    assert found.keys() == best.keys()
-    assert all(torch.equal(values, found[name]) for name, values in best.items())
+# One thread, as in the tests' own process: sums of floats depend on the number of threads.
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def steps(folder) -> int:
-    """Steps of all the checkpoints in a folder."""
+def n_steps(folder) -> int:
+    """Number of steps in all checkpoints of a folder."""
     return sum(torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt"))
 
 
-def test_what_is_said_is_what_the_frozen_protocol_says_and_more(frozen, tmp_path):
-    one = frozen("sample-landuse", "lite0")
-    runs, best = fine_tune(one.opened.encoding["source"], one.head, tmp_path / "runs")
-    theirs = protocol.train_and_test(one.cell, {"learning_rate": 1e-2, "weight_decay": 1e-2}, 1, TOLD).runs
-    assert set(theirs.columns) <= set(runs.columns)
+def test_run_fine_tuning_killed_run_resumes_and_ends_as_an_uninterrupted_one(frozen_model, tmp_path):
+    frozen, folder = frozen_model("sample-landuse", "lite0"), tmp_path / "killed"
+    expected = fine_tune(frozen.images_path, frozen.head_path, tmp_path / "uninterrupted")
+    arguments = map(str, (frozen.images_path, frozen.head_path, folder))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.pipeline.finetuning.killed", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    while process.poll() is None and n_steps(folder) < 8:  # in the second of three trainings of six steps
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 8 <= n_steps(folder) < 18
+    resumed = fine_tune(frozen.images_path, frozen.head_path, folder)
+    assert resumed.runs.equals(expected.runs)
+    assert resumed.best_tensors.keys() == expected.best_tensors.keys()
+    assert all(torch.equal(tensor, resumed.best_tensors[name]) for name, tensor in expected.best_tensors.items())
+
+
+def test_run_fine_tuning_runs_have_the_columns_of_the_frozen_protocol_and_more(frozen_model, tmp_path):
+    frozen = frozen_model("sample-landuse", "lite0")
+    result = fine_tune(frozen.images_path, frozen.head_path, tmp_path / "runs")
+    runs, hparams = result.runs, {"learning_rate": 1e-2, "weight_decay": 1e-2}
+    frozen_runs = frozen_protocol.train_and_test(frozen.data, hparams, 1, METADATA).runs
+    assert set(frozen_runs.columns) <= set(runs.columns)
     assert runs.protocol.tolist() == ["fine-tuned (lora)"] * 2
     assert runs.seed.tolist() == [0, 1]
     assert (runs.val_score >= runs.frozen_val_score).all()
-    tried = {rate: torch.load(tmp_path / f"runs/{rate:g}-seed0.pt")["best"] for rate in MANY.learning_rates}
+    val_scores = {
+        rate: torch.load(tmp_path / f"runs/{rate:g}-seed0.pt")["best_score"] for rate in KILLED_CONFIG.learning_rates
+    }
     assert (tmp_path / f"runs/{runs.learning_rate[0]:g}-seed1.pt").exists()
-    assert tried[runs.learning_rate[0]] == max(tried.values()) == runs.val_score[0]
-    trained = one.tuned(method="lora").trained()
-    assert best.keys() == trained.keys()
-    assert runs.trained_parameters.tolist() == [sum(values.numel() for values in trained.values())] * 2
+    assert val_scores[runs.learning_rate[0]] == max(val_scores.values()) == runs.val_score[0]
+    parameters = frozen.trainable(method="lora").trainable_parameters()
+    assert result.best_tensors.keys() == parameters.keys()
+    assert runs.trained_parameters.tolist() == [sum(parameter.numel() for parameter in parameters.values())] * 2
 
 
-@pytest.mark.parametrize(("dataset", "model"), [("sample-landuse-seg", "prithvi"), ("sample-landuse", "raw+lite0")])
-def test_scores_recompute_from_predictions_and_the_kept_tensors(frozen, job, tmp_path, dataset, model):
-    one, asked = frozen(dataset, model), job(frozen(dataset, model), steps=2, val_checks=1, method="lora")
-    tested = finetuning.run_fine_tuning(lambda seed: one.tuned(seed, method="lora"), asked, TOLD, tmp_path)
-    task = asked.task
-    samples, counts = predictions.counts_from_table(tested.predicted, task.kind, task.classes)
-    assert samples == sorted(one.cell.parts["test"].sample)
-    assert tested.runs.score[0] == task.score(counts[0].sum(axis=0))
-    assert tested.runs.protocol[0] == "fine-tuned (lora)"
-    again = one.tuned(7, method="lora")
-    again.load(tested.best)
-    assert np.array_equal(train.counts(again, asked, "test").sum(axis=0), counts[0].sum(axis=0))
+@pytest.mark.parametrize(
+    ("dataset", "model_name"), [("sample-landuse-seg", "prithvi"), ("sample-landuse", "raw+lite0")]
+)
+def test_run_fine_tuning_scores_can_be_recomputed_from_predictions_and_tensors(
+    frozen_model, make_job, tmp_path, dataset, model_name
+):
+    frozen = frozen_model(dataset, model_name)
+    job = make_job(frozen, steps=2, val_checks=1, method="lora")
+    result = protocol.run_fine_tuning(lambda seed: frozen.trainable(seed, method="lora"), job, METADATA, tmp_path)
+    task = job.task
+    samples, counts = predictions.counts_from_table(result.predicted, task)
+    assert samples == sorted(frozen.data.splits["test"].sample)
+    assert result.runs.score[0] == task.score(counts[0].sum(axis=0))
+    assert result.runs.protocol[0] == "fine-tuned (lora)"
+    model = frozen.trainable(7, method="lora")
+    model.load_trainable(result.best_tensors)
+    assert np.array_equal(train.count_predictions(model, job, "test").sum(axis=0), counts[0].sum(axis=0))
 
 
-def test_a_backbone_learns_for_a_head_that_is_held_still(frozen, job):
-    """Other labels than the head was trained on, so that only a change of the features can tell them."""
-    one = frozen("sample-landuse", "prithvi")
-    asked, tuned = job(one), one.tuned(layer_decay=1.0)
-    tuned.head.requires_grad_(False)
-    rows = asked.images.rows("train")
-    asked.images._label[rows] = (asked.images._label[rows] + 1) % asked.task.classes
-    optimiser = torch.optim.AdamW(tuned.groups(1e-3, 0.0))
-    lost = [train.update(tuned, optimiser, asked, rows, None).item() for _ in range(25)]
-    assert lost[-1] < 0.2 * lost[0]
+def test_train_backbone_learns_with_a_frozen_head(frozen_model, make_job):
+    """The labels are shifted, so that only a change of the features can reduce the loss."""
+    frozen = frozen_model("sample-landuse", "prithvi")
+    job, model = make_job(frozen), frozen.trainable(layer_decay=1.0)
+    model.head.requires_grad_(False)
+    rows = job.images.rows("train")
+    job.images._label[rows] = (job.images._label[rows] + 1) % job.task.n_classes
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-3, 0.0))
+    losses = [train.train_step(model, optimizer, job, rows, None).item() for _ in range(25)]
+    assert losses[-1] < 0.2 * losses[0]
 
 
-def test_a_run_that_diverges_ends_as_the_frozen_model(frozen, job, tmp_path):
-    one = frozen("sample-landuse", "lite0")
-    tuned, asked = one.tuned(), job(one, steps=8, val_checks=8)
-    done = train.train(tuned, asked, HParams(1e30, 0.0, 0), tmp_path / "checkpoint.pt")
-    assert done.finished
-    assert done.step < 8
-    assert all(torch.isfinite(values).all() for values in tuned.trained().values())
+def test_train_diverged_run_ends_as_the_frozen_model(frozen_model, make_job, tmp_path):
+    frozen = frozen_model("sample-landuse", "lite0")
+    model, job = frozen.trainable(), make_job(frozen, steps=8, val_checks=8)
+    state = train.train(model, job, HParams(1e30, 0.0, 0), tmp_path / "checkpoint.pt")
+    assert state.finished
+    assert state.step < 8
+    assert all(torch.isfinite(parameter).all() for parameter in model.trainable_parameters().values())
 
 
-def test_images_and_masks_turn_together_and_the_store_stays_as_it_is(images_path, tmp_path):
-    from pipeline.data import image_store
-
-    opened = image_store.open_images(images_path("sample-landuse-seg")).isel(sample=slice(0, 8)).load()
-    opened["image"] = opened.image.copy(data=np.stack([opened.label.values] * opened.sizes["band"], axis=1))
-    pictures = AugmentedImages.copy_to_file(opened, tmp_path / "images.npy")
-    rows, generator, turned = np.arange(8), np.random.default_rng(0), set()
-    for _ in range(20):
-        image, label = pictures.batch(rows, generator)
-        assert np.array_equal(image[:, 0], label)
-        turned.add(image[0].tobytes())
-    assert len(turned) == 8
-    plain, label = pictures.batch(rows)
-    assert np.array_equal(plain[:, 0], opened.label.values)
-    assert np.array_equal(label, opened.label.values)
+def test_make_task_class_weights_equal_those_of_frozen_heads(frozen_model, make_job):
+    frozen = frozen_model("sample-landuse-seg", "prithvi")
+    images = make_job(frozen).images
+    heads = dataclasses.replace(HEADS, class_weights="balanced")
+    expected = task_data.load(frozen.stores, frozen.images_path, heads, ("train",), "cpu").task
+    task = protocol.make_task(frozen.images, images, "balanced")
+    assert task.class_weights == pytest.approx(expected.class_weights)
+    assert dataclasses.replace(task, class_weights=None) == protocol.make_task(frozen.images, images, "none")
 
 
-def test_classes_are_weighted_as_for_frozen_heads(frozen, job):
-    from pipeline.training import task_data
-
-    one = frozen("sample-landuse-seg", "prithvi")
-    pictures = job(one).pictures
-    heads = HeadsConfig(**{**vars(HEADS), "class_weights": "balanced"})
-    wanted = task_data.load(one.stores, one.path, heads, ("train",), "cpu").task
-    found = finetuning.make_task(one.opened, pictures, "balanced")
-    assert found.class_weights == pytest.approx(wanted.class_weights)
-    assert dataclasses.replace(found, weights=None) == finetuning.make_task(one.opened, pictures, "none")
-
-
-def test_other_settings_have_other_checkpoints(tmp_path):
-    first = finetuning.checkpoint_folder(tmp_path, [dataclasses.asdict(FEW)])
-    (first / "x.pt").touch()
-    assert finetuning.checkpoint_folder(tmp_path, [dataclasses.asdict(FEW)]) == first
-    assert (first / "x.pt").exists()
-    assert finetuning.checkpoint_folder(tmp_path, [dataclasses.asdict(dataclasses.replace(FEW, rank=4))]) != first
-    assert not first.exists()
+def test_checkpoint_folder_depends_on_the_settings(tmp_path):
+    folder = protocol.checkpoint_folder(tmp_path, [dataclasses.asdict(CONFIG)])
+    (folder / "x.pt").touch()
+    assert protocol.checkpoint_folder(tmp_path, [dataclasses.asdict(CONFIG)]) == folder
+    assert (folder / "x.pt").exists()
+    changed = dataclasses.replace(CONFIG, rank=4)
+    assert protocol.checkpoint_folder(tmp_path, [dataclasses.asdict(changed)]) != folder
+    assert not folder.exists()
