@@ -1,4 +1,4 @@
-"""Read rows of stored arrays at random: memory-mapped files, the arrays in them, and parallel copies to memory.
+"""Read random rows of stored arrays from memory-mapped files, in parallel.
 
 `LocalArray` maps the shard files into memory and copies each row to its destination. `pread` to the same destination
 is slower (docs/decisions). Mapped pages count as memory of the process, so `MmapPool` releases them when there are
@@ -134,7 +134,7 @@ class MmapPool:
 
     @staticmethod
     def _after_fork() -> None:
-        """Replace locks in a forked child: a thread of the parent may hold one, and no thread here releases it."""
+        """Replace locks in a forked child, where no thread releases one that a thread of the parent held."""
         _statm.cache_clear()
         for pool in MmapPool._live:
             pool.lock = threading.Lock()
@@ -382,7 +382,7 @@ class DequantizedArray:
 
 
 def is_mappable(array: zarr.Array) -> bool:
-    """Tell whether `LocalArray` can read an array: files split along the first axis only, of raw or Blosc rows."""
+    """Tell whether `LocalArray` can read an array: files of raw or Blosc rows, split along the first axis."""
     codecs, sharding = array.metadata.codecs, array.metadata.codecs[0]
     if array.metadata.chunk_key_encoding.to_dict().get("configuration") != {"separator": CHUNK_KEYS["separator"]}:
         return False

@@ -107,7 +107,7 @@ def atomic_dir(scratch: Path, final: Path) -> Iterator[Path]:
 
 
 def _drain_zarr_writes() -> None:
-    """Wait for the writes that zarr still runs: when one fails, zarr raises at once and lets the others continue."""
+    """Wait for the writes that zarr still runs: when one fails, zarr raises while the others continue."""
     # zarr takes 0.25 s to import, and stages that write JSON do not need it.
     from zarr.core.sync import sync
 

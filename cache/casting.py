@@ -16,9 +16,9 @@ _BLOCK_VALUES = 2**18
 
 
 class CastStat(IntEnum):
-    """Columns of the statistics that `check_cast` reads; all but the counts of small values are over finite values.
+    """Columns of the statistics that `check_cast` reads.
 
-    `N_SUBNORMAL` and `N_NONZERO` may be counted in a sample of the values, if both are.
+    The sums are over finite values. `N_SUBNORMAL` and `N_NONZERO` may be counted in a sample of the values, if both are.
     """
 
     N_TOO_LARGE = 0  # finite values too large for the dtype
@@ -47,9 +47,10 @@ class CastArray:
 
 
 def cast_array(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Executor) -> CastArray:
-    """Cast `values` (sample, …) to `dtype` and quantize them with the codec, in parallel blocks of samples.
+    """Cast values to `dtype` and quantize them with the codec, in parallel blocks of samples.
 
     Args:
+        values: (sample, …).
         name: the array's name, for messages.
         dtype: float16 or float32.
 

@@ -206,10 +206,13 @@ class FeatureStore:
         return index
 
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of a level's channels over the training split, float64 (channel,).
+        """Return mean and standard deviation of a level's channels over the training split.
 
         Args:
             level: name of the level, such as `level0`.
+
+        Returns:
+            Two arrays, float64 (channel,).
 
         Raises:
             StoreError: the store has no such level.

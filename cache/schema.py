@@ -1,4 +1,4 @@
-"""The contract of cache/README.md in code: names and shapes of arrays, and the creation of an empty store."""
+"""The contract of cache/README.md in code: names and shapes of arrays, and an empty store."""
 
 import warnings
 from dataclasses import dataclass

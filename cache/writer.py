@@ -50,7 +50,7 @@ _DISK_THREADS = 4
 
 
 class Writer:
-    """Fill one store, alone or together with other writers; after a kill it resumes with the missing shards.
+    """Fill one store, alone or with other writers; after a kill it resumes with the missing shards.
 
     Args:
         scratch: a folder on the file system of `final`, the same for all writers of the store.
@@ -314,7 +314,7 @@ class Writer:
         return total and total.to_json()
 
     def _merge_records(self) -> tuple[dict[str, str], dict[str, RunningStats | None], dict[str, list]]:
-        """Merge the records in order: SHA-256 by file, and training statistics and cast errors by level's array."""
+        """Merge the records: SHA-256 by file; training statistics and cast errors by array of a level."""
         digests, stats, errors = {}, {}, {}
         for shard in range(self.schema.n_shards):
             record = json.loads(self._record(shard).read_text())
@@ -326,7 +326,7 @@ class Writer:
         return digests, stats, errors
 
     def _describe_level(self, group: zarr.Group, training: RunningStats | None, errors: list) -> None:
-        """Store the training statistics of a level (NaN without training samples) and the error of its storage."""
+        """Store a level's training statistics (NaN without training samples) and its relative error."""
         missing = np.full(group.attrs["channels"], np.nan)
         mean, std = (training.mean, training.std()) if training else (missing, missing)
         for key, values in (("mean", mean), ("std", std)):

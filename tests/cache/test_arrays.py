@@ -1,4 +1,4 @@
-"""Rows as they are stored with every codec, files that are damaged, and limits on open and mapped files."""
+"""Rows of every codec, damaged files, and limits on open and mapped files."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Minibatches from several stores: the right rows, in reused memory, through each of the three interfaces."""
+"""Minibatches from several stores, through each of the three interfaces."""
 
 import threading
 from dataclasses import replace
@@ -19,7 +19,7 @@ BUDGETS = pytest.mark.parametrize("budget", [0, 1 << 30], ids=["disk", "memory"]
 
 @pytest.fixture(params=["none", "zstd"])
 def stores(request, tmp_path):
-    """Two stores of the same samples, of which the second has one level, and their concatenated first levels."""
+    """Two stores of the same samples, the second with one level, and their concatenated first levels."""
     first = small_schema(codec=request.param)
     write_store(tmp_path / "a", first)
     second = replace(first, levels=first.levels[:1], pooled={"mean": 3})
