@@ -18,7 +18,7 @@ _BLOCK_VALUES = 2**18
 class CastStat(IntEnum):
     """Columns of the statistics that `check_cast` reads.
 
-    The sums are over finite values. `N_SUBNORMAL` and `N_NONZERO` may be counted in a sample of the values, if both are.
+    The sums are over finite values. `N_SUBNORMAL` and `N_NONZERO` may both be counts in a sample of the values.
     """
 
     N_TOO_LARGE = 0  # finite values too large for the dtype
