@@ -18,7 +18,7 @@ WEIGHT = np.array([[4, -1, 0], [0, 1.5, -1], [-1, 0, 0.6]], np.float32) / 600
 BIAS = -WEIGHT @ np.array([1456, 1728, 1920], np.float32)
 
 
-def write_linear_model(path, tile, task="segmentation"):
+def write_linear_model(path, tile, task="segmentation", metadata_key=METADATA_KEY):
     """Write an ONNX file with logits `WEIGHT` @ bands + `BIAS` of each pixel, or of the chip's mean."""
     weight = numpy_helper.from_array(WEIGHT[:, :, None, None], "weight")
     nodes = [helper.make_node("Conv", ["chips", "weight", "bias"], ["dense"])]
@@ -49,7 +49,7 @@ def write_linear_model(path, tile, task="segmentation"):
         "size": [tile, tile],
         "bands": bands,
     }
-    helper.set_model_props(model, {METADATA_KEY: json.dumps(metadata)})
+    helper.set_model_props(model, {metadata_key: json.dumps(metadata)})
     onnx.save(model, path)
     return path
 
