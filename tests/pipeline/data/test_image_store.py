@@ -1,3 +1,5 @@
+"""The images store: what it contains, and what is refused."""
+
 import dataclasses
 import os
 import shutil
@@ -8,27 +10,30 @@ import pytest
 import xarray as xr
 
 from cache.atomic import sync_tree
-from pipeline.data import image_store, image_writer
+from pipeline.data import image_writer
+from pipeline.data.image_store import open_images, parse_timestamp
 from pipeline.errors import UserError
+from pipeline.tasks import get_task
+from tests.errors import raises
 
 
 @pytest.mark.parametrize("name", ["sample-landuse", "sample-landuse-seg", "sample-trees", "sample-trees-seg"])
-def test_a_store_opens_with_xarray_and_states_what_it_is(images_path, image_dataset, name):
-    opened, made = xr.open_zarr(images_path(name)), image_dataset(name)
-    np.testing.assert_array_equal(opened.image, made.image)
-    np.testing.assert_array_equal(opened.label, made.label)
-    assert opened.image.dims == ("sample", "band", "y", "x")
-    assert opened.label.dims == image_store.label_dims(made.task)
-    assert opened.sample.values.tolist() == list(made.sample)
-    assert opened.split.values.tolist() == list(made.split)
-    assert opened.wavelength.values.tolist() == [band.wavelength for band in made.bands]
-    assert opened.image.attrs["units"] == made.units
+def test_images_store_opened_with_xarray_equals_the_dataset(images_path, image_dataset, name):
+    images, dataset = xr.open_zarr(images_path(name)), image_dataset(name)
+    np.testing.assert_array_equal(images.image, dataset.image)
+    np.testing.assert_array_equal(images.label, dataset.label)
+    assert images.image.dims == ("sample", "band", "y", "x")
+    assert images.label.dims == get_task(dataset.task).label_dims
+    assert images.sample.values.tolist() == list(dataset.sample)
+    assert images.split.values.tolist() == list(dataset.split)
+    assert images.wavelength.values.tolist() == [band.wavelength for band in dataset.bands]
+    assert images.image.attrs["units"] == dataset.units
     for key in ("task", "classes", "units", "gsd", "licence", "source", "notes", "content_sha256"):
-        assert opened.attrs[key] is not None
-    assert {"sample", "split", "band", "wavelength"} <= set(opened.coords)
+        assert images.attrs[key] is not None
+    assert {"sample", "split", "band", "wavelength"} <= set(images.coords)
 
 
-def test_two_writes_give_the_same_bytes(image_dataset, tmp_path):
+def test_write_twice_gives_equal_bytes(image_dataset, tmp_path):
     for name in ("a", "b"):
         image_writer.write(image_dataset("sample-landuse"), tmp_path / "scratch", tmp_path / name)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
@@ -38,76 +43,96 @@ def test_two_writes_give_the_same_bytes(image_dataset, tmp_path):
     sync_tree(tmp_path)
 
 
-def test_the_digest_follows_the_content(image_dataset, tmp_path):
-    def digest(changed):
-        image_writer.write(changed, tmp_path / "scratch", tmp_path / "store")
+def test_content_digest_depends_on_pixels_and_units(image_dataset, tmp_path):
+    def digest(dataset):
+        image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store")
         return xr.open_zarr(tmp_path / "store").attrs["content_sha256"]
 
-    made = image_dataset("sample-landuse")
-    pixel = made.image.copy()
-    pixel[0, 0, 0, 0] += 1
-    changed = [made, dataclasses.replace(made, image=pixel), dataclasses.replace(made, units="reflectance")]
-    assert len({digest(one) for one in changed}) == 3
+    dataset = image_dataset("sample-landuse")
+    pixels = dataset.image.copy()
+    pixels[0, 0, 0, 0] += 1
+    variants = [
+        dataset,
+        dataclasses.replace(dataset, image=pixels),
+        dataclasses.replace(dataset, units="reflectance"),
+    ]
+    assert len({digest(variant) for variant in variants}) == 3
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("key", "change", "fields"),
     [
-        ({"sample": lambda m: [m.sample[1], *m.sample[1:]]}, "twice"),
-        ({"split": lambda m: ["train"] * len(m.split)}, "empty"),
-        ({"label": lambda m: m.label[1:]}, "859 images but 858"),
-        ({"label": lambda m: m.label + 1}, "outside the 5 classes"),
-        ({"units": lambda m: "photons"}, "Known units"),
-        ({"bands": lambda m: m.bands[:5]}, "do not have 5 bands"),
-        ({"task": lambda m: "segmentation"}, "segmentation label has dimensions"),
-        ({"lat": lambda m: m.lat + 60}, "Are they swapped"),
+        ("sample", lambda images: [images.sample[1], *images.sample[1:]], {"key": "sample"}),
+        ("split", lambda images: ["train"] * len(images.split), {"key": "split", "value": ["test", "val"]}),
+        ("label", lambda images: images.label[1:], {"key": "label", "value": 858, "allowed": [859]}),
+        ("label", lambda images: images.label + 1, {"key": "label"}),
+        ("units", lambda images: "photons", {"key": "units", "value": "photons"}),
+        ("bands", lambda images: images.bands[:5], {"key": "image", "value": (859, 13, 16, 16), "allowed": [5]}),
+        ("task", lambda images: "segmentation", {"key": "label", "value": (859,), "allowed": ("sample", "y", "x")}),
+        ("lat", lambda images: images.lat + 60, {"key": "lat, lon"}),
     ],
 )
-def test_what_cannot_be_a_dataset_is_refused_and_nothing_written(image_dataset, tmp_path, change, words):
-    made = image_dataset("sample-landuse")
-    broken = dataclasses.replace(made, **{key: value(made) for key, value in change.items()})
-    with pytest.raises(UserError, match=words):
-        image_writer.write(broken, tmp_path / "scratch", tmp_path / "store")
+def test_write_invalid_dataset_is_refused_and_writes_nothing(image_dataset, tmp_path, key, change, fields):
+    dataset = image_dataset("sample-landuse")
+    invalid = dataclasses.replace(dataset, **{key: change(dataset)})
+    with raises(UserError, **fields):
+        image_writer.write(invalid, tmp_path / "scratch", tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_store_says_which_stage_makes_it(tmp_path):
-    with pytest.raises(UserError, match="dvc repro prepare@m-eurosat"):
-        image_store.open_images(tmp_path / "m-eurosat.zarr")
+def test_open_images_missing_store_names_the_command(tmp_path):
+    with raises(UserError, "dvc repro prepare@m-eurosat", path=tmp_path / "m-eurosat.zarr"):
+        open_images(tmp_path / "m-eurosat.zarr")
 
 
 @pytest.mark.parametrize("name", ["image/c.1.0.0.0", "label/c.1.0.0"])
-def test_a_lost_or_cut_file_is_named(images_path, tmp_path, name):
-    """zarr reads zeros where a file is missing."""
+def test_open_images_missing_or_truncated_file_is_refused(images_path, tmp_path, name):
+    """zarr would read zeros where a file is missing."""
     damaged = tmp_path / "sample-landuse-seg.zarr"
     shutil.copytree(images_path("sample-landuse-seg"), damaged)
-    image_store.open_images(damaged)
+    open_images(damaged)
     size = (damaged / name).stat().st_size
     os.truncate(damaged / name, 1000)
-    with pytest.raises(UserError, match=f"{name} has 1000 of {size} bytes.*dvc repro prepare@sample-landuse-seg"):
-        image_store.open_images(damaged)
+    with raises(UserError, "dvc repro prepare@sample-landuse-seg", value=1000, allowed=[size], path=damaged / name):
+        open_images(damaged)
     (damaged / name).unlink()
-    with pytest.raises(UserError, match=f"{name} is missing"):
-        image_store.open_images(damaged)
+    with raises(UserError, value=None, path=damaged / name):
+        open_images(damaged)
 
 
 @pytest.mark.parametrize("name", ["sample", "split", "band", "label", "lat", "lon", "time", "wavelength"])
-def test_a_lost_file_of_small_arrays_is_named(images_path, tmp_path, name):
-    """Else labels would all be the first class, and places lie in the Atlantic."""
+def test_open_images_missing_file_of_a_small_array_is_refused(images_path, tmp_path, name):
+    """Else all labels would be the first class, and all locations 0° N, 0° E."""
     damaged = tmp_path / "sample-landuse.zarr"
     shutil.copytree(images_path("sample-landuse"), damaged)
-    image_store.open_images(damaged)
-    for lose in ((damaged / name / "c/0").unlink, partial(shutil.rmtree, damaged / name)):
-        lose()
-        with pytest.raises(UserError, match=f"sample-landuse.zarr/{name}/c/0 is missing.*dvc repro prepare@"):
-            image_store.open_images(damaged)
+    open_images(damaged)
+    for remove in ((damaged / name / "c/0").unlink, partial(shutil.rmtree, damaged / name)):
+        remove()
+        with raises(UserError, "dvc repro prepare@sample-landuse", key=name, path=damaged / name / "c/0"):
+            open_images(damaged)
 
 
-def test_a_file_of_zeros_alone_is_there(image_dataset, tmp_path):
-    """zarr leaves out such files unless told not to; one that is lost could not be told from them."""
-    made = image_dataset("sample-landuse")
-    zeros = dataclasses.replace(made, label=np.zeros_like(made.label), lat=made.lat * 0, lon=made.lon * 0)
+def test_open_images_array_of_zeros_has_its_file(image_dataset, tmp_path):
+    """zarr omits files of zeros by default; a missing file would then look the same."""
+    dataset = image_dataset("sample-landuse")
+    zeros = dataclasses.replace(dataset, label=np.zeros_like(dataset.label), lat=dataset.lat * 0, lon=dataset.lon * 0)
     image_writer.write(zeros, tmp_path / "scratch", tmp_path / "store")
-    opened = image_store.open_images(tmp_path / "store")
-    assert not opened.label.any()
-    assert not opened.lat.any()
+    images = open_images(tmp_path / "store")
+    assert not images.label.any()
+    assert not images.lat.any()
+
+
+@pytest.mark.parametrize("text", ["2017-02-16T10:21:01Z", "2017-02-16 10:21:01+00:00", "2017-02-16T10:21:01"])
+def test_parse_timestamp_accepts_utc(text):
+    assert parse_timestamp(text, "time") == np.datetime64("2017-02-16T10:21:01", "s")
+
+
+def test_parse_timestamp_of_empty_text_is_nat():
+    assert np.isnat(parse_timestamp("", "time"))
+
+
+@pytest.mark.parametrize("text", ["20170216", "today", "1487240461", "2017-02-16T10:21+01:00", "0001-01-01"])
+def test_parse_timestamp_other_formats_are_refused(text):
+    """numpy would read some of them as other times."""
+    with raises(UserError, key="options.time", value=text):
+        parse_timestamp(text, "options.time")

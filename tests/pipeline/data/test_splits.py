@@ -1,41 +1,91 @@
+"""Chips, assignment of blocks to splits, and overlap of chips."""
+
 import numpy as np
 import pytest
+from pyproj import CRS
 
 from pipeline.config import SplitFractions
 from pipeline.data import splits
 from pipeline.errors import UserError
+from tests.errors import raises
 
-SPLITS = SplitFractions(0.6, 0.2, 0.2)
+FRACTIONS = SplitFractions(0.6, 0.2, 0.2)
+UTM, WGS84 = (CRS.from_epsg(code).to_wkt() for code in (32633, 4326))
 
 
-def test_chips_tile_without_overlap_and_stay_inside():
-    places = splits.chip_corners(50, 70, 16)
-    assert len(places) == 3 * 4
+def test_chip_corners_tile_the_image_without_overlap():
+    corners = splits.chip_corners(50, 70, 16)
+    assert len(corners) == 3 * 4
     image = np.arange(50 * 70).reshape(50, 70)
-    cut = np.stack([splits.crop(image, place, 16) for place in places])
-    assert cut.shape == (12, 16, 16)
-    assert len(np.unique(cut)) == cut.size
+    chips = np.stack([splits.crop(image, corner, 16) for corner in corners])
+    assert chips.shape == (12, 16, 16)
+    assert len(np.unique(chips)) == chips.size
 
 
-def test_blocks_are_dealt_in_the_wanted_numbers_and_shares():
-    counts = np.random.default_rng(0).poisson(30, size=(20, 4)).astype(float)
-    deal = splits.assign_blocks_to_splits(counts, SPLITS, seed=0)
-    assert np.bincount(deal).tolist() == [12, 4, 4]
-    shares = counts[deal == 0].sum(axis=0) / counts.sum(axis=0)
+def test_assign_blocks_to_splits_meets_the_fractions_of_blocks_and_classes():
+    areas = np.random.default_rng(0).poisson(30, size=(20, 4)).astype(float)
+    split_of_block = splits.assign_blocks_to_splits(areas, FRACTIONS, seed=0)
+    assert np.bincount(split_of_block).tolist() == [12, 4, 4]
+    shares = areas[split_of_block == 0].sum(axis=0) / areas.sum(axis=0)
     assert np.abs(shares - 0.6).max() < 0.06
-    assert (splits.assign_blocks_to_splits(counts, SPLITS, seed=0) == deal).all()
+    assert (splits.assign_blocks_to_splits(areas, FRACTIONS, seed=0) == split_of_block).all()
 
 
-def test_too_few_blocks():
-    with pytest.raises(UserError, match="cannot fill three splits"):
-        splits.assign_blocks_to_splits(np.ones((2, 2)), SPLITS, seed=0)
+def test_assign_blocks_to_splits_with_two_blocks_is_refused():
+    with raises(UserError, key="block", value=2):
+        splits.assign_blocks_to_splits(np.ones((2, 2)), FRACTIONS, seed=0)
 
 
-def test_pixels_that_are_not_known_are_filled_with_the_mean_of_the_others():
-    chip, known = np.array([[[1, 2], [4, 9]], [[5, 5], [6, 0]]], np.uint16), np.array([[True, True], [True, False]])
-    found = splits.fill_nodata(chip, known)
-    assert found.dtype == np.uint16
-    assert found.tolist() == [[[1, 2], [4, 2]], [[5, 5], [6, 5]]]
-    broken = np.where(known, chip, np.nan).astype("float32")
-    np.testing.assert_allclose(splits.fill_nodata(broken, known)[:, 1, 1], [7 / 3, 16 / 3], rtol=1e-6)
+def test_fill_nodata_uses_the_mean_of_the_valid_pixels():
+    chip, is_valid = (
+        np.array([[[1, 2], [4, 9]], [[5, 5], [6, 0]]], np.uint16),
+        np.array([[True, True], [True, False]]),
+    )
+    filled = splits.fill_nodata(chip, is_valid)
+    assert filled.dtype == np.uint16
+    assert filled.tolist() == [[[1, 2], [4, 2]], [[5, 5], [6, 5]]]
+    with_nan = np.where(is_valid, chip, np.nan).astype("float32")
+    np.testing.assert_allclose(splits.fill_nodata(with_nan, is_valid)[:, 1, 1], [7 / 3, 16 / 3], rtol=1e-6)
     assert splits.fill_nodata(chip, np.ones((2, 2), bool)) is chip
+
+
+def footprint(image: str, x: float, crs: str = UTM, size: int = 64, y: float = 5_800_000.0, step: float = 10.0):
+    """A whole image of `size` pixels with this upper left corner."""
+    return splits.Footprint((image,), crs, (step, 0, x, 0, -step, y), 0, 0, size, size)
+
+
+@pytest.mark.parametrize(
+    ("b", "overlaps"),
+    [
+        (footprint("b", 400_320), True),
+        (footprint("b", 400_640), False),  # a common edge
+        (footprint("b", 400_637), False),  # less than 1 % of the chip
+        (footprint("b", 400_320, ""), False),  # no CRS
+        (footprint("a", 400_320), False),  # the same image
+        (splits.Footprint(("b",), "", None, 0, 0, 64, 64), False),
+    ],
+)
+def test_overlapping_pairs_are_chips_of_two_images_on_the_same_ground(b, overlaps):
+    pairs = splits.overlapping_pairs([footprint("a", 400_000), b])
+    assert pairs.tolist() == ([[0, 1]] if overlaps else [])
+
+
+def test_overlaps_between_finds_chips_across_the_antimeridian():
+    west = footprint("west", 179.9966, WGS84, y=10, step=0.0001)
+    east = footprint("east", -180, WGS84, y=10, step=0.0001)
+    elsewhere = footprint("elsewhere", 0, WGS84, y=10, step=0.0001)
+    assert splits.overlaps_between([elsewhere, west], [east, elsewhere]).tolist() == [[1, 0]]
+
+
+def test_overlapping_pairs_ignore_images_without_crs_that_have_one_transform():
+    same = [footprint(name, 500, "") for name in "abc"]
+    assert splits.overlapping_pairs(same).tolist() == []
+    assert splits.overlapping_pairs([*same, footprint("d", 820, "")]).tolist() == [
+        [0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]
+    ]  # fmt: skip
+
+
+def test_merge_blocks_joins_blocks_with_overlapping_chips():
+    block = splits.merge_blocks(["x", "x", "y", "z"], np.array([[1, 2]]))
+    assert block[0] == block[1] == block[2] != block[3]
+    assert len(set(splits.merge_blocks(["x", "x", "y", "z"], np.empty((0, 2), int)))) == 3

@@ -10,7 +10,7 @@ import rasterio
 from rasterio.crs import CRS
 from rasterio.windows import Window
 
-from pipeline.data.sources.custom.rasters import RasterImage, has_token, is_georeferenced, translate_errors
+from pipeline.data.sources.custom.rasters import RasterImage, has_token, is_georeferenced, translate_rasterio_errors
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 
@@ -32,7 +32,7 @@ class MaskLabels:
     def __call__(self, image: RasterImage, window: Window) -> np.ndarray:
         """Read the classes of a window's pixels, uint8 (y, x) with `IGNORE`."""
         path = self.paths[image.paths[0]]
-        with translate_errors(path):
+        with translate_rasterio_errors(path):
             file = _open(path)
             _check_same_grid(path, file, image)
             mask = file.read(1, window=window)

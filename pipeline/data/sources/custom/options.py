@@ -91,9 +91,7 @@ def validate_options(options: CustomOptions, dataset: DatasetConfig, where: str)
             FULL_SCALE,
         )  # fmt: skip
     if options.split not in SPLIT_RULES:
-        refuse(
-            "split", options.split, f"split is '{options.split}'; use blocks, random or column.", SPLIT_RULES
-        )
+        refuse("split", options.split, f"split is '{options.split}'; use blocks, random or column.", SPLIT_RULES)
     if options.split == "column" and not is_table(options):
         refuse("split", "column", "split is column, which needs a CSV file as labels.", ("blocks", "random"))
     if missing := _missing_keys(options, dataset):
@@ -165,13 +163,13 @@ def check_band_means(options: CustomOptions, means: np.ndarray) -> None:
     """
     full_scale = FULL_SCALE[options.units]
     for band, mean in zip(options.bands, means, strict=True):
-        if band.optical and mean < MIN_MEAN_REFLECTANCE * full_scale:
+        if band.is_optical and mean < MIN_MEAN_REFLECTANCE * full_scale:
             raise UserError(
                 f"Band {band.name} has the mean {mean:.5g}, and optical bands are not negative. Do the files have a "
                 "nodata value that they do not declare? Declare it with: gdal_edit.py -a_nodata VALUE",
                 key=band.name, value=float(mean),
             )  # fmt: skip
-        if band.optical and mean > MAX_REFLECTANCE * full_scale:
+        if band.is_optical and mean > MAX_REFLECTANCE * full_scale:
             raise UserError(
                 f"Band {band.name} has the mean {mean:.5g}, but the full scale of the units {options.units} is "
                 f"{full_scale:g}. Other units: dn (reflectance x 10000), reflectance, uint8, display.",

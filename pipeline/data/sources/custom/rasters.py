@@ -229,7 +229,7 @@ def find_files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
 
 
 def sidecar_files(path: Path) -> list[Path]:
-    """List the files with the content of a file: those in a folder, of a Shapefile, or of a raster and its sidecars."""
+    """List the files with the content of a path: of a folder, of a Shapefile, or of a raster with its sidecars."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     if path.suffix.lower() == ".shp":

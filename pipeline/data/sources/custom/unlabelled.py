@@ -150,6 +150,6 @@ def _overlap_note(
     if not count:
         return []
     return [
-        f"{count} of {len(chips)} unlabelled chips overlap with val or test: students are given these pixels, but not "
-        "their labels"
+        f"{count} of {len(chips)} unlabelled chips overlap with val or test: students are given their pixels, but "
+        "not their labels"
     ]

@@ -1,42 +1,45 @@
+"""The OSM land use source: chips, masks and their location in the scene."""
+
+import geopandas
 import numpy as np
 import pytest
 import rasterio
 from pyproj import Transformer
 
-from pipeline.data.image_store import IGNORE
+from pipeline.data.image_store import SPLITS
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
+from pipeline.tasks import IGNORE
+from tests.errors import raises
 
 
-def test_counts(image_dataset):
+def test_prepare_counts_of_chips_classes_and_labelled_pixels(image_dataset):
     chips, tiles = image_dataset("sample-landuse"), image_dataset("sample-landuse-seg")
     assert chips.image.shape == (859, 13, 16, 16)
     assert chips.classes == ("farm", "forest", "meadow", "residential", "water")
     assert np.bincount(chips.label).tolist() == [354, 126, 271, 75, 33]
     assert tiles.image.shape == (72, 13, 128, 128)
-    # 31 % of the pixels carry a label; the rest is ignored, not background.
+    # 31 % of the pixels have a label; the others are ignored, not background.
     assert (tiles.label != IGNORE).mean() == pytest.approx(0.309, abs=0.002)
 
 
-def test_every_class_of_the_masks_is_in_every_split(image_dataset):
+def test_prepare_every_class_of_the_masks_is_in_every_split(image_dataset):
     tiles = image_dataset("sample-landuse-seg")
-    for split in ("train", "val", "test"):
-        found = np.unique(tiles.label[np.array(tiles.split) == split])
-        assert set(found) == {*range(7), IGNORE}
+    for split in SPLITS:
+        values = np.unique(tiles.label[np.array(tiles.split) == split])
+        assert set(values) == {*range(7), IGNORE}
 
 
-def test_pixels_are_those_of_the_band_files(image_dataset, raw_folder):
+def test_prepare_pixels_equal_those_of_the_band_files(image_dataset, raw_folder):
     chips = image_dataset("sample-landuse")
     row, column = int(chips.sample[100][1:5]), int(chips.sample[100][6:])
-    for position, band in enumerate(osm_landuse.BANDS):
+    for index, band in enumerate(osm_landuse.BANDS):
         with rasterio.open(next(raw_folder("osm_landuse").glob(f"*_{band.name}.jp2"))) as file:
             step = int(band.gsd // 10)
-            assert chips.image[100, position, 5, 7] == file.read(1)[(row + 5) // step, (column + 7) // step]
+            assert chips.image[100, index, 5, 7] == file.read(1)[(row + 5) // step, (column + 7) // step]
 
 
-def test_a_label_is_the_polygon_at_that_place(image_dataset, raw_folder):
-    import geopandas
-
+def test_prepare_label_is_the_polygon_at_the_chips_location(image_dataset, raw_folder):
     polygons = geopandas.read_file(next(raw_folder("osm_landuse").glob("*.gpkg")))
     chips = image_dataset("sample-landuse")
     for index in range(0, 859, 90):
@@ -46,31 +49,31 @@ def test_a_label_is_the_polygon_at_that_place(image_dataset, raw_folder):
         assert areas.idxmax() == chips.classes[chips.label[index]]
 
 
-def test_multilabel_from_the_same_masks(image_dataset):
-    many, tiles = image_dataset("sample-landuse-seg", task="multilabel"), image_dataset("sample-landuse-seg")
-    assert many.label.shape == (72, 7)
-    for hot, mask in zip(many.label, tiles.label, strict=True):
-        assert np.flatnonzero(hot).tolist() == [value for value in np.unique(mask) if value != IGNORE]
+def test_prepare_multilabel_lists_the_classes_of_the_masks(image_dataset):
+    multilabel, tiles = image_dataset("sample-landuse-seg", task="multilabel"), image_dataset("sample-landuse-seg")
+    assert multilabel.label.shape == (72, 7)
+    for multi_hot, mask in zip(multilabel.label, tiles.label, strict=True):
+        assert np.flatnonzero(multi_hot).tolist() == [value for value in np.unique(mask) if value != IGNORE]
 
 
-def test_blocks_that_do_not_divide_the_scene(image_dataset):
-    """768 x 1536 px in blocks of 240: the last row and column of blocks are smaller, and none is lost."""
-    made = image_dataset("sample-landuse", block=240, chip=16)
-    assert len(made.sample) == len(image_dataset("sample-landuse").sample)
-    owner = {}
-    for sample, split in zip(made.sample, made.split, strict=True):
-        assert owner.setdefault((int(sample[1:5]) // 240, int(sample[6:]) // 240), split) == split
-    assert max(row for row, _ in owner) == 3
+def test_prepare_blocks_that_do_not_divide_the_scene_lose_no_chip(image_dataset):
+    """768 x 1536 px in blocks of 240: the last row and column of blocks are smaller."""
+    dataset = image_dataset("sample-landuse", block=240, chip=16)
+    assert len(dataset.sample) == len(image_dataset("sample-landuse").sample)
+    split_of_block = {}
+    for sample, split in zip(dataset.sample, dataset.split, strict=True):
+        block = (int(sample[1:5]) // 240, int(sample[6:]) // 240)
+        assert split_of_block.setdefault(block, split) == split
 
 
-def test_chips_too_large_for_the_polygons(image_dataset):
-    with pytest.raises(UserError, match="at least 30 chips of 64 px"):
-        image_dataset("sample-landuse", chip=64)
+def test_prepare_chips_without_a_frequent_class_are_refused(image_dataset):
+    with raises(UserError, key="chip", value=128):
+        image_dataset("sample-landuse", chip=128, block=256)
 
 
-def test_a_missing_band_file_names_those_that_are_there(raw_folder, params, tmp_path):
-    for path in raw_folder("osm_landuse").iterdir():
-        if not path.name.endswith("B11.jp2"):
-            (tmp_path / path.name).symlink_to(path)
-    with pytest.raises(UserError, match="lacks the files of bands B11; it has B01, B02"):
-        osm_landuse.prepare(tmp_path, params.dataset("sample-landuse"))
+def test_read_scene_missing_band_is_refused(tmp_path, raw_folder):
+    for path in raw_folder("osm_landuse").glob("*_B0[1-7].jp2"):
+        (tmp_path / path.name).symlink_to(path)
+    with raises(UserError, "B08", key="bands", path=tmp_path) as info:
+        osm_landuse.read_scene(tmp_path)
+    assert info.value.value == ["B08", "B8A", "B09", "B10", "B11", "B12"]

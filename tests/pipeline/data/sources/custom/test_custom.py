@@ -1,199 +1,389 @@
-"""Data of one's own, made from the sample scene: three ways in, and the way back on a map."""
+"""Custom data end to end: a scene with polygons, images with masks, images with a table."""
 
-import dataclasses
 import re
-import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
 import yaml
-from rasterio.windows import Window
 
-from pipeline.config import DatasetConfig, SplitFractions, parse
+from pipeline.config import DatasetConfig, parse
 from pipeline.data import image_store, image_writer
-from pipeline.data.sources import custom, osm_landuse, validate
+from pipeline.data.sources import custom, validate
+from pipeline.data.splits import fill_nodata
+from pipeline.errors import UserError
+from pipeline.mapping import open_scene
+from pipeline.tasks import IGNORE
 from tests.conftest import ROOT
-
-BANDS = [
-    {"name": one.name, "common_name": one.common_name, "wavelength": one.wavelength, "gsd": one.gsd}
-    for one in osm_landuse.BANDS
-]
-THREE = [BANDS[place] for place in (1, 2, 3)]
-SPLITS = SplitFractions(0.6, 0.2, 0.2)
-
-
-def scene_block(raw, **changes) -> DatasetConfig:
-    options = {
-        "folder": str(raw("osm_landuse")), "images": "*_B??.jp2", "labels": "*.gpkg", "label_column": "fclass",
-        "units": "dn", "bands": BANDS, "display": [0, 0.3], "time": "2017-02-16T10:21:01",
-    }  # fmt: skip
-    options |= changes.pop("options", {})
-    return DatasetConfig(
-        "custom", **{"task": "segmentation", "chip": 128, "block": 256, "splits": SPLITS} | changes, options=options
-    )
+from tests.errors import raises
+from tests.pipeline.data.sources.custom.custom_data import (
+    BANDS,
+    BLUE_GREEN_RED,
+    copy_tiles,
+    prepare,
+    rewrite_raster,
+    scene_dataset,
+    set_nodata,
+    table_dataset,
+    tile_dataset,
+    with_options,
+    write_table,
+)
 
 
-@pytest.fixture(scope="session")
-def tiles(raw_folder, tmp_path_factory):
-    """The scene's blue, green and red as 48 GeoTIFFs of 128 px with masks, in folders `images` and `masks`."""
-    folder = tmp_path_factory.mktemp("tiles")
-    scene, transform, crs = osm_landuse.read_scene(raw_folder("osm_landuse"))
-    mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir()
-    for row in range(0, 768, 128):
-        for column in range(0, 1024, 128):
-            window = Window(column, row, 128, 128)
-            profile = {
-                "driver": "GTiff", "height": 128, "width": 128, "crs": crs,
-                "transform": rasterio.windows.transform(window, transform),
-            }  # fmt: skip
-            area = (slice(row, row + 128), slice(column, column + 128))
-            name = f"tile_{row:04d}_{column:04d}"
-            with rasterio.open(folder / f"images/{name}.tif", "w", count=3, dtype="uint16", **profile) as file:
-                file.write(scene[1:4][:, *area])
-            with rasterio.open(folder / f"masks/{name}_mask.tif", "w", count=1, dtype="uint8", **profile) as file:
-                file.write(mask[area], 1)
-    return folder
+def first_row_chip(dataset, has: Callable = lambda name: True) -> str:
+    """Name of the first chip at the upper edge of its image that fulfils a condition."""
+    return next(name for name in dataset.sample if name[-11:-6] == "00000" and has(name))
 
 
-def tile_block(folder, **changes) -> DatasetConfig:
-    options = {
-        "folder": str(folder), "images": "images/*.tif", "labels": "masks/*.tif", "units": "dn", "bands": THREE,
-        "classes": list(osm_landuse.CLASSES), "ignore": 255,
-    }  # fmt: skip
-    options |= changes.pop("options", {})
-    return DatasetConfig(
-        "custom", **{"task": "segmentation", "chip": 64, "block": 256, "splits": SPLITS} | changes, options=options
-    )
+def test_prepare_scene_with_polygons_equals_the_osm_landuse_source(raw_folder, image_dataset, tmp_path):
+    dataset, expected = prepare(scene_dataset(raw_folder), tmp_path), image_dataset("sample-landuse-seg")
+    assert len(dataset.sample) == len(expected.sample) == 72
+    indices = {name: index for index, name in enumerate(expected.classes)}
+    indices["grass"] = indices["meadow"]
+    renumber = np.full(256, IGNORE)
+    renumber[: len(dataset.classes)] = [indices[name] for name in dataset.classes]
+    for index in (0, 30, 71):
+        sample = dataset.read_sample(dataset.sample[index])
+        np.testing.assert_array_equal(sample.image, expected.image[index])
+        np.testing.assert_array_equal(renumber[sample.label], expected.label[index])
+        assert (sample.lat, sample.lon) == pytest.approx((expected.lat[index], expected.lon[index]))
+        assert sample.time == expected.time[index]
 
 
-def prepared(block: DatasetConfig, tmp_path):
-    validate("mine", block)
-    return custom.prepare(tmp_path, block)
-
-
-def test_a_scene_with_polygons_is_what_the_sample_source_makes_of_it(raw_folder, sample, tmp_path):
-    stream = prepared(scene_block(raw_folder), tmp_path)
-    theirs = sample("sample-landuse-seg")
-    assert len(stream.sample) == len(theirs.sample) == 72
-    classes = {name: index for index, name in enumerate(theirs.classes)} | {"grass": theirs.classes.index("meadow")}
-    renumber = np.full(256, image_store.IGNORE)
-    renumber[: len(stream.classes)] = [classes[name] for name in stream.classes]
-    for number in (0, 30, 71):
-        one = stream.read_sample(stream.sample[number])
-        np.testing.assert_array_equal(one.image, theirs.image[number])
-        np.testing.assert_array_equal(renumber[one.label], theirs.label[number])
-        assert (one.lat, one.lon) == pytest.approx((theirs.lat[number], theirs.lon[number]))
-        assert one.time == theirs.time[number]
-
-
-@pytest.fixture
-def sample(request):
-    return request.getfixturevalue("image_dataset")
-
-
-def test_blocks_of_ground_are_dealt_whole(raw_folder, tiles, tmp_path):
-    for block in (scene_block(raw_folder), tile_block(tiles)):
-        stream = prepared(block, tmp_path)
-        homes = {}
-        for (x, y), split in zip(stream.transform[:, [2, 5]], stream.split, strict=True):
-            west, north = stream.transform[:, 2].min(), stream.transform[:, 5].max()
-            homes.setdefault((int((x - west) // 2560), int((north - y) // 2560)), set()).add(split)
-        assert len(homes) > 6
-        assert all(len(splits) == 1 for splits in homes.values())
-        assert {*stream.split} == {"train", "val", "test"}
-
-
-def test_images_with_masks(tiles, tmp_path):
-    stream = prepared(tile_block(tiles), tmp_path)
-    assert stream.shape == (3, 64, 64)
-    name = next(name for name in stream.sample if name.startswith("tile_0128_0256") and name.endswith("c00064"))
-    one = stream.read_sample(name)
+def test_prepare_images_with_masks_reads_chips_of_both(tiles, tmp_path):
+    dataset = prepare(tile_dataset(tiles), tmp_path)
+    assert dataset.shape == (3, 64, 64)
+    name = next(name for name in dataset.sample if name.startswith("tile_0128_0256") and name.endswith("c00064"))
+    sample, row = dataset.read_sample(name), int(name[-11:-6])
     with rasterio.open(tiles / "images/tile_0128_0256.tif") as file:
-        np.testing.assert_array_equal(one.image, file.read()[:, int(name[-11:-6]) :, 64:][:, :64])
+        np.testing.assert_array_equal(sample.image, file.read()[:, row:, 64:][:, :64])
     with rasterio.open(tiles / "masks/tile_0128_0256_mask.tif") as file:
-        np.testing.assert_array_equal(one.label, file.read(1)[int(name[-11:-6]) :, 64:][:64])
-    classified = prepared(tile_block(tiles, task="classification", chip=32), tmp_path)
+        np.testing.assert_array_equal(sample.label, file.read(1)[row:, 64:][:64])
+    classified = prepare(tile_dataset(tiles, task="classification", chip=32), tmp_path)
     assert all((classified.read_sample(name).label < 7).all() for name in classified.sample[:9])
-    assert "no class covers 60%" in classified.notes[0]
-    several = prepared(tile_block(tiles, task="multilabel"), tmp_path)
-    assert several.read_sample(name).label.tolist() == [int((one.label == index).any()) for index in range(7)]
+    assert "60%" in classified.notes[0]
+    multilabel = prepare(tile_dataset(tiles, task="multilabel"), tmp_path)
+    assert multilabel.read_sample(name).label.tolist() == [int((sample.label == index).any()) for index in range(7)]
 
 
-def labelled(tiles, tmp_path, **columns):
-    folder = tmp_path / "mine"
-    shutil.copytree(tiles / "images", folder / "images")
-    names = sorted(path.name for path in (folder / "images").iterdir())
-    frame = pd.DataFrame({"file": names, "label": [("farm", "forest")[number % 2] for number in range(len(names))]})
-    frame.assign(**columns).to_csv(folder / "labels.csv", index=False)
-    return folder, {"folder": str(folder), "labels": "labels.csv", "classes": [], "ignore": None}
-
-
-def test_images_with_a_table(tiles, tmp_path):
-    folder, options = labelled(tiles, tmp_path)
-    stream = prepared(tile_block(tiles, task="classification", chip=0, block=128, options=options), tmp_path)
-    assert stream.classes == ("farm", "forest")
-    assert len(stream.sample) == 48
-    one = stream.read_sample("images/tile_0000_0128")
-    assert one.label == 1
+def test_prepare_images_with_a_table_reads_or_resamples_whole_images(tiles, tmp_path):
+    folder, options = write_table(tiles, tmp_path)
+    keys = {"task": "classification", "block": 128, "options": options}
+    original, same, small = (prepare(tile_dataset(tiles, chip=chip, **keys), tmp_path) for chip in (0, 128, 64))
+    assert original.classes == ("farm", "forest")
+    assert len(original.sample) == 48
+    sample = original.read_sample("images/tile_0000_0128")
+    assert sample.label == 1
     with rasterio.open(folder / "images/tile_0000_0128.tif") as file:
-        np.testing.assert_array_equal(one.image, file.read())
-    small = prepared(tile_block(tiles, task="classification", chip=64, block=128, options=options), tmp_path)
+        np.testing.assert_array_equal(sample.image, file.read())
     assert small.read_sample("images/tile_0000_0128").image.shape == (3, 64, 64)
-    # Both lie where the file does, in pixels of 10 m and of 20 m.
-    place = small.sample.index("images/tile_0000_0128")
-    same = prepared(tile_block(tiles, task="classification", chip=128, block=128, options=options), tmp_path)
-    for made, side in ((stream, 10), (same, 10), (small, 20)):
+    # All have the file's corner, with pixels of 10 m or 20 m.
+    index = small.sample.index("images/tile_0000_0128")
+    for dataset, pixel in ((original, 10), (same, 10), (small, 20)):
         with rasterio.open(folder / "images/tile_0000_0128.tif") as file:
-            assert made.crs[place] == file.crs.to_wkt()
-            corner = file.transform.c, file.transform.f
-        a, b, c, d, e, f = made.transform[place]
-        assert (a, b, c, d, e, f) == pytest.approx((side, 0, corner[0], 0, -side, corner[1]))
-    assert small.notes[0] == "images resampled to 64 px, bilinear"
-    assert not any("resampled" in note for note in same.notes)
-    written = image_writer.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
-    assert sum(written.counts.values()) == 48
+            assert dataset.crs[index] == file.crs.to_wkt()
+            expected = (pixel, 0, file.transform.c, 0, -pixel, file.transform.f)
+        assert tuple(dataset.transform[index]) == pytest.approx(expected)
+    assert "64 px" in small.notes[0]
+    assert not same.notes
+    summary = image_writer.write(original, tmp_path / "scratch", tmp_path / "store", workers=1)
+    assert sum(summary.counts.values()) == 48
 
 
-def test_splits_and_several_labels_in_a_table(tiles, tmp_path):
+def test_prepare_table_with_splits_and_several_labels(tiles, tmp_path):
     splits = (["train"] * 4 + ["val", "test"]) * 8
-    _, options = labelled(tiles, tmp_path, split=splits, label=["farm|forest", "farm", ""] * 16)
-    block = tile_block(tiles, task="multilabel", chip=0, block=0, splits=None, options=options | {"split": "column"})
-    stream = prepared(block, tmp_path)
-    assert stream.split == splits
-    assert [stream.read_sample(name).label.tolist() for name in stream.sample[:3]] == [[1, 1], [1, 0], [0, 0]]
+    _, options = write_table(tiles, tmp_path, split=splits, label=["farm|forest", "farm", ""] * 16)
+    options |= {"split": "column"}
+    dataset = prepare(tile_dataset(tiles, task="multilabel", chip=0, block=0, splits=None, options=options), tmp_path)
+    assert dataset.split == splits
+    labels = [dataset.read_sample(name).label.tolist() for name in dataset.sample[:3]]
+    assert labels == [[1, 1], [1, 0], [0, 0]]
 
 
 def test_prepare_scene_chips_keep_crs_and_transform(raw_folder, tmp_path):
-    image_writer.write(prepared(scene_block(raw_folder), tmp_path), tmp_path / "scratch", tmp_path / "store", workers=1)
-    store = image_store.open_images(tmp_path / "store")
+    dataset = prepare(scene_dataset(raw_folder), tmp_path)
+    image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", workers=1)
+    images = image_store.open_images(tmp_path / "store")
     with rasterio.open(next(raw_folder("osm_landuse").glob("*_B02.jp2"))) as scene:
         for index in (0, 40, 71):
-            x, y = (int(store.sample[index].item()[digits]) for digits in (slice(7, 12), slice(1, 6)))
-            corner = scene.transform @ rasterio.Affine.translation(x, y)
-            assert rasterio.CRS.from_wkt(store.crs[index].item()) == scene.crs
-            assert store.transform[index].values.tolist() == pytest.approx(list(corner)[:6])
+            column, row = (int(images.sample[index].item()[digits]) for digits in (slice(7, 12), slice(1, 6)))
+            expected = scene.transform @ rasterio.Affine.translation(column, row)
+            assert rasterio.CRS.from_wkt(images.crs[index].item()) == scene.crs
+            assert images.transform[index].values.tolist() == pytest.approx(list(expected)[:6])
 
 
-def test_the_readmes_blocks_are_valid_and_the_first_runs(raw_folder, tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().split("## Your own data")[1].split("\n## ")[0]
-    blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
+def test_fetch_digest_depends_on_every_file(tiles, tmp_path, params):
+    folder = copy_tiles(tiles, tmp_path)
+    before = custom.fetch(tile_dataset(folder), params)
+    assert before["files"] == 96
+    rewrite_raster(folder / "masks/tile_0000_0000_mask.tif", lambda values: values * 0)
+    after = custom.fetch(tile_dataset(folder), params)
+    assert after["content_sha256"] != before["content_sha256"]
+
+
+def documented_datasets() -> tuple[dict, str]:
+    """Blocks of params.yaml, and the Python code, in the documentation of custom data."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        if "my-tiles:" in text:
+            section = text[: text.index("my-tiles:")].rpartition("\n## ")[2] + text[text.index("my-tiles:") :]
+            section = section.split("\n## ")[0]
+            blocks = yaml.safe_load(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])["datasets"]
+            return blocks, re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    raise AssertionError("no documentation of custom data with a dataset my-tiles")
+
+
+def test_documented_datasets_are_valid_and_the_first_one_runs(raw_folder, tmp_path, monkeypatch):
+    blocks, code = documented_datasets()
     assert list(blocks) == ["my-scene", "my-tiles", "my-chips"]
-    made = {name: parse(DatasetConfig, block, name) for name, block in blocks.items()}
-    for name, block in made.items():
-        validate(name, block)
-    scene = made["my-scene"]
-    scene = dataclasses.replace(scene, options={**scene.options, "folder": str(raw_folder("osm_landuse"))})
-    stream = prepared(scene, tmp_path)
-    assert stream.classes == ("farm", "forest", "meadow", "water")
-    assert stream.shape == (3, 128, 128)
-    assert {*stream.split} == {"train", "val", "test"}
+    datasets = {name: parse(DatasetConfig, block, name) for name, block in blocks.items()}
+    for name, dataset in datasets.items():
+        validate(name, dataset)
+    dataset = prepare(with_options(datasets["my-scene"], folder=str(raw_folder("osm_landuse"))), tmp_path)
+    assert dataset.classes == ("farm", "forest", "meadow", "water")
+    assert dataset.shape == (3, 128, 128)
+    assert {*dataset.split} == {"train", "val", "test"}
     (tmp_path / "data/images").mkdir(parents=True)
-    image_writer.write(stream, tmp_path / "scratch", tmp_path / "data/images/my-scene.zarr", workers=1)
+    image_writer.write(dataset, tmp_path / "scratch", tmp_path / "data/images/my-scene.zarr", workers=1)
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], {})
+    exec(code, {})
     with rasterio.open("map.tif") as file:
         assert file.res == (10, 10)
+
+
+# Pixels without data
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
+def test_prepare_chips_without_data_are_skipped(tiles, tmp_path, task):
+    folder, changes = copy_tiles(tiles, tmp_path), {"task": task, "chip": 32, "options": {"purity": 0.05}}
+    before = prepare(tile_dataset(tiles, **changes), tmp_path)
+    tile = first_row_chip(before)[:-13]
+    set_nodata(folder / f"images/{tile}.tif", 64)
+    after = prepare(tile_dataset(folder, **changes), tmp_path)
+    top = [name for name in before.sample if name.startswith(tile) and name[-11:-6] in ("00000", "00032")]
+    assert top
+    assert {*before.sample} - {*after.sample} == {*top}
+    assert len(after.notes) > 0
+
+
+def test_prepare_purity_counts_pixels_without_data(tiles, tmp_path):
+    folder = copy_tiles(tiles, tmp_path)
+    before = prepare(tile_dataset(tiles, task="classification", chip=32), tmp_path)
+    name = first_row_chip(before)
+    set_nodata(folder / f"images/{name[:-13]}.tif", 24)
+    after = prepare(tile_dataset(folder, task="classification", chip=32), tmp_path)
+    missing = {*before.sample} - {*after.sample}
+    assert name in missing
+    assert all(other.startswith(f"{name[:-13]}_r00000") for other in missing)
+
+
+def test_prepare_pixel_without_data_in_one_band_has_no_label(tiles, tmp_path):
+    folder = copy_tiles(tiles, tmp_path)
+    before = prepare(tile_dataset(tiles), tmp_path)
+    name = first_row_chip(before, lambda name: (before.read_sample(name).label[:8] != IGNORE).any())
+    set_nodata(folder / f"images/{name[:-13]}.tif", 8, bands=2)
+    mask = prepare(tile_dataset(folder), tmp_path).read_sample(name).label
+    assert (mask[:8] == IGNORE).all()
+    np.testing.assert_array_equal(mask[8:], before.read_sample(name).label[8:])
+
+
+@pytest.mark.parametrize("kind", ["declared", "NaN"])
+def test_prepare_pixels_without_data_get_the_mean_of_the_others(tiles, tmp_path, kind):
+    folder = copy_tiles(tiles, tmp_path)
+    before = prepare(tile_dataset(tiles), tmp_path)
+    name = first_row_chip(before)
+    path = folder / f"images/{name[:-13]}.tif"
+    if kind == "declared":
+        set_nodata(path, 8, bands=2)
+    else:
+
+        def change(values):
+            values = values.astype("float32")
+            values[2, :8] = np.nan
+            return values
+
+        rewrite_raster(path, change)
+    after = prepare(tile_dataset(folder), tmp_path)
+    pixels, valid = after.read_sample(name).image, before.read_sample(name).image[:, 8:]
+    np.testing.assert_array_equal(pixels[:, 8:], valid)
+    assert (np.ptp(pixels[:, :8], axis=(1, 2)) == 0).all()
+    np.testing.assert_allclose(pixels[:, 0, 0], valid.mean(axis=(1, 2)), atol=0.5 if kind == "declared" else 1e-2)
+    assert (after.read_sample(name).label[:8] == IGNORE).all()
+    assert len([note for note in after.notes if "mean" in note]) == 1
+    assert not any("mean" in note for note in before.notes)
+
+
+def test_prepare_chips_equal_what_maps_read(tiles, tmp_path):
+    folder = copy_tiles(tiles, tmp_path)
+    name = next(name for name in prepare(tile_dataset(tiles), tmp_path).sample if name[-11:] == "00000c00000")
+    path = folder / f"images/{name[:-13]}.tif"
+    set_nodata(path, 8)
+    scene = open_scene.scene_from_rasters(
+        [path], parse(open_scene.SceneConfig, {"images": "", "units": "dn", "bands": BLUE_GREEN_RED})
+    )
+    values, is_valid = scene.read_window((0, 0, 64, 64), [0, 1, 2])
+    chip = prepare(tile_dataset(folder), tmp_path).read_sample(name).image
+    np.testing.assert_array_equal(chip, fill_nodata(values, is_valid))
+    assert (values[:, :8] != chip[:, :8]).all()
+
+
+def test_read_sample_labelled_image_without_data_is_refused(tiles, tmp_path):
+    folder, dataset = table_dataset(tiles, tmp_path)
+    path = folder / "images/tile_0000_0000.tif"
+    set_nodata(path, 128)
+    prepared = prepare(dataset, tmp_path)
+    with raises(UserError, key="images/tile_0000_0000", path=path):
+        prepared.read_sample("images/tile_0000_0000")
+
+
+# Several dtypes and units
+
+
+@pytest.mark.parametrize("first", ["uint8", "float32"])
+def test_prepare_images_of_several_dtypes_are_stored_as_one(tiles, tmp_path, first):
+    folder = copy_tiles(tiles, tmp_path)
+    for dtype, name in ((first, "tile_0000_0000"), ({"uint8": "float32"}.get(first, "uint8"), "tile_0640_0896")):
+        rewrite_raster(folder / f"images/{name}.tif", lambda values, dtype=dtype: (values // 16).astype(dtype))
+    dataset = prepare(tile_dataset(folder), tmp_path)
+    assert dataset.dtype == np.float32
+    assert any("float32, uint16, uint8" in note for note in dataset.notes)
+    image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", workers=1)
+
+
+def test_prepare_complex_pixels_are_refused(tiles, tmp_path):
+    folder = copy_tiles(tiles, tmp_path)
+    path = folder / "images/tile_0000_0128.tif"
+    rewrite_raster(path, lambda values: values.astype("complex64"))
+    with raises(UserError, key="dtype", value="complex64", path=path):
+        prepare(tile_dataset(folder), tmp_path)
+
+
+def test_write_impossible_units_are_refused_and_write_nothing(tiles, tmp_path):
+    dataset = prepare(tile_dataset(tiles, options={"units": "reflectance"}), tmp_path)
+    with raises(UserError, "B02", key="units", value="reflectance"):
+        image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", workers=1)
+    assert not (tmp_path / "store").exists()
+
+
+def test_write_undeclared_nodata_value_is_refused(tiles, tmp_path):
+    folder = copy_tiles(tiles, tmp_path)
+    for index, path in enumerate(sorted((folder / "images").iterdir())):
+        empty_columns = 0 if index % 3 else 40
+        rewrite_raster(
+            path,
+            lambda values, columns=empty_columns: np.where(np.arange(128) < columns, -9999, values / 1e4).astype(
+                "float32"
+            ),
+        )
+    dataset = prepare(tile_dataset(folder, options={"units": "reflectance"}), tmp_path)
+    with raises(UserError, "-a_nodata", key="B02"):
+        image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", workers=1)
+
+
+# Skipped files and notes
+
+
+def test_prepare_notes_list_what_is_skipped(tiles, tmp_path):
+    folder, dataset = table_dataset(tiles, tmp_path)
+    frame = pd.read_csv(folder / "labels.csv")
+    frame[:-5].to_csv(folder / "labels.csv", index=False)
+    rewrite_raster(folder / "images/tile_0000_0128.tif", crs=None)
+    notes = " ".join(prepare(dataset, tmp_path).notes)
+    assert "5 of 48 images" in notes
+    assert "1 images, such as tile_0000_0128.tif" in notes
+    folder = copy_tiles(tiles, tmp_path)
+    for name in ("images/tile_0000_0000", "masks/tile_0000_0000_mask"):
+        rewrite_raster(folder / f"{name}.tif", lambda values: values[:, :40], height=40)
+    assert any("1 images, such as tile_0000_0000," in note for note in prepare(tile_dataset(folder), tmp_path).notes)
+
+
+def test_prepare_notes_list_classes_that_a_split_lacks(tiles, tmp_path):
+    splits = (["train"] * 4 + ["val", "test"]) * 8
+    labels = ["water" if index < 4 else ("farm", "forest")[index % 2] for index in range(48)]
+    _, options = write_table(tiles, tmp_path, split=splits, label=labels)
+    options |= {"split": "column"}
+    dataset = tile_dataset(tiles, task="classification", chip=0, block=0, splits=None, options=options)
+    notes = prepare(dataset, tmp_path).notes
+    assert [note.split(" has nothing of ") for note in notes] == [
+        ["the split val", "forest, water"], ["the split test", "farm, water"]
+    ]  # fmt: skip
+
+
+def test_prepare_damaged_files_are_refused_or_skipped(tiles, tmp_path):
+    folder, dataset = table_dataset(tiles, tmp_path)
+    (folder / "images/tile_0000_0000.tif").write_bytes(b"")
+    with raises(UserError, path=folder / "images/tile_0000_0000.tif"):
+        prepare(dataset, tmp_path)
+    prepared = prepare(with_options(dataset, skip_bad=True), tmp_path)
+    assert len(prepared.sample) == 47
+    assert prepared.notes[0].startswith("skipped: ")
+    folder = copy_tiles(tiles, tmp_path)
+    for path in [*(folder / "images").iterdir()][:2]:
+        path.write_bytes(b"")
+    for path in [*(folder / "masks").iterdir()][-3:]:
+        path.write_bytes(path.read_bytes()[:600])
+    dataset = tile_dataset(folder, options={"skip_bad": True})
+    assert len([note for note in prepare(dataset, tmp_path).notes if note.startswith("skipped: ")]) == 5
+    for path in (folder / "images").iterdir():
+        path.write_bytes(b"")
+    with raises(UserError, "images/tile_"):
+        prepare(dataset, tmp_path)
+
+
+def test_write_damaged_image_is_refused_or_skipped(tiles, tmp_path):
+    folder, dataset = table_dataset(tiles, tmp_path)
+    prepared, path = prepare(dataset, tmp_path), folder / "images/tile_0000_0128.tif"
+    path.write_bytes(path.read_bytes()[:3000])
+    with raises(UserError, path=path):
+        image_writer.write(prepared, tmp_path / "scratch", tmp_path / "store", workers=1)
+    summary = image_writer.write(prepared, tmp_path / "scratch", tmp_path / "store", workers=1, skip_bad=True)
+    assert list(summary.skipped) == ["images/tile_0000_0128"]
+
+
+# Refused configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"options": {"images": "images/*.tiff"}}, {"key": "folder", "value": "images/*.tiff",
+                                                    "allowed": ("images", "masks")}),
+        ({"options": {"images": "/tmp/*.tif"}}, {"key": "folder", "value": "/tmp/*.tif"}),
+        ({"options": {"labels": "images/*.tif"}}, {"key": "labels", "value": "images/*.tif"}),
+        ({"options": {"bands": BANDS}}, {"key": "bands", "value": 3, "allowed": [13]}),
+        ({"options": {"classes": []}}, {"key": "classes"}),
+        ({"options": {"classes": ["farm"]}}, {"key": "classes", "allowed": range(1)}),
+        ({"chip": 256}, {"key": "chip", "value": 256}),
+        ({"block": 1024}, {"key": "block"}),
+    ],
+    ids=["no such files", "absolute path", "images as labels", "bands", "no classes", "values", "chip", "block"],
+)  # fmt: skip
+def test_prepare_dataset_that_does_not_fit_its_files_is_refused(tiles, tmp_path, changes, fields):
+    with raises(UserError, **fields):
+        prepare(tile_dataset(tiles, **changes), tmp_path)
+
+
+def test_prepare_one_class_is_refused(tiles, tmp_path):
+    _, dataset = table_dataset(tiles, tmp_path, b"file,label\ntile_0000_0000,farm\n")
+    with raises(UserError, key="classes", value=("farm",)):
+        prepare(dataset, tmp_path)
+
+
+def test_prepare_images_of_several_sizes_need_a_chip(tiles, tmp_path):
+    folder, dataset = table_dataset(tiles, tmp_path)
+    path = folder / "images/tile_0000_0000.tif"
+    rewrite_raster(path, lambda values: values[:, :100, :100], height=100, width=100)
+    with raises(UserError, path, "100 x 100", key="chip", allowed=[(100, 100), (128, 128)]):
+        prepare(dataset, tmp_path)
+    _, resized = table_dataset(tiles, tmp_path / "b", chip=64)
+    assert prepare(with_options(resized, folder=str(folder)), tmp_path).shape == (3, 64, 64)
+
+
+def test_prepare_folder_names_are_not_patterns_and_folders_are_not_images(tiles, tmp_path):
+    folder = copy_tiles(tiles, tmp_path).rename(tmp_path / "br[1]")
+    (folder / "images/folder.tif").mkdir()
+    assert prepare(tile_dataset(folder), tmp_path).sample == prepare(tile_dataset(tiles), tmp_path).sample

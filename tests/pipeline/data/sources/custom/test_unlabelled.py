@@ -1,178 +1,150 @@
-"""Images without labels, of people's own data: from files to a store, and what is refused."""
+"""Images without labels in custom data: from files to a store, and what is refused."""
 
 import dataclasses
-import functools
 import shutil
 
 import numpy as np
 import pytest
 import rasterio
-from rasterio.windows import Window
 
-from pipeline.data import image_store, image_writer
-from pipeline.data.sources import custom, osm_landuse
+from pipeline.data import image_writer
+from pipeline.data.image_store import UNLABELLED
+from pipeline.data.sources import custom
 from pipeline.errors import UserError
-from tests.pipeline.data.sources.custom.test_custom import labelled, prepared, tile_block, tiles
-
-__all__ = ["tiles"]
-NONE = image_store.UNLABELLED
-read_scene = functools.cache(osm_landuse.read_scene)
-
-
-def more(raw, folder, places, name="more", bands=slice(1, 4), **profile):
-    """Windows of 128 px of the scene, (row, column), as GeoTIFFs of all bands in a folder below this one."""
-    scene, transform, crs = read_scene(raw("osm_landuse"))
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for row, column in places:
-        values = scene[bands][:, row : row + 128, column : column + 128]
-        given = {
-            "driver": "GTiff", "height": 128, "width": 128, "count": len(values), "dtype": values.dtype, "crs": crs,
-            "transform": rasterio.windows.transform(Window(column, row, 128, 128), transform), **profile,
-        }  # fmt: skip
-        with rasterio.open(folder / name / f"tile_{row:04d}_{column:04d}.tif", "w", **given) as file:
-            file.write(values)
-
-
-# Beside the labelled tiles; the last two lie on labelled ground, across corners of blocks.
-PLACES = [(0, 1024), (0, 1152), (0, 1280), (0, 1408), (192, 192), (448, 704)]
+from pipeline.tasks import IGNORE
+from tests.errors import raises
+from tests.pipeline.data.sources.custom.custom_data import (
+    UNLABELLED_CORNERS,
+    prepare,
+    rewrite_raster,
+    table_dataset,
+    tile_dataset,
+    with_options,
+    with_unlabelled,
+    write_table,
+    write_windows,
+)
 
 
 @pytest.fixture
-def wider(raw_folder, tiles, tmp_path):
-    """The labelled tiles and further images."""
-    shutil.copytree(tiles, tmp_path / "wide")
-    more(raw_folder, tmp_path / "wide", PLACES)
-    return tmp_path / "wide"
+def folder(raw_folder, tiles, tmp_path):
+    """The labelled tiles, and six unlabelled images in the folder `unlabelled`."""
+    shutil.copytree(tiles, tmp_path / "tiles")
+    write_windows(raw_folder, tmp_path / "tiles", UNLABELLED_CORNERS)
+    return tmp_path / "tiles"
 
 
-def both(block):
-    """A description without and with the further images."""
-    return block, dataclasses.replace(block, options=block.options | {"unlabelled": "more/*.tif"})
+def test_unlabelled_samples_are_named_by_file_and_read_where_they_lie(folder, tmp_path):
+    dataset = prepare(with_unlabelled(tile_dataset(folder)), tmp_path)
+    name = "unlabelled/tile_0000_1152.tif_r00064c00000"
+    index = dataset.sample.index(name)
+    with rasterio.open(folder / "unlabelled/tile_0000_1152.tif") as file:
+        np.testing.assert_array_equal(dataset.read_sample(name).image, file.read()[:, 64:, :64])
+        expected = file.transform @ rasterio.Affine.translation(0, 64)
+    assert tuple(dataset.transform[index]) == tuple(expected)[:6]
+    assert dataset.split[index] == UNLABELLED
+    assert (dataset.read_sample(name).label == IGNORE).all()
+    assert len([note for note in dataset.notes if " of 24 unlabelled chips overlap with val or test" in note]) == 1
 
 
-def test_names_are_of_files_and_chips_lie_where_they_were_cut(wider, tmp_path):
-    stream = prepared(both(tile_block(wider))[1], tmp_path)
-    name = "more/tile_0000_1152.tif_r00064c00000"
-    place = stream.sample.index(name)
-    with rasterio.open(wider / "more/tile_0000_1152.tif") as file:
-        np.testing.assert_array_equal(stream.read_sample(name).image, file.read()[:, 64:, :64])
-        assert tuple(stream.transform[place]) == tuple(
-            file.transform @ rasterio.Affine.translation(0, 64)
-        )[:6]  # fmt: skip
-    assert stream.split[place] == NONE
-    assert (stream.read_sample(name).label == image_store.IGNORE).all()
-    told = [note for note in stream.notes if "share ground with val or test" in note]
-    assert len(told) == 1
-    assert " of 24 unlabelled chips share ground" in told[0]
+def test_unlabelled_samples_that_overlap_training_chips_are_not_noted(raw_folder, tiles, tmp_path):
+    folder, options = write_table(tiles, tmp_path, split=["train"] * 40 + ["val"] * 4 + ["test"] * 4)
+    write_windows(raw_folder, folder, [(0, 0), (0, 128), (640, 0), (640, 512), (640, 896)])
+    config = with_unlabelled(
+        tile_dataset(
+            tiles, task="classification", chip=0, block=0, splits=None, options=options | {"split": "column"}
+        )
+    )
+    (note,) = [note for note in prepare(config, tmp_path).notes if "unlabelled" in note]
+    assert note.startswith("3 of 5 ")
 
 
-def test_the_ground_of_training_chips_is_no_leak(raw_folder, tiles, tmp_path):
-    folder, options = labelled(tiles, tmp_path, split=["train"] * 40 + ["val"] * 4 + ["test"] * 4)
-    more(raw_folder, folder, [(0, 0), (0, 128), (640, 0), (640, 512), (640, 896)])
-    block = tile_block(
-        tiles, task="classification", chip=0, block=0, splits=None,
-        options=options | {"split": "column", "unlabelled": "more/*.tif"},
-    )  # fmt: skip
-    notes = [note for note in prepared(block, tmp_path).notes if "unlabelled" in note]
-    assert notes == [
-        "3 of 5 unlabelled chips share ground with val or test: students see its pixels, though not its labels"
-    ]
-
-
-def test_chips_without_data_are_left_out(raw_folder, wider, tmp_path):
-    more(raw_folder, wider, [(0, 1024)], nodata=0)
-    path = wider / "more/tile_0000_1024.tif"
-    with rasterio.open(path, "r+") as file:
+def test_unlabelled_samples_with_nodata_are_skipped(raw_folder, folder, tmp_path):
+    write_windows(raw_folder, folder, [(0, 1024)], nodata=0)
+    with rasterio.open(folder / "unlabelled/tile_0000_1024.tif", "r+") as file:
         values = file.read()
         values[:, :10, :10] = 0
         file.write(values)
-    stream = prepared(both(tile_block(wider))[1], tmp_path)
-    assert "1 of 24 unlabelled chips have pixels without data, and are left out" in stream.notes
-    assert stream.split.count(NONE) == 23
-    assert "more/tile_0000_1024.tif_r00000c00000" not in stream.sample
+    dataset = prepare(with_unlabelled(tile_dataset(folder)), tmp_path)
+    assert any(note.startswith("1 of 24 unlabelled chips") for note in dataset.notes)
+    assert dataset.split.count(UNLABELLED) == 23
+    assert "unlabelled/tile_0000_1024.tif_r00000c00000" not in dataset.sample
 
 
-def test_the_digest_of_the_files_follows_them(wider, params):
-    plain, wide = both(tile_block(wider))
-    one, two = (custom.fetch(block, params) for block in (plain, wide))
-    assert two["files"] == one["files"] + len(PLACES)
-    assert one["content_sha256"] != two["content_sha256"]
+def test_fetch_digest_includes_unlabelled_files(folder, params):
+    config = tile_dataset(folder)
+    without, with_files = (custom.fetch(dataset, params) for dataset in (config, with_unlabelled(config)))
+    assert with_files["files"] == without["files"] + len(UNLABELLED_CORNERS)
+    assert without["content_sha256"] != with_files["content_sha256"]
 
 
-REFUSED = {
-    "of images": (
-        {"unlabelled": "images/tile_00*.tif"},
-        r"unlabelled \(images/tile_00\*.tif\) and images \(.*8 files",
-    ),
-    "of labels": ({"unlabelled": "masks/*.tif"}, r"unlabelled .* and labels .*48 files.* a folder of their own"),
-    "nothing": ({"unlabelled": "none/*.tif"}, r"has no file like none/\*.tif. It has: images, masks, more"),
-    "an absolute path": ({"unlabelled": "/more/*.tif"}, "is an absolute path"),
-    "other bands": ({"unlabelled": "single/*.tif"}, "has 1 bands, and 3 are described"),
-    "no place": ({"unlabelled": "nowhere/*.tif"}, "states no coordinate reference system, and the labelled images"),
-    "damaged": ({"unlabelled": "torn/*.tif"}, "tile_0000_1024.tif cannot be read"),
-    "too small": ({"unlabelled": "small/*.tif"}, r"No image of unlabelled \(small/\*.tif\) has 64 x 64 px"),
-}
+@pytest.mark.parametrize(
+    ("pattern", "fields"),
+    [
+        ("images/tile_00*.tif", {"key": "unlabelled", "value": "images/tile_00*.tif"}),
+        ("masks/*.tif", {"key": "unlabelled", "value": "masks/*.tif"}),
+        ("none/*.tif", {"key": "folder", "value": "none/*.tif", "allowed": ("images", "masks", "unlabelled")}),
+        ("/unlabelled/*.tif", {"key": "folder", "value": "/unlabelled/*.tif"}),
+    ],
+)
+def test_unlabelled_files_invalid_pattern_is_refused(folder, tmp_path, pattern, fields):
+    with raises(UserError, **fields):
+        prepare(tile_dataset(folder, options={"unlabelled": pattern}), tmp_path)
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_fit_is_refused(raw_folder, wider, tmp_path, what):
-    more(raw_folder, wider, PLACES[:1], "single", slice(1, 2))
-    more(raw_folder, wider, PLACES[:1], "nowhere", crs=None)
-    more(raw_folder, wider, PLACES[:1], "torn")
-    torn = wider / "torn/tile_0000_1024.tif"
-    torn.write_bytes(torn.read_bytes()[:100])
-    more(raw_folder, wider, PLACES[:1], "small", height=60, width=60) if what == "too small" else None
-    options, words = REFUSED[what]
-    if what == "nothing":
-        for name in ("single", "nowhere", "torn"):
-            shutil.rmtree(wider / name)
-    with pytest.raises(UserError, match=words):
-        prepared(tile_block(wider, options=options), tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("one band", {"key": "bands", "value": 1, "allowed": [3]}),
+        ("no CRS", {"key": "unlabelled", "value": "crs"}),
+        ("truncated", {}),
+        ("too small", {"key": "unlabelled", "value": "invalid/*.tif"}),
+    ],
+)
+def test_unlabelled_samples_image_that_differs_is_refused(raw_folder, folder, tmp_path, kind, fields):
+    corners, path = UNLABELLED_CORNERS[:1], folder / "invalid/tile_0000_1024.tif"
+    changes = {"no CRS": {"crs": None}, "too small": {"height": 60, "width": 60}}.get(kind, {})
+    bands = slice(1, 2) if kind == "one band" else slice(1, 4)
+    write_windows(raw_folder, folder, corners, "invalid", bands, **changes)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:100])
+    fields = fields if kind == "too small" else fields | {"path": path}
+    with raises(UserError, **fields):
+        prepare(tile_dataset(folder, options={"unlabelled": "invalid/*.tif"}), tmp_path)
 
 
-def test_tables_whose_further_images_differ_are_refused(raw_folder, tiles, tmp_path):
-    folder, options = labelled(tiles, tmp_path / "a", time="2017-02-16")
-    more(raw_folder, folder, PLACES)
-    block = both(tile_block(tiles, task="classification", chip=0, block=128, options=options))[1]
-    with pytest.raises(UserError, match="labelled images all have a time.*State theirs as time"):
-        prepared(block, tmp_path)
-    block = dataclasses.replace(block, options=block.options | {"time": "2018-01-01"})
-    stream = prepared(block, tmp_path)
-    assert stream.read_sample("more/tile_0000_1024.tif").time == np.datetime64("2018-01-01", "s")
-    assert stream.read_sample("images/tile_0000_0000").time == np.datetime64("2017-02-16", "s")
-    path = folder / "more/tile_0000_1024.tif"
-    with rasterio.open(path) as file:
-        small, profile = file.read(window=Window(0, 0, 100, 100)), {**file.profile, "height": 100, "width": 100}
-    with rasterio.open(path, "w", **profile) as file:
-        file.write(small)
-    with pytest.raises(UserError, match="of unlabelled, has 100 x 100 px, and .* has 128 x 128 px. Give a chip"):
-        prepared(block, tmp_path)
-    assert prepared(dataclasses.replace(block, chip=64), tmp_path).split.count(NONE) == 6
+def test_unlabelled_samples_need_a_time_if_all_labelled_images_have_one(raw_folder, tiles, tmp_path):
+    folder, options = write_table(tiles, tmp_path, time="2017-02-16")
+    write_windows(raw_folder, folder, UNLABELLED_CORNERS)
+    config = with_unlabelled(tile_dataset(tiles, task="classification", chip=0, block=128, options=options))
+    with raises(UserError, key="unlabelled", value="time"):
+        prepare(config, tmp_path)
+    dataset = prepare(with_options(config, time="2018-01-01"), tmp_path)
+    assert dataset.read_sample("unlabelled/tile_0000_1024.tif").time == np.datetime64("2018-01-01", "s")
+    assert dataset.read_sample("images/tile_0000_0000").time == np.datetime64("2017-02-16", "s")
 
 
-def test_a_tables_split_of_that_name_makes_no_unlabelled_chip(tiles, tmp_path):
-    """Those of a table have labels: another rule deals them, and the rule `column` refuses the name."""
-    _, options = labelled(tiles, tmp_path, split=NONE)
-    block = tile_block(tiles, task="classification", chip=0, block=128, options=options)
-    stream = prepared(block, tmp_path)
-    assert NONE not in stream.split
-    assert stream.read_sample("images/tile_0000_0128").label == 1
-    with pytest.raises(UserError, match="is 'unlabelled'; it must be one of train, val, test"):
-        prepared(dataclasses.replace(block, options=block.options | {"split": "column"}), tmp_path)
+def test_unlabelled_samples_of_another_size_need_a_chip(raw_folder, tiles, tmp_path):
+    folder, config = table_dataset(tiles, tmp_path)
+    write_windows(raw_folder, folder, UNLABELLED_CORNERS)
+    config, path = with_unlabelled(config), folder / "unlabelled/tile_0000_1024.tif"
+    rewrite_raster(path, lambda values: values[:, :100, :100], height=100, width=100)
+    with raises(UserError, key="chip", value=(100, 100), allowed=[(128, 128)], path=path):
+        prepare(config, tmp_path)
+    assert prepare(dataclasses.replace(config, chip=64), tmp_path).split.count(UNLABELLED) == 6
 
 
-def test_damaged_ones_are_left_out_if_asked_for(wider, tmp_path):
-    (wider / "more/tile_0000_1024.tif").write_bytes(b"")
-    block = both(tile_block(wider, options={"skip_bad": True}))[1]
-    stream = prepared(block, tmp_path)
-    assert stream.split.count(NONE) == 20
-    assert any(note.startswith("left out: ") and "tile_0000_1024" in note for note in stream.notes)
+def test_unlabelled_samples_damaged_files_are_skipped(folder, tmp_path):
+    (folder / "unlabelled/tile_0000_1024.tif").write_bytes(b"")
+    dataset = prepare(with_unlabelled(tile_dataset(folder, options={"skip_bad": True})), tmp_path)
+    assert dataset.split.count(UNLABELLED) == 20
+    assert any(note.startswith("skipped: ") and "tile_0000_1024" in note for note in dataset.notes)
 
 
-def test_a_store_holds_no_label_of_an_unlabelled_chip(wider, tmp_path):
-    stream = prepared(both(tile_block(wider))[1], tmp_path)
-    name = stream.sample[-1]
-    stream.read_sample.chips[name] = dataclasses.replace(stream.read_sample.chips[stream.sample[0]])
-    with pytest.raises(UserError, match="Sample more/.*: A sample of the split unlabelled has a label"):
-        image_writer.write(stream, tmp_path / "scratch", tmp_path / "store", workers=1)
+def test_write_label_of_an_unlabelled_sample_is_refused(folder, tmp_path):
+    dataset = prepare(with_unlabelled(tile_dataset(folder)), tmp_path)
+    name, chips = dataset.sample[-1], dataset.read_sample.chips
+    chips[name] = dataclasses.replace(chips[dataset.sample[0]])
+    with raises(UserError, name, key="split", value=UNLABELLED):
+        image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", workers=1)
     assert not (tmp_path / "store").exists()

@@ -1,0 +1,201 @@
+"""Custom datasets made from the land use scene: tiles with masks, a table, polygons, and further images."""
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import geopandas
+import numpy as np
+import pandas as pd
+import rasterio
+import shapely
+from rasterio import Affine
+from rasterio.windows import Window
+
+from pipeline.config import DatasetConfig, SplitFractions
+from pipeline.data.image_store import LazyImageDataset
+from pipeline.data.sources import custom, osm_landuse, validate
+
+BANDS = [
+    {"name": band.name, "common_name": band.common_name, "wavelength": band.wavelength, "gsd": band.gsd}
+    for band in osm_landuse.BANDS
+]
+BLUE_GREEN_RED = BANDS[1:4]
+FRACTIONS = SplitFractions(0.6, 0.2, 0.2)
+UTM = "EPSG:32633"
+GRID = Affine(10, 0, 400000, 0, -10, 5800000)
+NODATA = 65535
+# Upper left corners of unlabelled windows: four next to the labelled tiles, two that overlap them and their blocks.
+UNLABELLED_CORNERS = [(0, 1024), (0, 1152), (0, 1280), (0, 1408), (192, 192), (448, 704)]
+read_scene = functools.cache(osm_landuse.read_scene)
+
+
+# Configurations
+
+
+def scene_dataset(raw_folder, **changes) -> DatasetConfig:
+    """The scene, with one file per band, and its polygons."""
+    options = {
+        "folder": str(raw_folder("osm_landuse")), "images": "*_B??.jp2", "labels": "*.gpkg",
+        "label_column": "fclass", "units": "dn", "bands": BANDS, "display": [0, 0.3], "time": "2017-02-16T10:21:01",
+    }  # fmt: skip
+    options |= changes.pop("options", {})
+    keys = {"task": "segmentation", "chip": 128, "block": 256, "splits": FRACTIONS} | changes
+    return DatasetConfig("custom", **keys, options=options)
+
+
+def tile_dataset(folder: Path, **changes) -> DatasetConfig:
+    """The tiles of `write_tiles` with their masks."""
+    options = {
+        "folder": str(folder), "images": "images/*.tif", "labels": "masks/*.tif", "units": "dn",
+        "bands": BLUE_GREEN_RED, "classes": list(osm_landuse.CLASSES), "ignore": 255,
+    }  # fmt: skip
+    options |= changes.pop("options", {})
+    keys = {"task": "segmentation", "chip": 64, "block": 256, "splits": FRACTIONS} | changes
+    return DatasetConfig("custom", **keys, options=options)
+
+
+def table_dataset(tiles: Path, folder: Path, text: bytes | None = None, **changes) -> tuple[Path, DatasetConfig]:
+    """Copy the tiles and write a table of their labels, or `text`; return the folder and the configuration."""
+    table_folder, options = write_table(tiles, folder)
+    if text is not None:
+        (table_folder / "labels.csv").write_bytes(text)
+    options |= changes.pop("options", {})
+    keys = {"task": "classification", "chip": 0, "block": 128} | changes
+    return table_folder, tile_dataset(tiles, **keys, options=options)
+
+
+def scene_options(folder: Path, bands: Sequence[str], **options) -> dict:
+    """Write two polygons that cover the scene *_B02.tif; return options of a scene with one file per band."""
+    with rasterio.open(next(folder.glob("*B02.tif"))) as file:
+        (west, south, east, north), crs = file.bounds, file.crs
+    middle = (west + east) / 2
+    halves = [shapely.box(west, south, middle, north), shapely.box(middle, south, east, north)]
+    geopandas.GeoDataFrame({"fclass": ["a", "b"]}, geometry=halves, crs=crs).to_file(folder / "land.geojson")
+    return {
+        "folder": str(folder), "images": "*.tif", "labels": "land.geojson", "units": "dn", "time": "",
+        "bands": [{"name": name, "common_name": name.lower()} for name in bands], **options,
+    }  # fmt: skip
+
+
+def with_options(dataset: DatasetConfig, **options) -> DatasetConfig:
+    """Copy a configuration with some options changed."""
+    return dataclasses.replace(dataset, options=dataset.options | options)
+
+
+def with_unlabelled(dataset: DatasetConfig) -> DatasetConfig:
+    """Copy a configuration with the unlabelled images of `write_windows`."""
+    return with_options(dataset, unlabelled="unlabelled/*.tif")
+
+
+def prepare(dataset: DatasetConfig, tmp_path: Path) -> LazyImageDataset:
+    """Validate and prepare a dataset as the stage does."""
+    validate("x", dataset)
+    return custom.prepare(tmp_path, dataset)
+
+
+# Files
+
+
+def write_raster(path: Path, values: np.ndarray, transform: Affine, crs: str | None = UTM, **profile) -> None:
+    """Write values (band, y, x) as a GeoTIFF."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keys = {"driver": "GTiff", "count": len(values), "height": values.shape[1], "width": values.shape[2]}
+    keys |= {"crs": crs} if crs else {}
+    with rasterio.open(path, "w", dtype=values.dtype, transform=transform, **keys, **profile) as file:
+        file.write(values)
+
+
+def rewrite_raster(path: Path, change: Callable = lambda values: values, **profile) -> None:
+    """Write a raster again with changed values (band, y, x) or another profile."""
+    with rasterio.open(path) as file:
+        values, old_profile = change(file.read()), file.profile
+    path.unlink()
+    profile = {**old_profile, "dtype": values.dtype, "count": len(values), **profile}
+    with rasterio.open(path, "w", **profile) as file:
+        file.write(values)
+
+
+def set_nodata(path: Path, rows: int, bands=slice(None)) -> None:
+    """Set the first rows of some bands of a raster to nodata, and declare it."""
+
+    def change(values):
+        values[bands, :rows] = NODATA
+        return values
+
+    rewrite_raster(path, change, nodata=NODATA)
+
+
+def counting_values(height: int, width: int, offset: int = 0) -> np.ndarray:
+    """Values (1, y, x), uint16, that count pixels up to 1000."""
+    return (np.arange(height * width, dtype="uint16").reshape(1, height, width) % 1000) + offset
+
+
+def write_tiles(folder: Path, raw_folder) -> None:
+    """Write blue, green and red of the scene as 48 GeoTIFFs of 128 px with masks, in folders `images` and `masks`."""
+    scene, transform, crs = read_scene(raw_folder("osm_landuse"))
+    mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])
+    for row in range(0, 768, 128):
+        for column in range(0, 1024, 128):
+            tile_transform = rasterio.windows.transform(Window(column, row, 128, 128), transform)
+            area = (slice(row, row + 128), slice(column, column + 128))
+            name = f"tile_{row:04d}_{column:04d}"
+            write_raster(folder / f"images/{name}.tif", scene[1:4][:, *area], tile_transform, crs)
+            write_raster(folder / f"masks/{name}_mask.tif", mask[None][:, *area], tile_transform, crs)
+
+
+def copy_tiles(tiles: Path, tmp_path: Path) -> Path:
+    """Copy the tiles and masks, to be changed."""
+    shutil.copytree(tiles, tmp_path / "tiles")
+    return tmp_path / "tiles"
+
+
+def write_tile_pairs(folder: Path, transforms: Sequence[Affine], crs: str | None) -> dict:
+    """Write an image and a mask of 64 px at each location; return options."""
+    for index, transform in enumerate(transforms):
+        values = counting_values(64, 64, index)
+        write_raster(folder / f"images/t{index:02d}.tif", values, transform, crs)
+        write_raster(folder / f"masks/t{index:02d}.tif", (values % 4).astype("uint8"), transform, crs)
+    return {"folder": str(folder), "bands": BLUE_GREEN_RED[:1]}
+
+
+def write_table(tiles: Path, tmp_path: Path, **columns) -> tuple[Path, dict]:
+    """Copy the tiles and write a table of labels farm and forest; return the folder and options."""
+    folder = tmp_path / "table"
+    shutil.copytree(tiles / "images", folder / "images")
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    labels = [("farm", "forest")[index % 2] for index in range(len(names))]
+    frame = pd.DataFrame({"file": names, "label": labels})
+    frame.assign(**columns).to_csv(folder / "labels.csv", index=False)
+    return folder, {"folder": str(folder), "labels": "labels.csv", "classes": [], "ignore": None}
+
+
+def write_polygons(raw_folder, folder: Path, change: Callable, name: str = "land.geojson") -> dict:
+    """Write the changed polygons of the scene, and its blue band; return options."""
+    frame = geopandas.read_file(next(raw_folder("osm_landuse").glob("*.gpkg")))[["fclass", "geometry"]].to_crs(4326)
+    change(frame).to_file(folder / name)
+    shutil.copy(next(raw_folder("osm_landuse").glob("*_B02.jp2")), folder / "scene.jp2")
+    return {"folder": str(folder), "images": "scene.jp2", "labels": name, "bands": BLUE_GREEN_RED[:1]}
+
+
+def write_windows(
+    raw_folder,
+    folder: Path,
+    corners: Sequence[tuple[int, int]],
+    name: str = "unlabelled",
+    bands=slice(1, 4),
+    **profile,
+) -> None:
+    """Write windows of 128 px of the scene at corners (row, column) as GeoTIFFs in a subfolder."""
+    scene, transform, crs = read_scene(raw_folder("osm_landuse"))
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for row, column in corners:
+        values = scene[bands][:, row : row + 128, column : column + 128]
+        keys = {
+            "driver": "GTiff", "height": 128, "width": 128, "count": len(values), "dtype": values.dtype, "crs": crs,
+            "transform": rasterio.windows.transform(Window(column, row, 128, 128), transform), **profile,
+        }  # fmt: skip
+        with rasterio.open(folder / name / f"tile_{row:04d}_{column:04d}.tif", "w", **keys) as file:
+            file.write(values)

@@ -1,0 +1,150 @@
+"""Assignment of custom chips to splits: blocks, overlap, and images without a location."""
+
+import pytest
+from rasterio import Affine
+
+from pipeline.data import image_writer
+from pipeline.data.image_store import SPLITS, UNLABELLED
+from pipeline.data.sources import osm_landuse
+from pipeline.errors import UserError
+from tests.errors import raises
+from tests.pipeline.data.sources.custom.custom_data import (
+    UTM,
+    prepare,
+    read_scene,
+    rewrite_raster,
+    scene_dataset,
+    table_dataset,
+    tile_dataset,
+    with_options,
+    write_raster,
+    write_table,
+    write_tile_pairs,
+)
+
+
+def split_by_image(dataset) -> dict[str, str]:
+    """Split of the first chip of each image, by the image's name."""
+    splits: dict[str, str] = {}
+    for name, split in zip(dataset.sample, dataset.split, strict=True):
+        splits.setdefault(name.split("_r")[0], split)
+    return splits
+
+
+def test_assign_splits_spatial_blocks_stay_whole(raw_folder, tiles, tmp_path):
+    for config in (scene_dataset(raw_folder), tile_dataset(tiles)):
+        dataset = prepare(config, tmp_path)
+        west, north = dataset.transform[:, 2].min(), dataset.transform[:, 5].max()
+        splits_of_block = {}
+        for (x, y), split in zip(dataset.transform[:, [2, 5]], dataset.split, strict=True):
+            block = (int((x - west) // 2560), int((north - y) // 2560))
+            splits_of_block.setdefault(block, set()).add(split)
+        assert len(splits_of_block) > 6
+        assert all(len(splits) == 1 for splits in splits_of_block.values())
+        assert {*dataset.split} == {*SPLITS}
+
+
+@pytest.mark.parametrize("angle", [0, 30, 90])
+def test_assign_splits_blocks_of_rotated_images_have_their_size(tmp_path, angle):
+    rotated = Affine.translation(400000, 5800000) * Affine.rotation(angle) * Affine.scale(10, -10)
+    options = write_tile_pairs(tmp_path, [rotated * Affine.translation(64 * n, 0) for n in range(16)], UTM)
+    splits = split_by_image(prepare(tile_dataset(tmp_path, block=128, options=options), tmp_path))
+    for index in range(0, 16, 2):
+        assert splits[f"t{index:02d}"] == splits[f"t{index + 1:02d}"]
+
+
+# Overlap
+
+
+def write_scene_windows(raw_folder, folder, columns):
+    """Write two rows of windows of 128 px of the scene with masks, which begin at these columns."""
+    scene, transform, crs = read_scene(raw_folder("osm_landuse"))
+    mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])
+    for row in (256, 384):
+        for column in columns:
+            window, area = (
+                transform @ Affine.translation(column, row),
+                (slice(row, row + 128), slice(column, column + 128)),
+            )
+            for kind, values in (("images", scene[1:4]), ("masks", mask[None])):
+                write_raster(folder / kind / f"t{row:03d}_{column:04d}.tif", values[:, *area], window, crs)
+    return folder
+
+
+def test_assign_splits_overlapping_images_share_a_split(raw_folder, tmp_path):
+    starts = list(range(0, 1400, 320))
+    columns = [start + offset for start in starts for offset in (0, 100)]
+    folder = write_scene_windows(raw_folder, tmp_path / "pairs", columns)
+    for seed in range(3):
+        dataset = prepare(tile_dataset(folder, chip=128, block=128, seed=seed), tmp_path)
+        splits = split_by_image(dataset)
+        pairs = [(f"t{row}_{start:04d}", f"t{row}_{start + 100:04d}") for row in (256, 384) for start in starts]
+        pairs = [pair for pair in pairs if set(pair) <= set(splits)]
+        assert len(pairs) > 6
+        assert all(splits[a] == splits[b] for a, b in pairs)
+        assert not any("overlap" in note for note in dataset.notes if "polygons" not in note)
+
+
+def test_assign_splits_connected_images_are_refused_or_noted(raw_folder, tmp_path):
+    folder = write_scene_windows(raw_folder, tmp_path / "dense", range(0, 1400, 96))
+    with raises(UserError, key="split", allowed=("column", "random")) as info:
+        prepare(tile_dataset(folder, chip=128, block=128), tmp_path)
+    assert info.value.value in (1, 2)
+    dataset = prepare(tile_dataset(folder, chip=128, block=0, options={"split": "random"}), tmp_path)
+    assert any("overlap with one of another split, such as t" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_assign_splits_images_that_overlap_across_the_antimeridian_share_a_split(tmp_path, seed):
+    step = 0.0001
+    west = [Affine(step, 0, 179.9966 - 0.01 * n, 0, -step, 10) for n in range(4)]
+    east = [Affine(step, 0, -180 + 0.01 * n, 0, -step, 10) for n in range(4)]
+    beyond = [Affine(step, 0, 180.05, 0, -step, 10), Affine(step, 0, -179.9468, 0, -step, 10)]
+    options = write_tile_pairs(tmp_path, [*west, *east, *beyond], "EPSG:4326")
+    dataset = prepare(tile_dataset(tmp_path, block=64, seed=seed, options=options), tmp_path)
+    splits = split_by_image(dataset)
+    assert splits["t00"] == splits["t04"]
+    assert splits["t08"] == splits["t09"]
+    samples = {name: dataset.read_sample(name) for name in dataset.sample}
+    assert all(-180 <= sample.lon < 180 for sample in samples.values())
+    assert samples["t08_r00000c00000"].lon == pytest.approx(180.0532 - 360)
+    image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", workers=1)
+
+
+def test_assign_splits_overlap_of_images_without_crs_is_found(tmp_path):
+    options = write_tile_pairs(tmp_path, [Affine(10, 0, 320 * n, 0, -10, 0) for n in range(8)], None)
+    with raises(UserError, key="split", value=1):
+        prepare(tile_dataset(tmp_path, block=64, options=options), tmp_path)
+    dataset = prepare(tile_dataset(tmp_path, block=64, options=options | {"split": "random"}), tmp_path)
+    assert any("overlap with one of another split" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize(
+    "transform", [Affine(1, 0, 0, 0, -1, 64), Affine(10, 0, 500, 0, -10, 900)], ids=["pixel counts", "one transform"]
+)
+def test_assign_splits_images_without_a_location_do_not_overlap(tmp_path, transform):
+    options = write_tile_pairs(tmp_path, [transform] * 8, None)
+    assert len(prepare(tile_dataset(tmp_path, block=64, options=options), tmp_path).sample) == 8
+
+
+def test_prepare_one_image_without_crs_leaves_all_without_location(tiles, tmp_path):
+    folder, dataset = table_dataset(tiles, tmp_path)
+    assert prepare(dataset, tmp_path).crs is not None
+    rewrite_raster(folder / "images/tile_0000_0128.tif", crs=None)
+    prepared = prepare(dataset, tmp_path)
+    assert prepared.crs is None
+    assert prepared.transform is None
+
+
+# Splits of a table
+
+
+def test_assign_splits_unlabelled_in_a_table_is_not_a_split(tiles, tmp_path):
+    """Rows of a table have labels: `blocks` ignores the column, and `column` refuses the name."""
+    _, options = write_table(tiles, tmp_path, split=UNLABELLED)
+    config = tile_dataset(tiles, task="classification", chip=0, block=128, options=options)
+    dataset = prepare(config, tmp_path)
+    assert UNLABELLED not in dataset.split
+    assert dataset.read_sample("images/tile_0000_0128").label == 1
+    with raises(UserError, key="split", value=UNLABELLED, allowed=SPLITS):
+        prepare(with_options(config, split="column"), tmp_path)
