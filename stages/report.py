@@ -8,7 +8,8 @@ from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.composition.result import CompositionResult
 from pipeline.errors import UserError
-from pipeline.report import composition, distillation, figures, mapped, page, statements
+from pipeline.report import figures, page, sections, statements
+from pipeline.report.aggregate import FROZEN, ModelKind, summarize_runs
 from pipeline.report.significance import BootstrapSamples, bootstrap
 from pipeline.tasks import get_task
 from pipeline.training import predictions
@@ -59,9 +60,9 @@ def make_report() -> None:
     tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
     runs = pd.concat(tables, ignore_index=True)
     draws = _bootstrap_all(folders, runs)
-    summary = page.summarize_runs(runs, draws)
+    summary = summarize_runs(runs, draws)
     costs = pd.read_csv(require(COST)) if students else pd.DataFrame()
-    frozen, large = summary[summary.protocol == page.FROZEN], summary[summary.kind != "student"]
+    frozen, large = summary[summary.protocol == FROZEN], summary[summary.kind != ModelKind.STUDENT]
     model_sentences = statements.key_comparisons(large, draws)
     pairs = statements.all_pairs(frozen, draws)
 
@@ -71,15 +72,16 @@ def make_report() -> None:
         pairs.to_csv(folder / "pairs.csv", index=False)
         (folder / "summary.md").write_text(page.markdown_table(page.display_table(summary)))
         figures.draw_boxplots(runs[runs.model.isin(large.model)], large, folder / "boxplots.png")
-        composition_html = composition.composition_section(compositions, frozen, folder)
-        students_html, student_sentences = distillation.students_section(students, summary, draws, costs, folder)
-        students_html += mapped.exports_and_maps_section(
+        composition_html = sections.composition_section(compositions, frozen, folder)
+        students_html, student_sentences = sections.students_section(students, summary, draws, costs, folder)
+        exports_html = sections.exports_and_maps_section(
             _student_folders(EXPORTS, grid), pd.read_csv(require(RATES)), _student_folders(MAPS, grid), folder
         )
         sentences = [*model_sentences, *student_sentences]
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in sentences))
+        html_sections = [composition_html, students_html, exports_html, sections.finetuning_section(runs)]
         html = page.render_page(
-            summary, runs, pairs, model_sentences, skipped, composition_html, folder / "boxplots.png", students_html
+            summary, runs, pairs, model_sentences, skipped, folder / "boxplots.png", html_sections
         )
         (folder / "index.html").write_text(html)
     write_json(METRICS, _metrics(summary))
@@ -113,12 +115,13 @@ def _bootstrap_all(
     for number, (key, folder) in enumerate(folders.items()):
         first_run = runs[(runs.dataset == key[0]) & (runs.model == key[1])].iloc[0]
         table = pd.read_parquet(folder / "predictions.parquet")
-        samples, counts = predictions.counts_from_table(table, get_task(first_run.task)(first_run.classes))
+        task = get_task(first_run.task)(int(first_run.classes))
+        samples, counts = predictions.counts_from_table(table, task)
         if samples != tested_samples.setdefault(key[0], samples):
             raise UserError(
                 f"{folder} was tested on other samples than the other models of {key[0]}. Run: dvc repro", path=folder
             )
-        draws[key] = bootstrap(first_run.task, counts, first_run.classes, stream=number)
+        draws[key] = bootstrap(task, counts, stream=number)
     return draws
 
 
@@ -131,8 +134,8 @@ def _metrics(summary: pd.DataFrame) -> dict[str, dict]:
     return scores
 
 
-def _load_student_result(dataset: str, student: str) -> distillation.StudentResult:
-    return distillation.StudentResult(read_json(DISTILLATION / dataset / student / "metadata.json"))
+def _load_student_result(dataset: str, student: str) -> sections.StudentResult:
+    return sections.StudentResult(read_json(DISTILLATION / dataset / student / "metadata.json"))
 
 
 def _student_folders(root: Path, grid: config.GridConfig) -> dict[tuple[str, str], Path]:

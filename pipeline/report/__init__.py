@@ -1,1 +1,1 @@
-"""Scores compared, and the page that shows them."""
+"""Compare the scores of models, and write the report page."""

@@ -1,5 +1,6 @@
-"""The report's pictures. The same figures give the same bytes: no creation date, no version."""
+"""Figures of the report. The same numbers give the same bytes: files have no date and no version."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -8,47 +9,68 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import rasterio
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 
-COLOURS = {"joined": "#d95f02", "pretrained": "#1b9e77", "random": "#aaaaaa", "baseline": "#7570b3",
-           "fine-tuned": "#e7298a"}  # fmt: skip
+from pipeline.report.aggregate import ModelKind
+from pipeline.tasks import IGNORE, get_task
+
+KIND_COLOURS = {
+    ModelKind.ENSEMBLE: "#d95f02",
+    ModelKind.PRETRAINED: "#1b9e77",
+    ModelKind.RANDOM: "#aaaaaa",
+    ModelKind.BAND_STATISTICS: "#7570b3",
+    ModelKind.FINE_TUNED: "#e7298a",
+}
+ROLE_COLOURS = {"student": "#d95f02", "teacher": "#1b9e77", "member": "#7570b3"}
+MARKERS = "osD^vP*X"
+# Longer side of a map in the figure, in pixels; larger maps are read at a lower resolution.
+MAX_MAP_PIXELS = 1024
 
 
 def draw_boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
-    """Box plots over seeds, a panel a dataset, like the paper's Figure 2; a line is the interval of the mean."""
+    """Draw box plots of the scores over seeds, one panel per dataset, as in Figure 2 of the paper.
+
+    A line next to a box is the 95 % interval of the mean over test samples.
+
+    Args:
+        runs: one row per run.
+        summary: of the models to draw; see `aggregate.summarize_runs`.
+        path: of the PNG file.
+    """
     datasets = list(summary.dataset.unique())
-    columns = min(2, len(datasets))
-    rows = -(-len(datasets) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(6.5 * columns, 3.9 * rows), squeeze=False)
-    for panel in axes.flat[len(datasets) :]:
-        panel.axis("off")
-    for panel, dataset in zip(axes.flat, datasets, strict=False):
+    figure, panels = _panel_grid(len(datasets), panel_size=(6.5, 3.9))
+    for panel, dataset in zip(panels, datasets, strict=True):
         table = summary[summary.dataset == dataset]
         scores = [runs[(runs.dataset == dataset) & (runs.model == model)].score for model in table.model]
         boxes = panel.boxplot(scores, patch_artist=True, widths=0.6, medianprops={"color": "black"})
-        for box, what in zip(boxes["boxes"], table.kind, strict=True):
-            box.set_facecolor(COLOURS[what])
-        places = np.arange(1, len(table) + 1) + 0.38
-        panel.vlines(places, table.low, table.high, color="0.35", linewidth=1)
+        for box, kind in zip(boxes["boxes"], table.kind, strict=True):
+            box.set_facecolor(KIND_COLOURS[ModelKind(kind)])
+        line_positions = np.arange(1, len(table) + 1) + 0.38
+        panel.vlines(line_positions, table.low, table.high, color="0.35", linewidth=1)
         panel.set_xticks(range(1, len(table) + 1), table.model, rotation=20, ha="right", fontsize=8)
         panel.set_title(f"{dataset} (n = {table.n_test.iloc[0]})", fontsize=10)
         panel.set_ylabel(f"test {table.metric.iloc[0]}")
         panel.grid(axis="y", alpha=0.3)
-    kinds = [what for what in COLOURS if what in set(summary.kind)]
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=COLOURS[what]) for what in kinds]
+    kinds = [kind for kind in KIND_COLOURS if kind in set(summary.kind)]
+    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=KIND_COLOURS[kind]) for kind in kinds]
     figure.legend(handles, kinds, loc="lower center", ncols=len(kinds), frameon=False, fontsize=9)
-    protocols = " and ".join(summary.protocol.unique())
     figure.suptitle(
-        f"Protocol: {protocols}. Boxes: over seeds; lines: 95 % interval of the mean over test samples", fontsize=11
+        f"Protocols: {', '.join(summary.protocol.unique())}. Boxes: over seeds. Lines: 95 % interval of the mean "
+        "over test samples",
+        fontsize=11,
     )
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     _save(figure, path)
 
 
 def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
-    """Linear CKA of every two backbones: a row a data set, a panel a level.
+    """Draw the linear CKA of every two backbones, one row of panels per dataset and one panel per level.
 
     Args:
         cka: columns dataset, level, backbone_a, backbone_b, cka.
+        path: of the PNG file.
     """
     datasets = list(cka.dataset.unique())
     levels = ["all", *[level for level in cka.level.unique() if level != "all"]]
@@ -68,7 +90,7 @@ def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
                 panel.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
             panel.set_xticks(range(len(matrix)), matrix.columns, rotation=30, ha="right", fontsize=7)
             panel.set_yticks(range(len(matrix)), matrix.index, fontsize=7)
-            panel.set_title("all that a head reads" if level == "all" else level, fontsize=8)
+            panel.set_title("all features of the head" if level == "all" else level, fontsize=8)
         row[0].set_ylabel(dataset, fontsize=9)
     figure.suptitle("Linear CKA between frozen backbones (debiased, training split)", fontsize=11)
     figure.tight_layout()
@@ -76,19 +98,21 @@ def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
 
 
 def draw_gain_against_cka(pairs: pd.DataFrame, title: str, path: Path) -> None:
-    """Gain of every two backbones over the better of them, against how alike they are.
+    """Draw the gain of every ensemble of two backbones against the similarity of the two.
 
     Args:
-        pairs: dataset, model, cka, gain.
+        pairs: columns dataset, model, cka, gain.
+        path: of the PNG file.
     """
     figure, panel = plt.subplots(figsize=(7.5, 4.4))
     panel.axhline(0, color="0.6", linewidth=1)
     for number, (dataset, table) in enumerate(pairs.groupby("dataset", sort=False)):
-        panel.scatter(table.cka, table.gain, label=dataset, color=f"C{number}", marker="osD^vP*X"[number % 8], s=45)
+        marker = MARKERS[number % len(MARKERS)]
+        panel.scatter(table.cka, table.gain, label=dataset, color=f"C{number}", marker=marker, s=45)
     for row in pairs.itertuples():
         panel.annotate(row.model, (row.cka, row.gain), xytext=(5, 4), textcoords="offset points", fontsize=7)
     panel.set_xlabel("linear CKA of the two backbones (training split)")
-    panel.set_ylabel("probe's gain over the better one\n(validation split)")
+    panel.set_ylabel("gain over the better backbone\n(probe, validation split)")
     panel.margins(x=0.15, y=0.12)
     panel.set_title(title, fontsize=10)
     panel.legend(fontsize=8)
@@ -98,42 +122,86 @@ def draw_gain_against_cka(pairs: pd.DataFrame, title: str, path: Path) -> None:
 
 
 def draw_score_against_cost(rows: pd.DataFrame, path: Path) -> None:
-    """Test score against operations a chip, a panel a data set; a line is the 95 % interval of the mean.
+    """Draw test scores against operations per chip, one panel per dataset.
+
+    A line is the 95 % interval of the mean over test samples.
 
     Args:
-        rows: dataset, shown (the model's name), role (student, teacher or member), mean, low, high, flops, metric.
+        rows: columns dataset, display_name, role (student, teacher or member), mean, low, high, flops, metric.
+        path: of the PNG file.
     """
-    rows = rows.drop_duplicates(["dataset", "shown"])
+    rows = rows.drop_duplicates(["dataset", "display_name"])
     datasets = list(rows.dataset.unique())
-    columns = min(2, len(datasets))
-    size = (6.5 * columns, 3.6 * -(-len(datasets) // columns))
-    figure, axes = plt.subplots(-(-len(datasets) // columns), columns, figsize=size, squeeze=False)
-    colours = {"student": "#d95f02", "teacher": "#1b9e77", "member": "#7570b3"}
-    for panel in axes.flat[len(datasets) :]:
-        panel.axis("off")
-    for panel, dataset in zip(axes.flat, datasets, strict=False):
+    figure, panels = _panel_grid(len(datasets), panel_size=(6.5, 3.6))
+    for panel, dataset in zip(panels, datasets, strict=True):
         table = rows[(rows.dataset == dataset) & rows.flops.notna()]
-        for row, before in zip(table.itertuples(), table.groupby("flops").cumcount(), strict=True):
-            # A student's variants cost the same: a little apart, or their intervals would hide one another.
-            across = row.flops / 1e9 * 1.07**before
-            panel.vlines(across, row.low, row.high, color="0.7", linewidth=1)
-            panel.scatter(across, row.mean, color=colours[row.role], s=40, zorder=3)
-            panel.annotate(row.shown, (across, row.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
+        for row, n_equal in zip(table.itertuples(), table.groupby("flops").cumcount(), strict=True):
+            # The variants of a student cost the same; shift them, or their intervals would overlap.
+            x = row.flops / 1e9 * 1.07**n_equal
+            panel.vlines(x, row.low, row.high, color="0.7", linewidth=1)
+            panel.scatter(x, row.mean, color=ROLE_COLOURS[row.role], s=40, zorder=3)
+            panel.annotate(row.display_name, (x, row.mean), xytext=(6, 3), textcoords="offset points", fontsize=7)
         panel.set_xscale("log")
         panel.set_title(dataset, fontsize=10)
-        panel.set_xlabel("GFLOP a chip (log scale)")
+        panel.set_xlabel("GFLOPs per chip (log scale)")
         panel.set_ylabel(f"test {table.metric.iloc[0]}" if len(table) else "")
         panel.margins(x=0.25, y=0.12)
         panel.grid(alpha=0.3)
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours.values()]
-    figure.legend(handles, colours, loc="lower center", ncols=len(colours), frameon=False, fontsize=9)
-    figure.suptitle(
-        "Students against frozen models: score and cost. Lines: 95 % interval over test samples", fontsize=11
-    )
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour) for colour in ROLE_COLOURS.values()]
+    figure.legend(handles, ROLE_COLOURS, loc="lower center", ncols=len(ROLE_COLOURS), frameon=False, fontsize=9)
+    figure.suptitle("Students and frozen models: score and cost. Lines: 95 % interval over test samples", fontsize=11)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+def draw_map(folder: Path, metadata: Mapping, title: str, path: Path) -> None:
+    """Draw a map and its confidence next to each other; for multi-label tasks, the first class.
+
+    Args:
+        folder: with class.tif and confidence.tif.
+        metadata: content of its map.json.
+        path: of the PNG file.
+    """
+    classes, confidence = (_read_downsampled(folder / f"{name}.tif") for name in ("class", "confidence"))
+    names = metadata["classes"]
+    if get_task(metadata["task"]).is_multilabel:
+        names = ["no " + names[0], names[0]]
+    colormap = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
+    colours = [colormap(number % 20) for number in range(len(names))]
+    height, width = classes.shape
+    size = (13, min(9, 0.8 + 6 * height / width))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
+    left.imshow(classes, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, interpolation="nearest")
+    confidence_image = right.imshow(confidence, cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(confidence_image, ax=[left, right], shrink=0.8, label="probability of the class (%)")
+    present = [number for number in range(len(names)) if (classes == number).any()]
+    handles = [Patch(color=colours[number], label=names[number]) for number in present]
+    left.legend(handles=handles, fontsize=7, loc="upper right")
+    for panel in (left, right):
+        panel.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path, dpi=100)
+
+
+def _read_downsampled(path: Path) -> np.ma.MaskedArray:
+    """Read a map at `MAX_MAP_PIXELS` or fewer pixels a side, (y, x); pixels without a class are masked."""
+    with rasterio.open(path) as file:
+        factor = max(1, max(file.shape) / MAX_MAP_PIXELS)
+        shape = tuple(max(1, round(side / factor)) for side in file.shape)
+        return np.ma.masked_equal(file.read(1, out_shape=shape), IGNORE)
+
+
+def _panel_grid(n_panels: int, panel_size: tuple[float, float]) -> tuple[plt.Figure, list[plt.Axes]]:
+    """Create a figure with panels in at most two columns; sizes in inches."""
+    n_columns = min(2, n_panels)
+    n_rows = -(-n_panels // n_columns)
+    size = (panel_size[0] * n_columns, panel_size[1] * n_rows)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
+    for unused in axes.flat[n_panels:]:
+        unused.axis("off")
+    return figure, list(axes.flat[:n_panels])
+
+
+def _save(figure: plt.Figure, path: Path, dpi: int = 110) -> None:
+    figure.savefig(path, dpi=dpi, metadata={"Software": None})
     plt.close(figure)

@@ -1,71 +1,26 @@
-"""The report: scores as a table, what they can tell, the composition search, and one self-contained page."""
+"""The report page: tables, sentences on significance and figures in one self-contained HTML file."""
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from pipeline.report import aggregate, finetuned, statements
-from pipeline.report.significance import BootstrapSamples, percentile_interval
+from pipeline.report import aggregate, statements
+from pipeline.report.aggregate import FROZEN
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left}
 img{max-width:100%}caption{text-align:left;padding:.3em 0;color:#444}summary{cursor:pointer;color:#05a}"""
 
 
-# The protocol of models whose backbones stay as they are; others are trained networks.
-FROZEN = "frozen"
-
-
-def model_kind(model: str, weights: str, protocol: str = FROZEN) -> str:
-    """What a model is: `student`, `fine-tuned`, or, frozen, `joined`, `pretrained`, `random` or `baseline`."""
-    if protocol.startswith("fine-tuned"):
-        return "fine-tuned"
-    if protocol != FROZEN:
-        return "student"
-    if "random" in weights:
-        return "random"
-    if weights == "none":
-        return "baseline"
-    return "joined" if "+" in model else "pretrained"
-
-
-def summarize_runs(runs: pd.DataFrame, drawn: Mapping[tuple[str, str], BootstrapSamples]) -> pd.DataFrame:
-    """One row a dataset and model.
+def display_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of scores as readers see it; every cell is text.
 
     Args:
-        runs: one row a run, as `protocol.test` gives them.
-        drawn: of each (dataset, model).
-
-    Returns:
-        mean; std, over seeds; low and high, the 95 % bootstrap interval of the mean over test samples.
+        summary: as `aggregate.summarize_runs` returns it.
     """
-    rows = []
-    for (dataset, model), group in runs.groupby(["dataset", "model"], sort=False):
-        first = group.iloc[0]
-        spread = group.score.std(ddof=1) if len(group) > 1 else float("nan")
-        low, high = percentile_interval(drawn[dataset, model].samples)
-        rows.append(
-            {"dataset": dataset, "model": model, "kind": model_kind(model, first.weights, first.protocol),
-             "protocol": first.protocol, "metric": first.metric, "mean": group.score.mean(), "std": spread,
-             "low": low, "high": high, "val_mean": group.val_score.mean(), "runs": len(group), "n_test": first.n_test,
-             "weights": first.weights, "head": _head(first), "learning_rate": first.learning_rate,
-             "weight_decay": first.weight_decay,
-             "task": first.task, "classes": first.classes}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def _head(run: pd.Series) -> str:
-    """What a run says of its head; students have none, and older runs do not say."""
-    said = run.get("head")
-    return said if isinstance(said, str) else "–"
-
-
-def display_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """The table of scores as a reader sees it, every cell text."""
     return pd.DataFrame(
         {
             "dataset": summary.dataset,
@@ -81,83 +36,84 @@ def display_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown_table(table: pd.DataFrame) -> str:
-    """A table of text, as the README shows it."""
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return "".join(f"| {' | '.join(line)} |\n" if line[0] != "---" else f"|{'|'.join(line)}|\n" for line in lines)
+    """Format a table of text in Markdown, as the README shows it."""
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in table.to_numpy().tolist())
+    return f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}\n{rows}"
 
 
 def render_page(
     summary: pd.DataFrame,
     runs: pd.DataFrame,
     pairs: pd.DataFrame,
-    said: Sequence[str],
+    sentences: Sequence[str],
     skipped: Sequence[str],
-    composition: str,
-    picture: Path,
-    students: str = "",
+    boxplots: Path,
+    sections: Sequence[str] = (),
 ) -> str:
-    """One HTML page that needs no other file.
+    """Render the page; it needs no other file.
 
     Args:
-        summary: of `summarise`, all protocols.
-        runs: one row a run, of all protocols.
-        pairs, said: of `findings.every_pair` and `findings.headlines`.
-        composition, students: HTML of pipeline/report/composition.py and pipeline/report/distillation.py.
+        summary: of all protocols, as `aggregate.summarize_runs` returns it.
+        runs: one row per run, of all protocols.
+        pairs: as `statements.all_pairs` returns them.
+        sentences: as `statements.key_comparisons` returns them.
+        skipped: which models were skipped on which datasets, and why.
+        boxplots: figure of the scores.
+        sections: HTML of further sections; see pipeline/report/sections.py.
     """
     settings = summary.drop(columns=["task", "classes", "low", "high", "n_test"])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>eo-compose report</title>
 <style>{STYLE}</style></head><body>
-<h1>Which backbones, joined how, read these data best?</h1>
-<p>Protocol: <b>{" and ".join(summary.protocol.unique())}</b>. In the frozen protocol features are cached once and
-heads trained on them; learning rate and weight decay are searched on the validation split; every row is the test
-split, touched once per seed. A student, or a fine-tuned model, is a trained network and so another protocol: no
-statistic below mixes the two. Random
-networks and the raw-band baseline are controls, not models to use.</p>
+<h1>Which backbones and ensembles score best?</h1>
+<p>Protocols: <b>{", ".join(summary.protocol.unique())}</b>. In the frozen protocol the backbones are not trained:
+heads are trained on cached features, learning rate and weight decay are searched on the validation split, and every
+seed is scored once on the test split. Students and fine-tuned models are trained networks, which is another protocol:
+no statistic below mixes protocols. Networks with random weights and band statistics are controls, not models to
+use.</p>
 {html_table(display_table(summary))}
-<p>± is over seeds; the interval is the 95 % bootstrap of the mean over test samples, apart from the seeds.</p>
-{embedded_image(picture, "Box plots of test scores over seeds, one panel a dataset")}
-<h2>What can be told</h2>
-<p>Differences are paired: the same test samples are drawn for both models. A verdict goes by the interval over test
-samples and seeds together.</p>{html_list(said)}
-<h3>Every pair</h3><p>{html.escape(statements.multiplicity_note(pairs))}</p>{_pairs(pairs)}
-<h2>Over the data sets</h2>{_aggregated(runs[runs.protocol == FROZEN])}
-{composition}
-{students}
-{finetuned.finetuning_section(runs)}
-<h2>Left out</h2>
-<p>A model is left out of a dataset that lacks a band its backbones were trained on.</p>{html_list(skipped)}
+<p>± is the standard deviation over seeds. The interval is the 95 % bootstrap interval of the mean over test samples,
+with the seeds fixed.</p>
+{embedded_image(boxplots, "Box plots of test scores over seeds, one panel per dataset")}
+<h2>Which differences are significant?</h2>
+<p>Differences are paired: the bootstrap takes the same test samples for both models. A difference is significant if
+its 95 % interval over test samples and seeds does not contain zero.</p>{html_list(sentences)}
+<h3>All pairs of models</h3><p>{html.escape(statements.multiplicity_note(pairs))}</p>{_pairs_by_dataset(pairs)}
+<h2>Over several datasets</h2>{_aggregate_tables(runs[runs.protocol == FROZEN])}
+{"".join(sections)}
+<h2>Skipped models</h2>
+<p>A model is skipped on a dataset that lacks a band which its backbones need.</p>{html_list(skipped)}
 <h2>Settings</h2>
-<details><summary>weights, heads and what they read, chosen learning rates and weight decays, validation scores
-(protocol as stated)</summary>
+<details><summary>Weights, heads and their inputs, selected learning rates and weight decays, validation scores
+</summary>
 {settings.to_html(index=False, float_format=lambda value: f"{value:.4g}")}</details>
 </body></html>
 """
 
 
 def html_table(table: pd.DataFrame, caption: str = "") -> str:
-    """A table of text."""
+    """Format a table of text in HTML."""
     text = table.to_html(index=False, na_rep="–")
     return text.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>", 1) if caption else text
 
 
 def html_list(texts: Sequence[str]) -> str:
-    """A list, or `none`."""
+    """Format texts as an HTML list; an empty list shows `none`."""
     return "<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in texts or ["none"]) + "</ul>"
 
 
-def embedded_image(path: Path, what: str) -> str:
-    """A picture inside the page."""
-    coded = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(what)}" src="data:image/png;base64,{coded}">'
+def embedded_image(path: Path, description: str) -> str:
+    """Embed a PNG file in HTML."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
 
 
 def format_score(row) -> str:
-    """A row of the summary as its mean and spread over seeds."""
+    """Format mean and standard deviation over seeds of a row of the summary."""
     return f"{row.mean:.3f} ± {f'{row.std:.3f}' if row.runs > 1 else '–'}"
 
 
-def _pairs(pairs: pd.DataFrame) -> str:
+def _pairs_by_dataset(pairs: pd.DataFrame) -> str:
     return "".join(
         f"<details><summary>{html.escape(dataset)}, {protocol}: {len(table)} pairs</summary>"
         f"{html_list(table.sentence.tolist())}</details>"
@@ -165,8 +121,9 @@ def _pairs(pairs: pd.DataFrame) -> str:
     )
 
 
-def _aggregated(runs: pd.DataFrame) -> str:
-    texts = []
+def _aggregate_tables(runs: pd.DataFrame) -> str:
+    """Render one table for each group of datasets with common models."""
+    tables = []
     for datasets in aggregate.common_dataset_groups(runs):
         table = aggregate.aggregate_over_datasets(runs, datasets)
         text = pd.DataFrame(
@@ -174,15 +131,15 @@ def _aggregated(runs: pd.DataFrame) -> str:
                 "model": table.model,
                 "interquartile mean": table.iqm.map("{:.3f}".format),
                 "95 % interval over seeds": [f"{row.low:.3f}–{row.high:.3f}" for row in table.itertuples()],
-                "protocol": " and ".join(runs.protocol.unique()),
+                "protocol": ", ".join(runs.protocol.unique()),
             }
         )
-        texts.append(html_table(text, f"Over {', '.join(datasets)}"))
-    if not texts:
-        return "<p>No model ran on two data sets, so there is nothing to aggregate.</p>"
+        tables.append(html_table(text, f"Datasets: {', '.join(datasets)}"))
+    if not tables:
+        return "<p>No model ran on two datasets, so there is nothing to aggregate.</p>"
     return (
-        "<p>As GEO-Bench does (arXiv 2306.03831): scores of a data set are scaled so that its worst run, controls "
-        "included, is 0 and its best is 1; then the mean of the middle half of all runs. The intervals are over "
-        "seeds alone: which data sets were picked, and which test samples, is not in them. A table has the models "
-        "that ran on all of its data sets; figures of different tables are not to be compared.</p>" + "".join(texts)
+        "<p>As in GEO-Bench (arXiv 2306.03831): the scores of a dataset are scaled so that its worst run, controls "
+        "included, is 0 and its best run is 1; the figure is the mean of the middle half of all runs. The intervals "
+        "are over seeds only: the selection of datasets and test samples is not included. A table has the models "
+        "that ran on all its datasets; figures of different tables cannot be compared.</p>" + "".join(tables)
     )

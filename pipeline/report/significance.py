@@ -1,125 +1,182 @@
-"""Comparing models on one test set: differences against everything that could have made them by chance.
+"""Compare models on one test set: paired bootstrap over test samples and over seeds.
 
-Two spreads are kept apart: over test samples (which ones happened to be in the set), by a bootstrap that takes the
-same samples for every model, so that comparisons are paired; and over seeds (initialisation and order of samples).
-A verdict must stand against both together.
+Two sources of variation are separated: the test samples (which ones happen to be in the set) and the seeds
+(initialization and order of training samples). The bootstrap takes the same test samples for every model, so that
+comparisons are paired. A difference is significant only if it is larger than both variations together.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import combinations
 
 import numpy as np
 
-from pipeline import metrics
+from pipeline.tasks import Task
 
-# So many that hundreds of pairs can still be told apart after Holm's correction: p is at least 2 / DRAWS.
+# The smallest possible p-value is 2 / N_DRAWS: small enough for Holm's correction over hundreds of pairs.
 N_DRAWS = 10_000
 SIGNIFICANCE_LEVEL = 0.05
-# Draws scored at once: many classes would else need gigabytes.
-_AT_ONCE = 1000
+# Draws that are scored at once; with many classes, all at once would need gigabytes.
+DRAWS_PER_BATCH = 1000
+
+
+class Verdict(StrEnum):
+    """Result of a comparison at `SIGNIFICANCE_LEVEL`."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_SIGNIFICANT = "no significant difference"
 
 
 @dataclass(frozen=True)
 class BootstrapSamples:
-    """Mean scores of one model over resampled test sets, over resampled seeds, and over both; each (draws,).
+    """Bootstrap distribution of a model's score.
 
-    `mean` is the score itself: the mean over seeds on the whole test set.
+    Attributes:
+        score: mean over seeds of the score on the whole test set.
+        over_samples: mean score over resampled test samples, with the seeds fixed, (draw,).
+        over_seeds: mean score over resampled seeds, with the test samples fixed, (draw,).
+        over_both: mean score over resampled test samples and seeds, (draw,).
     """
 
-    mean: float
-    samples: np.ndarray
-    seeds: np.ndarray
-    both: np.ndarray
+    score: float
+    over_samples: np.ndarray
+    over_seeds: np.ndarray
+    over_both: np.ndarray
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean score of one model minus another's, with 95 % intervals.
+    """Score of one model minus that of another, with 95 % intervals.
 
     Attributes:
-        samples: over test samples, the seeds as they are.
-        seeds: over seeds, the test samples as they are.
-        both: over both, which the verdict goes by.
-        p: two-sided, of `both`.
+        difference: of the scores.
+        samples_interval: over test samples, with the seeds fixed.
+        seeds_interval: over seeds, with the test samples fixed.
+        interval: over test samples and seeds; it decides the verdict.
+        p_value: two-sided, over test samples and seeds.
     """
 
-    mean: float
-    samples: tuple[float, float]
-    seeds: tuple[float, float]
-    both: tuple[float, float]
-    p: float
+    difference: float
+    samples_interval: tuple[float, float]
+    seeds_interval: tuple[float, float]
+    interval: tuple[float, float]
+    p_value: float
 
     @property
-    def verdict(self) -> str:
-        low, high = self.both
+    def verdict(self) -> Verdict:
+        """Whether the first model is better or worse."""
+        low, high = self.interval
         if low > 0:
-            return "better"
-        return "worse" if high < 0 else "cannot be told"
+            return Verdict.BETTER
+        return Verdict.WORSE if high < 0 else Verdict.NOT_SIGNIFICANT
 
 
-def bootstrap(task: str, counts: np.ndarray, classes: int, stream: int = 0) -> BootstrapSamples:
+@dataclass(frozen=True)
+class GainRecovered:
+    """How much of its teacher's gain over the supervised baseline a distilled student recovers.
+
+    Attributes:
+        student_gain: distilled student minus supervised baseline.
+        teacher_gain: teacher minus supervised baseline.
+        fraction: student gain divided by teacher gain; None unless the teacher is significantly better than the
+            baseline.
+        interval: 95 % interval of the fraction over test samples and seeds.
+    """
+
+    student_gain: PairedDifference
+    teacher_gain: PairedDifference
+    fraction: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+def bootstrap(task: Task, counts: np.ndarray, stream: int = 0) -> BootstrapSamples:
     """Resample the test samples and the seeds of one model.
 
-    Every draw takes the same test samples for all seeds, and for all models with as many samples. Seeds are drawn
-    from `stream`: those of two models are independent.
+    Every draw takes the same test samples for all seeds, and for all models of one test set.
 
     Args:
-        counts: (run, sample, cells), samples in one order for all models; see pipeline/metrics.
+        task: computes the score from the counts.
+        counts: (seed, sample, cell), with the samples in the same order for all models; see pipeline/metrics.py.
+        stream: number of the model. Different numbers make the resampling of the seeds independent.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993; the percentile interval of chapter 13.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).
     """
-    runs, samples, cells = counts.shape
-    # As float64, which is exact for counts and multiplied far faster than integers.
-    flat = counts.transpose(1, 0, 2).reshape(samples, -1).astype(np.float64)
-    generator, parts = np.random.default_rng(0), []
-    for _ in range(N_DRAWS // _AT_ONCE):
-        picked = generator.integers(samples, size=(_AT_ONCE, samples))
-        times = np.stack([np.bincount(row, minlength=samples) for row in picked])
-        parts.append(metrics.score(task, (times @ flat).reshape(_AT_ONCE, runs, cells), classes))
-    drawn = np.concatenate(parts)
-    observed = metrics.score(task, counts.sum(axis=1), classes)
-    seeds = np.random.default_rng([1, stream]).integers(runs, size=(N_DRAWS, runs))
+    n_seeds, n_samples, n_cells = counts.shape
+    # float64 is exact for counts, and its matrix product is much faster than that of integers.
+    flat_counts = counts.transpose(1, 0, 2).reshape(n_samples, -1).astype(np.float64)
+    generator, batches = np.random.default_rng(0), []
+    for _ in range(N_DRAWS // DRAWS_PER_BATCH):
+        indices = generator.integers(n_samples, size=(DRAWS_PER_BATCH, n_samples))
+        multiplicity = np.stack([np.bincount(row, minlength=n_samples) for row in indices])
+        batches.append(task.score((multiplicity @ flat_counts).reshape(DRAWS_PER_BATCH, n_seeds, n_cells)))
+    resampled = np.concatenate(batches)
+    observed = task.score(counts.sum(axis=1))
+    seeds = np.random.default_rng([1, stream]).integers(n_seeds, size=(N_DRAWS, n_seeds))
     return BootstrapSamples(
-        float(observed.mean()),
-        drawn.mean(axis=1),
-        observed[seeds].mean(axis=1),
-        np.take_along_axis(drawn, seeds, axis=1).mean(axis=1),
+        score=float(observed.mean()),
+        over_samples=resampled.mean(axis=1),
+        over_seeds=observed[seeds].mean(axis=1),
+        over_both=np.take_along_axis(resampled, seeds, axis=1).mean(axis=1),
     )
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of bootstrap values."""
+    """Return the bounds of the middle 95 % of bootstrap values."""
     low, high = np.quantile(values, [SIGNIFICANCE_LEVEL / 2, 1 - SIGNIFICANCE_LEVEL / 2])
     return float(low), float(high)
 
 
-def paired_difference(ours: BootstrapSamples, theirs: BootstrapSamples) -> PairedDifference:
-    """Our mean score minus theirs, paired by test samples."""
-    gaps = ours.both - theirs.both
-    # Twice the smaller tail; one is added, since the observed set is itself a possible draw.
-    tail = 1 + min((gaps <= 0).sum(), (gaps >= 0).sum())
+def paired_difference(model: BootstrapSamples, reference: BootstrapSamples) -> PairedDifference:
+    """Compare a model with a reference: score of the model minus score of the reference."""
+    differences = model.over_both - reference.over_both
+    # Twice the smaller tail. One is added, because the observed test set is itself a possible draw.
+    tail = 1 + min((differences <= 0).sum(), (differences >= 0).sum())
     return PairedDifference(
-        ours.mean - theirs.mean,
-        percentile_interval(ours.samples - theirs.samples),
-        percentile_interval(ours.seeds - theirs.seeds),
-        percentile_interval(gaps),
-        float(min(1.0, 2 * tail / (len(gaps) + 1))),
+        difference=model.score - reference.score,
+        samples_interval=percentile_interval(model.over_samples - reference.over_samples),
+        seeds_interval=percentile_interval(model.over_seeds - reference.over_seeds),
+        interval=percentile_interval(differences),
+        p_value=float(min(1.0, 2 * tail / (len(differences) + 1))),
     )
 
 
-def pairwise_differences(draws: Mapping[str, BootstrapSamples]) -> dict[tuple[str, str], PairedDifference]:
-    """Every pair of one data set's models, each once, the first named first."""
-    return {(one, other): paired_difference(draws[one], draws[other]) for one, other in combinations(draws, 2)}
+def pairwise_differences(models: Mapping[str, BootstrapSamples]) -> dict[tuple[str, str], PairedDifference]:
+    """Compare every two models of one dataset, each pair once, in the order of the models."""
+    return {
+        (model, reference): paired_difference(models[model], models[reference])
+        for model, reference in combinations(models, 2)
+    }
 
 
-def holm_adjusted(p: np.ndarray) -> np.ndarray:
-    """p-values adjusted for so many comparisons by Holm's method.
+def gain_recovered(student: BootstrapSamples, baseline: BootstrapSamples, teacher: BootstrapSamples) -> GainRecovered:
+    """Compare a distilled student with its supervised baseline and its teacher.
+
+    Args:
+        student: the distilled student.
+        baseline: the same network trained on labels only.
+        teacher: the frozen model.
+    """
+    student_gain, teacher_gain = paired_difference(student, baseline), paired_difference(teacher, baseline)
+    if teacher_gain.verdict != Verdict.BETTER:
+        return GainRecovered(student_gain, teacher_gain)
+    fractions = (student.over_both - baseline.over_both) / (teacher.over_both - baseline.over_both)
+    return GainRecovered(
+        student_gain,
+        teacher_gain,
+        fraction=student_gain.difference / teacher_gain.difference,
+        interval=percentile_interval(fractions),
+    )
+
+
+def holm_adjusted(p_values: np.ndarray) -> np.ndarray:
+    """Adjust p-values for multiple comparisons by Holm's method.
 
     Source: Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6, 1979.
     """
-    order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty(len(p))
+    order = np.argsort(p_values, kind="stable")
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    adjusted = np.empty(len(p_values))
     adjusted[order] = np.minimum(stepped, 1)
     return adjusted
