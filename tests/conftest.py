@@ -30,7 +30,7 @@ LONG = ("cache/test_kills", "pipeline/extraction/test_launch", "stages/test_geob
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Group tests by file, or by what they share; a group runs in one process, and the longest groups come first."""
+    """Group tests by file or shared fixtures, one process per group, and start the longest groups first."""
     for item in items:
         file = str(item.path.relative_to(ROOT / "tests"))
         if any(file.startswith(f"pipeline/{name}") for name in TERRATORCH):
@@ -97,7 +97,7 @@ def raw_folder(archive_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def image_dataset(raw_folder, params):
-    """Function from a dataset's name in params.yaml, and changes to its configuration, to its images in memory."""
+    """Function from a dataset's name, and changes to its configuration, to its images in memory."""
     datasets = {}
 
     def prepare(name: str, **changes) -> image_store.ImageDataset:

@@ -1,4 +1,4 @@
-"""Heads in files: the same logits from raw features as the heads that were trained, and nothing else is read."""
+"""Checkpoints of heads: the logits of a loaded head on stored features are those of the trained group."""
 
 import dataclasses
 from pathlib import Path
@@ -15,69 +15,79 @@ from pipeline.training import task_data
 from pipeline.training.evaluate import predict_logits
 from pipeline.training.head_trainer import HParams
 from pipeline.training.protocol import train_heads, trained_head
+from tests.errors import raises
 
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=40, batch=20), UPerNetHeadConfig(channels=4, steps=4, batch=4)
 )
-SETTINGS = [HParams(1e-2, 1e-3, seed) for seed in (5, 6)]
+HPARAMS = [HParams(1e-2, 1e-3, seed) for seed in (5, 6)]
 
 
-def trained(given, names, **changes):
-    members, like = given
-    stores = {members[name].location: None for name in names}
+def train(stores_and_images, names, **changes):
+    """Train two heads; return the stores' folders, the data and the group."""
+    stores, images = stores_and_images
+    paths = {stores[name].location: None for name in names}
     heads = dataclasses.replace(HEADS, **changes)
-    cell = task_data.load(stores, Path(like.encoding["source"]), heads, ("train", "val", "test"), "cpu")
-    return list(stores), cell, train_heads(cell, SETTINGS)
+    data = task_data.load(paths, Path(images.encoding["source"]), heads, ("train", "val", "test"), "cpu")
+    return list(paths), data, train_heads(data, HPARAMS)
 
 
-def raw(stores, names, split):
-    """What the stores hold of a split, as a backbone would give it."""
-    rows = FeatureStore(stores[0]).rows(split)
+def stored_features(paths, array_names, split):
+    """Stored features of a split, as the backbones would return them."""
+    rows = FeatureStore(paths[0]).rows(split)
     return [
-        {name: torch.from_numpy(FeatureStore(store).read(name, rows)).float() for name in fields}
-        for store, fields in zip(stores, names, strict=True)
+        {name: torch.from_numpy(FeatureStore(path).read(name, rows)).float() for name in names}
+        for path, names in zip(paths, array_names, strict=True)
     ]
 
 
 @pytest.mark.parametrize("fusion", ["concat", "film"])
-def test_of_chips(informative_chips, tmp_path, fusion):
-    stores, cell, group = trained(informative_chips, ["high", "low"], fusion=fusion)
-    checkpoint.save(tmp_path / "head.pt", trained_head(cell, "high+low", group, 1))
+def test_load_of_a_linear_head_has_the_trained_logits(informative_chips, tmp_path, fusion):
+    paths, data, group = train(informative_chips, ["high", "low"], fusion=fusion)
+    checkpoint.save(tmp_path / "head.pt", trained_head(data, "high+low", group, 1))
     head = checkpoint.load(tmp_path / "head.pt")
-    said = head.logits(raw(stores, head.array_names, "test"))
-    np.testing.assert_allclose(said.detach(), predict_logits(group, cell.splits["test"].inputs)[1], rtol=1e-4, atol=1e-5)
-    assert not np.allclose(said.detach(), predict_logits(group, cell.splits["test"].inputs)[0], atol=1e-3)
+    logits = head.logits(stored_features(paths, head.array_names, "test")).detach()
+    expected = predict_logits(group, data.splits["test"].inputs)
+    np.testing.assert_allclose(logits, expected[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(logits, expected[0], atol=1e-3)
     assert head.backbones == ["high", "low"]
     assert (head.task, len(head.class_names)) == ("classification", 4)
 
 
 @pytest.mark.parametrize("segmentation", ["upernet", "fcn"])
-def test_of_masks(informative_masks, tmp_path, segmentation):
-    stores, cell, group = trained(informative_masks, ["fine", "coarse"], segmentation=segmentation)
-    checkpoint.save(tmp_path / "head.pt", trained_head(cell, "fine+coarse", group, 0))
+def test_load_of_a_dense_head_has_the_trained_logits(informative_masks, tmp_path, segmentation):
+    paths, data, group = train(informative_masks, ["fine", "coarse"], segmentation=segmentation)
+    checkpoint.save(tmp_path / "head.pt", trained_head(data, "fine+coarse", group, 0))
     head = checkpoint.load(tmp_path / "head.pt")
-    features = raw(stores, head.array_names, "val")
+    features = stored_features(paths, head.array_names, "val")
     before = [value.clone() for member in features for value in member.values()]
-    ((_, wanted), _) = group.forward_heads(cell.splits["val"].inputs, None)
-    torch.testing.assert_close(head.logits(features), wanted[0], rtol=1e-4, atol=1e-5)
+    ((_, expected), _) = group.forward_heads(data.splits["val"].inputs, None)
+    torch.testing.assert_close(head.logits(features), expected[0], rtol=1e-4, atol=1e-5)
     assert all(map(torch.equal, before, [value for member in features for value in member.values()]))
 
 
 class Payload:
+    """Runs code when it is unpickled."""
+
     def __reduce__(self):
         return (exec, ("raise SystemExit('ran')",))
 
 
-@pytest.mark.parametrize("content", [{"format": "another"}, [], Payload(), None])
-def test_other_files_are_refused_and_nothing_runs(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [{"format": "another"}, {"format": "eo-compose head 1"}, [], Payload(), None],
+    ids=["another format", "the format before", "a list", "code", "not a torch file"],
+)
+def test_load_of_another_file_is_refused_and_runs_no_code(tmp_path, content):
+    path = tmp_path / "head.pt"
     if content is None:
-        (tmp_path / "head.pt").write_bytes(b"not a file of torch's")
+        path.write_bytes(b"not a file of torch's")
     else:
-        torch.save(content, tmp_path / "head.pt")
-    with pytest.raises(UserError, match="is no head that train has kept"):
-        checkpoint.load(tmp_path / "head.pt")
+        torch.save(content, path)
+    with raises(UserError, path, allowed=[checkpoint.FORMAT], path=path):
+        checkpoint.load(path)
 
 
-def test_no_head(tmp_path):
-    with pytest.raises(UserError, match="dvc repro train"):
+def test_load_of_a_missing_file_is_refused(tmp_path):
+    with raises(UserError, "dvc repro train", path=tmp_path / "head.pt"):
         checkpoint.load(tmp_path / "head.pt")

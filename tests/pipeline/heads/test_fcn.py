@@ -3,7 +3,7 @@ import torch
 from pipeline.heads.fcn import Fcn
 
 
-def test_it_is_one_linear_layer_on_all_levels_resized():
+def test_fcn_is_one_linear_layer_on_all_resized_levels():
     levels = [torch.randn(2, width, side, side) for width, side in ((3, 8), (5, 4), (2, 2))]
     fcn = Fcn([3, 5, 2], 4)
     resized = [torch.nn.functional.interpolate(level, size=(8, 8), mode="bilinear") for level in levels]

@@ -1,55 +1,70 @@
+import pytest
 import torch
 
-from pipeline.heads.fusion import fuse, projection_shapes
+from pipeline.heads.config import HeadConfig
 from pipeline.heads.linear import StackedLinear
+from pipeline.tasks import Classification, MultiLabel
 
 
-def layer(group, head, inputs):
+def last_layer(group, head, inputs):
     return torch.nn.functional.linear(inputs, group.weights[-1][head], group.biases[-1][head])
 
 
-def test_one_product_is_k_linear_layers():
-    """By each head's own rows, by a product over all rows, and with rows that all share: values and gradients."""
-    group = StackedLinear([6], 3, seeds=(0, 1))
-    for count in (4, 40):
-        inputs = torch.randn(count, 6)
-        for index in (torch.tensor([[0, 3, 2], [2, 2, 1]]), None):
-            ((heads, logits),) = group.forward_heads(inputs, index)
-            assert heads == slice(None)
-            rows = [inputs if index is None else inputs[index[k]] for k in (0, 1)]
-            expected = torch.stack([layer(group, k, rows[k]) for k in (0, 1)])
-            torch.testing.assert_close(logits, expected)
-            pull = torch.randn(logits.shape)
-            for ours, theirs in zip(
-                torch.autograd.grad(logits, list(group.parameters()), pull),
-                torch.autograd.grad(expected, list(group.parameters()), pull),
-                strict=True,
-            ):
-                torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize("n_samples", [4, 40])
+@pytest.mark.parametrize("index", [torch.tensor([[0, 3, 2], [2, 2, 1]]), None], ids=["own rows", "shared rows"])
+def test_stacked_linear_is_k_linear_layers_in_values_and_gradients(n_samples, index):
+    group, inputs = StackedLinear([6], 3, seeds=(0, 1)), torch.randn(n_samples, 6)
+    ((heads, logits),) = group.forward_heads(inputs, index)
+    assert heads == slice(None)
+    rows = [inputs if index is None else inputs[index[head]] for head in (0, 1)]
+    expected = torch.stack([last_layer(group, head, rows[head]) for head in (0, 1)])
+    torch.testing.assert_close(logits, expected)
+    grad_logits = torch.randn(logits.shape)
+    for actual_grad, expected_grad in zip(
+        torch.autograd.grad(logits, list(group.parameters()), grad_logits),
+        torch.autograd.grad(expected, list(group.parameters()), grad_logits),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual_grad, expected_grad)
     assert not torch.equal(group.weights[0][0], group.weights[0][1])
 
 
-def test_a_seeds_start_is_torchs():
+@pytest.mark.parametrize(
+    "task",
+    [Classification(4), Classification(4, (0.2, 1.0, 4.0, 0.0)), MultiLabel(4)],
+    ids=["classification", "weighted", "multilabel"],
+)
+@pytest.mark.parametrize("has_own_rows", [True, False], ids=["own rows", "shared rows"])
+def test_backward_of_stacked_linear_is_autograds(task, has_own_rows):
+    inputs, group = torch.randn(30, 6), StackedLinear([6], 4, seeds=(0, 1, 2))
+    label = torch.randint(2, (3, 8, 4)) if task.is_multilabel else torch.randint(4, (3, 8))
+    index = torch.randint(30, (3, 8)) if has_own_rows else None
+    rows = inputs if has_own_rows else inputs[:8]
+    ((_, logits),) = group.forward_heads(rows, index)
+    expected = torch.autograd.grad(task.loss(logits, label).sum(), list(group.parameters()))
+    group.backward(rows, index, lambda logits, heads: task.loss_grad(logits, label[heads]))
+    for parameter, grad in zip(group.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_stacked_linear_of_a_seed_starts_as_torchs_linear():
     group = StackedLinear([6], 3, seeds=(4, 5))
     torch.manual_seed(5)
     assert torch.equal(group.weights[0][1], torch.nn.Linear(6, 3).weight)
 
 
-def test_members_averaged_modulated_and_multiplied():
-    inputs = torch.randn(9, 7)
-    index = torch.tensor([[0, 3, 5], [8, 8, 1]])
-    for method in ("average", "film", "dot"):
-        widths = [4, 3]
-        group = StackedLinear(
-            widths, 2, (0, 1), projection_shapes(method, widths), lambda x, y, m=method: fuse(m, x, y, dim=2)
-        )
-        ((_, logits),) = group.forward_heads(inputs, index)
-        for head in (0, 1):
-            x, y = inputs[index[head]].split(widths, 1)
-            z = torch.nn.functional.linear(y, group.weights[0][head], group.biases[0][head])
-            joined = {
-                "average": lambda x=x, z=z: (x + z) / 2,
-                "film": lambda x=x, z=z: x * (1 + z[:, :4]) + z[:, 4:],
-                "dot": lambda x=x, z=z: x * z,
-            }[method]()
-            torch.testing.assert_close(logits[head], layer(group, head, joined))
+@pytest.mark.parametrize("method", ["average", "film", "dot"])
+def test_stacked_linear_with_fusion_is_the_formula(method):
+    inputs, index, widths = torch.randn(9, 7), torch.tensor([[0, 3, 5], [8, 8, 1]]), [4, 3]
+    group = HeadConfig("linear", method, (((4,),), ((3,),)), 2).create_group((0, 1))
+    assert not group.has_manual_backward
+    ((_, logits),) = group.forward_heads(inputs, index)
+    for head in (0, 1):
+        first, second = inputs[index[head]].split(widths, 1)
+        projected = torch.nn.functional.linear(second, group.weights[0][head], group.biases[0][head])
+        fused = {
+            "average": lambda x, z: (x + z) / 2,
+            "film": lambda x, z: x * (1 + z[:, :4]) + z[:, 4:],
+            "dot": lambda x, z: x * z,
+        }[method](first, projected)
+        torch.testing.assert_close(logits[head], last_layer(group, head, fused))

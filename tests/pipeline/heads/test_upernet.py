@@ -1,40 +1,26 @@
 import pytest
 import torch
-from terratorch.models.decoders.upernet_decoder import UperNetDecoder as TheirDecoder
+from terratorch.models.decoders.upernet_decoder import UperNetDecoder
 
-from pipeline.heads.dense import HeadList
-from pipeline.heads.upernet import UPerNet, UPerNetDecoder, _shares
+from pipeline.heads.upernet import UPerNetDecoder, _pool_weights
 
 
-def test_terratorchs_weights_give_terratorchs_output():
+def test_upernet_decoder_with_terratorchs_weights_has_its_output():
     torch.manual_seed(0)
     widths = [12, 20, 28, 36]
-    theirs = TheirDecoder(widths, channels=16, align_corners=True)
-    ours = UPerNetDecoder(widths, 16)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
+    reference = UperNetDecoder(widths, channels=16, align_corners=True)
+    network = UPerNetDecoder(widths, 16)
+    network.load_state_dict(reference.state_dict(), strict=True)
     levels = [torch.randn(2, width, side, side) for width, side in zip(widths, (32, 16, 8, 4), strict=True)]
     for mode in (True, False):  # with batch statistics, then with running ones
-        torch.testing.assert_close(ours.train(mode)(levels), theirs.train(mode)(list(levels)), rtol=1e-5, atol=1e-5)
-    assert {name: p.shape for name, p in ours.named_parameters()} == {
-        n: p.shape for n, p in theirs.named_parameters()
-    }
-
-
-def test_logits_have_the_masks_size_and_seeds_their_own_start():
-    group = HeadList(lambda: UPerNet([4, 6, 8, 10], 3, 8), (50, 60), seeds=(0, 1, 0))
-    levels = [torch.randn(5, width, side, side) for width, side in zip((4, 6, 8, 10), (16, 8, 4, 2), strict=True)]
-    index = torch.arange(4).expand(3, -1)
-    logits = [logits for _, logits in group.forward_heads(levels, index)]
-    assert [tuple(one.shape) for one in logits] == [(1, 4, 3, 50, 60)] * 3
-    assert torch.equal(logits[0], logits[2])
-    assert not torch.equal(logits[0], logits[1])
-    alone = group.heads[1]([level[:4] for level in levels])
-    theirs = torch.nn.functional.interpolate(alone, (50, 60), mode="bilinear")
-    torch.testing.assert_close(logits[1][0], theirs, rtol=1e-5, atol=1e-5)
+        expected = reference.train(mode)(list(levels))
+        torch.testing.assert_close(network.train(mode)(levels), expected, rtol=1e-5, atol=1e-5)
+    shapes = [{name: p.shape for name, p in decoder.named_parameters()} for decoder in (network, reference)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize(("side", "scale"), [(4, 1), (4, 3), (4, 6), (7, 6), (14, 6)])
-def test_averages_as_products_are_those_of_torch(side, scale):
-    maps, shares = torch.randn(2, 3, side, side), _shares(side, scale, torch.device("cpu"))
-    wanted = torch.nn.functional.adaptive_avg_pool2d(maps, scale)
-    torch.testing.assert_close(shares @ maps @ shares.t(), wanted)
+def test_pool_weights_give_torchs_adaptive_average_pool(side, scale):
+    maps, weights = torch.randn(2, 3, side, side), _pool_weights(side, scale, torch.device("cpu"))
+    expected = torch.nn.functional.adaptive_avg_pool2d(maps, scale)
+    torch.testing.assert_close(weights @ maps @ weights.t(), expected)

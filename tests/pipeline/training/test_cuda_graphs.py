@@ -1,4 +1,4 @@
-"""Steps that read all that changes from the device's memory: what a GPU records, launched here kernel by kernel."""
+"""Steps that read all that changes from device memory, as a CUDA graph does; here they run kernel by kernel."""
 
 from functools import partial
 
@@ -11,83 +11,82 @@ from pipeline.training import loop
 from pipeline.training.cuda_graphs import GraphedStep
 from pipeline.training.feature_loader import SplitData
 from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
-from tests.pipeline.training.test_loop import SETTINGS, linear, upernet, weights
+from tests.pipeline.training.test_loop import HPARAMS, fit_linear, fit_upernet, head_weights
 
 
 @pytest.fixture
-def unrecorded(monkeypatch):
-    """Train as a GPU does, but for recording."""
-    monkeypatch.setattr(GraphedStep, "__call__", GraphedStep.once)
+def use_graphed_steps(monkeypatch):
+    """Function after whose call `fit` trains by `GraphedStep`, without recording a graph."""
+    monkeypatch.setattr(GraphedStep, "__call__", GraphedStep.run_eagerly)
 
-    def in_memory(lane, data, recipe, validation):
-        list(loop._repeated(lane, loop._steps(lane, data, recipe, None), validation))
+    def train_in_memory(trainer, data, schedule, validation):
+        list(loop._run_graphed(trainer, loop._graphed_step(trainer, data, schedule, None), validation))
 
-    return lambda: monkeypatch.setattr(loop, "_in_memory", in_memory)
+    return lambda: monkeypatch.setattr(loop, "_train_in_memory", train_in_memory)
+
+
+def assert_near(actual, expected):
+    for head in range(3):
+        difference = head_weights(actual, head) - head_weights(expected, head)
+        assert difference.norm() / head_weights(expected, head).norm() < 1e-3
 
 
 @pytest.mark.parametrize("seeds", [(0, 1, 2), (5, 5, 5)])
-def test_linear_heads_are_those_of_plain_steps(unrecorded, points, seeds):
-    settings = [
-        HParams(one.learning_rate, one.weight_decay, seed) for one, seed in zip(SETTINGS, seeds, strict=True)
+def test_graphed_steps_of_linear_heads_equal_plain_steps(use_graphed_steps, points, seeds):
+    hparams = [
+        HParams(values.learning_rate, values.weight_decay, seed) for values, seed in zip(HPARAMS, seeds, strict=True)
     ]
-    plain = linear(*points, settings)
-    unrecorded()
-    ours = linear(*points, settings)
+    plain = fit_linear(*points, hparams)
+    use_graphed_steps()
+    graphed = fit_linear(*points, hparams)
     for head in range(3):
-        torch.testing.assert_close(weights(ours, head), weights(plain, head), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(head_weights(graphed, head), head_weights(plain, head), rtol=1e-4, atol=1e-6)
 
 
-def test_dense_heads_are_those_of_plain_steps(unrecorded, maps):
-    plain = upernet(*maps, SETTINGS)[0]
-    unrecorded()
-    ours = upernet(*maps, SETTINGS)[0]
-    for head in range(3):
-        apart = (weights(ours, head) - weights(plain, head)).norm() / weights(plain, head).norm()
-        assert apart < 1e-3
+def test_graphed_steps_of_dense_heads_equal_plain_steps(use_graphed_steps, maps):
+    plain = fit_upernet(*maps, HPARAMS)
+    use_graphed_steps()
+    assert_near(fit_upernet(*maps, HPARAMS), plain)
 
 
-@pytest.mark.parametrize("kind", ["linear", "dense"])
-def test_heads_that_stop_stop_at_the_same_step(unrecorded, monkeypatch, points, maps, kind):
-    """On validation labels that are noise, which some head soon gets worse at."""
-    ended = []
+@pytest.mark.parametrize("head", ["linear", "dense"])
+def test_graphed_steps_with_patience_stop_at_the_same_step(use_graphed_steps, monkeypatch, points, maps, head):
+    """Validation labels are random, or inverted: some head soon gets worse."""
+    stopped_at = []
 
-    class Watched(HeadTrainer):
-        def restore(self):
-            ended.append(self.steps)
-            super().restore()
+    class RecordingTrainer(HeadTrainer):
+        def restore_best(self):
+            stopped_at.append(self.steps)
+            super().restore_best()
 
-    monkeypatch.setattr(loop, "Lane", Watched)
-    chance = torch.Generator().manual_seed(1)
-    if kind == "linear":
+    monkeypatch.setattr(loop, "HeadTrainer", RecordingTrainer)
+    if head == "linear":
         inputs, label = points
-        noise = SplitData(inputs, label[torch.randperm(len(label), generator=chance)])
-        task, recipe = Classification(3), TrainSchedule(200, 32, patience=1, val_checks=20)
-        train = partial(loop.fit, partial(StackedLinear, [12], 3), SplitData(*points), task, SETTINGS, recipe, noise)
+        noise = SplitData(inputs, label[torch.randperm(len(label), generator=torch.Generator().manual_seed(1))])
+        task, schedule = Classification(3), TrainSchedule(200, 32, patience=1, val_checks=20)
+        make_group = partial(StackedLinear, [12], 3)
+        fit = partial(loop.fit, make_group, SplitData(*points), task, HPARAMS, schedule, noise)
     else:
         noise = SplitData([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
+        fit = partial(fit_upernet, *maps, HPARAMS, steps=60, patience=1, validation=noise)
 
-        def train():
-            return upernet(*maps, SETTINGS, steps=60, patience=1, validation=noise)[0]
-
-    plain = train()
-    unrecorded()
-    ours = train()
-    steps = ended[: len(ended) // 2]
-    assert min(steps) < (200 if kind == "linear" else 60)
-    assert ended[len(ended) // 2 :] == steps
-    for head in range(3):
-        apart = (weights(ours, head) - weights(plain, head)).norm() / weights(plain, head).norm()
-        assert apart < 1e-3
-    assert all(parameter.grad is None for parameter in ours.parameters())
+    plain = fit()
+    use_graphed_steps()
+    graphed = fit()
+    steps = stopped_at[: len(stopped_at) // 2]
+    assert min(steps) < (200 if head == "linear" else 60)
+    assert stopped_at[len(stopped_at) // 2 :] == steps
+    assert_near(graphed, plain)
+    assert all(parameter.grad is None for parameter in graphed.parameters())
 
 
-def test_a_step_reads_the_next_rows_and_the_next_rate():
-    seen = []
+def test_graphed_step_reads_the_next_rows_and_learning_rate():
+    calls = []
     orders = torch.arange(24).view(4, 2, 3)
-    steps = GraphedStep(
-        lambda index, factor: seen.append((index.tolist(), factor.item())), orders, [0.1, 0.2, 0.3, 0.4]
+    step = GraphedStep(
+        lambda index, lr_factor: calls.append((index.tolist(), lr_factor.item())), orders, [0.1, 0.2, 0.3, 0.4]
     )
     for _ in range(4):
-        steps.once()
-    assert [index for index, _ in seen] == orders.tolist()
-    assert [factor for _, factor in seen] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+        step.run_eagerly()
+    assert [index for index, _ in calls] == orders.tolist()
+    assert [lr_factor for _, lr_factor in calls] == pytest.approx([0.1, 0.2, 0.3, 0.4])

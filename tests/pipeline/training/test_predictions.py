@@ -1,4 +1,4 @@
-"""Scores recomputed from what is kept of every test sample, by scikit-learn and torchmetrics."""
+"""Scores recomputed from stored predictions, by scikit-learn and torchmetrics."""
 
 import numpy as np
 import pandas as pd
@@ -9,8 +9,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pipeline.errors import UserError
-from pipeline.tasks import Classification, MultiLabel, Segmentation
+from pipeline.tasks import IGNORE, Classification, MultiLabel, Segmentation
 from pipeline.training import predictions
+from tests.errors import raises
 
 NAMES = ["s2", "s0", "s1", "s3"]
 
@@ -20,48 +21,48 @@ def generator():
     return np.random.default_rng(0)
 
 
-def kept(table, path):
-    """The table as it comes back from disk, its rows in another order."""
-    table.sample(frac=1, random_state=0).to_parquet(path / "predictions.parquet")
-    return pd.read_parquet(path / "predictions.parquet")
+def write_and_read(table, folder):
+    """The table as read from a file, with its rows in another order."""
+    table.sample(frac=1, random_state=0).to_parquet(folder / "predictions.parquet")
+    return pd.read_parquet(folder / "predictions.parquet")
 
 
-def test_classes(generator, tmp_path):
+def test_prediction_table_of_classification_gives_sklearns_accuracy(generator, tmp_path):
     logits, label = generator.normal(size=(3, 4, 5)).astype(np.float32), generator.integers(5, size=4)
-    table = kept(predictions.prediction_table(NAMES, label, logits, "classification"), tmp_path)
-    samples, counts = predictions.counts_from_table(table, "classification", 5)
+    table = write_and_read(predictions.prediction_table(NAMES, label, logits, Classification(5)), tmp_path)
+    samples, counts = predictions.counts_from_table(table, Classification(5))
     assert samples == sorted(NAMES)
     scores = Classification(5).score(counts.sum(1))
-    assert scores == pytest.approx([accuracy_score(label, one.argmax(1)) for one in logits])
+    assert scores == pytest.approx([accuracy_score(label, head_logits.argmax(1)) for head_logits in logits])
     row = table[(table.seed == 1) & (table["sample"] == "s0")].iloc[0]
     np.testing.assert_allclose(row.probability, softmax(logits[1, 1].astype(float)), rtol=1e-5)
     assert counts[1, 0].argmax() == label[1] * 5 + row.predicted
 
 
-def test_several_labels(generator, tmp_path):
+def test_prediction_table_of_multilabel_gives_sklearns_micro_f1(generator, tmp_path):
     logits, label = generator.normal(size=(2, 4, 3)), generator.integers(2, size=(4, 3))
-    table = kept(predictions.prediction_table(NAMES, label, logits, "multilabel"), tmp_path)
-    _, counts = predictions.counts_from_table(table, "multilabel", 3)
+    table = write_and_read(predictions.prediction_table(NAMES, label, logits, MultiLabel(3)), tmp_path)
+    _, counts = predictions.counts_from_table(table, MultiLabel(3))
     scores = MultiLabel(3).score(counts.sum(1))
-    assert scores == pytest.approx([f1_score(label, one > 0, average="micro") for one in logits])
+    assert scores == pytest.approx([f1_score(label, head_logits > 0, average="micro") for head_logits in logits])
     row = table[(table.seed == 1) & (table["sample"] == "s1")].iloc[0]
     np.testing.assert_allclose(row.probability, expit(logits[1, 2]), rtol=1e-6)
 
 
-def test_masks(generator, tmp_path):
-    label, said = generator.integers(3, size=(4, 8, 8)), generator.integers(3, size=(2, 4, 8, 8))
-    label[:, :2] = 255
-    each = np.stack([Segmentation(3).counts(one, label) for one in said])
-    table = kept(predictions.confusion_table(NAMES, each), tmp_path)
-    samples, counts = predictions.counts_from_table(table, "segmentation", 3)
-    np.testing.assert_array_equal(counts, each[:, [NAMES.index(name) for name in samples]])
-    theirs = MulticlassJaccardIndex(3, ignore_index=255)
-    scores = Segmentation(3).score(counts.sum(1))
-    assert scores == pytest.approx([float(theirs(torch.tensor(one), torch.tensor(label))) for one in said])
+def test_confusion_table_gives_torchmetrics_mean_iou(generator, tmp_path):
+    label, predicted = generator.integers(3, size=(4, 8, 8)), generator.integers(3, size=(2, 4, 8, 8))
+    label[:, :2] = IGNORE
+    counts_of_seed = np.stack([Segmentation(3).counts(masks, label) for masks in predicted])
+    table = write_and_read(predictions.confusion_table(NAMES, counts_of_seed), tmp_path)
+    samples, counts = predictions.counts_from_table(table, Segmentation(3))
+    np.testing.assert_array_equal(counts, counts_of_seed[:, [NAMES.index(name) for name in samples]])
+    reference = MulticlassJaccardIndex(3, ignore_index=IGNORE)
+    expected = [float(reference(torch.tensor(masks), torch.tensor(label))) for masks in predicted]
+    assert Segmentation(3).score(counts.sum(1)) == pytest.approx(expected)
 
 
-def test_a_diverged_head_is_no_result(generator):
+def test_prediction_table_of_a_diverged_head_is_refused(generator):
     logits = generator.normal(size=(3, 4, 5)).astype(np.float32)
     logits[2, 1, 0] = np.nan
-    with pytest.raises(UserError, match=r"with 1 of 3 seeds \(2\), at .* smaller ones: search.learning_rate"):
-        predictions.prediction_table(NAMES, generator.integers(5, size=4), logits, "classification")
+    with raises(UserError, "search.learning_rate", "search.weight_decay", value=[2]):
+        predictions.prediction_table(NAMES, generator.integers(5, size=4), logits, Classification(5))

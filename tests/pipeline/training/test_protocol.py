@@ -8,131 +8,140 @@ from sklearn.metrics import accuracy_score
 
 from pipeline.config import HeadsConfig, LinearHeadConfig, SearchConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
-from pipeline.tasks import Segmentation
+from pipeline.tasks import IGNORE, Classification, Segmentation
 from pipeline.training import predictions, protocol, task_data
 from pipeline.training.feature_loader import StreamedFeatures
+from pipeline.training.head_trainer import HParams
+from tests.errors import raises
 
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=100, batch=20), UPerNetHeadConfig(channels=4, steps=10, batch=4)
 )
 SEARCH = SearchConfig(trials=4, trials_per_round=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
-TOLD = {"dataset": "d", "model": "m", "weights": "none"}
+METADATA = {"dataset": "d", "model": "m", "weights": "none"}
+BEST = {"learning_rate": 0.01, "weight_decay": 0.01}
 
 
-def load(given, names, splits=("train", "val", "test"), heads=HEADS):
-    members, like = given
-    stores = {members[name].location: None for name in names}
-    return task_data.load(stores, Path(like.encoding["source"]), heads, splits, "cpu")
+def load(stores_and_images, names, splits=("train", "val", "test"), heads=HEADS):
+    stores, images = stores_and_images
+    paths = {stores[name].location: None for name in names}
+    return task_data.load(paths, Path(images.encoding["source"]), heads, splits, "cpu")
 
 
-def test_chips_searched_trained_and_kept(informative_chips, capsys):
-    cell = load(informative_chips, ["high", "low"], ("train", "val"))
-    tuned = protocol.tune(cell, SEARCH, "d m")
+@pytest.fixture(params=["chips", "masks"])
+def data(request, informative_chips, informative_masks):
+    """Data of one backbone, for a linear and a dense head."""
+    return load(informative_chips, ["high"]) if request.param == "chips" else load(informative_masks, ["fine"])
+
+
+@pytest.fixture
+def set_diverging(monkeypatch):
+    """Function after whose call the heads of these indices have NaN weights once they are trained."""
+
+    def set_heads(*heads):
+        def train(data, hparams):
+            group = train_heads(data, hparams)
+            if group.is_stacked:
+                for parameter in group.parameters():
+                    parameter.data[list(heads)] = math.nan
+            else:
+                for head in heads:
+                    next(group.heads[head].parameters()).data.fill_(math.nan)
+            return group
+
+        monkeypatch.setattr(protocol, "train_heads", train)
+
+    train_heads = protocol.train_heads
+    return set_heads
+
+
+def test_protocol_of_chips_scores_as_sklearn_on_the_test_split(informative_chips, capsys):
+    tuned = protocol.tune(load(informative_chips, ["high", "low"], ("train", "val")), SEARCH, "d m")
     assert len(tuned["trials"]) == 4
-    assert capsys.readouterr().out.count("d m: 2 trials, best on validation") == 2
-    tested = protocol.train_and_test(load(informative_chips, ["high", "low"]), tuned["best"], 3, TOLD)
-    runs, kept = tested.runs, tested.predicted
-    assert len(runs) == 3
-    assert set(runs.protocol) == {"frozen"}
-    assert runs.iloc[0].to_dict().items() >= {**TOLD, **tuned["best"], "metric": "accuracy", "n_test": 30}.items()
-    like = informative_chips[1]
-    names = like.sample.values[like.split.values == "test"].tolist()
-    for seed, table in kept.groupby("seed"):
-        assert table["sample"].tolist() == names
-        assert table.label.tolist() == like.label.values[like.split.values == "test"].tolist()
-        assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
-        chances = np.stack(table.probability)
-        np.testing.assert_allclose(chances.sum(1), 1, rtol=1e-5)
-        assert (chances.argmax(1) == table.predicted).all()
-    assert runs.score.mean() > 0.9
+    assert capsys.readouterr().out.count("d m: 2 trials") == 2
+    result = protocol.train_and_test(load(informative_chips, ["high", "low"]), tuned["best"], 3, METADATA)
+    assert len(result.runs) == 3
+    assert set(result.runs.protocol) == {"frozen"}
+    row = result.runs.iloc[0].to_dict()
+    assert row.items() >= {**METADATA, **tuned["best"], "metric": "accuracy", "n_test": 30}.items()
+    assert row["task"] == "classification"
+    images = informative_chips[1]
+    is_test = images.split.values == "test"
+    for seed, table in result.predicted.groupby("seed"):
+        assert table["sample"].tolist() == images.sample.values[is_test].tolist()
+        assert table.label.tolist() == images.label.values[is_test].tolist()
+        assert result.runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
+        probabilities = np.stack(table.probability)
+        np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+        assert (probabilities.argmax(1) == table.predicted).all()
+    assert result.runs.score.mean() > 0.9
 
 
-def test_the_kept_counts_are_those_of_the_evaluation(informative_chips):
-    """Predictions are made apart from `Cell.counts`; both must say the same."""
-    from pipeline.training.head_trainer import HParams
-
-    cell = load(informative_chips, ["high", "none"])
-    group = protocol.train_heads(cell, [HParams(0.05, 0.01, seed) for seed in range(3)])
-    kept = protocol.train_and_test(cell, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, TOLD).predicted
-    _, counts = predictions.counts_from_table(kept, "classification", 4)
-    np.testing.assert_array_equal(counts, protocol.count_split(cell, group, "test"))
+def test_train_and_test_predictions_have_the_counts_of_the_evaluation(informative_chips):
+    """Predictions and counts are computed by different code."""
+    data = load(informative_chips, ["high", "none"])
+    group = protocol.train_heads(data, [HParams(0.05, 0.01, seed) for seed in range(3)])
+    result = protocol.train_and_test(data, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, METADATA)
+    _, counts = predictions.counts_from_table(result.predicted, Classification(4))
+    np.testing.assert_array_equal(counts, protocol.count_split(data, group, "test"))
 
 
-def test_masks_keep_their_confusion(informative_masks):
-    cell = load(informative_masks, ["fine", "coarse"])
-    tested = protocol.train_and_test(cell, {"learning_rate": 0.01, "weight_decay": 0.01}, 2, TOLD)
-    runs, kept = tested.runs, tested.predicted
-    samples, counts = predictions.counts_from_table(kept, "segmentation", 3)
-    assert samples == cell.splits["test"].sample
-    assert counts.sum() == 2 * (cell.splits["test"].label != 255).sum()
-    assert Segmentation(3).score(counts.sum(1)).tolist() == runs.score.tolist()
-    assert not any(math.isnan(value) for value in runs.val_score)
+def test_train_and_test_of_masks_has_confusion_matrices(informative_masks):
+    data = load(informative_masks, ["fine", "coarse"])
+    result = protocol.train_and_test(data, BEST, 2, METADATA)
+    samples, counts = predictions.counts_from_table(result.predicted, Segmentation(3))
+    assert samples == data.splits["test"].sample
+    assert counts.sum() == 2 * (data.splits["test"].label != IGNORE).sum()
+    assert Segmentation(3).score(counts.sum(1)).tolist() == result.runs.score.tolist()
+    assert not any(math.isnan(value) for value in result.runs.val_score)
 
 
-def test_streamed_chips_are_kept_as_those_in_memory(informative_chips):
-    best = {"learning_rate": 0.05, "weight_decay": 0.01}
-    cell = load(informative_chips, ["high", "low"], heads=dataclasses.replace(HEADS, max_feature_gb=0.0))
-    assert isinstance(cell.splits["test"].inputs, StreamedFeatures)
-    tested = protocol.train_and_test(cell, best, 2, TOLD)
-    runs, kept = tested.runs, tested.predicted
-    for seed, table in kept.groupby("seed"):
-        assert runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
-    assert runs.score.mean() > 0.9
+def test_train_and_test_of_streamed_features_scores_as_sklearn(informative_chips):
+    data = load(informative_chips, ["high", "low"], heads=dataclasses.replace(HEADS, max_feature_gb=0.0))
+    assert isinstance(data.splits["test"].inputs, StreamedFeatures)
+    result = protocol.train_and_test(data, {"learning_rate": 0.05, "weight_decay": 0.01}, 2, METADATA)
+    for seed, table in result.predicted.groupby("seed"):
+        assert result.runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
+    assert result.runs.score.mean() > 0.9
 
 
-def test_a_search_whose_heads_all_but_diverge_takes_one_that_does_not(informative_chips):
-    cell = load(informative_chips, ["high"], ("train", "val"))
-    wild = dataclasses.replace(SEARCH, trials=8, parallel=8, learning_rate=(0.1, 1.0), weight_decay=(1.0, 300.0))
-    tuned = protocol.tune(cell, wild, "d m")
-    products = {one["learning_rate"] * one["weight_decay"]: one["score"] for one in tuned["trials"]}
-    assert max(products) > 20  # which multiplies weights by less than -10 in every step
-    assert products[max(products)] == 0
-    tested = protocol.train_and_test(load(informative_chips, ["high"]), tuned["best"], 2, TOLD)
-    assert np.isfinite(np.stack(tested.predicted.probability)).all()
+def test_tune_with_extreme_bounds_chooses_a_finite_trial(informative_chips):
+    data = load(informative_chips, ["high"], ("train", "val"))
+    config = dataclasses.replace(
+        SEARCH, trials=8, trials_per_round=8, learning_rate=(0.1, 1.0), weight_decay=(1.0, 300.0)
+    )
+    tuned = protocol.tune(data, config, "d m")
+    scores = {trial["learning_rate"] * trial["weight_decay"]: trial["score"] for trial in tuned["trials"]}
+    assert max(scores) > 20  # every step multiplies the weights by less than -19
+    assert scores[max(scores)] == 0
+    result = protocol.train_and_test(load(informative_chips, ["high"]), tuned["best"], 2, METADATA)
+    assert np.isfinite(np.stack(result.predicted.probability)).all()
 
 
-def diverging(cell: task_data.TaskData, heads: set[int]) -> task_data.TaskData:
-    """The same with some heads' weights no numbers once they are trained."""
-
-    def train(settings):
-        group = protocol.train_heads(cell, settings)
-        for lane in group.independent_heads():
-            for parameter in lane.parameters():
-                if group.is_stacked:
-                    parameter.data[[*heads]] = float("nan")
-        if not group.is_stacked:
-            for head in heads:
-                next(group.heads[head].parameters()).data.fill_(float("nan"))
-        return group
-
-    return dataclasses.replace(cell, train=train)
+def test_train_and_test_with_a_diverged_seed_is_refused(data, set_diverging):
+    set_diverging(1)
+    with raises(UserError, "1 of 3", "search.learning_rate", value=[1]):
+        protocol.train_and_test(data, BEST, 3, METADATA)
 
 
-@pytest.mark.parametrize("of", ["chips", "masks"])
-def test_a_seed_that_diverged_is_no_score(informative_chips, informative_masks, of):
-    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["fine"])
-    best = {"learning_rate": 0.01, "weight_decay": 0.01}
-    with pytest.raises(UserError, match=r"diverged with 1 of 3 seeds \(1\), at"):
-        protocol.train_and_test(diverging(cell, {1}), best, 3, TOLD)
-
-
-@pytest.mark.parametrize("of", ["chips", "masks"])
-def test_trials_that_diverged_are_not_chosen_and_a_search_of_them_alone_is_refused(informative_chips, informative_masks, of):
-    cell = load(informative_chips, ["high"]) if of == "chips" else load(informative_masks, ["fine"])
-    tuned = protocol.tune(diverging(cell, {1}), SEARCH, "d m")
+def test_tune_does_not_choose_diverged_trials(data, set_diverging):
+    set_diverging(1)
+    tuned = protocol.tune(data, SEARCH, "d m")
     assert [trial.get("diverged", False) for trial in tuned["trials"]] == [False, True] * 2
-    assert tuned["best"]["learning_rate"] in {tuned["trials"][place]["learning_rate"] for place in (0, 2)}
-    with pytest.raises(UserError, match="All 4 trials diverged, at learning rates from 0.0"):
-        protocol.tune(diverging(cell, {0, 1}), SEARCH, "d m")
+    assert tuned["best"]["learning_rate"] in {tuned["trials"][index]["learning_rate"] for index in (0, 2)}
+    set_diverging(0, 1)
+    with raises(UserError, "4", key="learning_rate, weight_decay"):
+        protocol.tune(data, SEARCH, "d m")
 
 
-def test_a_run_says_what_was_trained_on_what(informative_chips, informative_masks):
-    best = {"learning_rate": 0.01, "weight_decay": 0.01}
-    (head,) = set(protocol.train_and_test(load(informative_chips, ["high", "low"]), best, 2, TOLD).runs["head"])
-    assert head.startswith("linear, concat, ")
+def test_train_and_test_describes_the_head(informative_chips, informative_masks):
+    def describe(data):
+        (head,) = set(protocol.train_and_test(data, BEST, 2, METADATA).runs["head"])
+        return head
+
+    assert describe(load(informative_chips, ["high", "low"])) == "linear, concat, mean_level0, mean_level1"
     heads = dataclasses.replace(HEADS, fusion="average", levels=(-1,), class_weights="balanced")
-    (head,) = set(protocol.train_and_test(load(informative_masks, ["fine", "coarse"], heads=heads), best, 2, TOLD).runs["head"])
-    assert head.startswith("upernet of 4 channels, average, level")
-    assert head.endswith(", balanced class weights")
-    (head,) = set(protocol.train_and_test(load(informative_masks, ["fine"], heads=heads), best, 2, TOLD).runs["head"])
-    assert "average" not in head, "one member is not fused"
+    fused = describe(load(informative_masks, ["fine", "coarse"], heads=heads))
+    assert fused == "upernet of 4 channels, average, level1, balanced class weights"
+    alone = describe(load(informative_masks, ["fine"], heads=heads))
+    assert alone == "upernet of 4 channels, level1, balanced class weights"

@@ -1,0 +1,201 @@
+"""Task definitions: labels, losses and their gradients against autograd, predictions, scores."""
+
+import subprocess
+import sys
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit, softmax
+
+from pipeline import tasks
+from pipeline.errors import UserError
+from pipeline.tasks import IGNORE, NO_CLASS, Classification, MultiLabel, Segmentation, Task, TaskType, get_task
+from tests.errors import raises
+
+WEIGHTS = (0.2, 1.0, 4.0, 0.0)
+TASKS = {
+    "classification": Classification(4),
+    "weighted classification": Classification(4, WEIGHTS),
+    "multilabel": MultiLabel(4),
+    "segmentation": Segmentation(4),
+    "weighted segmentation": Segmentation(4, WEIGHTS),
+}
+
+
+def random_labels(task: Task, heads: int, batch: int) -> torch.Tensor:
+    """Labels of `heads` heads; half of the pixels of masks are ignored, one mask as a whole."""
+    generator = torch.Generator().manual_seed(1)
+    if task.is_multilabel:
+        return torch.randint(2, (heads, batch, task.n_classes), generator=generator)
+    label = torch.randint(task.n_classes, (heads, batch, *((6, 5) if task.is_dense else ())), generator=generator)
+    if task.is_dense:
+        label[:, :, :3] = IGNORE
+        label[:, 0] = IGNORE
+        label = label.to(torch.uint8)
+    return label
+
+
+def random_logits(task: Task, heads: int, batch: int) -> torch.Tensor:
+    return 3 * torch.randn(heads, batch, task.n_classes, *((6, 5) if task.is_dense else ()))
+
+
+@pytest.mark.parametrize("name", TaskType)
+def test_get_task_of_a_known_name_returns_its_class(name):
+    assert get_task(name).type == name
+    assert get_task(name.value)(3).n_classes == 3
+
+
+def test_get_task_of_an_unknown_name_is_refused():
+    with raises(UserError, "regresion", "segmentation", key="datasets.a.task", value="regresion", allowed=TaskType):
+        get_task("regresion", "datasets.a.task")
+
+
+def test_get_task_without_torch_does_not_import_it():
+    code = "import sys, pipeline.tasks; pipeline.tasks.Segmentation(3).predict; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_task_from_outside_the_module_needs_one_class(monkeypatch):
+    class SingleChannel(Segmentation):
+        metric: ClassVar[str] = "mean IoU of one channel"
+
+    monkeypatch.setitem(tasks.TASKS, "single", SingleChannel)
+    assert get_task("single")(2).metric == "mean IoU of one channel"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "value"),
+    [
+        ("classification", (), np.int64, NO_CLASS),
+        ("multilabel", (5,), np.uint8, IGNORE),
+        ("segmentation", (8, 9), np.uint8, IGNORE),
+    ],
+)
+def test_missing_label_has_the_format_of_the_tasks_labels(name, shape, dtype, value):
+    task = get_task(name)
+    label = task.missing_label(5, (8, 9))
+    assert (label.shape, label.dtype) == (shape, dtype)
+    assert (label == value).all()
+    assert len(task.label_dims) == 1 + len(shape)
+    assert not Classification(5).is_valid_label(np.array(NO_CLASS))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "present"),
+    [
+        ("classification", 2, [2]),
+        ("multilabel", [1, 0, 1, 0], [0, 2]),
+        ("segmentation", [[0, 2, 2], [IGNORE, 2, IGNORE]], [0, 2]),
+    ],
+)
+def test_label_from_mask_ignores_unlabelled_pixels(name, expected, present):
+    mask = np.array([[0, 2, 2], [IGNORE, 2, IGNORE]], np.uint8)
+    label = get_task(name).label_from_mask(mask, 4)
+    assert label.tolist() == expected
+    assert label.dtype == get_task(name).label_dtype
+    assert get_task(name).classes_present(label).tolist() == present
+    assert get_task(name)(4).is_valid_label(label)
+
+
+@pytest.mark.parametrize(
+    ("task", "label"),
+    [
+        (Classification(4), np.array([0, 4])),
+        (Classification(4), np.array([-1])),
+        (Classification(4), np.array([IGNORE])),
+        (MultiLabel(4), np.array([[0, 1, 2, 0]])),
+        (MultiLabel(4), np.array([[0, 1, 1]])),
+        (Segmentation(4), np.array([[[0, 4]]], np.uint8)),
+    ],
+)
+def test_is_valid_label_of_values_outside_the_classes_is_false(task, label):
+    assert not task.is_valid_label(label)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_class_frequencies_count_every_labelled_element(name):
+    task = TASKS[name]
+    label = random_labels(task, 1, 50)[0].numpy()
+    expected = label.sum(0) if task.is_multilabel else [(label == index).sum() for index in range(task.n_classes)]
+    np.testing.assert_array_equal(task.class_frequencies(label), expected)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_loss_grad_is_autograds(name):
+    task = TASKS[name]
+    label, logits = random_labels(task, 2, 9), random_logits(task, 2, 9)
+    parameter = logits.clone().requires_grad_()
+    task.loss(parameter, label).sum().backward()
+    torch.testing.assert_close(task.loss_grad(logits, label), parameter.grad)
+    assert parameter.grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_loss_of_masks_is_torchs_of_the_labelled_pixels(weights):
+    task = Segmentation(4, weights)
+    label, logits = random_labels(task, 2, 5), random_logits(task, 2, 5)
+    class_weights = None if weights is None else torch.tensor(weights)
+    for loss, head_logits, head_label in zip(task.loss(logits, label), logits, label.long(), strict=True):
+        valid = (head_label != IGNORE).nonzero(as_tuple=True)
+        of_pixels = head_logits.movedim(1, -1)[valid]
+        expected = torch.nn.functional.cross_entropy(of_pixels, head_label[valid], class_weights)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_loss_of_masks_without_a_label_is_zero():
+    task, label = Segmentation(4), torch.full((1, 2, 5, 5), IGNORE, dtype=torch.uint8)
+    logits = torch.randn(1, 2, 4, 5, 5)
+    assert task.loss(logits, label).item() == 0
+    assert task.loss_grad(logits, label).abs().max() == 0
+
+
+def test_loss_with_weights_first_used_in_inference_can_be_trained():
+    task = Classification(2, (0.123, 0.456))
+    logits, label = torch.randn(1, 3, 2, requires_grad=True), torch.zeros(1, 3, dtype=torch.long)
+    with torch.inference_mode():
+        task.loss(logits, label)
+    task.loss(logits, label).sum().backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["classification", "multilabel"])
+def test_predict_labels_of_non_finite_logits_is_wrong(name):
+    task, logits = TASKS[name], torch.randn(2, 9, 4)
+    label = random_labels(task, 1, 9)[0]
+    logits[0] = torch.nan
+    logits[1, 3, 2] = torch.inf
+    predicted = task.predict_labels(logits, label, dim=2)
+    assert (predicted[0] != label).all()
+    expected = (logits[1] > 0).long() if task.is_multilabel else logits[1].argmax(1)
+    if task.is_multilabel:
+        expected[3, 2] = 1 - label[3, 2]
+    else:
+        expected[3] = (label[3] + 1) % task.n_classes
+    assert torch.equal(predicted[1], expected)
+
+
+def test_predict_labels_of_nan_masks_is_wrong_at_labelled_pixels():
+    task, label = Segmentation(2), torch.tensor([[[0, 1], [IGNORE, 1]]], dtype=torch.uint8)
+    predicted = task.predict_labels(torch.full((1, 2, 2, 2), torch.nan), label, dim=1)
+    assert predicted[0, 0].tolist() == [1, 0]
+    assert predicted[0, 1, 1] == 0
+
+
+@pytest.mark.parametrize("name", ["classification", "multilabel", "segmentation"])
+def test_predict_and_probabilities_agree_with_torch_and_scipy(name):
+    task = TASKS[name]
+    logits, label = random_logits(task, 1, 9)[0], random_labels(task, 1, 9)[0]
+    expected = expit(logits.numpy()) if task.is_multilabel else softmax(logits.numpy(), axis=1)
+    np.testing.assert_allclose(task.probabilities(logits.numpy()), expected, rtol=1e-5)
+    np.testing.assert_array_equal(task.predict(logits.numpy()), task.predict_labels(logits, label, dim=1))
+
+
+@pytest.mark.parametrize("name", ["classification", "multilabel", "segmentation"])
+def test_score_of_the_labels_themselves_is_one(name):
+    task = TASKS[name]
+    label = random_labels(task, 1, 9)[0].numpy().astype(np.int64)
+    predicted = np.where(label == IGNORE, 0, label)
+    assert task.score(task.counts(predicted, label).sum(0)) == 1
+    assert task.score(task.counts(1 - np.minimum(predicted, 1), label).sum(0)) < 1
