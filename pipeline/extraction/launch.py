@@ -161,8 +161,8 @@ def _extract_shards(job: ExtractionJob, rank: int, clear: bool) -> dict:
     print(estimate.format_estimate(schema, result, scratch, description), file=sys.stderr)
     writer = Writer(scratch, schema, job.final, provenance)
     engine.extract(images, encoder, writer, batch)
-    measured = {"precision_error": result.precision_error} if result.precision_error else {}
-    return {**provenance, **measured, "content_sha256": writer.finish(measured)}
+    measurements = {"precision_error": result.precision_error} if result.precision_error else {}
+    return {**provenance, **measurements, "content_sha256": writer.finish(measurements)}
 
 
 def _choose_batch(

@@ -5,160 +5,177 @@ import numpy as np
 import pytest
 import torch
 
-from cache.casting import cast_array, check_cast
+from cache.casting import CastStat, cast_array, check_cast
 from cache.codecs import NONE
 from cache.errors import StoreError
 from cache.schema import LevelSchema, StoreSchema
-from pipeline.extraction.buffer import ShardBuffer
-from pipeline.extraction.narrow import cast_with_stats
-from pipeline.extraction.transfer import DeviceToHost
+from pipeline.extraction import buffer
+from pipeline.extraction.buffer import ShardBuffer, cast_with_stats
+from pipeline.extraction.loader import DeviceToHost
+from tests.errors import raises
+
+LEVEL = "level0/features"
+LEVEL_SCHEMA = LevelSchema(5, 6, 7, stride=4, layer="a")
+N_SAMPLES = 16
+ROWS = slice(0, N_SAMPLES)
+N_STATS = len(CastStat)
+# Statistics that are counts; the others are sums of squares, which depend on rounding.
+COUNTS = [CastStat.N_TOO_LARGE, CastStat.MAX_TOO_LARGE, CastStat.N_SUBNORMAL, CastStat.N_NONZERO, N_STATS]
+SQUARES = [CastStat.SQUARED_ERROR, CastStat.SUM_OF_SQUARES]
+MEMORY_FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 
 
 @pytest.fixture
 def maps():
-    return torch.randn(16, 5, 6, 7, generator=torch.Generator().manual_seed(0)) * 10
+    return torch.randn(N_SAMPLES, 5, 6, 7, generator=torch.Generator().manual_seed(0)) * 10
 
 
-def by_the_writer(values: torch.Tensor):
+def make_schema(dtype="float16", levels=(LEVEL_SCHEMA,), pooled=None):
+    names = tuple(str(index) for index in range(N_SAMPLES))
+    return StoreSchema(names, ("train",) * N_SAMPLES, levels, pooled or {}, dtype, shard_size=N_SAMPLES)
+
+
+def make_buffer(dtype="float16"):
+    return ShardBuffer(make_schema(dtype), DeviceToHost("cpu"))
+
+
+def cast_by_writer(values: torch.Tensor):
     with ThreadPoolExecutor(2) as pool:
-        return cast_array(values.contiguous().numpy(), "level0/features", "float16", NONE, pool)
+        return cast_array(values.contiguous().numpy(), LEVEL, "float16", NONE, pool)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("odd", [None, float("nan"), float("inf")])
-def test_it_is_what_the_writer_would_have_done(maps, layout, odd):
-    if odd is not None:
-        maps[3, 2, 1, 0] = odd
-    maps = maps.contiguous(memory_format=layout)
-    low, tally = cast_with_stats(maps, torch.float16)
-    theirs = by_the_writer(maps)
-    np.testing.assert_array_equal(low.numpy(), theirs.stored)
-    error, size = check_cast(tally[:, :6].numpy(), "level0/features", "float16")
-    assert error == pytest.approx(theirs.squared_error, rel=1e-4)
-    assert size == pytest.approx(theirs.sum_of_squares, rel=1e-4)
-    assert 0 < error < 1e-6 * size
+def check_stats(stats: torch.Tensor):
+    return check_cast(stats[:, :N_STATS].numpy(), LEVEL, "float16")
+
+
+@MEMORY_FORMATS
+@pytest.mark.parametrize("nonfinite", [None, float("nan"), float("inf")])
+def test_cast_with_stats_equals_the_writers_cast(maps, memory_format, nonfinite):
+    if nonfinite is not None:
+        maps[3, 2, 1, 0] = nonfinite
+    maps = maps.contiguous(memory_format=memory_format)
+    low, stats = cast_with_stats(maps, torch.float16)
+    expected = cast_by_writer(maps)
+    np.testing.assert_array_equal(low.numpy(), expected.stored)
+    squared_error, sum_of_squares = check_stats(stats)
+    assert squared_error == pytest.approx(expected.squared_error, rel=1e-4)
+    assert sum_of_squares == pytest.approx(expected.sum_of_squares, rel=1e-4)
+    assert 0 < squared_error < 1e-6 * sum_of_squares
 
 
 @pytest.mark.parametrize("scale", [1e5, 1e-9])
-def test_it_refuses_what_the_writer_refuses(maps, scale):
+def test_cast_with_stats_leads_to_the_writers_refusals(maps, scale):
     maps *= scale
-    _, tally = cast_with_stats(maps, torch.float16)
-    with pytest.raises(StoreError) as ours:
-        check_cast(tally[:, :6].numpy(), "level0/features", "float16")
-    with pytest.raises(StoreError) as theirs:
-        by_the_writer(maps)
-    assert str(ours.value) == str(theirs.value)
+    _, stats = cast_with_stats(maps, torch.float16)
+    with pytest.raises(StoreError) as actual:
+        check_stats(stats)
+    with pytest.raises(StoreError) as expected:
+        cast_by_writer(maps)
+    assert str(actual.value) == str(expected.value)
 
 
-def test_zeros_are_not_small_values():
+def test_cast_with_stats_does_not_count_zeros_as_subnormal():
     maps = torch.zeros(8, 3, 4, 4)
     maps[:, 0] = 1.0
-    _, tally = cast_with_stats(maps, torch.float16)
-    assert check_cast(tally[:, :6].numpy(), "level0/features", "float16") == (0.0, 8 * 16.0)
+    _, stats = cast_with_stats(maps, torch.float16)
+    assert check_stats(stats) == (0.0, 8 * 16.0)
 
 
-def test_a_sample_is_counted_alike_in_any_batch(maps):
-    whole = cast_with_stats(maps, torch.float16)[1][8:, [0, 1, 4, 5]]
-    np.testing.assert_array_equal(cast_with_stats(maps[8:], torch.float16)[1][:, [0, 1, 4, 5]].numpy(), whole.numpy())
+def test_cast_with_stats_of_a_sample_does_not_depend_on_the_batch(maps):
+    columns = [CastStat.N_TOO_LARGE, CastStat.MAX_TOO_LARGE, *SQUARES]
+    expected = cast_with_stats(maps, torch.float16)[1][8:, columns]
+    np.testing.assert_array_equal(cast_with_stats(maps[8:], torch.float16)[1][:, columns].numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("index", [np.s_[:, :3], np.s_[:, :, :4, :4], np.s_[::2], np.s_[:, :, :, ::2]])
+@MEMORY_FORMATS
+def test_cast_with_stats_of_strided_maps_equals_contiguous_ones(maps, index, memory_format):
+    part = maps.contiguous(memory_format=memory_format)[index]
+    actual = cast_with_stats(part, torch.float16)[1].numpy()[:, SQUARES].sum(axis=0)
+    expected = cast_with_stats(part.contiguous(), torch.float16)[1].numpy()[:, SQUARES].sum(axis=0)
+    assert actual == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_a_buffer_is_filled_batch_by_batch_and_used_again(maps, dtype):
-    names = tuple(f"{index}" for index in range(16))
-    layout = StoreSchema(names, ("train",) * 16, (LevelSchema(5, 6, 7, stride=4, layer="a"),), {}, dtype, shard_size=16)
-    buffer = ShardBuffer(layout, DeviceToHost("cpu"))
+def test_shard_buffer_is_filled_by_batches_and_reused(maps, dtype):
+    shard_buffer = make_buffer(dtype)
     for factor in (1, 3):
         for rows in (slice(0, 10), slice(10, 16)):
-            buffer.put(rows, "level0/features", factor * maps[rows])
-        values, lost = buffer.take(16)
-        np.testing.assert_array_equal(values["level0/features"], (factor * maps).numpy().astype(dtype))
-        assert list(lost) == (["level0/features"] if dtype == "float16" else [])
+            shard_buffer.put(rows, LEVEL, factor * maps[rows])
+        arrays, cast_errors = shard_buffer.collect(N_SAMPLES)
+        np.testing.assert_array_equal(arrays[LEVEL], (factor * maps).numpy().astype(dtype))
+        assert list(cast_errors) == ([LEVEL] if dtype == "float16" else [])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_no_number_reaches_a_store(maps, dtype, odd):
-    """A forward in float16 overflows to infinity on some later image, which the first look did not see."""
-    names = tuple(f"{index}" for index in range(16))
-    layout = StoreSchema(names, ("train",) * 16, (LevelSchema(5, 6, 7, stride=4, layer="a"),), {}, dtype, shard_size=16)
-    buffer = ShardBuffer(layout, DeviceToHost("cpu"))
-    maps[9, 1] = odd
-    buffer.put(slice(0, 16), "level0/features", maps)
-    with pytest.raises(StoreError, match="42 values of level0/features are NaN or infinite"):
-        buffer.take(16)
-    assert len(buffer.take(9)[0]["level0/features"]) == 9
+@pytest.mark.parametrize("nonfinite", [float("nan"), float("inf")])
+def test_shard_buffer_refuses_nonfinite_values(maps, dtype, nonfinite):
+    """A forward pass in float16 may overflow to infinity on an image that the dry run did not include."""
+    shard_buffer = make_buffer(dtype)
+    maps[9, 1] = nonfinite
+    shard_buffer.put(ROWS, LEVEL, maps)
+    with raises(StoreError, 42, key=LEVEL, value=42):
+        shard_buffer.collect(N_SAMPLES)
+    assert len(shard_buffer.collect(9)[0][LEVEL]) == 9
 
 
-@pytest.mark.parametrize("cut", [np.s_[:, :3], np.s_[:, :, :4, :4], np.s_[::2], np.s_[:, :, :, ::2]])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_loss_of_maps_that_are_cut_out_of_larger_ones(maps, cut, layout):
-    part = maps.contiguous(memory_format=layout)[cut]
-    error, size = cast_with_stats(part, torch.float16)[1].numpy()[:, 4:6].sum(axis=0)
-    whole, whole_size = cast_with_stats(part.contiguous(), torch.float16)[1].numpy()[:, 4:6].sum(axis=0)
-    assert (error, size) == (pytest.approx(whole, rel=1e-5), pytest.approx(whole_size, rel=1e-5))
+@MEMORY_FORMATS
+@pytest.mark.parametrize("block_values", [1, 3 * 210, 2**18])
+def test_shard_buffer_in_blocks_equals_one_cast(monkeypatch, maps, memory_format, block_values):
+    monkeypatch.setattr(buffer, "_CPU_BLOCK_VALUES", block_values)
+    maps[9:, 1:3] *= 1e-7  # too small for float16; counted equally only if the same samples are counted
+    maps = maps.contiguous(memory_format=memory_format)
+    shard_buffer = make_buffer()
+    shard_buffer.put(ROWS, LEVEL, maps)
+    low, stats = cast_with_stats(maps, torch.float16)
+    np.testing.assert_array_equal(shard_buffer.collect(N_SAMPLES)[0][LEVEL], low.numpy())
+    actual = shard_buffer._stats[LEVEL]
+    np.testing.assert_array_equal(actual[:, COUNTS], stats[:, COUNTS])
+    np.testing.assert_allclose(actual[:, SQUARES], stats[:, SQUARES], rtol=1e-5)
+    shard_buffer.put(ROWS, LEVEL, maps * 1e-9)
+    with raises(StoreError, LEVEL, "100%", key="extract.dtype"):
+        shard_buffer.collect(N_SAMPLES)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("block", [1, 3 * 210, 2**18])
-def test_a_processor_takes_a_few_samples_at_a_time_and_finds_the_same(monkeypatch, maps, layout, block):
-    monkeypatch.setattr("pipeline.extraction.buffer._BLOCK", block)
-    maps[9:, 1:3] *= 1e-7  # too small for float16, and seen only where the samples looked at are the same
-    names = tuple(f"{index}" for index in range(16))
-    described = StoreSchema(
-        names, ("train",) * 16, (LevelSchema(5, 6, 7, stride=4, layer="a"),), {}, "float16", shard_size=16
-    )
-    buffer = ShardBuffer(described, DeviceToHost("cpu"))
-    buffer.put(slice(0, 16), "level0/features", maps.contiguous(memory_format=layout))
-    low, tally = cast_with_stats(maps.contiguous(memory_format=layout), torch.float16)
-    np.testing.assert_array_equal(buffer.take(16)[0]["level0/features"], low.numpy())
-    np.testing.assert_array_equal(buffer._tallies["level0/features"][:, [0, 1, 2, 3, 6]], tally[:, [0, 1, 2, 3, 6]])
-    np.testing.assert_allclose(buffer._tallies["level0/features"][:, 4:6], tally[:, 4:6], rtol=1e-5)
-    buffer.put(slice(0, 16), "level0/features", maps * 1e-9)
-    with pytest.raises(StoreError, match=r"Most values of level0/features \(100%\) are too small"):
-        buffer.take(16)
+class SlowDownload(DeviceToHost):
+    """Allocates memory only once two threads ask for it."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self._barrier = threading.Barrier(2)
+
+    def empty(self, shape, dtype):
+        memory = super().empty(shape, dtype)
+        self._barrier.wait(timeout=60)
+        return memory
 
 
-def test_two_threads_fill_one_buffer(maps):
-    class Slow(DeviceToHost):
-        """Memory that takes its time, so that both threads find none."""
-
-        def empty(self, shape, dtype):
-            made = super().empty(shape, dtype)
-            meet.wait(timeout=60)
-            return made
-
-    meet = threading.Barrier(2)
-    names = tuple(f"{index}" for index in range(16))
-    layout = StoreSchema(
-        names, ("train",) * 16, (LevelSchema(5, 6, 7, stride=4, layer="a"),), {}, "float16", shard_size=16
-    )
-    buffer = ShardBuffer(layout, Slow("cpu"))
+def test_shard_buffer_is_filled_by_two_threads(maps):
+    shard_buffer = ShardBuffer(make_schema(), SlowDownload("cpu"))
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda rows: buffer.put(rows, "level0/features", maps[rows]), (slice(0, 8), slice(8, 16))))
-    np.testing.assert_array_equal(buffer.take(16)[0]["level0/features"], maps.half().numpy())
+        list(pool.map(lambda rows: shard_buffer.put(rows, LEVEL, maps[rows]), (slice(0, 8), slice(8, 16))))
+    np.testing.assert_array_equal(shard_buffer.collect(N_SAMPLES)[0][LEVEL], maps.half().numpy())
 
 
-class OnGpu(torch.Tensor):
-    """A processor's tensor that is treated as a GPU's."""
+class FakeGpuTensor(torch.Tensor):
+    """A CPU tensor that is treated like a GPU's."""
 
     is_cuda = True
 
 
-@pytest.mark.parametrize("odd", [None, float("nan"), float("inf")])
-def test_vectors_of_a_gpu_are_left_to_the_writer_but_for_what_is_no_number(odd):
-    vectors = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
-    if odd is not None:
-        vectors[3, 2] = odd
-    names = tuple(f"{index}" for index in range(16))
-    buffer = ShardBuffer(
-        StoreSchema(names, ("train",) * 16, (), {"mean": 5}, "float16", shard_size=16), DeviceToHost("cpu")
-    )
-    buffer.put(slice(0, 16), "pooled/mean", vectors.bfloat16().as_subclass(OnGpu))
-    if odd is not None:
-        with pytest.raises(StoreError, match="1 values of pooled/mean are NaN or infinite"):
-            buffer.take(16)
+@pytest.mark.parametrize("nonfinite", [None, float("nan"), float("inf")])
+def test_shard_buffer_leaves_pooled_vectors_of_a_gpu_in_float32(nonfinite):
+    vectors = torch.randn(N_SAMPLES, 5, generator=torch.Generator().manual_seed(0))
+    if nonfinite is not None:
+        vectors[3, 2] = nonfinite
+    schema = make_schema(levels=(), pooled={"mean": 5})
+    shard_buffer = ShardBuffer(schema, DeviceToHost("cpu"))
+    shard_buffer.put(ROWS, "pooled/mean", vectors.bfloat16().as_subclass(FakeGpuTensor))
+    if nonfinite is not None:
+        with raises(StoreError, key="pooled/mean", value=1):
+            shard_buffer.collect(N_SAMPLES)
         return
-    arrays, lost = buffer.take(16)
+    arrays, cast_errors = shard_buffer.collect(N_SAMPLES)
     assert arrays["pooled/mean"].dtype == np.float32
     np.testing.assert_array_equal(arrays["pooled/mean"], vectors.bfloat16().float().numpy())
-    assert lost == {}
+    assert cast_errors == {}

@@ -9,8 +9,8 @@ from pipeline.backbones.encoder import Encoder
 from pipeline.extraction.cpu_parallel import ParallelEncoder
 
 
-class Forgetful(torch.nn.Module):
-    """A network that keeps its input in itself for a while, as those with feature hooks keep their maps."""
+class StatefulNetwork(torch.nn.Module):
+    """A network that stores its input in itself for a while, as networks with feature hooks store their maps."""
 
     def __init__(self):
         super().__init__()
@@ -18,82 +18,84 @@ class Forgetful(torch.nn.Module):
         torch.nn.init.ones_(self.layer.weight)
 
     def forward(self, image):
-        self.kept = image
+        self.image = image
         time.sleep(0.02)
-        return FeaturePyramid([self.layer(self.kept)], {})
+        return FeaturePyramid([self.layer(self.image)], {})
 
 
-class Small:
-    """Inputs of which only the size is asked."""
+class FixedSizePreprocessor:
+    """A preprocessor of which only the input size is used."""
 
-    class seen:
+    class input_bands:
         input_size = 4
 
 
 @pytest.fixture
 def encoder():
-    threads = torch.get_num_threads()
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield Encoder(Small, Forgetful().eval(), "cpu")
-    torch.set_num_threads(threads)
+    yield Encoder(FixedSizePreprocessor, StatefulNetwork().eval(), "cpu")
+    torch.set_num_threads(n_threads)
 
 
-def level(encoder, number):
+def encode_number(encoder, number):
     return encoder.forward(torch.full((1, 1, 4, 4), float(number)), {}).levels[0]
 
 
-def test_forwards_side_by_side_are_not_mixed_up(encoder):
-    with ParallelEncoder(encoder) as lanes:
-        running = [lanes.submit(level, number) for number in range(12)]
-        for number, one in enumerate(running):
-            assert (one.result() == number).all()
+def test_parallel_encoder_keeps_batches_apart(encoder):
+    with ParallelEncoder(encoder) as parallel:
+        futures = [parallel.submit(encode_number, number) for number in range(12)]
+        for number, future in enumerate(futures):
+            assert (future.result() == number).all()
 
 
-def test_through_one_network_they_would_be(encoder):
-    """What the twins are for."""
-    encoder.twin = lambda: encoder
-    with ParallelEncoder(encoder) as lanes:
-        running = [lanes.submit(level, number) for number in range(12)]
-        assert not all((one.result() == number).all() for number, one in enumerate(running))
+def test_parallel_forwards_through_one_network_would_mix_batches(encoder):
+    """The reason for the clones."""
+    encoder.clone_sharing_weights = lambda: encoder
+    with ParallelEncoder(encoder) as parallel:
+        futures = [parallel.submit(encode_number, number) for number in range(12)]
+        assert not all((future.result() == number).all() for number, future in enumerate(futures))
 
 
-def test_a_twin_takes_no_memory_for_weights(encoder):
-    ours, theirs = encoder.network.layer.weight, encoder.twin().network.layer.weight
-    assert theirs.data_ptr() == ours.data_ptr()
+def test_clone_sharing_weights_copies_no_weights(encoder):
+    weights, clone_weights = (e.network.layer.weight for e in (encoder, encoder.clone_sharing_weights()))
+    assert clone_weights.data_ptr() == weights.data_ptr()
 
 
-def test_two_at_once_with_the_threads_shared_out(encoder):
-    together = threading.Barrier(2)
+def test_parallel_encoder_divides_the_threads_between_two_batches(encoder):
+    barrier = threading.Barrier(2)
 
-    def threads(_):
-        together.wait(timeout=60)
+    def get_threads(_):
+        barrier.wait(timeout=60)
         return torch.get_num_threads()
 
-    with ParallelEncoder(encoder) as lanes:
-        assert [one.result() for one in [lanes.submit(threads) for _ in range(4)]] == [1] * 4
+    with ParallelEncoder(encoder) as parallel:
+        assert [future.result() for future in [parallel.submit(get_threads) for _ in range(4)]] == [1] * 4
     assert torch.get_num_threads() == 2
-    with ParallelEncoder(encoder) as lanes:
-        assert lanes.submit(lambda _: torch.get_num_threads()).result() == 1
+    with ParallelEncoder(encoder) as parallel:
+        assert parallel.submit(lambda _: torch.get_num_threads()).result() == 1
 
 
-def test_one_thread_needs_no_other(encoder):
+def test_parallel_encoder_with_one_thread_runs_in_the_caller(encoder):
     torch.set_num_threads(1)
-    with ParallelEncoder(encoder) as lanes:
-        assert lanes.submit(lambda own: (own, threading.current_thread())).result() == (
-            encoder,
-            threading.current_thread(),
-        )
+    with ParallelEncoder(encoder) as parallel:
+        result = parallel.submit(lambda own_encoder: (own_encoder, threading.current_thread())).result()
+    assert result == (encoder, threading.current_thread())
 
 
-def test_an_error_ends_the_run(encoder):
+class BrokenBatchError(Exception):
+    pass
+
+
+def test_parallel_encoder_raises_the_error_of_an_earlier_batch(encoder):
     def fail(_):
-        raise ValueError("broken")
+        raise BrokenBatchError
 
-    def work():
-        with ParallelEncoder(encoder) as lanes:
+    def submit_many():
+        with ParallelEncoder(encoder) as parallel:
             for _ in range(100):
-                lanes.submit(fail)
+                parallel.submit(fail)
                 time.sleep(0.001)
 
-    with pytest.raises(ValueError, match="broken"):
-        work()
+    with pytest.raises(BrokenBatchError):
+        submit_many()

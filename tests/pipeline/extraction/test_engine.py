@@ -11,7 +11,7 @@ from cache.reader import FeatureStore
 from cache.writer import Writer
 from pipeline.backbones import get_spec
 from pipeline.config import BackboneConfig, ExtractConfig
-from pipeline.data import image_store as images
+from pipeline.data import image_store
 from pipeline.extraction import engine
 
 EXTRACT = ExtractConfig(
@@ -19,61 +19,83 @@ EXTRACT = ExtractConfig(
     views=("identity",),
 )  # fmt: skip
 BACKBONE = BackboneConfig("efficientnet", "lite0", "random", 64)
+N_SAMPLES = 72
 
 
-class Counting:
-    """An encoder that counts its images and stops as if pulled out of the wall."""
+class CountingEncoder:
+    """An encoder that counts its images, and raises KeyboardInterrupt after a number of them."""
 
     def __init__(self, encoder, limit=10**9):
-        self.encoder, self.inputs, self.device = encoder, encoder.inputs, "cpu"
-        self.seen, self.limit, self.lock = 0, limit, threading.Lock()
+        self.encoder, self.preprocessor, self.device = encoder, encoder.preprocessor, "cpu"
+        self.n_images, self.limit, self.lock = 0, limit, threading.Lock()
 
-    def twin(self):
-        twin = copy.copy(self)
-        twin.encoder, twin.count = self.encoder.twin(), self.count
-        return twin
+    def clone_sharing_weights(self):
+        clone = copy.copy(self)
+        clone.encoder, clone.count = self.encoder.clone_sharing_weights(), self.count
+        return clone
 
-    def count(self, images):
+    def count(self, n_images):
         with self.lock:
-            if self.seen >= self.limit:
+            if self.n_images >= self.limit:
                 raise KeyboardInterrupt
-            self.seen += images
+            self.n_images += n_images
 
-    def forward(self, batch, context):
+    def forward(self, batch, metadata):
         self.count(len(batch))
-        return self.encoder.forward(batch, context)
+        return self.encoder.forward(batch, metadata)
+
+
+class SlowEncoder(CountingEncoder):
+    def forward(self, batch, metadata):
+        time.sleep(0.3)
+        return super().forward(batch, metadata)
 
 
 @pytest.fixture
-def run(images_path, tmp_path, make_encoder):
-    """Extract tiles with an untrained network into a named folder; returns the store's digest."""
-    opened = images.open_images(images_path("sample-landuse-seg"))
-    sealed, declared = make_encoder(opened, "efficientnet", "lite0", 64), get_spec(BACKBONE)
-    pyramid = sealed(opened.image[:1].values)
+def images(images_path):
+    return image_store.open_images(images_path("sample-landuse-seg"))
 
-    def extract(name, limit=10**9, described=EXTRACT):
-        counting = Counting(sealed, limit)
-        said = engine.provenance(
-            opened, "lite0", BACKBONE, declared, sealed.inputs, {"weights": "random"}, described, "cpu"
+
+@pytest.fixture
+def encoder(images, make_encoder):
+    return make_encoder(images, "efficientnet", "lite0", 64)
+
+
+@pytest.fixture
+def extract_to(images, encoder, tmp_path):
+    """Function that extracts the images into a named folder; returns the store's digest and the encoded images."""
+    spec, pyramid = get_spec(BACKBONE), encoder(images.image[:1].values)
+
+    def extract(name, limit=10**9, config=EXTRACT):
+        counting = CountingEncoder(encoder, limit)
+        provenance = engine.provenance(
+            images, "lite0", BACKBONE, spec, encoder.preprocessor, {"weights": "random"}, config, "cpu"
         )
-        layout = engine.make_layout(opened, declared, pyramid, 64, described)
-        scratch = engine.working_dir(tmp_path / name / "scratch", said, described)
-        writer = Writer(scratch, layout, tmp_path / name / "store.zarr", said)
+        schema = engine.make_schema(images, spec, pyramid, 64, config)
+        scratch = engine.working_dir(tmp_path / name / "scratch", provenance, config)
+        writer = Writer(scratch, schema, tmp_path / name / "store.zarr", provenance)
         try:
-            engine.extract(opened, counting, writer, described.batch)
+            engine.extract(images, counting, writer, config.batch)
         finally:
             writer.release()
-        return writer.finish(), counting.seen
+        return writer.finish(), counting.n_images
 
-    extract.sealed, extract.images, extract.folder = sealed, opened, tmp_path
     return extract
 
 
-def test_every_sample_lands_in_its_own_row(run):
-    run("a")
-    features = FeatureStore(run.folder / "a/store.zarr")
+@pytest.fixture
+def set_threads():
+    """Sets torch's number of threads for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_extract_writes_every_sample_to_its_own_row(extract_to, images, encoder, tmp_path):
+    extract_to("a")
+    features = FeatureStore(tmp_path / "a/store.zarr")
     for row in (0, 15, 16, 40, 71):
-        alone = run.sealed(run.images.image[row : row + 1].values)
+        alone = encoder(images.image[row : row + 1].values)
         np.testing.assert_allclose(
             features.read("level3/features", [row]),
             alone.levels[3],
@@ -83,123 +105,127 @@ def test_every_sample_lands_in_its_own_row(run):
         np.testing.assert_allclose(
             features.read("pooled/mean_level3", [row]), alone.pooled["mean_level3"], rtol=5e-3, atol=1e-3
         )
-    assert features.sample.tolist() == run.images.sample.values.tolist()
-    assert features.split.tolist() == run.images.split.values.tolist()
+    assert features.sample.tolist() == images.sample.values.tolist()
+    assert features.split.tolist() == images.split.values.tolist()
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's number of threads for the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def test_a_broken_extraction_goes_on_where_it_stopped(run, threads):
-    threads(2)
-    whole, seen = run("a")
-    assert seen == 72
-    threads(1)  # batch after batch, so that it is known which was the last
+def test_extract_interrupted_resumes_at_the_first_missing_shard(extract_to, set_threads, tmp_path):
+    set_threads(2)
+    digest, n_images = extract_to("a")
+    assert n_images == N_SAMPLES
+    set_threads(1)  # one batch at a time, so that the last one is certain
     with pytest.raises(KeyboardInterrupt):
-        run("b", limit=40)
-    threads(2)
-    assert not (run.folder / "b/store.zarr").exists()
-    resumed, seen = run("b")
-    assert resumed == whole
-    assert seen == 72 - 32  # two shards of 16 were safe
+        extract_to("b", limit=40)
+    set_threads(2)
+    assert not (tmp_path / "b/store.zarr").exists()
+    resumed_digest, n_images = extract_to("b")
+    assert resumed_digest == digest
+    assert n_images == N_SAMPLES - 32  # two shards of 16 were finished
 
 
-def test_a_kill_while_two_batches_are_encoded_changes_no_byte(run, threads):
-    threads(2)
-    whole, _ = run("a")
+def test_extract_interrupted_during_two_parallel_batches_writes_the_same_bytes(extract_to, set_threads):
+    set_threads(2)
+    digest, _ = extract_to("a")
     with pytest.raises(KeyboardInterrupt):
-        run("b", limit=40)
-    resumed, seen = run("b")
-    assert resumed == whole
-    assert seen < 72
+        extract_to("b", limit=40)
+    resumed_digest, n_images = extract_to("b")
+    assert resumed_digest == digest
+    assert n_images < N_SAMPLES
 
 
-def test_one_thread_or_two_give_the_same_bytes(run, threads):
-    """Two encode two batches side by side, each by itself."""
+def test_extract_with_one_or_two_threads_writes_the_same_bytes(extract_to, set_threads):
+    """Two threads encode two batches in parallel, one each."""
     digests = set()
-    for count in (1, 2):
-        threads(count)
-        digests.add(run(f"{count}")[0])
-        assert torch.get_num_threads() == count
+    for n_threads in (1, 2):
+        set_threads(n_threads)
+        digests.add(extract_to(str(n_threads))[0])
+        assert torch.get_num_threads() == n_threads
     assert len(digests) == 1
 
 
-def test_other_inputs_start_afresh_and_clear_the_old_scratch(run):
+def test_working_dir_of_other_inputs_is_new_and_deletes_the_old(extract_to, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run("a", limit=40)
-    wide = dataclasses.replace(EXTRACT, dtype="float32")
-    _, seen = run("a", described=wide)
-    assert seen == 72
-    assert list((run.folder / "a/scratch").iterdir()) == []
+        extract_to("a", limit=40)
+    _, n_images = extract_to("a", config=dataclasses.replace(EXTRACT, dtype="float32"))
+    assert n_images == N_SAMPLES
+    assert list((tmp_path / "a/scratch").iterdir()) == []
 
 
-def test_classification_sets_keep_pooled_vectors_alone_unless_asked(images_path, run):
-    chips = images.open_images(images_path("sample-landuse"))
-    pyramid = run.sealed(chips.image[:1].values)
-    assert engine.make_layout(chips, get_spec(BACKBONE), pyramid, 64, EXTRACT).levels == ()
-    dense = engine.make_layout(chips, get_spec(BACKBONE), pyramid, 64, dataclasses.replace(EXTRACT, keep_levels=True))
-    assert [level.stride for level in dense.levels] == [4, 8, 16, 32]
+def test_make_schema_of_a_classification_set_has_levels_only_with_keep_levels(images_path, encoder):
+    images, spec = image_store.open_images(images_path("sample-landuse")), get_spec(BACKBONE)
+    pyramid = encoder(images.image[:1].values)
+    assert engine.make_schema(images, spec, pyramid, 64, EXTRACT).levels == ()
+    schema = engine.make_schema(images, spec, pyramid, 64, dataclasses.replace(EXTRACT, keep_levels=True))
+    assert [level.stride for level in schema.levels] == [4, 8, 16, 32]
 
 
-def test_views_are_encoded_and_not_turned_afterwards(run):
-    run("a", described=dataclasses.replace(EXTRACT, views=("identity", "flip_x", "rot90")))
-    features = FeatureStore(run.folder / "a/store.zarr")
+def test_provenance_describes_inputs_in_plain_names(images, encoder):
+    provenance = engine.provenance(
+        images, "lite0", BACKBONE, get_spec(BACKBONE), encoder.preprocessor, {"weights": "random"}, EXTRACT, "cpu"
+    )
+    assert provenance["bands"] == provenance["input_names"] == ["red", "green", "blue"]
+    assert provenance["normalisation"] == {
+        "input_units": "display",
+        "image_units": "dn",
+        "display_range": (0.0, 0.3),
+        "statistics": "native",
+        "mean": (0.498, 0.498, 0.498),
+        "std": (0.502, 0.502, 0.502),
+    }
+    assert provenance["metadata_inputs"] == []
+
+
+def test_extract_encodes_views_instead_of_flipping_features(extract_to, images, encoder, tmp_path):
+    extract_to("a", config=dataclasses.replace(EXTRACT, views=("identity", "flip_x", "rot90")))
+    features = FeatureStore(tmp_path / "a/store.zarr")
     assert features.view == ["identity", "flip_x", "rot90"]
-    image = run.images.image[20:21].values
-    for view, turned in (("identity", image), ("flip_x", image[..., ::-1]), ("rot90", np.rot90(image, 1, (2, 3)))):
-        alone = run.sealed(np.ascontiguousarray(turned))
-        read = features.read("level1/features", [20], view)
-        np.testing.assert_allclose(read, alone.levels[1], rtol=2e-3, atol=2e-3 * np.abs(alone.levels[1]).max())
+    image = images.image[20:21].values
+    for view, viewed in (("identity", image), ("flip_x", image[..., ::-1]), ("rot90", np.rot90(image, 1, (2, 3)))):
+        alone = encoder(np.ascontiguousarray(viewed))
+        level = features.read("level1/features", [20], view)
+        np.testing.assert_allclose(level, alone.levels[1], rtol=2e-3, atol=2e-3 * np.abs(alone.levels[1]).max())
         pooled = features.read("pooled/mean_level3", [20], view)
         np.testing.assert_allclose(pooled, alone.pooled["mean_level3"], rtol=2e-3, atol=2e-3)
     identity, flipped = (features.read("level1/features", [20], view) for view in ("identity", "flip_x"))
     assert np.abs(flipped[..., ::-1].astype("float32") - identity).max() > 0.01 * np.abs(identity).max()
 
 
-def test_the_codec_of_params_is_the_stores(run):
-    run("a", described=dataclasses.replace(EXTRACT, codec="int8"))
-    features = FeatureStore(run.folder / "a/store.zarr")
+def test_extract_with_a_codec_stores_its_error(extract_to, tmp_path):
+    extract_to("a", config=dataclasses.replace(EXTRACT, codec="int8"))
+    features = FeatureStore(tmp_path / "a/store.zarr")
     assert features.attributes["codec"] == "int8"
     assert 0 < features.root["level0"].attrs["relative_error"] < 0.05
 
 
-def test_a_failing_disk_ends_the_run_with_its_own_error(run, monkeypatch):
-    monkeypatch.setattr(Writer, "write", lambda *given: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space left"):
-        run("a")
+def test_extract_on_a_full_disk_raises_the_disks_error(extract_to, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(Writer, "write", fail)
+    with pytest.raises(OSError) as info:
+        extract_to("a")
+    assert info.value.errno == 28
 
 
-def test_an_image_that_cannot_be_read_ends_it_while_batches_wait(run, images_path, tmp_path, make_encoder):
-    """The last batch of a shard still waits for its turn when the reader fails: nobody may wait for it for ever."""
-    opened = images.open_images(images_path("sample-landuse-seg"))
-    sealed = make_encoder(opened, "efficientnet", "lite0", 64)
-
-    class Slow(Counting):
-        def forward(self, batch, context):
-            time.sleep(0.3)
-            return super().forward(batch, context)
+def test_extract_with_an_unreadable_image_ends_while_batches_wait(images, encoder, tmp_path, monkeypatch):
+    """The last batch of a shard still waits for its turn when the reader fails; nothing may wait for it forever."""
 
     def read(rows):
-        if rows.start >= 32:  # where a shard begins
-            raise OSError("gone")
-        return opened.image[rows].values
+        if rows.start >= 32:  # the first row of a shard
+            raise OSError("unreadable")
+        return images.image[rows].values
 
-    layout = engine.make_layout(opened, get_spec(BACKBONE), sealed(opened.image[:1].values), 64, EXTRACT)
-    writer, ended = Writer(tmp_path / "scratch", layout, tmp_path / "store.zarr", {}), []
+    schema = engine.make_schema(images, get_spec(BACKBONE), encoder(images.image[:1].values), 64, EXTRACT)
+    writer, errors = Writer(tmp_path / "scratch", schema, tmp_path / "store.zarr", {}), []
 
-    def work():
-        with pytest.raises(OSError, match="gone"):
-            engine.extract(opened, Slow(sealed), writer, 4)
-        ended.append(True)
+    def extract():
+        try:
+            engine.extract(images, SlowEncoder(encoder), writer, 4)
+        except OSError as error:
+            errors.append(error)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine.feed, "reader", lambda _: read)
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join(30)
-    assert ended, "it hangs"
+    monkeypatch.setattr(engine.loader, "make_reader", lambda _: read)
+    thread = threading.Thread(target=extract, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [str(error) for error in errors] == ["unreadable"]

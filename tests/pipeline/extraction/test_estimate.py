@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_store import shard_values, small_schema
 
 from cache.writer import Writer
 from pipeline.backbones import get_spec
@@ -11,6 +12,7 @@ from pipeline.config import BackboneConfig, ExtractConfig
 from pipeline.data import image_store
 from pipeline.errors import UserError
 from pipeline.extraction import engine, estimate
+from tests.errors import raises
 
 BACKBONE = BackboneConfig("efficientnet", "lite0", "random", 64)
 EXTRACT = ExtractConfig(
@@ -20,86 +22,140 @@ EXTRACT = ExtractConfig(
 
 
 @pytest.fixture
-def tiles(images_path):
+def images(images_path):
     return image_store.open_images(images_path("sample-landuse-seg"))
 
 
 @pytest.fixture
-def sealed(tiles, make_encoder):
-    return make_encoder(tiles, "efficientnet", "lite0", 64)
+def encoder(images, make_encoder):
+    return make_encoder(images, "efficientnet", "lite0", 64)
 
 
 @pytest.fixture
-def laid(tiles, sealed):
-    """The first look at the tiles, and their layout with a codec."""
-    seen = dataclasses.replace(estimate.dry_run(tiles, sealed, 4), rate=10.0)
+def dry_run_with_codec(images, encoder):
+    """Function from a codec to the store's schema and the result of a dry run at 10 images/s."""
+    result = dataclasses.replace(estimate.dry_run(images, encoder, 4), images_per_second=10.0)
 
-    def lay(codec):
-        described = dataclasses.replace(EXTRACT, codec=codec)
-        return engine.make_layout(tiles, get_spec(BACKBONE), seen.pyramid, 64, described), seen
+    def make(codec):
+        extract = dataclasses.replace(EXTRACT, codec=codec)
+        return engine.make_schema(images, get_spec(BACKBONE), result.pyramid, 64, extract), result
 
-    return lay
+    return make
 
 
 @pytest.fixture
-def free(monkeypatch):
-    def leave(count):
-        monkeypatch.setattr(estimate.shutil, "disk_usage", lambda place: SimpleNamespace(free=count))
+def set_free_bytes(monkeypatch):
+    def set_free(n_bytes):
+        monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: SimpleNamespace(free=n_bytes))
 
-    return leave
+    return set_free
+
+
+# format_estimate
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd", "int8"])
-def test_a_disk_that_cannot_hold_it_is_refused_before_anything_is_written(tiles, sealed, laid, free, tmp_path, codec):
-    layout, seen = laid(codec)
-    writer = Writer(tmp_path / "scratch", layout, tmp_path / "store.zarr", {})
-    engine.extract(tiles, sealed, writer, 10)
+def test_format_estimate_refuses_a_disk_that_is_too_small_before_anything_is_written(
+    images, encoder, dry_run_with_codec, set_free_bytes, tmp_path, codec
+):
+    schema, result = dry_run_with_codec(codec)
+    writer = Writer(tmp_path / "scratch", schema, tmp_path / "store.zarr", {})
+    engine.extract(images, encoder, writer, 10)
     writer.finish()
-    stored = sum(path.stat().st_size for path in (tmp_path / "store.zarr").rglob("c.*"))
-    line = estimate.format_estimate(layout, seen, tmp_path / "new", "tiles x lite0")
-    assert line.startswith("tiles x lite0: 72 samples at 10.0 images/s take this process about 0.2 min and 0.0")
-    free(round(1.2 * stored))
-    estimate.format_estimate(layout, seen, tmp_path / "new", "tiles x lite0")
-    free(round(0.8 * stored))
-    with pytest.raises(UserError, match="The disk cannot hold it"):
-        estimate.format_estimate(layout, seen, tmp_path / "new", "tiles x lite0")
+    stored_bytes = sum(path.stat().st_size for path in (tmp_path / "store.zarr").rglob("c.*"))
+    line = estimate.format_estimate(schema, result, tmp_path / "new", "tiles x lite0")
+    for text in ("tiles x lite0: 72 samples", "10.0 images/s", "0.2 min"):
+        assert text in line
+    set_free_bytes(round(1.2 * stored_bytes))
+    estimate.format_estimate(schema, result, tmp_path / "new", "tiles x lite0")
+    set_free_bytes(round(0.8 * stored_bytes))
+    with raises(UserError, "tiles x lite0", key="extract.codec", path=tmp_path):
+        estimate.format_estimate(schema, result, tmp_path / "new", "tiles x lite0")
     assert not (tmp_path / "new").exists()
 
 
-def test_what_an_earlier_run_left_is_not_needed_twice(tiles, sealed, laid, free, tmp_path):
-    layout, seen = laid("none")
-    writer = Writer(tmp_path / "scratch", layout, tmp_path / "store.zarr", {})
-    whole = estimate.nbytes(layout)
-    engine.extract(tiles, sealed, writer, 10)
-    free(0.2 * whole)
-    line = estimate.format_estimate(layout, seen, tmp_path / "scratch", "tiles x lite0")
-    assert "take this process about 0.0 min and 0.00 GB" in line
+def test_format_estimate_counts_what_an_earlier_run_wrote(
+    images, encoder, dry_run_with_codec, set_free_bytes, tmp_path
+):
+    schema, result = dry_run_with_codec("none")
+    writer = Writer(tmp_path / "scratch", schema, tmp_path / "store.zarr", {})
+    engine.extract(images, encoder, writer, 10)
+    set_free_bytes(0.2 * estimate.nbytes(schema))
+    line = estimate.format_estimate(schema, result, tmp_path / "scratch", "tiles x lite0")
+    assert "0.0 min" in line
+    assert "0.00 GB" in line
 
 
-def test_what_lower_precision_changes_is_measured(tiles, sealed):
-    threads = torch.get_num_threads()
-    exact = estimate.dry_run(tiles, sealed, 4)
-    assert exact.precision_error == {}
-    assert 0 < exact.images_per_second < 1e5
-    assert torch.get_num_threads() == threads
-    lower = estimate.dry_run(tiles, Encoder(sealed.inputs, sealed.network, "cpu", "bfloat16"), 4)
+def test_format_estimate_accepts_features_too_large_for_float16(dry_run_with_codec, tmp_path):
+    """They are refused when they are stored."""
+    schema, result = dry_run_with_codec("int8")
+    result.pyramid.levels[0] *= 1e9
+    estimate.format_estimate(schema, result, tmp_path, "tiles x lite0")
+
+
+# dry_run
+
+
+def test_dry_run_in_bfloat16_measures_the_difference_to_float32(images, encoder):
+    n_threads = torch.get_num_threads()
+    result = estimate.dry_run(images, encoder, 4)
+    assert result.precision_error == {}
+    assert 0 < result.images_per_second < 1e5
+    assert torch.get_num_threads() == n_threads
+    lower = estimate.dry_run(images, Encoder(encoder.preprocessor, encoder.network, "cpu", "bfloat16"), 4)
     assert list(lower.precision_error) == ["level0", "level1", "level2", "level3"]
     assert all(1e-4 < error < 0.3 for error in lower.precision_error.values())
 
 
-def test_features_that_lower_precision_spoils_are_refused(tiles, sealed, monkeypatch):
-    monkeypatch.setattr(estimate, "_WRONG", 1e-4)
-    with pytest.raises(UserError, match=r"in bfloat16 differ from those in float32 by \d+% on cpu"):
-        estimate.dry_run(tiles, Encoder(sealed.inputs, sealed.network, "cpu", "bfloat16"), 4)
+def test_dry_run_refuses_features_that_differ_too_much_from_float32(images, encoder, monkeypatch):
+    monkeypatch.setattr(estimate, "_MAX_PRECISION_ERROR", 1e-4)
+    lower = Encoder(encoder.preprocessor, encoder.network, "cpu", "bfloat16")
+    with raises(UserError, "%", key="extract.precision", value="bfloat16", allowed=("float32",)):
+        estimate.dry_run(images, lower, 4)
 
 
-def test_a_network_that_does_not_take_the_images_says_so(tiles, sealed):
-    wrong = torch.nn.Conv2d(7, 3, 1)
-    with pytest.raises(UserError, match=r"does not take 3 bands \(red, green, blue\) of 64 px: .*expected input"):
-        estimate.dry_run(tiles, Encoder(sealed.inputs, wrong, "cpu"), 4)
+def test_dry_run_of_nonfinite_features_is_refused(images, encoder):
+    next(encoder.network.parameters()).data.fill_(float("nan"))
+    with raises(UserError, key="extract.precision", value="float32"):
+        estimate.dry_run(images, encoder, 4)
 
 
-def test_features_too_large_for_int8_in_float16_are_left_to_the_store(laid, tmp_path):
-    layout, seen = laid("int8")
-    seen.pyramid.levels[0] *= 1e9
-    estimate.format_estimate(layout, seen, tmp_path, "tiles x lite0")
+def test_dry_run_of_a_network_that_does_not_take_the_images_is_refused(images, encoder):
+    other = Encoder(encoder.preprocessor, torch.nn.Conv2d(7, 3, 1), "cpu")
+    with raises(UserError, 64, key="bands", value=("red", "green", "blue")):
+        estimate.dry_run(images, other, 4)
+
+
+# Batch size; on a GPU in test_gpu.py
+
+
+@pytest.mark.parametrize(
+    ("maximum", "budget", "expected"), [(64, 1e9, 64), (48, 1e9, 32), (64, 160, 16), (64, 159, 8), (64, 1, 1)]
+)
+def test_largest_power_of_two_never_measures_a_batch_that_may_not_fit(maximum, budget, expected):
+    measured = []
+
+    def measure_bytes(batch):
+        measured.append(batch)
+        return 10 * batch
+
+    assert estimate._largest_power_of_two(maximum, budget, measure_bytes) == expected
+    assert max(measured) <= expected
+
+
+def test_shared_choice_returns_the_first_workers(tmp_path):
+    path = tmp_path / "scratch/batch"
+    assert estimate.shared_choice(path, lambda: 16) == 16
+    assert estimate.shared_choice(path, lambda: pytest.fail("the choice is known")) == 16
+    assert [other.name for other in path.parent.iterdir()] == ["batch"]
+
+
+def test_batch_of_existing_store_needs_the_same_provenance_and_views(tmp_path):
+    provenance, schema, final = {"backbone": "b", "bands": ("red",)}, small_schema(samples=8), tmp_path / "store.zarr"
+    writer = Writer(tmp_path / "scratch", schema, final, {**provenance, "batch": 16})
+    writer.write(0, shard_values(schema, 0))
+    writer.finish()
+    assert estimate.batch_of_existing_store(final, provenance, ("identity",)) == 16
+    assert estimate.batch_of_existing_store(final, provenance, ("identity", "flip_x")) == 0
+    assert estimate.batch_of_existing_store(final, {**provenance, "bands": ("nir",)}, ("identity",)) == 0
+    assert estimate.batch_of_existing_store(tmp_path / "none.zarr", provenance, ("identity",)) == 0

@@ -1,4 +1,4 @@
-"""The engine on a GPU: the processor's features, the same bytes each time, and what mixed precision changes."""
+"""The engine on a GPU: the CPU's features, reproducible bytes, and the effect of mixed precision."""
 
 import dataclasses
 import json
@@ -13,7 +13,8 @@ from pipeline.backbones.encoder import Encoder
 from pipeline.config import BackboneConfig, ComputeConfig, ExtractConfig
 from pipeline.data import image_store
 from pipeline.errors import UserError
-from pipeline.extraction import batch_size, launch
+from pipeline.extraction import estimate, launch
+from tests.errors import raises
 
 EXTRACT = ExtractConfig(
     dtype="float32", codec="none", precision="float32", compiled=False, batch=10, shard=16, keep_levels=False,
@@ -23,84 +24,86 @@ LITE0 = BackboneConfig("efficientnet", "lite0", "random", 64)
 
 
 @pytest.fixture
-def run(gpu, images_path, tmp_path):
-    """Extract tiles with an untrained network; returns the store and what it says of itself."""
+def extract(gpu, images_path, tmp_path):
+    """Function that extracts the images with an untrained network; returns the store and its attributes."""
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/source.json").write_text(json.dumps({"weights": "random"}))
 
-    def extract(name: str, device: str = gpu, backbone: BackboneConfig = LITE0, processes: int = 0, **changes):
-        task = launch.ExtractionJob(
+    def run(name: str, device: str = gpu, backbone: BackboneConfig = LITE0, n_processes: int = 0, **changes):
+        job = launch.ExtractionJob(
             "lite0", backbone, dataclasses.replace(EXTRACT, **changes), device,
-            images=images_path("sample-landuse-seg"), weights=tmp_path / "weights",
+            images_path=images_path("sample-landuse-seg"), weights_dir=tmp_path / "weights",
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
         )  # fmt: skip
-        said = launch.launch(task, ComputeConfig(device, processes, ""))
-        return FeatureStore(task.final), said
+        attributes = launch.launch(job, ComputeConfig(device, n_processes, ""))
+        return FeatureStore(job.final), attributes
 
-    return extract
-
-
-def levels(features: FeatureStore) -> dict[str, np.ndarray]:
-    rows = np.arange(len(features.sample))
-    names = [f"{level}/features" for level in features.levels] + [f"pooled/{name}" for name in features.pooled]
-    return {name: features.read(name, rows).astype(np.float64) for name in names}
+    return run
 
 
-def apart(one: FeatureStore, other: FeatureStore) -> float:
-    """The largest relative root mean square difference of an array."""
-    pairs = zip(levels(one).values(), levels(other).values(), strict=True)
+def read_arrays(store: FeatureStore) -> list[np.ndarray]:
+    rows = np.arange(len(store.sample))
+    names = [*store.level_arrays, *store.pooled_arrays]
+    return [store.read(name, rows).astype(np.float64) for name in names]
+
+
+def relative_difference(expected: FeatureStore, actual: FeatureStore) -> float:
+    """Return the largest relative root mean square difference of an array."""
+    pairs = zip(read_arrays(expected), read_arrays(actual), strict=True)
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
 
 
-def test_a_gpu_gives_the_processors_features(run):
-    assert apart(run("cpu", "cpu")[0], run("gpu")[0]) < 1e-4
+def test_gpu_features_equal_the_cpus(extract):
+    assert relative_difference(extract("cpu", "cpu")[0], extract("gpu")[0]) < 1e-4
 
 
-@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.05), ("float16", 0.01)])
-def test_mixed_precision_differs_by_what_it_says(run, precision, most):
-    exact, (lower, said) = run("exact")[0], run("lower", precision=precision)
-    assert 1e-5 < apart(exact, lower) < most
-    assert all(0 < error < most for error in said["precision_error"].values())
+@pytest.mark.parametrize(("precision", "maximum"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_gpu_mixed_precision_differs_by_the_recorded_error(extract, precision, maximum):
+    exact, (lower, attributes) = extract("exact")[0], extract("lower", precision=precision)
+    assert 1e-5 < relative_difference(exact, lower) < maximum
+    assert all(0 < error < maximum for error in attributes["precision_error"].values())
 
 
-def test_the_same_bytes_each_time(run):
-    assert run("once")[1]["content_sha256"] == run("again")[1]["content_sha256"]
+def test_gpu_extraction_writes_the_same_bytes_each_time(extract):
+    assert extract("first")[1]["content_sha256"] == extract("second")[1]["content_sha256"]
 
 
-def test_two_processes_give_what_one_gives(run):
-    """Not to the byte: cuDNN may choose other kernels in another process."""
-    assert apart(run("once")[0], run("beside", processes=2)[0]) < 1e-5
+def test_gpu_extraction_by_two_processes_gives_the_features_of_one(extract):
+    """Not the same bytes: cuDNN may choose other kernels in another process."""
+    assert relative_difference(extract("single")[0], extract("shared", n_processes=2)[0]) < 1e-5
 
 
-def test_a_batch_is_found(run):
-    found, given = run("found", batch=0, shard=32)[0], run("given", batch=32, shard=32)[0]
-    assert apart(given, found) < 1e-4
+def test_gpu_extraction_finds_a_batch_size(extract):
+    chosen, fixed = extract("chosen", batch=0, shard=32)[0], extract("fixed", batch=32, shard=32)[0]
+    assert relative_difference(fixed, chosen) < 1e-4
 
 
-def test_less_memory_gives_a_smaller_batch(gpu, images_path, make_encoder, monkeypatch):
-    opened = image_store.open_images(images_path("sample-landuse-seg"))
-    made = make_encoder(opened, "efficientnet", "lite0", 64)
-    with pytest.raises(UserError, match="The network does not take"):
-        batch_size.find_batch_size(opened, Encoder(made.inputs, torch.nn.Conv2d(7, 3, 1), gpu), 64)
-    sealed = Encoder(made.inputs, made.network, gpu, strides=made.strides)
-    assert batch_size.find_batch_size(opened, sealed, 64) == 64
-    each = batch_size._bytes_of(opened, sealed, 8, 1) / 8
-    scarce = SimpleNamespace(total_memory=torch.cuda.memory_allocated(gpu) + 20 * each / batch_size._SHARE)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: scarce)
-    assert 8 <= batch_size.find_batch_size(opened, sealed, 64) <= 16
-    assert batch_size.find_batch_size(opened, sealed, 64, views=4) < 8
+def test_find_batch_size_with_less_gpu_memory_is_smaller(gpu, images_path, make_encoder, monkeypatch):
+    images = image_store.open_images(images_path("sample-landuse-seg"))
+    cpu_encoder = make_encoder(images, "efficientnet", "lite0", 64)
+    with raises(UserError, key="bands"):
+        other = Encoder(cpu_encoder.preprocessor, torch.nn.Conv2d(7, 3, 1), gpu)
+        estimate.find_batch_size(images, other, 64)
+    encoder = Encoder(cpu_encoder.preprocessor, cpu_encoder.network, gpu, strides=cpu_encoder.strides)
+    assert estimate.find_batch_size(images, encoder, 64) == 64
+    bytes_per_image = estimate._forward_bytes(images, encoder, 8, 1) / 8
+    budget = 20 * bytes_per_image / estimate._GPU_MEMORY_FRACTION
+    properties = SimpleNamespace(total_memory=torch.cuda.memory_allocated(gpu) + budget)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert 8 <= estimate.find_batch_size(images, encoder, 64) <= 16
+    assert estimate.find_batch_size(images, encoder, 64, n_views=4) < 8
 
 
-def test_a_compiled_network_gives_the_same_features(run):
-    assert apart(run("plain")[0], run("compiled", compiled=True)[0]) < 1e-3
+def test_gpu_compiled_network_gives_the_same_features(extract):
+    assert relative_difference(extract("plain")[0], extract("compiled", compiled=True)[0]) < 1e-3
 
 
 @pytest.mark.parametrize(
     ("family", "variant"),
     [("hiera", "sam2.1_hiera_t"), ("prithvi", "prithvi_eo_v2_tiny_tl"), ("dofa", "dofa_small_patch16_224")],
 )
-def test_the_foundation_models_small_kin(run, family, variant):
+def test_gpu_features_of_small_foundation_models_equal_the_cpus(extract, family, variant):
     backbone = BackboneConfig(family, variant, "random", 224, normalisation="dataset")
-    exact = run("cpu", "cpu", backbone)[0]
-    assert apart(exact, run("gpu", backbone=backbone)[0]) < 1e-3
-    assert apart(exact, run("lower", backbone=backbone, precision="bfloat16")[0]) < 0.05
+    exact = extract("cpu", "cpu", backbone)[0]
+    assert relative_difference(exact, extract("gpu", backbone=backbone)[0]) < 1e-3
+    assert relative_difference(exact, extract("lower", backbone=backbone, precision="bfloat16")[0]) < 0.05

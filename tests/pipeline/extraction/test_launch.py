@@ -1,4 +1,4 @@
-"""Several processes on one store, with one killed in the middle."""
+"""Several processes on one store, one of which is killed."""
 
 import json
 import os
@@ -9,25 +9,31 @@ from dataclasses import replace
 
 import psutil
 import pytest
+from distributed import LocalCluster
 
 from cache.reader import FeatureStore
 from cache.verify import verify
 from pipeline.config import BackboneConfig, ComputeConfig, ExtractConfig
+from pipeline.errors import UserError
 from pipeline.extraction import launch
+from tests.errors import raises
 
 EXTRACT = ExtractConfig(
     dtype="float16", codec="none", precision="float32", compiled=False, batch=0, shard=3, keep_levels=False,
     views=("identity",),
 )  # fmt: skip
+CSMASK = BackboneConfig("efficientnet", "csmask_b4", "pretrained", 64)
+THIS_PROCESS = ComputeConfig("cpu", workers=0, scheduler="")
 
 
 @pytest.fixture
-def task(images_path, weights_folder, tmp_path):
+def make_job(images_path, weights_folder, tmp_path):
+    """Function from a name to a job that writes into a folder of that name."""
     (weights_folder("csmask_b4") / "source.json").write_text(json.dumps({"weights": "pretrained"}))
 
     def make(name):
         return launch.ExtractionJob(
-            "csmask_b4", BackboneConfig("efficientnet", "csmask_b4", "pretrained", 64), EXTRACT, "cpu",
+            "csmask_b4", CSMASK, EXTRACT, "cpu",
             images_path=images_path("sample-landuse-seg"), weights_dir=weights_folder("csmask_b4"),
             scratch=tmp_path / name / "scratch", final=tmp_path / name / "store.zarr",
             n_threads=1,
@@ -36,67 +42,72 @@ def task(images_path, weights_folder, tmp_path):
     return make
 
 
-def bytes_of(store):
+def file_bytes(store):
     return {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
-def kill_one_at_work(shards) -> int:
-    """Kill -9 a process that holds a shard, as soon as two shards are safe; returns the shard's number."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
+def claimed_shards(process) -> list[int]:
+    """Return the shards that a process has locked and not finished."""
+    try:
+        paths = [file.path for file in process.open_files()]
+    except psutil.Error:
+        return []
+    locks = [path for path in paths if path.endswith(".lock") and "/shards/" in path]
+    unfinished = [lock for lock in locks if not os.path.exists(lock.replace(".lock", ".json"))]
+    return [int(os.path.basename(lock).removesuffix(".lock")) for lock in unfinished]
+
+
+def kill_a_working_process(find_shards_folder) -> int:
+    """Kill -9 a process that has claimed a shard, once two shards are finished; return the shard's number."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
         time.sleep(0.05)
-        if len(list(shards().glob("*.json"))) < 2:
+        if len(list(find_shards_folder().glob("*.json"))) < 2:
             continue
         for child in psutil.Process().children(recursive=True):
-            try:
-                held = [
-                    file.path
-                    for file in child.open_files()
-                    if file.path.endswith(".lock") and "/shards/" in file.path
-                ]
-            except psutil.Error:
-                continue
-            for lock in held:
-                if not os.path.exists(lock.replace(".lock", ".json")):
-                    os.kill(child.pid, signal.SIGKILL)
-                    return int(os.path.basename(lock).removesuffix(".lock"))
-    raise AssertionError("no worker was seen at work")
+            for shard in claimed_shards(child):
+                os.kill(child.pid, signal.SIGKILL)
+                return shard
+    raise AssertionError("no process claimed a shard")
 
 
-def test_two_workers_one_killed_make_the_store_of_one_process(task):
-    alone = launch.launch(task("alone"), ComputeConfig("cpu", workers=0, scheduler=""))
-    shared, together = task("shared"), {}
-    thread = threading.Thread(target=lambda: together.update(launch.launch(shared, ComputeConfig("cpu", 2, ""))))
+def test_launch_with_two_workers_one_killed_writes_the_bytes_of_one_process(make_job):
+    single = launch.launch(make_job("single"), THIS_PROCESS)
+    job, attributes = make_job("shared"), {}
+    compute = ComputeConfig("cpu", workers=2, scheduler="")
+    thread = threading.Thread(target=lambda: attributes.update(launch.launch(job, compute)))
     thread.start()
-    killed = kill_one_at_work(lambda: next(shared.scratch.glob("*/shards"), shared.scratch))
+    killed = kill_a_working_process(lambda: next(job.scratch.glob("*/shards"), job.scratch))
     thread.join(timeout=240)
     assert not thread.is_alive()
     assert killed in range(24)
-    assert together == alone
-    assert alone["batch"] == FeatureStore(shared.final).attributes["batch"] == 3  # four, but for the shard
-    assert "whole" in verify(shared.final)
-    assert bytes_of(shared.final) == bytes_of(task("alone").final)
-    assert not list(shared.scratch.iterdir())
-    assert len(FeatureStore(shared.final).sample) == 72
+    assert attributes == single
+    assert single["batch"] == FeatureStore(job.final).attributes["batch"] == 3  # four, limited by the shard
+    verify(job.final)
+    assert file_bytes(job.final) == file_bytes(make_job("single").final)
+    assert not list(job.scratch.iterdir())
+    assert len(FeatureStore(job.final).sample) == 72
 
 
-def test_a_store_in_lower_precision_is_whole_and_says_what_that_changed(task):
-    lower = task("lower")
-    said = launch.launch(
-        replace(lower, extract=replace(EXTRACT, precision="bfloat16", shard=16)), ComputeConfig("cpu", 0, "")
-    )
-    assert "whole" in verify(lower.final)
-    assert said["batch"] == FeatureStore(lower.final).attributes["batch"] == 4
-    told = FeatureStore(lower.final).attributes["measurements"]["precision_error"]
-    assert told == said["precision_error"]
-    assert all(1e-4 < error < 0.3 for error in told.values())
+def test_launch_in_bfloat16_stores_the_difference_to_float32(make_job):
+    job = replace(make_job("lower"), extract=replace(EXTRACT, precision="bfloat16", shard=16))
+    attributes = launch.launch(job, THIS_PROCESS)
+    verify(job.final)
+    stored = FeatureStore(job.final).attributes
+    assert attributes["batch"] == stored["batch"] == 4
+    assert attributes["precision_error"] == stored["measurements"]["precision_error"]
+    assert all(1e-4 < error < 0.3 for error in attributes["precision_error"].values())
+
+
+def test_launch_on_a_scheduler_needs_a_certain_device(make_job):
+    compute = ComputeConfig("auto", workers=0, scheduler="tcp://localhost:8786")
+    with raises(UserError, key="compute.device", value="auto", allowed=("cuda", "cpu")):
+        launch.launch(replace(make_job("auto"), device="auto"), compute)
 
 
 @pytest.mark.slow
-def test_the_workers_of_a_scheduler(task):
-    from distributed import LocalCluster
-
-    alone = launch.launch(task("alone"), ComputeConfig("cpu", workers=0, scheduler=""))
+def test_launch_on_a_scheduler_writes_the_same_store(make_job):
+    single = launch.launch(make_job("single"), THIS_PROCESS)
     with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
-        again = launch.launch(task("again"), ComputeConfig("cpu", workers=0, scheduler=cluster.scheduler_address))
-    assert again == alone
+        compute = ComputeConfig("cpu", workers=0, scheduler=cluster.scheduler_address)
+        assert launch.launch(make_job("scheduler"), compute) == single
