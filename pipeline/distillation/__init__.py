@@ -1,1 +1,1 @@
-"""Distillation: a compact student learns from what the cache holds of the teachers; no teacher is run again."""
+"""Distillation of cached teachers into compact students; no backbone is run."""

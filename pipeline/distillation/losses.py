@@ -92,7 +92,7 @@ class Projectors(nn.Module):
 
 
 def nearest_level(level_sizes: Sequence[int], target_size: Sequence[int]) -> int | None:
-    """Return the index of the student's level whose size is most similar to a map's (y, x); None for a vector, ()."""
+    """Return the index of the level whose size is most similar to (y, x); None for a vector, ()."""
     if not target_size:
         return None
     ratios = [max(side, target_size[0]) / min(side, target_size[0]) for side in level_sizes]

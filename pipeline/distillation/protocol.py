@@ -37,7 +37,7 @@ def train_variant(
     study_path: Path,
     cache_key: object,
 ) -> tuple[dict, ProtocolResult]:
-    """Search learning rate and weight decay on validation, train the seeds, and read the test split once for each.
+    """Search hyperparameters on validation, train the seeds, and score each once on the test split.
 
     Args:
         create_student: from a seed to a student before training.

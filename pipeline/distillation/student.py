@@ -1,4 +1,4 @@
-"""Students: compact timm networks from raw chips to logits; how they are initialised, saved and loaded."""
+"""Students: compact timm networks from raw chips to logits; initial weights and saved files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -55,11 +55,11 @@ class StudentSpec:
 
 
 class Student(nn.Module):
-    """Network from chips, float32 (batch, band, y, x) in the units and band order of the images store, to logits.
+    """Network from raw chips, float32 (batch, band, y, x), to logits.
 
-    Two steps are inside the network, so that an exported graph takes raw chips: normalisation by each band's mean and
-    standard deviation over the training split, and the bilinear resize to the network's input size (antialiased when
-    it shrinks). Logits are float32. For classification they are (batch, class), from the spatial means of all
+    Chips are in the units and band order of the images store. Two steps are inside the network, so that an exported
+    graph takes raw chips: normalisation by each band's mean and standard deviation over the training split, and the
+    bilinear resize to the network's input size (antialiased when it shrinks). Logits are float32. For classification they are (batch, class), from the spatial means of all
     levels. For segmentation they are (batch, class, y, x) of the chips' own size, from a feature pyramid network
     (Lin et al., CVPR 2017, arXiv 1612.03144).
 

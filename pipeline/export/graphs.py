@@ -38,7 +38,7 @@ def trace(student: Student, metadata: Mapping) -> torch.export.ExportedProgram:
 
 
 def write_onnx(program: torch.export.ExportedProgram, metadata: Mapping, path: Path) -> None:
-    """Write a student as ONNX: input `chips` (batch, band, y, x), output `logits`, and its metadata as properties."""
+    """Write a student as ONNX with input `chips` (batch, band, y, x), output `logits`, and its metadata."""
     exported = torch.onnx.export(
         program, dynamo=True, input_names=["chips"], output_names=["logits"], opset_version=OPSET, verbose=False
     )
@@ -107,7 +107,7 @@ def torch_predictor(network: torch.nn.Module) -> LogitsFunction:
 
 
 def relative_logit_error(student: Student, predict: LogitsFunction, chips: np.ndarray) -> float:
-    """Return the largest difference of a logit from torch's, divided by the standard deviation of torch's logits.
+    """Return the largest difference of a logit from torch's, in standard deviations of torch's logits.
 
     Args:
         student: on the CPU, in evaluation mode.

@@ -1,4 +1,4 @@
-"""A model with trainable backbones, from images to logits with the preprocessing of extraction and a trained head."""
+"""Models with trainable backbones: the preprocessing of extraction, the backbones, and a trained head."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,7 +116,7 @@ class FineTunedEnsemble(nn.Module):
         return self.trained_head.logits(self.features(image, rows))
 
     def features(self, image: np.ndarray, rows: np.ndarray) -> list[dict[str, torch.Tensor]]:
-        """Compute each backbone's features, by the names of their arrays in a store; arguments as for `forward`."""
+        """Compute each backbone's features by the names of their arrays; arguments as for `forward`."""
         features = []
         for encoder, metadata in zip(self.encoders, self._metadata, strict=True):
             encoder.network.gradients_enabled = torch.is_grad_enabled()
@@ -137,9 +137,10 @@ class FineTunedEnsemble(nn.Module):
                 parameter.copy_(tensors[name])
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
-        """Return parameter groups for torch's AdamW: a learning rate per layer; no decay of biases and normalisation.
+        """Return parameter groups for torch's AdamW, with a learning rate per layer.
 
-        The key `rate` keeps the full learning rate of the group, for the schedule.
+        Biases and normalisation layers have no weight decay. The key `rate` keeps the full learning rate of the
+        group, for the schedule.
         """
         lr_scale = {f"head.{name}": 1.0 for name, _ in self.head.named_parameters()}
         for index, network in enumerate(self.networks):

@@ -1,4 +1,4 @@
-"""Protocol of fine-tuning: learning rates on validation, then several seeds that each read the test split once."""
+"""Protocol of fine-tuning: learning rates on validation, then seeds that are tested once each."""
 
 import gc
 import shutil
@@ -27,7 +27,7 @@ SEARCH_KEYS = "finetune.learning_rates, finetune.weight_decay"
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """Fine-tuned seeds, read on the test split. Unlike `ProtocolResult` it has the best model only: they are large.
+    """Fine-tuned seeds and their test scores, with the tensors of the best seed only: they are large.
 
     Attributes:
         runs: one row per seed, with the columns of the frozen protocol and `frozen_val_score`, `best_step` and
@@ -44,7 +44,7 @@ class FineTuneResult:
 def run_fine_tuning(
     create_model: Callable[[int], FineTunedEnsemble], job: FineTuneJob, metadata: Mapping, folder: Path
 ) -> FineTuneResult:
-    """Fine-tune with every learning rate and the first seed, then with the best learning rate and all seeds.
+    """Fine-tune with each learning rate and one seed, then with the best learning rate and all seeds.
 
     Args:
         create_model: from a seed to a model that is equal to the frozen one.
@@ -100,7 +100,7 @@ def make_task(images: xr.Dataset, augmented_images: AugmentedImages, class_weigh
 
 
 def checkpoint_folder(folder: Path, cache_key: object) -> Path:
-    """Return the folder of checkpoints for a cache key and the current code; delete all other folders in `folder`.
+    """Return the folder of checkpoints for a cache key and the current code; delete all others.
 
     Args:
         folder: of this dataset and model.

@@ -1,4 +1,4 @@
-"""One fine-tuning: AdamW from the frozen model, the best step on validation, and checkpoints that survive a kill.
+"""One fine-tuning: AdamW, selection of the best step on validation, and checkpoints to resume from.
 
 All random draws depend only on the seed and the step. A run that is resumed from a checkpoint therefore ends as an
 uninterrupted one: bit-identical on a CPU.
@@ -56,7 +56,7 @@ class TrainState:
 
 
 def train(model: FineTunedEnsemble, job: FineTuneJob, hparams: HParams, checkpoint_path: Path) -> TrainState:
-    """Fine-tune a model that is equal to the frozen one; it ends with the parameters of the best validation check.
+    """Fine-tune a model, and leave it with the parameters of its best validation check.
 
     Args:
         model: with the parameters of the frozen model.

@@ -82,7 +82,7 @@ def test_choose_teacher_named_model_with_random_weights_is_refused(all_datasets)
 
 @pytest.mark.parametrize("cached_views", [(), ("identity", "rot90")])
 def test_cached_teacher_features_are_those_of_the_chips(make_dataset, cached_views):
-    """Compare with features extracted from the very chips that a student gets: a wrong row or view would show."""
+    """Compare with features extracted from the very chips that a student gets."""
     dataset = make_dataset("segmentation", cached_views)
     setup = dataset.setup()
     rows = setup.images.rows("train", UNLABELLED)[[5, 0, 0, 11]]
@@ -98,7 +98,7 @@ def test_cached_teacher_features_are_those_of_the_chips(make_dataset, cached_vie
 
 
 def test_cached_teacher_statistics_are_of_the_training_split(make_dataset):
-    """Standardised training features have mean 0 and standard deviation 1 only with the training statistics."""
+    """Only with training statistics do standardised training features have mean 0 and deviation 1."""
     setup = make_dataset("classification").setup()
     rows = setup.images.rows("train")
     for values in setup.teacher.features(rows, ["identity"] * len(rows)):

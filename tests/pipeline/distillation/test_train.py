@@ -1,4 +1,4 @@
-"""Training of students: what each variant uses, and that a student learns from its teacher beyond the labels."""
+"""Training of students: what each variant uses, and what a student learns from its teacher."""
 
 import dataclasses
 import json
@@ -71,7 +71,7 @@ def test_train_supervised_learns_the_task(make_dataset):
 
 
 def test_train_features_predicts_features_of_the_right_rows_and_views(make_dataset):
-    """Features of validation chips can be predicted only if rows, views and grids of image and teacher agree."""
+    """Validation features can be predicted only if rows, views and grids of image and teacher agree."""
     setup = make_dataset("segmentation").setup(with_steps(30, 60))
     student, projectors = train_student(setup, "features")
     untrained = create_student(setup)

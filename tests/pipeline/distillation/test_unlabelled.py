@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -36,67 +37,69 @@ from pipeline.tasks import NO_CLASS, Classification, get_task
 from pipeline.training import protocol, task_data
 from pipeline.training.head_trainer import HParams
 from pipeline.training.protocol import trained_head
-from tests.pipeline.data.sources.custom.test_custom import THREE, labelled, prepared, scene_block, tile_block, tiles
-from tests.pipeline.data.sources.custom.test_unlabelled import PLACES, both, more
+from tests.pipeline.data.sources.custom.custom_data import (
+    BLUE_GREEN_RED,
+    UNLABELLED_CORNERS,
+    prepare,
+    scene_dataset,
+    tile_dataset,
+    with_options,
+    with_unlabelled,
+    write_table,
+    write_windows,
+)
 
-__all__ = ["tiles"]
 EXTRACT = ExtractConfig("float16", "none", "float32", False, 16, 64, False, ("identity",))
 HEADS = HeadsConfig(LinearHeadConfig("all", "mean", 40, 20), UPerNetHeadConfig(4, 6, 4))
 HPARAMS = {"learning_rate": 0.02, "weight_decay": 0.01}
 METADATA = {"dataset": "mine", "model": "lite0", "weights": "random"}
 
 
-def scene_datasets(raw_folder, folder):
+def scene_datasets(raw_folder, tiles, folder):
     """One labelled scene with a file per band, and two unlabelled scenes in other folders."""
     folder.mkdir()
     for path in raw_folder("osm_landuse").iterdir():
         if path.suffix in (".jp2", ".gpkg"):
             shutil.copy(path, folder)
-    for name, (top, left) in (("a", (192, 192)), ("b", (448, 704))):
+    for name, (row, column) in (("a", (192, 192)), ("b", (448, 704))):
         for band in range(1, 4):
-            more(raw_folder, folder, [(top, left)], f"more/{name}", slice(band, band + 1))
-            path = folder / f"more/{name}/tile_{top:04d}_{left:04d}.tif"
+            write_windows(raw_folder, folder, [(row, column)], f"more/{name}", slice(band, band + 1))
+            path = folder / f"more/{name}/tile_{row:04d}_{column:04d}.tif"
             path.rename(path.with_name(f"x_B0{band + 1}.tif"))
-    options = {"folder": str(folder), "images": "*_B0[2-4].jp2", "bands": THREE}
-    dataset = scene_block(raw_folder, task="classification", chip=64, options=options)
-    return dataset, dataclasses.replace(dataset, options=dataset.options | {"unlabelled": "more/*/*.tif"})
+    options = {"folder": str(folder), "images": "*_B0[2-4].jp2", "bands": BLUE_GREEN_RED}
+    dataset = scene_dataset(raw_folder, task="classification", chip=64, options=options)
+    return dataset, with_options(dataset, unlabelled="more/*/*.tif")
 
 
-def table_datasets(raw_folder, tiles, tmp_path):
-    folder, options = labelled(tiles, tmp_path)
-    more(raw_folder, folder, PLACES)
-    return both(tile_block(tiles, task="classification", chip=0, block=128, options=options))
+def table_datasets(raw_folder, tiles, folder):
+    table_folder, options = write_table(tiles, folder)
+    write_windows(raw_folder, table_folder, UNLABELLED_CORNERS)
+    dataset = tile_dataset(tiles, task="classification", chip=0, block=128, options=options)
+    return dataset, with_unlabelled(dataset)
 
 
 def mask_datasets(raw_folder, tiles, folder, **changes):
     shutil.copytree(tiles, folder / "wide")
-    more(raw_folder, folder / "wide", PLACES)
-    return both(tile_block(folder / "wide", **changes))
+    write_windows(raw_folder, folder / "wide", UNLABELLED_CORNERS)
+    dataset = tile_dataset(folder / "wide", **changes)
+    return dataset, with_unlabelled(dataset)
 
 
 # Kinds of labels: function to the dataset without and with unlabelled images, and the number of unlabelled chips.
 KINDS = {
     "masks": (mask_datasets, 24),
-    "masks, classification": (
-        lambda raw_folder, tiles, folder: mask_datasets(
-            raw_folder, tiles, folder, task="classification", options={"purity": 0.5}
-        ),
-        24,
-    ),
-    "masks, multilabel": (
-        lambda raw_folder, tiles, folder: mask_datasets(raw_folder, tiles, folder, task="multilabel"),
-        24,
-    ),
+    "masks, classification": (partial(mask_datasets, task="classification", options={"purity": 0.5}), 24),
+    "masks, multilabel": (partial(mask_datasets, task="multilabel"), 24),
     "table": (table_datasets, 6),
-    "scene": (lambda raw_folder, tiles, folder: scene_datasets(raw_folder, folder), 8),
+    "scene": (scene_datasets, 8),
 }
 SLOW = ("masks, classification", "masks, multilabel")
 
 
 def write_stores(dataset, folder):
     """Write the images store and the features of a small random network with the program's own engine."""
-    dataset = dataclasses.replace(dataset, options=dataset.options | {"display": [0, 0.3]})
-    written = image_writer.write(prepared(dataset, folder), folder / "scratch", folder / "mine.zarr", workers=1)
+    dataset = with_options(dataset, display=[0, 0.3])
+    written = image_writer.write(prepare(dataset, folder), folder / "scratch", folder / "mine.zarr", workers=1)
     (folder / "source.json").write_text('{"weights": "random, seed 0"}')
     # Normalised by the dataset's training split: if unlabelled chips counted, every feature would change.
     backbone = BackboneConfig("efficientnet", "lite0", "random", 32, normalisation="dataset")
@@ -219,7 +222,7 @@ class SetupWithRows(train.DistillationSetup):
 
 
 def test_no_class_is_refused_by_everything_that_counts_classes():
-    """A missing label is an invalid index, so that a sample without one cannot count as a class by mistake."""
+    """A missing label is an invalid index: a sample without a label cannot count as a class by mistake."""
     label, logits = np.array([0] * 99 + [NO_CLASS]), torch.zeros(1, 100, 3)
     task, label_tensor = Classification(3), torch.from_numpy(label)[None]
     weighted = dataclasses.replace(task, class_weights=(1.0, 1.0, 1.0))
@@ -230,7 +233,7 @@ def test_no_class_is_refused_by_everything_that_counts_classes():
         lambda: weighted.loss_grad(logits, label_tensor),
         lambda: task.counts(np.zeros(100, int), label),
         lambda: task_data.balanced_weights(label, task),
-        lambda: probes.logistic("classification", np.random.default_rng(0).normal(size=(100, 2)), label, 3),
+        lambda: probes.fit_logistic(task, np.random.default_rng(0).normal(size=(100, 2)), label),
         lambda: ["a", "b", "c"][label[-1]],
     ):
         with pytest.raises((IndexError, ValueError, RuntimeError)):

@@ -1,4 +1,4 @@
-"""A fine-tuning in its own process, to be killed: python killed.py IMAGES HEAD FOLDER; writes FOLDER/done."""
+"""A fine-tuning in its own process, to be killed: python killed.py IMAGES HEAD FOLDER."""
 
 import dataclasses
 import sys
@@ -35,4 +35,3 @@ def fine_tune(images_path: Path, head_path: Path, folder: Path) -> protocol.Fine
 
 if __name__ == "__main__":
     fine_tune(*map(Path, sys.argv[1:4]))
-    Path(sys.argv[3], "done").touch()

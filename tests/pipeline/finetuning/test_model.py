@@ -1,4 +1,4 @@
-"""Models before and after one step: they start as the frozen model, and only what is configured is trained."""
+"""Models start as the frozen model, and a step changes only what is configured."""
 
 import dataclasses
 

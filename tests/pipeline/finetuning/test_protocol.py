@@ -1,4 +1,4 @@
-"""Fine-tuning as a whole: what it learns, selects and reports, and that a killed run ends as an uninterrupted one."""
+"""Fine-tuning as a whole: learning, selection, reported runs, and resumption after a kill."""
 
 import dataclasses
 import os
