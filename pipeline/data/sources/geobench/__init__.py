@@ -149,10 +149,10 @@ def estimate_size(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, 
     bytes_per_value = spec.file_bytes_per_value if options.keep_released_metadata else spec.bytes_per_value
     mask_bytes = n_pixels if spec.task_class.is_dense else 0
     size = DatasetSize(
-        samples=n_samples,
+        n_samples=n_samples,
         bands=tuple(bands.values()),
         task=spec.task,
-        classes=len(spec.classes),
+        n_classes=len(spec.classes),
         bytes_per_image=n_pixels * bytes_per_value * len(bands) + mask_bytes,
         images_per_second=_measure_images_per_second(images, options.skip_bad) if images else None,
     )
@@ -300,11 +300,11 @@ def _measure_images_per_second(images: LazyImageDataset, skip_bad: bool) -> floa
     Raises:
         UserError: one of the first samples cannot be read and may not be skipped.
     """
-    names = images.sample[:TIMED_SAMPLES]
+    names, out = images.sample[:TIMED_SAMPLES], np.empty(images.shape, images.dtype)
     start = time.perf_counter()
     for name in names:
         try:
-            images.read_sample(name)
+            images.read_sample(name, out)
         except UserError:
             if not skip_bad:
                 raise

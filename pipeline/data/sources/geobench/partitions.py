@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.data.sources.geobench.spec import GeoBenchSet
@@ -64,7 +64,7 @@ def read_partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], li
     return list(split_of), [SPLITS[split] for split in split_of.values()], dropped
 
 
-def read_labels(folder: Path, spec: GeoBenchSet) -> dict[str, int | tuple[int, ...]] | None:
+def read_labels(folder: Path, spec: GeoBenchSet) -> Mapping[str, int | tuple[int, ...]] | None:
     """Read the labels of a set's JSON file.
 
     label_map.json contains the sample names of each class; label_stats.json (multi-label) the zeros and ones of each

@@ -173,16 +173,15 @@ class GeoBenchReader:
 
     def _label(self, attributes: Mapping, name: str) -> np.ndarray:
         """Return the label in the set's JSON files or the sample's attributes; refuse it if the two differ."""
-        file_label, n_classes = attributes.get("label"), len(self.spec.classes)
-        listed_label = self.labels.get(name) if self.labels is not None else None
-        if file_label is None and listed_label is None:
+        n_classes = len(self.spec.classes)
+        released_labels = (attributes.get("label"), self.labels.get(name) if self.labels is not None else None)
+        file_label, listed_label = (None if label is None else as_integer_label(label) for label in released_labels)
+        label = listed_label if file_label is None else file_label
+        if label is None:
             raise UserError(
                 "There is no label, neither in the attribute 'pickle' nor in the JSON files of the folder.",
                 key="label",
             )
-        file_label, listed_label = (
-            None if label is None else as_integer_label(label) for label in (file_label, listed_label)
-        )
         if file_label is not None and listed_label is not None and not np.array_equal(file_label, listed_label):
             raise UserError(
                 f"The label is {file_label.tolist()} in the file, but {listed_label.tolist()} in the JSON files of "
@@ -191,7 +190,6 @@ class GeoBenchReader:
                 value=file_label.tolist(),
                 allowed=(listed_label.tolist(),),
             )
-        label = listed_label if file_label is None else file_label
         if self.spec.task_class.is_multilabel:
             if label.shape != (n_classes,) or not ((label == 0) | (label == 1)).all():
                 raise UserError(
@@ -276,7 +274,7 @@ def _pickle_text(file: h5f.FileID) -> str | None:
         return None
     text = np.empty((), dtype)
     attribute.read(text)
-    return text[()].decode(errors="surrogateescape")
+    return text.item().decode(errors="surrogateescape")
 
 
 def as_integer_label(label: object) -> np.ndarray:
@@ -364,7 +362,7 @@ def _read(file: h5f.FileID, dataset: h5d.DatasetID, key: str, out: np.ndarray, s
     if offset is None:
         _check_values_in_file(dataset, key)
         dataset.read(h5s.ALL, h5s.ALL, out, _hdf5_type(out.dtype))
-    elif os.preadv(file.get_vfd_handle(), [out], offset) < out.nbytes:
+    elif os.preadv(file.get_vfd_handle(), [memoryview(out)], offset) < out.nbytes:
         raise OSError("the file ends within the pixels of a band or mask")
 
 

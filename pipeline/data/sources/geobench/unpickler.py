@@ -10,6 +10,7 @@ import datetime
 import io
 import pickle
 import re
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -90,7 +91,7 @@ def _array_from_buffer(data, dtype, shape, order):
     return array
 
 
-_NUMPY = {("numpy", "dtype"): _NumericDtype, ("numpy", "ndarray"): _NumericArray}
+_NUMPY: dict[tuple[str, str], Callable] = {("numpy", "dtype"): _NumericDtype, ("numpy", "ndarray"): _NumericArray}
 for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
     _NUMPY[_core + ".multiarray", "scalar"] = _make_scalar
     _NUMPY[_core + ".multiarray", "_reconstruct"] = _NumericArray

@@ -228,9 +228,9 @@ def test_estimate_size_counts_local_samples_and_skips_unreadable_ones(geobench_r
     with raises(UserError, path=folder / "id_0000.hdf5"):
         geobench.estimate_size(dataset_config("m-so2sat", partition="mine"), local)
     size, download_bytes = geobench.estimate_size(dataset_config("m-so2sat", partition="mine", skip_bad=True), local)
-    assert (size.samples, download_bytes) == (10, 0)
+    assert (size.n_samples, download_bytes) == (10, 0)
     assert size.images_per_second > 0
     for partition, n_train in (("mine", 19992), ("0.01x_train", 200)):
         size, download_bytes = geobench.estimate_size(dataset_config("m-so2sat", partition=partition), remote)
-        assert size.samples == n_train + sum(geobench.SETS["m-so2sat"].split_sizes[1:])
+        assert size.n_samples == n_train + sum(geobench.SETS["m-so2sat"].split_sizes[1:])
         assert download_bytes > 1e9
