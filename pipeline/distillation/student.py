@@ -59,9 +59,11 @@ class Student(nn.Module):
 
     Chips are in the units and band order of the images store. Two steps are inside the network, so that an exported
     graph takes raw chips: normalisation by each band's mean and standard deviation over the training split, and the
-    bilinear resize to the network's input size (antialiased when it shrinks). Logits are float32. For classification they are (batch, class), from the spatial means of all
-    levels. For segmentation they are (batch, class, y, x) of the chips' own size, from a feature pyramid network
-    (Lin et al., CVPR 2017, arXiv 1612.03144).
+    bilinear resize to the network's input size (antialiased when it shrinks).
+
+    Logits are float32. For classification they are (batch, class), from the spatial means of all levels. For
+    segmentation they are (batch, class, y, x) of the chips' own size, from a feature pyramid network (Lin et al.,
+    CVPR 2017, arXiv 1612.03144).
 
     Args:
         spec: architecture and sizes.
