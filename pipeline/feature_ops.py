@@ -33,7 +33,7 @@ def resize(maps: torch.Tensor, size: Sequence[int], align_corners: bool = False)
 @lru_cache
 @torch.inference_mode(False)  # else autograd could not use weights that are first computed in inference
 def bilinear_weights(old: int, new: int, device: torch.device, align_corners: bool = False) -> torch.Tensor:
-    """Return the weights of `old` rows in `new` resized rows, float32 (new, old); `align_corners` as for `resize`."""
+    """Return the weights of `old` rows in `new` resized rows, float32 (new, old)."""
     position = torch.arange(new, dtype=torch.float64)
     if align_corners:
         position = position * (old - 1) / max(1, new - 1)

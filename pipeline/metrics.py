@@ -7,8 +7,6 @@ positives, false positives and false negatives of every class.
 
 import numpy as np
 
-METRICS = {"classification": "accuracy", "multilabel": "micro F1", "segmentation": "mean IoU"}
-
 
 def confusion_counts(
     predicted: np.ndarray, label: np.ndarray, n_classes: int, ignore_value: int | None = None
@@ -69,15 +67,3 @@ def micro_f1(counts: np.ndarray, n_classes: int) -> np.ndarray:
     """Compute the micro F1 in [0, 1], (…), from added multi-label counts (…, 3 * n_classes)."""
     tp, fp, fn = np.moveaxis(counts.reshape(*counts.shape[:-1], 3, n_classes).sum(axis=-1), -1, 0)
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
-
-
-def counts(task: str, predicted: np.ndarray, label: np.ndarray, classes: int, ignore: int | None) -> np.ndarray:
-    """Deprecated: `get_task(task)(classes).counts(predicted, label)`."""
-    if task == "multilabel":
-        return multilabel_counts(predicted, label)
-    return confusion_counts(predicted, label, classes, ignore)
-
-
-def score(task: str, total: np.ndarray, classes: int) -> np.ndarray:
-    """Deprecated: `get_task(task)(classes).score(counts)`."""
-    return {"classification": accuracy, "multilabel": micro_f1, "segmentation": mean_iou}[task](total, classes)

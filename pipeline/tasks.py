@@ -34,7 +34,7 @@ class TaskType(StrEnum):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A task on a dataset. The class attributes and class methods need no number of classes.
+    """A task on a dataset. Class attributes and class methods do not depend on the number of classes.
 
     Attributes:
         n_classes: number of classes.

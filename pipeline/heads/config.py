@@ -62,7 +62,9 @@ class HeadConfig:
 
 
 def describe_head(config: HeadConfig, array_names: Sequence[Sequence[str]], has_class_weights: bool) -> str:
-    """Describe a head and its inputs: "upernet of 16 channels, concat, level0, level1, balanced class weights".
+    """Describe a head and its inputs.
+
+    For example "upernet of 16 channels, concat, level0, level1, balanced class weights".
 
     Args:
         array_names: names of each backbone's arrays that the head reads.

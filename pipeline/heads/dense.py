@@ -54,7 +54,9 @@ class HeadList(nn.Module):
         return groups
 
     def forward_heads(self, inputs: Sequence[torch.Tensor], index: torch.Tensor | None):
-        """Yield (head, logits (1, batch, class, y, x)), head by head: only one head's activations are in memory.
+        """Yield (slice of one head, logits (1, batch, class, y, x)) for each head.
+
+        Memory holds the activations of one head only.
 
         Args:
             inputs: levels (sample, channel, y, x), finest first.

@@ -150,7 +150,7 @@ def match_levels(shapes: Sequence[Sequence[LevelShape]]) -> list[list[int]]:
 
 
 class LevelFusion(nn.Module):
-    """Fuse one level of every backbone, (batch, channel, y, x) of any grids, to one map of the finest grid.
+    """Fuse one level (batch, channel, y, x) of every backbone to one map of the finest grid.
 
     Args:
         method: a name of `FUSIONS`.
@@ -236,7 +236,7 @@ class FusedHead(nn.Module):
 
 
 class LearnedPyramid(nn.Module):
-    """Resample four levels of one grid (y, x), as a vision transformer's, to 4, 2, 1 and 1/2 times its sides.
+    """Resample a vision transformer's four levels of one grid to 4, 2, 1 and 1/2 times its sides.
 
     The same network and parameter names as `LearnedInterpolateToPyramidal` of terratorch 1.2; a test compares the
     outputs. It is a copy because terratorch takes 6 to 10 s to import.

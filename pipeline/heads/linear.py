@@ -55,7 +55,10 @@ class StackedLinear(nn.Module):
         return [self]
 
     def parameter_heads(self) -> list[tuple[nn.Parameter, bool]]:
-        """Return all parameters and whether weight decay applies: to weights (head, out, in), not to biases (head, out)."""
+        """Return all parameters and whether weight decay applies.
+
+        It applies to weights (head, out, in), not to biases (head, out).
+        """
         return [(weight, True) for weight in self.weights] + [(bias, False) for bias in self.biases]
 
     def forward_heads(self, inputs: torch.Tensor, index: torch.Tensor | None):
@@ -92,7 +95,7 @@ class StackedLinear(nn.Module):
             self.weights[0].grad = torch.mm(flat.t(), rows).view_as(self.weights[0])
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Logits (head, batch, class), from rows of each head (head, batch, channel) or of all (batch, channel)."""
+        """Logits (head, batch, class) of each head's own rows (head, batch, channel) or of shared ones."""
         if rows.ndim == 3:
             return self._linear(0, rows)
         logits = torch.addmm(self.biases[0].flatten(), rows, self.weights[0].flatten(0, 1).t())

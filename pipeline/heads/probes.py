@@ -57,7 +57,7 @@ def fit_logistic(task: Task, inputs: np.ndarray, label: np.ndarray) -> list[Line
 
 
 def predict_knn(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Predict labels (query,) or (query, class) by the vote of the nearest training samples (Euclidean distance)."""
+    """Predict labels (query,) or (query, class) by the vote of the nearest training samples."""
     classifier = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute")
     votes = classifier.fit(inputs, label).predict(queries)
     return votes.reshape(len(queries), *label.shape[1:])  # for a single class scikit-learn returns a vector

@@ -76,7 +76,7 @@ class UPerNetDecoder(nn.Module):
         self.fpn_bottleneck = _conv_norm_relu(len(channels_in) * channels, channels, 3)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map levels (batch, channel, y, x), finest first, to one map (batch, channels, y, x) of the finest size."""
+        """Map levels (batch, channel, y, x), finest first, to a map (batch, channels, y, x)."""
         deepest = levels[-1]
         contexts = [resize(module(deepest), deepest.shape[-2:], align_corners=True) for module in self.psp_modules]
         maps = [lateral(level) for lateral, level in zip(self.lateral_convs, levels[:-1], strict=True)]

@@ -1,1 +1,1 @@
-"""Training of heads on cached features: inputs, training loop, hyperparameter search and the frozen protocol."""
+"""Training of heads on cached features: inputs, loop, hyperparameter search, frozen protocol."""

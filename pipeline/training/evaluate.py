@@ -14,12 +14,12 @@ STACKED_BATCH = 4096
 
 
 def evaluate(group: torch.nn.Module, data: SplitData, task: Task, batch: int) -> np.ndarray:
-    """Count hits and errors of every head on every sample, int64 (head, sample, cell); see pipeline/metrics.py."""
+    """Count hits and errors of every head and sample, int64 (head, sample, cell) (pipeline/metrics.py)."""
     return np.concatenate(evaluate_groups(group.independent_heads(), data, task, batch))
 
 
 def evaluate_groups(groups: Sequence[torch.nn.Module], data: SplitData, task: Task, batch: int) -> list[np.ndarray]:
-    """Count hits and errors of several groups, each as `evaluate`; streamed features are read once for all groups."""
+    """Evaluate several groups as `evaluate` does; streamed features are read once for all groups."""
     with parallel_map(data, groups[0]) as map_parallel:
         if not isinstance(data.inputs, StreamedFeatures):
             return list(map_parallel(lambda group: evaluate_in_memory(group, data, task, batch), groups))
@@ -69,7 +69,7 @@ def select_rows(
 
 @torch.no_grad()
 def _count(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task) -> np.ndarray:
-    """Counts on one batch, (head, sample, cell); the group's mode (training or evaluation) does not change."""
+    """Counts on one batch, (head, sample, cell); the group stays in training or evaluation mode."""
     was_training = group.training
     group.eval()
     logits = torch.cat([logits for _, logits in group.forward_heads(inputs, None)])

@@ -1,8 +1,8 @@
 """Inputs of a head: which arrays of the backbones' stores it reads, and their standardization.
 
 The paper's composition concatenates the backbones' features along channels (arXiv 2506.20174, section 3). Each
-channel is first standardized by the training split, else one backbone's scale would dominate. Levels of different grids are
-combined inside the head (pipeline/heads/fusion.py), so that memory holds each on its own grid.
+channel is first standardized by the training split, else one backbone's scale would dominate. Levels of different
+grids are combined inside the head (pipeline/heads/fusion.py), so that memory holds each on its own grid.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,11 @@ def select_pooled(
 
 
 def select_levels(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) -> list[list[StoreArray]]:
-    """Select the levels of each backbone that a dense head reads, finest first; `levels` as for `select_pooled`.
+    """Select the levels of each backbone that a dense head reads, finest first.
+
+    Args:
+        stores: of the backbones.
+        levels: as for `select_pooled`.
 
     Raises:
         StoreError: a store has no levels, or not one of `levels`.
@@ -61,7 +65,10 @@ def select_levels(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) ->
 
 
 def channel_stats(array: StoreArray, train_rows: np.ndarray) -> ChannelStats:
-    """Compute mean and standard deviation of an array's channels over the training rows, float64 (channel,).
+    """Compute an array's channel mean and standard deviation over the training rows.
+
+    Returns:
+        Both float64 (channel,).
 
     Raises:
         StoreError: pooled features have non-finite values.

@@ -1,4 +1,4 @@
-"""The training loop: K heads, each with its own learning rate, weight decay and seed, in one pass over the features.
+"""The training loop: K heads with their own hyperparameters, in one pass over the features.
 
 Each head has its own initialisation, optimizer state and early stopping, and, where the features are in memory, its
 own order of samples. The heads share the features, which are read and moved once, and the number of steps. Features

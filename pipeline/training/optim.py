@@ -74,7 +74,7 @@ class StackedAdamW:
 
 
 def parameter_groups(head: torch.nn.Module, learning_rate: float, weight_decay: float) -> list[dict]:
-    """Return torch's parameter groups of one head: weights decay, vectors (biases and normalization) do not."""
+    """Return torch's parameter groups of one head: weights decay, biases and normalization do not."""
     groups = []
     for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
         parameters = [parameter for parameter in head.parameters() if (parameter.ndim > 1) == is_matrix]
@@ -124,7 +124,7 @@ class FusedAdamW:
 
 
 def warm_cosine(steps: int) -> Callable[[int], float]:
-    """Return the function from a step to the factor of the learning rate: a linear rise, then a cosine to zero."""
+    """Return the learning rate factor as a function of the step: linear warm-up, then cosine to 0."""
     warm_up_steps = max(1, round(WARM_UP * steps))
 
     def lr_factor(step: int) -> float:

@@ -64,5 +64,8 @@ def deterministic_cudnn() -> AbstractContextManager:
 
 @lru_cache
 def cuda_streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """Return a GPU's streams for heads, always the same ones: memory freed on a stream is reused on that stream."""
+    """Return a GPU's streams for heads.
+
+    They are always the same, because memory freed on a stream is reused on that stream.
+    """
     return [torch.cuda.Stream(device) for _ in range(N_STREAMS)]

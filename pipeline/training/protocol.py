@@ -1,6 +1,6 @@
-"""The frozen protocol: search hyperparameters on validation, then train seeds and score each once on test.
+"""The frozen protocol: search hyperparameters on validation, then score seeds on test.
 
-The backbones are frozen and features come from the cache.
+The backbones are frozen and features come from the cache. Every seed is scored once on the test split.
 """
 
 from collections.abc import Mapping, Sequence

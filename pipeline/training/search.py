@@ -93,7 +93,7 @@ def _propose(trials: Sequence[dict], space: dict, count: int, config: SearchConf
 
 
 def _decay_strength(rate: float) -> float:
-    """How much AdamW reduces weights that lose this share of their value per step: most at 1; above 2 they grow."""
+    """How much AdamW shrinks weights, by the share that it subtracts per step: above 2 they grow."""
     return rate if rate < 1 else 2 - rate
 
 

@@ -58,9 +58,10 @@ class TaskData:
 def load(
     stores: Mapping[Path, str | None], images_path: Path, heads: HeadsConfig, splits: Sequence[str], device: str
 ) -> TaskData:
-    """Open the feature stores of a model's backbones, check that they belong together, and load the splits.
+    """Load the splits of a dataset and of a model's features.
 
-    If the splits need more memory than `heads.max_feature_gb`, their features are streamed from the disk.
+    The feature stores of the backbones are checked to belong together. If the splits need more memory than
+    `heads.max_feature_gb`, their features are streamed from the disk.
 
     Args:
         stores: feature stores of the backbones, and the content digests that they must have; None for no check.
@@ -91,14 +92,11 @@ def load(
     )
     arrays = list(chain(*arrays_of_member))
     stats = [feature_inputs.channel_stats(array, rows["train"]) for array in arrays]
+    rotations = []
     # Fusions that combine backbones channel by channel need the original channels.
-    needs_channels = task.is_dense or (heads.fusion != "concat" and len(members) > 1)
-    rotations = (
-        []
-        if needs_channels
-        else [rotation.to(device) for rotation in pca.principal_axes(arrays, stats, rows["train"])]
-    )
-    # Linear heads are trained on a rotated copy.
+    if not task.is_dense and (heads.fusion == "concat" or len(members) == 1):
+        rotations = [rotation.to(device) for rotation in pca.principal_axes(arrays, stats, rows["train"])]
+    # Linear heads are trained on a rotated copy of the training split.
     n_rows = sum(len(rows[split]) for split in split_names) + (len(rows["train"]) if rotations else 0)
     feature_bytes = 4 * n_rows * sum(prod(_shape(array)) for array in arrays)
     is_streamed = feature_bytes > heads.max_feature_gb * 1e9
@@ -114,22 +112,22 @@ def load(
         split_data[split] = SplitData(inputs, label.to(device), members[0].sample[rows[split]].tolist())
 
     if heads.class_weights == "balanced":
-        task = replace(task, class_weights=balanced_weights(images.label[rows["train"]].values, task))
+        task = replace(task, class_weights=_balanced_weights(images.label[rows["train"]].values, task))
     shapes = tuple(tuple(_shape(array) for array in member) for member in arrays_of_member)
     return TaskData(
         split_data,
         task,
-        list(images.attrs["classes"]),
-        [[name for _, name in member] for member in arrays_of_member],
-        [feature_inputs.to_mean_scale(*array_stats) for array_stats in stats],
-        rotations,
-        _head_config(heads, head_name, shapes, task, tuple(images.label.shape[1:]), device),
-        schedule,
+        class_names=list(images.attrs["classes"]),
+        array_names=[[name for _, name in member] for member in arrays_of_member],
+        mean_scale=[feature_inputs.to_mean_scale(*array_stats) for array_stats in stats],
+        rotations=rotations,
+        head_config=_head_config(heads, head_name, shapes, task, tuple(images.label.shape[1:]), device),
+        schedule=schedule,
     )
 
 
 def open_aligned(stores: Mapping[Path, str | None], images_path: Path) -> tuple[list[FeatureStore], xr.Dataset]:
-    """Open feature stores and the images store that they were extracted from; check that they belong together.
+    """Open feature stores and their images store, and check that they belong together.
 
     Args:
         stores: feature stores, and the content digests that they must have; None for no check.

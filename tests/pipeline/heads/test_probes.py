@@ -14,7 +14,7 @@ def clouds():
 
 
 def test_fit_logistic_minimises_the_penalised_loss(clouds):
-    """The gradient of mean cross-entropy plus half the penalty times the squared weights is zero at the solution."""
+    """The gradient of mean cross-entropy plus penalty / 2 times the squared weights is zero."""
     inputs, label = clouds
     fitted = probes.fit_logistic(Classification(5), inputs, label)
     for penalty, probe in zip(probes.PENALTIES, fitted, strict=True):

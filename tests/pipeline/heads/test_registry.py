@@ -1,4 +1,4 @@
-"""A head and a fusion from outside the package: registered, configured, trained, saved and loaded by name."""
+"""A head and a fusion from outside the package, used by name."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Steps that read all that changes from device memory, as a CUDA graph does; here they run kernel by kernel."""
+"""Steps that read all changing values from device memory, here run kernel by kernel."""
 
 from functools import partial
 

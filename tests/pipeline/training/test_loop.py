@@ -116,7 +116,7 @@ def test_fit_equals_a_loop_of_torchs_adamw_and_cross_entropy(points):
 
 
 def test_fit_with_strong_decay_predicts_class_frequencies(points):
-    """Biases do not decay: with all weights decayed to zero, a head still knows the frequencies of the classes."""
+    """Biases do not decay: a head whose weights are zero still knows the frequencies of the classes."""
     inputs, label = points
     label = torch.where(torch.arange(300) < 200, 2, label)
     group = fit_linear(inputs, label, [HParams(1e-2, 100.0, 0)], steps=300)
@@ -143,7 +143,7 @@ def test_batch_order_has_every_sample_once_per_epoch():
 
 
 def test_head_trainer_stops_each_head_by_its_own_patience_at_its_best(points):
-    """Validation labels are random. The best state is one that a check has seen, with the score it recorded."""
+    """Validation labels are random. The best state has the score that its check recorded."""
     inputs, label = points
     noise = SplitData(inputs, label[torch.randperm(300, generator=torch.Generator().manual_seed(1))])
     schedule, task = TrainSchedule(200, 32, patience=3, val_checks=20), Classification(3)

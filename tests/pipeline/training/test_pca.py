@@ -23,7 +23,7 @@ TRAIN_ROWS = np.arange(300)
 
 @pytest.fixture(scope="module")
 def spectra(image_dataset, tmp_path_factory):
-    """Arrays of 400 chips' mean spectra, which are strongly correlated, with one band twice; and their statistics."""
+    """Arrays of 400 chips' mean spectra, strongly correlated, one band twice; and their statistics."""
     image = image_dataset("sample-landuse").image[:400].astype(np.float32)
     values = image.mean(axis=(2, 3))
     values = np.concatenate([values, values[:, 4:5]], axis=1)

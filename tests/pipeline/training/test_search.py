@@ -101,7 +101,7 @@ def test_search_of_which_all_trials_diverged_is_refused():
 
 
 def test_search_with_ties_chooses_the_strongest_decay_that_does_not_grow():
-    """AdamW subtracts learning rate times weight decay of every weight; above 2 weights grow without bound."""
+    """AdamW subtracts learning rate times weight decay of every weight; above 2 weights grow."""
     config = dataclasses.replace(CONFIG, learning_rate=(1e-2, 1.0), weight_decay=(1e-2, 100.0), trials=32)
     result = search(lambda trials: [0.0] * len(trials), config)
     rates = [decay_rate(trial) for trial in result["trials"]]

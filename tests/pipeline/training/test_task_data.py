@@ -88,7 +88,7 @@ def test_load_streamed_and_in_memory_have_the_same_counts(make_stores, task):
 
 
 def test_fit_of_streamed_features_has_one_order_for_all_seeds(make_stores):
-    """In memory two seeds have different orders of samples. Streamed, with the same start, they do not differ."""
+    """In memory two seeds differ in the order of samples; streamed, with one start, they are equal."""
     data = load(make_stores, "multilabel", max_feature_gb=0.0)
     hparams = [HParams(1e-2, 0.0, seed) for seed in (0, 1)]
     group = train_heads(data, hparams)
