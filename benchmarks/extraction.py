@@ -1,22 +1,24 @@
-"""The extract stage against the bare forward of the same network, and its memory for four times the images.
+"""Speed of extraction compared with the bare forward pass, and its memory for four times the images.
 
-    python -m benchmarks.extraction [lite0] [csmask_b4] [dofa_300m] [memory]     # all, or some of them
+    python -m benchmarks.extraction [lite0] [csmask_b4] [dofa_300m] [memory]     # by default all
     python -m benchmarks.extraction --device cuda [hiera_200m] …     # the four full-size models, in bfloat16
 
-`vs_forward`: images a second of the engine, from the images store on disk to the published feature store with its
-statistics, over those of the network alone on a prepared batch that already is on the device; same batch, same
-precision, by turns, median over rounds; on a GPU, whose clock falls as it warms, the network before and after the
-engine. Imports and the building of networks are left out of both. Networks whose
-weights were not fetched have random ones, which take as long. Needs `data/images` and `data/weights` (`make run`
-leaves them). On a processor the store has the levels; a GPU is faster than a disk takes them, so there `dense_…`
-is with them and the rest with pooled vectors alone, as classification sets have: of as many images as GEO-Bench's
-largest sets have, and (`average_set_…`) as its twelve have on average, in the shards and batches of the paper's
-profile; the images were read once before, so that the
-first network finds them where the others do. `plain_write` is what the disk takes of plain files, flushed.
+Needs `data/images` and `data/weights`, which `make run` leaves. A network whose weights were not fetched has random
+ones, which take as long.
+
+- `vs_forward`: images per second of the engine, from the images store on disk to the published feature store with its
+  statistics, divided by those of the network alone on a preprocessed batch that is on the device. Both have the same
+  batch and precision; medians over alternating rounds. On a GPU, whose clock falls as it warms up, the network runs
+  before and after the engine. Imports and the construction of networks are not timed.
+- On a CPU the stores have levels. A GPU is faster than a disk can store levels, so there `dense_…` is with levels,
+  and the rest with pooled vectors only, as for classification datasets. The number of images is that of GEO-Bench's
+  largest datasets, and in `average_set_…` the mean of its twelve, in the shards and batches of the paper's profile.
+  The images were read once before, so that every network finds them in the page cache.
+- `plain_write`: images per second when the disk writes as many bytes to plain files, flushed.
+- `vs_parallel_forward`: as `vs_forward`, compared with as many forward passes at the same time as the engine runs.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -25,260 +27,284 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import xarray as xr
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.features import FOLDER, remade
+from benchmarks.features import FOLDER, change_images
+from cache.schema import StoreSchema
 from cache.writer import Writer
 from pipeline import config
-from pipeline import device as compute
 from pipeline.backbones import create_backbone, get_spec, preprocessing
 from pipeline.backbones.encoder import Encoder
 from pipeline.data import image_writer
 from pipeline.data.image_store import open_images
+from pipeline.device import resolve_device
 from pipeline.extraction import engine, estimate
 from pipeline.extraction.cpu_parallel import ParallelEncoder
 
-ALL_OF_GEO_BENCH, SETS = 104_000, 12
+GEO_BENCH_IMAGES, GEO_BENCH_SETS = 104_000, 12
 SCRATCH = FOLDER / "extracting"
-CPU = {  # backbone: (dataset, images, batch or 0 for the one that the engine finds, rounds)
+INPUT_SIZE = 224
+CPU_CASES = {  # by backbone: dataset, images, batch (0: the one that the engine finds), rounds
     "lite0": ("sample-trees-seg", 1024, 0, 3),
     "csmask_b4": ("sample-landuse-seg", 288, 0, 3),
     "dofa_300m": ("sample-landuse-seg", 48, 0, 3),
 }
-# As many images as m-bigearthnet has, of GEO-Bench's two largest sets.
 FULL_SIZE = ("hiera_200m", "prithvi_300m", "dofa_300m", "prithvi_600m")
-GPU = dict.fromkeys(FULL_SIZE, ("sample-landuse-seg", 22_000, 256, 1))
-FEW = 1024  # of them with the levels, which are many bytes
-# The dataset, the backbone, and n: so many that every buffer of the engine is in use.
-MEMORY = ("sample-trees-seg", "lite0", 256)
-PEAKS = 5
+# As many images as m-bigearthnet has, one of GEO-Bench's two largest sets.
+GPU_CASES = dict.fromkeys(FULL_SIZE, ("sample-landuse-seg", 22_000, 256, 1))
+# Images whose levels a GPU extracts.
+DENSE_IMAGES = 1024
+# Dataset, backbone and number of images, which is large enough to use every buffer of the engine.
+MEMORY_CASE = ("sample-trees-seg", "lite0", 256)
+MEMORY_ROUNDS = 5
 
 
-def repeated(dataset: str, count: int) -> xr.Dataset:
-    """An images store of `count` samples: a dataset's images over and over, under names of their own."""
+def repeat_images(dataset: str, count: int) -> xr.Dataset:
+    """Open an images store of `count` samples that repeat a dataset's images; write it if needed."""
     path = FOLDER / f"{dataset}-{count}-images.zarr"
     if not path.exists():
-        opened = open_images(Path(f"data/images/{dataset}.zarr"))
-        rows = np.arange(count) % len(opened.sample)
-        made = remade(opened, rows, sample=[f"{row}" for row in range(count)])
-        image_writer.write(made, FOLDER / "scratch-images", path)
-    opened = open_images(path)
-    for start in range(0, count, 64):  # as `prepare` leaves it, in the system's memory if that holds it
-        opened.image[start : start + 64].load()
-    return opened
+        images = open_images(Path(f"data/images/{dataset}.zarr"))
+        rows = np.arange(count) % len(images.sample)
+        repeated = change_images(images, rows, sample=[f"{row}" for row in range(count)])
+        image_writer.write(repeated, FOLDER / "scratch-images", path)
+    images = open_images(path)
+    for start in range(0, count, 64):  # into the page cache, if it is large enough, as after `prepare`
+        images.image[start : start + 64].load()
+    return images
 
 
-class Case:
-    """One network and the images that it sees."""
+class ExtractionCase:
+    """One backbone and the images that it encodes.
+
+    Args:
+        backbone: name in params.yaml.
+        dataset: name in params.yaml.
+        count: number of images.
+        batch: images per forward pass; 0 for what the engine finds.
+        device: `cpu` or `cuda`.
+        precision: of the forward pass.
+    """
 
     def __init__(self, backbone: str, dataset: str, count: int, batch: int, device: str, precision: str):
-        described = config.load()
-        trained = Path(f"data/weights/{backbone}")
-        chosen = dataclasses.replace(described.backbone(backbone), input_size=224)
-        fetched = (trained / str(get_spec(chosen).weights_file)).is_file()
-        chosen = dataclasses.replace(chosen, weights="pretrained" if fetched else "random")
-        self.images, self.described = repeated(dataset, count), described
-        self.declared = get_spec(chosen)
-        given = preprocessing.make_preprocessor(self.images, backbone, chosen, self.declared)
-        network = create_backbone(chosen, self.declared, given.input_bands, trained)
-        self.encoder = Encoder(given, network, device, precision, strides=self.declared.strides)
-        self.batch = batch or estimate.find_batch_size(self.images, self.encoder, described.extract.shard)
-        # A batch does not reach from one shard into the next, and both sides are to have the same.
-        shard = max(described.extract.shard, self.batch)
-        self.extract = dataclasses.replace(
-            described.extract, batch=self.batch, shard=shard, keep_levels=True, precision=precision
+        params = config.load()
+        weights = Path(f"data/weights/{backbone}")
+        settings = replace(params.backbone(backbone), input_size=INPUT_SIZE)
+        is_fetched = (weights / str(get_spec(settings).weights_file)).is_file()
+        settings = replace(settings, weights="pretrained" if is_fetched else "random")
+        self.images, self.spec = repeat_images(dataset, count), get_spec(settings)
+        preprocessor = preprocessing.make_preprocessor(self.images, backbone, settings, self.spec)
+        network = create_backbone(settings, self.spec, preprocessor.input_bands, weights)
+        self.encoder = Encoder(preprocessor, network, device, precision, strides=self.spec.strides)
+        self.batch = batch or estimate.find_batch_size(self.images, self.encoder, params.extract.shard)
+        # A batch does not span two shards, and the engine and the network alone must have the same batches.
+        shard_size = max(params.extract.shard, self.batch)
+        self.extract = replace(
+            params.extract, batch=self.batch, shard=shard_size, keep_levels=True, precision=precision
         )
-        self.look = estimate.dry_run(self.images, self.encoder, 4)
+        self.dry_run = estimate.dry_run(self.images, self.encoder, 4)
 
-    def layout(self, images: xr.Dataset):
-        return engine.make_schema(images, self.declared, self.look.pyramid, 224, self.extract)
+    def extract_levels(self, count: int | None = None) -> float:
+        """Return the images per second from store to store with levels, of the first `count` images or all."""
+        images = self.images.isel(sample=slice(0, count))
+        return self._extract(images, self._schema(images))
 
-    def engine(self) -> float:
-        """Images a second from store to store, with the levels."""
-        return self._stored(self.images, self.layout(self.images))
-
-    def engine_pooled(self, count: int | None = None) -> float:
-        """The same with pooled vectors alone, of the first images or all."""
-        some = self.images.isel(sample=slice(0, count))
-        return self._stored(some, dataclasses.replace(self.layout(some), levels=()))
-
-    def engine_few(self) -> float:
-        """With the levels, of the first images."""
-        few = self.images.isel(sample=slice(0, FEW))
-        return self._stored(few, self.layout(few))
+    def extract_pooled(self, count: int | None = None) -> float:
+        """Return the images per second from store to store with pooled vectors only."""
+        images = self.images.isel(sample=slice(0, count))
+        return self._extract(images, replace(self._schema(images), levels=()))
 
     def plain_write(self) -> float:
-        """Images a second that the disk takes as plain files of as many bytes a shard, each flushed."""
+        """Return the images per second when as many bytes per shard are written to plain files and flushed."""
         shutil.rmtree(SCRATCH, ignore_errors=True)
         SCRATCH.mkdir(parents=True)
-        layout = self.layout(self.images.isel(sample=slice(0, FEW)))
-        block = np.random.default_rng(0).bytes(estimate.nbytes(layout) // FEW * layout.shard_size)
-        begun = time.perf_counter()
-        for number in range(FEW // layout.shard_size):
+        schema = self._schema(self.images.isel(sample=slice(0, DENSE_IMAGES)))
+        content = np.random.default_rng(0).bytes(estimate.nbytes(schema) // DENSE_IMAGES * schema.shard_size)
+        start = time.perf_counter()
+        for number in range(DENSE_IMAGES // schema.shard_size):
             with open(SCRATCH / f"{number}", "wb") as file:
-                file.write(block)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        return FEW / (time.perf_counter() - begun)
+        return DENSE_IMAGES / (time.perf_counter() - start)
 
-    def _stored(self, images: xr.Dataset, layout) -> float:
-        shutil.rmtree(SCRATCH, ignore_errors=True)
-        begun = time.perf_counter()
-        writer = Writer(SCRATCH / "scratch", layout, SCRATCH / "store.zarr", {})
-        engine.extract(images, self.encoder, writer, self.batch)
-        writer.finish()
-        return len(layout.sample) / (time.perf_counter() - begun)
+    def forward(self, is_parallel: bool = False, count: int | None = None) -> float:
+        """Return the images per second of the network alone.
 
-    def forward(self, side_by_side: bool = False, count: int | None = None) -> float:
-        """Images a second of the network alone: batch after batch, or as many at once as the engine has.
-
-        Of as many images as the engine has, or `count`: a GPU's clock is lower once it is warm.
+        Args:
+            is_parallel: run as many batches at the same time as the engine does.
+            count: images; None for as many as the engine has, since a GPU's clock falls as it warms up.
         """
-        image = self.images.image[: self.batch].values
-        batch = self.encoder.prepare(image)
-        known = self.encoder.preprocessor.metadata(self.images, slice(0, self.batch))
-        known = {name: torch.from_numpy(each).to(self.encoder.device) for name, each in known.items()}
-        times = max(1, (count or len(self.images.sample)) // self.batch)
-        self._wait()
-        begun = time.perf_counter()
-        if side_by_side:
-            with ParallelEncoder(self.encoder) as lanes:
-                for one in [lanes.submit(Encoder.forward, batch, known) for _ in range(times)]:
-                    one.result()
+        batch = self.encoder.prepare(self.images.image[: self.batch].values)
+        metadata = self.encoder.preprocessor.metadata(self.images, slice(0, self.batch))
+        metadata = {name: torch.from_numpy(values).to(self.encoder.device) for name, values in metadata.items()}
+        n_batches = max(1, (count or len(self.images.sample)) // self.batch)
+        self._synchronize()
+        start = time.perf_counter()
+        if is_parallel:
+            with ParallelEncoder(self.encoder) as encoders:
+                for future in [encoders.submit(Encoder.forward, batch, metadata) for _ in range(n_batches)]:
+                    future.result()
         else:
-            for _ in range(times):
-                self.encoder.forward(batch, known)
-        self._wait()
-        return times * self.batch / (time.perf_counter() - begun)
+            for _ in range(n_batches):
+                self.encoder.forward(batch, metadata)
+        self._synchronize()
+        return n_batches * self.batch / (time.perf_counter() - start)
 
     def flops(self) -> float:
-        """Of one image's forward."""
-        from torch.utils.flop_counter import FlopCounterMode
-
+        """Return the floating-point operations of the forward pass of one image."""
         with FlopCounterMode(display=False) as counter:
             self.encoder(self.images.image[:1].values, self.encoder.preprocessor.metadata(self.images, slice(0, 1)))
         return counter.get_total_flops()
 
-    def _wait(self) -> None:
+    def _schema(self, images: xr.Dataset) -> StoreSchema:
+        return engine.make_schema(images, self.spec, self.dry_run.pyramid, INPUT_SIZE, self.extract)
+
+    def _extract(self, images: xr.Dataset, schema: StoreSchema) -> float:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
+        start = time.perf_counter()
+        writer = Writer(SCRATCH / "scratch", schema, SCRATCH / "store.zarr", {})
+        engine.extract(images, self.encoder, writer, self.batch)
+        writer.finish()
+        return len(schema.sample) / (time.perf_counter() - start)
+
+    def _synchronize(self) -> None:
         if self.encoder.device != "cpu":
             torch.cuda.synchronize()
 
 
 def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, device: str, precision: str) -> dict:
-    case = Case(backbone, dataset, count, batch, compute.resolve_device(device), precision)
-    on_cpu = device == "cpu"
-    if on_cpu:
-        works = warm_up = [case.engine, case.forward, lambda: case.forward(True)]
-    else:
-        average = ALL_OF_GEO_BENCH // SETS
-        half = partial(case.forward, count=count // 2)
-        works = [
-            half,
-            case.engine_pooled,
-            half,
-            partial(case.engine_pooled, average),
-            case.engine_few,
-            case.plain_write,
-        ]
-        warm_up = [partial(case.forward, count=FEW), case.engine_few]
-    for work in warm_up:
-        work()
-    turns = [[work() for work in works] for _ in range(rounds)]
+    """Measure one backbone; see the module's docstring."""
+    case = ExtractionCase(backbone, dataset, count, batch, resolve_device(device), precision)
+    result = measure_on_cpu(case, rounds) if device == "cpu" else measure_on_gpu(case, count, rounds)
     shutil.rmtree(SCRATCH, ignore_errors=True)
-    if not on_cpu:
-        turns = [[ours, statistics.harmonic_mean([before, after]), *rest] for before, ours, after, *rest in turns]
-    ours, bare, *others = (statistics.median(each) for each in zip(*turns, strict=True))
+    return {"images": count, "batch": case.batch, "precision": precision} | result
 
-    def ratio(mine: int, theirs: int) -> float:
-        return round(statistics.median(turn[mine] / turn[theirs] for turn in turns), 3)
 
-    found = {
-        "images": count,
-        "batch": case.batch,
-        "precision": precision,
-        "images_per_second": round(ours, 2),
-        "forward_images_per_second": round(bare, 2),
-        "vs_forward": ratio(0, 1),
+def measure_on_cpu(case: ExtractionCase, rounds: int) -> dict:
+    """Return the results of a CPU."""
+    functions = {
+        "engine": case.extract_levels, "forward": case.forward, "parallel": partial(case.forward, is_parallel=True)
+    }  # fmt: skip
+    for function in functions.values():
+        function()
+    rates = [{name: function() for name, function in functions.items()} for _ in range(rounds)]
+    return {
+        "images_per_second": _median(rates, "engine"),
+        "forward_images_per_second": _median(rates, "forward"),
+        "vs_forward": _ratio(rates, "engine", "forward"),
+        "parallel_forward_images_per_second": _median(rates, "parallel"),
+        "vs_parallel_forward": _ratio(rates, "engine", "parallel"),
     }
-    if on_cpu:
-        return found | {"side_by_side_images_per_second": round(others[0], 2), "vs_side_by_side": ratio(0, 2)}
+
+
+def measure_on_gpu(case: ExtractionCase, count: int, rounds: int) -> dict:
+    """Return the results of a GPU."""
+    average = GEO_BENCH_IMAGES // GEO_BENCH_SETS
+    functions = {
+        "forward_before": partial(case.forward, count=count // 2),
+        "engine": case.extract_pooled,
+        "forward_after": partial(case.forward, count=count // 2),
+        "average_set": partial(case.extract_pooled, average),
+        "dense": partial(case.extract_levels, DENSE_IMAGES),
+        "plain_write": case.plain_write,
+    }
+    case.forward(count=DENSE_IMAGES)
+    case.extract_levels(DENSE_IMAGES)
+    rates = [{name: function() for name, function in functions.items()} for _ in range(rounds)]
+    for rate in rates:
+        rate["forward"] = statistics.harmonic_mean([rate["forward_before"], rate["forward_after"]])
+    images_per_second = statistics.median(rate["engine"] for rate in rates)
     flops = case.flops()
-    return found | {
+    return {
+        "images_per_second": round(images_per_second, 2),
+        "forward_images_per_second": _median(rates, "forward"),
+        "vs_forward": _ratio(rates, "engine", "forward"),
         "average_set_images": average,
-        "average_set_vs_forward": ratio(2, 1),
-        "dense_images_per_second": round(others[1], 2),
-        "dense_vs_forward": ratio(3, 1),
-        "plain_write_images_per_second": round(others[2], 2),
-        "dense_vs_plain_write": ratio(3, 4),
-        "gigaflops_an_image": round(flops / 1e9, 1),
-        "share_of_measured_matrix_rate": round(ours * flops / matrix_rate(), 3),
-        "minutes_for_all_of_geo_bench": round(ALL_OF_GEO_BENCH / ours / 60, 1),
-        "precision_error": {name: round(error, 5) for name, error in case.look.precision_error.items()},
+        "average_set_vs_forward": _ratio(rates, "average_set", "forward"),
+        "dense_images_per_second": _median(rates, "dense"),
+        "dense_vs_forward": _ratio(rates, "dense", "forward"),
+        "plain_write_images_per_second": _median(rates, "plain_write"),
+        "dense_vs_plain_write": _ratio(rates, "dense", "plain_write"),
+        "gigaflops_per_image": round(flops / 1e9, 1),
+        "fraction_of_matrix_flops": round(images_per_second * flops / matrix_flops_per_second(), 3),
+        "minutes_for_all_of_geo_bench": round(GEO_BENCH_IMAGES / images_per_second / 60, 1),
+        "precision_error": {name: round(error, 5) for name, error in case.dry_run.precision_error.items()},
     }
 
 
-def matrix_rate(side: int = 8192) -> float:
-    """Operations a second of bfloat16 matrix products on this GPU."""
+def _median(rates: list[dict[str, float]], name: str) -> float:
+    return round(statistics.median(rate[name] for rate in rates), 2)
+
+
+def _ratio(rates: list[dict[str, float]], tested: str, reference: str) -> float:
+    return round(statistics.median(rate[tested] / rate[reference] for rate in rates), 3)
+
+
+def matrix_flops_per_second(side: int = 8192) -> float:
+    """Return the floating-point operations per second of bfloat16 matrix products on this GPU."""
     a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
         a @ b
     torch.cuda.synchronize()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(50):
         a @ b
     torch.cuda.synchronize()
-    return 50 * 2 * side**3 / (time.perf_counter() - begun)
+    return 50 * 2 * side**3 / (time.perf_counter() - start)
 
 
-def peak(count: int) -> float:
-    """Peak resident megabytes of a process that extracts so many images."""
+def peak_megabytes(count: int) -> float:
+    """Return the peak resident memory of a process that extracts `count` images."""
     command = [sys.executable, "-m", "benchmarks.extraction", "--memory", str(count)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def memory() -> dict:
+    """Measure peak memory for some images and four times as many; medians, since runs differ by 20 %."""
+    counts = [MEMORY_CASE[2], 4 * MEMORY_CASE[2]]
+    for count in counts:  # not in the processes that are measured
+        repeat_images(MEMORY_CASE[0], count)
+    peaks = [[peak_megabytes(count) for count in counts] for _ in range(MEMORY_ROUNDS)]
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    small, large = zip(*peaks, strict=True)
+    return {
+        "memory_images": counts,
+        "peak_megabytes": [[round(peak) for peak in peaks_of_count] for peaks_of_count in (small, large)],
+        "rss_growth": round(statistics.median(large) / statistics.median(small), 3),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("parts", nargs="*", metavar="part", help="backbones, or memory; none for all")
+    parser.add_argument("parts", nargs="*", metavar="part", help="backbones, or memory; by default all")
     arguments = parser.parse_args()
     if arguments.memory:
-        dataset, backbone, _ = MEMORY
-        Case(backbone, dataset, arguments.memory, 0, "cpu", "float32").engine()
+        dataset, backbone, _ = MEMORY_CASE
+        ExtractionCase(backbone, dataset, arguments.memory, 0, "cpu", "float32").extract_levels()
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         print(int(status["VmHWM"].split()[0]) / 1024)
         return
-    cases = CPU if arguments.device == "cpu" else GPU
+    cases = CPU_CASES if arguments.device == "cpu" else GPU_CASES
     precision = "float32" if arguments.device == "cpu" else "bfloat16"
-    known = [*cases, "memory"]
-    if unknown := set(arguments.parts) - set(known):
-        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = arguments.parts or known
-    where = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    print(json.dumps({"machine": f"{os.cpu_count()} cores, {where}"}))
-    for name in chosen:
-        found = memory() if name == "memory" else {name: measure(name, *cases[name], arguments.device, precision)}
-        print(json.dumps(found), flush=True)
-
-
-def memory() -> dict:
-    """Peak memory for some images and for four times as many: medians, since runs differ by a fifth."""
-    counts = [MEMORY[2], 4 * MEMORY[2]]
-    for count in counts:  # not in the processes that are measured
-        repeated(MEMORY[0], count)
-    peaks = [[peak(count) for count in counts] for _ in range(PEAKS)]
-    shutil.rmtree(SCRATCH, ignore_errors=True)
-    few, many = zip(*peaks, strict=True)
-    return {
-        "memory_images": counts,
-        "peak_megabytes": [[round(one) for one in each] for each in (few, many)],
-        "rss_growth": round(statistics.median(many) / statistics.median(few), 3),
-    }
+    names = [*cases, "memory"]
+    if unknown := set(arguments.parts) - set(names):
+        parser.error(f"There is no part {', '.join(unknown)}; there are {', '.join(names)}.")
+    machine = (
+        torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
+    )
+    print(json.dumps({"machine": f"{os.cpu_count()} cores, {machine}"}))
+    for name in arguments.parts or names:
+        result = memory() if name == "memory" else {name: measure(name, *cases[name], arguments.device, precision)}
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure the layout of the source: files, lines, import arrows, layers, circles, the longest function.
+"""Measure the layout of the source: files, lines, import arrows, layers, circles, longest function.
 
     python -m benchmarks.layout [FOLDER]
 

@@ -1,10 +1,12 @@
-"""The quick probe of the composition search on made features of the sample sets' size: its choices for speed.
+"""Choices for speed of the composition search's probe, on synthetic features of realistic size.
 
     python -m benchmarks.probes
 
-`one_thread`: seven ensembles probed a core each, BLAS with one thread, against one after the other on all cores.
-`tolerance`: the solver's tolerance against scikit-learn's own, in time; `tolerance_costs`: the largest difference in
-validation accuracy over the seven. `biased_cka`, `cka`: of unrelated features, with and without the estimate's bias.
+- `one_thread`: speed of probing seven ensembles in parallel with one BLAS thread each, compared with one after the
+  other with all threads.
+- `tolerance`: speed with our tolerance of the solver, compared with scikit-learn's default; `tolerance_costs` is the
+  largest difference in validation accuracy over the seven ensembles.
+- `biased_cka`, `cka`: of unrelated features, with the biased and with the unbiased estimate.
 """
 
 import json
@@ -16,57 +18,59 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import ratio
 from pipeline.composition.cka import linear_cka
-from pipeline.composition.probes import Probe, ProbeSamples
+from pipeline.composition.probes import Layer, Probe, ProbeSamples
 from pipeline.composition.search import all_subsets
-from pipeline.tasks import Classification
 from pipeline.heads import probes
+from pipeline.tasks import Classification
 
 WIDTHS = {"a": 26, "b": 496, "c": 696}
-TRAIN, VAL, CLASSES, ROUNDS = 506, 197, 5, 3
+N_TRAIN, N_VAL, N_CLASSES, ROUNDS = 506, 197, 5, 3
+SKLEARN_TOLERANCE = 1e-4
 
 
-def probe() -> Probe:
-    """Three backbones that know something of five classes, in many correlated channels."""
+def make_probe() -> Probe:
+    """Make a probe of three backbones whose many correlated channels depend on five classes."""
     generator = np.random.default_rng(0)
-    label = generator.integers(CLASSES, size=TRAIN + VAL)
+    label = generator.integers(N_CLASSES, size=N_TRAIN + N_VAL)
     features = {}
     for name, width in WIDTHS.items():
-        hidden = 0.8 * np.eye(CLASSES)[label] @ generator.normal(size=(CLASSES, 24))
+        hidden = 0.8 * np.eye(N_CLASSES)[label] @ generator.normal(size=(N_CLASSES, 24))
         hidden += generator.normal(size=(len(label), 24))
         values = hidden @ generator.normal(size=(24, width)) + generator.normal(size=(len(label), width))
-        features[name, "all"] = values.astype(np.float32)
+        features[Layer(name, "all")] = values.astype(np.float32)
     train, val = (
         ProbeSamples({layer: values[part] for layer, values in features.items()}, label[part])
-        for part in (slice(TRAIN), slice(TRAIN, None))
+        for part in (slice(N_TRAIN), slice(N_TRAIN, None))
     )
-    return Probe(train, val, Classification(CLASSES), "logistic")
+    return Probe(train, val, Classification(N_CLASSES), "logistic")
 
 
 def main() -> None:
-    made = probe()
-    wanted = [[(name, "all") for name in names] for names in all_subsets(list(WIDTHS))]
+    probe = make_probe()
+    ensembles = [[Layer(name, "all") for name in names] for names in all_subsets(list(WIDTHS))]
 
-    def ours() -> list[float]:
+    def fit_parallel() -> list[float]:
         with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [score for score, _ in pool.map(made.fit, wanted)]
+            return [score for score, _ in pool.map(probe.fit, ensembles)]
 
-    def exact() -> list[float]:
-        kept, probes._TOLERANCE = probes._TOLERANCE, 1e-4
+    def fit_with_sklearn_tolerance() -> list[float]:
+        tolerance, probes.TOLERANCE = probes.TOLERANCE, SKLEARN_TOLERANCE
         try:
-            return ours()
+            return fit_parallel()
         finally:
-            probes._TOLERANCE = kept
+            probes.TOLERANCE = tolerance
 
-    one, other = np.random.default_rng(1).normal(size=(2, TRAIN, 496))
-    norms = [np.linalg.norm(a.T @ b) ** 2 for a, b in ((one, other), (one, one), (other, other))]
-    told = {
-        "one_thread": ratio(ours, lambda: [made.fit(layers) for layers in wanted], ROUNDS),
-        "tolerance": ratio(ours, exact, ROUNDS),
-        "tolerance_costs": max(abs(a - b) for a, b in zip(ours(), exact(), strict=True)),
+    a, b = np.random.default_rng(1).normal(size=(2, N_TRAIN, 496))
+    norms = [np.linalg.norm(first.T @ second) ** 2 for first, second in ((a, b), (a, a), (b, b))]
+    scores = zip(fit_parallel(), fit_with_sklearn_tolerance(), strict=True)
+    results = {
+        "one_thread": ratio(fit_parallel, lambda: [probe.fit(layers) for layers in ensembles], ROUNDS),
+        "tolerance": ratio(fit_parallel, fit_with_sklearn_tolerance, ROUNDS),
+        "tolerance_costs": max(abs(score - exact) for score, exact in scores),
         "biased_cka": norms[0] / (norms[1] * norms[2]) ** 0.5,
-        "cka": linear_cka(lambda: [{"one": one, "other": other}])[1][0, 1],
+        "cka": linear_cka(lambda: [{"a": a, "b": b}])[1][0, 1],
     }
-    print(json.dumps({name: round(float(value), 3) for name, value in told.items()} | {"cores": os.cpu_count()}))
+    print(json.dumps({name: round(float(value), 3) for name, value in results.items()} | {"cores": os.cpu_count()}))
 
 
 if __name__ == "__main__":

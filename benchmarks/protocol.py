@@ -1,31 +1,29 @@
-"""The paper's protocol, 16 trials and 10 seeds, against one run of one head, and against terratorch.
+"""The paper's protocol (16 trials, 10 seeds), compared with one run of one head and with terratorch.
 
-    python -m benchmarks.protocol [linear] [upernet] [terratorch]     # all, or some of them
+    python -m benchmarks.protocol [linear] [upernet] [terratorch]     # by default all
     python -m benchmarks.protocol --device cuda linear upernet        # heads on a GPU
-    python -m benchmarks.protocol --deal 1 terratorch                 # blocks dealt to the splits by another seed
+    python -m benchmarks.protocol --split-seed 1 terratorch           # blocks assigned to the splits by another seed
 
-From `make run`'s stores and params.yaml. Imports are left out of every time.
+Needs the stores of `make run`, and params.yaml. No time includes imports.
 
-- `linear_vs_single`, `upernet_vs_single`: wall time of the search and the seeds over that of one head's run, both
-  from the stores on disk to test scores, medians of alternating rounds (one of the linear ones on a GPU); linear over
-  all cells of the classification sets together. `…_training_vs_single` leaves out what both have once, reading the
-  stores. The single runs are on one core or all cores, whichever is faster. The linear one is written as anybody
-  would in plain torch: the same steps and batches from features in memory, nn.Linear, cross_entropy, autograd and the
-  fused AdamW.
-  `linear_vs_own_single` is against our own code with one head, which has no autograd and is faster than plain torch.
-- `vs_terratorch`: wall time of terratorch's 26 runs over ours: one extraction, the search and the seeds.
-  terratorch does a run as its users do: the frozen backbone in the loop, its own datamodule (GeoTIFFs, folders
-  of classes), task and trainer. Eight of its runs are timed in full: six trials, their learning rates spread over the
-  range that ours are drawn from, with our best weight decay, and two further seeds of the one that is best on
-  validation. The 26 are 26 times their mean, since every trial and seed has as many epochs, ours rounded up. Both
-  train for 200 steps instead of params.yaml's 1200, which favours terratorch: our extraction does not shrink with
-  them. Both classify the deepest level's mean; the backbone is `lite0`, the set `sample-trees`. Its BatchNorm is
-  kept in evaluation mode, as a frozen backbone's should be (terratorch only stops the gradients), so that both see
-  the same features. Accuracies are means over seeds, with their standard deviation.
+- `linear_vs_single`, `upernet_vs_single`: wall time of the search and the seeds divided by that of one head's run,
+  both from the stores on disk to test scores, medians of alternating rounds (on a GPU one round of linear heads).
+  `linear` covers all cells of the classification datasets together. `…_training_vs_single` is the same without
+  reading the stores, which both do once. The single run uses one core or all cores, whichever is faster. The linear
+  one is plain torch: the same steps and batches from features in memory, nn.Linear, cross_entropy, autograd and fused
+  AdamW. `linear_vs_own_single` compares with one head of our code, which needs no autograd and is faster than plain
+  torch.
+- `vs_terratorch`: wall time of 26 runs of terratorch divided by ours: one extraction, the search and the seeds.
+  terratorch runs as its users run it: the frozen backbone in the training loop, its own data module (GeoTIFFs in
+  folders of classes), task and trainer. Eight of its runs are timed: six trials, with learning rates spread over our
+  search range and our best weight decay, and two more seeds of the trial that is best on validation. The 26 are 26
+  times their mean, since every trial and seed has as many epochs, ours rounded up. Both train for 200 steps instead
+  of those of params.yaml, which favours terratorch: our extraction takes as long for any number of steps. Both
+  classify the mean of the deepest level of `lite0` on `sample-trees`. Its BatchNorm stays in evaluation mode, so that
+  both use the same features. Accuracies are means over seeds, with their standard deviation.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -33,249 +31,256 @@ import statistics
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks import deals
+from benchmarks import resplit
 from benchmarks.features import FOLDER
-from benchmarks.terratorch_runs import Run, terratorch_run, write_tiffs
+from benchmarks.terratorch_runs import TerratorchRun, terratorch_run, write_tiffs
 from benchmarks.timing import seconds
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.writer import Writer
 from pipeline import config, device
+from pipeline.backbones import create_backbone, get_spec, preprocessing
+from pipeline.backbones.encoder import Encoder
 from pipeline.data.image_store import SPLITS, open_images
+from pipeline.extraction import engine, estimate
+from pipeline.tasks import TaskType
 from pipeline.training import loop, task_data
 from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.optim import warm_cosine
-from pipeline.training.protocol import count_split, train_heads
+from pipeline.training.protocol import score_split, train_heads
 from pipeline.training.search import search
+from pipeline.training.task_data import TaskData
 
 ROUNDS = 3
-UPERNET = ("sample-landuse-seg", "csmask_b4+lite0")
-THEIRS = ("sample-trees", "lite0")
-# Few runs of terratorch's, and of few steps on both sides: it takes long for each.
-RATES, SEEDS, STEPS = 6, 3, 200
+UPERNET_CELL = ("sample-landuse-seg", "csmask_b4+lite0")
+TERRATORCH_CELL = ("sample-trees", "lite0")
+# terratorch is slow, so it has few runs, and both sides few steps.
+N_RATES, N_SEEDS, N_STEPS = 6, 3, 200
+SINGLE = HParams(1e-2, 1e-2, 0)
 
 
-def stores(dataset: str, model: str) -> dict:
+def feature_paths(dataset: str, model: str) -> dict[Path, None]:
+    """Return the paths of the stores of a model's backbones."""
     return {Path(f"data/features/{dataset}/{name}.zarr"): None for name in model.split("+")}
 
 
-def load(described: config.Params, dataset: str, model: str) -> task_data.TaskData:
-    pictures, where = Path(f"data/images/{dataset}.zarr"), described.compute.device
-    return task_data.load(stores(dataset, model), pictures, described.heads, SPLITS, where)
+def load(params: config.Params, dataset: str, model: str) -> TaskData:
+    """Load all splits of a dataset for a model."""
+    images_path = Path(f"data/images/{dataset}.zarr")
+    return task_data.load(feature_paths(dataset, model), images_path, params.heads, SPLITS, params.compute.device)
 
 
-def scores(cell: task_data.TaskData, group, split: str) -> np.ndarray:
-    return cell.task.score(count_split(cell, group, split).sum(axis=1))
+def run_protocol(params: config.Params, data: TaskData) -> tuple[dict, np.ndarray]:
+    """Return the result of the search, and the test scores of the seeds."""
+    result = search(lambda hparams: score_split(data, train_heads(data, hparams), "val"), params.search)
+    hparams = [HParams(**result["best"], seed=seed) for seed in range(params.train.seeds)]
+    return result, score_split(data, train_heads(data, hparams), "test")
 
 
-def protocol(described: config.Params, cell: task_data.TaskData) -> tuple[dict, np.ndarray]:
-    """The search's result, and the seeds' test scores."""
-    found = search(lambda settings: scores(cell, train_heads(cell, settings), "val"), described.search)
-    settings = [HParams(**found["best"], seed=seed) for seed in range(described.train.seeds)]
-    return found, scores(cell, train_heads(cell, settings), "test")
+def run_single(data: TaskData) -> np.ndarray:
+    """Return the test score of one head of our code."""
+    return score_split(data, train_heads(data, [SINGLE]), "test")
 
 
-def single(cell: task_data.TaskData) -> np.ndarray:
-    return scores(cell, train_heads(cell, [HParams(1e-2, 1e-2, 0)]), "test")
-
-
-def classification(described: config.Params) -> list[tuple[str, str]]:
-    """The grid's cells of classification sets whose backbones see the images."""
-    found = []
-    for dataset in described.grid.datasets:
-        for model in described.grid.models if described.dataset(dataset).task == "classification" else ():
+def classification_cells(params: config.Params) -> list[tuple[str, str]]:
+    """Return dataset and model of the grid's classification cells that were not skipped."""
+    cells = []
+    for dataset in params.grid.datasets:
+        is_classification = params.dataset(dataset).task == TaskType.CLASSIFICATION
+        for model in params.grid.models if is_classification else ():
             try:
-                [FeatureStore(path) for path in stores(dataset, model)]
-            except StoreError:  # left out
+                [FeatureStore(path) for path in feature_paths(dataset, model)]
+            except StoreError:  # skipped
                 continue
-            found.append((dataset, model))
-    return found
+            cells.append((dataset, model))
+    return cells
 
 
-def plain(cell: task_data.TaskData, recipe: loop.TrainSchedule, threads: int) -> float:
-    """Seconds of one linear head in plain torch, to its test score."""
-    part, test = cell.splits["train"], cell.splits["test"]
-    before = torch.get_num_threads()
+def plain_torch_seconds(data: TaskData, schedule: TrainSchedule, threads: int) -> float:
+    """Return the seconds of one linear head in plain torch, from features in memory to its test score."""
+    train, test = data.splits["train"], data.splits["test"]
+    n_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
-    begun = time.perf_counter()
-    head = torch.nn.Linear(part.inputs.shape[1], cell.task.n_classes).to(part.inputs.device)
-    optimiser = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, warm_cosine(recipe.steps))
-    for index in loop.batch_order(len(part.label), recipe, 0).to(part.inputs.device):
-        optimiser.zero_grad()
-        functional.cross_entropy(head(part.inputs[index]), part.label[index]).backward()
-        optimiser.step()
-        schedule.step()
+    start = time.perf_counter()
+    head = torch.nn.Linear(train.inputs.shape[1], data.task.n_classes).to(train.inputs.device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=1e-2, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(schedule.steps))
+    for index in loop.batch_order(len(train.label), schedule, 0).to(train.inputs.device):
+        optimizer.zero_grad()
+        functional.cross_entropy(head(train.inputs[index]), train.label[index]).backward()
+        optimizer.step()
+        scheduler.step()
     with torch.no_grad():
         (head(test.inputs).argmax(1) == test.label).float().mean().item()
-    spent = time.perf_counter() - begun
-    torch.set_num_threads(before)
-    return spent
+    elapsed = time.perf_counter() - start
+    torch.set_num_threads(n_threads)
+    return elapsed
 
 
-def linear(described: config.Params) -> dict:
-    """Ratios of the linear protocol over all cells."""
-    rounds, chosen = [], classification(described)
-    recipe = TrainSchedule(described.heads.linear.steps, described.heads.linear.batch)
-    for _ in range(1 + (ROUNDS if described.compute.device == "cpu" else 1)):  # a GPU's time is dear
+def linear(params: config.Params) -> dict:
+    """Measure the protocol of linear heads over all cells."""
+    rounds, cells = [], classification_cells(params)
+    schedule = TrainSchedule(params.heads.linear.steps, params.heads.linear.batch)
+    for _ in range(
+        1 + (ROUNDS if params.compute.device == "cpu" else 1)
+    ):  # one round on a GPU, whose time is limited
         times = np.zeros(4)
-        for dataset, model in chosen:
-            begun = time.perf_counter()
-            cell = load(described, dataset, model)
-            read = time.perf_counter() - begun
-            torchs = min(plain(cell, recipe, threads) for threads in _threads(described))
-            own, many = seconds(lambda c=cell: single(c)), seconds(lambda c=cell: protocol(described, c))
-            times += (read, many, torchs, own)
+        for dataset, model in cells:
+            start = time.perf_counter()
+            data = load(params, dataset, model)
+            reading = time.perf_counter() - start
+            plain = min(plain_torch_seconds(data, schedule, threads) for threads in _thread_counts(params))
+            own = seconds(lambda data=data: run_single(data))
+            protocol = seconds(lambda data=data: run_protocol(params, data))
+            times += (reading, protocol, plain, own)
         rounds.append(times)
-    read, many, torchs, own = np.array(rounds[1:]).T
+    reading, protocol, plain, own = np.array(rounds[1:]).T
     ratios = {
-        "linear_vs_single": (read + many) / (read + torchs),
-        "linear_training_vs_single": many / torchs,
-        "linear_vs_own_single": (read + many) / (read + own),
-        "linear_training_vs_own_single": many / own,
+        "linear_vs_single": (reading + protocol) / (reading + plain),
+        "linear_training_vs_single": protocol / plain,
+        "linear_vs_own_single": (reading + protocol) / (reading + own),
+        "linear_training_vs_own_single": protocol / own,
     }
-    spent = {"reading": read, "all": many, "plain_one": torchs, "own_one": own}
+    times = {"reading": reading, "protocol": protocol, "plain_single": plain, "own_single": own}
     return {
         **{name: round(statistics.median(values), 2) for name, values in ratios.items()},
-        "linear_seconds": {name: round(statistics.median(values), 2) for name, values in spent.items()},
-        "linear_cells": len(chosen),
+        "linear_seconds": {name: round(statistics.median(values), 2) for name, values in times.items()},
+        "linear_cells": len(cells),
     }
 
 
-def _threads(described: config.Params) -> set[int]:
-    """How many threads to try a single run with; a GPU's waits for one, whatever there are."""
-    return {1} if described.compute.device == "cuda" else {1, torch.get_num_threads()}
+def _thread_counts(params: config.Params) -> set[int]:
+    """Numbers of threads to try for a single run; on a GPU, one thread waits for it in any case."""
+    return {1} if params.compute.device == "cuda" else {1, torch.get_num_threads()}
 
 
-def all_cores(described: config.Params, cell: task_data.TaskData) -> float:
-    """Seconds of one UPerNet on every core, which `fit` would give one."""
-    chosen, setting = described.heads.upernet, HParams(1e-2, 1e-2, 0)
-    recipe = TrainSchedule(chosen.steps, chosen.batch)
-    group = train_heads(cell, [setting])  # made, and trained outside of the clock
-    lane = HeadTrainer(group.independent_heads()[0].train(), [setting], cell.task, recipe)
-    begun = time.perf_counter()
-    for index in loop.batch_order(len(cell.splits["train"].label), recipe, 0):
-        lane.step(
-            [level[index] for level in cell.splits["train"].inputs], None, cell.splits["train"].label[index][None]
-        )
-    scores(cell, group.eval(), "test")
-    return time.perf_counter() - begun
+def all_cores_seconds(params: config.Params, data: TaskData) -> float:
+    """Return the seconds of one UPerNet on all cores; `fit` would use one core for one head."""
+    schedule = TrainSchedule(params.heads.upernet.steps, params.heads.upernet.batch)
+    group = train_heads(data, [SINGLE])  # not timed; it is trained once more below
+    trainer = HeadTrainer(group.independent_heads()[0].train(), [SINGLE], data.task, schedule)
+    train = data.splits["train"]
+    start = time.perf_counter()
+    for index in loop.batch_order(len(train.label), schedule, 0):
+        trainer.step([level[index] for level in train.inputs], None, train.label[index][None])
+    score_split(data, group.eval(), "test")
+    return time.perf_counter() - start
 
 
-def upernet(described: config.Params) -> dict:
-    """Ratios of UPerNet's protocol on one cell."""
+def upernet(params: config.Params) -> dict:
+    """Measure the protocol of UPerNet on one cell."""
     rounds = []
     for _ in range(2):
-        begun = time.perf_counter()
-        cell = load(described, *UPERNET)
-        read = time.perf_counter() - begun
-        single(cell)  # warms up
-        one = statistics.median(seconds(lambda c=cell: single(c)) for _ in range(ROUNDS))
-        if described.compute.device == "cpu":
-            one = min(one, all_cores(described, cell))
-        many = seconds(lambda c=cell: protocol(described, c))
-        rounds.append((many + read, one + read, many, one))
-    whole, training = (statistics.mean(r[i] / r[i + 1] for r in rounds) for i in (0, 2))
+        start = time.perf_counter()
+        data = load(params, *UPERNET_CELL)
+        reading = time.perf_counter() - start
+        run_single(data)  # warms up
+        single = statistics.median(seconds(lambda data=data: run_single(data)) for _ in range(ROUNDS))
+        if params.compute.device == "cpu":
+            single = min(single, all_cores_seconds(params, data))
+        protocol = seconds(lambda data=data: run_protocol(params, data))
+        rounds.append({"reading": reading, "protocol": protocol, "single": single})
+    with_reading = [(times["protocol"] + times["reading"]) / (times["single"] + times["reading"]) for times in rounds]
+    training = [times["protocol"] / times["single"] for times in rounds]
     return {
-        "upernet_vs_single": round(whole, 2),
-        "upernet_training_vs_single": round(training, 2),
-        "upernet_seconds": {"all": round(rounds[-1][2], 1), "one": round(rounds[-1][3], 2)},
-    }
-
-
-def terratorch(described: config.Params, dealt: int | None = None) -> dict:
-    """Ours, from images to test scores, against terratorch's.
-
-    Args:
-        dealt: a seed to deal the blocks to the splits by, in place of params.yaml's.
-    """
-    from pipeline.backbones import create_backbone, get_spec, preprocessing
-    from pipeline.backbones.encoder import Encoder
-    from pipeline.extraction import engine, estimate
-
-    dataset, backbone = THEIRS
-    recipe = dataclasses.replace(described.heads.linear, pooled="last", steps=STEPS)
-    described = dataclasses.replace(described, heads=dataclasses.replace(described.heads, linear=recipe))
-    pictures = Path(f"data/images/{dataset}.zarr")
-    if dealt is not None:
-        pictures = deals.store(dataset, described.dataset(dataset), dealt)
-    images, chosen = open_images(pictures), described.backbone(backbone)
-    declared = get_spec(chosen)
-    given = preprocessing.make_preprocessor(images, backbone, chosen, declared)
-    network = create_backbone(chosen, declared, given.input_bands, Path(f"data/weights/{backbone}"))
-
-    shutil.rmtree(scratch := FOLDER / "protocol", ignore_errors=True)
-    begun = time.perf_counter()
-    encoder = Encoder(given, network, "cpu", strides=declared.strides)
-    look = estimate.dry_run(images, encoder, 4)
-    layout = engine.make_schema(images, declared, look.pyramid, chosen.input_size, described.extract)
-    provenance = {"images_sha256": images.attrs["content_sha256"]}
-    writer = Writer(scratch / "scratch", layout, scratch / "store.zarr", provenance)
-    batch = described.extract.batch or estimate.find_batch_size(images, encoder, described.extract.shard)
-    engine.extract(images, encoder, writer, batch)
-    writer.finish()
-    cell = task_data.load({scratch / "store.zarr": None}, pictures, described.heads, SPLITS, "cpu")
-    found, ours = protocol(described, cell)
-    spent = time.perf_counter() - begun
-    shutil.rmtree(scratch)
-
-    epochs = -(-recipe.steps * recipe.batch // len(cell.splits["train"].label))
-    with tempfile.TemporaryDirectory() as folder:
-        write_tiffs(images, Path(folder))
-
-        def run(rate: float, seed: int) -> Run:
-            decay = found["best"]["weight_decay"]
-            return terratorch_run(Path(folder), network, rate, decay, seed, epochs, recipe.batch)
-
-        trials = {float(rate): run(rate, 0) for rate in np.geomspace(*described.search.learning_rate, RATES)}
-        best = max(trials, key=lambda rate: trials[rate].val)
-        seeds = [trials[best], *(run(best, seed) for seed in range(1, SEEDS))]
-    runs, count = [*trials.values(), *seeds[1:]], described.search.trials + described.train.seeds
-    return {
-        "vs_terratorch": round(count * statistics.mean(one.seconds for one in runs) / spent, 1),
-        "ours_seconds": round(spent, 1), "terratorch_seconds_a_run": [round(one.seconds, 1) for one in runs],
-        "runs": count, "epochs": epochs,
-        "ours_accuracy": _spread(ours), "terratorch_accuracy": _spread(np.array([one.test for one in seeds])),
-        "terratorch_val_by_rate": {f"{rate:.2g}": round(one.val, 4) for rate, one in trials.items()},
+        "upernet_vs_single": round(statistics.mean(with_reading), 2),
+        "upernet_training_vs_single": round(statistics.mean(training), 2),
+        "upernet_seconds": {
+            "protocol": round(rounds[-1]["protocol"], 1), "single": round(rounds[-1]["single"], 2)
+        },
     }  # fmt: skip
 
 
-def _spread(accuracy: np.ndarray) -> list[float]:
+def terratorch(params: config.Params, split_seed: int | None = None) -> dict:
+    """Measure our protocol from images to test scores, and terratorch's runs.
+
+    Args:
+        split_seed: assigns the blocks to the splits; None for the splits of params.yaml.
+    """
+    dataset, name = TERRATORCH_CELL
+    settings = replace(params.heads.linear, pooled="last", steps=N_STEPS)
+    params = replace(params, heads=replace(params.heads, linear=settings))
+    images_path = Path(f"data/images/{dataset}.zarr")
+    if split_seed is not None:
+        images_path = resplit.write_resplit_images(dataset, params.dataset(dataset), split_seed)
+    images, backbone = open_images(images_path), params.backbone(name)
+    spec = get_spec(backbone)
+    preprocessor = preprocessing.make_preprocessor(images, name, backbone, spec)
+    network = create_backbone(backbone, spec, preprocessor.input_bands, Path(f"data/weights/{name}"))
+
+    shutil.rmtree(scratch := FOLDER / "protocol", ignore_errors=True)
+    start = time.perf_counter()
+    encoder = Encoder(preprocessor, network, "cpu", strides=spec.strides)
+    pyramid = estimate.dry_run(images, encoder, 4).pyramid
+    schema = engine.make_schema(images, spec, pyramid, backbone.input_size, params.extract)
+    provenance = {"images_sha256": images.attrs["content_sha256"]}
+    writer = Writer(scratch / "scratch", schema, scratch / "store.zarr", provenance)
+    batch = params.extract.batch or estimate.find_batch_size(images, encoder, params.extract.shard)
+    engine.extract(images, encoder, writer, batch)
+    writer.finish()
+    data = task_data.load({scratch / "store.zarr": None}, images_path, params.heads, SPLITS, "cpu")
+    result, our_scores = run_protocol(params, data)
+    our_seconds = time.perf_counter() - start
+    shutil.rmtree(scratch)
+
+    epochs = -(-settings.steps * settings.batch // len(data.splits["train"].label))
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiffs(images, Path(folder))
+
+        def run(learning_rate: float, seed: int) -> TerratorchRun:
+            weight_decay = result["best"]["weight_decay"]
+            return terratorch_run(Path(folder), network, learning_rate, weight_decay, seed, epochs, settings.batch)
+
+        trials = {float(rate): run(rate, 0) for rate in np.geomspace(*params.search.learning_rate, N_RATES)}
+        best_rate = max(trials, key=lambda rate: trials[rate].val)
+        seed_runs = [trials[best_rate], *(run(best_rate, seed) for seed in range(1, N_SEEDS))]
+    timed_runs, n_runs = [*trials.values(), *seed_runs[1:]], params.search.trials + params.train.seeds
+    return {
+        "vs_terratorch": round(n_runs * statistics.mean(run.seconds for run in timed_runs) / our_seconds, 1),
+        "our_seconds": round(our_seconds, 1),
+        "terratorch_seconds_per_run": [round(run.seconds, 1) for run in timed_runs],
+        "runs": n_runs, "epochs": epochs,
+        "our_accuracy": _mean_std(our_scores),
+        "terratorch_accuracy": _mean_std(np.array([run.test for run in seed_runs])),
+        "terratorch_val_by_rate": {f"{rate:.2g}": round(trial.val, 4) for rate, trial in trials.items()},
+    }  # fmt: skip
+
+
+def _mean_std(accuracy: np.ndarray) -> list[float]:
     return [round(float(accuracy.mean()), 4), round(float(accuracy.std(ddof=1)), 4)]
 
 
-PARTS = {work.__name__: work for work in (linear, upernet, terratorch)}
+PARTS = {part.__name__: part for part in (linear, upernet, terratorch)}
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; none for all")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our heads and of plain torch's")
-    parser.add_argument("--deal", type=int, help="terratorch's set with its blocks dealt by this seed")
-    arguments, described = parser.parse_args(), config.load()
-    described = dataclasses.replace(
-        described, compute=dataclasses.replace(described.compute, device=device.resolve_device(arguments.device))
-    )
-    found = {"cores": os.cpu_count(), "device": arguments.device}
-    if arguments.deal is not None:
-        found["deal"] = arguments.deal
-    chosen = arguments.parts or list(PARTS)
-    if unknown := set(chosen) - set(PARTS):
-        parser.error(f"there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    if arguments.device != "cpu" and "terratorch" in chosen:
-        parser.error("terratorch's runs are on the CPU; name the parts that a GPU is to run: linear, upernet")
-    if arguments.deal is not None and chosen != ["terratorch"]:
-        parser.error("--deal is for terratorch alone: python -m benchmarks.protocol --deal 1 terratorch")
-    for name in chosen:
-        found |= terratorch(described, arguments.deal) if name == "terratorch" else PARTS[name](described)
-    print(json.dumps(found))
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; by default all")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="of our heads and of plain torch")
+    parser.add_argument("--split-seed", type=int, help="assigns the blocks of terratorch's dataset to the splits")
+    arguments, params = parser.parse_args(), config.load()
+    params = replace(params, compute=replace(params.compute, device=device.resolve_device(arguments.device)))
+    results = {"cores": os.cpu_count(), "device": arguments.device}
+    if arguments.split_seed is not None:
+        results["split_seed"] = arguments.split_seed
+    parts = arguments.parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"There is no part {', '.join(unknown)}; there are {', '.join(PARTS)}.")
+    if arguments.device != "cpu" and "terratorch" in parts:
+        parser.error("terratorch runs on the CPU only. Name the parts to run on a GPU: linear, upernet.")
+    if arguments.split_seed is not None and parts != ["terratorch"]:
+        parser.error("--split-seed is for terratorch: python -m benchmarks.protocol --split-seed 1 terratorch")
+    for name in parts:
+        results |= terratorch(params, arguments.split_seed) if name == "terratorch" else PARTS[name](params)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

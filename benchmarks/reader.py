@@ -1,9 +1,9 @@
-"""Random minibatches from the feature store, against other ways to read the same values.
+"""Random minibatches from the feature store, compared with other readers of the same values.
 
     python -m benchmarks.reader
 
-Needs the extra `bench` for tensorstore, litdata and webdataset; without one its fields are null. Rates are samples a
-second, medians over alternating rounds; a ratio is the median over rounds of our rate over theirs.
+Needs the extra `bench` for tensorstore, litdata and webdataset; without it their fields are null. Rates are samples
+per second, medians over alternating rounds. A ratio is the median over rounds of our rate divided by the other's.
 """
 
 import importlib.util
@@ -19,169 +19,186 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import peers
-from benchmarks.features import store
-from benchmarks.peers import BATCH, PEERS, Way
+from benchmarks.features import feature_store
+from benchmarks.peers import BATCH, PEERS, Reader
 from cache.loader import FeatureDataset, shuffled_batches
 from cache.reader import FeatureStore
+from cache.schema import level_array
 
 ROUNDS = 5
-MANY = 15  # where the two are so near each other that a median of few rounds says little
-SECONDS = 1.0  # a slow way reads fewer batches
-LEAST = 2
+ROUNDS_OF_SIMILAR = 15  # the median of few rounds is uncertain where two readers are almost equally fast
+SECONDS = 1.0  # of a round, so that a slow reader reads fewer batches
+MIN_BATCHES = 2
+BUILT_IN = ("memmap", "pread", "memory")
+MAPPED_BYTES = 256 << 20
 
 
-def rate(way: Way, order: list[np.ndarray]) -> float:
-    """Samples a second; the first batch, with what a way needs to start, is not counted."""
-    batches = way(order)
+def samples_per_second(reader: Reader, order: list[np.ndarray]) -> float:
+    """Return the rate of a reader without its first batch, which includes its start."""
+    batches = reader(order)
     next(batches)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     count = sum(1 for _ in batches)
-    return count * BATCH / (time.perf_counter() - begun)
+    return count * BATCH / (time.perf_counter() - start)
 
 
-def rates(
-    ways: dict[str, Way],
+def measure_rates(
+    readers: dict[str, Reader],
     features: FeatureStore,
     prepare: Callable[[str], None] = lambda name: None,
-    least: int = LEAST,
+    min_batches: int = MIN_BATCHES,
     seconds: float = SECONDS,
     rounds: int = ROUNDS,
-) -> dict:
-    """Rates of every way and round, the ways by turns, each round in another random order of samples."""
+) -> dict[str, list[float]]:
+    """Return the rates of every reader in all rounds; readers alternate.
+
+    Each round has another random order of samples.
+
+    Args:
+        prepare: called with a reader's name before it reads.
+    """
     rows = np.arange(len(features.sample))
-    counts, measured = {}, {name: [] for name in ways}
-    for number in range(-2, rounds):  # two rounds to warm up and to find how many batches a way can do in time
+    n_batches, rates = {}, {name: [] for name in readers}
+    for number in range(-2, rounds):  # two rounds to warm up, and to find how many batches a reader can read in time
         order = [index for index in shuffled_batches(rows, BATCH, seed=0, epoch=number + 2) if len(index) == BATCH]
-        for name, way in ways.items():
+        for name, reader in readers.items():
             prepare(name)
-            found = rate(way, order[: 1 + counts.get(name, least)])
-            counts[name] = (
-                int(np.clip(seconds * found / BATCH, least, len(order) - 1)) if number < 0 else counts[name]
-            )
-            if number >= 0:
-                measured[name].append(found)
-    return measured
+            rate = samples_per_second(reader, order[: 1 + n_batches.get(name, min_batches)])
+            if number < 0:
+                n_batches[name] = int(np.clip(seconds * rate / BATCH, min_batches, len(order) - 1))
+            else:
+                rates[name].append(rate)
+    return rates
 
 
-def ratio(measured: dict, ours: str, *theirs: str) -> float | None:
-    """How many times faster than the best of others; None where none was measured."""
-    there = [measured[name] for name in theirs if name in measured]
-    if not there:
+def ratio(rates: dict[str, list[float]], tested: str, *references: str) -> float | None:
+    """Return how many times faster a reader is than the best of the references; None if none was measured."""
+    measured = [rates[name] for name in references if name in rates]
+    if not measured:
         return None
-    return round(statistics.median(mine / max(other) for mine, *other in zip(measured[ours], *there, strict=True)), 3)
+    rounds = zip(rates[tested], *measured, strict=True)
+    return round(statistics.median(rate / max(reference_rates) for rate, *reference_rates in rounds), 3)
 
 
-def warm(features: FeatureStore) -> dict[str, dict]:
-    """Ours beside each peer, by peer: one at a time, so that the page cache holds the files of both."""
-    measured = {}
-    for peer in ("memmap", "pread", "memory", "zarr", "tensorstore", "litdata", "webdataset"):
-        if importlib.util.find_spec(peer) or peer in ("memmap", "pread", "memory"):
-            make = getattr(peers, f"{peer}_ways")
-            # Opened anew, so that nothing stays mapped from one peer to the next.
-            ways = {"ours": _ours(FeatureStore(features.location))} | make(FeatureStore(features.location))
-            rounds = MANY if peer == "memmap" else ROUNDS
-            measured[peer] = rates(ways, features, partial(_warm, features, peer), rounds=rounds)
-    bounded = {"ours_mapped_256_mib": _ours(FeatureStore(features.location, max_mapped_bytes=256 << 20))}
-    measured["mapped"] = rates(bounded | peers.memmap_ways(features), features, partial(_warm, features, "memmap"))
-    return measured
+def measure_warm(features: FeatureStore) -> dict[str, dict]:
+    """Return the rates of our reader and of each peer, by peer: two at a time fit the page cache."""
+    rates = {}
+    for peer in (*BUILT_IN, "zarr", "tensorstore", "litdata", "webdataset"):
+        if peer in BUILT_IN or importlib.util.find_spec(peer):
+            make_readers = getattr(peers, f"{peer}_readers")
+            # Opened again for each peer, so that no pages stay mapped.
+            readers = {"ours": _our_reader(FeatureStore(features.location))}
+            readers |= make_readers(FeatureStore(features.location))
+            rounds = ROUNDS_OF_SIMILAR if peer == "memmap" else ROUNDS
+            rates[peer] = measure_rates(readers, features, partial(_warm_up, features, peer), rounds=rounds)
+    limited = {"ours_mapped_256_mib": _our_reader(FeatureStore(features.location, max_mapped_bytes=MAPPED_BYTES))}
+    rates["mapped"] = measure_rates(
+        limited | peers.memmap_readers(features), features, partial(_warm_up, features, "memmap")
+    )
+    return rates
 
 
-def _warm(features: FeatureStore, peer: str, name: str) -> None:
-    """Bring the files of a way into the page cache; some machines take it back within seconds."""
-    own = peer in ("memmap", "litdata", "webdataset") and not name.startswith("ours")
-    for path in PEERS.glob(f"{peer}/*") if own else Path(features.location).rglob("c.*"):
+def _warm_up(features: FeatureStore, peer: str, name: str) -> None:
+    """Read a reader's files into the page cache; some machines drop them within seconds."""
+    has_own_files = peer in ("memmap", "litdata", "webdataset") and not name.startswith("ours")
+    for path in PEERS.glob(f"{peer}/*") if has_own_files else Path(features.location).rglob("c.*"):
         path.read_bytes()
 
 
-def _ours(features: FeatureStore) -> Way:
-    batches = FeatureDataset({level: [(features, f"{level}/features")] for level in features.levels})
-    return batches.stream
+def _our_reader(features: FeatureStore) -> Reader:
+    return FeatureDataset({level: [(features, level_array(level))] for level in features.levels}).stream
 
 
-def cold(features: FeatureStore) -> dict:
-    """Ours and the memory map, opened anew, with their files dropped from the page cache before every reading.
+def measure_cold(features: FeatureStore) -> dict[str, list[float]]:
+    """Return rates of our reader and of the memory map when no file is in the page cache.
 
-    A few batches only: reading ahead wastes what it reads at first, and later finds it in the cache.
+    Both are opened again for each round. A round has few batches: the system's own reading ahead is wasted at first,
+    and later batches would find its results in the cache.
     """
-    places = {"ours": Path(features.location), "memmap": PEERS / "memmap"}
+    folders = {"ours": Path(features.location), "memmap": PEERS / "memmap"}
 
-    def drop(name):
-        for path in [*places[name].rglob("c.*"), *places[name].glob("*.npy")]:
+    def drop_cache(name):
+        for path in [*folders[name].rglob("c.*"), *folders[name].glob("*.npy")]:
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
 
-    ways = {
-        "ours": lambda order: _ours(FeatureStore(features.location))(order),
-        "memmap": lambda order: peers.memmap_ways(features)["memmap"](order),
+    readers = {
+        "ours": lambda order: _our_reader(FeatureStore(features.location))(order),
+        "memmap": lambda order: peers.memmap_readers(features)["memmap"](order),
     }
-    return rates(ways, features, drop, least=8, seconds=0)
+    return measure_rates(readers, features, drop_cache, min_batches=8, seconds=0)
 
 
-def fused(first: FeatureStore, second: FeatureStore) -> dict:
-    """Two stores into one batch, against the same reader into two batches which are then concatenated.
+def measure_fused(first: FeatureStore, second: FeatureStore) -> dict[str, list[float]]:
+    """Return rates of reading two stores into one batch, and of concatenating two batches.
 
-    `concatenated` makes new arrays as numpy and torch do unless told otherwise; `in_place` reuses memory;
-    `overlapped` does that too, and concatenates while the prefetch thread reads on, on a core that is idle here.
+    `concatenated` allocates new arrays, which is the default of NumPy and torch. `concatenated_in_place` reuses
+    memory. `concatenated_overlapped` reuses memory, too, and concatenates while the prefetch thread reads on a core
+    that is idle here.
     """
     levels = first.levels
-    into_one = FeatureDataset({level: [(one, f"{level}/features") for one in (first, second)] for level in levels})
-    apart = FeatureDataset({
-        f"{level}-{number}": [(one, f"{level}/features")]
-        for level in levels for number, one in enumerate((first, second))
+    fused = FeatureDataset({level: [(store, level_array(level)) for store in (first, second)] for level in levels})
+    separate = FeatureDataset({
+        f"{level}-{number}": [(store, level_array(level))]
+        for level in levels for number, store in enumerate((first, second))
     })  # fmt: skip
-    out, parts = into_one.allocate(BATCH), apart.allocate(BATCH)
+    buffer, separate_buffer = fused.allocate(BATCH), separate.allocate(BATCH)
 
-    def join(batch, out):
+    def concatenate(batch, out):
         for level in levels:
             np.concatenate([batch[f"{level}-0"], batch[f"{level}-1"]], axis=1, out=out[level])
         return out
 
     def concatenated(order):
         for index in order:
-            batch = apart.get(index, parts)
+            batch = separate.get(index, separate_buffer)
             yield [np.concatenate([batch[f"{level}-0"], batch[f"{level}-1"]], axis=1) for level in levels]
 
-    ways = {
-        "fused": lambda order: (into_one.get(index, out) for index in order),
+    readers = {
+        "fused": lambda order: (fused.get(index, buffer) for index in order),
         "concatenated": concatenated,
-        "concatenated_in_place": lambda order: (join(apart.get(index, parts), out) for index in order),
-        "fused_overlapped": into_one.stream,
-        "concatenated_overlapped": lambda order: (join(batch, out) for _, batch in apart.stream(order)),
+        "concatenated_in_place": lambda order: (
+            concatenate(separate.get(index, separate_buffer), buffer) for index in order
+        ),
+        "fused_overlapped": fused.stream,
+        "concatenated_overlapped": lambda order: (concatenate(batch, buffer) for _, batch in separate.stream(order)),
     }
-    return rates(ways, first, rounds=MANY)
+    return measure_rates(readers, first, rounds=ROUNDS_OF_SIMILAR)
 
 
 def main() -> None:
-    features = store("sample-trees", "lite0", 224, 6)
+    features = feature_store("sample-trees", "lite0", 224, 6)
     size = sum(path.stat().st_size for path in Path(features.location).rglob("c.*"))
-    assert size >= 2e9, f"{size} bytes of features are too few"
-    measured, chilled = warm(features), cold(features)
-    joined = fused(store("sample-landuse", "csmask_b4", 128, 2), store("sample-landuse", "lite0", 128, 2))
+    assert size >= 2e9, f"the store has {size} bytes; the benchmark needs 2 GB"
+    warm, cold = measure_warm(features), measure_cold(features)
+    stores = [feature_store("sample-landuse", name, 128, 2) for name in ("csmask_b4", "lite0")]
+    fused = measure_fused(*stores)
 
     def against(peer):
-        """Ours over the best of a peer's ways."""
-        ways = measured.get(peer, {})
-        return ratio(ways, "ours", *[name for name in ways if not name.startswith("ours")])
+        """Our rate divided by that of the peer's best reader."""
+        rates = warm.get(peer, {})
+        return ratio(rates, "ours", *[name for name in rates if not name.startswith("ours")])
 
     def medians(rates):
-        return {name: round(statistics.median(each)) for name, each in rates.items()}
+        return {name: round(statistics.median(values)) for name, values in rates.items()}
 
     print(json.dumps({
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "gigabytes": round(size / 1e9, 2), "samples": len(features.sample), "batch": BATCH, "rounds": [ROUNDS, MANY],
-        "rates": {peer: medians(ways) for peer, ways in measured.items()},
-        "cold_rates": medians(chilled), "fused_rates": medians(joined),
+        "gigabytes": round(size / 1e9, 2), "samples": len(features.sample), "batch": BATCH,
+        "rounds": [ROUNDS, ROUNDS_OF_SIMILAR],
+        "samples_per_second": {peer: medians(rates) for peer, rates in warm.items()},
+        "cold_samples_per_second": medians(cold), "fused_samples_per_second": medians(fused),
         "vs_memmap": against("memmap"), "vs_pread": against("pread"), "vs_memory": against("memory"),
-        "mapped_256_mib_vs_memmap": ratio(measured["mapped"], "ours_mapped_256_mib", "memmap"),
+        "mapped_256_mib_vs_memmap": ratio(warm["mapped"], "ours_mapped_256_mib", "memmap"),
         "vs_zarr_python": against("zarr"),
         "vs_tensorstore": against("tensorstore"), "vs_litdata": against("litdata"),
         "vs_webdataset": against("webdataset"),
-        "cold_vs_memmap": ratio(chilled, "ours", "memmap"),
-        "fused_vs_concat": ratio(joined, "fused", "concatenated"),
-        "fused_vs_concat_in_place": ratio(joined, "fused", "concatenated_in_place"),
-        "fused_vs_concat_overlapped": ratio(joined, "fused_overlapped", "concatenated_overlapped"),
+        "cold_vs_memmap": ratio(cold, "ours", "memmap"),
+        "fused_vs_concat": ratio(fused, "fused", "concatenated"),
+        "fused_vs_concat_in_place": ratio(fused, "fused", "concatenated_in_place"),
+        "fused_vs_concat_overlapped": ratio(fused, "fused_overlapped", "concatenated_overlapped"),
     }))  # fmt: skip
 
 

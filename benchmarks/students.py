@@ -1,9 +1,10 @@
-"""How much cheaper a student is to use than its teacher, after `make run`.
+"""Cost of a student compared with its teacher, after `make run`.
 
     python -m benchmarks.students
 
-Of every data set and student: `faster`, how many times as many chips a second on this processor, as the median over
-alternating rounds; `smaller`, times fewer parameters; `fewer_operations`. Both take stored chips to logits.
+For every dataset and student: `faster`, how many times as many chips per second on this CPU, the median over
+alternating rounds; `smaller`, how many times fewer parameters; `fewer_operations`, how many times fewer
+floating-point operations. Both models take stored chips to logits.
 """
 
 import json
@@ -21,28 +22,28 @@ ROUNDS = 7
 
 
 def main() -> None:
-    described, found = config.load(), {"cores": torch.get_num_threads()}
-    for dataset in described.grid.datasets:
-        models = benchmarked_models(described, dataset, "cpu")
+    params, results = config.load(), {"cores": torch.get_num_threads()}
+    for dataset in params.grid.datasets:
+        models = benchmarked_models(params, dataset, "cpu")
         chips = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: cost.BATCH_CHIPS].values
-        for name in described.grid.students:
-            told = read_json(DISTILLATION / dataset / name / "metadata.json")
-            if told["skipped"]:
+        for name in params.grid.students:
+            metadata = read_json(DISTILLATION / dataset / name / "metadata.json")
+            if metadata["skipped"]:
                 continue
-            ours, theirs = models[name], models[told["teacher"]]
+            student, teacher = models[name], models[metadata["teacher"]]
             with torch.no_grad():
-                faster = ratio(partial(ours.predict, chips), partial(theirs.predict, chips), ROUNDS)
-            work = [cost.flops(partial(one.predict, chips[:1])) for one in (theirs, ours)]
-            found[f"{dataset} {name} against {told['teacher']}"] = {
+                faster = ratio(partial(student.predict, chips), partial(teacher.predict, chips), ROUNDS)
+            operations = [cost.flops(partial(model.predict, chips[:1])) for model in (teacher, student)]
+            results[f"{dataset} {name} against {metadata['teacher']}"] = {
                 "faster": round(faster, 2),
-                "smaller": round(_size(theirs) / _size(ours), 1),
-                "fewer_operations": round(work[0] / work[1], 1),
+                "smaller": round(_n_parameters(teacher) / _n_parameters(student), 1),
+                "fewer_operations": round(operations[0] / operations[1], 1),
             }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(results, indent=1))
 
 
-def _size(one: cost.BenchmarkedModel) -> int:
-    return sum(tensor.numel() for module in one.modules for tensor in module.parameters())
+def _n_parameters(model: cost.BenchmarkedModel) -> int:
+    return sum(tensor.numel() for module in model.modules for tensor in module.parameters())
 
 
 if __name__ == "__main__":

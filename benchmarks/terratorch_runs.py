@@ -1,21 +1,21 @@
-"""terratorch's side of benchmarks/protocol.py: a run of a frozen backbone as its users do it."""
+"""Train a linear head on a frozen backbone with terratorch, for benchmarks/protocol.py."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import rasterio
 import torch
+import xarray as xr
 
 from pipeline.data.image_store import SPLITS
 
 
-def write_tiffs(images, folder: Path) -> None:
-    """The same chips as GeoTIFFs in folders of splits and classes."""
-    import rasterio
-
-    for place, (name, split) in enumerate(zip(images.sample.values, images.split.values, strict=True)):
-        chip = images.image[place].values
-        path = folder / str(split) / f"{int(images.label[place])}" / f"{name}.tif"
+def write_tiffs(images: xr.Dataset, folder: Path) -> None:
+    """Write the chips of an images store as GeoTIFFs in folders of splits and classes."""
+    for index, (name, split) in enumerate(zip(images.sample.values, images.split.values, strict=True)):
+        chip = images.image[index].values
+        path = folder / str(split) / f"{int(images.label[index])}" / f"{name}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         bands, height, width = chip.shape
         with rasterio.open(path, "w", "GTiff", width, height, bands, dtype=chip.dtype) as file:
@@ -23,53 +23,78 @@ def write_tiffs(images, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of terratorch: its wall time with the test, and the accuracy after its last epoch, as fractions."""
+class TerratorchRun:
+    """One run of terratorch.
+
+    Attributes:
+        seconds: wall time of training and test.
+        val, test: accuracy after the last epoch, from 0 to 1.
+    """
 
     seconds: float
     val: float
     test: float
 
 
-def terratorch_run(folder: Path, network, rate: float, decay: float, seed: int, epochs: int, batch: int) -> Run:
-    """Train a linear head on the frozen network by terratorch's datamodule, task and trainer."""
+class FrozenBackbone(torch.nn.Module):
+    """Wrap a network as a backbone of terratorch: a list of maps, and their channels.
+
+    It stays in evaluation mode: terratorch stops the gradients of a frozen backbone, but not the updates of its
+    BatchNorm.
+    """
+
+    def __init__(self, network: torch.nn.Module, out_channels: list[int]):
+        super().__init__()
+        self.network, self.out_channels = network, out_channels
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return list(self.network(image).levels)
+
+    def train(self, mode: bool = True) -> "FrozenBackbone":
+        return super().train(False)
+
+
+def terratorch_run(
+    folder: Path,
+    network: torch.nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    epochs: int,
+    batch: int,
+) -> TerratorchRun:
+    """Train a linear head on the frozen network with terratorch's data module, task and trainer.
+
+    Args:
+        folder: what `write_tiffs` wrote.
+        network: `lite0`, which has levels of 24, 40, 112 and 320 channels.
+    """
+    # terratorch and its dependencies take 10 s to import, and only this benchmark needs them.
     import albumentations
     import lightning
     from albumentations.pytorch import ToTensorV2
     from terratorch.datamodules import GenericNonGeoClassificationDataModule
     from terratorch.tasks import ClassificationTask
 
-    class Frozen(torch.nn.Module):
-        """Our network as terratorch takes one: a list of maps, and their channels."""
-
-        def __init__(self):
-            super().__init__()
-            self.network, self.out_channels = network, [24, 40, 112, 320]
-
-        def forward(self, image):
-            return list(self.network(image).levels)
-
-        def train(self, mode: bool = True):
-            return super().train(False)
-
     transform = [albumentations.Resize(128, 128), ToTensorV2()]
-    # As our own inputs are made: unit scale, then the network's mean and deviation.
+    # As our preprocessing: scaled to [0, 1], then the network's mean and standard deviation.
     data = GenericNonGeoClassificationDataModule(
         batch, 0, *[folder / split for split in SPLITS], means=[0.498 * 255] * 3, stds=[0.502 * 255] * 3,
         num_classes=2, train_transform=transform, val_transform=transform, test_transform=transform, drop_last=False,
     )  # fmt: skip
     lightning.seed_everything(seed, verbose=False)
+    backbone = FrozenBackbone(network, [24, 40, 112, 320])
     task = ClassificationTask(
-        {"backbone": Frozen(), "decoder": "IdentityDecoder", "num_classes": 2}, "EncoderDecoderFactory",
-        lr=rate, optimizer="AdamW", optimizer_hparams={"weight_decay": decay},
+        {"backbone": backbone, "decoder": "IdentityDecoder", "num_classes": 2}, "EncoderDecoderFactory",
+        lr=learning_rate, optimizer="AdamW", optimizer_hparams={"weight_decay": weight_decay},
         scheduler="CosineAnnealingLR", scheduler_hparams={"T_max": epochs}, freeze_backbone=True,
     )  # fmt: skip
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    begun = time.perf_counter()
+    start = time.perf_counter()
     trainer.fit(task, datamodule=data)
     val = trainer.callback_metrics["val/Accuracy_Micro"].item()
-    found = trainer.test(task, datamodule=data, verbose=False)[0]
-    return Run(time.perf_counter() - begun, val, found["test/Accuracy_Micro"])
+    result = trainer.test(task, datamodule=data, verbose=False)[0]
+    return TerratorchRun(time.perf_counter() - start, val, result["test/Accuracy_Micro"])

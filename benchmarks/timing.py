@@ -1,4 +1,4 @@
-"""How long work takes, and one way of doing it against another."""
+"""Measure wall time, and the ratio of two implementations."""
 
 import statistics
 import time
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    begun = time.perf_counter()
+    """Return the wall time of one call."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
-def ratio(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> float:
-    """How many times faster ours is, as the median over alternating rounds after one warm-up."""
-    ours(), theirs()
-    return statistics.median(seconds(theirs) / seconds(ours) for _ in range(rounds))
+def ratio(tested: Callable[[], object], reference: Callable[[], object], rounds: int) -> float:
+    """Return how many times faster `tested` is: the median over alternating rounds, after one warm-up."""
+    tested(), reference()
+    return statistics.median(seconds(reference) / seconds(tested) for _ in range(rounds))
