@@ -14,7 +14,9 @@ from pipeline.config import BackboneConfig
 
 
 class CellStatistics(torch.nn.Module):
-    """Means and standard deviations of the bands of images (batch, band, y, x), over cells and over the chip.
+    """Mean and standard deviation of each band, over cells and over the chip.
+
+    It takes images (batch, band, y, x).
 
     Args:
         strides: sides of the cells of each level, in pixels.

@@ -87,7 +87,7 @@ class FeaturePyramid:
 
     @classmethod
     def from_tokens(cls, outputs: "Sequence[torch.Tensor]") -> "FeaturePyramid":
-        """Make a pyramid of a vision transformer's outputs: maps, their means, and class tokens `cls_level<i>`.
+        """Make a pyramid of a vision transformer's outputs: maps, means, and class tokens `cls_level<i>`.
 
         Args:
             outputs: tensors (batch, token, channel). The patches are a square grid in reading order; if there is one

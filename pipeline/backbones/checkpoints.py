@@ -32,7 +32,9 @@ _MAX_NAMES = 4
 
 
 def read_checkpoint(path: Path) -> Mapping:
-    """Read a checkpoint (.safetensors, or torch's formats): tensors, numbers, text and containers of these.
+    """Read a checkpoint: tensors, numbers, text and containers of these.
+
+    The format is safetensors or one of torch's.
 
     Raises:
         UserError: a damaged file, one that is not a checkpoint, or one that would run code.
@@ -140,5 +142,5 @@ def _count_names(description: str, names: Sequence[str]) -> str:
     """Return `missing a, b, c, d and 2 more`, or `none missing`."""
     if not names:
         return f"none {description}"
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return f"{description} {', '.join(list(names)[:_MAX_NAMES])}{more}"
+    suffix = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"{description} {', '.join(list(names)[:_MAX_NAMES])}{suffix}"

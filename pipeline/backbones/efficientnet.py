@@ -115,7 +115,10 @@ def _read_onnx(path: Path) -> dict[str, torch.Tensor]:
 
 
 def timm_name(name: str) -> str:
-    """Translate a tensor's name from efficientnet_lite_pytorch to timm's EfficientNet; unknown names are returned."""
+    """Translate a tensor's name from efficientnet_lite_pytorch to timm's EfficientNet.
+
+    Unknown names stay as they are, and are reported as unexpected when they are loaded.
+    """
     outer_layers = {
         "_conv_stem": "conv_stem",
         "_bn0": "bn1",

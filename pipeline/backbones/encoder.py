@@ -1,4 +1,4 @@
-"""The only way from stored images to features: select bands, preprocess, run the backbone, check the shapes.
+"""Encode stored images: select bands, preprocess, run the backbone, check the shapes.
 
 Nothing else calls a backbone, so that no step is forgotten or done twice.
 """

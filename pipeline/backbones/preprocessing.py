@@ -54,7 +54,7 @@ class Preprocessor:
     metadata_keys: tuple[str, ...]
 
     def select_bands(self, image: np.ndarray) -> np.ndarray:
-        """Select the input bands of images (batch, band, y, x); units and dtype stay, the result is contiguous."""
+        """Select the input bands of images (batch, band, y, x), contiguous, in the images' units and dtype."""
         return np.take(image, self.input_bands.band_indices, axis=1)  # faster than indexing
 
     def __call__(self, selected: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ class Preprocessor:
 
 @lru_cache
 def _per_band(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Return float32 (band, 1, 1) on the device; cached, since each transfer makes the CPU wait for the GPU."""
+    """Return float32 (band, 1, 1) on the device; cached, since a transfer makes the CPU wait for a GPU."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
@@ -168,7 +168,7 @@ def _native_stats(spec: BackboneSpec, input_bands: InputBands) -> tuple[tuple[fl
 
 
 def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute mean and standard deviation of each band over the training split, in float64, after the stretch."""
+    """Compute mean and standard deviation of each band after the stretch, over the training split."""
     rows = np.flatnonzero(images.split.values == "train")
 
     def sums(start: int) -> tuple[int, np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
-"""Prithvi-EO-2.0 with time and location (Szwarcman et al. 2024, arXiv 2412.02732), built by terratorch.
+"""Prithvi-EO-2.0 with location and time, built by terratorch.
 
-A vision transformer on six bands of reflectance. With fewer bands, the columns of the patch embedding that belong to
-them are used. Only the last of its outputs is normalised, as in terratorch.
+Szwarcman et al. 2024, arXiv 2412.02732. A vision transformer on six bands of reflectance. With fewer bands, the
+columns of the patch embedding that belong to them are used. Only the last of its outputs is normalised, as in
+terratorch.
 """
 
 from pathlib import Path
@@ -28,10 +29,10 @@ HLS_BANDS = {
 
 
 class PatchConv3d(torch.nn.Conv3d):
-    """A Conv3d whose stride equals its kernel; on a GPU a matrix product, with the same result up to rounding.
+    """A Conv3d whose stride equals its kernel; on a GPU it is a matrix product.
 
-    cuDNN has no fast kernel for some of them: one forward of 256 images in bfloat16 took more than half a minute on
-    an H100 (torch 2.11).
+    The results differ by rounding only. cuDNN has no fast kernel for some sizes: one forward pass of 256 images in
+    bfloat16 took more than half a minute on an H100 (torch 2.11).
     """
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -53,12 +53,12 @@ def create_network(
     """
     variant = backbone.variant
     if variant not in TERRATORCH_BACKBONE_REGISTRY:
-        known = sorted(TERRATORCH_BACKBONE_REGISTRY)
+        registered = sorted(TERRATORCH_BACKBONE_REGISTRY)
         raise UserError(
-            f"terratorch has no backbone '{variant}'. It has: {', '.join(known)}.",
+            f"terratorch has no backbone '{variant}'. It has: {', '.join(registered)}.",
             key="variant",
             value=variant,
-            allowed=known,
+            allowed=registered,
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(backbone.seed)

@@ -1,4 +1,4 @@
-"""Any network of timm that returns intermediate maps: `variant` is its name there; params.yaml describes the rest.
+"""Any network of timm that returns intermediate maps; `variant` is its name there.
 
 Its last four levels are used. Pretrained weights are timm's own file on the hub, at the revision that `hub` names.
 """

@@ -1,1 +1,1 @@
-"""Extraction: one pass of one frozen backbone over one dataset into a feature store, by one process or many."""
+"""Extraction: one pass of one frozen backbone over one dataset, into a feature store."""

@@ -143,7 +143,7 @@ def cast_with_stats(values: torch.Tensor, dtype: torch.dtype, first: int = 0) ->
 
 
 def count_nonfinite(values: torch.Tensor) -> torch.Tensor:
-    """Count the non-finite values of each sample, in the columns of `cast_with_stats`; the others are zero."""
+    """Count the non-finite values of each sample; the other columns of `cast_with_stats` are zero."""
     stats = torch.zeros(len(values), len(CastStat) + 1, dtype=torch.float64, device=values.device)
     stats[:, _N_NONFINITE] = (~values.isfinite()).flatten(1).sum(dim=1)
     return stats

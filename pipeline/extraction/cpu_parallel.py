@@ -1,4 +1,4 @@
-"""Encode several batches in parallel on a CPU, with a share of the threads each; one after another on a GPU."""
+"""Encode batches in parallel on a CPU, with some of the threads each; one after another on a GPU."""
 
 import ctypes
 import platform
@@ -56,7 +56,7 @@ class ParallelEncoder:
             torch.set_num_threads(self._n_threads)  # setting it in one thread changes it for later threads, too
 
     def submit(self, function: Callable, *args) -> Future:
-        """Start `function(encoder, *args)` as soon as at most one call waits; raise the error of an earlier call."""
+        """Start `function(encoder, *args)` once at most one call waits; raise an earlier call's error."""
         if self._pool is None:
             done = Future()
             done.set_result(self._run(function, *args))

@@ -53,7 +53,7 @@ _SHARDS, _SMALL_SHARDS, _SMALL_BYTES = 2, 4, 2**26
 
 
 def working_dir(folder: Path, provenance: Mapping, extract: ExtractConfig, clear: bool = True) -> Path:
-    """Return the folder in `folder` for one unfinished extraction, named by the fingerprint of all that decides it.
+    """Return the subfolder of one unfinished extraction, named by the fingerprint of what decides it.
 
     The same inputs resume there after a kill; other inputs or other code start a new folder.
 
@@ -141,7 +141,9 @@ def _n_buffers(schema: StoreSchema, device: str) -> int:
 def make_schema(
     images: xr.Dataset, spec: BackboneSpec, pyramid: FeaturePyramid, input_size: int, extract: ExtractConfig
 ) -> StoreSchema:
-    """Make the schema of a feature store; levels are stored for dense tasks and with `extract.keep_levels`.
+    """Make the schema of a feature store.
+
+    It has levels for a dense task or with `extract.keep_levels`; else pooled vectors only.
 
     Args:
         pyramid: features of any images, for the shapes.

@@ -1,4 +1,4 @@
-"""Before an extraction: a dry run of the network, the batch size, and an estimate of time and disk space."""
+"""Before an extraction: dry run of the network, batch size, estimate of time and disk space."""
 
 import json
 import os
@@ -155,7 +155,7 @@ def find_batch_size(images: xr.Dataset, encoder: Encoder, maximum: int, n_views:
 
 
 def _largest_power_of_two(maximum: int, budget: float, measure_bytes: Callable[[int], float]) -> int:
-    """Return the largest batch up to `maximum` that fits: double it while twice its bytes are within the budget."""
+    """Double the batch up to `maximum`, while twice its bytes are within the budget."""
     batch = 1
     while 2 * batch <= maximum and 2 * measure_bytes(batch) <= budget:
         batch *= 2
@@ -163,7 +163,11 @@ def _largest_power_of_two(maximum: int, budget: float, measure_bytes: Callable[[
 
 
 def _forward_bytes(images: xr.Dataset, encoder: Encoder, batch: int, n_views: int) -> int:
-    """Measure the GPU memory of a batch: one view's forward pass and the other views' features, or all stacked."""
+    """Measure the GPU memory of a batch.
+
+    It is the larger of one view's forward pass with the other views' features, and all features before and after they
+    are stacked.
+    """
     rows = np.zeros(batch, int)
     image, metadata = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
     torch.cuda.reset_peak_memory_stats(encoder.device)
@@ -176,7 +180,10 @@ def _forward_bytes(images: xr.Dataset, encoder: Encoder, batch: int, n_views: in
 
 
 def shared_choice(path: Path, choose: Callable[[], int]) -> int:
-    """Return the number that the first worker of a store chose and wrote to `path`; others would choose another."""
+    """Return the number that the first worker of a store chose and wrote to `path`.
+
+    Another worker, on another GPU, may choose another.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         own_path = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")

@@ -1,4 +1,4 @@
-"""Launch the extraction engine: in this process, in local ones (one per GPU), or on the workers of a Dask scheduler.
+"""Launch the extraction engine in this process, in local ones (one per GPU), or on Dask workers.
 
 All of them do the same: they claim shards of one store until none is left. A worker that dies costs the shard that it
 had claimed; another machine may join at any time; and the store's bytes do not depend on who wrote it.
@@ -87,7 +87,7 @@ def launch(job: ExtractionJob, compute: ComputeConfig) -> dict:
 
 
 def _wait_for_workers(client, job: ExtractionJob) -> dict:
-    """Run the job on every worker, and on every one that joins, until one of them reports a finished store."""
+    """Run the job on every worker, also on later ones, until one of them reports a finished store."""
     tasks: dict[str, tuple] = {}  # (future, rank) by worker's address
     n_finished_before, n_dead_before, is_waiting = -1, 0, False
     while True:

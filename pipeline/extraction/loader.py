@@ -112,7 +112,10 @@ def chunk_size(images: xr.Dataset) -> int:
 
 
 def chunk_slices(rows: slice, size: int) -> list[slice]:
-    """Split rows at the files' edges; rows that begin within a file stay together, since the reader caches it."""
+    """Split rows at the edges of files.
+
+    Rows that begin within a file stay together, since the reader caches the file.
+    """
     if rows.start % size:
         return [rows]
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
@@ -198,7 +201,7 @@ class HostToDevice:
 
 
 def wait_for_upload(batch: LoadedBatch) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Return images and metadata for kernels launched from now on; the GPU's stream waits, the CPU does not."""
+    """Make the GPU's stream, not the CPU, wait for a batch; return its images and metadata."""
     if batch.uploaded is not None:
         stream = torch.cuda.current_stream(batch.images[0].device)
         stream.wait_event(batch.uploaded)

@@ -61,14 +61,14 @@ def test_load_strict_of_integer_or_complex_numbers_is_refused(dtype):
 def test_load_strict_accounts_for_every_name(tmp_path):
     network = torch.nn.Linear(2, 3)
     tensors = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
-    only_weight, more = {"weight": tensors["weight"]}, {f"b{i}": torch.ones(1) for i in range(1, 6)}
+    only_weight, unexpected = {"weight": tensors["weight"]}, {f"b{i}": torch.ones(1) for i in range(1, 6)}
     checkpoints.load_strict(network, tensors, tmp_path)
     assert network.weight.sum() == 6
     checkpoints.load_strict(network, only_weight, tmp_path, allow_missing=lambda name: name == "bias")
     with raises(UserError, "bias", value=["bias"], path=tmp_path):
         checkpoints.load_strict(network, only_weight, tmp_path)
-    with raises(UserError, "b1, b2, b3, b4", value=list(more), path=tmp_path):
-        checkpoints.load_strict(network, tensors | more, tmp_path)
+    with raises(UserError, "b1, b2, b3, b4", value=list(unexpected), path=tmp_path):
+        checkpoints.load_strict(network, tensors | unexpected, tmp_path)
     with raises(UserError, "bias", path=tmp_path):
         checkpoints.load_strict(network, {**tensors, "bias": torch.ones(4)}, tmp_path)
 

@@ -1,4 +1,4 @@
-"""DOFA as terratorch builds it, against torchgeo called directly and a file with the layout of the official one."""
+"""DOFA as terratorch builds it, against torchgeo itself and a file with the official layout."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def official():
 
 @pytest.fixture
 def weights_dir(official, tmp_path):
-    """A folder with the network's file; as published, without the classifier and the normalisation before it."""
+    """A folder with the network's file, as published: without the classifier and its normalisation."""
     tensors = {k: v for k, v in official.state_dict().items() if not k.startswith(("fc_norm.", "head."))}
     torch.save(tensors, tmp_path / DOFA[BASE].weights_file)
     return tmp_path

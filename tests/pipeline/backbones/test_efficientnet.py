@@ -1,4 +1,4 @@
-"""The demo backbones against independent readers of the same files: onnxruntime, and the author's own network."""
+"""The demo backbones against other readers of the same files: onnxruntime, and the author's network."""
 
 import json
 
@@ -46,7 +46,7 @@ def to_float32(model):
 
 
 def encoder_session(path):
-    """Return a session of the U-Net's ONNX graph, and the names of what its decoder takes from its encoder."""
+    """Return a session of the U-Net's ONNX graph, and the names of the encoder's outputs."""
     model = to_float32(onnx.load(path))
     producers = {name: node for node in model.graph.node for name in node.output}
     names = {

@@ -1,4 +1,4 @@
-"""Prithvi as terratorch builds it, against terratorch itself and files with the layout of the official ones."""
+"""Prithvi as terratorch builds it, against terratorch itself and files with the official layout."""
 
 import copy
 

@@ -10,7 +10,7 @@ from pipeline.extraction.cpu_parallel import ParallelEncoder
 
 
 class StatefulNetwork(torch.nn.Module):
-    """A network that stores its input in itself for a while, as networks with feature hooks store their maps."""
+    """A network that stores its input in itself, as networks with feature hooks store their maps."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Batches of images: the parallel reads of a GPU equal the serial ones of a CPU, and no batch crosses an edge."""
+"""Batches of images: parallel reads equal serial ones, and no batch crosses an edge."""
 
 from concurrent.futures import ThreadPoolExecutor
 
