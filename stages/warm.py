@@ -88,8 +88,8 @@ def _run(connection: socket.socket, message: dict, streams: list[int]) -> int:
     os.environ.update(message["environ"])
     module, *sys.argv[1:] = message["argv"]
     status = _status_of(module)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     connection.sendall(bytes([status]))
     return status
 

@@ -74,7 +74,7 @@ def test_stages_all_twelve_sets_reach_the_report(geobench_job, capsys):
         students = pd.read_csv(f"results/distill/{name}/small/runs.csv")
         assert students.model.tolist() == ["small (distilled)", "small (supervised)"]
         assert students.score.between(0, 1).all()
-    # The small grid exports, measures and maps students of other tasks (test_map.py). A report of students needs maps.
+    # The small grid exports and maps students of other tasks (test_map.py). A report of students needs maps.
     with changed({"distill": {"datasets": DISTILLED_SETS[:1]}}):
         export.export("small", DISTILLED_SETS[0], False)
         cost.cost()
