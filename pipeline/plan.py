@@ -15,10 +15,11 @@ import torch
 
 from pipeline.backbones import create_backbone, get_spec
 from pipeline.backbones.base import MissingBandsError, match_bands
-from pipeline.config import Params, UPerNetHeadConfig
+from pipeline.config import Params
 from pipeline.data.sources import DatasetSize
 from pipeline.distillation.student import Student, StudentSpec
 from pipeline.heads import get_head
+from pipeline.heads.config import head_options
 from pipeline.tasks import get_task
 
 # Images of the measured forward pass, by device.
@@ -105,8 +106,8 @@ def _format_row(estimate: Estimate) -> tuple[str, ...]:
 def _estimate_prepare(name: str, size: DatasetSize) -> Estimate:
     hours = None
     if size.images_per_second:
-        hours = size.samples / size.images_per_second / 3600 / len(os.sched_getaffinity(0))
-    return Estimate("prepare", name, size.samples, size.samples * size.bytes_per_image / 1e9, hours)
+        hours = size.n_samples / size.images_per_second / 3600 / len(os.sched_getaffinity(0))
+    return Estimate("prepare", name, size.n_samples, size.n_samples * size.bytes_per_image / 1e9, hours)
 
 
 class _Estimator:
@@ -125,7 +126,7 @@ class _Estimator:
         n_values = output.pooled_channels
         if get_task(size.task).is_dense or extract.keep_levels:
             n_values += sum(channels * y * x for channels, y, x in output.levels)
-        images = size.samples * len(extract.views)
+        images = size.n_samples * len(extract.views)
         gigabytes = images * n_values * np.dtype(extract.dtype).itemsize / 1e9
         return Estimate(
             "extract", f"{name} x {backbone}", images, gigabytes, images / output.images_per_second / 3600
@@ -154,7 +155,7 @@ class _Estimator:
             side, schedule = config.mask_size, distill.segmentation
         else:
             side, schedule = config.chip_size, distill.classification
-        spec = StudentSpec(config.network, n_bands, size.classes, size.task, side)
+        spec = StudentSpec(config.network, n_bands, size.n_classes, size.task, side)
         network = Student(spec, [0.0] * n_bands, [1.0] * n_bands).to(self.device)
         chips = torch.zeros(schedule.batch, n_bands, side, side, device=self.device)
         _, seconds = _time_second_call(lambda: network(chips).square().mean().backward(), self.device)
@@ -189,24 +190,21 @@ class _Estimator:
 
     def _head_step_seconds(self, head: str, outputs: Sequence[OutputShape], size: DatasetSize) -> float:
         """Time one training step of one head on the features of a model's backbones."""
-        key = (head, tuple((output.levels, output.pooled_channels) for output in outputs), size.classes)
+        key = (head, tuple((output.levels, output.pooled_channels) for output in outputs), size.n_classes)
         if key not in self._step_seconds:
             settings = self.params.heads.settings(head)
             batch = settings.batch
             if get_head(head).is_dense:
                 batch = batch if self.device == "cuda" else min(CPU_DENSE_BATCH, batch)
-                options = (
-                    {"channels": settings.channels}
-                    if isinstance(settings, UPerNetHeadConfig)
-                    else getattr(settings, "options", {})
-                )
                 shapes = _fused_shapes(outputs)
                 widths = [channels for channels, _, _ in shapes]
-                network = get_head(head).load()(widths, n_classes=size.classes, **options).to(self.device)
+                network = (
+                    get_head(head).load()(widths, n_classes=size.n_classes, **head_options(settings)).to(self.device)
+                )
                 features = [torch.randn(batch, *shape, device=self.device) for shape in shapes]
             else:
                 width = sum(output.pooled_channels for output in outputs)
-                network = torch.nn.Linear(width, size.classes).to(self.device)
+                network = torch.nn.Linear(width, size.n_classes).to(self.device)
                 features = torch.randn(batch, width, device=self.device)
             _, seconds = _time_second_call(lambda: network(features).square().mean().backward(), self.device)
             self._step_seconds[key] = seconds * settings.batch / batch

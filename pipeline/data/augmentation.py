@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from cache.running_stats import mean_std_from_sums
 from pipeline.data.image_store import UNLABELLED, open_images
 from pipeline.tasks import get_task
 
@@ -112,7 +113,7 @@ class AugmentedImages:
         return apply_views(label, views) if self.task.is_dense else label
 
     def batch(self, rows: np.ndarray, generator: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return `image` and `label` of a batch, each sample under a view that `generator` draws, if there is one."""
+        """Return `image` and `label` of a batch, under views that `generator` draws, if there is one."""
         views = self.draw_views(len(rows), generator) if generator else None
         return self.image(rows, views), self.label(rows, views)
 
@@ -143,8 +144,7 @@ class AugmentedImages:
             sums.append(values.sum(axis=(0, 2, 3)))
             squares.append(np.square(values).sum(axis=(0, 2, 3)))
         count = len(rows) * self.size[0] * self.size[1]
-        mean = sum(sums) / count
-        std = np.sqrt(np.maximum(sum(squares) / count - mean**2, 0))
+        mean, std = mean_std_from_sums(count, sum(sums), sum(squares))
         # Dividing a constant band by its standard deviation would amplify rounding errors.
         std[std <= 1e-6 * np.abs(mean)] = 1.0
         return mean.tolist(), std.tolist()

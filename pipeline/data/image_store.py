@@ -144,7 +144,10 @@ def open_images(path: Path) -> "xr.Dataset":
 def image_bands(images: "xr.Dataset") -> list[Band]:
     """Return the bands of an images store, in order."""
     columns = (images[name].values.tolist() for name in ("band_name", "band", "wavelength"))
-    return [Band(*row, gsd=images.attrs["gsd"]) for row in zip(*columns, strict=True)]
+    return [
+        Band(name, common_name, wavelength, images.attrs["gsd"])
+        for name, common_name, wavelength in zip(*columns, strict=True)
+    ]
 
 
 def _check_chunk_files(array: Path, metadata: Mapping) -> None:
@@ -223,9 +226,11 @@ def validate_info(info: ImageDatasetInfo) -> None:
             key="split", value=sorted(empty), allowed=SPLITS,
         )  # fmt: skip
     names = [band.common_name for band in info.bands]
-    if repeated := {name for name in names if names.count(name) > 1}:
+    if duplicates := {name for name in names if names.count(name) > 1}:
         raise UserError(
-            f"Two bands are called '{min(repeated)}'; common names must be unique.", key="bands", value=min(repeated)
+            f"Two bands are called '{min(duplicates)}'; common names must be unique.",
+            key="bands",
+            value=min(duplicates),
         )
     if info.units not in FULL_SCALE:
         raise UserError(

@@ -1,5 +1,6 @@
-"""Writing of images stores: chunk by chunk, by several processes, in memory that does not grow with the dataset.
+"""Writing of images stores, chunk by chunk and by several processes.
 
+The memory of a process does not grow with the dataset.
 A chunk of samples is one file and the unit of work. The digest of the content is made of the chunks' digests, so that
 processes need not wait for one another.
 """
@@ -22,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -135,8 +136,8 @@ def _write_store(
         dataset.check_band_means(sum(record.band_sums for record in records) / count)
     coordinates = []
     for name, (values, dims) in _small_arrays(dataset, records).items():
-        attributes = COORDINATE_ATTRIBUTES.get(name, {})
-        put_array(group, name, values, dims, chunks=(len(values), *values.shape[1:]), attributes=attributes)
+        units = COORDINATE_ATTRIBUTES.get(name, {})
+        put_array(group, name, values, dims, chunks=(len(values), *values.shape[1:]), attributes=units)
         content.update(f"{name} {values.dtype} {values.shape}".encode())
         content.update("\0".join(values).encode() if values.dtype == object else values.tobytes())
         coordinates += [name] if name != "label" else []
@@ -147,11 +148,11 @@ def _write_store(
 
 
 def _create_arrays(group: "zarr.Group", dataset: ImageDataset | LazyImageDataset, content) -> int:
-    """Create the empty arrays of pixels and masks, add them to the digest, and return the samples per chunk."""
+    """Create the arrays of pixels and masks, add them to the digest, and return the samples per chunk."""
     in_memory, count = isinstance(dataset, ImageDataset), len(dataset.sample)
     shape, dtype = (dataset.image.shape[1:], dataset.image.dtype) if in_memory else (dataset.shape, dataset.dtype)
     chunk = min(count, max(1, min(CHUNK, CHUNK_BYTES // (math.prod(shape) * dtype.itemsize))))
-    arrays = {"image": (shape, dtype, {"units": dataset.units})}
+    arrays: dict[str, tuple[tuple, np.dtype, dict]] = {"image": (shape, dtype, {"units": dataset.units})}
     if get_task(dataset.task).is_dense:
         mask_dtype = dataset.label.dtype if in_memory else np.dtype("uint8")
         arrays["label"] = (shape[1:], mask_dtype, {"ignore_value": IGNORE})
@@ -165,7 +166,7 @@ def _create_arrays(group: "zarr.Group", dataset: ImageDataset | LazyImageDataset
     return chunk
 
 
-def _store_attributes(dataset: ImageDataset | LazyImageDataset, skipped: Mapping[str, str]) -> dict[str, object]:
+def _store_attributes(dataset: ImageDataset | LazyImageDataset, skipped: Mapping[str, str]) -> dict[str, Any]:
     return {
         "task": dataset.task,
         "classes": list(dataset.classes),
@@ -499,7 +500,7 @@ def _start_worker(shared_memory: str) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent is killed, instead of waiting forever or writing into the store of its next run."""
+    """Exit when the parent is killed, instead of waiting forever or writing into its next store."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

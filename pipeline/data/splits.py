@@ -47,7 +47,7 @@ def fill_nodata(chip: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
 def assign_blocks_to_splits(
     class_areas: np.ndarray, splits: SplitFractions, seed: int, n_draws: int = 20000
 ) -> np.ndarray:
-    """Assign blocks to train, val and test so that each split's class shares are close to the whole dataset's.
+    """Assign blocks to splits so that the class shares of each split are close to the dataset's.
 
     Of `n_draws` random assignments the best one is returned: that with the smallest relative deviation of its worst
     class share from the fraction asked for. It depends on labels only, never on the score of a model.
@@ -124,10 +124,14 @@ class Footprint:
     width: int
 
     def polygon_corners(self) -> np.ndarray:
-        """Longitude and latitude of the four corners, (4, 2), without a jump at ±180°; x and y if there is no CRS."""
+        """Longitude and latitude of the four corners, (4, 2); x and y if there is no CRS.
+
+        A chip across the antimeridian has longitudes beyond ±180°, so that its corners form one polygon.
+        """
         bottom, right = self.row + self.height, self.column + self.width
         corners = ((self.row, self.column), (self.row, right), (bottom, right), (bottom, self.column))
-        x, y = zip(*[Affine(*self.transform) @ (column, row) for row, column in corners], strict=True)
+        to_crs = Affine(*(self.transform or ()))
+        x, y = zip(*[to_crs @ (column, row) for row, column in corners], strict=True)
         if not self.crs:
             return np.stack([x, y], axis=1)
         lon, lat = map(np.asarray, to_latlon(self.crs).transform(x, y))
@@ -183,7 +187,7 @@ def _intersecting(
     polygons_b: tuple[np.ndarray, np.ndarray],
     shift: int,
 ) -> np.ndarray:
-    """Indices of overlapping chips, int (pair, 2), with the polygons of b moved by `shift` degrees of longitude."""
+    """Indices of overlapping chips, int (pair, 2), with b moved by `shift` degrees of longitude."""
     (indices_a, shapes_a), (indices_b, shapes_b) = polygons_a, polygons_b
     if shift and len(shapes_b):
         bounds = shapely.bounds(shapes_b)

@@ -20,7 +20,7 @@ def noise(seed, *shape):
 
 @pytest.fixture
 def task_images(open_images):
-    """Function from a task's name to an opened images store; of four samples two are train, one val and one test."""
+    """Function from a task's name to an opened images store; half of the samples are train."""
 
     def make(task):
         generator = np.random.default_rng(0)
@@ -88,7 +88,10 @@ def informative_chips(task_images, feature_store):
 
 @pytest.fixture
 def informative_masks(task_images, feature_store):
-    """Feature stores by name, and images: `fine` has the classes on a 4 x 4 grid, `coarse` their means on 2 x 2."""
+    """Feature stores by name, and their images.
+
+    `fine` has the classes on a 4 x 4 grid, `coarse` their means on 2 x 2.
+    """
     images = task_images("segmentation")
     classes = np.random.default_rng(0).integers(3, size=(COUNT, 4, 4))  # as drawn by `task_images`
     one_hot = np.eye(3)[classes].transpose(0, 3, 1, 2).astype(np.float32)

@@ -31,16 +31,18 @@ class DatasetSize:
         images_per_second: that one process reads; None if unknown.
     """
 
-    samples: int
+    n_samples: int
     bands: tuple[Band, ...]
     task: str
-    classes: int
+    n_classes: int
     bytes_per_image: int
     images_per_second: float | None = None
 
 
 class Source(Protocol):
-    """Interface of a source. A module must define `prepare`, and `ARCHIVE` or `fetch`; the rest has these defaults.
+    """Interface of a source.
+
+    A module must define `prepare`, and `ARCHIVE` or `fetch`. The other members have the defaults below.
 
     Attributes:
         ARCHIVE: the pinned file with the raw data; None if `fetch` finds or downloads them.
@@ -70,8 +72,8 @@ class Source(Protocol):
         return {}
 
     @staticmethod
-    def validate_options(options: object, dataset: DatasetConfig, where: str) -> None:
-        """Raise UserError, beginning with `where`, for options that do not fit together."""
+    def validate_options(options: object, dataset: DatasetConfig, key: str) -> None:
+        """Raise UserError, with `key`, for options that do not fit together."""
 
     @staticmethod
     def estimate_size(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, int] | None:
@@ -158,7 +160,7 @@ def validate(name: str, dataset: DatasetConfig) -> None:
     parse_options(dataset, f"datasets.{name}")
 
 
-def parse_options(dataset: DatasetConfig, where: str = "datasets"):
+def parse_options(dataset: DatasetConfig, key: str = "datasets"):
     """Parse a dataset's options into its source's `Options`; None if the source has none.
 
     Raises:
@@ -168,10 +170,10 @@ def parse_options(dataset: DatasetConfig, where: str = "datasets"):
     if source.Options is None:
         if dataset.options:
             raise UserError(
-                f"{where} has options, but source '{dataset.source}' has none. Remove them.",
-                key=f"{where}.options", value=dict(dataset.options),
+                f"{key} has options, but source '{dataset.source}' has none. Remove them.",
+                key=f"{key}.options", value=dict(dataset.options),
             )  # fmt: skip
         return None
-    options = parse(source.Options, dataset.options, f"{where}.options")
-    source.validate_options(options, dataset, where)
+    options = parse(source.Options, dataset.options, f"{key}.options")
+    source.validate_options(options, dataset, key)
     return options

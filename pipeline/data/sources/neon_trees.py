@@ -1,4 +1,4 @@
-"""NEON trees: two crops of the RGB camera mosaic over Yellowstone, 0.1 m, with hand-drawn boxes of tree crowns.
+"""NEON trees: two crops of an RGB camera mosaic over Yellowstone, 0.1 m, with boxes of crowns.
 
 The images resemble those of GEO-Bench's m-NeonTree. The location of the crops within their 1 km tiles is not
 published, so the images store has no lat and lon.
@@ -61,7 +61,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     for path in sorted(raw.glob("*.png")):
         image = np.asarray(Image.open(path).convert("RGB")).transpose(2, 0, 1)
         mask = box_mask(path.with_suffix(".xml"), image.shape[1:])
-        for row, column in chip_corners(*mask.shape, dataset.chip):
+        for row, column in chip_corners(mask.shape[0], mask.shape[1], dataset.chip):
             chips.append(crop(image, (row, column), dataset.chip))
             mask_chips.append(crop(mask, (row, column), dataset.chip))
             names.append(f"{path.stem.split('_image')[0]}_r{row:04d}c{column:04d}")

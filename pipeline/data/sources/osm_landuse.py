@@ -1,4 +1,4 @@
-"""OSM land use: one Sentinel-2 Level-1C scene, 13 bands, and OpenStreetMap polygons, Brandenburg, 2017-02-16.
+"""OSM land use: a Sentinel-2 Level-1C scene of 13 bands and OpenStreetMap polygons, Brandenburg, 2017.
 
 The polygons were published filtered to 1 to 50 ha, so most pixels have no label. They are `IGNORE`, never a
 background class. Parts of the scene have thin cloud.
@@ -35,7 +35,7 @@ GSD = 10.0
 TIME = np.datetime64("2017-02-16T10:21:01", "s")
 # Reflectances displayed as black and white, close to the stretch of Copernicus' own true-colour images.
 DISPLAY = (0.0, 0.3)
-CLASSES = ("farm", "forest", "meadow", "residential", "scrub", "water", "wetland")
+CLASSES: tuple[str, ...] = ("farm", "forest", "meadow", "residential", "scrub", "water", "wetland")
 MERGED = {"grass": "meadow"}
 # A chip has the class that covers at least this fraction of it; a class with fewer chips is dropped.
 MIN_CLASS_FRACTION, MIN_CHIPS = 0.6, 30
@@ -52,7 +52,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     block_index, areas = block_areas(mask, dataset.block)
     split_of_block = assign_blocks_to_splits(areas, dataset.splits, dataset.seed)
 
-    task, corners = get_task(dataset.task), chip_corners(*mask.shape, dataset.chip)
+    task, corners = get_task(dataset.task), chip_corners(mask.shape[0], mask.shape[1], dataset.chip)
     notes = [
         "20 m and 60 m bands repeated to 10 m by nearest neighbour",
         "OpenStreetMap class grass merged into meadow; where polygons overlap the smaller one counts",
@@ -147,7 +147,11 @@ def block_areas(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarr
 def _pure_chips(
     mask: np.ndarray, corners: np.ndarray, chip_size: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], list[str]]:
-    """Select chips that one class covers; return their corners and class indices, the classes, and those dropped."""
+    """Select chips that one class covers.
+
+    Returns:
+        Corners of the chips, their class indices, the names of the classes, and of those dropped.
+    """
     tiles = np.stack([crop(mask, corner, chip_size) for corner in corners])
     fractions = np.stack([(tiles == index).mean(axis=(1, 2)) for index in range(len(CLASSES))], axis=1)
     majority, is_pure = fractions.argmax(axis=1), fractions.max(axis=1) >= MIN_CLASS_FRACTION

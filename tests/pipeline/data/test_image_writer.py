@@ -48,7 +48,7 @@ def lazy_dataset(task="classification", **changes) -> LazyImageDataset:
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Function that writes a dataset to tmp_path/store, in chunks of 2 samples, by several processes if asked."""
+    """Function that writes a dataset to tmp_path/store in chunks of 2 samples."""
     monkeypatch.setattr(image_writer, "CHUNK", 2)
     monkeypatch.setattr(image_writer, "MIN_CHUNKS_FOR_PROCESSES", 2)
     return lambda dataset, **options: image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", **options)
@@ -98,7 +98,7 @@ def test_write_damaged_sample_is_refused_or_skipped(tmp_path, write):
 
 
 def block_chunk_file(blocked: str, store: Path, name: str, out=None) -> Sample:
-    """Create a folder at the path of a chunk's file when its sample is read, so that the file cannot be written."""
+    """Create a folder at the path of a chunk's file, so that it cannot be written, and read a sample."""
     if name == blocked:
         (store / f"image/c.{NAMES.index(name) // 2}.0.0.0").mkdir()
     return read_sample("classification", name)

@@ -1,4 +1,4 @@
-"""Custom data: GeoTIFFs with a table of labels, images with masks, or one scene with labelled polygons.
+"""Custom data: images with a table of labels, images with masks, or a scene with labelled polygons.
 
 What `labels` matches decides which: a CSV file, rasters, or any other format, which geopandas reads.
 
@@ -243,6 +243,7 @@ def _crop_chips(options: CustomOptions, dataset: DatasetConfig, folder: Path) ->
     if any(path.suffix.lower() == ".shp" for path in label_paths):  # metadata may be named like another file
         label_paths = [path for path in label_paths if not path.name.lower().endswith(".shp.xml")]
     notes: list[str] = []
+    read_mask: MaskLabels | PolygonLabels
     if label_paths[0].suffix.lower() in RASTER_SUFFIXES:
         images, read_mask, classes = _open_masks(options, image_paths, label_paths, notes)
     else:

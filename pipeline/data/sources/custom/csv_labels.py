@@ -128,7 +128,7 @@ def _file_key(name: str) -> str:
 
 
 def _images_by_name(path: Path, images: Sequence[Path]) -> dict[str, set[Path]]:
-    """Images by all names that a row may use: path, path relative to the table's folder, file name, or stem."""
+    """Images by the names that a row may use: path, path relative to the table, file name, or stem."""
     by_name: dict[str, set[Path]] = {}
     for image in images:
         relative = {str(image.relative_to(path.parent))} if image.is_relative_to(path.parent) else set()

@@ -72,18 +72,18 @@ def is_table(options: CustomOptions) -> bool:
     return options.labels.lower().endswith(".csv")
 
 
-def validate_options(options: CustomOptions, dataset: DatasetConfig, where: str) -> None:
+def validate_options(options: CustomOptions, dataset: DatasetConfig, key: str) -> None:
     """Check that options fit together, before any file is opened.
 
     Args:
-        where: key of the dataset's block, such as `datasets.x`, for messages.
+        key: of the dataset's block, such as `datasets.x`, for messages.
 
     Raises:
         UserError: the key, its value and what is allowed.
     """
 
-    def refuse(key: str, value: object, problem: str, allowed: Iterable | None = None) -> None:
-        raise UserError(f"{where}: {problem}", key=f"{where}.options.{key}", value=value, allowed=allowed)
+    def refuse(option: str, value: object, problem: str, allowed: Iterable | None = None) -> None:
+        raise UserError(f"{key}: {problem}", key=f"{key}.options.{option}", value=value, allowed=allowed)
 
     if options.units not in FULL_SCALE:
         refuse(
@@ -96,8 +96,8 @@ def validate_options(options: CustomOptions, dataset: DatasetConfig, where: str)
         refuse("split", "column", "split is column, which needs a CSV file as labels.", ("blocks", "random"))
     if missing := _missing_keys(options, dataset):
         raise UserError(
-            f"{where} lacks: {'; '.join(f'{key}, {meaning}' for key, meaning in missing.items())}.",
-            key=f"{where}.{next(iter(missing))}", value=tuple(missing),
+            f"{key} lacks: {'; '.join(f'{name}, {meaning}' for name, meaning in missing.items())}.",
+            key=f"{key}.{next(iter(missing))}", value=tuple(missing),
         )  # fmt: skip
     low, high = options.display if len(options.display) == 2 else (0.0, 0.0 if options.display else 1.0)
     if not -1 <= low < high <= MAX_REFLECTANCE:
@@ -137,7 +137,7 @@ def validate_options(options: CustomOptions, dataset: DatasetConfig, where: str)
                 band.gsd,
                 f"band {band.name} has the gsd {band.gsd:g}; it is in metres, above 0.",
             )
-    parse_timestamp(options.time, f"{where}.options.time")
+    parse_timestamp(options.time, f"{key}.options.time")
 
 
 def _missing_keys(options: CustomOptions, dataset: DatasetConfig) -> dict[str, str]:

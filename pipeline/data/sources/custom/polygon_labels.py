@@ -159,7 +159,7 @@ def _read_file(path: str | Path, layer: str | None) -> geopandas.GeoDataFrame:
 
 
 def _check_intersects(path: Path, bounds: np.ndarray, image: RasterImage) -> None:
-    """Raise UserError if the bounds of the polygons and of the scene, both in the scene's CRS, are disjoint."""
+    """Raise UserError if the polygons' bounds, in the scene's CRS, and the scene's are disjoint."""
     (west, south, east, north), (left, low, right, high) = bounds, image.bounds
     if not (west < right and east > left and south < high and north > low):
         raise UserError(

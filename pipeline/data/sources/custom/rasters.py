@@ -1,4 +1,4 @@
-"""Raster images: any format that rasterio reads, with all bands in one file or one file per band, read by windows."""
+"""Raster images of any format that rasterio reads: one file, or one file per band, read by windows."""
 
 import contextlib
 import functools
@@ -85,7 +85,9 @@ class RasterImage:
             UserError: a file is damaged.
         """
         mask = self._read_mask(window, None)
-        return mask & isfinite_mask(self._read_pixels(window, None)) if self.dtype.kind == "f" else mask
+        if self.dtype.kind != "f":
+            return mask
+        return np.logical_and(mask, isfinite_mask(self._read_pixels(window, None)))
 
     def read_bands(self, window: Window, band_indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Read some bands of a window.
@@ -229,7 +231,7 @@ def find_files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
 
 
 def sidecar_files(path: Path) -> list[Path]:
-    """List the files with the content of a path: of a folder, of a Shapefile, or of a raster with its sidecars."""
+    """List all files of a path: those of a folder, of a Shapefile, or of a raster with its sidecars."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
     if path.suffix.lower() == ".shp":
@@ -243,7 +245,10 @@ def sidecar_files(path: Path) -> list[Path]:
 
 
 def has_token(text: str, name: str) -> bool:
-    """Whether a file name contains another as a whole token: tile_1_mask has tile_1, and tile_10_mask does not."""
+    """Whether a file name has another name as a whole token.
+
+    tile_1_mask has tile_1, and tile_10_mask does not.
+    """
     return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
@@ -270,7 +275,7 @@ def open_image(path: Path, bands: Sequence[Band]) -> RasterImage:
 
 
 def open_scene_files(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
-    """Describe a scene: one file with all bands, or one file per band, found by the band's name in the file's.
+    """Describe a scene: one file with all bands, or one file per band with its name in the file name.
 
     Raises:
         UserError: files that are not those of the bands.

@@ -125,6 +125,7 @@ class CustomSampleReader:
 
     def _valid_mask(self, chip: Chip, is_valid: np.ndarray) -> np.ndarray:
         """Classes of a chip's pixels, with `IGNORE` where there is no data."""
+        assert self.read_mask is not None, "only chips that are windows have masks"
         return np.where(is_valid, self.read_mask(chip.image, self.window(chip)), IGNORE).astype(np.uint8)
 
     def _size(self, chip: Chip) -> tuple[int, int]:

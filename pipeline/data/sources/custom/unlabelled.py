@@ -1,4 +1,4 @@
-"""Further images without labels: students learn from the teacher's predictions on them (pipeline/distillation)."""
+"""Images without labels: students learn from the teacher's predictions on them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,8 +22,8 @@ def unlabelled_files(options: CustomOptions, folder: Path) -> list[Path]:
         return []
     files = find_files(folder, options.unlabelled)
     for name, pattern in (("images", options.images), ("labels", options.labels)):
-        others = {path.resolve() for path in find_files(folder, pattern)}
-        if common := [path for path in files if path.resolve() in others]:
+        labelled_files = {path.resolve() for path in find_files(folder, pattern)}
+        if common := [path for path in files if path.resolve() in labelled_files]:
             raise UserError(
                 f"unlabelled ({options.unlabelled}) and {name} ({pattern}) both match {len(common)} files, such as "
                 f"{common[0].relative_to(folder)}. Move images without labels to a folder of their own and let "
@@ -75,7 +75,7 @@ def unlabelled_samples(
 
 
 def _open_images(paths: Sequence[Path], options: CustomOptions, n_files: int, notes: list[str]) -> list[RasterImage]:
-    """Describe the images: each file with all bands, or, if the labelled scene has a file per band, each folder."""
+    """Describe the images: one per file, or one per folder if the labelled scene has a file per band."""
     if n_files == 1:
         images = read_all(paths, lambda path: open_image(path, options.bands), options.skip_bad, notes)
         return list(images.values())
@@ -128,7 +128,7 @@ def _check_size(image: RasterImage, labelled: RasterImage, chip_size: int) -> No
 def _select_valid(
     chips: Mapping[str, Chip], reader: CustomSampleReader, options: CustomOptions, notes: list[str]
 ) -> dict[str, Chip]:
-    """Select chips in which every pixel is valid: masks can ignore pixels, and a teacher's predictions cannot."""
+    """Select chips in which every pixel is valid; unlike masks, a teacher's predictions ignore none."""
 
     def is_valid(name: str) -> bool:
         return bool(chips[name].image.is_valid(reader.window(chips[name])).all())

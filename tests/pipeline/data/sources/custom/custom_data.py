@@ -1,4 +1,4 @@
-"""Custom datasets made from the land use scene: tiles with masks, a table, polygons, and further images."""
+"""Custom datasets from the land use scene: tiles with masks or a table, polygons, unlabelled images."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def tile_dataset(folder: Path, **changes) -> DatasetConfig:
 
 
 def table_dataset(tiles: Path, folder: Path, text: bytes | None = None, **changes) -> tuple[Path, DatasetConfig]:
-    """Copy the tiles and write a table of their labels, or `text`; return the folder and the configuration."""
+    """Copy the tiles and write a table of labels, or `text`; return the folder and the dataset."""
     table_folder, options = write_table(tiles, folder)
     if text is not None:
         (table_folder / "labels.csv").write_bytes(text)
@@ -134,7 +134,7 @@ def counting_values(height: int, width: int, offset: int = 0) -> np.ndarray:
 
 
 def write_tiles(folder: Path, raw_folder) -> None:
-    """Write blue, green and red of the scene as 48 GeoTIFFs of 128 px with masks, in folders `images` and `masks`."""
+    """Write three bands of the scene as 48 GeoTIFFs of 128 px in `images`, and masks in `masks`."""
     scene, transform, crs = read_scene(raw_folder("osm_landuse"))
     mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])
     for row in range(0, 768, 128):

@@ -21,7 +21,7 @@ from tests.pipeline.data.sources.custom.custom_data import (
 
 @pytest.fixture
 def polygon_dataset(raw_folder, tmp_path):
-    """Function from a change to the polygons, and further options, to the configuration of a scene with one band."""
+    """Function from a change to the polygons, and options, to a dataset of one band."""
 
     def make(change=lambda frame: frame, **options):
         return scene_dataset(raw_folder, options=write_polygons(raw_folder, tmp_path, change) | options)
@@ -105,7 +105,7 @@ def test_read_polygons_classes_that_differ_in_capitals_are_refused_unless_listed
 
 @pytest.mark.parametrize(("classes", "count"), [([], 6), (["farm", "forest", "meadow", "water"], 3)])
 def test_read_polygons_with_two_classes_are_noted(polygon_dataset, tmp_path, classes, count):
-    """The scene itself has three, of a wetland and its vegetation; they do not count if wetland is not listed."""
+    """The scene itself has three, of wetland and its vegetation, which count if wetland is listed."""
 
     def change(frame):
         repeated = frame[frame.fclass == "farm"][:3].assign(fclass="forest")

@@ -30,7 +30,7 @@ from tests.pipeline.data.sources.custom.custom_data import (
 
 @pytest.fixture
 def changed_scene(raw_folder, tmp_path):
-    """Function that writes one band of the scene as a changed GeoTIFF; returns its path and the configuration."""
+    """Function that writes a band of the scene as a changed GeoTIFF; returns its path and a dataset."""
 
     def make(band: str, change=lambda values, profile: (values, profile), offsets=()):
         folder = tmp_path / "scene"
