@@ -1,14 +1,18 @@
 """Configuration of a head: enough to create it, and to create it again for its checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from cache.schema import layer_name
+from pipeline.config import CustomHeadConfig, HeadSettings
 from pipeline.heads import get_head
 from pipeline.heads.dense import HeadList
 from pipeline.heads.fusion import FusedHead, PyramidFusion, get_fusion
 from pipeline.heads.linear import StackedLinear
+
+# Fields of a dense head's settings that its class does not take.
+TRAINING_FIELDS = {"steps", "batch", "patience", "neck"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class HeadConfig:
         network = get_head(self.head).load()
         create = partial(network, n_classes=self.n_classes, **self.options)
         return FusedHead(PyramidFusion(self.shapes, self.fusion, self.neck), create)
+
+
+def head_options(settings: HeadSettings) -> dict[str, object]:
+    """Return the arguments of a dense head's class, from its settings in params.yaml."""
+    if isinstance(settings, CustomHeadConfig):
+        return dict(settings.options)
+    return {name: value for name, value in asdict(settings).items() if name not in TRAINING_FIELDS}
 
 
 def describe_head(config: HeadConfig, array_names: Sequence[Sequence[str]], has_class_weights: bool) -> str:

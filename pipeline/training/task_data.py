@@ -1,7 +1,7 @@
 """Data of a task: a dataset's labels and a model's features, aligned, standardized and split."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -12,12 +12,12 @@ import xarray as xr
 
 from cache.errors import StoreError
 from cache.reader import FeatureStore, check_aligned
-from pipeline.config import CustomHeadConfig, HeadsConfig
+from pipeline.config import HeadsConfig
 from pipeline.data import image_store
 from pipeline.errors import UserError
 from pipeline.feature_ops import channels_last
 from pipeline.heads import get_head
-from pipeline.heads.config import HeadConfig
+from pipeline.heads.config import HeadConfig, head_options
 from pipeline.tasks import IGNORE, Task, get_task
 from pipeline.training import feature_inputs, pca
 from pipeline.training.feature_inputs import ChannelStats, StoreArray
@@ -26,8 +26,6 @@ from pipeline.training.head_trainer import TrainSchedule
 
 # Masks that are read at once to find a labelled pixel.
 MASKS_PER_READ = 64
-# Fields of a head's settings that are not arguments of its class.
-SCHEDULE_FIELDS = {"steps", "batch", "patience", "neck"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def load(
         split_data[split] = SplitData(inputs, label.to(device), members[0].sample[rows[split]].tolist())
 
     if heads.class_weights == "balanced":
-        task = replace(task, class_weights=_balanced_weights(images.label[rows["train"]].values, task))
+        task = replace(task, class_weights=balanced_weights(images.label[rows["train"]].values, task))
     shapes = tuple(tuple(_shape(array) for array in member) for member in arrays_of_member)
     return TaskData(
         split_data,
@@ -217,11 +215,8 @@ def _head_config(
     automatic = "bfloat16" if device.startswith("cuda") else "float32"
     precision = automatic if heads.precision == "auto" else heads.precision
     settings = heads.settings(head_name)
-    if isinstance(settings, CustomHeadConfig):
-        options = dict(settings.options)
-    else:
-        options = {name: value for name, value in asdict(settings).items() if name not in SCHEDULE_FIELDS}
     neck = getattr(settings, "neck", False)
+    options = head_options(settings)
     return HeadConfig(head_name, heads.fusion, shapes, task.n_classes, mask_size, options, neck, precision)
 
 
