@@ -8,7 +8,7 @@ import pandas as pd
 
 from pipeline.composition.cka import correlation_with_gain
 from pipeline.composition.result import CompositionResult
-from pipeline.report.aggregate import ModelKind
+from pipeline.report.aggregate import FROZEN, ModelKind
 from pipeline.report.significance import (
     SIGNIFICANCE_LEVEL,
     BootstrapSamples,
@@ -84,7 +84,7 @@ def _networks_with_controls(table: pd.DataFrame) -> Iterator[Comparison]:
 
 def _fine_tuned_with_frozen(table: pd.DataFrame) -> Iterator[Comparison]:
     for model in table[table.kind == ModelKind.FINE_TUNED].index:
-        role = f"the frozen model; protocol of the first: {table.loc[model].protocol}"
+        role = f"the frozen model; protocols: {table.loc[model].protocol} and {FROZEN}"
         yield Comparison(model, model.removesuffix(FINE_TUNED_SUFFIX), role)
 
 
