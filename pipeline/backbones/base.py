@@ -178,14 +178,14 @@ def match_bands(
             value=missing,
             allowed=available,
         )
-    pairs = [(input_name, index) for input_name, index in pairs if index is not None]
+    matches = [(str(input_name), index) for input_name, index in pairs if index is not None]
     if spec.bands:
-        pairs.sort(key=lambda pair: spec.bands.index(pair[0]))
-    matched = [image_bands[index] for _, index in pairs]
+        matches.sort(key=lambda match: spec.bands.index(match[0]))
+    matched_bands = [image_bands[index] for _, index in matches]
     return InputBands(
-        input_names=tuple(input_name for input_name, _ in pairs),
-        band_indices=tuple(index for _, index in pairs),
-        wavelengths=tuple(float(band.wavelength) if band.is_optical else None for band in matched),
+        input_names=tuple(input_name for input_name, _ in matches),
+        band_indices=tuple(index for _, index in matches),
+        wavelengths=tuple(float(band.wavelength) if band.is_optical else None for band in matched_bands),
         input_size=input_size,
     )
 
@@ -198,9 +198,9 @@ def _order_custom_bands(
         return [band.common_name for band in bands]
     inputs_by_name = {input_name: input_name for input_name in spec.bands}
     inputs_by_name |= {substitute: input_name for input_name, substitute in spec.substitutes.items()}
-    by_name = [inputs_by_name.get(band.common_name) for band in bands]
+    by_name = [inputs_by_name[band.common_name] for band in bands if band.common_name in inputs_by_name]
+    all_known = len(set(by_name)) == len(bands)
     is_complete = len(bands) == len(spec.bands)
-    all_known = None not in by_name and len(set(by_name)) == len(by_name)
     if all_known and (is_complete or spec.required is not None):
         return by_name
     if is_complete:

@@ -104,7 +104,8 @@ class Encoder:
 
     def _check_shapes(self, pyramid: FeaturePyramid) -> None:
         side = self.preprocessor.input_bands.input_size
-        for level, stride in zip(pyramid.levels, self.strides or [None] * len(pyramid.levels), strict=True):
+        strides: Sequence[int | None] = self.strides or [None] * len(pyramid.levels)
+        for level, stride in zip(pyramid.levels, strides, strict=True):
             shape = tuple(level.shape)
             if len(shape) != 4 or shape[2] != shape[3] or (stride and shape[2] != side // stride):
                 expected = f"{side // stride}x{side // stride} cells" if stride else "square maps"

@@ -17,6 +17,7 @@ from torch.nn import functional
 from pipeline.backbones.base import BackboneSpec, InputBands, match_images
 from pipeline.bands import DISPLAY_UNITS, full_scale
 from pipeline.config import BackboneConfig
+from pipeline.errors import UserError
 
 # Coordinates of an images store that make up each metadata input.
 _METADATA_COORDINATES = {"location": ("lat", "lon"), "time": ("time",)}
@@ -128,7 +129,7 @@ def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, s
 
     Raises:
         MissingBandsError: the backbone cannot run on these images.
-        UserError: see `match_images`.
+        UserError: see `match_images`; or statistics of an empty training split.
     """
     input_bands = match_images(images, name, backbone, spec)
     units, is_native = images.attrs["units"], backbone.normalisation == "native"
@@ -170,11 +171,19 @@ def _native_stats(spec: BackboneSpec, input_bands: InputBands) -> tuple[tuple[fl
 def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Compute mean and standard deviation of each band after the stretch, over the training split."""
     rows = np.flatnonzero(images.split.values == "train")
+    if not len(rows):
+        raise UserError(
+            "normalisation: dataset needs training samples, and this dataset has none. Add samples to its split "
+            "train, or set the backbone's normalisation to native.",
+            key="normalisation",
+            value="dataset",
+        )
+    n_bands = len(preprocessor.input_bands.band_indices)
 
-    def sums(start: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def add_up(start: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Return the number of pixels, and the sums of their values and squares by band."""
         batch = preprocessor.select_bands(images.image[rows[start : start + _READ_BATCH]].values)
-        total, squares, values = 0.0, 0.0, np.empty(batch.shape[1:])
+        sums, squares, values = np.zeros(n_bands), np.zeros(n_bands), np.empty(batch.shape[1:])
         for image in batch:  # one image at a time stays in the CPU's cache
             np.divide(image, preprocessor.scale, out=values, dtype=np.float64)
             if preprocessor.display_range:
@@ -182,15 +191,19 @@ def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tup
                 values -= low
                 values /= high - low
                 values.clip(0, 1, out=values)
-            total = total + values.sum(axis=(1, 2))
-            squares = squares + np.square(values, out=values).sum(axis=(1, 2))
-        return batch.size // batch.shape[1], total, squares
+            sums += values.sum(axis=(1, 2))
+            squares += np.square(values, out=values).sum(axis=(1, 2))
+        return batch.size // n_bands, sums, squares
 
+    n_pixels, total, total_squares = 0, np.zeros(n_bands), np.zeros(n_bands)
     with ThreadPoolExecutor(min(_READ_THREADS, len(os.sched_getaffinity(0)))) as pool:
         # Added in order, so that the result does not depend on the number of threads.
-        n_pixels, total, squares = map(sum, zip(*pool.map(sums, range(0, len(rows), _READ_BATCH)), strict=True))
+        for count, sums, squares in pool.map(add_up, range(0, len(rows), _READ_BATCH)):
+            n_pixels += count
+            total += sums
+            total_squares += squares
     mean = total / n_pixels
-    std = np.sqrt(np.maximum(squares / n_pixels - mean**2, 0))
+    std = np.sqrt(np.maximum(total_squares / n_pixels - mean**2, 0))
     std[std < _MIN_STD] = 1.0
     # Rounded to nine digits, so that machines whose sums differ in the last digits make the same store.
     return tuple(float(f"{value:.9g}") for value in mean), tuple(float(f"{value:.9g}") for value in std)

@@ -149,10 +149,10 @@ def make_schema(
         pyramid: features of any images, for the shapes.
     """
     has_levels = extract.keep_levels or get_task(images.attrs["task"]).is_dense
-    levels = [
-        LevelSchema(*level.shape[1:], stride=input_size // level.shape[-1], layer=layer)
-        for level, layer in zip(pyramid.levels, spec.layers, strict=True)
-    ]
+    levels = []
+    for level, layer in zip(pyramid.levels, spec.layers, strict=True):
+        _, channels, height, width = level.shape
+        levels.append(LevelSchema(channels, height, width, stride=input_size // width, layer=layer))
     return StoreSchema(
         sample=tuple(images.sample.values.tolist()),
         split=tuple(images.split.values.tolist()),

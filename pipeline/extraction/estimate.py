@@ -208,7 +208,7 @@ def batch_of_existing_store(final: Path, provenance: Mapping, views: Sequence[st
     expected = json.loads(json.dumps(dict(provenance)))
     is_same = all(store.attributes.get(name) == value for name, value in expected.items())
     is_same = is_same and (store.view or ("identity",)) == tuple(views)
-    return store.attributes.get("batch", 0) if is_same else 0
+    return int(store.attributes.get("batch", 0)) if is_same else 0
 
 
 # Estimate

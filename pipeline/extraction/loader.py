@@ -169,8 +169,9 @@ def _prefetch(batches: Iterator, thread: ThreadPoolExecutor) -> Iterator:
 
 def device_threads(n_threads: int, device: str) -> ThreadPoolExecutor:
     """Make threads that use this device; by default a new thread uses the first GPU."""
-    keywords = {} if device == "cpu" else {"initializer": torch.cuda.set_device, "initargs": (device,)}
-    return ThreadPoolExecutor(n_threads, **keywords)
+    if device == "cpu":
+        return ThreadPoolExecutor(n_threads)
+    return ThreadPoolExecutor(n_threads, initializer=torch.cuda.set_device, initargs=(device,))
 
 
 class HostToDevice:

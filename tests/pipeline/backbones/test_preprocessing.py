@@ -159,6 +159,13 @@ def test_preprocessor_with_dataset_normalisation_adds_up_in_float64(images_path,
     np.testing.assert_allclose(preprocessor.std, exact.std(axis=(0, 2, 3)), rtol=1e-5)
 
 
+def test_preprocessor_with_dataset_normalisation_needs_training_samples(images_path):
+    images = image_store.open_images(images_path("sample-landuse-seg"))
+    images["split"] = "sample", np.array(["test"] * len(images.sample))
+    with raises(UserError, key="normalisation", value="dataset"):
+        preprocessing.make_preprocessor(images, "dofa", DOFA, get_spec(DOFA))
+
+
 @pytest.mark.parametrize(("height", "width", "side"), [
     (256, 256, 224), (128, 128, 224), (16, 16, 224), (64, 64, 65), (97, 97, 31), (300, 300, 32), (224, 224, 224),
     (40, 70, 50), (1, 1, 8), (9, 9, 1),
