@@ -14,22 +14,24 @@ Maps of multi-label models have one band per class: whether the class holds, and
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import rasterio
+import rasterio.shutil
+from rasterio.windows import Window
 from tqdm import tqdm
 
 from cache.atomic import atomic_dir, sync_folder, write_file
 from cache.checksums import fingerprint
 from pipeline.errors import UserError
-from pipeline.mapping import blend, cog, open_scene, tiling
+from pipeline.mapping import blend, open_scene, tiling
 from pipeline.mapping import scene as scene_module
 from pipeline.mapping.blend import NODATA, MappingJob
 from pipeline.mapping.predictors import Predictor
 from pipeline.mapping.scene import Scene
-from pipeline.mapping.tiling import OutputBlock, output_blocks, tile_axis
+from pipeline.mapping.tiling import COG_TILE, OutputBlock, output_blocks, tile_axis
 
 # Overlap of neighbouring tiles as a fraction of a tile. Models with one prediction per chip locate a class only as
 # finely as their tiles overlap.
@@ -132,9 +134,9 @@ def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
         return ((block, values) for block, _, values in _read_blocks(job, block_folder, n_bands))
 
     band_names = class_names if is_multilabel else ("class",)
-    cog.write_cog(folder / "class.tif", scene, classes(), n_bands, tags, band_names, "mode")
+    _write_cog(folder / "class.tif", scene, classes(), n_bands, tags, band_names, "mode")
     band_names = class_names if is_multilabel else ("probability of the class",)
-    cog.write_cog(folder / "confidence.tif", scene, confidences(), n_bands, tags, band_names, "average", scale=0.01)
+    _write_cog(folder / "confidence.tif", scene, confidences(), n_bands, tags, band_names, "average", scale=0.01)
     n_valid = int(pixel_counts[0, :NODATA].sum())
     n_per_class = pixel_counts[:, 1] if is_multilabel else pixel_counts[0, : len(class_names)]
     metadata = {
@@ -152,6 +154,42 @@ def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
     }
     (folder / "map.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
     return metadata
+
+
+def _write_cog(
+    path: Path,
+    scene: Scene,
+    blocks: Iterable[tuple[OutputBlock, np.ndarray]],
+    n_bands: int,
+    tags: Mapping[str, str],
+    band_names: Iterable[str],
+    overview_resampling: str,
+    scale: float = 1.0,
+) -> None:
+    """Write a map as a Cloud Optimized GeoTIFF on the grid of its scene.
+
+    Args:
+        path: the file; a GeoTIFF without overviews lies next to it until it is finished.
+        blocks: every block and its values, uint8 (band, y, x).
+        overview_resampling: how GDAL computes the overviews: `mode` or `average`.
+        scale: factor from stored values to physical values.
+    """
+    plain = path.with_name(f"{path.stem}-plain.tif")
+    with rasterio.open(
+        plain, "w", driver="GTiff", height=scene.height, width=scene.width, count=n_bands, dtype="uint8",
+        nodata=NODATA, crs=scene.crs or None, transform=rasterio.Affine(*scene.transform), tiled=True,
+        blockxsize=COG_TILE, blockysize=COG_TILE, bigtiff="IF_SAFER",
+    ) as file:  # fmt: skip
+        for block, values in blocks:
+            file.write(values, window=Window(block.column, block.row, block.width, block.height))
+        file.update_tags(**tags)
+        file.descriptions = tuple(band_names)
+        file.scales = (scale,) * n_bands
+    rasterio.shutil.copy(
+        plain, path, driver="COG", compress="DEFLATE", blocksize=COG_TILE, bigtiff="IF_SAFER",
+        overview_resampling=overview_resampling,
+    )  # fmt: skip
+    plain.unlink()
 
 
 def _read_blocks(

@@ -59,7 +59,7 @@ def train_head(path, stores, images_path):
 
 @pytest.fixture(scope="module")
 def trained_ensemble(images_path, params, make_encoder, tmp_path_factory):
-    """params.yaml with two backbones, and the folder of their feature stores and of a head trained on them."""
+    """params.yaml with two backbones, and the folder of their feature stores, weights and trained head."""
     folder, images = tmp_path_factory.mktemp("ensemble"), open_images(images_path("sample-landuse-seg"))
     extract = dataclasses.replace(params.extract, dtype="float32", shard=16)
     params = dataclasses.replace(params, backbones={**params.backbones, **BACKBONES}, extract=extract)
