@@ -111,7 +111,7 @@ def check_cast(stats: np.ndarray, name: str, dtype: str) -> tuple[float, float]:
     return total[CastStat.SQUARED_ERROR], total[CastStat.SUM_OF_SQUARES]
 
 
-def _cast_block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, cast: CastArray) -> tuple[float, ...]:
+def _cast_block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, cast: CastArray) -> tuple:
     """Write some samples to `cast`; returns the columns of `CastStat` for them."""
     block = np.ascontiguousarray(values[rows])
     low = np.empty(block.shape, dtype) if codec.is_lossy else cast.stored[rows]

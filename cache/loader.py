@@ -72,7 +72,8 @@ class FeatureDataset:
         self._position_of_sample = np.full(n_samples, -1)
         self._position_of_sample[self.rows] = np.arange(len(self.rows))
         self._view, self._empty = view, empty
-        self._pool, self._pool_process = None, None
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_process: int | None = None
         self._memory = None
         if self.total_bytes <= budget:
             self._memory = self._read_all()
@@ -227,7 +228,7 @@ class FeatureDataset:
 
     def _threads(self) -> ThreadPoolExecutor:
         """The pool of this process; a forked DataLoader worker creates its own."""
-        if self._pool_process != os.getpid():
+        if self._pool is None or self._pool_process != os.getpid():
             self._pool, self._pool_process = ThreadPoolExecutor(READ_THREADS), os.getpid()
         return self._pool
 

@@ -53,13 +53,13 @@ class FeatureStore:
         try:
             if isinstance(location, Store) or "://" in str(location):
                 self.location, self._files = location, None
-                store = open_store(location, options)
+                self.root = zarr.open_group(open_store(location, options), mode="r")
             else:
-                store = self.location = Path(location)
-                if not (store / "zarr.json").exists():
+                folder = self.location = Path(location)
+                if not (folder / "zarr.json").exists():
                     raise self._error(f"There is no feature store at {location}: no writer has published one there.")
-                self._files = MmapPool(str(store), max_mapped_bytes)
-            self.root = zarr.open_group(store, mode="r")
+                self._files = MmapPool(str(folder), max_mapped_bytes)
+                self.root = zarr.open_group(folder, mode="r")
         except StoreError:
             raise
         except Exception as error:  # each file system fails in its own way
@@ -224,7 +224,8 @@ class FeatureStore:
                 value=level,
                 allowed=self.levels,
             )
-        return self.root[level]["mean"][:], self.root[level]["std"][:]
+        mean, std = (np.asarray(self.root[level][name][:]) for name in ("mean", "std"))
+        return mean, std
 
     def _check_attributes(self) -> None:
         if not self.attributes.get("complete"):

@@ -85,7 +85,7 @@ class RemoteArray:
 
     def locate(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
         """Return sample, and view in a store with views, of each row."""
-        return [divmod(row, *self._views) if self._views else (row,) for row in rows]
+        return [divmod(row, self._views[0]) if self._views else (row,) for row in rows]
 
     def read(self, locations: Sequence[tuple[int, ...]], out: np.ndarray) -> None:
         """Read rows to `out` (row, …)."""
@@ -95,7 +95,7 @@ class RemoteArray:
             if self._chunk_rows == 1:
                 out[position] = self._array[locations[position]]
             else:
-                chunk = self._chunk(sample - sample % self._chunk_rows)
+                chunk = np.asarray(self._chunk(sample - sample % self._chunk_rows))
                 out[position] = chunk[(sample % self._chunk_rows, *view)]
 
     def in_page_cache(self, location: tuple) -> bool:

@@ -149,11 +149,12 @@ def _with_typesize(compressor: BloscCodec, dtype: str) -> BloscCodec:
 
 
 def _summarize(features: FeatureStore, digests: dict[str, str]) -> str:
-    size = sum((features.location / file).stat().st_size for file in digests)
+    sizes = [(Path(features.location) / file).stat().st_size for file in digests]
+    gigabytes = sum(sizes) / 1e9
     attributes = features.attributes
     counts = dict(zip(*np.unique(features.split, return_counts=True), strict=True))
     lines = [
-        f"{features.location}: whole ({len(digests)} files, {size / 1e9:.3f} GB), contract {attributes['contract']}",
+        f"{features.location}: whole ({len(digests)} files, {gigabytes:.3f} GB), contract {attributes['contract']}",
         f"samples   {len(features.sample)}: " + ", ".join(f"{name} {count}" for name, count in counts.items()),
     ]
     if features.view:

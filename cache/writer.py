@@ -302,7 +302,7 @@ class Writer:
         """Statistics, as they will be read, of a shard's training samples in all views; None if it has none."""
         training = np.flatnonzero(np.array(self.schema.split[rows]) == "train")
 
-        def stats(index: np.ndarray) -> RunningStats:
+        def stats(index: np.ndarray) -> RunningStats | None:
             maps = cast.stored[index]
             if cast.scale is not None:
                 quantized, maps = maps, np.empty(maps.shape, self.schema.dtype)
@@ -310,8 +310,8 @@ class Writer:
             return RunningStats.from_array(maps.reshape(-1, *maps.shape[-3:]))
 
         blocks = [training[part] for part in block_slices(len(training), cast.stored[0].size, _BLOCK_VALUES)]
-        total = RunningStats.merge(pool.map(stats, blocks))
-        return total and total.to_json()
+        total = RunningStats.merge(filter(None, pool.map(stats, blocks)))
+        return total.to_json() if total else None
 
     def _merge_records(self) -> tuple[dict[str, str], dict[str, RunningStats | None], dict[str, list]]:
         """Merge the records: SHA-256 by file; training statistics and cast errors by array of a level."""
