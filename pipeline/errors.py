@@ -35,7 +35,7 @@ def validation_error(error: ValidationError, model: type, section: str, path: Pa
         where: dotted key of the dataclass in its file; empty for the whole file.
         path: the file, or None.
     """
-    details = error.errors(include_url=False)
+    details = _merge_missing(error.errors(include_url=False))
     mistakes = [_mistake(detail, model, section) for detail in details[:MAX_MISTAKES]]
     text = " ".join(mistake.message for mistake in mistakes)
     if len(details) > MAX_MISTAKES:
@@ -72,6 +72,22 @@ _REQUIREMENTS: dict[str, Callable[[Mapping], str]] = {
 }
 
 
+def _merge_missing(details: Iterable[Mapping]) -> list[Mapping]:
+    """Merge the errors of missing keys of one section; the merged error lists their names."""
+    merged: list[Mapping] = []
+    for detail in details:
+        if detail["type"] != "missing":
+            merged.append(detail)
+            continue
+        *parents, name = detail["loc"]
+        last = merged[-1] if merged else None
+        if last and last["type"] == "missing" and list(last["loc"][:-1]) == parents:
+            last["names"].append(name)
+        else:
+            merged.append({**detail, "names": [name]})
+    return merged
+
+
 def _mistake(detail: Mapping, model: type, section: str) -> _Mistake:
     """Describe one of pydantic's errors."""
     location = [part for part in detail["loc"] if part != "[key]"]
@@ -90,9 +106,7 @@ def _key_mistake(detail: Mapping, model: type, section: str) -> _Mistake:
     parent = _dotted(section, parents) or "the file"
     key, known_keys = _dotted(section, detail["loc"]), _keys(_follow(model, parents)[0])
     if detail["type"] == "missing":
-        description = _follow(model, detail["loc"])[1]
-        meaning = f" ({description.rstrip('.')})" if description else ""
-        message = f"{parent} lacks the key {name}{meaning}. Its keys are: {', '.join(known_keys)}."
+        message = f"{parent} lacks: {', '.join(detail['names'])}. Its keys are: {', '.join(known_keys)}."
         return _Mistake(key, None, known_keys, message)
     message = (
         f"{parent} has an unknown key: {name}. Known keys: {', '.join(known_keys)}."
