@@ -12,7 +12,7 @@ import yaml
 
 from pipeline import config
 from pipeline.backbones import get_spec
-from pipeline.bands import match_bands
+from pipeline.backbones.base import match_bands
 from pipeline.data.sources import geobench
 from stages import compose, cost, distill, export, extract, fetch, prepare, report, resolve, train, tune
 from stages.plan import plan
