@@ -84,7 +84,7 @@ class Student(nn.Module):
         self.strides = list(self.network.feature_info.reduction())
         if self.is_dense:
             self.pyramid = FeaturePyramidNetwork(self.channels, DECODER_CHANNELS)
-            self.head = nn.Conv2d(DECODER_CHANNELS, spec.n_classes, 1)
+            self.head: nn.Module = nn.Conv2d(DECODER_CHANNELS, spec.n_classes, 1)
         else:
             self.head = nn.Linear(sum(self.channels), spec.n_classes)
 
@@ -208,14 +208,12 @@ def pretrained_state(
             value=name,
             path=path,
         )
-    stored = _timm_names(backbone, read_checkpoint(path))
     n_bands = len(backbone_spec.bands)
     blank = Student(replace(spec, n_bands=n_bands), [0.0] * n_bands, [0.0] * n_bands).network
     expected = blank.state_dict()
+    stored = _timm_names(backbone, read_checkpoint(path))
     tensors = {key: stored[key] for key in expected if key in stored}
-    matching = {key for key, tensor in tensors.items() if tensor.shape == expected[key].shape}
-    missing = [key for key in expected if key not in matching and not key.endswith("num_batches_tracked")]
-    if missing:
+    if missing := _missing_tensors(tensors, expected):
         raise UserError(
             f"Backbone '{name}' is not the network {spec.architecture}: {missing[0]} is absent from its weights or "
             "has another shape. Set the student's weights to random, or its network to the backbone's.",
@@ -223,12 +221,14 @@ def pretrained_state(
             value=name,
             path=path,
         )
-    input_layer = next(key for key, tensor in expected.items() if tensor.ndim == 4)
-    return {
-        **expected,
-        **tensors,
-        input_layer: _adapt_input_filters(tensors[input_layer], backbone_spec.bands, bands),
-    }
+    first = next(key for key, tensor in expected.items() if tensor.ndim == 4)
+    return {**expected, **tensors, first: _adapt_input_filters(tensors[first], backbone_spec.bands, bands)}
+
+
+def _missing_tensors(tensors: Tensors, expected: Tensors) -> list[str]:
+    """Return the expected tensors that are absent or have another shape; step counters may be absent."""
+    matching = {key for key, tensor in tensors.items() if tensor.shape == expected[key].shape}
+    return [key for key in expected if key not in matching and not key.endswith("num_batches_tracked")]
 
 
 def _timm_names(backbone: BackboneConfig, tensors: Tensors) -> Tensors:

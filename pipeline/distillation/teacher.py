@@ -135,12 +135,12 @@ class CachedTeacher:
 
     def _read(self, index: int, name: str, rows: np.ndarray, views: Sequence[str]) -> torch.Tensor:
         """Read rows of a member's array, each of its own view, as float32."""
-        member, views = self.members[index], np.asarray(views)
+        member, view_names = self.members[index], np.asarray(views)
         if not member.view:
             return torch.from_numpy(member.read(name, rows)).float()
         values = torch.empty(len(rows), *member.array(name).shape)
-        for view in np.unique(views).tolist():
-            selected = np.flatnonzero(views == view)
+        for view in np.unique(view_names).tolist():
+            selected = np.flatnonzero(view_names == view)
             values[torch.from_numpy(selected)] = torch.from_numpy(member.read(name, rows[selected], view)).float()
         return values
 
@@ -150,7 +150,7 @@ class CachedTeacher:
 
         They are mapped from a file without a name, because logits of segmentation can exceed the memory.
         """
-        stored, device = None, self.head.mean_scale[0][0].device
+        stored, device = np.empty(0, np.float16), self.head.mean_scale[0][0].device
         for copy, view in enumerate(self.views):
             for start in range(0, len(rows), HEAD_BATCH):
                 batch = rows[start : start + HEAD_BATCH]
@@ -159,7 +159,7 @@ class CachedTeacher:
                     for index, names in enumerate(self.head.array_names)
                 ]
                 logits = self.head.logits(features).float().cpu().numpy()
-                if stored is None:
+                if not stored.size:
                     shape = (len(rows), len(self.views), *logits.shape[1:])
                     with TemporaryDirectory() as folder:  # the mapping outlives the name of its file
                         stored = np.memmap(Path(folder, "logits"), np.float16, "w+", shape=shape)

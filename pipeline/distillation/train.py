@@ -84,7 +84,7 @@ def train(
     Returns:
         The trained student, in evaluation mode.
     """
-    student = student.to(setup.device, memory_format=torch.channels_last).train()
+    student = student.to(setup.device).to(memory_format=torch.channels_last).train()
     modules = torch.nn.ModuleList([student, *([projectors.to(setup.device)] if projectors else [])])
     optimizer = FusedAdamW(modules, hparams.learning_rate, hparams.weight_decay)
     schedule, lr_factor = setup.schedule, warm_cosine(setup.schedule.steps)

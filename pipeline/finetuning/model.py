@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ class FineTunedEnsemble(nn.Module):
         """Compute each backbone's features by the names of their arrays; arguments as for `forward`."""
         features = []
         for encoder, metadata in zip(self.encoders, self._metadata, strict=True):
-            encoder.network.gradients_enabled = torch.is_grad_enabled()
+            cast(TrainableBackbone, encoder.network).gradients_enabled = torch.is_grad_enabled()
             batch_metadata = {
                 name: torch.from_numpy(values[rows]).to(encoder.device) for name, values in metadata.items()
             }
@@ -202,7 +203,7 @@ def check_head_matches_data(head: TrainedHead, head_path: Path, backbones: Seque
         UserError: what the head was trained for, and what is needed.
     """
     task, classes = images.attrs["task"], tuple(images.attrs["classes"])
-    checks = {
+    checks: dict[str, tuple] = {
         "model": (head.model, "+".join(backbones)),
         "task": (str(head.task), task),
         "classes": (", ".join(head.class_names), ", ".join(classes)),

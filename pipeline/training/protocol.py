@@ -6,6 +6,7 @@ The backbones are frozen and features come from the cache. Every seed is scored 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import torch
 
 from pipeline.config import SearchConfig
 from pipeline.heads.checkpoint import TrainedHead, select_head
-from pipeline.heads.config import describe_head
+from pipeline.heads.config import HeadGroup, describe_head
 from pipeline.training import pca, predictions
 from pipeline.training.evaluate import diverged_heads, evaluate, predict_logits
 from pipeline.training.feature_loader import SplitData
@@ -33,17 +34,17 @@ class ProtocolResult:
     Attributes:
         runs: one row per seed.
         predicted: one row per seed and test sample (pipeline/training/predictions.py).
-        group: the trained heads.
-        best_index: index of the head with the best validation score.
+        group: the trained models of all seeds: a group of heads, or a list of students.
+        best_index: index of the model with the best validation score.
     """
 
     runs: pd.DataFrame
     predicted: pd.DataFrame
-    group: torch.nn.Module
+    group: Any
     best_index: int
 
 
-def train_heads(data: TaskData, hparams: Sequence[HParams]) -> torch.nn.Module:
+def train_heads(data: TaskData, hparams: Sequence[HParams]) -> HeadGroup:
     """Train one head per hyperparameters; return the group.
 
     Linear heads are trained in the principal axes of their inputs, and rotated back.
@@ -60,17 +61,17 @@ def train_heads(data: TaskData, hparams: Sequence[HParams]) -> torch.nn.Module:
     return group
 
 
-def count_split(data: TaskData, group: torch.nn.Module, split: str) -> np.ndarray:
+def count_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
     """Count hits and errors of every head on a split, int64 (head, sample, cell); see pipeline/metrics.py."""
     return evaluate(group, data.splits[split], data.task, data.schedule.batch)
 
 
-def score_split(data: TaskData, group: torch.nn.Module, split: str) -> np.ndarray:
+def score_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
     """Compute the score of every head on a split, (head,)."""
     return data.task.score(count_split(data, group, split).sum(axis=1))
 
 
-def trained_head(data: TaskData, model: str, group: torch.nn.Module, index: int) -> TrainedHead:
+def trained_head(data: TaskData, model: str, group: HeadGroup, index: int) -> TrainedHead:
     """Return one head of a trained group, ready to be saved (pipeline/heads/checkpoint.py).
 
     Args:
@@ -126,7 +127,7 @@ def train_and_test(
     """
     group = train_heads(data, [HParams(**best_hparams, seed=seed) for seed in range(n_seeds)])
     if (is_diverged := diverged_heads(group)).any():
-        raise predictions.divergence_error(np.flatnonzero(is_diverged), n_seeds)
+        raise predictions.divergence_error(np.flatnonzero(is_diverged).tolist(), n_seeds)
     task, test = data.task, data.splits["test"]
     val_scores = score_split(data, group, "val")
     if task.is_dense:
