@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from pipeline import metrics
 from pipeline.errors import UserError
@@ -59,7 +60,7 @@ class Task(ABC):
     ignore_value: ClassVar[int | None] = None
     missing_value: ClassVar[int] = IGNORE
     label_dims: ClassVar[tuple[str, ...]]
-    label_dtype: ClassVar[type[np.generic]]
+    label_dtype: ClassVar[DTypeLike]
 
     # Labels
 
@@ -75,7 +76,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray | np.int64:
         """Return the label of a chip whose pixels have the classes of `mask`, (y, x) with `IGNORE`."""
 
     @classmethod
@@ -200,7 +201,7 @@ class Classification(Task):
         return ()
 
     @classmethod
-    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray | np.int64:
         """Return the class of the largest area."""
         return np.int64(np.bincount(mask[mask != IGNORE], minlength=n_classes).argmax())
 
@@ -224,7 +225,7 @@ class MultiLabel(Task):
         return (n_classes,)
 
     @classmethod
-    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray | np.int64:
         """Return a multi-hot label: the classes of at least one pixel."""
         return (np.bincount(mask[mask != IGNORE], minlength=n_classes) > 0).astype(np.uint8)
 
@@ -282,7 +283,7 @@ class Segmentation(Task):
         return tuple(image_size)
 
     @classmethod
-    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray:
+    def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray | np.int64:
         """Return the mask."""
         return mask
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.feature_ops import channels_last, standardize_
-from pipeline.heads.config import HeadConfig
+from pipeline.heads.config import HeadConfig, HeadGroup
 
 # In every file; other formats are refused.
 FORMAT = "eo-compose head 2"
@@ -35,7 +35,7 @@ class TrainedHead:
     array_names: tuple[tuple[str, ...], ...]
     config: HeadConfig
     mean_scale: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    network: torch.nn.Module
+    network: HeadGroup
 
     @property
     def backbones(self) -> list[str]:
@@ -71,7 +71,7 @@ class TrainedHead:
         return logits[0]
 
 
-def select_head(config: HeadConfig, group: torch.nn.Module, index: int) -> torch.nn.Module:
+def select_head(config: HeadConfig, group: HeadGroup, index: int) -> HeadGroup:
     """Copy one head of a trained group into a group of its own, on the CPU.
 
     Args:

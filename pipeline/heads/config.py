@@ -11,6 +11,8 @@ from pipeline.heads.dense import HeadList
 from pipeline.heads.fusion import FusedHead, PyramidFusion, get_fusion
 from pipeline.heads.linear import StackedLinear
 
+# K heads that are trained together; `pipeline.heads` documents the interface.
+HeadGroup = StackedLinear | HeadList
 # Fields of a dense head's settings that its class does not take.
 TRAINING_FIELDS = {"steps", "batch", "patience", "neck"}
 
@@ -39,7 +41,7 @@ class HeadConfig:
     neck: bool = False
     precision: str = "float32"
 
-    def create_group(self, seeds: Sequence[int]) -> StackedLinear | HeadList:
+    def create_group(self, seeds: Sequence[int]) -> HeadGroup:
         """Create untrained heads, one per seed.
 
         Raises:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pipeline.heads.config import HeadGroup
 from pipeline.tasks import Task
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
 from pipeline.training.parallel import parallel_map
@@ -13,12 +14,12 @@ from pipeline.training.parallel import parallel_map
 STACKED_BATCH = 4096
 
 
-def evaluate(group: torch.nn.Module, data: SplitData, task: Task, batch: int) -> np.ndarray:
+def evaluate(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
     """Count hits and errors of every head and sample, int64 (head, sample, cell) (pipeline/metrics.py)."""
     return np.concatenate(evaluate_groups(group.independent_heads(), data, task, batch))
 
 
-def evaluate_groups(groups: Sequence[torch.nn.Module], data: SplitData, task: Task, batch: int) -> list[np.ndarray]:
+def evaluate_groups(groups: Sequence[HeadGroup], data: SplitData, task: Task, batch: int) -> list[np.ndarray]:
     """Evaluate several groups as `evaluate` does; streamed features are read once for all groups."""
     with parallel_map(data, groups[0]) as map_parallel:
         if not isinstance(data.inputs, StreamedFeatures):
@@ -30,7 +31,7 @@ def evaluate_groups(groups: Sequence[torch.nn.Module], data: SplitData, task: Ta
     return [np.concatenate(counts, axis=1) for counts in zip(*parts, strict=True)]
 
 
-def evaluate_in_memory(group: torch.nn.Module, data: SplitData, task: Task, batch: int) -> np.ndarray:
+def evaluate_in_memory(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
     """Count hits and errors of a group on features in memory, int64 (head, sample, cell)."""
     size, parts = STACKED_BATCH if group.is_stacked else batch, []
     for start in range(0, len(data.label), size):
@@ -40,7 +41,7 @@ def evaluate_in_memory(group: torch.nn.Module, data: SplitData, task: Task, batc
 
 
 @torch.no_grad()
-def diverged_heads(group: torch.nn.Module) -> np.ndarray:
+def diverged_heads(group: HeadGroup) -> np.ndarray:
     """Return which heads have non-finite parameters or running statistics, bool (head,)."""
     diverged = []
     for independent in group.independent_heads():
@@ -52,7 +53,7 @@ def diverged_heads(group: torch.nn.Module) -> np.ndarray:
 
 
 @torch.no_grad()
-def predict_logits(group: torch.nn.Module, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
+def predict_logits(group: HeadGroup, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
     """Return the logits of every head on pooled features (sample, channel), float32 (head, sample, class)."""
     rows = torch.arange(len(inputs)).split(STACKED_BATCH)
     batches = inputs.batches(rows) if isinstance(inputs, StreamedFeatures) else inputs.split(STACKED_BATCH)
@@ -68,7 +69,7 @@ def select_rows(
 
 
 @torch.no_grad()
-def _count(group: torch.nn.Module, inputs, label: torch.Tensor, task: Task) -> np.ndarray:
+def _count(group: HeadGroup, inputs, label: torch.Tensor, task: Task) -> np.ndarray:
     """Counts on one batch, (head, sample, cell); the group stays in training or evaluation mode."""
     was_training = group.training
     group.eval()

@@ -14,6 +14,7 @@ import torch
 from cache.arrays import VERIFY_HINT
 from cache.errors import StoreError
 from cache.reader import FeatureStore
+from cache.running_stats import RunningStats
 from cache.schema import level_array, pooled_array
 from pipeline.feature_ops import standardize_
 
@@ -81,7 +82,7 @@ def channel_stats(array: StoreArray, train_rows: np.ndarray) -> ChannelStats:
     squares = sum(((store.read(name, part).astype(np.float64) - mean) ** 2).sum(axis=0) for part in parts)
     if not np.isfinite(squares).all():
         raise nonfinite_error(store, name)
-    return mean, np.sqrt(squares / len(train_rows))
+    return mean, RunningStats(len(train_rows), mean, squares).std()
 
 
 def to_mean_scale(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

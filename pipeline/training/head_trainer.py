@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.heads.config import HeadGroup
 from pipeline.tasks import Task
 from pipeline.training.optim import FusedAdamW, StackedAdamW, warm_cosine
 
@@ -54,7 +55,7 @@ class HeadTrainer:
         best_state: state of each head at its best check; empty before the first.
     """
 
-    def __init__(self, group: torch.nn.Module, hparams: Sequence[HParams], task: Task, schedule: TrainSchedule):
+    def __init__(self, group: HeadGroup, hparams: Sequence[HParams], task: Task, schedule: TrainSchedule):
         self.group, self.task, self.schedule, self.hparams = group, task, schedule, list(hparams)
         learning_rates = [head.learning_rate for head in hparams]
         weight_decays = [head.weight_decay for head in hparams]

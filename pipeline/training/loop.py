@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from pipeline.heads.config import HeadGroup
 from pipeline.tasks import Task
 from pipeline.training.cuda_graphs import GraphedStep
 from pipeline.training.evaluate import evaluate_groups, evaluate_in_memory, select_rows
@@ -24,13 +25,13 @@ STREAMED_SEED = 0
 
 
 def fit(
-    make_group: Callable[[Sequence[int]], torch.nn.Module],
+    make_group: Callable[[Sequence[int]], HeadGroup],
     data: SplitData,
     task: Task,
     hparams: Sequence[HParams],
     schedule: TrainSchedule,
     validation: SplitData | None = None,
-) -> torch.nn.Module:
+) -> HeadGroup:
     """Train one head per hyperparameters with AdamW and a cosine schedule with warm-up; return the group.
 
     Args:

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from pipeline.heads.config import HeadGroup
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
 
 # Concurrent heads on a GPU; the kernels of one head do not occupy it.
@@ -17,7 +18,7 @@ LARGE_INPUT_VALUES = 1 << 23
 
 
 @contextmanager
-def parallel_map(data: SplitData, group: torch.nn.Module) -> Iterator[Callable]:
+def parallel_map(data: SplitData, group: HeadGroup) -> Iterator[Callable]:
     """Provide a `map` over independent groups of heads.
 
     On a CPU every group has one core: small convolutions and products use one core well and two badly. This is

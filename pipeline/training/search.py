@@ -15,7 +15,7 @@ from pipeline.config import SearchConfig
 from pipeline.errors import UserError
 from pipeline.training.head_trainer import HParams
 
-Score = Callable[[Sequence[HParams]], Sequence[float]]
+Score = Callable[[Sequence[HParams]], Sequence[float] | np.ndarray]
 # The hyperparameters that are searched: fields of SearchConfig and of HParams.
 SEARCHED = ("learning_rate", "weight_decay")
 

@@ -142,29 +142,29 @@ def open_aligned(stores: Mapping[Path, str | None], images_path: Path) -> tuple[
     members = [FeatureStore(path) for path in stores]
     check_aligned(members)
     images = image_store.open_images(images_path)
-    for member in members:
-        expected, attributes = stores[member.location], member.attributes
+    for (path, expected), member in zip(stores.items(), members, strict=True):
+        attributes = member.attributes
         if expected and attributes["content_sha256"] != expected:
             raise StoreError(
-                f"{member.location} is not the store that was resolved for this model. Run: dvc repro",
+                f"{path} is not the store that was resolved for this model. Run: dvc repro",
                 key="content_sha256",
                 value=attributes["content_sha256"],
                 allowed=[expected],
-                path=member.location,
+                path=path,
             )
         if attributes["images_sha256"] != images.attrs["content_sha256"]:
             raise StoreError(
-                f"{member.location} was extracted from other images than {images_path}. Run: dvc repro",
+                f"{path} was extracted from other images than {images_path}. Run: dvc repro",
                 key="images_sha256",
                 value=attributes["images_sha256"],
                 allowed=[images.attrs["content_sha256"]],
-                path=member.location,
+                path=path,
             )
         if member.sample.tolist() != images.sample.values.tolist():
             raise StoreError(
-                f"{member.location} has its samples in another order than {images_path}. Run: dvc repro",
+                f"{path} has its samples in another order than {images_path}. Run: dvc repro",
                 key="sample",
-                path=member.location,
+                path=path,
             )
     return members, images
 
