@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 from torch.nn import functional
 
+from cache.running_stats import mean_std_from_sums
 from pipeline.backbones.base import BackboneSpec, InputBands, match_images
 from pipeline.bands import DISPLAY_UNITS, full_scale
 from pipeline.config import BackboneConfig
@@ -202,8 +203,7 @@ def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tup
             n_pixels += count
             total += sums
             total_squares += squares
-    mean = total / n_pixels
-    std = np.sqrt(np.maximum(total_squares / n_pixels - mean**2, 0))
+    mean, std = mean_std_from_sums(n_pixels, total, total_squares)
     std[std < _MIN_STD] = 1.0
     # Rounded to nine digits, so that machines whose sums differ in the last digits make the same store.
     return tuple(float(f"{value:.9g}") for value in mean), tuple(float(f"{value:.9g}") for value in std)

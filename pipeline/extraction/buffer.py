@@ -11,7 +11,7 @@ import torch
 
 from cache.casting import CastStat, check_cast
 from cache.errors import StoreError
-from cache.schema import StoreSchema
+from cache.schema import StoreSchema, is_level_array
 from pipeline.extraction.loader import DeviceToHost
 
 # Values per cast: on a CPU what its cache keeps; on a GPU, which needs 20 bytes each, what fits next to a network.
@@ -51,7 +51,7 @@ class ShardBuffer:
             self._put_block(slice(start, start + len(block)), name, block, first)
 
     def _put_block(self, rows: slice, name: str, values: torch.Tensor, first: int) -> None:
-        if values.is_cuda and not name.endswith("/features"):
+        if values.is_cuda and not is_level_array(name):
             # Pooled vectors are few bytes, and casting launches dozens of kernels: the writer casts them.
             self._copy(self._arrays, name, rows, values.float())
             return
@@ -81,7 +81,7 @@ class ShardBuffer:
 
     def _is_cast_here(self, name: str) -> bool:
         # For a lossy codec the writer casts, and measures the error of cast and codec together from float32.
-        has_lossy_codec = self._schema.codec.is_lossy and name.endswith("/features")
+        has_lossy_codec = self._schema.codec.is_lossy and is_level_array(name)
         return self._schema.dtype != "float32" and not has_lossy_codec
 
     def _copy(self, memory: dict[str, torch.Tensor], name: str, rows: slice, values: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ assert len(images.sample) == len(lazy.sample) == len(tree.sample)
 assert fine.shape[-2:] == tree["level0"].features.shape[-2:]
 assert batch["level2"].shape[1] == sum(store.array("level2/features").shape[0] for store in (csmask, lite0))
 assert next(iter(loader))["level2"].shape[0] == 16
-assert picture.shape[:2] == (2, 3)
+assert rgb.shape[:2] == (2, 3)
 assert (remote.read("level1/features", [0, 1]) == maps).all()
 """
     job.run(sys.executable, "-W", "error::UserWarning", "-c", "\n".join(blocks) + checks)
