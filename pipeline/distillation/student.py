@@ -16,7 +16,6 @@ from torchvision.ops import FeaturePyramidNetwork
 from cache.atomic import write_file
 from pipeline.backbones.base import BackboneSpec
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint
-from pipeline.backbones.efficientnet import timm_name
 from pipeline.config import BackboneConfig, StudentConfig
 from pipeline.data.image_store import image_bands
 from pipeline.errors import UserError
@@ -235,6 +234,9 @@ def _timm_names(backbone: BackboneConfig, tensors: Tensors) -> Tensors:
     """Rename the tensors of a backbone's file to timm's names."""
     if backbone.family != "efficientnet":
         return tensors
+    # segmentation_models_pytorch takes seconds to import; a student without such weights needs none of it
+    from pipeline.backbones.efficientnet import timm_name
+
     return {timm_name(name): tensor for name, tensor in tensors.items()}
 
 
