@@ -45,7 +45,7 @@ class BenchmarkedModel:
 
 def student_model(student: Student, device: str) -> BenchmarkedModel:
     """Prepare a student for `benchmark`."""
-    student = student.to(device, memory_format=torch.channels_last)
+    student = student.to(device).to(memory_format=torch.channels_last)
 
     def predict(chips: np.ndarray) -> torch.Tensor:
         return student(torch.from_numpy(chips.astype(np.float32)).to(device))

@@ -194,6 +194,7 @@ class _Estimator:
         if key not in self._step_seconds:
             settings = self.params.heads.settings(head)
             batch = settings.batch
+            features: torch.Tensor | list[torch.Tensor]
             if get_head(head).is_dense:
                 batch = batch if self.device == "cuda" else min(CPU_DENSE_BATCH, batch)
                 shapes = _fused_shapes(outputs)

@@ -105,7 +105,7 @@ def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
             allowed=[signature.gsd],
             path=scene.name,
         )
-    return indices
+    return [index for index in indices if index is not None]
 
 
 def check_metadata(scene: Scene, metadata_keys: Sequence[str]) -> None:
