@@ -1,7 +1,7 @@
 """Read random rows of stored arrays from memory-mapped files, in parallel.
 
 `LocalArray` maps the shard files into memory and copies each row to its destination. `pread` to the same destination
-is slower (docs/decisions). Mapped pages count as memory of the process, so `MmapPool` releases them when there are
+is slower (LAB.md). Mapped pages count as memory of the process, so `MmapPool` releases them when there are
 more than allowed: memory is bounded for stores of any size. `cache.remote.RemoteArray` has the same interface for
 stores that are not a local folder, and `DequantizedArray` for int8.
 
