@@ -37,7 +37,7 @@ from pipeline.mapping.predictors import load_onnx_student
 
 scene, pixels = open_scene(Path(sys.argv[1])), None
 if sys.argv[3] == "whole":
-    pixels = scene.read((0, 0, scene.height, scene.width), range(len(scene.bands)))
+    pixels = scene.read_window((0, 0, scene.height, scene.width), range(len(scene.bands)))
 predict_scene(scene, load_onnx_student(Path("data/scratch/mapping/student.onnx")), Path(sys.argv[2]))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) / 1024)
