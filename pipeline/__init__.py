@@ -1,1 +1,1 @@
-"""The science: bands, backbones, encoding, fusion, heads, search and scores. Knows neither DVC nor paths."""
+"""The science: data, backbones, heads, training, search, distillation, maps. No DVC, no fixed paths."""

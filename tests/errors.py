@@ -8,7 +8,7 @@ import pytest
 
 @contextmanager
 def raises(error_type: type[Exception], *mentions: object, **fields: object):
-    """Expect an error whose attributes equal `fields` and whose message contains every value of `mentions`.
+    """Expect an error with these fields, whose message contains every value of `mentions`.
 
     Args:
         mentions: values (names, numbers, paths) that the user must be shown; never phrases.

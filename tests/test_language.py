@@ -1,4 +1,4 @@
-"""Names and prose follow the words of the field. The lists of what is not allowed stand here and nowhere else."""
+"""Names and prose follow the words of the field; the lists of what is not allowed are here."""
 
 import ast
 import re
@@ -69,8 +69,8 @@ def test_names_are_nouns_or_verbs_of_the_field(path):
     "path", [path for path in FILES if path != Path(__file__)], ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_prose_has_no_private_words(path):
-    found = [(line, match[0]) for line, text in prose(path) for word in DIALECT if (match := re.search(word, text))]
-    assert not found
+    dialect = [(line, match[0]) for line, text in prose(path) for word in DIALECT if (match := re.search(word, text))]
+    assert not dialect
 
 
 def test_no_public_class_name_occurs_twice():
@@ -90,3 +90,16 @@ def test_first_line_of_a_docstring_is_short(path):
     nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))]
     first_lines = [(getattr(node, "lineno", 1), (ast.get_docstring(node) or "").split("\n")[0]) for node in nodes]
     assert not [(line, text) for line, text in first_lines if len(text) > 100]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_errors_are_tested_by_values_not_by_prose(path):
+    """`match=` may hold a name, a number or a pattern, but no words of a sentence."""
+    phrases = [
+        (node.lineno, keyword.value.value)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == "match" and isinstance(keyword.value, ast.Constant) and " " in str(keyword.value.value)
+    ]
+    assert not phrases

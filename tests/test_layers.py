@@ -60,13 +60,13 @@ def test_layers_packages_import_only_from_layers_below():
     assert {node for node in graph if node.startswith("pipeline.")} == set(LAYER_OF)
     upward = [
         (node, other)
-        for node, others in graph.items()
-        for other in others
+        for node, below in graph.items()
+        for other in below
         if node in LAYER_OF and other in LAYER_OF
         if LAYER_OF[other] > LAYER_OF[node] or LAYER_OF[other] == LAYER_OF[node] > 0
     ]
     assert not upward
-    assert not any("stages" in others for others in graph.values())
+    assert not any("stages" in below for below in graph.values())
     assert not graph["cache"]
     assert not graph["pipeline.extraction"] & {"pipeline.heads", "pipeline.training"}
 
