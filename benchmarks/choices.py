@@ -47,7 +47,7 @@ from pipeline.heads.upernet import UPerNet
 from pipeline.tasks import Segmentation
 from pipeline.training import loop
 from pipeline.training.feature_loader import SplitData
-from pipeline.training.head_trainer import HParams, TrainSchedule
+from pipeline.training.loop import HParams, TrainSchedule
 
 CHANNELS, SIDES = (56, 96, 272, 768), (32, 16, 8, 4)
 ROUNDS = 5

@@ -41,12 +41,11 @@ from cache.schema import StoreSchema
 from cache.writer import Writer
 from pipeline import config
 from pipeline.backbones import create_backbone, get_spec, preprocessing
-from pipeline.backbones.encoder import Encoder
+from pipeline.backbones.encoder import Encoder, ParallelEncoder
 from pipeline.data import image_writer
 from pipeline.data.image_store import open_images
 from pipeline.device import resolve_device
 from pipeline.extraction import engine, estimate
-from pipeline.extraction.cpu_parallel import ParallelEncoder
 
 GEO_BENCH_IMAGES, GEO_BENCH_SETS = 104_000, 12
 SCRATCH = FOLDER / "extracting"

@@ -31,7 +31,7 @@ SIDE = 1024
 MAP_SCRIPT = """
 import sys
 from pathlib import Path
-from pipeline.mapping.open_scene import open_scene
+from pipeline.mapping.scene import open_scene
 from pipeline.mapping.predict_scene import predict_scene
 from pipeline.mapping.predictors import load_onnx_student
 

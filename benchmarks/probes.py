@@ -17,10 +17,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from benchmarks.timing import ratio
+from pipeline.composition import probes
 from pipeline.composition.cka import linear_cka
 from pipeline.composition.probes import Layer, Probe, ProbeSamples
 from pipeline.composition.search import all_subsets
-from pipeline.heads import probes
 from pipeline.tasks import Classification
 
 WIDTHS = {"a": 26, "b": 496, "c": 696}

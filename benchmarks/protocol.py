@@ -52,7 +52,7 @@ from pipeline.data.image_store import SPLITS, open_images
 from pipeline.extraction import engine, estimate
 from pipeline.tasks import TaskType
 from pipeline.training import loop, task_data
-from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
+from pipeline.training.loop import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.optim import warm_cosine
 from pipeline.training.protocol import score_split, train_heads
 from pipeline.training.search import search

@@ -31,7 +31,7 @@ from pipeline.data.image_store import SPLITS
 from pipeline.heads.config import HeadConfig
 from pipeline.training import feature_inputs, pca, task_data
 from pipeline.training.feature_loader import SplitData
-from pipeline.training.head_trainer import TrainSchedule
+from pipeline.training.loop import TrainSchedule
 
 N_RESPLITS = 10
 # Decimal logarithms of the smallest and largest C.

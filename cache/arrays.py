@@ -28,7 +28,7 @@ import zarr
 from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec
 
-from cache import zarr_shard
+from cache import codecs as zarr_shard
 from cache.codecs import dequantize
 from cache.errors import StoreError
 from cache.remote import RemoteArray

@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from cache import checksums, zarr_shard
+from cache import checksums, codecs
 from cache.atomic import atomic_dir, file_lock, publish, sync_folder, try_lock, write_file
-from cache.casting import CastArray, cast_array
-from cache.codecs import NONE, dequantize
+from cache.codecs import NONE, CastArray, cast_array, dequantize
 from cache.errors import StoreError
 from cache.running_stats import RunningStats, block_slices
 from cache.schema import (
@@ -296,7 +295,7 @@ class Writer:
             return [array.data.cast("B"), padding.tobytes()]
         maps = array.reshape(-1, *array.shape[-3:])
         chunks = [self.schema.codec.compress(level_map) for level_map in maps]
-        return zarr_shard.encode(chunks, full * (len(maps) // len(array)))
+        return codecs.encode(chunks, full * (len(maps) // len(array)))
 
     def _training_stats(self, rows: slice, cast: CastArray, pool: Executor) -> list | None:
         """Statistics, as they will be read, of a shard's training samples in all views; None if it has none."""

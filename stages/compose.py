@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache.atomic import atomic_dir
 from pipeline import config
-from pipeline.composition.result import CompositionResult
+from pipeline.composition.search import CompositionResult
 from stages.cli import COMPOSITION, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.mapping.open_scene import open_scene
 from pipeline.mapping.predict_scene import class_shares, predict_scene
 from pipeline.mapping.predictors import Predictor, load_onnx_student
+from pipeline.mapping.scene import open_scene
 from stages.cli import COMPOSITION, FEATURES, IMAGES, RUNS, WEIGHTS, run
 
 

@@ -23,9 +23,9 @@ def map_dataset(dataset: str, student: str) -> None:
         print(f"skipped: {reason}")
         return
     # rasterio and onnxruntime take 1 s to import; a dataset without a scene needs neither
-    from pipeline.mapping.open_scene import open_scene
     from pipeline.mapping.predict_scene import class_shares, predict_scene
     from pipeline.mapping.predictors import load_onnx_student
+    from pipeline.mapping.scene import open_scene
 
     metadata = predict_scene(open_scene(scene), load_onnx_student(exported / "student.onnx"), final)
     print(f"{dataset} {student}: {class_shares(metadata)}")

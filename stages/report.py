@@ -6,11 +6,10 @@ import pandas as pd
 
 from cache.atomic import atomic_dir
 from pipeline import config
-from pipeline.composition.result import CompositionResult
+from pipeline.composition.search import CompositionResult
 from pipeline.errors import UserError
 from pipeline.report import figures, page, sections, statements
-from pipeline.report.aggregate import FROZEN, ModelKind, summarize_runs
-from pipeline.report.significance import BootstrapSamples, bootstrap
+from pipeline.report.significance import FROZEN, BootstrapSamples, ModelKind, bootstrap, summarize_runs
 from pipeline.tasks import get_task
 from pipeline.training import predictions
 from stages.cli import (

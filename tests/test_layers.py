@@ -40,7 +40,7 @@ TORCH_FREE = [
     "pipeline/data/image_store.py",
     "pipeline/data/splits.py",
     "pipeline/heads/__init__.py",
-    "pipeline/mapping/open_scene.py",
+    "pipeline/mapping/scene.py",
     "pipeline/mapping/predict_scene.py",
     "pipeline/tasks.py",
 ]

@@ -15,7 +15,7 @@ from pipeline.data import image_store, image_writer
 from pipeline.data.sources import osm_landuse
 from pipeline.tasks import IGNORE
 from pipeline.training import task_data
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.protocol import count_split, train_heads
 from tests.errors import raises
 

@@ -10,23 +10,110 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from cache.reader import FeatureStore
 from cache.schema import layer_name, level_array, pooled_array
 from pipeline.composition.cka import linear_cka
-from pipeline.heads import probes
 from pipeline.tasks import IGNORE, Task
 from pipeline.training import feature_inputs
 
+# Penalties, strongest first: the factor of half the squared weights, added to the mean loss of a sample.
+PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
+
+
+NEIGHBOURS = 5
+
+
+MAX_ITERATIONS = 1000
+
+
+# Ten times scikit-learn's own tolerance: nearly half the time; at most one validation chip of 197 differs (LAB.md).
+TOLERANCE = 1e-3
+
+
+# Bias of a class without training samples: it is never predicted.
+ABSENT_CLASS_BIAS = -1e9
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear probe: weight (class, channel), bias (class,)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def logits(self, inputs: np.ndarray) -> np.ndarray:
+        """Compute logits (sample, class) from inputs (sample, channel)."""
+        return inputs @ self.weight.T + self.bias
+
+
+def fit_logistic(task: Task, inputs: np.ndarray, label: np.ndarray) -> list[LinearProbe]:
+    """Fit one logistic regression per penalty of `PENALTIES`, each starting where the one before ended.
+
+    Args:
+        task: for a multi-label task, every class has its own regression.
+        inputs: standardized features, float (sample, channel).
+        label: class index (sample,), or multi-hot (sample, class).
+    """
+    if not task.is_multilabel:
+        return _fit_penalties(inputs, label, task.n_classes)
+    probes_of_class = [_fit_penalties(inputs, column, 2) for column in label.T]
+    # The difference of the two logits (absent, present) is compared with zero.
+    return [
+        LinearProbe(
+            np.stack([probes[i].weight[1] - probes[i].weight[0] for probes in probes_of_class]),
+            np.array([probes[i].bias[1] - probes[i].bias[0] for probes in probes_of_class]),
+        )
+        for i in range(len(PENALTIES))
+    ]
+
+
+def predict_knn(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Predict labels (query,) or (query, class) by the vote of the nearest training samples."""
+    classifier = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute")
+    votes = classifier.fit(inputs, label).predict(queries)
+    return votes.reshape(len(queries), *label.shape[1:])  # for a single class scikit-learn returns a vector
+
+
+def _fit_penalties(inputs: np.ndarray, label: np.ndarray, n_classes: int) -> list[LinearProbe]:
+    """Fit one regression per penalty; `label` (sample,)."""
+    present = np.unique(label)
+    weight = np.zeros((n_classes, inputs.shape[1]), inputs.dtype)
+    bias = np.full(n_classes, ABSENT_CLASS_BIAS, inputs.dtype)
+    if len(present) == 1:
+        bias[present] = 0
+        return [LinearProbe(weight, bias)] * len(PENALTIES)
+    probes, model = [], LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
+    for penalty in PENALTIES:
+        model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, label)
+        weight, bias = weight.copy(), bias.copy()
+        # For two classes scikit-learn has one row: the second class's logit minus the first's.
+        weight[present], bias[present] = (
+            (np.stack([np.zeros_like(model.coef_[0]), model.coef_[0]]), [0, model.intercept_[0]])
+            if len(present) == 2
+            else (model.coef_, model.intercept_)
+        )
+        probes.append(LinearProbe(weight, bias))
+    return probes
+
+
 # Chips per split, at most.
 MAX_CHIPS = 8192
+
+
 # Pixels per split, about, spread evenly over its masks. Twice as many pixels cost twice the time and move the mean
 # IoU of a probe by .01 (LAB.md).
 MAX_PIXELS = 4096
+
+
 # Samples whose feature maps are read together to draw pixels, and to score masks.
 READ_SAMPLES, SCORE_SAMPLES = 32, 8
+
+
 # Samples per batch of a CKA matrix.
 CKA_SAMPLES = 2048
 
@@ -160,7 +247,7 @@ class Probe:
         """Return the number of channels of a layer."""
         return len(self.scalers[layer].mean_)
 
-    def fit(self, layers: Sequence[Layer]) -> tuple[float, probes.LinearProbe | None]:
+    def fit(self, layers: Sequence[Layer]) -> tuple[float, LinearProbe | None]:
         """Fit a probe on the concatenation of layers.
 
         Returns:
@@ -170,8 +257,8 @@ class Probe:
         inputs, label = self._train.concatenate(layers), self._train.label
         val_inputs = self._val.concatenate(layers)
         if self.method == "knn":
-            return self._score(probes.predict_knn(inputs, label, val_inputs)), None
-        candidates = probes.fit_logistic(self.task, inputs, label)
+            return self._score(predict_knn(inputs, label, val_inputs)), None
+        candidates = fit_logistic(self.task, inputs, label)
         scores = [self._score(self.task.predict(candidate.logits(val_inputs))) for candidate in candidates]
         best = int(np.argmax(scores))
         return scores[best], candidates[best]
@@ -193,7 +280,7 @@ class Probe:
 
 
 def mask_scores(
-    fitted: Mapping[tuple[str, ...], tuple[list[Layer], probes.LinearProbe]],
+    fitted: Mapping[tuple[str, ...], tuple[list[Layer], LinearProbe]],
     probe: Probe,
     stores: Mapping[str, FeatureStore],
     rows: np.ndarray,
@@ -229,7 +316,7 @@ def mask_scores(
 
 
 def _split_by_layer(
-    layers: Sequence[Layer], linear: probes.LinearProbe, scalers: Mapping[Layer, StandardScaler]
+    layers: Sequence[Layer], linear: LinearProbe, scalers: Mapping[Layer, StandardScaler]
 ) -> tuple[dict[Layer, np.ndarray], np.ndarray]:
     """Split a probe into the weights of each layer and the bias, for features as they are stored."""
     weights, bias, start = {}, linear.bias.astype(np.float64), 0

@@ -4,11 +4,14 @@ The paper (arXiv 2506.20174) chooses its ensembles by hand and leaves the search
 training and validation splits only, never the test split.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,11 +31,59 @@ from pipeline.composition.probes import (
     mask_scores,
     pixel_samples,
 )
-from pipeline.composition.result import CompositionResult
 from pipeline.errors import UserError
 from pipeline.tasks import Task
 from pipeline.training import feature_inputs
 from pipeline.training.task_data import task_from_store
+
+FILE = "composition.json"
+
+
+TABLES = ("subsets", "cka", "greedy")
+
+
+@dataclass(frozen=True, eq=False)
+class CompositionResult:
+    """Result of the composition search on one dataset; without backbones the tables are empty.
+
+    Attributes:
+        backbones: the backbones that were probed.
+        skipped: reasons why other backbones were skipped.
+        probe: the probe: `logistic` or `knn`; None without backbones.
+        subsets: one row per ensemble; see `search.rank_table`.
+        cka: similarity of every two backbones; see `search.cka_table`.
+        greedy: layers in the order in which they were added; see `search.greedy_layers`. Empty if not requested.
+        selected: the best ensembles, best first.
+        trained: those of `selected` that the composition stage trains, because the grid lacks them.
+    """
+
+    backbones: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    probe: str | None = None
+    subsets: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cka: pd.DataFrame = field(default_factory=pd.DataFrame)
+    greedy: pd.DataFrame = field(default_factory=pd.DataFrame)
+    selected: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write composition.json and, if backbones were probed, subsets.csv, cka.csv and greedy.csv."""
+        if self.backbones:
+            for name in TABLES:
+                getattr(self, name).to_csv(folder / f"{name}.csv", index=False)
+        keys = ("backbones", "skipped", "probe", "selected", "trained")
+        text = json.dumps({key: getattr(self, key) for key in keys}, indent=1, sort_keys=True)
+        (folder / FILE).write_text(text + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "CompositionResult":
+        """Read the files that `write` wrote."""
+        metadata = json.loads((folder / FILE).read_text())
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in metadata.items()}
+        if fields["backbones"]:
+            fields |= {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
+        return cls(**fields)
+
 
 # Names of the backbones of an ensemble.
 Ensemble = tuple[str, ...]

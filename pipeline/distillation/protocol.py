@@ -14,7 +14,7 @@ from pipeline.distillation.losses import Projectors
 from pipeline.distillation.student import Student
 from pipeline.distillation.train import DistillationSetup, make_projectors, predict, train
 from pipeline.training import predictions
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.protocol import ProtocolResult
 from pipeline.training.search import search
 

@@ -13,8 +13,7 @@ from pipeline.distillation.losses import Projectors
 from pipeline.distillation.student import Student
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.tasks import Task
-from pipeline.training.head_trainer import HParams, TrainSchedule
-from pipeline.training.loop import batch_order
+from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import FusedAdamW, warm_cosine
 from pipeline.training.task_data import task_from_store
 

@@ -1,6 +1,6 @@
 """Memory for one shard's features: cast to the store's dtype on the device, copied back, checked.
 
-Casting on the device halves the bytes that leave a GPU. The cast is checked with the statistics that `cache.casting`
+Casting on the device halves the bytes that leave a GPU. The cast is checked with the statistics that `cache.codecs`
 computes of values which the writer casts itself.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from cache.casting import CastStat, check_cast
+from cache.codecs import CastStat, check_cast
 from cache.errors import StoreError
 from cache.schema import StoreSchema, is_level_array
 from pipeline.extraction.loader import DeviceToHost

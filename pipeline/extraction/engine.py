@@ -2,7 +2,7 @@
 
 Three steps run at the same time:
 1. the loader reads the next images, in one thread, or in several for a GPU (pipeline/extraction/loader.py),
-2. the device encodes, on a CPU two batches in parallel (pipeline/extraction/cpu_parallel.py),
+2. the device encodes, on a CPU two batches in parallel (pipeline/backbones/encoder.py),
 3. a thread writes the finished shards.
 
 Any number of processes may work on one store (pipeline/extraction/launch.py).
@@ -22,7 +22,7 @@ import xarray as xr
 from tqdm import tqdm
 
 import cache.writer
-from cache import casting, codecs, running_stats, zarr_shard
+from cache import codecs, running_stats
 from cache import schema as store_schema
 from cache.checksums import fingerprint
 from cache.schema import LevelSchema, StoreSchema
@@ -31,21 +31,20 @@ from pipeline import bands
 from pipeline.backbones import base, preprocessing
 from pipeline.backbones import encoder as backbone_encoder
 from pipeline.backbones.base import BackboneSpec, FeaturePyramid
-from pipeline.backbones.encoder import Encoder
+from pipeline.backbones.encoder import Encoder, ParallelEncoder
 from pipeline.backbones.preprocessing import Preprocessor
 from pipeline.config import BackboneConfig, ExtractConfig
 from pipeline.data import augmentation
 from pipeline.data.download import file_sha256
-from pipeline.extraction import buffer, cpu_parallel, estimate, loader
+from pipeline.extraction import buffer, estimate, loader
 from pipeline.extraction.buffer import ShardBuffer
-from pipeline.extraction.cpu_parallel import ParallelEncoder
 from pipeline.extraction.loader import DeviceToHost, LoadedBatch, device_threads, wait_for_upload
 from pipeline.tasks import get_task
 
 # Modules whose code decides the bytes of a store. The family's own module is in the digest of the weights' folder.
 _CODE = (
-    bands, base, preprocessing, backbone_encoder, augmentation, buffer, cpu_parallel, estimate, loader, store_schema,
-    codecs, casting, running_stats, zarr_shard, cache.writer,
+    bands, base, preprocessing, backbone_encoder, augmentation, buffer, estimate, loader, store_schema, codecs,
+    running_stats, cache.writer,
 )  # fmt: skip
 # Shards in memory: one is filled while another is written. On a GPU more, if all together are below
 # `_SMALL_BYTES`, so that a slow write does not stop the GPU.

@@ -19,9 +19,8 @@ from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.schema import StoreSchema
 from pipeline.backbones.base import FeaturePyramid
-from pipeline.backbones.encoder import Encoder
+from pipeline.backbones.encoder import Encoder, ParallelEncoder
 from pipeline.errors import UserError
-from pipeline.extraction.cpu_parallel import ParallelEncoder
 
 # Images of the dry run on a CPU, where a batch may take minutes.
 _DRY_RUN_IMAGES = 4

@@ -18,7 +18,7 @@ from pipeline.finetuning.train import FineTuneJob, TrainState, count_predictions
 from pipeline.heads.config import describe_head
 from pipeline.tasks import Task
 from pipeline.training import predictions
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.task_data import balanced_weights, task_from_store
 
 # Keys of params.yaml that set the learning rate and the weight decay.

@@ -18,8 +18,7 @@ from pipeline.config import FineTuneConfig
 from pipeline.data.augmentation import AugmentedImages
 from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.tasks import Task
-from pipeline.training.head_trainer import HParams, TrainSchedule
-from pipeline.training.loop import batch_order
+from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import BETAS, EPSILON, warm_cosine
 
 # Seconds between updates of the progress bar.

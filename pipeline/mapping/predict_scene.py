@@ -26,12 +26,12 @@ from tqdm import tqdm
 from cache.atomic import atomic_dir, sync_folder, write_file
 from cache.checksums import fingerprint
 from pipeline.errors import UserError
-from pipeline.mapping import blend, open_scene, tiling
+from pipeline.mapping import scene as open_scene
 from pipeline.mapping import scene as scene_module
-from pipeline.mapping.blend import NODATA, MappingJob
+from pipeline.mapping import tiling
 from pipeline.mapping.predictors import Predictor
 from pipeline.mapping.scene import Scene
-from pipeline.mapping.tiling import COG_TILE, OutputBlock, output_blocks, tile_axis
+from pipeline.mapping.tiling import COG_TILE, NODATA, MappingJob, OutputBlock, output_blocks, tile_axis
 
 # Overlap of neighbouring tiles as a fraction of a tile. Models with one prediction per chip locate a class only as
 # finely as their tiles overlap.
@@ -109,7 +109,7 @@ def _predict_missing_blocks(job: MappingJob, block_folder: Path) -> None:
     with tqdm(total=sum(n_tiles), initial=initial, unit="tile", mininterval=2, file=sys.stderr) as progress:
         for block, finished in zip(blocks, is_finished, strict=True):
             if not finished:
-                arrays = blend.predict_block(job, block, progress.update)
+                arrays = tiling.predict_block(job, block, progress.update)
                 write_file(_block_path(block_folder, block), [np.ascontiguousarray(array).data for array in arrays])
                 sync_folder(block_folder)
 
@@ -213,7 +213,7 @@ def _block_path(block_folder: Path, block: OutputBlock) -> Path:
 def _cache_key(job: MappingJob) -> str:
     """Fingerprint of everything that decides the bytes of a block, the code included."""
     signature = job.predictor.signature
-    modules = (blend, scene_module, open_scene, tiling, sys.modules[__name__])
+    modules = (tiling, scene_module, open_scene, tiling, sys.modules[__name__])
     code = [Path(module.__file__).read_bytes() for module in modules]
     return fingerprint(
         job.scene.fingerprint,
@@ -221,7 +221,7 @@ def _cache_key(job: MappingJob) -> str:
         job.band_indices,
         signature.size,
         signature.task.type,
-        blend.BATCH_TILES,
+        tiling.BATCH_TILES,
         code,
     )[:16]
 

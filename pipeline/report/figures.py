@@ -13,7 +13,7 @@ import rasterio
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-from pipeline.report.aggregate import ModelKind
+from pipeline.report.significance import ModelKind
 from pipeline.tasks import IGNORE, get_task
 
 KIND_COLOURS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.report import aggregate, statements
-from pipeline.report.aggregate import FROZEN
+from pipeline.report import significance, statements
+from pipeline.report.significance import FROZEN
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:1150px;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px}td,th{padding:3px 8px;border-bottom:1px solid #ddd;text-align:left}
@@ -124,8 +124,8 @@ def _pairs_by_dataset(pairs: pd.DataFrame) -> str:
 def _aggregate_tables(runs: pd.DataFrame) -> str:
     """Render one table for each group of datasets with common models."""
     tables = []
-    for datasets in aggregate.common_dataset_groups(runs):
-        table = aggregate.aggregate_over_datasets(runs, datasets)
+    for datasets in significance.common_dataset_groups(runs):
+        table = significance.aggregate_over_datasets(runs, datasets)
         text = pd.DataFrame(
             {
                 "model": table.model,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.composition.result import CompositionResult
+from pipeline.composition.search import CompositionResult
 from pipeline.report import figures
 from pipeline.report.page import embedded_image, format_score, html_list, html_table
 from pipeline.report.statements import Draws, cka_gain_relation, distillation_sentence

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 
 from pipeline.composition.cka import correlation_with_gain
-from pipeline.composition.result import CompositionResult
-from pipeline.report.aggregate import FROZEN, ModelKind
+from pipeline.composition.search import CompositionResult
 from pipeline.report.significance import (
+    FROZEN,
     SIGNIFICANCE_LEVEL,
     BootstrapSamples,
+    ModelKind,
     PairedDifference,
     Verdict,
     gain_recovered,

@@ -16,10 +16,9 @@ from pipeline.config import SearchConfig
 from pipeline.heads.checkpoint import TrainedHead, select_head
 from pipeline.heads.config import HeadGroup, describe_head
 from pipeline.training import pca, predictions
-from pipeline.training.evaluate import diverged_heads, evaluate, predict_logits
 from pipeline.training.feature_loader import SplitData
-from pipeline.training.head_trainer import HParams
-from pipeline.training.loop import fit
+from pipeline.training.loop import HParams, fit
+from pipeline.training.predictions import diverged_heads, evaluate, predict_logits
 from pipeline.training.search import search
 from pipeline.training.task_data import TaskData
 

@@ -13,7 +13,7 @@ from cache.atomic import write_file
 from cache.checksums import fingerprint
 from pipeline.config import SearchConfig
 from pipeline.errors import UserError
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 
 Score = Callable[[Sequence[HParams]], Sequence[float] | np.ndarray]
 # The hyperparameters that are searched: fields of SearchConfig and of HParams.

@@ -22,7 +22,7 @@ from pipeline.tasks import IGNORE, Task, get_task
 from pipeline.training import feature_inputs, pca
 from pipeline.training.feature_inputs import ChannelStats, StoreArray
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
-from pipeline.training.head_trainer import TrainSchedule
+from pipeline.training.loop import TrainSchedule
 
 # Masks that are read at once to find a labelled pixel.
 MASKS_PER_READ = 64

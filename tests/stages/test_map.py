@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 
-from pipeline.mapping.open_scene import open_scene
+from pipeline.mapping.scene import open_scene
 
 
 def test_export_and_map_write_files_maps_and_report(job):

@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from pipeline.composition import probes
 from pipeline.composition.probes import Layer, Probe, ProbeSamples, mask_scores, pixel_samples
-from pipeline.composition.result import CompositionResult
-from pipeline.composition.search import search, top_k
+from pipeline.composition.search import CompositionResult, search, top_k
 from pipeline.config import CompositionConfig, HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE, Segmentation

@@ -26,7 +26,7 @@ from pipeline.distillation.train import DistillationSetup
 from pipeline.heads import checkpoint
 from pipeline.tasks import IGNORE, get_task
 from pipeline.training import task_data
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_heads, trained_head
 
 N_SAMPLES, SIDE = 60, 32

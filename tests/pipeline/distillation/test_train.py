@@ -13,7 +13,7 @@ from pipeline.distillation import losses, protocol, train
 from pipeline.distillation.student import make_spec, make_student, student_metadata
 from pipeline.errors import UserError
 from pipeline.tasks import get_task
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from tests.errors import raises
 from tests.pipeline.distillation.conftest import DISTILL
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cache.reader import FeatureStore
+from pipeline.composition import probes
 from pipeline.composition import search as composition
 from pipeline.config import (
     BackboneConfig,
@@ -32,10 +33,10 @@ from pipeline.distillation import train
 from pipeline.distillation.student import make_spec, make_student
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.extraction import launch
-from pipeline.heads import checkpoint, probes
+from pipeline.heads import checkpoint
 from pipeline.tasks import NO_CLASS, Classification, get_task
 from pipeline.training import protocol, task_data
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.protocol import trained_head
 from tests.pipeline.data.sources.custom.custom_data import (
     BLUE_GREEN_RED,

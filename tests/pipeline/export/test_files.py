@@ -15,9 +15,9 @@ from pipeline.data import image_store
 from pipeline.distillation.student import Student, StudentSpec, load_student, save_student, student_metadata
 from pipeline.errors import UserError
 from pipeline.export import files, graphs
-from pipeline.mapping.open_scene import open_scene
 from pipeline.mapping.predict_scene import predict_scene
 from pipeline.mapping.predictors import load_onnx_student, open_session
+from pipeline.mapping.scene import open_scene
 from pipeline.mapping.torch_predictors import load_torch_student
 from pipeline.tasks import Classification
 from tests.conftest import ROOT

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cache.casting import CastStat, cast_array, check_cast
-from cache.codecs import NONE
+from cache.codecs import NONE, CastStat, cast_array, check_cast
 from cache.errors import StoreError
 from cache.schema import LevelSchema, StoreSchema
 from pipeline.extraction import buffer

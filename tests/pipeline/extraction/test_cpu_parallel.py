@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from pipeline.backbones.base import FeaturePyramid
-from pipeline.backbones.encoder import Encoder
-from pipeline.extraction.cpu_parallel import ParallelEncoder
+from pipeline.backbones.encoder import Encoder, ParallelEncoder
 
 
 class StatefulNetwork(torch.nn.Module):

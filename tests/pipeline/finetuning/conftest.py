@@ -28,7 +28,7 @@ from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble
 from pipeline.finetuning.train import FineTuneJob
 from pipeline.heads import checkpoint
 from pipeline.training import task_data
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_heads, trained_head
 
 HEADS = HeadsConfig(

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.finetuning import protocol, train
 from pipeline.finetuning.model import FineTunedEnsemble
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from tests.pipeline.finetuning.conftest import CONFIG
 
 METADATA = {"dataset": "d", "model": "m", "weights": "random, seed 0"}

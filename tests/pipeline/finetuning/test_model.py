@@ -9,7 +9,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.finetuning import layers, train
 from pipeline.finetuning.model import memory_hint
-from pipeline.training.evaluate import predict_logits
+from pipeline.training.predictions import predict_logits
 from pipeline.training.protocol import count_split
 from tests.errors import raises
 

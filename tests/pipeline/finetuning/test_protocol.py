@@ -14,7 +14,7 @@ import torch
 from pipeline.finetuning import protocol, train
 from pipeline.training import predictions, task_data
 from pipeline.training import protocol as frozen_protocol
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from tests.conftest import ROOT
 from tests.pipeline.finetuning.conftest import CONFIG, HEADS
 from tests.pipeline.finetuning.killed import KILLED_CONFIG, METADATA, fine_tune

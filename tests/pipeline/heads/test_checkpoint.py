@@ -12,8 +12,8 @@ from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
 from pipeline.heads import checkpoint
 from pipeline.training import task_data
-from pipeline.training.evaluate import predict_logits
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
+from pipeline.training.predictions import predict_logits
 from pipeline.training.protocol import train_heads, trained_head
 from tests.errors import raises
 

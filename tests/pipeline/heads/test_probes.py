@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.heads import probes
+from pipeline.composition import probes
 from pipeline.tasks import Classification, MultiLabel
 
 

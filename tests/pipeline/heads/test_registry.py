@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.heads import checkpoint, fusion, get_head, register_head
 from pipeline.heads.fusion import Fusion, register_fusion
 from pipeline.training import task_data
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_and_test, train_heads, trained_head
 from tests.errors import raises
 

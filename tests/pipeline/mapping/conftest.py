@@ -9,8 +9,8 @@ import rasterio
 from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.bands import SENTINEL2
-from pipeline.mapping.open_scene import SceneConfig, scene_from_rasters
 from pipeline.mapping.predictors import METADATA_KEY
+from pipeline.mapping.scene import SceneConfig, scene_from_rasters
 
 BANDS = [band for band in SENTINEL2 if band.common_name in ("blue", "nir", "swir16")]
 # Three classes of three bands in DN, each frequent in the sample scene.

@@ -7,9 +7,8 @@ import xarray as xr
 from pipeline.bands import FULL_SCALE
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
-from pipeline.mapping.open_scene import open_scene
 from pipeline.mapping.predictors import Signature
-from pipeline.mapping.scene import match_scene_bands
+from pipeline.mapping.scene import match_scene_bands, open_scene
 from pipeline.tasks import Segmentation
 from tests.errors import raises
 from tests.pipeline.mapping.conftest import BANDS

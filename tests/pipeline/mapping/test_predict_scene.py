@@ -12,10 +12,10 @@ import rasterio
 
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
-from pipeline.mapping import blend, predict_scene
-from pipeline.mapping.open_scene import open_scene
+from pipeline.mapping import predict_scene, tiling
 from pipeline.mapping.predict_scene import plan_mapping
 from pipeline.mapping.predictors import load_onnx_student
+from pipeline.mapping.scene import open_scene
 from pipeline.mapping.tiling import output_blocks
 from pipeline.tasks import Segmentation
 from tests.conftest import ROOT
@@ -299,7 +299,7 @@ def test_predict_block_reads_a_block_in_parts(landuse_scene, linear_model):
 
     scene = dataclasses.replace(landuse_scene, read_window=read_window)
     job = plan_mapping(scene, load_onnx_student(linear_model(32)))
-    blend.predict_block(job, next(output_blocks(job.y_tiles, job.x_tiles)), lambda _: None)
-    assert max(height for _, _, height, _ in windows) == blend.READ_ROWS
+    tiling.predict_block(job, next(output_blocks(job.y_tiles, job.x_tiles)), lambda _: None)
+    assert max(height for _, _, height, _ in windows) == tiling.READ_ROWS
     assert len(windows) == 2
     assert max(width for *_, width in windows) <= 512 + 2 * 32

@@ -20,13 +20,12 @@ from pipeline.errors import UserError
 from pipeline.extraction import engine, estimate
 from pipeline.heads import checkpoint
 from pipeline.mapping import torch_predictors
-from pipeline.mapping.open_scene import open_scene
 from pipeline.mapping.predict_scene import predict_scene
 from pipeline.mapping.predictors import METADATA_KEY, load_onnx_student, parse_signature
-from pipeline.mapping.scene import match_scene_bands
+from pipeline.mapping.scene import match_scene_bands, open_scene
 from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble
 from pipeline.training import task_data
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_heads, trained_head
 from tests.errors import raises
 

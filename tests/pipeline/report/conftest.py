@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.composition.result import CompositionResult
-from pipeline.report.aggregate import summarize_runs
-from pipeline.report.significance import bootstrap
+from pipeline.composition.search import CompositionResult
+from pipeline.report.significance import bootstrap, summarize_runs
 from pipeline.report.statements import FINE_TUNED_SUFFIX
 from pipeline.tasks import Classification
 

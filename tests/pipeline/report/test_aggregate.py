@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from pipeline.report import aggregate
+from pipeline.report import significance
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def runs():
     ],
 )
 def test_model_kind_follows_protocol_and_weights(model, weights, protocol, kind):
-    assert aggregate.model_kind(model, weights, protocol) == kind
+    assert significance.model_kind(model, weights, protocol) == kind
 
 
 def test_summarize_runs_has_mean_and_spread_of_each_model(grid, summary):
@@ -51,26 +51,26 @@ def test_summarize_runs_has_mean_and_spread_of_each_model(grid, summary):
 
 
 def test_min_max_normalized_worst_run_is_zero_and_best_is_one(runs):
-    scaled = runs.assign(score=aggregate.min_max_normalized(runs))
+    scaled = runs.assign(score=significance.min_max_normalized(runs))
     assert scaled.groupby("dataset").score.agg(["min", "max"]).to_numpy().tolist() == [[0, 1]] * 3
     x = runs[runs.dataset == "x"].score
     np.testing.assert_allclose(scaled[scaled.dataset == "x"].score, (x - x.min()) / (x.max() - x.min()))
-    assert (aggregate.min_max_normalized(runs.assign(score=0.4)) == 0).all()
+    assert (significance.min_max_normalized(runs.assign(score=0.4)) == 0).all()
 
 
 def test_interquartile_mean_excludes_the_outer_quarters():
-    assert aggregate.interquartile_mean(np.array([-99, 1, 2, 99])) == 1.5
+    assert significance.interquartile_mean(np.array([-99, 1, 2, 99])) == 1.5
     values = np.random.default_rng(0).normal(size=(5, 13))
-    np.testing.assert_allclose(aggregate.interquartile_mean(values), stats.trim_mean(values, 0.25, axis=1))
+    np.testing.assert_allclose(significance.interquartile_mean(values), stats.trim_mean(values, 0.25, axis=1))
 
 
 def test_aggregate_over_datasets_has_only_models_that_ran_on_all(runs):
-    groups = aggregate.common_dataset_groups(runs)
+    groups = significance.common_dataset_groups(runs)
     assert groups == [["x", "y", "z"], ["x", "y"]]
-    all_three, first_two = (aggregate.aggregate_over_datasets(runs, datasets) for datasets in groups)
+    all_three, first_two = (significance.aggregate_over_datasets(runs, datasets) for datasets in groups)
     assert all_three.model.tolist() == ["a"]
     assert first_two.model.tolist() == ["a", "b"]
-    scores = aggregate.min_max_normalized(runs)[(runs.model == "b")]
+    scores = significance.min_max_normalized(runs)[(runs.model == "b")]
     assert first_two.iqm[1] == pytest.approx(stats.trim_mean(scores, 0.25))
     assert (first_two.low <= first_two.iqm).all()
     assert (first_two.iqm <= first_two.high).all()
@@ -80,6 +80,6 @@ def test_aggregate_over_datasets_resamples_seeds_within_each_dataset(runs):
     """A model with equal scores of all seeds has no spread, however different the datasets are."""
     constant = runs[runs.model == "a"].assign(score=lambda table: table.dataset.map({"x": 0.9, "y": 0.4, "z": 0.1}))
     runs = pd.concat([constant, runs[runs.model != "a"]])
-    table = aggregate.aggregate_over_datasets(runs, ["x", "y"]).set_index("model")
+    table = significance.aggregate_over_datasets(runs, ["x", "y"]).set_index("model")
     assert table.low["a"] == table.high["a"] == table.iqm["a"]
     assert table.low["b"] < table.high["b"]

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from pipeline.report import figures, page, statements
-from pipeline.report.aggregate import summarize_runs
 from pipeline.report.sections import composition_section, finetuning_section
+from pipeline.report.significance import summarize_runs
 from tests.conftest import ROOT
 
 

@@ -5,10 +5,9 @@ import re
 import numpy as np
 import pandas as pd
 
-from pipeline.composition.result import CompositionResult
+from pipeline.composition.search import CompositionResult
 from pipeline.report import statements
-from pipeline.report.aggregate import summarize_runs
-from pipeline.report.significance import Verdict, paired_difference
+from pipeline.report.significance import Verdict, paired_difference, summarize_runs
 
 
 def mentions_in_order(sentence: str, model: str, reference: str) -> bool:

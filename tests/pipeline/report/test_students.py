@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.report.aggregate import summarize_runs
 from pipeline.report.sections import StudentResult, students_section
-from pipeline.report.significance import bootstrap
+from pipeline.report.significance import bootstrap, summarize_runs
 from pipeline.tasks import Classification
 
 METADATA = {"dataset": "d", "student": "small", "teacher": "a+b", "skipped": None, "weights": "random",

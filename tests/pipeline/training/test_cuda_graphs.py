@@ -8,9 +8,9 @@ import torch
 from pipeline.heads.linear import StackedLinear
 from pipeline.tasks import Classification
 from pipeline.training import loop
-from pipeline.training.cuda_graphs import GraphedStep
 from pipeline.training.feature_loader import SplitData
-from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
+from pipeline.training.loop import HeadTrainer, HParams, TrainSchedule
+from pipeline.training.parallel import GraphedStep
 from tests.pipeline.training.test_loop import HPARAMS, fit_linear, fit_upernet, head_weights
 
 

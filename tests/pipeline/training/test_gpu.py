@@ -12,7 +12,7 @@ from pipeline.heads.upernet import UPerNet
 from pipeline.tasks import Classification, Segmentation
 from pipeline.training import loop
 from pipeline.training.feature_loader import SplitData
-from pipeline.training.head_trainer import TrainSchedule
+from pipeline.training.loop import TrainSchedule
 from tests.pipeline.training.test_loop import HPARAMS, fit_linear, fit_upernet, head_weights, mean_iou
 
 

@@ -9,10 +9,10 @@ from pipeline.heads.linear import StackedLinear
 from pipeline.heads.upernet import UPerNet
 from pipeline.tasks import IGNORE, Classification, MultiLabel, Segmentation
 from pipeline.training import loop
-from pipeline.training.evaluate import evaluate
 from pipeline.training.feature_loader import SplitData
-from pipeline.training.head_trainer import HeadTrainer, HParams, TrainSchedule
+from pipeline.training.loop import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.optim import warm_cosine
+from pipeline.training.predictions import evaluate
 
 HPARAMS = [HParams(1e-2, 1e-4, 0), HParams(1e-3, 1e-1, 1), HParams(3e-2, 1e-6, 2)]
 

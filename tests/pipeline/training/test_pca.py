@@ -12,9 +12,9 @@ from pipeline.heads.config import HeadConfig
 from pipeline.heads.linear import StackedLinear
 from pipeline.tasks import Classification
 from pipeline.training import feature_inputs, pca
-from pipeline.training.evaluate import evaluate, predict_logits
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
-from pipeline.training.head_trainer import HParams, TrainSchedule
+from pipeline.training.loop import HParams, TrainSchedule
+from pipeline.training.predictions import evaluate, predict_logits
 from pipeline.training.protocol import train_heads
 from pipeline.training.task_data import TaskData
 

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.tasks import IGNORE, Classification, Segmentation
 from pipeline.training import predictions, protocol, task_data
 from pipeline.training.feature_loader import StreamedFeatures
-from pipeline.training.head_trainer import HParams
+from pipeline.training.loop import HParams
 from tests.errors import raises
 
 HEADS = HeadsConfig(

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from pipeline.training import loop, task_data
 from pipeline.training.feature_loader import StreamedFeatures
-from pipeline.training.head_trainer import HParams, TrainSchedule
+from pipeline.training.loop import HParams, TrainSchedule
 from pipeline.training.protocol import count_split, score_split, train_heads
 from tests.errors import raises
 

@@ -22,10 +22,8 @@ import numpy as np
 from pipeline.config import DatasetConfig, Params, parse
 from pipeline.data.download import file_sha256
 from pipeline.data.image_store import SPLITS, UNLABELLED, LazyImageDataset
-from pipeline.data.sources.custom.csv_labels import read_table
-from pipeline.data.sources.custom.mask_labels import MaskLabels, pair_masks
+from pipeline.data.sources.custom.labels import MaskLabels, PolygonLabels, pair_masks, read_polygons, read_table
 from pipeline.data.sources.custom.options import CustomOptions, check_band_means, is_table, validate_options
-from pipeline.data.sources.custom.polygon_labels import PolygonLabels, read_polygons
 from pipeline.data.sources.custom.rasters import RasterImage, find_files, open_image, open_scene_files, sidecar_files
 from pipeline.data.sources.custom.samples import Chip, CustomSampleReader, assign_splits, read_all
 from pipeline.data.sources.custom.unlabelled import unlabelled_files, unlabelled_samples

@@ -20,9 +20,11 @@ from pipeline.bands import Band
 from pipeline.config import DatasetConfig, Params, parse
 from pipeline.data.image_store import LazyImageDataset
 from pipeline.data.sources import DatasetSize
-from pipeline.data.sources.geobench import classification, partitions, segmentation
-from pipeline.data.sources.geobench.band_check import BandMeanCheck
+from pipeline.data.sources.geobench import catalog
+from pipeline.data.sources.geobench import partitions
+from pipeline.data.sources.geobench.catalog import GeoBenchSet
 from pipeline.data.sources.geobench.download import describe_files, existing_files, local_folder
+from pipeline.data.sources.geobench.partitions import BandMeanCheck
 from pipeline.data.sources.geobench.reader import (
     GeoBenchReader,
     check_numeric,
@@ -30,10 +32,9 @@ from pipeline.data.sources.geobench.reader import (
     keys_without_dates,
     open_hdf5,
 )
-from pipeline.data.sources.geobench.spec import GeoBenchSet
 from pipeline.errors import UserError
 
-SETS = {spec.name: spec for spec in (*classification.SETS, *segmentation.SETS)}
+SETS = {spec.name: spec for spec in (*catalog.CLASSIFICATION_SETS, *catalog.SEGMENTATION_SETS)}
 # In standard deviations: a swap of two bands is detected if their published means differ by more. The means in
 # band_stats.json are less precise: GEO-Bench computed them from at most 1000 images.
 MIN_SEPARATION, MIN_SEPARATION_BAND_STATS = 0.03, 0.1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cache.atomic import publish
 from pipeline.data.download import file_sha256
-from pipeline.data.sources.geobench.spec import GeoBenchSet
+from pipeline.data.sources.geobench.catalog import GeoBenchSet
 from pipeline.errors import UserError
 
 # The first files may be damaged; this many are tried to find the dtypes that all files share.

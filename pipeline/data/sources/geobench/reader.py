@@ -20,7 +20,7 @@ from h5py import h5a, h5d, h5f, h5l, h5p, h5s, h5t
 
 from pipeline.data.image_store import Sample
 from pipeline.data.sources.geobench import unpickler
-from pipeline.data.sources.geobench.spec import GeoBenchSet
+from pipeline.data.sources.geobench.catalog import GeoBenchSet
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 

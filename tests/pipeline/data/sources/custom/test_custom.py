@@ -14,7 +14,7 @@ from pipeline.data import image_store, image_writer
 from pipeline.data.sources import custom, validate
 from pipeline.data.splits import fill_nodata
 from pipeline.errors import UserError
-from pipeline.mapping import open_scene
+from pipeline.mapping import scene as open_scene
 from pipeline.tasks import IGNORE
 from tests.conftest import ROOT
 from tests.errors import raises

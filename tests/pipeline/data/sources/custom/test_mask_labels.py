@@ -7,7 +7,7 @@ import pytest
 import rasterio
 from rasterio import Affine
 
-from pipeline.data.sources.custom.mask_labels import pair_masks
+from pipeline.data.sources.custom.labels import pair_masks
 from pipeline.errors import UserError
 from tests.errors import raises
 from tests.pipeline.data.sources.custom.custom_data import copy_tiles, prepare, rewrite_raster, tile_dataset

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.data import image_writer
 from pipeline.data.sources import geobench
-from pipeline.data.sources.geobench.band_check import BandMeanCheck
+from pipeline.data.sources.geobench.partitions import BandMeanCheck
 from pipeline.errors import UserError
 from tests import geobench_files
 from tests.errors import raises
