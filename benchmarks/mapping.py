@@ -21,9 +21,9 @@ import numpy as np
 import rasterio
 import torch
 
+from pipeline import export
 from pipeline.data.sources import osm_landuse
 from pipeline.distillation.student import Student, StudentSpec
-from pipeline.export import graphs
 
 FOLDER = Path("data/scratch/mapping")
 BAND_INDICES = (1, 2, 3, 7)  # blue, green, red, nir
@@ -72,7 +72,7 @@ def write_student(path: Path) -> None:
         "units": "dn", "gsd": 10.0, "size": [128, 128],
     }  # fmt: skip
     student = Student(spec, [1500.0] * len(bands), [400.0] * len(bands)).eval()
-    graphs.write_onnx(graphs.trace(student, metadata), metadata, path)
+    export.write_onnx(export.trace(student, metadata), metadata, path)
 
 
 def measure(scene: Path, method: str) -> tuple[float, float]:

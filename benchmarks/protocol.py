@@ -54,8 +54,7 @@ from pipeline.tasks import TaskType
 from pipeline.training import loop, task_data
 from pipeline.training.loop import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.optim import warm_cosine
-from pipeline.training.protocol import score_split, train_heads
-from pipeline.training.search import search
+from pipeline.training.protocol import score_split, search, train_heads
 from pipeline.training.task_data import TaskData
 
 ROUNDS = 3

@@ -29,7 +29,7 @@ from pipeline import config
 from pipeline.data import image_store
 from pipeline.data.image_store import SPLITS
 from pipeline.heads.config import HeadConfig
-from pipeline.training import feature_inputs, pca, task_data
+from pipeline.training import feature_loader, task_data
 from pipeline.training.feature_loader import SplitData
 from pipeline.training.loop import TrainSchedule
 
@@ -45,11 +45,11 @@ def load_resplit(params: config.Params, dataset: str, model: str, seed: int) -> 
     split = assign_splits(images, params.dataset(dataset), seed)
     rows = {name: np.flatnonzero(split == name) for name in SPLITS}
     linear, levels = params.heads.linear, params.heads.levels
-    arrays = list(chain(*feature_inputs.select_pooled(stores, linear.pooled, linear.tokens, levels)))
-    stats = [feature_inputs.channel_stats(array, rows["train"]) for array in arrays]
+    arrays = list(chain(*feature_loader.select_pooled(stores, linear.pooled, linear.tokens, levels)))
+    stats = [feature_loader.channel_stats(array, rows["train"]) for array in arrays]
     split_data = {}
     for name, index in rows.items():
-        inputs = feature_inputs.read_pooled(stores, linear.pooled, linear.tokens, index, rows["train"], levels)
+        inputs = feature_loader.read_pooled(stores, linear.pooled, linear.tokens, index, rows["train"], levels)
         label = torch.from_numpy(images.label.values[index].astype(np.int64))
         split_data[name] = SplitData(inputs, label, stores[0].sample[index].tolist())
     task = task_data.task_from_store(images)
@@ -59,7 +59,7 @@ def load_resplit(params: config.Params, dataset: str, model: str, seed: int) -> 
         class_names=list(images.attrs["classes"]),
         array_names=[],
         mean_scale=[],
-        rotations=pca.principal_axes(arrays, stats, rows["train"]),
+        rotations=task_data.principal_axes(arrays, stats, rows["train"]),
         head_config=HeadConfig("linear", "concat", (((split_data["train"].inputs.shape[1],),),), task.n_classes),
         schedule=TrainSchedule(linear.steps, linear.batch),
     )

@@ -36,15 +36,15 @@ def _costs(params: config.Params, dataset: str) -> pd.DataFrame:
 
 def _rates(params: config.Params, dataset: str) -> list[tuple]:
     # torch takes 3 s to import; a grid without students needs none of it
+    from pipeline import export
     from pipeline.data import image_store
     from pipeline.distillation.student import load_student
-    from pipeline.export import files
 
-    images, rows = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: files.BATCH].values, []
+    images, rows = image_store.open_images(IMAGES / f"{dataset}.zarr").image[: export.BATCH].values, []
     for name in params.grid.students:
         if not read_json(EXPORTS / dataset / name / "export.json")["skipped"]:
             student, _ = load_student(DISTILLATION / dataset / name / "best")
-            throughputs = files.measure_throughputs(student, EXPORTS / dataset / name, images)
+            throughputs = export.measure_throughputs(student, EXPORTS / dataset / name, images)
             rows += [(dataset, name, file, rate) for file, rate in throughputs.items()]
     return rows
 

@@ -62,7 +62,7 @@ def _train_variants(
     from pipeline.data.augmentation import AugmentedImages
     from pipeline.data.image_store import UNLABELLED
     from pipeline.device import resolve_device
-    from pipeline.distillation import protocol
+    from pipeline.distillation import train
     from pipeline.distillation.student import (
         make_spec,
         make_student,
@@ -98,7 +98,7 @@ def _train_variants(
     for variant in params.distill.variants:
         study_path = SCRATCH / "studies" / f"distill-{dataset}-{name}-{variant}.json"
         row = {"dataset": dataset, "model": f"{name} ({variant})", "weights": weights}
-        search_result, result = protocol.train_variant(create_student, setup, variant, row, study_path, cache_key)
+        search_result, result = train.train_variant(create_student, setup, variant, row, study_path, cache_key)
         tables.append(result.runs)
         (folder / variant).mkdir()
         result.runs.to_csv(folder / variant / "runs.csv", index=False)

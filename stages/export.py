@@ -26,16 +26,16 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
         print(f"skipped: {reason}")
         return
     # torch takes 3 s to import; a skipped student needs none of it
+    from pipeline import export
     from pipeline.distillation.student import load_student
-    from pipeline.export import files
 
     model, metadata = load_student(folder)
     images = image_store.open_images(IMAGES / f"{metadata['dataset']}.zarr")
     with atomic_dir(SCRATCH / "-".join(["export", *final.resolve().parts[1:]])[-200:], final) as scratch:
-        summary = files.write_exports(model, metadata, images, scratch, int8, EVAL_IMAGES)
+        summary = export.write_exports(model, metadata, images, scratch, int8, EVAL_IMAGES)
         summary["skipped"] = None
         write_json(scratch / "export.json", summary)
-    throughputs = {} if dataset else files.measure_throughputs(model, final, images.image[: files.BATCH].values)
+    throughputs = {} if dataset else export.measure_throughputs(model, final, images.image[: export.BATCH].values)
     for name, entry in summary["files"].items():
         score = f"{summary['metric']} {entry['score']:.4f} on {summary['chips']} validation chips"
         rate = f", {throughputs[name]} images/s" if name in throughputs else ""

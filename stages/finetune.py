@@ -53,7 +53,7 @@ def _fine_tune(dataset: str, model: str, resolved: dict, params: config.Params, 
     from pipeline.data.augmentation import AugmentedImages
     from pipeline.data.download import file_sha256
     from pipeline.device import resolve_device
-    from pipeline.finetuning import protocol
+    from pipeline.finetuning import train
     from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble, memory_hint
     from pipeline.finetuning.train import FineTuneJob
 
@@ -78,13 +78,13 @@ def _fine_tune(dataset: str, model: str, resolved: dict, params: config.Params, 
             file_sha256(head),
         ]
         cache_key += [[asdict(member.backbone) for member in members], params.heads.class_weights]
-        checkpoints = protocol.checkpoint_folder(SCRATCH / "finetune" / dataset / model, cache_key)
+        checkpoints = train.checkpoint_folder(SCRATCH / "finetune" / dataset / model, cache_key)
         augmented_images = AugmentedImages.copy_to_file(images, checkpoints / "images.npy")
         job = FineTuneJob(
-            augmented_images, protocol.make_task(images, augmented_images, params.heads.class_weights), settings
+            augmented_images, train.make_task(images, augmented_images, params.heads.class_weights), settings
         )
         weights = "+".join(str(member["weights"]) for member in resolved["members"])
-        result = protocol.run_fine_tuning(
+        result = train.run_fine_tuning(
             create_ensemble, job, {"dataset": dataset, "model": model, "weights": weights}, checkpoints
         )
     result.runs.to_csv(folder / "runs.csv", index=False)

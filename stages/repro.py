@@ -9,12 +9,18 @@ also reports failures of earlier stages.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.utils.serialize import dumps_yaml, load_yaml
 
 from pipeline import config
 from pipeline.config import GridConfig
-from stages import lockfile, warm
-from stages.cli import run
+from stages import warm
+from stages.cli import run, write_text
 
 # Training heads of one dataset keeps two cores busy half of the time; three datasets are no faster (LAB.md).
 PARALLEL_DATASETS = 2
@@ -27,7 +33,7 @@ def repro() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with warm.warm_process() as environment:
         os.environ.update(environment)
-        lockfile.drop_absent()
+        drop_absent()
         if _dvc("validate") == 0:
             _run_in_parallel(["fetch_weights"], ["fetch", "prepare"])
             _run_in_parallel(*(dataset_stages(grid, dataset) for dataset in grid.datasets))
@@ -60,6 +66,38 @@ def _dvc(*targets: str) -> int:
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *targets]
     # DVC continues if this process is killed; it inherits this process's lock, so the next run waits (stages/cli.py).
     return subprocess.run(command, close_fds=False).returncode
+
+
+LOCK = Path("dvc.lock")
+
+
+def drop_absent() -> None:
+    """Keep only the stages in dvc.lock that have an output in this folder or in DVC's cache.
+
+    With a DVC remote nothing is removed, because `dvc pull` reads from dvc.lock what to download. Errors of reading
+    or writing are ignored, because DVC reports them.
+    """
+    try:
+        with Repo(_wait_for_lock=True) as repo, repo.lock:
+            if LOCK.exists() and not repo.config["remote"]:
+                _drop_entries(load_yaml(LOCK), repo.cache.local.exists)
+    except (DvcException, OSError):
+        return
+
+
+def _drop_entries(content: dict, cached: Callable[[str], bool]) -> None:
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, dict):
+        return
+    present = {name: entry for name, entry in stages.items() if _has_output(entry, cached)}
+    if len(present) < len(stages):
+        write_text(LOCK, dumps_yaml({**content, "stages": present}))
+
+
+def _has_output(entry: dict | None, cached: Callable[[str], bool]) -> bool:
+    """Return whether an output exists here; True for stages without outputs or with uncached ones."""
+    outs = (entry or {}).get("outs") or ()
+    return not outs or any("md5" not in out or Path(out["path"]).exists() or cached(out["md5"]) for out in outs)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from cache.reader import FeatureStore
 from cache.schema import layer_name, level_array, pooled_array
 from pipeline.composition.cka import linear_cka
 from pipeline.tasks import IGNORE, Task
-from pipeline.training import feature_inputs
+from pipeline.training import feature_loader
 
 # Penalties, strongest first: the factor of half the squared weights, added to the mean loss of a sample.
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
@@ -156,7 +156,7 @@ def chip_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, label: np
         label: their labels.
     """
     features = {
-        Layer(backbone, pooled_array(name)): feature_inputs.read_finite(store, pooled_array(name), rows)
+        Layer(backbone, pooled_array(name)): feature_loader.read_finite(store, pooled_array(name), rows)
         for backbone, store in stores.items()
         for name in store.pooled
     }
@@ -181,7 +181,7 @@ def pixel_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, masks: n
             batches = []
             for start in range(0, len(rows), READ_SAMPLES):
                 batch = slice(start, start + READ_SAMPLES)
-                maps = torch.from_numpy(feature_inputs.read_finite(store, array, rows[batch]))
+                maps = torch.from_numpy(feature_loader.read_finite(store, array, rows[batch]))
                 batches.append(_interpolate(maps, pixels[batch], masks.shape[1:])[is_valid[batch]])
             features[Layer(backbone, array)] = np.concatenate(batches)
     flat_masks = masks.reshape(len(masks), -1)

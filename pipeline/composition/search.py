@@ -33,7 +33,7 @@ from pipeline.composition.probes import (
 )
 from pipeline.errors import UserError
 from pipeline.tasks import Task
-from pipeline.training import feature_inputs
+from pipeline.training import feature_loader
 from pipeline.training.task_data import task_from_store
 
 FILE = "composition.json"
@@ -283,7 +283,7 @@ def _probe_pool() -> Iterator[ThreadPoolExecutor]:
 def _head_layers(backbone: str, store: FeatureStore, heads: config.HeadsConfig, task: Task) -> list[Layer]:
     """List the layers that a head reads of a backbone: levels if the task is dense, else pooled vectors."""
     if task.is_dense:
-        arrays = feature_inputs.select_levels([store], heads.levels)[0]
+        arrays = feature_loader.select_levels([store], heads.levels)[0]
     else:
-        arrays = feature_inputs.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
+        arrays = feature_loader.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
     return [Layer(backbone, array) for _, array in arrays]

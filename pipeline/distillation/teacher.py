@@ -11,7 +11,7 @@ from pipeline.config import Params
 from pipeline.data.augmentation import apply_views
 from pipeline.errors import UserError
 from pipeline.heads.checkpoint import TrainedHead
-from pipeline.training import feature_inputs, task_data
+from pipeline.training import feature_loader, task_data
 
 # Samples per forward pass of the head.
 HEAD_BATCH = 16
@@ -96,8 +96,8 @@ class CachedTeacher:
         training = np.flatnonzero(self.members[0].split == "train")
         self._mean_scale = []
         for index, name in self.arrays:
-            stats = feature_inputs.channel_stats((self.members[index], name), training)
-            self._mean_scale.append(tuple(map(torch.from_numpy, feature_inputs.to_mean_scale(*stats))))
+            stats = feature_loader.channel_stats((self.members[index], name), training)
+            self._mean_scale.append(tuple(map(torch.from_numpy, feature_loader.to_mean_scale(*stats))))
         self._position = {row: position for position, row in enumerate(rows.tolist())}
         self._logits = self._compute_logits(rows)
 
@@ -111,7 +111,7 @@ class CachedTeacher:
         """
         views = self._cached_views(views)
         return [
-            feature_inputs.standardize_(self._read(index, name, rows, views), *mean_scale)
+            feature_loader.standardize_(self._read(index, name, rows, views), *mean_scale)
             for (index, name), mean_scale in zip(self.arrays, self._mean_scale, strict=True)
         ]
 

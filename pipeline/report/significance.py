@@ -100,7 +100,7 @@ def bootstrap(task: Task, counts: np.ndarray, stream: int = 0) -> BootstrapSampl
 
     Args:
         task: computes the score from the counts.
-        counts: (seed, sample, cell), with the samples in the same order for all models; see pipeline/metrics.py.
+        counts: (seed, sample, cell), with the samples in the same order for all models; see pipeline/tasks.py.
         stream: number of the model. Different numbers make the resampling of the seeds independent.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).

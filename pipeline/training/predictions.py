@@ -74,7 +74,7 @@ def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
 
     Args:
         samples: names of the samples.
-        counts: (seed, sample, cell); see pipeline/metrics.py.
+        counts: (seed, sample, cell); see pipeline/tasks.py.
     """
     return pd.DataFrame(
         [
@@ -89,7 +89,7 @@ def counts_from_table(table: pd.DataFrame, task: Task) -> tuple[list[str], np.nd
     """Compute the counts of a table of predictions.
 
     Returns:
-        Names of the samples, sorted, and their counts (seed, sample, cell); see pipeline/metrics.py.
+        Names of the samples, sorted, and their counts (seed, sample, cell); see pipeline/tasks.py.
     """
     table = table.sort_values(["seed", "sample"], kind="stable")
     n_seeds = table.seed.nunique()
@@ -107,7 +107,7 @@ STACKED_BATCH = 4096
 
 
 def evaluate(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
-    """Count hits and errors of every head and sample, int64 (head, sample, cell) (pipeline/metrics.py)."""
+    """Count hits and errors of every head and sample, int64 (head, sample, cell) (pipeline/tasks.py)."""
     return np.concatenate(evaluate_groups(group.independent_heads(), data, task, batch))
 
 

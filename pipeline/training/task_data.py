@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
+from threadpoolctl import threadpool_limits
 
 from cache.errors import StoreError
 from cache.reader import FeatureStore, check_aligned
@@ -18,10 +19,17 @@ from pipeline.errors import UserError
 from pipeline.feature_ops import channels_last
 from pipeline.heads import get_head
 from pipeline.heads.config import HeadConfig, head_options
+from pipeline.heads.linear import StackedLinear
 from pipeline.tasks import IGNORE, Task, get_task
-from pipeline.training import feature_inputs, pca
-from pipeline.training.feature_inputs import ChannelStats, StoreArray
-from pipeline.training.feature_loader import SplitData, StreamedFeatures
+from pipeline.training import feature_loader
+from pipeline.training.feature_loader import (
+    STAT_ROWS_PER_READ,
+    ChannelStats,
+    SplitData,
+    StoreArray,
+    StreamedFeatures,
+    read_standardized,
+)
 from pipeline.training.loop import TrainSchedule
 
 # Masks that are read at once to find a labelled pixel.
@@ -84,16 +92,16 @@ def load(
         _check_labelled(images, rows)
 
     arrays_of_member = (
-        feature_inputs.select_levels(members, heads.levels)
+        feature_loader.select_levels(members, heads.levels)
         if task.is_dense
-        else feature_inputs.select_pooled(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
+        else feature_loader.select_pooled(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
     )
     arrays = list(chain(*arrays_of_member))
-    stats = [feature_inputs.channel_stats(array, rows["train"]) for array in arrays]
+    stats = [feature_loader.channel_stats(array, rows["train"]) for array in arrays]
     rotations = []
     # Fusions that combine backbones channel by channel need the original channels.
     if not task.is_dense and (heads.fusion == "concat" or len(members) == 1):
-        rotations = [rotation.to(device) for rotation in pca.principal_axes(arrays, stats, rows["train"])]
+        rotations = [rotation.to(device) for rotation in principal_axes(arrays, stats, rows["train"])]
     # Linear heads are trained on a rotated copy of the training split.
     n_rows = sum(len(rows[split]) for split in split_names) + (len(rows["train"]) if rotations else 0)
     feature_bytes = 4 * n_rows * sum(prod(_shape(array)) for array in arrays)
@@ -117,7 +125,7 @@ def load(
         task,
         class_names=list(images.attrs["classes"]),
         array_names=[[name for _, name in member] for member in arrays_of_member],
-        mean_scale=[feature_inputs.to_mean_scale(*array_stats) for array_stats in stats],
+        mean_scale=[feature_loader.to_mean_scale(*array_stats) for array_stats in stats],
         rotations=rotations,
         head_config=_head_config(heads, head_name, shapes, task, tuple(images.label.shape[1:]), device),
         schedule=schedule,
@@ -195,7 +203,7 @@ def _read_inputs(
     arrays: Iterable[StoreArray], stats: Iterable[ChannelStats], rows: np.ndarray, device: str, is_dense: bool
 ) -> torch.Tensor | list[torch.Tensor]:
     values = (
-        feature_inputs.read_standardized(array, rows, array_stats).to(device)
+        feature_loader.read_standardized(array, rows, array_stats).to(device)
         for array, array_stats in zip(arrays, stats, strict=True)
     )
     return [channels_last(level) for level in values] if is_dense else torch.cat(list(values), dim=1)
@@ -234,3 +242,49 @@ def balanced_weights(label: np.ndarray, task: Task) -> tuple[float, ...]:
     is_present = count > 0
     weights = np.where(is_present, count.sum() / (is_present.sum() * np.maximum(count, 1)), 1.0)
     return tuple(weights.tolist())
+
+
+# Axes of less variance (a standardized channel has 1) are set to zero: AdamW would amplify the rounding to float16
+# that they consist of to the scale of the others.
+MIN_VARIANCE = 1e-5
+
+
+def principal_axes(
+    arrays: Sequence[StoreArray], stats: Sequence[ChannelStats], train_rows: np.ndarray
+) -> list[torch.Tensor]:
+    """Compute the principal axes of each array's standardized channels over the training rows.
+
+    BLAS has one thread, because floating-point rounding depends on the number of threads.
+
+    Returns:
+        A matrix per array, float32 (channel, axis); an axis of less than `MIN_VARIANCE` is a column of zeros.
+    """
+    with threadpool_limits(1):
+        return [_axes(array, array_stats, train_rows) for array, array_stats in zip(arrays, stats, strict=True)]
+
+
+def _axes(array: StoreArray, stats: ChannelStats, train_rows: np.ndarray) -> torch.Tensor:
+    parts = (
+        train_rows[start : start + STAT_ROWS_PER_READ] for start in range(0, len(train_rows), STAT_ROWS_PER_READ)
+    )
+    values = (read_standardized(array, rows, stats).numpy().astype(np.float64) for rows in parts)
+    variance, axes = np.linalg.eigh(sum(part.T @ part for part in values) / len(train_rows))
+    return torch.from_numpy(axes * (variance > MIN_VARIANCE)).float()
+
+
+def rotate(
+    inputs: torch.Tensor | StreamedFeatures, rotations: Sequence[torch.Tensor]
+) -> torch.Tensor | StreamedFeatures:
+    """Rotate concatenated arrays (sample, channel), each by its matrix (channel, axis)."""
+    if isinstance(inputs, StreamedFeatures):
+        return inputs.rotate(rotations)
+    parts = inputs.split([len(rotation) for rotation in rotations], dim=1)
+    return torch.cat([part @ rotation for part, rotation in zip(parts, rotations, strict=True)], dim=1)
+
+
+@torch.no_grad()
+def rotate_back(group: StackedLinear, rotations: Sequence[torch.Tensor]) -> None:
+    """Change heads trained on rotated inputs so that they give the same logits on the inputs themselves."""
+    (weight,) = group.weights  # (head, class, channel)
+    parts = weight.split([len(rotation) for rotation in rotations], dim=2)
+    weight.copy_(torch.cat([part @ rotation.T for part, rotation in zip(parts, rotations, strict=True)], dim=2))

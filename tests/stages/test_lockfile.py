@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stages import lockfile
+from stages import repro
 
 STAGES = {
     name: {"cmd": f"echo {name} > {name}.txt", "deps": ["input.txt"], "outs": [f"{name}.txt"]}
@@ -57,7 +57,7 @@ def finished(finished_folder, tmp_path, monkeypatch):
 
 def test_drop_absent_stage_without_output_is_removed_and_runs(finished):
     original = yaml.safe_load(Path("dvc.lock").read_text())
-    lockfile.drop_absent()
+    repro.drop_absent()
     reduced = yaml.safe_load(Path("dvc.lock").read_text())
     assert reduced == {**original, "stages": {"one": original["stages"]["one"]}}
     output = dvc("repro")
@@ -69,7 +69,7 @@ def test_drop_absent_stage_without_output_is_removed_and_runs(finished):
 def test_drop_absent_no_outputs_removes_all_stages(finished):
     Path("one.txt").unlink()
     shutil.rmtree(".dvc/cache")
-    lockfile.drop_absent()
+    repro.drop_absent()
     assert locked_stages() == []
     dvc("repro")
     assert locked_stages() == ["one", "two"]
@@ -78,19 +78,19 @@ def test_drop_absent_no_outputs_removes_all_stages(finished):
 def test_drop_absent_cached_output_is_kept(finished):
     dvc("repro", "two")
     Path("two.txt").unlink()
-    lockfile.drop_absent()
+    repro.drop_absent()
     assert locked_stages() == ["one", "two"]
 
 
 def test_drop_absent_with_remote_keeps_all(finished, tmp_path):
     dvc("remote", "add", "-q", "storage", str(tmp_path / "remote"))
-    lockfile.drop_absent()
+    repro.drop_absent()
     assert locked_stages() == ["one", "two"]
 
 
 def test_drop_absent_without_lock_file_does_nothing(finished):
     Path("dvc.lock").unlink()
-    lockfile.drop_absent()
+    repro.drop_absent()
     assert not Path("dvc.lock").exists()
 
 
@@ -102,12 +102,12 @@ UNREADABLE = [
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_drop_absent_unreadable_file_is_unchanged(finished, text):
     Path("dvc.lock").write_text(text)
-    lockfile.drop_absent()
+    repro.drop_absent()
     assert Path("dvc.lock").read_text() == text
 
 
 def test_drop_absent_outside_a_repository_does_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
-    lockfile.drop_absent()
+    repro.drop_absent()
     assert Path("dvc.lock").read_text() == "schema: '2.0'\nstages: {}\n"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.distillation import protocol
+from pipeline.distillation import train
 from tests.pipeline.distillation.test_train import create_student, train_student
 
 METADATA = {"dataset": "d", "model": "small"}
@@ -17,13 +17,13 @@ def test_train_on_gpu_scores_as_on_cpu(gpu, make_dataset, task):
     scores = []
     for device_setup in (setup, dataclasses.replace(setup, device=gpu)):
         student, _ = train_student(device_setup, "distilled")
-        scores.append(protocol._scores([student], device_setup, "val")[0])
+        scores.append(train._scores([student], device_setup, "val")[0])
     assert scores[0] == pytest.approx(scores[1], abs=0.2)
 
 
 def test_train_variant_on_gpu_returns_students_on_the_gpu(gpu, make_dataset, tmp_path):
     setup = dataclasses.replace(make_dataset("classification").setup(), device=gpu)
-    _, result = protocol.train_variant(
+    _, result = train.train_variant(
         lambda seed: create_student(setup, seed), setup, "distilled", METADATA, tmp_path / "study", ""
     )
     assert len(result.runs) == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config import StudentConfig
-from pipeline.distillation import losses, protocol, train
+from pipeline.distillation import losses, train
 from pipeline.distillation.student import make_spec, make_student, student_metadata
 from pipeline.errors import UserError
 from pipeline.tasks import get_task
@@ -64,9 +64,7 @@ def test_train_supervised_never_uses_the_teacher(make_dataset):
 
 def test_train_supervised_learns_the_task(make_dataset):
     setup = make_dataset("classification").setup()
-    untrained, trained = protocol._scores(
-        [create_student(setup), train_student(setup, "supervised")[0]], setup, "val"
-    )
+    untrained, trained = train._scores([create_student(setup), train_student(setup, "supervised")[0]], setup, "val")
     assert trained > max(untrained, 0.6)
 
 
@@ -151,7 +149,7 @@ def test_train_variant_runs_predictions_and_best_student_agree(make_dataset, tmp
     metadata = {"dataset": "d", "model": "s (distilled)", "weights": "random"}
 
     def train_variant(study_path):
-        return protocol.train_variant(
+        return train.train_variant(
             lambda seed: create_student(setup, seed), setup, "distilled", metadata, study_path, 1
         )
 
@@ -163,7 +161,7 @@ def test_train_variant_runs_predictions_and_best_student_agree(make_dataset, tmp
     assert best == runs.val_score.idxmax()
     samples = setup.images.sample[setup.images.rows("test")].tolist()
     assert predicted[predicted.seed == 0]["sample"].tolist() == samples
-    assert protocol._scores([result.group[best]], setup, "test")[0] == pytest.approx(runs.score[best])
+    assert train._scores([result.group[best]], setup, "test")[0] == pytest.approx(runs.score[best])
     pd.testing.assert_frame_equal(runs, train_variant(tmp_path / "other")[1].runs)
     assert get_task(task).metric == runs.metric[0]
 
@@ -181,16 +179,16 @@ def test_student_metadata_describes_the_images(make_dataset, task):
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
 def test_train_variant_diverged_students_have_no_score_and_are_refused(make_dataset, monkeypatch, tmp_path, task):
     setup = make_dataset(task).setup()
-    metadata, train_students = {"dataset": "d", "model": "small"}, protocol._train_students
+    metadata, train_students = {"dataset": "d", "model": "small"}, train._train_students
 
     def last_diverges(*arguments):
         students = train_students(*arguments)
         next(students[-1].parameters()).data.fill_(float("nan"))
         return students
 
-    monkeypatch.setattr(protocol, "_train_students", last_diverges)
-    with raises(UserError, "1 of 2", key=protocol.SEARCH_KEYS):
-        protocol.train_variant(
+    monkeypatch.setattr(train, "_train_students", last_diverges)
+    with raises(UserError, "1 of 2", key=train.SEARCH_KEYS):
+        train.train_variant(
             lambda seed: create_student(setup, seed), setup, "supervised", metadata, tmp_path / "study", ""
         )
     trials = json.loads((tmp_path / "study").read_text())["trials"]

@@ -11,10 +11,10 @@ import pytest
 import rasterio
 import torch
 
+from pipeline import export
 from pipeline.data import image_store
 from pipeline.distillation.student import Student, StudentSpec, load_student, save_student, student_metadata
 from pipeline.errors import UserError
-from pipeline.export import files, graphs
 from pipeline.mapping.predict_scene import predict_scene
 from pipeline.mapping.predictors import load_onnx_student, open_session
 from pipeline.mapping.scene import open_scene
@@ -57,7 +57,7 @@ def exported(images_path, tmp_path_factory):
             save_student(folder, create_student(images, input_size, network), metadata)
             student, metadata = load_student(folder)
             (folder / "export").mkdir()
-            description = files.write_exports(student, metadata, images, folder / "export", int8=True, max_chips=16)
+            description = export.write_exports(student, metadata, images, folder / "export", int8=True, max_chips=16)
             exports[dataset, network] = folder, images, description
         return exports[dataset, network]
 
@@ -83,13 +83,13 @@ def test_write_exports_files_predict_what_the_student_predicts(exported, dataset
     for count in (1, 3, 10):
         logits = open_session(folder / "export/student.onnx").run(None, {"chips": chips[:count]})[0]
         assert logits.shape == expected[:count].shape
-        assert np.abs(logits - expected[:count]).max() < graphs.TOLERANCE * expected.std()
-    program = graphs.load_predictor(folder / "export/student.pt2")
-    assert graphs.relative_logit_error(student, program, chips) < graphs.TOLERANCE
+        assert np.abs(logits - expected[:count]).max() < export.TOLERANCE * expected.std()
+    program = export.load_predictor(folder / "export/student.pt2")
+    assert export.relative_logit_error(student, program, chips) < export.TOLERANCE
     entries = description["files"]
     for name in ("student.onnx", "student.pt2", "student-int8.onnx"):
         assert entries[name]["bytes"] == (folder / "export" / name).stat().st_size
-    throughputs = files.measure_throughputs(student, folder / "export", images.image[:4].values)
+    throughputs = export.measure_throughputs(student, folder / "export", images.image[:4].values)
     assert throughputs.keys() == entries.keys()
     assert min(throughputs.values()) > 0
     assert entries["student.onnx"]["score"] == entries["torch"]["score"]
@@ -124,8 +124,8 @@ def test_check_exported_file_with_other_weights_is_refused_and_deleted(exported,
     onnx.save(model, path)
     student, _ = load_student(folder)
     chips = images.image[:4].values.astype(np.float32)
-    with raises(UserError, "student.onnx", graphs.TOLERANCE, key="students.network", path=path):
-        graphs.check_exported(student, path, graphs.load_predictor(path), chips)
+    with raises(UserError, "student.onnx", export.TOLERANCE, key="students.network", path=path):
+        export.check_exported(student, path, export.load_predictor(path), chips)
     assert not path.exists()
 
 
@@ -136,7 +136,7 @@ def test_write_exports_student_of_other_images_is_refused(exported, tmp_path, ke
     folder, images, _ = exported("sample-landuse", 32)
     student, metadata = load_student(folder)
     with raises(UserError, "sample-landuse", key=key, value=value):
-        files.write_exports(student, {**metadata, key: value}, images, tmp_path, int8=False, max_chips=4)
+        export.write_exports(student, {**metadata, key: value}, images, tmp_path, int8=False, max_chips=4)
     assert not list(tmp_path.iterdir())
 
 

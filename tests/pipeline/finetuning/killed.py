@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.data import image_store
 from pipeline.data.augmentation import AugmentedImages
-from pipeline.finetuning import protocol
+from pipeline.finetuning import train
 from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble
 from pipeline.finetuning.train import FineTuneJob
 from pipeline.training import task_data
@@ -19,7 +19,7 @@ KILLED_CONFIG = dataclasses.replace(
 METADATA = {"dataset": "d", "model": "lite0", "weights": "random, seed 0"}
 
 
-def fine_tune(images_path: Path, head_path: Path, folder: Path) -> protocol.FineTuneResult:
+def fine_tune(images_path: Path, head_path: Path, folder: Path) -> train.FineTuneResult:
     """Run the whole protocol on lite0."""
     folder.mkdir(exist_ok=True)
     images = image_store.open_images(images_path)
@@ -30,7 +30,7 @@ def fine_tune(images_path: Path, head_path: Path, folder: Path) -> protocol.Fine
     def create_model(seed: int) -> FineTunedEnsemble:
         return FineTunedEnsemble(images, members, head_path, KILLED_CONFIG, seed, "cpu", "float32")
 
-    return protocol.run_fine_tuning(create_model, job, METADATA, folder)
+    return train.run_fine_tuning(create_model, job, METADATA, folder)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.finetuning import protocol, train
+from pipeline.finetuning import train
 from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.training.loop import HParams
 from tests.pipeline.finetuning.conftest import CONFIG
@@ -29,6 +29,6 @@ def test_fine_tuning_on_gpu_starts_as_the_frozen_model_and_scores(
     on_gpu = train.train(create_model(0), job, hparams, tmp_path / "gpu.pt")
     on_cpu = train.train(frozen.trainable(**changes), job, hparams, tmp_path / "cpu.pt")
     assert on_gpu.frozen_score == pytest.approx(on_cpu.frozen_score, abs=0.1)
-    result = protocol.run_fine_tuning(create_model, job, METADATA, tmp_path)
+    result = train.run_fine_tuning(create_model, job, METADATA, tmp_path)
     assert np.isfinite(result.runs.score).all()
     assert all(torch.isfinite(tensor).all() for tensor in result.best_tensors.values())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.finetuning import protocol, train
+from pipeline.finetuning import train
 from pipeline.training import predictions, task_data
 from pipeline.training import protocol as frozen_protocol
 from pipeline.training.loop import HParams
@@ -75,7 +75,7 @@ def test_run_fine_tuning_scores_can_be_recomputed_from_predictions_and_tensors(
 ):
     frozen = frozen_model(dataset, model_name)
     job = make_job(frozen, steps=2, val_checks=1, method="lora")
-    result = protocol.run_fine_tuning(lambda seed: frozen.trainable(seed, method="lora"), job, METADATA, tmp_path)
+    result = train.run_fine_tuning(lambda seed: frozen.trainable(seed, method="lora"), job, METADATA, tmp_path)
     task = job.task
     samples, counts = predictions.counts_from_table(result.predicted, task)
     assert samples == sorted(frozen.data.splits["test"].sample)
@@ -112,16 +112,16 @@ def test_make_task_class_weights_equal_those_of_frozen_heads(frozen_model, make_
     images = make_job(frozen).images
     heads = dataclasses.replace(HEADS, class_weights="balanced")
     expected = task_data.load(frozen.stores, frozen.images_path, heads, ("train",), "cpu").task
-    task = protocol.make_task(frozen.images, images, "balanced")
+    task = train.make_task(frozen.images, images, "balanced")
     assert task.class_weights == pytest.approx(expected.class_weights)
-    assert dataclasses.replace(task, class_weights=None) == protocol.make_task(frozen.images, images, "none")
+    assert dataclasses.replace(task, class_weights=None) == train.make_task(frozen.images, images, "none")
 
 
 def test_checkpoint_folder_depends_on_the_settings(tmp_path):
-    folder = protocol.checkpoint_folder(tmp_path, [dataclasses.asdict(CONFIG)])
+    folder = train.checkpoint_folder(tmp_path, [dataclasses.asdict(CONFIG)])
     (folder / "x.pt").touch()
-    assert protocol.checkpoint_folder(tmp_path, [dataclasses.asdict(CONFIG)]) == folder
+    assert train.checkpoint_folder(tmp_path, [dataclasses.asdict(CONFIG)]) == folder
     assert (folder / "x.pt").exists()
     changed = dataclasses.replace(CONFIG, rank=4)
-    assert protocol.checkpoint_folder(tmp_path, [dataclasses.asdict(changed)]) != folder
+    assert train.checkpoint_folder(tmp_path, [dataclasses.asdict(changed)]) != folder
     assert not folder.exists()

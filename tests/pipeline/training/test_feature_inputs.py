@@ -6,7 +6,7 @@ from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
-from pipeline.training import feature_inputs
+from pipeline.training import feature_loader
 from tests.errors import raises
 
 
@@ -41,43 +41,43 @@ def stores(tmp_path):
 
 def test_read_pooled_standardizes_each_backbone_by_its_training_split(stores):
     train, test = np.arange(30), np.arange(30, 40)
-    pooled = feature_inputs.read_pooled(stores, "all", "mean", train, train)
+    pooled = feature_loader.read_pooled(stores, "all", "mean", train, train)
     assert pooled.shape == (30, 10)
     torch.testing.assert_close(pooled.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
     torch.testing.assert_close(pooled.std(0, unbiased=False), torch.ones(10), atol=1e-4, rtol=0)
     stored = stores[0].read("pooled/mean_level0", np.arange(40))
     expected = (stored[30:] - stored[:30].mean(0)) / stored[:30].std(0)
-    actual = feature_inputs.read_pooled(stores, "all", "mean", test, train)[:, :3]
+    actual = feature_loader.read_pooled(stores, "all", "mean", test, train)[:, :3]
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_read_pooled_of_last_has_each_backbones_deepest_vector(stores):
     rows = np.arange(30)
-    pooled_all, last = (feature_inputs.read_pooled(stores, depth, "mean", rows, rows) for depth in ("all", "last"))
+    pooled_all, last = (feature_loader.read_pooled(stores, depth, "mean", rows, rows) for depth in ("all", "last"))
     torch.testing.assert_close(last, pooled_all[:, [3, 4, 8, 9]])
 
 
 def test_read_standardized_of_levels_has_each_backbones_grid(stores):
-    arrays = feature_inputs.select_levels(stores)
+    arrays = feature_loader.select_levels(stores)
     assert [[name for _, name in member] for member in arrays] == [["level0/features", "level1/features"]] * 2
     rows = np.arange(30)
     for (array, _), side in zip(arrays, (8, 4), strict=True):
-        level = feature_inputs.read_standardized(array, rows, feature_inputs.channel_stats(array, rows))
+        level = feature_loader.read_standardized(array, rows, feature_loader.channel_stats(array, rows))
         assert level.shape == (30, 3, side, side)
         torch.testing.assert_close(level[:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
         assert (level[:, 1] == 0).all(), "a dead channel"
 
 
 def test_select_of_some_levels(stores):
-    names = [[name for _, name in member] for member in feature_inputs.select_levels(stores, (-1,))]
+    names = [[name for _, name in member] for member in feature_loader.select_levels(stores, (-1,))]
     assert names == [["level1/features"]] * 2
-    names = [[name for _, name in member] for member in feature_inputs.select_pooled(stores, "all", "mean", (0,))]
+    names = [[name for _, name in member] for member in feature_loader.select_pooled(stores, "all", "mean", (0,))]
     assert names == [["pooled/mean_level0"]] * 2
 
 
 def test_select_levels_of_a_level_that_is_not_there_is_refused(stores):
     with raises(StoreError, "level0", "level1", key="heads.levels", value=2, allowed=range(-2, 2)):
-        feature_inputs.select_levels(stores, (0, 2))
+        feature_loader.select_levels(stores, (0, 2))
 
 
 def test_inputs_of_a_store_with_views_are_the_identity_view(tmp_path):
@@ -96,12 +96,12 @@ def test_inputs_of_a_store_with_views_are_the_identity_view(tmp_path):
         writer.write(shard, {key: array[schema.rows(shard)] for key, array in values.items()})
     writer.finish()
     store, rows = FeatureStore(tmp_path / "v.zarr"), np.arange(20)
-    [[array]] = feature_inputs.select_levels([store])
-    level = feature_inputs.read_standardized(array, rows, feature_inputs.channel_stats(array, rows))
+    [[array]] = feature_loader.select_levels([store])
+    level = feature_loader.read_standardized(array, rows, feature_loader.channel_stats(array, rows))
     mean, std = (stats[:, None, None] for stats in store.statistics("level0"))
     np.testing.assert_allclose(level, (values["level0/features"][:, 0] - mean) / std, atol=1e-5)
     vector = values["pooled/mean_level0"][:, 0]
-    pooled = feature_inputs.read_pooled([store], "all", "mean", rows, rows)
+    pooled = feature_loader.read_pooled([store], "all", "mean", rows, rows)
     np.testing.assert_allclose(pooled, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
 
 
@@ -116,14 +116,14 @@ def test_inputs_of_a_store_with_views_are_the_identity_view(tmp_path):
 )
 def test_select_pooled_names_takes_means_where_there_are_no_class_tokens(depth, tokens, expected):
     means, both = ["mean_level0", "mean_level1"], ["mean_level0", "mean_level1", "cls_level0", "cls_level1"]
-    assert feature_inputs._select_pooled_names(both, depth, tokens, ()) == expected
-    assert feature_inputs._select_pooled_names(means, depth, tokens, ()) == (means if depth == "all" else means[-1:])
-    assert feature_inputs._select_pooled_names(["mean_std"], depth, tokens, ()) == ["mean_std"]
+    assert feature_loader._select_pooled_names(both, depth, tokens, ()) == expected
+    assert feature_loader._select_pooled_names(means, depth, tokens, ()) == (means if depth == "all" else means[-1:])
+    assert feature_loader._select_pooled_names(["mean_std"], depth, tokens, ()) == ["mean_std"]
 
 
 @pytest.mark.parametrize("std", [0.0, 1e-42, 1e-6])
 def test_to_mean_scale_of_a_dead_channel_is_zero(std):
-    mean, scale = feature_inputs.to_mean_scale(np.array([1.0, 1.0]), np.array([std, 2.0]))
+    mean, scale = feature_loader.to_mean_scale(np.array([1.0, 1.0]), np.array([std, 2.0]))
     assert (mean.dtype, scale.dtype) == (np.float32, np.float32)
     assert scale.tolist() == [0, 0.5]
 
@@ -135,4 +135,4 @@ def test_read_pooled_of_a_damaged_store_with_nan_is_refused(stores):
     path.write_bytes(values.tobytes())
     rows = np.arange(30)
     with raises(StoreError, "cache.verify", key="pooled/mean_level1", path=stores[0].location):
-        feature_inputs.read_pooled([FeatureStore(stores[0].location)], "all", "mean", rows, rows)
+        feature_loader.read_pooled([FeatureStore(stores[0].location)], "all", "mean", rows, rows)

@@ -11,7 +11,7 @@ from cache.writer import Writer
 from pipeline.heads.config import HeadConfig
 from pipeline.heads.linear import StackedLinear
 from pipeline.tasks import Classification
-from pipeline.training import feature_inputs, pca
+from pipeline.training import feature_loader, task_data
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
 from pipeline.training.loop import HParams, TrainSchedule
 from pipeline.training.predictions import evaluate, predict_logits
@@ -39,12 +39,12 @@ def spectra(image_dataset, tmp_path_factory):
         writer.write(shard, {name: array[schema.rows(shard)] for name, array in arrays.items()})
     writer.finish()
     store_arrays = [(FeatureStore(folder / "bands.zarr"), name) for name in arrays]
-    return store_arrays, [feature_inputs.channel_stats(array, TRAIN_ROWS) for array in store_arrays]
+    return store_arrays, [feature_loader.channel_stats(array, TRAIN_ROWS) for array in store_arrays]
 
 
 def read_inputs(spectra) -> torch.Tensor:
     arrays, stats = spectra
-    parts = [feature_inputs.read_standardized(*pair) for pair in zip(arrays, [TRAIN_ROWS] * 2, stats, strict=True)]
+    parts = [feature_loader.read_standardized(*pair) for pair in zip(arrays, [TRAIN_ROWS] * 2, stats, strict=True)]
     return torch.cat(parts, dim=1)
 
 
@@ -56,7 +56,7 @@ def train_linear(split: SplitData, steps: int, rotations: list[torch.Tensor], hp
 
 
 def test_principal_axes_of_correlated_channels_are_orthonormal_and_uncorrelated(spectra):
-    rotations = pca.principal_axes(*spectra, TRAIN_ROWS)
+    rotations = task_data.principal_axes(*spectra, TRAIN_ROWS)
     parts = read_inputs(spectra).split([4, len(rotations[1])], dim=1)
     for values, rotation in zip(parts, rotations, strict=True):
         is_axis = rotation.abs().sum(dim=0) > 0
@@ -66,36 +66,36 @@ def test_principal_axes_of_correlated_channels_are_orthonormal_and_uncorrelated(
         covariance = rotated.T @ rotated / len(rotated)
         off_diagonal = covariance - covariance.diag().diag()
         assert off_diagonal.abs().max() < 1e-4 * covariance.diag().max()
-        assert (covariance.diag() > pca.MIN_VARIANCE).all()
+        assert (covariance.diag() > task_data.MIN_VARIANCE).all()
         before = values.double().T @ values.double() / len(values)
         assert (before - before.diag().diag()).abs().max() > 0.5, "the channels were correlated"
     assert not rotations[1][:, 0].any(), "two of the channels are the same band"
 
 
 def test_principal_axes_with_more_threads_have_the_same_bytes(spectra):
-    rotations = pca.principal_axes(*spectra, TRAIN_ROWS)
+    rotations = task_data.principal_axes(*spectra, TRAIN_ROWS)
     with threadpool_limits(2):
-        again = pca.principal_axes(*spectra, TRAIN_ROWS)
+        again = task_data.principal_axes(*spectra, TRAIN_ROWS)
     assert all(torch.equal(*pair) for pair in zip(rotations, again, strict=True))
 
 
 def test_rotate_back_of_a_head_keeps_its_logits(spectra):
-    rotations, inputs = pca.principal_axes(*spectra, TRAIN_ROWS), read_inputs(spectra)
+    rotations, inputs = task_data.principal_axes(*spectra, TRAIN_ROWS), read_inputs(spectra)
     group = StackedLinear([inputs.shape[1]], 5, [0, 1])
-    ((_, expected),) = group.forward_heads(pca.rotate(inputs, rotations), None)
+    ((_, expected),) = group.forward_heads(task_data.rotate(inputs, rotations), None)
     expected = expected.detach().clone()
-    pca.rotate_back(group, rotations)
+    task_data.rotate_back(group, rotations)
     ((_, logits),) = group.forward_heads(inputs, None)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rotate_of_streamed_features_equals_those_in_memory(spectra):
     arrays, stats = spectra
-    rotations = pca.principal_axes(*spectra, TRAIN_ROWS)
+    rotations = task_data.principal_axes(*spectra, TRAIN_ROWS)
     stream = StreamedFeatures(arrays, stats, TRAIN_ROWS, "cpu", is_pooled=True)
     rows = torch.arange(len(TRAIN_ROWS)).split(64)
-    rotated = torch.cat([batch.clone() for batch in pca.rotate(stream, rotations).batches(rows)])
-    torch.testing.assert_close(rotated, pca.rotate(read_inputs(spectra), rotations))
+    rotated = torch.cat([batch.clone() for batch in task_data.rotate(stream, rotations).batches(rows)])
+    torch.testing.assert_close(rotated, task_data.rotate(read_inputs(spectra), rotations))
     plain = torch.cat([batch.clone() for batch in stream.batches(rows)])
     assert torch.equal(plain, read_inputs(spectra)), "the stream itself does not change"
 
@@ -109,7 +109,7 @@ def test_training_in_principal_axes_learns_a_small_difference_of_two_bands_soone
     split = SplitData(inputs, label, [f"{row}" for row in TRAIN_ROWS])
     hparams = [HParams(learning_rate, 1e-2, 0) for learning_rate in (1e-3, 1e-2, 1e-1)]
     accuracy = []
-    for rotations in ([], pca.principal_axes(*spectra, TRAIN_ROWS)):
+    for rotations in ([], task_data.principal_axes(*spectra, TRAIN_ROWS)):
         group = train_linear(split, 200, rotations, hparams)
         assert evaluate(group, split, Classification(2), 32).shape[:2] == (3, len(inputs))
         predicted = predict_logits(group, inputs).argmax(axis=2)
@@ -126,9 +126,9 @@ def test_principal_axes_of_nearly_equal_channels_keep_their_difference():
     values = np.stack([first, second, generator.normal(size=1500)], axis=1)
     assert np.corrcoef(values[:, 0], values[:, 1])[0, 1] > 0.999
     array, rows = (_ArrayStore(values.astype(np.float32)), "pooled/x"), np.arange(1500)
-    stats = feature_inputs.channel_stats(array, rows)
-    rotations = pca.principal_axes([array], [stats], rows)
-    inputs = feature_inputs.read_standardized(array, rows, stats)
+    stats = feature_loader.channel_stats(array, rows)
+    rotations = task_data.principal_axes([array], [stats], rows)
+    inputs = feature_loader.read_standardized(array, rows, stats)
     split = SplitData(inputs, torch.from_numpy(label), [str(row) for row in rows])
     group = train_linear(split, 600, rotations, [HParams(rate, 1e-2, 0) for rate in (1e-2, 1e-1)])
     predicted = predict_logits(group, inputs).argmax(axis=2)

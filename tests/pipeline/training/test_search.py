@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import SearchConfig
 from pipeline.errors import UserError
-from pipeline.training.search import search
+from pipeline.training.protocol import search
 from tests.errors import raises
 
 CONFIG = SearchConfig(trials=16, trials_per_round=4, seed=0, learning_rate=(1e-4, 1e-1), weight_decay=(1e-6, 1e-1))

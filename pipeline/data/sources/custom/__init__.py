@@ -25,8 +25,14 @@ from pipeline.data.image_store import SPLITS, UNLABELLED, LazyImageDataset
 from pipeline.data.sources.custom.labels import MaskLabels, PolygonLabels, pair_masks, read_polygons, read_table
 from pipeline.data.sources.custom.options import CustomOptions, check_band_means, is_table, validate_options
 from pipeline.data.sources.custom.rasters import RasterImage, find_files, open_image, open_scene_files, sidecar_files
-from pipeline.data.sources.custom.samples import Chip, CustomSampleReader, assign_splits, read_all
-from pipeline.data.sources.custom.unlabelled import unlabelled_files, unlabelled_samples
+from pipeline.data.sources.custom.samples import (
+    Chip,
+    CustomSampleReader,
+    assign_splits,
+    read_all,
+    unlabelled_files,
+    unlabelled_samples,
+)
 from pipeline.data.splits import chip_corners
 from pipeline.errors import UserError
 from pipeline.tasks import get_task

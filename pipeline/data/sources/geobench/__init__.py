@@ -20,8 +20,7 @@ from pipeline.bands import Band
 from pipeline.config import DatasetConfig, Params, parse
 from pipeline.data.image_store import LazyImageDataset
 from pipeline.data.sources import DatasetSize
-from pipeline.data.sources.geobench import catalog
-from pipeline.data.sources.geobench import partitions
+from pipeline.data.sources.geobench import catalog, partitions
 from pipeline.data.sources.geobench.catalog import GeoBenchSet
 from pipeline.data.sources.geobench.download import describe_files, existing_files, local_folder
 from pipeline.data.sources.geobench.partitions import BandMeanCheck
