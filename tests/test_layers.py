@@ -12,7 +12,7 @@ FILES = source_files(ROOT)
 
 # From the bottom to the top. A package imports only from layers below; modules of the lowest may import each other.
 LAYERS = [
-    {"errors", "config", "bands", "tasks", "metrics", "device", "feature_ops"},
+    {"errors", "config", "bands", "tasks", "device", "feature_ops"},
     {"data"},
     {"backbones"},
     {"heads"},
@@ -27,7 +27,7 @@ LAYER_OF = {f"pipeline.{name}": number for number, names in enumerate(LAYERS) fo
 SIBLINGS = {
     "pipeline/data/sources": set(),
     "pipeline/backbones": {"base", "catalog", "preprocessing", "encoder", "checkpoints"},
-    "pipeline/heads": {"fusion", "config", "checkpoint", "dense", "probes"},
+    "pipeline/heads": {"fusion", "config", "checkpoint", "dense"},
 }
 # What a skipped cell, a fetch or a map by onnxruntime needs: importing torch would take seconds for nothing.
 TORCH_FREE = [
