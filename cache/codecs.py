@@ -1,8 +1,15 @@
-"""Storage formats of a level's maps: plain, compressed, or with digits removed to save space.
+"""How features are stored: the codec of a level, the cast to a smaller dtype, and the shard files.
 
-`none` is the default and the fastest to read. `lz4` and `zstd` (Blosc with byte shuffle) are lossless. `bitround<k>`
-keeps k bits of the mantissa and then compresses with zstd (Klöwer et al. 2021, doi:10.1038/s43588-021-00156-2);
-readers get ordinary floats. `int8` stores each channel of each map as 8-bit integers and a `scale`.
+Codecs: `none` is the default and the fastest to read. `lz4` and `zstd` (Blosc with byte shuffle) are lossless.
+`bitround<k>` keeps k bits of the mantissa and then compresses with zstd (Klöwer et al. 2021,
+doi:10.1038/s43588-021-00156-2); readers get ordinary floats. `int8` stores each channel of each map as 8-bit integers
+and a `scale`.
+
+Casting: a shard's features are cast to what is stored, the cast is checked, and its error is measured.
+
+Shard files: the Zarr v3 sharding format. zarr-python writes the same bytes, which a test compares, but slower
+(benchmarks/writer.py).
+Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
 import re
@@ -20,10 +27,22 @@ from cache.errors import StoreError
 if TYPE_CHECKING:
     from zarr.codecs import BloscCodec
 
+
 COMPRESSION_LEVEL = 5
 _COMPRESSORS = {"lz4": "lz4", "zstd": "zstd", "bitround": "zstd"}
 _INT8_MAX = 127
 _MANTISSA_BITS = {"float16": 10, "float32": 23}
+# float16 values below the smallest normal number lose digits. A few such values are noise; most of them are a loss.
+_MAX_SUBNORMAL_FRACTION = 0.5
+# Values of a task: few enough to stay in the cache of a core between the steps.
+_BLOCK_VALUES = 2**18
+# Offset and length in the index of a chunk that was never written.
+EMPTY = 2**64 - 1
+_CHECKSUM_BYTES = 4
+_INDEX_ENTRY_BYTES = 16
+
+
+# Codecs
 
 
 @dataclass(frozen=True)
@@ -133,10 +152,7 @@ def dequantize(quantized: np.ndarray, scale: np.ndarray, out: np.ndarray) -> Non
     np.multiply(quantized, scale[..., None, None], out=out, casting="unsafe")
 
 
-# float16 values below the smallest normal number lose digits. A few such values are noise; most of them are a loss.
-_MAX_SUBNORMAL_FRACTION = 0.5
-# Values of a task: few enough to stay in the cache of a core between the steps.
-_BLOCK_VALUES = 2**18
+# Casting
 
 
 class CastStat(IntEnum):
@@ -272,10 +288,7 @@ def _sum_of_squares(values: np.ndarray) -> float:
     return float(np.square(values).sum())
 
 
-# Offset and length in the index of a chunk that was never written.
-EMPTY = 2**64 - 1
-_CHECKSUM_BYTES = 4
-_INDEX_ENTRY_BYTES = 16
+# Shard files
 
 
 def encode(chunks: Iterable[bytes | memoryview], n_chunks: int) -> list[bytes | memoryview]:

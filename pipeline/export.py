@@ -1,4 +1,8 @@
-"""The files of an exported student: written, scored on real chips, and timed."""
+"""Export of students to ONNX (float32 or int8 weights) and torch.export, for any batch size.
+
+The input is chips as the images store has them: normalisation and resize are in the graph, and bands, units, classes
+and size are in the file's metadata. Every file is checked against torch, scored on real chips, and timed.
+"""
 
 import json
 import logging
@@ -23,23 +27,119 @@ from pipeline.tasks import get_task
 # Function from chips, float32 (batch, band, y, x), to logits (batch, class, …).
 LogitsFunction = Callable[[np.ndarray], np.ndarray]
 
-
 # Largest allowed difference of a logit between a file and torch, divided by the standard deviation of torch's logits.
 TOLERANCE = 1e-3
-
-
 OPSET = 20
-
-
 # Upper bound of the batch size in the exported graphs.
 MAX_BATCH = 1 << 16
-
-
+# Number of real chips on which a file is compared with torch.
+N_COMPARED = 16
+# Chips per batch when files are scored and timed, and number of timed batches.
+BATCH, N_TIMED_BATCHES = 16, 5
 # Keys of student.json that are written to exported files.
 EXPORTED_KEYS = (
     "dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "architecture", "variant", "weights",
     "teacher", "parameters", "input_size",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Real chips and their labels.
+
+    Attributes:
+        image: float32 (sample, band, y, x).
+        label: class index (sample,), multi-hot (sample, class) or mask (sample, y, x).
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+
+
+# Export
+
+
+def write_exports(
+    student: Student, metadata: Mapping, images: xr.Dataset, folder: Path, int8: bool, max_chips: int
+) -> dict:
+    """Write the files of a student, check them against torch, and score them.
+
+    Args:
+        student: on the CPU.
+        metadata: its student.json.
+        images: the images store of its dataset.
+        folder: for student.onnx, student.pt2 and, on request, student-int8.onnx.
+        int8: whether to write ONNX with int8 weights too.
+        max_chips: number of chips of the validation split to score on.
+
+    Returns:
+        A description of the export; under `files`, by file name and for `torch`: size in bytes, score, and the
+        difference of the logits from torch.
+
+    Raises:
+        UserError: a file does not compute what the student computes, or the student is for other images.
+    """
+    _check_images(metadata, images)
+    eval_set = load_eval_set(images, max_chips)
+    compared = eval_set.image[:N_COMPARED]
+    student = student.eval()
+    program = trace(student, metadata)
+    onnx_path, torch_path, int8_path = (
+        folder / name for name in ("student.onnx", "student.pt2", "student-int8.onnx")
+    )
+    write_onnx(program, metadata, onnx_path)
+    write_torch_program(program, metadata, torch_path)
+    files = {"torch": _summary(torch_predictor(student), eval_set, metadata, _n_bytes(student), 0.0)}
+    for path in (onnx_path, torch_path):
+        predict = load_predictor(path)
+        error = check_exported(student, path, predict, compared)
+        files[path.name] = _summary(predict, eval_set, metadata, path.stat().st_size, error)
+    if int8:
+        write_int8_onnx(onnx_path, int8_path)
+        predict = load_predictor(int8_path)
+        error = relative_logit_error(student, predict, compared)
+        files[int8_path.name] = _summary(predict, eval_set, metadata, int8_path.stat().st_size, error)
+    return {
+        "dataset": metadata["dataset"], "task": metadata["task"], "metric": get_task(metadata["task"]).metric,
+        "architecture": metadata["architecture"], "chips": len(eval_set.image), "split": "val", "batch": BATCH,
+        "tolerance": TOLERANCE, "files": files,
+    }  # fmt: skip
+
+
+def _summary(predict: LogitsFunction, eval_set: EvalSet, metadata: Mapping, n_bytes: int, error: float) -> dict:
+    return {
+        "bytes": n_bytes,
+        "score": round(evaluate(predict, eval_set, metadata), 6),
+        "difference": float(f"{error:.2g}"),
+    }
+
+
+def _n_bytes(student: Student) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in student.state_dict().values())
+
+
+def _check_images(metadata: Mapping, images: xr.Dataset) -> None:
+    """Refuse an images store whose task, classes, units, size or bands differ from the student's."""
+    expected = {**metadata, "bands": [band["common_name"] for band in metadata["bands"]]}
+    actual = {
+        "task": images.attrs["task"],
+        "classes": list(images.attrs["classes"]),
+        "units": images.attrs["units"],
+        "size": [images.sizes["y"], images.sizes["x"]],
+        "bands": [band.common_name for band in image_bands(images)],
+    }
+    for name, value in actual.items():
+        if expected[name] != value:
+            raise UserError(
+                f"The {name} of the student: {expected[name]}. The {name} of the images of {metadata['dataset']}: "
+                f"{value}. Train the student again: dvc repro distill",
+                key=name,
+                value=expected[name],
+                allowed=value if isinstance(value, list) else [value],
+            )
+
+
+# Files
 
 
 def trace(student: Student, metadata: Mapping) -> torch.export.ExportedProgram:
@@ -101,6 +201,9 @@ def write_int8_onnx(path: Path, int8_path: Path) -> None:
         logger.setLevel(level)
 
 
+# Checks against torch
+
+
 def load_predictor(path: Path) -> LogitsFunction:
     """Load an exported file as a function from chips, float32 (batch, band, y, x), to logits."""
     if path.suffix == ".pt2":
@@ -159,91 +262,7 @@ def check_exported(student: Student, path: Path, predict: LogitsFunction, chips:
     return error
 
 
-# Number of real chips on which a file is compared with torch.
-N_COMPARED = 16
-
-
-# Chips per batch when files are scored and timed, and number of timed batches.
-BATCH, N_TIMED_BATCHES = 16, 5
-
-
-@dataclass(frozen=True)
-class EvalSet:
-    """Real chips and their labels.
-
-    Attributes:
-        image: float32 (sample, band, y, x).
-        label: class index (sample,), multi-hot (sample, class) or mask (sample, y, x).
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-
-
-def write_exports(
-    student: Student, metadata: Mapping, images: xr.Dataset, folder: Path, int8: bool, max_chips: int
-) -> dict:
-    """Write the files of a student, check them against torch, and score them.
-
-    Args:
-        student: on the CPU.
-        metadata: its student.json.
-        images: the images store of its dataset.
-        folder: for student.onnx, student.pt2 and, on request, student-int8.onnx.
-        int8: whether to write ONNX with int8 weights too.
-        max_chips: number of chips of the validation split to score on.
-
-    Returns:
-        A description of the export; under `files`, by file name and for `torch`: size in bytes, score, and the
-        difference of the logits from torch.
-
-    Raises:
-        UserError: a file does not compute what the student computes, or the student is for other images.
-    """
-    _check_images(metadata, images)
-    eval_set = load_eval_set(images, max_chips)
-    compared = eval_set.image[:N_COMPARED]
-    student = student.eval()
-    program = trace(student, metadata)
-    onnx_path, torch_path, int8_path = (
-        folder / name for name in ("student.onnx", "student.pt2", "student-int8.onnx")
-    )
-    write_onnx(program, metadata, onnx_path)
-    write_torch_program(program, metadata, torch_path)
-    files = {"torch": _summary(torch_predictor(student), eval_set, metadata, _n_bytes(student), 0.0)}
-    for path in (onnx_path, torch_path):
-        predict = load_predictor(path)
-        error = check_exported(student, path, predict, compared)
-        files[path.name] = _summary(predict, eval_set, metadata, path.stat().st_size, error)
-    if int8:
-        write_int8_onnx(onnx_path, int8_path)
-        predict = load_predictor(int8_path)
-        error = relative_logit_error(student, predict, compared)
-        files[int8_path.name] = _summary(predict, eval_set, metadata, int8_path.stat().st_size, error)
-    return {
-        "dataset": metadata["dataset"], "task": metadata["task"], "metric": get_task(metadata["task"]).metric,
-        "architecture": metadata["architecture"], "chips": len(eval_set.image), "split": "val", "batch": BATCH,
-        "tolerance": TOLERANCE, "files": files,
-    }  # fmt: skip
-
-
-def measure_throughputs(student: Student, folder: Path, image: np.ndarray) -> dict[str, float]:
-    """Measure images per second on this machine's CPU, of a student in torch and of each of its files.
-
-    Args:
-        student: on the CPU.
-        folder: with its exported files.
-        image: real chips (sample, band, y, x).
-
-    Returns:
-        Images per second by file name, and for `torch`; three significant digits.
-    """
-    predictors = {"torch": torch_predictor(student.eval())}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".onnx", ".pt2"):
-            predictors[path.name] = load_predictor(path)
-    chips = image.astype(np.float32)
-    return {name: float(f"{throughput(predict, chips):.3g}") for name, predict in predictors.items()}
+# Scores and throughput
 
 
 def load_eval_set(images: xr.Dataset, max_chips: int) -> EvalSet:
@@ -267,6 +286,25 @@ def evaluate(predict: LogitsFunction, eval_set: EvalSet, metadata: Mapping) -> f
     return float(task.score(counts.sum(axis=0)))
 
 
+def measure_throughputs(student: Student, folder: Path, image: np.ndarray) -> dict[str, float]:
+    """Measure images per second on this machine's CPU, of a student in torch and of each of its files.
+
+    Args:
+        student: on the CPU.
+        folder: with its exported files.
+        image: real chips (sample, band, y, x).
+
+    Returns:
+        Images per second by file name, and for `torch`; three significant digits.
+    """
+    predictors = {"torch": torch_predictor(student.eval())}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".onnx", ".pt2"):
+            predictors[path.name] = load_predictor(path)
+    chips = image.astype(np.float32)
+    return {name: float(f"{throughput(predict, chips):.3g}") for name, predict in predictors.items()}
+
+
 def throughput(predict: LogitsFunction, image: np.ndarray) -> float:
     """Measure images per second: the median of several batches after a warm-up.
 
@@ -281,36 +319,3 @@ def throughput(predict: LogitsFunction, image: np.ndarray) -> float:
         predict(batch)
         timings.append(time.perf_counter() - start)
     return BATCH / statistics.median(timings[1:])
-
-
-def _summary(predict: LogitsFunction, eval_set: EvalSet, metadata: Mapping, n_bytes: int, error: float) -> dict:
-    return {
-        "bytes": n_bytes,
-        "score": round(evaluate(predict, eval_set, metadata), 6),
-        "difference": float(f"{error:.2g}"),
-    }
-
-
-def _n_bytes(student: Student) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in student.state_dict().values())
-
-
-def _check_images(metadata: Mapping, images: xr.Dataset) -> None:
-    """Refuse an images store whose task, classes, units, size or bands differ from the student's."""
-    expected = {**metadata, "bands": [band["common_name"] for band in metadata["bands"]]}
-    actual = {
-        "task": images.attrs["task"],
-        "classes": list(images.attrs["classes"]),
-        "units": images.attrs["units"],
-        "size": [images.sizes["y"], images.sizes["x"]],
-        "bands": [band.common_name for band in image_bands(images)],
-    }
-    for name, value in actual.items():
-        if expected[name] != value:
-            raise UserError(
-                f"The {name} of the student: {expected[name]}. The {name} of the images of {metadata['dataset']}: "
-                f"{value}. Train the student again: dvc repro distill",
-                key=name,
-                value=expected[name],
-                allowed=value if isinstance(value, list) else [value],
-            )

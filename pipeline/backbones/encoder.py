@@ -1,6 +1,7 @@
 """Encode stored images: select bands, preprocess, run the backbone, check the shapes.
 
-Nothing else calls a backbone, so that no step is forgotten or done twice.
+Nothing else calls a backbone, so that no step is forgotten or done twice. On a CPU batches are encoded in parallel,
+with some of the threads each; on a GPU one after another.
 """
 
 import copy
@@ -25,7 +26,14 @@ from pipeline.errors import UserError
 # torch reads this variable when it creates its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Batches at the same time on a CPU; each needs memory.
+_MAX_PARALLEL = 2
+# Parameters of glibc's mallopt (malloc.h), and our values in bytes: larger blocks are mapped separately and returned
+# when freed; less free memory than this stays in the heap.
+_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 4 * 2**20
+_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES = -1, 16 * 2**20
 
 
 class Encoder:
@@ -120,14 +128,6 @@ class Encoder:
                     key="strides" if stride else "layers",
                     value=shape,
                 )
-
-
-# Batches at the same time on a CPU; each needs memory.
-_MAX_PARALLEL = 2
-# Parameters of glibc's mallopt (malloc.h), and our values in bytes: larger blocks are mapped separately and returned
-# when freed; less free memory than this stays in the heap.
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 4 * 2**20
-_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES = -1, 16 * 2**20
 
 
 class ParallelEncoder:

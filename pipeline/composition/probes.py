@@ -1,5 +1,10 @@
 """Fit probes on cached features of the training split and score them on the validation split.
 
+A probe ranks features in seconds: logistic regression by L-BFGS, or nearest neighbours, both by scikit-learn.
+Nothing is random, and only the strength of the penalty is searched. Its scores are of another protocol than the
+heads' and are not mixed with theirs. For the same floating-point rounding on every machine, and for speed, limit BLAS
+to one thread (threadpoolctl).
+
 The samples are the chips of a classification dataset, or pixels of the masks of a segmentation dataset. All backbones
 are compared on the same samples, whatever the sizes of their feature grids.
 """
@@ -23,99 +28,24 @@ from pipeline.training import feature_loader
 
 # Penalties, strongest first: the factor of half the squared weights, added to the mean loss of a sample.
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
-
-
 NEIGHBOURS = 5
-
-
 MAX_ITERATIONS = 1000
-
-
 # Ten times scikit-learn's own tolerance: nearly half the time; at most one validation chip of 197 differs (LAB.md).
 TOLERANCE = 1e-3
-
-
 # Bias of a class without training samples: it is never predicted.
 ABSENT_CLASS_BIAS = -1e9
-
-
-@dataclass(frozen=True)
-class LinearProbe:
-    """A linear probe: weight (class, channel), bias (class,)."""
-
-    weight: np.ndarray
-    bias: np.ndarray
-
-    def logits(self, inputs: np.ndarray) -> np.ndarray:
-        """Compute logits (sample, class) from inputs (sample, channel)."""
-        return inputs @ self.weight.T + self.bias
-
-
-def fit_logistic(task: Task, inputs: np.ndarray, label: np.ndarray) -> list[LinearProbe]:
-    """Fit one logistic regression per penalty of `PENALTIES`, each starting where the one before ended.
-
-    Args:
-        task: for a multi-label task, every class has its own regression.
-        inputs: standardized features, float (sample, channel).
-        label: class index (sample,), or multi-hot (sample, class).
-    """
-    if not task.is_multilabel:
-        return _fit_penalties(inputs, label, task.n_classes)
-    probes_of_class = [_fit_penalties(inputs, column, 2) for column in label.T]
-    # The difference of the two logits (absent, present) is compared with zero.
-    return [
-        LinearProbe(
-            np.stack([probes[i].weight[1] - probes[i].weight[0] for probes in probes_of_class]),
-            np.array([probes[i].bias[1] - probes[i].bias[0] for probes in probes_of_class]),
-        )
-        for i in range(len(PENALTIES))
-    ]
-
-
-def predict_knn(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Predict labels (query,) or (query, class) by the vote of the nearest training samples."""
-    classifier = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute")
-    votes = classifier.fit(inputs, label).predict(queries)
-    return votes.reshape(len(queries), *label.shape[1:])  # for a single class scikit-learn returns a vector
-
-
-def _fit_penalties(inputs: np.ndarray, label: np.ndarray, n_classes: int) -> list[LinearProbe]:
-    """Fit one regression per penalty; `label` (sample,)."""
-    present = np.unique(label)
-    weight = np.zeros((n_classes, inputs.shape[1]), inputs.dtype)
-    bias = np.full(n_classes, ABSENT_CLASS_BIAS, inputs.dtype)
-    if len(present) == 1:
-        bias[present] = 0
-        return [LinearProbe(weight, bias)] * len(PENALTIES)
-    probes, model = [], LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
-    for penalty in PENALTIES:
-        model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, label)
-        weight, bias = weight.copy(), bias.copy()
-        # For two classes scikit-learn has one row: the second class's logit minus the first's.
-        weight[present], bias[present] = (
-            (np.stack([np.zeros_like(model.coef_[0]), model.coef_[0]]), [0, model.intercept_[0]])
-            if len(present) == 2
-            else (model.coef_, model.intercept_)
-        )
-        probes.append(LinearProbe(weight, bias))
-    return probes
-
-
 # Chips per split, at most.
 MAX_CHIPS = 8192
-
-
 # Pixels per split, about, spread evenly over its masks. Twice as many pixels cost twice the time and move the mean
 # IoU of a probe by .01 (LAB.md).
 MAX_PIXELS = 4096
-
-
 # Samples whose feature maps are read together to draw pixels, and to score masks.
 READ_SAMPLES, SCORE_SAMPLES = 32, 8
-
-
 # Samples per batch of a CKA matrix.
 CKA_SAMPLES = 2048
+
+
+# Samples
 
 
 class Layer(NamedTuple):
@@ -219,6 +149,74 @@ def _interpolate(maps: torch.Tensor, pixels: np.ndarray, mask_size: tuple[int, i
     grid = torch.stack([(2 * x + 1) / mask_size[1] - 1, (2 * y + 1) / mask_size[0] - 1], dim=-1)[:, None]
     values = functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)
     return values[:, :, 0].transpose(1, 2).numpy()
+
+
+# Logistic regression and nearest neighbours
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A linear probe: weight (class, channel), bias (class,)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def logits(self, inputs: np.ndarray) -> np.ndarray:
+        """Compute logits (sample, class) from inputs (sample, channel)."""
+        return inputs @ self.weight.T + self.bias
+
+
+def fit_logistic(task: Task, inputs: np.ndarray, label: np.ndarray) -> list[LinearProbe]:
+    """Fit one logistic regression per penalty of `PENALTIES`, each starting where the one before ended.
+
+    Args:
+        task: for a multi-label task, every class has its own regression.
+        inputs: standardized features, float (sample, channel).
+        label: class index (sample,), or multi-hot (sample, class).
+    """
+    if not task.is_multilabel:
+        return _fit_penalties(inputs, label, task.n_classes)
+    probes_of_class = [_fit_penalties(inputs, column, 2) for column in label.T]
+    # The difference of the two logits (absent, present) is compared with zero.
+    return [
+        LinearProbe(
+            np.stack([probes[i].weight[1] - probes[i].weight[0] for probes in probes_of_class]),
+            np.array([probes[i].bias[1] - probes[i].bias[0] for probes in probes_of_class]),
+        )
+        for i in range(len(PENALTIES))
+    ]
+
+
+def _fit_penalties(inputs: np.ndarray, label: np.ndarray, n_classes: int) -> list[LinearProbe]:
+    """Fit one regression per penalty; `label` (sample,)."""
+    present = np.unique(label)
+    weight = np.zeros((n_classes, inputs.shape[1]), inputs.dtype)
+    bias = np.full(n_classes, ABSENT_CLASS_BIAS, inputs.dtype)
+    if len(present) == 1:
+        bias[present] = 0
+        return [LinearProbe(weight, bias)] * len(PENALTIES)
+    probes, model = [], LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
+    for penalty in PENALTIES:
+        model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, label)
+        weight, bias = weight.copy(), bias.copy()
+        # For two classes scikit-learn has one row: the second class's logit minus the first's.
+        weight[present], bias[present] = (
+            (np.stack([np.zeros_like(model.coef_[0]), model.coef_[0]]), [0, model.intercept_[0]])
+            if len(present) == 2
+            else (model.coef_, model.intercept_)
+        )
+        probes.append(LinearProbe(weight, bias))
+    return probes
+
+
+def predict_knn(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Predict labels (query,) or (query, class) by the vote of the nearest training samples."""
+    classifier = KNeighborsClassifier(min(NEIGHBOURS, len(inputs)), algorithm="brute")
+    votes = classifier.fit(inputs, label).predict(queries)
+    return votes.reshape(len(queries), *label.shape[1:])  # for a single class scikit-learn returns a vector
+
+
+# Fits and scores
 
 
 class Probe:

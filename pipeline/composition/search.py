@@ -1,7 +1,7 @@
 """Search over ensembles: score every subset of the backbones by a quick probe and select the best.
 
 The paper (arXiv 2506.20174) chooses its ensembles by hand and leaves the search to future work. The search reads the
-training and validation splits only, never the test split.
+training and validation splits only, never the test split. Its result is written to files, which the report reads.
 """
 
 import json
@@ -37,9 +37,10 @@ from pipeline.training import feature_loader
 from pipeline.training.task_data import task_from_store
 
 FILE = "composition.json"
-
-
 TABLES = ("subsets", "cka", "greedy")
+
+# Names of the backbones of an ensemble.
+Ensemble = tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,7 @@ class CompositionResult:
         return cls(**fields)
 
 
-# Names of the backbones of an ensemble.
-Ensemble = tuple[str, ...]
+# Search
 
 
 def search(
@@ -180,6 +180,29 @@ def _check_enough_samples(counts: Mapping[str, int], task: Task) -> None:
             )
 
 
+def _head_layers(backbone: str, store: FeatureStore, heads: config.HeadsConfig, task: Task) -> list[Layer]:
+    """List the layers that a head reads of a backbone: levels if the task is dense, else pooled vectors."""
+    if task.is_dense:
+        arrays = feature_loader.select_levels([store], heads.levels)[0]
+    else:
+        arrays = feature_loader.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
+    return [Layer(backbone, array) for _, array in arrays]
+
+
+@contextmanager
+def _probe_pool() -> Iterator[ThreadPoolExecutor]:
+    """Provide a pool that fits one probe per CPU core.
+
+    BLAS gets one thread: several threads on one small product are slower (benchmarks/probes.py), and rounding would
+    depend on their number.
+    """
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield pool
+
+
+# Ensembles and tables
+
+
 def all_subsets(backbones: Sequence[str]) -> list[Ensemble]:
     """List all non-empty subsets of the backbones, the smallest first, each in the given order."""
     return [subset for size in range(1, len(backbones) + 1) for subset in combinations(backbones, size)]
@@ -267,23 +290,3 @@ def greedy_layers(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
         chosen.append(remaining[int(np.argmax(scores))])
         rows.append({"backbone": chosen[-1].backbone, "layer": chosen[-1].name, "score": best_score})
     return pd.DataFrame(rows, columns=["backbone", "layer", "score"])
-
-
-@contextmanager
-def _probe_pool() -> Iterator[ThreadPoolExecutor]:
-    """Provide a pool that fits one probe per CPU core.
-
-    BLAS gets one thread: several threads on one small product are slower (benchmarks/probes.py), and rounding would
-    depend on their number.
-    """
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield pool
-
-
-def _head_layers(backbone: str, store: FeatureStore, heads: config.HeadsConfig, task: Task) -> list[Layer]:
-    """List the layers that a head reads of a backbone: levels if the task is dense, else pooled vectors."""
-    if task.is_dense:
-        arrays = feature_loader.select_levels([store], heads.levels)[0]
-    else:
-        arrays = feature_loader.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
-    return [Layer(backbone, array) for _, array in arrays]

@@ -1,4 +1,6 @@
-"""Open a scene: a raster that names its bands, a Zarr store, or files that a YAML file describes.
+"""Open a scene, and match its bands, units and pixel size to a model.
+
+A scene is a raster that names its bands, a Zarr store, or files that a YAML file describes.
 
 A raster of any format that GDAL reads must contain a description (common name) of every band, and its units as the
 tag `units`. Otherwise write a YAML file with the keys of the source `custom`, and open that instead:
@@ -35,10 +37,12 @@ from pipeline.mapping.predictors import Signature
 
 # Bands of one name whose centre wavelengths differ by more are different bands, in micrometres.
 MAX_WAVELENGTH_DIFFERENCE_UM = 0.02
-
-
 # Models are trained on one pixel size. Scenes whose pixels are larger or smaller by this factor are refused.
 MAX_GSD_RATIO = 1.5
+DESCRIBE_HINT = (
+    "Describe it in a YAML file and map that file (pipeline/mapping/scene.py shows an example), or write a "
+    "description of every band and the tag 'units' into the raster."
+)
 
 
 @dataclass(frozen=True)
@@ -87,87 +91,7 @@ class Scene:
         return Geod(ellps="WGS84").inv(lon, lat, lon_right, lat_right)[2]
 
 
-def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
-    """Find a model's bands in a scene by name, and check units and pixel size.
-
-    Returns:
-        The indices of the model's bands in the scene.
-
-    Raises:
-        UserError: a band is missing, or units or pixel size differ.
-    """
-    indices = [_find_band(band, scene.bands) for band in signature.bands]
-    missing = [band.common_name for band, index in zip(signature.bands, indices, strict=True) if index is None]
-    if missing:
-        present = [_describe_band(band) for band in scene.bands]
-        raise UserError(
-            f"{scene.name} lacks the bands {', '.join(missing)}, which the model needs. It has {', '.join(present)}. "
-            "Bands are matched by common name, and by wavelength where it is stated.",
-            key="bands",
-            value=missing,
-            allowed=present,
-            path=scene.name,
-        )
-    if scene.units != signature.units:
-        raise UserError(
-            f"{scene.name} is in '{scene.units}', and the model was trained on '{signature.units}'. Convert the "
-            "scene, or correct its units if they are stated wrong.",
-            key="units",
-            value=scene.units,
-            allowed=[signature.units],
-            path=scene.name,
-        )
-    ratio = scene.gsd / signature.gsd
-    if not math.isnan(ratio) and not 1 / MAX_GSD_RATIO < ratio < MAX_GSD_RATIO:
-        raise UserError(
-            f"{scene.name} has pixels of {scene.gsd:.3g} m, and the model was trained on {signature.gsd:.3g} m. "
-            "Resample the scene first, for instance with gdalwarp -tr.",
-            key="gsd",
-            value=scene.gsd,
-            allowed=[signature.gsd],
-            path=scene.name,
-        )
-    return [index for index in indices if index is not None]
-
-
-def check_metadata(scene: Scene, metadata_keys: Sequence[str]) -> None:
-    """Check that a scene has the location and the time that a model takes as inputs.
-
-    Raises:
-        UserError: one of them is missing.
-    """
-    if "location" in metadata_keys and not scene.crs:
-        raise UserError(
-            f"The model takes latitude and longitude as inputs, and {scene.name} has no coordinate reference system.",
-            key="crs",
-            path=scene.name,
-        )
-    if "time" in metadata_keys and np.isnat(scene.time):
-        raise UserError(
-            f"The model takes the acquisition time as input, and {scene.name} has none. Describe the scene in a YAML "
-            "file with its time.",
-            key="time",
-            path=scene.name,
-        )
-
-
-def _find_band(band: Band, scene_bands: Sequence[Band]) -> int | None:
-    index = band_index(band.common_name, scene_bands)
-    index = band_index(band.name, scene_bands) if index is None else index
-    if index is None:
-        return None
-    difference = abs(scene_bands[index].wavelength - band.wavelength)
-    return None if difference > MAX_WAVELENGTH_DIFFERENCE_UM else index
-
-
-def _describe_band(band: Band) -> str:
-    return f"{band.common_name} ({band.wavelength} µm)" if band.is_optical else band.common_name
-
-
-DESCRIBE_HINT = (
-    "Describe it in a YAML file and map that file (pipeline/mapping/scene.py shows an example), or write a "
-    "description of every band and the tag 'units' into the raster."
-)
+# Opening
 
 
 @dataclass(frozen=True)
@@ -316,3 +240,83 @@ def _scene_fingerprint(paths: Iterable[Path], scene_config: SceneConfig) -> str:
     """Fingerprint of the files' names, sizes and modification times, and of the description."""
     files = sorted(path.resolve() for path in paths if path.is_file())
     return fingerprint([(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files], scene_config)
+
+
+# Matching to a model
+
+
+def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
+    """Find a model's bands in a scene by name, and check units and pixel size.
+
+    Returns:
+        The indices of the model's bands in the scene.
+
+    Raises:
+        UserError: a band is missing, or units or pixel size differ.
+    """
+    indices = [_find_band(band, scene.bands) for band in signature.bands]
+    missing = [band.common_name for band, index in zip(signature.bands, indices, strict=True) if index is None]
+    if missing:
+        present = [_describe_band(band) for band in scene.bands]
+        raise UserError(
+            f"{scene.name} lacks the bands {', '.join(missing)}, which the model needs. It has {', '.join(present)}. "
+            "Bands are matched by common name, and by wavelength where it is stated.",
+            key="bands",
+            value=missing,
+            allowed=present,
+            path=scene.name,
+        )
+    if scene.units != signature.units:
+        raise UserError(
+            f"{scene.name} is in '{scene.units}', and the model was trained on '{signature.units}'. Convert the "
+            "scene, or correct its units if they are stated wrong.",
+            key="units",
+            value=scene.units,
+            allowed=[signature.units],
+            path=scene.name,
+        )
+    ratio = scene.gsd / signature.gsd
+    if not math.isnan(ratio) and not 1 / MAX_GSD_RATIO < ratio < MAX_GSD_RATIO:
+        raise UserError(
+            f"{scene.name} has pixels of {scene.gsd:.3g} m, and the model was trained on {signature.gsd:.3g} m. "
+            "Resample the scene first, for instance with gdalwarp -tr.",
+            key="gsd",
+            value=scene.gsd,
+            allowed=[signature.gsd],
+            path=scene.name,
+        )
+    return [index for index in indices if index is not None]
+
+
+def check_metadata(scene: Scene, metadata_keys: Sequence[str]) -> None:
+    """Check that a scene has the location and the time that a model takes as inputs.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    if "location" in metadata_keys and not scene.crs:
+        raise UserError(
+            f"The model takes latitude and longitude as inputs, and {scene.name} has no coordinate reference system.",
+            key="crs",
+            path=scene.name,
+        )
+    if "time" in metadata_keys and np.isnat(scene.time):
+        raise UserError(
+            f"The model takes the acquisition time as input, and {scene.name} has none. Describe the scene in a YAML "
+            "file with its time.",
+            key="time",
+            path=scene.name,
+        )
+
+
+def _find_band(band: Band, scene_bands: Sequence[Band]) -> int | None:
+    index = band_index(band.common_name, scene_bands)
+    index = band_index(band.name, scene_bands) if index is None else index
+    if index is None:
+        return None
+    difference = abs(scene_bands[index].wavelength - band.wavelength)
+    return None if difference > MAX_WAVELENGTH_DIFFERENCE_UM else index
+
+
+def _describe_band(band: Band) -> str:
+    return f"{band.common_name} ({band.wavelength} µm)" if band.is_optical else band.common_name

@@ -1,4 +1,4 @@
-"""Compute one block of a map: predict the tiles that overlap it and blend them, row by row."""
+"""Tiles and blocks of a map: divide a scene, predict the tiles that overlap a block, and blend them row by row."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +11,18 @@ from pipeline.mapping.scene import Scene
 
 # Side in pixels of the tiles of the GeoTIFF. Blocks consist of whole ones.
 COG_TILE = 512
-
-
 # Smallest side of a block in strides of the prediction tiles. Tiles across the edge of a block are predicted for both
 # blocks, so smaller blocks cost more.
 MIN_BLOCK_STRIDES = 16
+# Tiles per forward pass.
+BATCH_TILES = 32
+# Rows of pixels that are read together, at least: GDAL decodes JPEG 2000 anew for every window.
+READ_ROWS = 512
+# Class and confidence of pixels where the scene has no data.
+NODATA = 255
+
+
+# Tiles and blocks
 
 
 @dataclass(frozen=True)
@@ -88,16 +95,7 @@ def output_blocks(y_tiles: TileAxis, x_tiles: TileAxis) -> Iterator[OutputBlock]
             yield OutputBlock(row, column, height, width)
 
 
-# Class and confidence of pixels where the scene has no data.
-NODATA = 255
-
-
-# Tiles per forward pass.
-BATCH_TILES = 32
-
-
-# Rows of pixels that are read together, at least: GDAL decodes JPEG 2000 anew for every window.
-READ_ROWS = 512
+# Prediction of a block
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""Compare models on one test set: paired bootstrap over test samples and over seeds.
+"""Compare models: on one test set by a paired bootstrap, and in summaries over datasets as in GEO-Bench.
 
-Two sources of variation are separated: the test samples (which ones happen to be in the set) and the seeds
-(initialization and order of training samples). The bootstrap takes the same test samples for every model, so that
-comparisons are paired. A difference is significant only if it is larger than both variations together.
+On one test set two sources of variation are separated: the test samples (which ones happen to be in the set) and the
+seeds (initialization and order of training samples). The bootstrap takes the same test samples for every model, so
+that comparisons are paired. A difference is significant only if it is larger than both variations together.
+
+Sources of the summaries: Lacoste et al., GEO-Bench, NeurIPS 2023, arXiv 2306.03831 (scores of each dataset scaled
+linearly between its worst and its best run; bootstrap over seeds, stratified by dataset); Agarwal et al., Deep
+Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021, arXiv 2108.13264 (interquartile mean).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +25,11 @@ N_DRAWS = 10_000
 SIGNIFICANCE_LEVEL = 0.05
 # Draws that are scored at once; with many classes, all at once would need gigabytes.
 DRAWS_PER_BATCH = 1000
+# Protocol of models whose backbones are not trained. The models of all other protocols are trained networks.
+FROZEN = "frozen"
+
+
+# Paired bootstrap on one test set
 
 
 class Verdict(StrEnum):
@@ -184,8 +193,7 @@ def holm_adjusted(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-# Protocol of models whose backbones are not trained. The models of all other protocols are trained networks.
-FROZEN = "frozen"
+# Summaries of runs
 
 
 class ModelKind(StrEnum):
@@ -261,6 +269,9 @@ def _head(run: pd.Series) -> str:
     """Return the description of a run's head; students have none."""
     head = run.get("head")
     return head if isinstance(head, str) else "–"
+
+
+# Summaries over datasets
 
 
 def min_max_normalized(runs: pd.DataFrame) -> pd.Series:

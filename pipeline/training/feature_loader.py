@@ -1,7 +1,11 @@
-"""Minibatches of cached features on the device that trains.
+"""Features as the heads read them: which arrays, standardized, from memory or streamed from the disk.
+
+The paper's composition concatenates the backbones' features along channels (arXiv 2506.20174, section 3). Each
+channel is first standardized by the training split, else one backbone's scale would dominate. Levels of different
+grids are combined inside the head (pipeline/heads/fusion.py), so that memory holds each on its own grid.
 
 Features that fit a memory budget are read once and stay on the device. Others are streamed from the disk through
-reused memory (pinned for a GPU). The caller need not know which.
+reused memory (pinned for a GPU). The caller does not need to know which.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,18 +25,17 @@ from cache.schema import level_array, pooled_array
 from pipeline.feature_ops import channels_last, standardize_
 
 ROWS_PER_READ = 256
-
-
+STAT_ROWS_PER_READ = 4096
 # A channel whose standard deviation is below this share of its mean is a dead unit; it is set to zero.
 DEAD_CHANNEL_RATIO = 1e-5
 
-
 # A feature store and the name of one of its arrays.
 StoreArray = tuple[FeatureStore, str]
-
-
 # Mean and standard deviation of an array's channels over the training split, float64 (channel,).
 ChannelStats = tuple[np.ndarray, np.ndarray]
+
+
+# Selection of arrays
 
 
 def select_pooled(
@@ -72,6 +75,37 @@ def select_levels(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) ->
     return [[(store, level_array(name)) for name in _select_names(store.levels, levels)] for store in stores]
 
 
+def _select_pooled_names(names: Sequence[str], depth: str, tokens: str, levels: Sequence[int]) -> list[str]:
+    """Select names of pooled features by token, then by depth or levels."""
+    means = [name for name in names if not name.startswith("cls_")]
+    class_tokens = [name for name in names if name.startswith("cls_")]
+    groups = {
+        "mean": [means],
+        "cls": [class_tokens or means],
+        "both": [group for group in (means, class_tokens) if group],
+    }[tokens]
+    if levels:  # the band statistics baseline has one vector, which is of no level
+        groups = [_select_names(group, levels) if "_level" in group[0] else group for group in groups]
+    return [name for group in groups for name in (group[-1:] if depth == "last" else group)]
+
+
+def _select_names(names: Sequence[str], levels: Sequence[int]) -> list[str]:
+    """Select the names of some levels, in the order of the levels; empty `levels` for all."""
+    if invalid := [level for level in levels if not -len(names) <= level < len(names)]:
+        choice = f"from 0 (finest) to {len(names) - 1}, or count from -1, the deepest" if len(names) > 1 else "0"
+        raise StoreError(
+            f"heads.levels has level {invalid[0]}, but a backbone of this model has {len(names)}: "
+            f"{', '.join(names)}. Choose {choice}.",
+            key="heads.levels",
+            value=invalid[0],
+            allowed=range(-len(names), len(names)),
+        )
+    return [names[index] for index in sorted({level % len(names) for level in levels})] if levels else list(names)
+
+
+# Standardization
+
+
 def channel_stats(array: StoreArray, train_rows: np.ndarray) -> ChannelStats:
     """Compute an array's channel mean and standard deviation over the training rows.
 
@@ -100,18 +134,6 @@ def to_mean_scale(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.nda
     is_alive = std > np.maximum(DEAD_CHANNEL_RATIO * np.abs(mean), np.finfo(np.float32).tiny)
     scale = np.where(is_alive, 1 / np.where(is_alive, std, 1), 0)
     return mean.astype(np.float32), scale.astype(np.float32)
-
-
-def read_finite(store: FeatureStore, name: str, rows: np.ndarray) -> np.ndarray:
-    """Read rows of an array as stored, float32 (row, channel, …).
-
-    Raises:
-        StoreError: non-finite values.
-    """
-    values = store.read(name, rows).astype(np.float32)
-    if not np.isfinite(values).all():
-        raise nonfinite_error(store, name)
-    return values
 
 
 def read_standardized(array: StoreArray, rows: np.ndarray, stats: ChannelStats) -> torch.Tensor:
@@ -147,6 +169,18 @@ def read_pooled(
     return torch.cat([read_standardized(array, rows, channel_stats(array, train_rows)) for array in arrays], dim=1)
 
 
+def read_finite(store: FeatureStore, name: str, rows: np.ndarray) -> np.ndarray:
+    """Read rows of an array as stored, float32 (row, channel, …).
+
+    Raises:
+        StoreError: non-finite values.
+    """
+    values = store.read(name, rows).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise nonfinite_error(store, name)
+    return values
+
+
 def nonfinite_error(store: FeatureStore, name: str) -> StoreError:
     """Return the error for an array with non-finite values."""
     return StoreError(
@@ -162,32 +196,7 @@ def _local_path(store: FeatureStore) -> Path | None:
     return store.location if isinstance(store.location, Path) else None
 
 
-def _select_pooled_names(names: Sequence[str], depth: str, tokens: str, levels: Sequence[int]) -> list[str]:
-    """Select names of pooled features by token, then by depth or levels."""
-    means = [name for name in names if not name.startswith("cls_")]
-    class_tokens = [name for name in names if name.startswith("cls_")]
-    groups = {
-        "mean": [means],
-        "cls": [class_tokens or means],
-        "both": [group for group in (means, class_tokens) if group],
-    }[tokens]
-    if levels:  # the band statistics baseline has one vector, which is of no level
-        groups = [_select_names(group, levels) if "_level" in group[0] else group for group in groups]
-    return [name for group in groups for name in (group[-1:] if depth == "last" else group)]
-
-
-def _select_names(names: Sequence[str], levels: Sequence[int]) -> list[str]:
-    """Select the names of some levels, in the order of the levels; empty `levels` for all."""
-    if invalid := [level for level in levels if not -len(names) <= level < len(names)]:
-        choice = f"from 0 (finest) to {len(names) - 1}, or count from -1, the deepest" if len(names) > 1 else "0"
-        raise StoreError(
-            f"heads.levels has level {invalid[0]}, but a backbone of this model has {len(names)}: "
-            f"{', '.join(names)}. Choose {choice}.",
-            key="heads.levels",
-            value=invalid[0],
-            allowed=range(-len(names), len(names)),
-        )
-    return [names[index] for index in sorted({level % len(names) for level in levels})] if levels else list(names)
+# Batches and splits
 
 
 class FeatureLoader:
@@ -253,6 +262,12 @@ class FeatureLoader:
                 tensors[name][start : start + len(index)] = values
             start += len(index)
         return tensors
+
+
+def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocate memory from which a GPU copies asynchronously."""
+    torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=torch_dtype, pin_memory=True).numpy()
 
 
 class StreamedFeatures:
@@ -334,12 +349,3 @@ class SplitData:
     inputs: torch.Tensor | list[torch.Tensor] | StreamedFeatures
     label: torch.Tensor
     sample: list[str] = field(default_factory=list)
-
-
-def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate memory from which a GPU copies asynchronously."""
-    torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-    return torch.empty(shape, dtype=torch_dtype, pin_memory=True).numpy()
-
-
-STAT_ROWS_PER_READ = 4096

@@ -21,6 +21,9 @@ from pipeline.training.optim import FusedAdamW, StackedAdamW, warm_cosine
 from pipeline.training.parallel import GraphedStep, cuda_streams, deterministic_cudnn, parallel_map
 from pipeline.training.predictions import evaluate_groups, evaluate_in_memory, select_rows
 
+# Seed of the order of streamed samples.
+STREAMED_SEED = 0
+
 
 @dataclass(frozen=True)
 class HParams:
@@ -47,6 +50,9 @@ class TrainSchedule:
     batch: int
     patience: int = 0
     val_checks: int = 10
+
+
+# One independent group of heads
 
 
 class HeadTrainer:
@@ -146,8 +152,7 @@ class HeadTrainer:
             self.group.load_state_dict(self.best_state)
 
 
-# Seed of the order of streamed samples.
-STREAMED_SEED = 0
+# All heads
 
 
 def fit(
@@ -271,23 +276,6 @@ def _run_graphed(trainer: HeadTrainer, step: GraphedStep, validation: SplitData 
     trainer.optimizer.zero_grad()  # the gradients are in the graph's memory
 
 
-def _orders(trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule) -> torch.Tensor:
-    """Rows of every step, (step, head, batch), on the device; (step, 1, batch) if all heads have one seed."""
-    seeds = [head.seed for head in trainer.hparams]
-    seeds = seeds[:1] if len(set(seeds)) == 1 else seeds
-    orders = [batch_order(len(data.label), schedule, seed) for seed in seeds]
-    return torch.stack(orders, dim=1).to(data.label.device)
-
-
-def _batch(trainer: HeadTrainer, data: SplitData, index: torch.Tensor) -> tuple:
-    """Arguments of `HeadTrainer.step` for rows (head, batch), or (1, batch), which all heads share."""
-    n_heads = len(trainer.hparams)
-    if len(index) == n_heads > 1:
-        return data.inputs, index, data.label[index]
-    label = data.label[index].expand(n_heads, *index.shape[1:], *data.label.shape[1:])
-    return select_rows(data.inputs, index[0]), None, label
-
-
 def _train_streamed(
     trainers: Sequence[HeadTrainer], data: SplitData, schedule: TrainSchedule, validation: SplitData | None
 ) -> None:
@@ -308,3 +296,20 @@ def _train_streamed(
                     trainer.record_validation(counts)
             if all(trainer.is_done for trainer in trainers):
                 return
+
+
+def _orders(trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule) -> torch.Tensor:
+    """Rows of every step, (step, head, batch), on the device; (step, 1, batch) if all heads have one seed."""
+    seeds = [head.seed for head in trainer.hparams]
+    seeds = seeds[:1] if len(set(seeds)) == 1 else seeds
+    orders = [batch_order(len(data.label), schedule, seed) for seed in seeds]
+    return torch.stack(orders, dim=1).to(data.label.device)
+
+
+def _batch(trainer: HeadTrainer, data: SplitData, index: torch.Tensor) -> tuple:
+    """Arguments of `HeadTrainer.step` for rows (head, batch), or (1, batch), which all heads share."""
+    n_heads = len(trainer.hparams)
+    if len(index) == n_heads > 1:
+        return data.inputs, index, data.label[index]
+    label = data.label[index].expand(n_heads, *index.shape[1:], *data.label.shape[1:])
+    return select_rows(data.inputs, index[0]), None, label

@@ -1,4 +1,8 @@
-"""Train and evaluate independent heads in parallel: one CPU core or one CUDA stream per head."""
+"""Train and evaluate independent heads in parallel: one CPU core or one CUDA stream per head.
+
+On a GPU the training steps are CUDA graphs, recorded once and then repeated without Python: a step of a small head is
+hundreds of kernels, and Python takes longer to launch each than the GPU to run it.
+"""
 
 import queue
 from collections.abc import Callable, Iterator, Sequence

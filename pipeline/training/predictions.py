@@ -1,7 +1,10 @@
-"""Tables of predictions: every seed on every test sample, so that every figure can be recomputed.
+"""Evaluate trained heads, and write tables of predictions.
 
-For classification and multi-label tasks a row has the prediction, the label and the probabilities. For segmentation
-it has the confusion matrix of the mask: enough for its scores and their resampling, at a thousandth of the size.
+Evaluation: counts per sample, logits, and divergence.
+
+Tables have every seed on every test sample, so that every figure can be recomputed. For classification and
+multi-label tasks a row has the prediction, the label and the probabilities. For segmentation it has the confusion
+matrix of the mask: enough for its scores and their resampling, at a thousandth of the size.
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,80 @@ from pipeline.training.parallel import parallel_map
 
 # Keys of params.yaml that bound the heads' learning rate and weight decay.
 SEARCH_KEYS = "search.learning_rate, search.weight_decay"
+# Samples per evaluation batch of stacked heads, which are one matrix product.
+STACKED_BATCH = 4096
+
+
+# Evaluation
+
+
+def evaluate(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
+    """Count hits and errors of every head and sample, int64 (head, sample, cell) (pipeline/tasks.py)."""
+    return np.concatenate(evaluate_groups(group.independent_heads(), data, task, batch))
+
+
+def evaluate_groups(groups: Sequence[HeadGroup], data: SplitData, task: Task, batch: int) -> list[np.ndarray]:
+    """Evaluate several groups as `evaluate` does; streamed features are read once for all groups."""
+    with parallel_map(data, groups[0]) as map_parallel:
+        if not isinstance(data.inputs, StreamedFeatures):
+            return list(map_parallel(lambda group: evaluate_in_memory(group, data, task, batch), groups))
+        parts, rows = [], torch.arange(len(data.label)).split(batch)
+        for index, inputs in zip(rows, data.inputs.batches(rows), strict=True):
+            label = data.label[index.to(data.label.device)]
+            parts.append(list(map_parallel(lambda group, x=inputs, y=label: _count(group, x, y, task), groups)))
+    return [np.concatenate(counts, axis=1) for counts in zip(*parts, strict=True)]
+
+
+def evaluate_in_memory(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
+    """Count hits and errors of a group on features in memory, int64 (head, sample, cell)."""
+    size, parts = STACKED_BATCH if group.is_stacked else batch, []
+    for start in range(0, len(data.label), size):
+        rows = slice(start, start + size)
+        parts.append(_count(group, select_rows(data.inputs, rows), data.label[rows], task))
+    return np.concatenate(parts, axis=1)
+
+
+@torch.no_grad()
+def predict_logits(group: HeadGroup, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
+    """Return the logits of every head on pooled features (sample, channel), float32 (head, sample, class)."""
+    rows = torch.arange(len(inputs)).split(STACKED_BATCH)
+    batches = inputs.batches(rows) if isinstance(inputs, StreamedFeatures) else inputs.split(STACKED_BATCH)
+    parts = [torch.cat([logits for _, logits in group.forward_heads(batch, None)]).float().cpu() for batch in batches]
+    return torch.cat(parts, dim=1).numpy()
+
+
+@torch.no_grad()
+def diverged_heads(group: HeadGroup) -> np.ndarray:
+    """Return which heads have non-finite parameters or running statistics, bool (head,)."""
+    diverged = []
+    for independent in group.independent_heads():
+        values = [value for value in independent.state_dict().values() if value.is_floating_point()]
+        n_heads = len(independent) if group.is_stacked else 1
+        finite = torch.stack([value.isfinite().reshape(n_heads, -1).all(dim=1) for value in values]).all(dim=0)
+        diverged.append(~finite)
+    return torch.cat(diverged).cpu().numpy()
+
+
+def select_rows(
+    inputs: torch.Tensor | list[torch.Tensor], index: torch.Tensor | slice
+) -> torch.Tensor | list[torch.Tensor]:
+    """Return some rows of pooled features or of every level."""
+    return inputs[index] if isinstance(inputs, torch.Tensor) else [level[index] for level in inputs]
+
+
+@torch.no_grad()
+def _count(group: HeadGroup, inputs, label: torch.Tensor, task: Task) -> np.ndarray:
+    """Counts on one batch, (head, sample, cell); the group stays in training or evaluation mode."""
+    was_training = group.training
+    group.eval()
+    logits = torch.cat([logits for _, logits in group.forward_heads(inputs, None)])
+    group.train(was_training)
+    predicted = task.predict_labels(logits, label, dim=2).cpu().numpy()
+    actual = label.long().cpu().numpy()
+    return np.stack([task.counts(labels, actual) for labels in predicted])
+
+
+# Tables of predictions
 
 
 def prediction_table(
@@ -100,73 +177,3 @@ def counts_from_table(table: pd.DataFrame, task: Task) -> tuple[list[str], np.nd
         predicted, label = (np.stack(table[name]) for name in ("predicted", "label"))
         counts = task.counts(predicted, label)
     return samples, counts.reshape(n_seeds, len(samples), -1)
-
-
-# Samples per evaluation batch of stacked heads, which are one matrix product.
-STACKED_BATCH = 4096
-
-
-def evaluate(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
-    """Count hits and errors of every head and sample, int64 (head, sample, cell) (pipeline/tasks.py)."""
-    return np.concatenate(evaluate_groups(group.independent_heads(), data, task, batch))
-
-
-def evaluate_groups(groups: Sequence[HeadGroup], data: SplitData, task: Task, batch: int) -> list[np.ndarray]:
-    """Evaluate several groups as `evaluate` does; streamed features are read once for all groups."""
-    with parallel_map(data, groups[0]) as map_parallel:
-        if not isinstance(data.inputs, StreamedFeatures):
-            return list(map_parallel(lambda group: evaluate_in_memory(group, data, task, batch), groups))
-        parts, rows = [], torch.arange(len(data.label)).split(batch)
-        for index, inputs in zip(rows, data.inputs.batches(rows), strict=True):
-            label = data.label[index.to(data.label.device)]
-            parts.append(list(map_parallel(lambda group, x=inputs, y=label: _count(group, x, y, task), groups)))
-    return [np.concatenate(counts, axis=1) for counts in zip(*parts, strict=True)]
-
-
-def evaluate_in_memory(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
-    """Count hits and errors of a group on features in memory, int64 (head, sample, cell)."""
-    size, parts = STACKED_BATCH if group.is_stacked else batch, []
-    for start in range(0, len(data.label), size):
-        rows = slice(start, start + size)
-        parts.append(_count(group, select_rows(data.inputs, rows), data.label[rows], task))
-    return np.concatenate(parts, axis=1)
-
-
-@torch.no_grad()
-def diverged_heads(group: HeadGroup) -> np.ndarray:
-    """Return which heads have non-finite parameters or running statistics, bool (head,)."""
-    diverged = []
-    for independent in group.independent_heads():
-        values = [value for value in independent.state_dict().values() if value.is_floating_point()]
-        n_heads = len(independent) if group.is_stacked else 1
-        finite = torch.stack([value.isfinite().reshape(n_heads, -1).all(dim=1) for value in values]).all(dim=0)
-        diverged.append(~finite)
-    return torch.cat(diverged).cpu().numpy()
-
-
-@torch.no_grad()
-def predict_logits(group: HeadGroup, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
-    """Return the logits of every head on pooled features (sample, channel), float32 (head, sample, class)."""
-    rows = torch.arange(len(inputs)).split(STACKED_BATCH)
-    batches = inputs.batches(rows) if isinstance(inputs, StreamedFeatures) else inputs.split(STACKED_BATCH)
-    parts = [torch.cat([logits for _, logits in group.forward_heads(batch, None)]).float().cpu() for batch in batches]
-    return torch.cat(parts, dim=1).numpy()
-
-
-def select_rows(
-    inputs: torch.Tensor | list[torch.Tensor], index: torch.Tensor | slice
-) -> torch.Tensor | list[torch.Tensor]:
-    """Return some rows of pooled features or of every level."""
-    return inputs[index] if isinstance(inputs, torch.Tensor) else [level[index] for level in inputs]
-
-
-@torch.no_grad()
-def _count(group: HeadGroup, inputs, label: torch.Tensor, task: Task) -> np.ndarray:
-    """Counts on one batch, (head, sample, cell); the group stays in training or evaluation mode."""
-    was_training = group.training
-    group.eval()
-    logits = torch.cat([logits for _, logits in group.forward_heads(inputs, None)])
-    group.train(was_training)
-    predicted = task.predict_labels(logits, label, dim=2).cpu().numpy()
-    actual = label.long().cpu().numpy()
-    return np.stack([task.counts(labels, actual) for labels in predicted])

@@ -1,6 +1,7 @@
 """The frozen protocol: search hyperparameters on validation, then score seeds on test.
 
-The backbones are frozen and features come from the cache. Every seed is scored once on the test split.
+The backbones are frozen and features come from the cache. Every seed is scored once on the test split. Learning rate
+and weight decay are searched by Optuna's TPE, several trials at a time. Distillation uses the same search.
 """
 
 import hashlib
@@ -30,6 +31,13 @@ from pipeline.training.task_data import TaskData
 
 # Value of the column `protocol` of the runs; fine-tuning and distillation have others.
 PROTOCOL = "frozen"
+# The hyperparameters that are searched: fields of SearchConfig and of HParams.
+SEARCHED = ("learning_rate", "weight_decay")
+
+Score = Callable[[Sequence[HParams]], Sequence[float] | np.ndarray]
+
+
+# Protocol
 
 
 @dataclass(frozen=True)
@@ -47,51 +55,6 @@ class ProtocolResult:
     predicted: pd.DataFrame
     group: Any
     best_index: int
-
-
-def train_heads(data: TaskData, hparams: Sequence[HParams]) -> HeadGroup:
-    """Train one head per hyperparameters; return the group.
-
-    Linear heads are trained in the principal axes of their inputs, and rotated back.
-    """
-
-    def rotated(split: SplitData) -> SplitData:
-        return replace(split, inputs=task_data.rotate(split.inputs, data.rotations)) if data.rotations else split
-
-    validation = rotated(data.splits["val"]) if data.schedule.patience else None
-    train = rotated(data.splits["train"])
-    group = fit(data.head_config.create_group, train, data.task, hparams, data.schedule, validation)
-    if data.rotations:
-        task_data.rotate_back(group, data.rotations)
-    return group
-
-
-def count_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
-    """Count hits and errors of every head on a split, int64 (head, sample, cell); see pipeline/tasks.py."""
-    return evaluate(group, data.splits[split], data.task, data.schedule.batch)
-
-
-def score_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
-    """Compute the score of every head on a split, (head,)."""
-    return data.task.score(count_split(data, group, split).sum(axis=1))
-
-
-def trained_head(data: TaskData, model: str, group: HeadGroup, index: int) -> TrainedHead:
-    """Return one head of a trained group, ready to be saved (pipeline/heads/checkpoint.py).
-
-    Args:
-        model: name of the model.
-        index: of the head.
-    """
-    return TrainedHead(
-        model,
-        data.task.type.value,
-        tuple(data.class_names),
-        tuple(map(tuple, data.array_names)),
-        data.head_config,
-        tuple((torch.from_numpy(mean), torch.from_numpy(scale)) for mean, scale in data.mean_scale),
-        select_head(data.head_config, group, index),
-    )
 
 
 def tune(
@@ -161,9 +124,52 @@ def train_and_test(
     return ProtocolResult(pd.DataFrame(runs), predicted, group, int(val_scores.argmax()))
 
 
-Score = Callable[[Sequence[HParams]], Sequence[float] | np.ndarray]
-# The hyperparameters that are searched: fields of SearchConfig and of HParams.
-SEARCHED = ("learning_rate", "weight_decay")
+def train_heads(data: TaskData, hparams: Sequence[HParams]) -> HeadGroup:
+    """Train one head per hyperparameters; return the group.
+
+    Linear heads are trained in the principal axes of their inputs, and rotated back.
+    """
+
+    def rotated(split: SplitData) -> SplitData:
+        return replace(split, inputs=task_data.rotate(split.inputs, data.rotations)) if data.rotations else split
+
+    validation = rotated(data.splits["val"]) if data.schedule.patience else None
+    train = rotated(data.splits["train"])
+    group = fit(data.head_config.create_group, train, data.task, hparams, data.schedule, validation)
+    if data.rotations:
+        task_data.rotate_back(group, data.rotations)
+    return group
+
+
+def count_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
+    """Count hits and errors of every head on a split, int64 (head, sample, cell); see pipeline/tasks.py."""
+    return evaluate(group, data.splits[split], data.task, data.schedule.batch)
+
+
+def score_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
+    """Compute the score of every head on a split, (head,)."""
+    return data.task.score(count_split(data, group, split).sum(axis=1))
+
+
+def trained_head(data: TaskData, model: str, group: HeadGroup, index: int) -> TrainedHead:
+    """Return one head of a trained group, ready to be saved (pipeline/heads/checkpoint.py).
+
+    Args:
+        model: name of the model.
+        index: of the head.
+    """
+    return TrainedHead(
+        model,
+        data.task.type.value,
+        tuple(data.class_names),
+        tuple(map(tuple, data.array_names)),
+        data.head_config,
+        tuple((torch.from_numpy(mean), torch.from_numpy(scale)) for mean, scale in data.mean_scale),
+        select_head(data.head_config, group, index),
+    )
+
+
+# Search
 
 
 def search(score: Score, config: SearchConfig, study_path: Path | None = None, cache_key: object = None) -> dict:
@@ -205,6 +211,21 @@ def search(score: Score, config: SearchConfig, study_path: Path | None = None, c
     return {"best": {name: best[name] for name in SEARCHED}, "score": best["score"], "trials": trials}
 
 
+def _propose(trials: Sequence[dict], space: dict, count: int, config: SearchConfig) -> list[dict]:
+    """Propose a round of hyperparameters: random in the first half of all trials, then by TPE."""
+    # One seed per round, because the state of a sampler is lost with its process.
+    seed = int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0])
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    sampler = optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=config.trials // 2, multivariate=True, constant_liar=True
+    )
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for trial in trials:
+        values = {name: trial[name] for name in space}
+        study.add_trial(optuna.trial.create_trial(params=values, distributions=space, value=trial["score"]))
+    return [study.ask(space).params for _ in range(count)]
+
+
 def _best_trial(trials: Sequence[dict]) -> dict:
     finite = [trial for trial in trials if "diverged" not in trial]
     if not finite:
@@ -221,21 +242,6 @@ def _best_trial(trials: Sequence[dict]) -> dict:
         finite,
         key=lambda trial: (trial["score"], _decay_strength(trial["learning_rate"] * trial["weight_decay"])),
     )
-
-
-def _propose(trials: Sequence[dict], space: dict, count: int, config: SearchConfig) -> list[dict]:
-    """Propose a round of hyperparameters: random in the first half of all trials, then by TPE."""
-    # One seed per round, because the state of a sampler is lost with its process.
-    seed = int(np.random.SeedSequence([config.seed, len(trials)]).generate_state(1)[0])
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    sampler = optuna.samplers.TPESampler(
-        seed=seed, n_startup_trials=config.trials // 2, multivariate=True, constant_liar=True
-    )
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    for trial in trials:
-        values = {name: trial[name] for name in space}
-        study.add_trial(optuna.trial.create_trial(params=values, distributions=space, value=trial["score"]))
-    return [study.ask(space).params for _ in range(count)]
 
 
 def _decay_strength(rate: float) -> float:

@@ -1,4 +1,14 @@
-"""Data of a task: a dataset's labels and a model's features, aligned, standardized and split."""
+"""Data of a task: a dataset's labels and a model's features, aligned, standardized and split.
+
+Linear heads are trained in the principal axes of pooled features. AdamW scales every weight by itself, which
+converges slowly where channels are correlated, as those of a backbone are. In the principal axes of the training
+split they are not. Each array is rotated by itself, so that the cost grows with its width and not with the number of
+backbones. A rotation changes neither the functions that a linear head can represent nor its sum of squared weights. A
+trained head is rotated back and reads features as they are stored; only the axes of almost no variance are lost
+(`MIN_VARIANCE`).
+
+Adam in an eigenbasis is from SOAP (Vyas et al. 2024, arXiv 2409.11321), which uses the basis of the gradients.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +44,12 @@ from pipeline.training.loop import TrainSchedule
 
 # Masks that are read at once to find a labelled pixel.
 MASKS_PER_READ = 64
+# Axes of less variance (a standardized channel has 1) are set to zero: AdamW would amplify the rounding to float16
+# that they consist of to the scale of the others.
+MIN_VARIANCE = 1e-5
+
+
+# Loading
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ class TaskData:
         task: the task, with its number of classes and their weights.
         class_names: names of the classes.
         array_names: names of each backbone's arrays that the heads read.
-        mean_scale: for each of these arrays, `feature_inputs.to_mean_scale`.
+        mean_scale: for each of these arrays, `feature_loader.to_mean_scale`.
         rotations: principal axes of each array, in which linear heads are trained; empty for none.
         head_config: configuration of the heads.
         schedule: length of the training.
@@ -182,6 +198,22 @@ def task_from_store(images: xr.Dataset) -> Task:
     return get_task(images.attrs["task"])(len(images.attrs["classes"]))
 
 
+def balanced_weights(label: np.ndarray, task: Task) -> tuple[float, ...]:
+    """Return a weight per class, inverse to its frequency in the training labels; 1 for absent classes."""
+    if task.is_multilabel:
+        raise UserError(
+            "heads.class_weights is 'balanced', which is for one class per sample or pixel; this dataset is "
+            "multi-label. Set it to 'none'.",
+            key="heads.class_weights",
+            value="balanced",
+            allowed=["none"],
+        )
+    count = task.class_frequencies(label)
+    is_present = count > 0
+    weights = np.where(is_present, count.sum() / (is_present.sum() * np.maximum(count, 1)), 1.0)
+    return tuple(weights.tolist())
+
+
 def _check_labelled(images: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
     """Refuse a split of masks without a labelled pixel: its score would be 0 for any prediction."""
     for split, index in rows.items():
@@ -228,25 +260,7 @@ def _head_config(
     return HeadConfig(head_name, heads.fusion, shapes, task.n_classes, mask_size, options, neck, precision)
 
 
-def balanced_weights(label: np.ndarray, task: Task) -> tuple[float, ...]:
-    """Return a weight per class, inverse to its frequency in the training labels; 1 for absent classes."""
-    if task.is_multilabel:
-        raise UserError(
-            "heads.class_weights is 'balanced', which is for one class per sample or pixel; this dataset is "
-            "multi-label. Set it to 'none'.",
-            key="heads.class_weights",
-            value="balanced",
-            allowed=["none"],
-        )
-    count = task.class_frequencies(label)
-    is_present = count > 0
-    weights = np.where(is_present, count.sum() / (is_present.sum() * np.maximum(count, 1)), 1.0)
-    return tuple(weights.tolist())
-
-
-# Axes of less variance (a standardized channel has 1) are set to zero: AdamW would amplify the rounding to float16
-# that they consist of to the scale of the others.
-MIN_VARIANCE = 1e-5
+# Principal axes
 
 
 def principal_axes(

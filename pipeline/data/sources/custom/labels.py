@@ -1,4 +1,8 @@
-"""Labels as polygons over a scene."""
+"""Labels of custom data: polygons over a scene, masks, or a CSV file.
+
+Polygons are drawn onto the grid of the scene. Masks are rasters of class indices on the grid of the images. A CSV
+file has one row per image.
+"""
 
 import functools
 import warnings
@@ -22,6 +26,10 @@ from pipeline.tasks import IGNORE
 
 POLYGON_TYPES = ("Polygon", "MultiPolygon")
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")
+LABEL_SEPARATOR = "|"
+
+
+# Polygons
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,9 @@ def _sorted_polygons(labels: PolygonLabels) -> tuple[geopandas.GeoSeries, np.nda
     return frame.geometry, frame[labels.column].map(labels.classes.index).to_numpy()
 
 
+# Masks
+
+
 @dataclass(frozen=True)
 class MaskLabels:
     """Reads the mask of a window of an image.
@@ -324,7 +335,7 @@ def _open(path: str) -> rasterio.DatasetReader:
     return rasterio.open(path)
 
 
-LABEL_SEPARATOR = "|"
+# CSV files
 
 
 def read_table(

@@ -1,4 +1,7 @@
-"""Samples of custom data: chips of images, how they are read, and how they are assigned to splits."""
+"""Samples of custom data: chips of images, how they are read, and how they are assigned to splits.
+
+Images without labels are samples of the split `unlabelled`: students learn from the teacher's predictions on them.
+"""
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -37,6 +40,9 @@ DRAWS_TIMES_BLOCKS = 4_000_000
 MIN_DRAWS, MAX_DRAWS = 200, 20000
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+
+
+# Chips
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,9 @@ def read_all(keys: Iterable[Key], read: Callable[[Key], Value], skip_bad: bool, 
     return values
 
 
+# Splits
+
+
 def assign_splits(
     reader: CustomSampleReader,
     chips: Mapping[str, Chip],
@@ -256,6 +265,9 @@ def _block_id(chip: Chip, chips: Mapping[str, Chip], block_size: int) -> tuple:
     origin = next(other.image for other in chips.values() if other.image.crs == image.crs)
     column, row = ~rasterio.Affine(*origin.transform) @ image.xy(chip.row, chip.column)
     return (image.crs, math.floor(column / block_size + 1e-6), math.floor(row / block_size + 1e-6))
+
+
+# Images without labels
 
 
 def unlabelled_files(options: CustomOptions, folder: Path) -> list[Path]:

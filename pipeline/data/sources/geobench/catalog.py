@@ -1,4 +1,7 @@
-"""Description of a GEO-Bench set: classes, bands, sizes, units and known faults of its files."""
+"""GEO-Bench's twelve sets: classes, bands, sizes, units and known faults of the files.
+
+Sources: classes and keys from GEO-Bench's converters; published means and standard deviations from torchgeo-bench.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,6 +97,9 @@ class GeoBenchSet:
         return "segmentation_v1.0" if self.task_class.is_dense else "classification_v1.0"
 
 
+# Bands
+
+
 def sentinel2_bands(*excluded: str) -> dict[str, Band]:
     """Return the Sentinel-2 bands by key, without those whose names are `excluded`."""
     return {key: SENTINEL2_BANDS[name] for key, name in SENTINEL2_KEYS.items() if name not in excluded}
@@ -148,6 +154,11 @@ _BRICK_KILN_BANDS = (
     Band("TCI_G", "tci_green", gsd=10),
     Band("TCI_B", "tci_blue", gsd=10),
 )
+_CLOUD_BANDS = {"Cloud Probability": Band("CLP", "cloud_probability", gsd=10)}
+
+
+# Classification sets
+
 
 CLASSIFICATION_SETS = (
     GeoBenchSet(
@@ -296,7 +307,8 @@ CLASSIFICATION_SETS = (
 )  # fmt: skip
 
 
-_CLOUD_BANDS = {"Cloud Probability": Band("CLP", "cloud_probability", gsd=10)}
+# Segmentation sets
+
 
 SEGMENTATION_SETS = (
     GeoBenchSet(

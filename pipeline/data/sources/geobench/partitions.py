@@ -1,4 +1,7 @@
-"""Read the JSON files of a set: partitions, labels and band statistics."""
+"""Read the JSON files of a set (partitions, labels and band statistics), and check its band means.
+
+The means are compared with published ones, to detect bands in another order.
+"""
 
 import itertools
 import json
@@ -18,6 +21,12 @@ SPLITS = {"train": "train", "valid": "val", "test": "test"}
 MAX_NAME_LENGTH = 200
 # In characters: longer values of a file are cut in messages.
 _SHOWN_LENGTH = 60
+# In standard deviations: means of other samples of the same pixels differ from the published ones by less.
+MEAN_TOLERANCE = 0.2
+_HINT = "If the files are right, set check_means: false in the options of the dataset."
+
+
+# JSON files
 
 
 def read_partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[str]]:
@@ -188,9 +197,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, float | int) and math.isfinite(value)
 
 
-# In standard deviations: means of other samples of the same pixels differ from the published ones by less.
-MEAN_TOLERANCE = 0.2
-_HINT = "If the files are right, set check_means: false in the options of the dataset."
+# Band means
 
 
 @dataclass(frozen=True)
