@@ -28,8 +28,7 @@ import zarr
 from numcodecs import blosc
 from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec
 
-from cache import codecs as zarr_shard
-from cache.codecs import dequantize
+from cache.codecs import EMPTY, decode_index, dequantize, index_size
 from cache.errors import StoreError
 from cache.remote import RemoteArray
 from cache.schema import CHUNK_KEYS
@@ -272,7 +271,7 @@ class LocalArray:
             for number, row in [divmod(row, self._rows_per_file) for row in rows]:
                 path, file, index = opened.get(number) or self._open(number)
                 start, length = (row * self._row_bytes, self._row_bytes) if index is None else index[row].tolist()
-                if start == zarr_shard.EMPTY:
+                if start == EMPTY:
                     raise self._damaged(path, f"its row {row} was never written")
                 locations.append((path, file, start, length))
         return locations
@@ -300,7 +299,7 @@ class LocalArray:
                 path, file, _ = self._open(number)
             rows = min(self._rows_per_file, self._n_rows - number * self._rows_per_file)
             index = self._read_index(path, file)[:rows]
-            if (index[:, 0] == zarr_shard.EMPTY).any():
+            if (index[:, 0] == EMPTY).any():
                 raise self._damaged(path, "rows were never written")
             if not self._is_compressed and not np.array_equal(index[:, 0], plain_offsets[:rows]):
                 raise self._damaged(path, "its rows are not in order without gaps")
@@ -310,7 +309,7 @@ class LocalArray:
         if not self._is_sharded:
             return self._rows_per_file * self._row_bytes
         rows = min(self._rows_per_file, self._n_rows - number * self._rows_per_file)
-        return rows * self._row_bytes + zarr_shard.index_size(self._rows_per_file)
+        return rows * self._row_bytes + index_size(self._rows_per_file)
 
     def _read_index(self, path: str, file: MmapFile) -> np.ndarray:
         """Offset and length of a file's rows, uint64 (row, 2)."""
@@ -318,11 +317,11 @@ class LocalArray:
         if not self._is_sharded:
             raise self._damaged(path, f"it has {size} bytes instead of {self._rows_per_file * self._row_bytes}")
         try:
-            tail = file.content[-zarr_shard.index_size(self._rows_per_file) :].tobytes()
-            index = zarr_shard.decode_index(tail, self._rows_per_file)
+            tail = file.content[-index_size(self._rows_per_file) :].tobytes()
+            index = decode_index(tail, self._rows_per_file)
         except ValueError as error:
             raise self._damaged(path, str(error)) from None
-        written = index[index[:, 1] != zarr_shard.EMPTY]
+        written = index[index[:, 1] != EMPTY]
         if not self._is_compressed and (written[:, 1] != self._row_bytes).any():
             raise self._damaged(path, "its index has rows of another length")
         if (written > size).any() or (written.sum(axis=1) > size).any():

@@ -27,7 +27,6 @@ from cache.errors import StoreError
 if TYPE_CHECKING:
     from zarr.codecs import BloscCodec
 
-
 COMPRESSION_LEVEL = 5
 _COMPRESSORS = {"lz4": "lz4", "zstd": "zstd", "bitround": "zstd"}
 _INT8_MAX = 127

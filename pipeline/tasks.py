@@ -22,7 +22,6 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:  # torch takes 3 s to import; the processes that write images need none
     import torch
 
-
 # Mask value of a pixel without a label. It is also the value of all elements of a missing multi-hot label.
 IGNORE = 255
 # Class index of a sample without a label; no class can have it.

@@ -26,7 +26,6 @@ from pipeline.errors import UserError
 # torch reads this variable when it creates its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Batches at the same time on a CPU; each needs memory.
 _MAX_PARALLEL = 2

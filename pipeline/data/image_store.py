@@ -94,7 +94,7 @@ class Sample:
     """One sample: image (band, y, x), label, and its location in degrees and time where known."""
 
     image: np.ndarray
-    label: np.ndarray
+    label: np.ndarray | np.int64
     lat: float = np.nan
     lon: float = np.nan
     time: np.datetime64 = field(default_factory=lambda: np.datetime64("NaT", "s"))

@@ -345,7 +345,9 @@ class ChunkWriter:
         return image, label, lat, lon, time, unreadable
 
 
-def _check_sample(sample: Sample, dataset: LazyImageDataset, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _check_sample(
+    sample: Sample, dataset: LazyImageDataset, name: str, split: str
+) -> tuple[np.ndarray, np.ndarray | np.int64]:
     """Return a sample's image, in the dataset's dtype, and its label, if they fit the dataset.
 
     Raises:

@@ -69,7 +69,7 @@ class StackedLinear(nn.Module):
             index: rows of each head, (head, batch); None for all rows.
         """
         rows = inputs if index is None else self._select(inputs, index)
-        yield slice(None), self._logits(rows) if self.fuse is None else self._fused_logits(rows)
+        yield slice(None), self._logits(rows) if self.fuse is None else self._fused_logits(rows, self.fuse)
 
     @torch.no_grad()
     def backward(
@@ -101,11 +101,13 @@ class StackedLinear(nn.Module):
         logits = torch.addmm(self.biases[0].flatten(), rows, self.weights[0].flatten(0, 1).t())
         return logits.view(len(rows), len(self), -1).transpose(0, 1)
 
-    def _fused_logits(self, rows: torch.Tensor) -> torch.Tensor:
+    def _fused_logits(
+        self, rows: torch.Tensor, fuse: Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
+    ) -> torch.Tensor:
         first, *features = rows.expand(len(self), -1, -1).split(self.widths, dim=2)
         if self.n_projections:
             features = [self._linear(layer, values) for layer, values in enumerate(features)]
-        return self._linear(-1, self.fuse(first, features))
+        return self._linear(-1, fuse(first, features))
 
     def _linear(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
         """Apply a layer of each head to its own rows (head, batch, channel).

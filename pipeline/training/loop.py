@@ -306,7 +306,9 @@ def _orders(trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule) -> t
     return torch.stack(orders, dim=1).to(data.label.device)
 
 
-def _batch(trainer: HeadTrainer, data: SplitData, index: torch.Tensor) -> tuple:
+def _batch(
+    trainer: HeadTrainer, data: SplitData, index: torch.Tensor
+) -> tuple[torch.Tensor | list[torch.Tensor] | StreamedFeatures, torch.Tensor | None, torch.Tensor]:
     """Arguments of `HeadTrainer.step` for rows (head, batch), or (1, batch), which all heads share."""
     n_heads = len(trainer.hparams)
     if len(index) == n_heads > 1:

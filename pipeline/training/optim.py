@@ -92,7 +92,10 @@ class FusedAdamW:
     def __init__(self, head: torch.nn.Module, learning_rate: float, weight_decay: float):
         groups = parameter_groups(head, learning_rate, weight_decay)
         self._groups = [(group["params"], group["weight_decay"]) for group in groups]
-        self._learning_rate, self._calls, self._steps = learning_rate, None, None
+        self._learning_rate = learning_rate
+        # Values, their decay, and their two moments of each call; empty before the first step.
+        self._calls: list[tuple] = []
+        self._steps: torch.Tensor  # created at the first step, on the device of the parameters
 
     def zero_grad(self) -> None:
         """Remove all gradients."""
@@ -103,7 +106,7 @@ class FusedAdamW:
     @torch.no_grad()
     def step(self, lr_factor: float | torch.Tensor) -> None:
         """Update once, with the learning rate times `lr_factor`."""
-        if self._calls is None:
+        if not self._calls:
             self._prepare_calls()
         self._steps += 1
         for values, decay, means, squares in self._calls:
@@ -115,11 +118,10 @@ class FusedAdamW:
 
     def _prepare_calls(self) -> None:
         """List what each call of the kernel updates: the parameters with a gradient."""
-        self._calls = []
         for parameters, decay in self._groups:
             values = [parameter for parameter in parameters if parameter.grad is not None]
-            moments = [[torch.zeros_like(value) for value in values] for _ in range(2)]
-            self._calls += [(values, decay, *moments)] if values else []
+            means, squares = ([torch.zeros_like(value) for value in values] for _ in range(2))
+            self._calls += [(values, decay, means, squares)] if values else []
         self._steps = torch.zeros((), device=self._calls[0][0][0].device)
 
 

@@ -101,7 +101,8 @@ class GraphedStep:
         self._update, self._orders, self._pool = update, orders, pool
         self._lr_factors = torch.tensor(lr_factors, dtype=torch.float32, device=orders.device)
         self._step = torch.zeros(1, dtype=torch.long, device=orders.device)
-        self._has_started, self._graph = False, None
+        self._has_started = False
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         """Start the next step."""

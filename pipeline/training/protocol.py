@@ -192,7 +192,10 @@ def search(score: Score, config: SearchConfig, study_path: Path | None = None, c
         UserError: every trial diverged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {name: optuna.distributions.FloatDistribution(*getattr(config, name), log=True) for name in SEARCHED}
+    bounds = {name: getattr(config, name) for name in SEARCHED}
+    space = {
+        name: optuna.distributions.FloatDistribution(low, high, log=True) for name, (low, high) in bounds.items()
+    }
     key = fingerprint(config, cache_key, _code_digest())
     trials = _load_trials(study_path, key)
     while (remaining := config.trials - len(trials)) > 0:

@@ -4,9 +4,8 @@ What `labels` matches decides which: a CSV file, rasters, or any other format, w
 
 - options.py: the options in params.yaml, and names of classes.
 - rasters.py: images, their files and how they are read.
-- csv_labels.py, mask_labels.py, polygon_labels.py: labels.
-- samples.py: chips, how they are read and assigned to splits.
-- unlabelled.py: further images without labels.
+- labels.py: polygons, masks, or a CSV file.
+- samples.py: chips, how they are read and assigned to splits; further images without labels.
 """
 
 import functools

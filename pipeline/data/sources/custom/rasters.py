@@ -145,7 +145,7 @@ class RasterImage:
             with translate_rasterio_errors(self.paths[0]):
                 out_shape = (self.n_bands, *shape) if shape else None
                 return _open(self.paths[0]).read_masks(out_shape=out_shape, window=window).all(axis=0)
-        return np.stack([self._read_band_mask(path, window) for path in self.paths]).all(axis=0)
+        return np.all([self._read_band_mask(path, window) for path in self.paths], axis=0)
 
     def _read_band(self, path: str, window: Window | None) -> np.ndarray:
         """Pixels (y, x) of a file with one band."""

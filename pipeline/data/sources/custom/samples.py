@@ -38,6 +38,7 @@ from pipeline.tasks import IGNORE, get_task
 # Random assignments tried, times the number of blocks: with ten thousand blocks, fewer than 20,000 suffice.
 DRAWS_TIMES_BLOCKS = 4_000_000
 MIN_DRAWS, MAX_DRAWS = 200, 20000
+
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
@@ -110,6 +111,7 @@ class CustomSampleReader:
                 key=name, path=chip.image.paths[0],
             )  # fmt: skip
         pixels = fill_nodata(pixels, is_valid)
+        label: np.ndarray | np.int64
         if not chip.is_labelled:
             label = get_task(self.task).missing_label(self.n_classes, pixels.shape[1:])
         elif self.crops_windows:
