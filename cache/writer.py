@@ -144,7 +144,7 @@ class Writer:
             values: float arrays (sample of the shard, …) by array path; `StoreSchema.shapes` has the shape of one
                 sample.
             cast_errors: for arrays that the caller already cast to the store's dtype, the sums of squares of the
-                cast's differences and of the values before it (`casting.check_cast`), by array path.
+                cast's differences and of the values before it (`codecs.check_cast`), by array path.
 
         Raises:
             StoreError: no such shard, an array is missing or has another shape, or the dtype cannot hold its values.

@@ -51,9 +51,9 @@ class CompositionResult:
         backbones: the backbones that were probed.
         skipped: reasons why other backbones were skipped.
         probe: the probe: `logistic` or `knn`; None without backbones.
-        subsets: one row per ensemble; see `search.rank_table`.
-        cka: similarity of every two backbones; see `search.cka_table`.
-        greedy: layers in the order in which they were added; see `search.greedy_layers`. Empty if not requested.
+        subsets: one row per ensemble; see `rank_table`.
+        cka: similarity of every two backbones; see `cka_table`.
+        greedy: layers in the order in which they were added; see `greedy_layers`. Empty if not requested.
         selected: the best ensembles, best first.
         trained: those of `selected` that the composition stage trains, because the grid lacks them.
     """

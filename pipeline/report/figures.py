@@ -36,7 +36,7 @@ def draw_boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None
 
     Args:
         runs: one row per run.
-        summary: of the models to draw; see `aggregate.summarize_runs`.
+        summary: of the models to draw; see `significance.summarize_runs`.
         path: of the PNG file.
     """
     datasets = list(summary.dataset.unique())

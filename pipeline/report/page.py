@@ -19,7 +19,7 @@ def display_table(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the table of scores as readers see it; every cell is text.
 
     Args:
-        summary: as `aggregate.summarize_runs` returns it.
+        summary: as `significance.summarize_runs` returns it.
     """
     return pd.DataFrame(
         {
@@ -53,7 +53,7 @@ def render_page(
     """Render the page; it needs no other file.
 
     Args:
-        summary: of all protocols, as `aggregate.summarize_runs` returns it.
+        summary: of all protocols, as `significance.summarize_runs` returns it.
         runs: one row per run, of all protocols.
         pairs: as `statements.all_pairs` returns them.
         sentences: as `statements.key_comparisons` returns them.

@@ -138,7 +138,7 @@ def students_section(
     """Render the distilled students, and write their figure to `folder`.
 
     Args:
-        summary: of all runs; see `aggregate.summarize_runs`.
+        summary: of all runs; see `significance.summarize_runs`.
         draws: bootstrap samples of all models.
         costs: as `cost.benchmark` returns them, with the dataset.
 

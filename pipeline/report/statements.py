@@ -47,7 +47,7 @@ def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
     so the test split selects nothing.
 
     Args:
-        summary: as `aggregate.summarize_runs` returns it.
+        summary: as `significance.summarize_runs` returns it.
         draws: bootstrap samples of each (dataset, model).
     """
     sentences = []

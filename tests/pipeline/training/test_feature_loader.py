@@ -1,13 +1,147 @@
-"""Batches as tensors, streamed or in memory, on this machine's device."""
+"""Selection and standardization of arrays; batches as tensors, streamed or in memory, on this machine's device."""
 
 import numpy as np
 import pytest
+import torch
 from small_store import all_values, small_schema, write_store
 
+from cache.errors import StoreError
 from cache.loader import shuffled_batches
 from cache.reader import FeatureStore
+from cache.schema import LevelSchema, StoreSchema
+from cache.writer import Writer
 from pipeline.device import resolve_device
+from pipeline.training import feature_loader
 from pipeline.training.feature_loader import FeatureLoader
+from tests.errors import raises
+
+
+@pytest.fixture
+def stores(tmp_path):
+    """Stores of two backbones of different scale and grid, of the same 40 samples."""
+    stores, generator = [], np.random.default_rng(0)
+    for name, scale, side in (("a", 1000.0, 8), ("b", 0.01, 4)):
+        schema = StoreSchema(
+            sample=tuple(f"s{i}" for i in range(40)),
+            split=("train",) * 30 + ("test",) * 10,
+            levels=(LevelSchema(3, side, side, 4, "x"), LevelSchema(2, side // 2, side // 2, 8, "y")),
+            pooled={"mean_level0": 3, "mean_level1": 2},
+            dtype="float32",
+            shard_size=16,
+        )
+        writer = Writer(tmp_path / f"scratch-{name}", schema, tmp_path / f"{name}.zarr", {})
+        for shard in writer.pending_shards():
+            count = schema.rows(shard).stop - schema.rows(shard).start
+            levels = {
+                f"level{i}/features": (level.channels, level.height, level.width)
+                for i, level in enumerate(schema.levels)
+            }
+            shapes = levels | {"pooled/mean_level0": (3,), "pooled/mean_level1": (2,)}
+            values = {key: scale * (5 + generator.normal(size=(count, *shape))) for key, shape in shapes.items()}
+            values["level0/features"][:, 1] = scale  # a dead channel
+            writer.write(shard, values)
+        writer.finish()
+        stores.append(FeatureStore(tmp_path / f"{name}.zarr"))
+    return stores
+
+
+def test_read_pooled_standardizes_each_backbone_by_its_training_split(stores):
+    train, test = np.arange(30), np.arange(30, 40)
+    pooled = feature_loader.read_pooled(stores, "all", "mean", train, train)
+    assert pooled.shape == (30, 10)
+    torch.testing.assert_close(pooled.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled.std(0, unbiased=False), torch.ones(10), atol=1e-4, rtol=0)
+    stored = stores[0].read("pooled/mean_level0", np.arange(40))
+    expected = (stored[30:] - stored[:30].mean(0)) / stored[:30].std(0)
+    actual = feature_loader.read_pooled(stores, "all", "mean", test, train)[:, :3]
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_read_pooled_of_last_has_each_backbones_deepest_vector(stores):
+    rows = np.arange(30)
+    pooled_all, last = (feature_loader.read_pooled(stores, depth, "mean", rows, rows) for depth in ("all", "last"))
+    torch.testing.assert_close(last, pooled_all[:, [3, 4, 8, 9]])
+
+
+def test_read_standardized_of_levels_has_each_backbones_grid(stores):
+    arrays = feature_loader.select_levels(stores)
+    assert [[name for _, name in member] for member in arrays] == [["level0/features", "level1/features"]] * 2
+    rows = np.arange(30)
+    for (array, _), side in zip(arrays, (8, 4), strict=True):
+        level = feature_loader.read_standardized(array, rows, feature_loader.channel_stats(array, rows))
+        assert level.shape == (30, 3, side, side)
+        torch.testing.assert_close(level[:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
+        assert (level[:, 1] == 0).all(), "a dead channel"
+
+
+def test_select_of_some_levels(stores):
+    names = [[name for _, name in member] for member in feature_loader.select_levels(stores, (-1,))]
+    assert names == [["level1/features"]] * 2
+    names = [[name for _, name in member] for member in feature_loader.select_pooled(stores, "all", "mean", (0,))]
+    assert names == [["pooled/mean_level0"]] * 2
+
+
+def test_select_levels_of_a_level_that_is_not_there_is_refused(stores):
+    with raises(StoreError, "level0", "level1", key="heads.levels", value=2, allowed=range(-2, 2)):
+        feature_loader.select_levels(stores, (0, 2))
+
+
+def test_inputs_of_a_store_with_views_are_the_identity_view(tmp_path):
+    schema = StoreSchema(
+        sample=tuple(f"s{i}" for i in range(20)),
+        split=("train",) * 20,
+        levels=(LevelSchema(3, 4, 4, 4, "x"),),
+        pooled={"mean_level0": 3},
+        dtype="float32",
+        shard_size=8,
+        views=("identity", "flip_x"),
+    )
+    writer = Writer(tmp_path / "scratch", schema, tmp_path / "v.zarr", {})
+    values = {key: np.random.default_rng(0).normal(size=(20, *shape)) for key, shape in schema.shapes().items()}
+    for shard in writer.claim_shards():
+        writer.write(shard, {key: array[schema.rows(shard)] for key, array in values.items()})
+    writer.finish()
+    store, rows = FeatureStore(tmp_path / "v.zarr"), np.arange(20)
+    [[array]] = feature_loader.select_levels([store])
+    level = feature_loader.read_standardized(array, rows, feature_loader.channel_stats(array, rows))
+    mean, std = (stats[:, None, None] for stats in store.statistics("level0"))
+    np.testing.assert_allclose(level, (values["level0/features"][:, 0] - mean) / std, atol=1e-5)
+    vector = values["pooled/mean_level0"][:, 0]
+    pooled = feature_loader.read_pooled([store], "all", "mean", rows, rows)
+    np.testing.assert_allclose(pooled, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("depth", "tokens", "expected"),
+    [
+        ("all", "mean", ["mean_level0", "mean_level1"]),
+        ("all", "cls", ["cls_level0", "cls_level1"]),
+        ("last", "both", ["mean_level1", "cls_level1"]),
+        ("last", "cls", ["cls_level1"]),
+    ],
+)
+def test_select_pooled_names_takes_means_where_there_are_no_class_tokens(depth, tokens, expected):
+    means, both = ["mean_level0", "mean_level1"], ["mean_level0", "mean_level1", "cls_level0", "cls_level1"]
+    assert feature_loader._select_pooled_names(both, depth, tokens, ()) == expected
+    assert feature_loader._select_pooled_names(means, depth, tokens, ()) == (means if depth == "all" else means[-1:])
+    assert feature_loader._select_pooled_names(["mean_std"], depth, tokens, ()) == ["mean_std"]
+
+
+@pytest.mark.parametrize("std", [0.0, 1e-42, 1e-6])
+def test_to_mean_scale_of_a_dead_channel_is_zero(std):
+    mean, scale = feature_loader.to_mean_scale(np.array([1.0, 1.0]), np.array([std, 2.0]))
+    assert (mean.dtype, scale.dtype) == (np.float32, np.float32)
+    assert scale.tolist() == [0, 0.5]
+
+
+def test_read_pooled_of_a_damaged_store_with_nan_is_refused(stores):
+    path = next((stores[0].location / "pooled/mean_level1").glob("c.0.*"))
+    values = np.frombuffer(path.read_bytes(), "<f4").copy()
+    values[5] = np.nan
+    path.write_bytes(values.tobytes())
+    rows = np.arange(30)
+    with raises(StoreError, "cache.verify", key="pooled/mean_level1", path=stores[0].location):
+        feature_loader.read_pooled([FeatureStore(stores[0].location)], "all", "mean", rows, rows)
 
 
 @pytest.mark.parametrize("device_name", ["cpu", "auto"])
