@@ -95,7 +95,7 @@ BandReference = Annotated[
     object, AfterValidator(_check_band_reference), WithJsonSchema({"type": ["string", "number"]})
 ]
 TaskName = Literal["classification", "multilabel", "segmentation"]
-# The keys of VIEWS in pipeline/data/augmentation.py, which imports this module's users.
+# The same names as VIEWS in pipeline/data/augmentation.py, a layer above (a test compares them).
 ViewName = Literal["identity", "flip_x", "flip_y", "rot90", "rot180", "rot270", "transpose", "antitranspose"]
 DensePrecision = Literal["auto", "float32", "bfloat16"]
 
@@ -305,6 +305,8 @@ class CustomHeadConfig:
     """Samples per step."""
     patience: NonNegativeInt = 0
     """Validation checks without a better score before a head stops and returns to its best; 0 trains all steps."""
+    neck: bool = False
+    """Resample the levels of a transformer, which all have one grid, to a pyramid first."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the head's constructor."""
 
@@ -656,7 +658,7 @@ def parse(model: type[T], raw: object, section: str = "", path: Path | str | Non
     Args:
         model: a dataclass, nested ones included.
         raw: mappings, lists, numbers and text, as PyYAML returns them.
-        where: dotted key of `raw` in its file, for messages, such as `datasets.x.options`.
+        section: dotted key of `raw` in its file, for messages, such as `datasets.x.options`.
         path: the file, for messages.
 
     Raises:

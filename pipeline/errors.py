@@ -32,7 +32,7 @@ def validation_error(error: ValidationError, model: type, section: str, path: Pa
     Args:
         error: raised by the validation of `model`.
         model: the dataclass.
-        where: dotted key of the dataclass in its file; empty for the whole file.
+        section: dotted key of the dataclass in its file; empty for the whole file.
         path: the file, or None.
     """
     details = _merge_missing(error.errors(include_url=False))

@@ -1,7 +1,8 @@
 """The tasks: classification, multi-label classification and segmentation.
 
 A task class defines the format of the labels, the loss, the predictions, the metric and the kind of head. An instance
-also knows the number of classes and their weights. A new task, such as regression, is one more class in `TASKS`.
+also knows the number of classes and their weights. A new task is one more class in `TASKS`, and its name in
+`TaskName` of pipeline/config.py.
 
 A score is computed from added counts per sample, so it can be recomputed and resampled from what is stored. The
 counts of a sample are a flattened confusion matrix (actual class x predicted class). For multi-label tasks they are
@@ -118,12 +119,12 @@ class Task(ABC):
     # Scores
 
     def counts(self, predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
-        """Count every sample's hits and errors, int64 (sample, cell); see pipeline/tasks.py."""
+        """Count every sample's hits and errors, int64 (sample, entry); see the top of this file."""
         return confusion_counts(predicted, label, self.n_classes, self.ignore_value)
 
     @abstractmethod
     def score(self, counts: np.ndarray) -> np.ndarray:
-        """Compute the metric in [0, 1], (…), from added counts (…, cell)."""
+        """Compute the metric in [0, 1], (…), from added counts (…, entry)."""
 
     # Training, with torch
 

@@ -70,12 +70,12 @@ class FinestHead(nn.Module):
     """A 1x1 convolution on the finest level.
 
     Args:
-        channels: channels of the levels, finest first.
+        channels_in: channels of the levels, finest first.
     """
 
-    def __init__(self, channels: Sequence[int], n_classes: int, bias: bool = True):
+    def __init__(self, channels_in: Sequence[int], n_classes: int, bias: bool = True):
         super().__init__()
-        self.scores = nn.Conv2d(channels[0], n_classes, 1, bias=bias)
+        self.scores = nn.Conv2d(channels_in[0], n_classes, 1, bias=bias)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
         return self.scores(levels[0])

@@ -135,7 +135,7 @@ class InputBands:
 
 
 class MissingBandsError(UserError):
-    """A backbone cannot run on these images, since they lack its bands or its units. The cell is skipped."""
+    """A backbone cannot run on these images, since they lack its bands or its units; it is skipped."""
 
 
 def match_bands(

@@ -1,6 +1,7 @@
 """Encode stored images: select bands, preprocess, run the backbone, check the shapes.
 
-Nothing else calls a backbone, so that no step is forgotten or done twice. On a CPU batches are encoded in parallel,
+Features that are stored, mapped or fine-tuned come from here alone, so that no step is forgotten or done twice.
+On a CPU batches are encoded in parallel,
 with some of the threads each; on a GPU one after another.
 """
 
@@ -166,7 +167,7 @@ class ParallelEncoder:
             torch.set_num_threads(self._n_threads)  # setting it in one thread changes it for later threads, too
 
     def submit(self, function: Callable, *args) -> Future:
-        """Start `function(encoder, *args)` once at most one call waits; raise an earlier call's error."""
+        """Queue `function(encoder, *args)`. Wait while another is queued; raise the error of a finished call."""
         if self._pool is None:
             done = Future()
             done.set_result(self._run(function, *args))

@@ -21,7 +21,7 @@ def feature_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
     Args:
         prediction: (batch, channel, …).
-        target: standardised features of the teacher, the same shape.
+        target: standardized features of the teacher, the same shape.
 
     Returns:
         Losses (batch,).

@@ -102,7 +102,7 @@ class CachedTeacher:
         self._logits = self._compute_logits(rows)
 
     def features(self, rows: np.ndarray, views: Sequence[str]) -> list[torch.Tensor]:
-        """Read the features of samples, standardised by the training split's statistics.
+        """Read the features of samples, standardized by the training split's statistics.
 
         A view without cached features gets those of the upright chip.
 

@@ -1,6 +1,6 @@
-"""Distillation: search hyperparameters on validation, then train seeds that each read the test split once.
+"""Distillation: search hyperparameters on validation, then train and test several seeds.
 
-The second half of the file trains one student, and predicts with it.
+Each seed reads the test split once. The second half of the file trains one student, and predicts with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -290,7 +290,7 @@ def predict(student: Student, setup: DistillationSetup, split: str) -> np.ndarra
     """Predict the upright chips of a split.
 
     Returns:
-        Logits, float32 (sample, class); for segmentation counts, int64 (sample, cell), see pipeline/tasks.py.
+        Logits, float32 (sample, class); for segmentation counts, int64 (sample, entry), see pipeline/tasks.py.
     """
     rows, task, batches = setup.images.rows(split), setup.task, []
     for start in range(0, len(rows), PREDICTION_BATCH):

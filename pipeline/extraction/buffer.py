@@ -14,7 +14,7 @@ from cache.errors import StoreError
 from cache.schema import StoreSchema, is_level_array
 from pipeline.extraction.loader import DeviceToHost
 
-# Values per cast: on a CPU what its cache keeps; on a GPU, which needs 20 bytes each, what fits next to a network.
+# Values per cast. On a CPU they fit its cache. On a GPU a cast needs 20 bytes a value beside the network's memory.
 _CPU_BLOCK_VALUES, _GPU_BLOCK_VALUES = 2**18, 2**25
 # Values too small for the dtype are counted in one of so many samples.
 _SUBNORMAL_SAMPLE_STEP = 8

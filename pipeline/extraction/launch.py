@@ -37,7 +37,9 @@ _COMPUTE_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """One cell of the grid, ready to be sent to a worker: its paths must be the same on every machine.
+    """An extraction of one dataset by one backbone, ready to be sent to a worker.
+
+    Its paths must be the same on every machine.
 
     Attributes:
         name: the backbone's name in params.yaml.

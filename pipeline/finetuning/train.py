@@ -180,7 +180,7 @@ def _train(
 
 
 def _predict_test(model: FineTunedEnsemble, job: FineTuneJob) -> np.ndarray:
-    """Predict the test split: counts (sample, cell) for segmentation, else logits (sample, class)."""
+    """Predict the test split: counts (sample, entry) for segmentation, else logits (sample, class)."""
     if job.task.is_dense:
         return count_predictions(model, job, "test")
     return torch.cat([logits.float().cpu() for logits, _ in predict_batches(model, job, "test")]).numpy()
@@ -282,7 +282,7 @@ def predict_batches(
 
 
 def count_predictions(model: FineTunedEnsemble, job: FineTuneJob, split: str) -> np.ndarray:
-    """Count the predictions of a split, int64 (sample, cell); see pipeline/tasks.py."""
+    """Count the predictions of a split, int64 (sample, entry); see pipeline/tasks.py."""
     batches = []
     for logits, label in predict_batches(model, job, split):
         predicted = job.task.predict_labels(logits, torch.from_numpy(label).to(logits.device), dim=1)

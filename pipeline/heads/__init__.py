@@ -1,8 +1,8 @@
 """Heads: networks from cached features to logits, and the registry of their names.
 
 A new dense head is one file and one line in `HEADS`, or, from outside the package, one call of `register_head`. Its
-class takes `(channels, n_classes, **options)`: the channels of the levels, finest first, the number of classes, and
-the options of params.yaml (`heads.custom.<name>.options`). Its `forward` takes the levels (batch, channel, y, x),
+class takes `(channels_in, n_classes, **options)`: channels of the levels, finest first, number of classes, and the
+options of params.yaml (`heads.custom.<name>.options`). Its `forward` takes the levels (batch, channel, y, x),
 finest first, and returns logits (batch, class, y, x) of any size.
 
 Heads are trained in groups: K heads, each with its own seed and hyperparameters, on the same features. A group is a
@@ -11,8 +11,8 @@ Heads are trained in groups: K heads, each with its own seed and hyperparameters
 - `independent_heads()`: the groups that share no computation and can be trained in parallel;
 - `is_stacked`: whether the first dimension of all parameters is the head. `parameter_heads()` then lists the
   parameters and whether weight decay applies to each. Else each independent group has one head;
-- `forward_heads(inputs, index)`: yields (slice of heads, logits (head, batch, class, …)). `index` (head, batch) picks
-  each head's rows of `inputs`; None gives all rows to all heads;
+- `forward_heads(inputs, index)`: yields (slice of heads, logits (head, batch, class, …)). Head k gets the rows
+  `index[k]` of `inputs`; without `index` all heads get all rows;
 - `has_manual_backward`: whether `backward(inputs, index, loss_grad)` computes the gradients, at least in part without
   autograd.
 """

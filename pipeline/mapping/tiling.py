@@ -1,4 +1,4 @@
-"""Tiles and blocks of a map: divide a scene, predict the tiles that overlap a block, and blend them row by row."""
+"""Tiles and blocks of a map: divide a scene, predict the tiles of a block, and blend them row by row."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Compare models: on one test set by a paired bootstrap, and in summaries over datasets as in GEO-Bench.
+"""Compare models: on one test set by a paired bootstrap, over datasets as in GEO-Bench.
 
 On one test set two sources of variation are separated: the test samples (which ones happen to be in the set) and the
 seeds (initialization and order of training samples). The bootstrap takes the same test samples for every model, so
@@ -109,7 +109,7 @@ def bootstrap(task: Task, counts: np.ndarray, stream: int = 0) -> BootstrapSampl
 
     Args:
         task: computes the score from the counts.
-        counts: (seed, sample, cell), with the samples in the same order for all models; see pipeline/tasks.py.
+        counts: (seed, sample, entry), with the samples in the same order for all models; see pipeline/tasks.py.
         stream: number of the model. Different numbers make the resampling of the seeds independent.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile interval).

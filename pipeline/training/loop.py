@@ -121,7 +121,7 @@ class HeadTrainer:
         return self.steps % interval == 0 or self.steps == self.schedule.steps
 
     def record_validation(self, counts: np.ndarray) -> None:
-        """Record validation counts (head, sample, cell), and the state of every head that is at its best.
+        """Record validation counts (head, sample, entry), and the state of every head that is at its best.
 
         A head that has stopped is trained on as long as others of its group are, but no longer recorded.
         """

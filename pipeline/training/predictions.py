@@ -29,7 +29,7 @@ STACKED_BATCH = 4096
 
 
 def evaluate(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
-    """Count hits and errors of every head and sample, int64 (head, sample, cell) (pipeline/tasks.py)."""
+    """Count hits and errors of every head and sample, int64 (head, sample, entry) (pipeline/tasks.py)."""
     return np.concatenate(evaluate_groups(group.independent_heads(), data, task, batch))
 
 
@@ -46,7 +46,7 @@ def evaluate_groups(groups: Sequence[HeadGroup], data: SplitData, task: Task, ba
 
 
 def evaluate_in_memory(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
-    """Count hits and errors of a group on features in memory, int64 (head, sample, cell)."""
+    """Count hits and errors of a group on features in memory, int64 (head, sample, entry)."""
     size, parts = STACKED_BATCH if group.is_stacked else batch, []
     for start in range(0, len(data.label), size):
         rows = slice(start, start + size)
@@ -84,7 +84,7 @@ def select_rows(
 
 @torch.no_grad()
 def _count(group: HeadGroup, inputs, label: torch.Tensor, task: Task) -> np.ndarray:
-    """Counts on one batch, (head, sample, cell); the group stays in training or evaluation mode."""
+    """Counts on one batch, (head, sample, entry); the group stays in training or evaluation mode."""
     was_training = group.training
     group.eval()
     logits = torch.cat([logits for _, logits in group.forward_heads(inputs, None)])
@@ -151,7 +151,7 @@ def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
 
     Args:
         samples: names of the samples.
-        counts: (seed, sample, cell); see pipeline/tasks.py.
+        counts: (seed, sample, entry); see pipeline/tasks.py.
     """
     return pd.DataFrame(
         [
@@ -166,7 +166,7 @@ def counts_from_table(table: pd.DataFrame, task: Task) -> tuple[list[str], np.nd
     """Compute the counts of a table of predictions.
 
     Returns:
-        Names of the samples, sorted, and their counts (seed, sample, cell); see pipeline/tasks.py.
+        Names of the samples, sorted, and their counts (seed, sample, entry); see pipeline/tasks.py.
     """
     table = table.sort_values(["seed", "sample"], kind="stable")
     n_seeds = table.seed.nunique()

@@ -142,7 +142,7 @@ def train_heads(data: TaskData, hparams: Sequence[HParams]) -> HeadGroup:
 
 
 def count_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
-    """Count hits and errors of every head on a split, int64 (head, sample, cell); see pipeline/tasks.py."""
+    """Count hits and errors of every head on a split, int64 (head, sample, entry); see pipeline/tasks.py."""
     return evaluate(group, data.splits[split], data.task, data.schedule.batch)
 
 
@@ -248,7 +248,7 @@ def _best_trial(trials: Sequence[dict]) -> dict:
 
 
 def _decay_strength(rate: float) -> float:
-    """How much AdamW shrinks weights, by the share that it subtracts per step: above 2 they grow."""
+    """Return how strongly AdamW shrinks weights, from learning rate times weight decay; above 2 weights grow."""
     return rate if rate < 1 else 2 - rate
 
 

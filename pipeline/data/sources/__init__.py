@@ -26,7 +26,10 @@ class DatasetSize:
     """Size of a dataset, as far as it is known before the dataset is prepared.
 
     Attributes:
-        samples: how many images.
+        n_samples: number of images.
+        bands: of the images.
+        task: name of the task.
+        n_classes: number of classes.
         bytes_per_image: of one image and its mask in the store; 0 if the dataset is prepared already.
         images_per_second: that one process reads; None if unknown.
     """

@@ -98,7 +98,7 @@ def test_cached_teacher_features_are_those_of_the_chips(make_dataset, cached_vie
 
 
 def test_cached_teacher_statistics_are_of_the_training_split(make_dataset):
-    """Only with training statistics do standardised training features have mean 0 and deviation 1."""
+    """Only with training statistics do standardized training features have mean 0 and deviation 1."""
     setup = make_dataset("classification").setup()
     rows = setup.images.rows("train")
     for values in setup.teacher.features(rows, ["identity"] * len(rows)):

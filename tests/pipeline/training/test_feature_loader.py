@@ -1,4 +1,4 @@
-"""Selection and standardization of arrays; batches as tensors, streamed or in memory, on this machine's device."""
+"""Selection and standardization of arrays; batches as tensors on this machine's device."""
 
 import numpy as np
 import pytest
