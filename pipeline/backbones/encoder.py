@@ -1,8 +1,7 @@
 """Encode stored images: select bands, preprocess, run the backbone, check the shapes.
 
-Features that are stored, mapped or fine-tuned come from here alone, so that no step is forgotten or done twice.
-On a CPU batches are encoded in parallel,
-with some of the threads each; on a GPU one after another.
+Features that are stored, mapped or fine-tuned come from here alone, so that no step is forgotten or done twice. On a
+CPU batches are encoded in parallel, with some of the threads each; on a GPU one after another.
 """
 
 import copy

@@ -248,7 +248,8 @@ def _best_trial(trials: Sequence[dict]) -> dict:
 
 
 def _decay_strength(rate: float) -> float:
-    """Return how strongly AdamW shrinks weights, from learning rate times weight decay; above 2 weights grow."""
+    """Return how strongly AdamW shrinks weights; `rate` is learning rate times weight decay."""
+    # Above 1 the sign of a weight changes at every step; above 2 the weight grows.
     return rate if rate < 1 else 2 - rate
 
 
