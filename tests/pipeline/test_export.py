@@ -49,7 +49,7 @@ def exported(images_path, tmp_path_factory):
     """Function from a dataset's name to a student's folder, the images, and the description of its export."""
     exports = {}
 
-    def export(dataset, input_size, network=SMALL):
+    def export_student(dataset, input_size, network=SMALL):
         if (dataset, network) not in exports:
             folder = tmp_path_factory.mktemp(dataset)
             images = image_store.open_images(images_path(dataset))
@@ -61,7 +61,7 @@ def exported(images_path, tmp_path_factory):
             exports[dataset, network] = folder, images, description
         return exports[dataset, network]
 
-    return export
+    return export_student
 
 
 # Chips of trees are shrunk inside the graph, with antialiasing; chips of land use are enlarged.
