@@ -1,8 +1,8 @@
 """Read random rows of stored arrays from memory-mapped files, in parallel.
 
 `LocalArray` maps the shard files into memory and copies each row to its destination. `pread` to the same destination
-is slower (LAB.md). Mapped pages count as memory of the process, so `MmapPool` releases them when there are
-more than allowed: memory is bounded for stores of any size. `cache.remote.RemoteArray` has the same interface for
+is slower (LAB.md). Mapped pages count as memory of the process, so `MmapPool` releases them above a
+limit: memory is bounded for stores of any size. `cache.remote.RemoteArray` has the same interface for
 stores that are not a local folder, and `DequantizedArray` for int8.
 
 A row is one sample or, in a store with views, one view of one sample: `row = sample * n_views + view`.
@@ -36,10 +36,10 @@ from cache.schema import CHUNK_KEYS
 VERIFY_HINT = "Check the store with: python -m cache.verify PATH"
 READ_THREADS = 4
 _MAX_OPEN_FILES = 1 << 14
-# A batch is read by one thread more for every so many bytes: a thread costs more than it saves for fewer.
+# Bytes of a batch per reading thread: with fewer, a thread costs more than it saves.
 _BYTES_PER_THREAD = 1 << 20
 _CORES = os.cpu_count() or 1
-# Rows of each array in a batch that are looked up in the page cache; asking for all would cost as much as reading.
+# Rows of each array in a batch that are looked up in the page cache; looking up all would take as long as reading.
 _ROWS_PROBED = 2
 
 
@@ -281,13 +281,13 @@ class LocalArray:
         file = self._pool.open(path)
         if number not in self._chunk_index:
             is_plain = not self._is_compressed and len(file.content) == self._plain_size(number)
-            # The contract fixes where plain rows are: reading the index of every file would make a cold start slow.
+            # The contract fixes the offsets of rows: reading the index of every file would make a cold start slow.
             self._chunk_index[number] = None if is_plain else self._read_index(path, file)
         opened = self._pool.opened[self._path][number] = path, file, self._chunk_index[number]
         return opened
 
     def check(self) -> None:
-        """Check that every row exists, and is where the contract and the index of its file place it.
+        """Check that every row exists, at the offset that the contract and the index of its file state.
 
         Raises:
             StoreError: names the first file with an error.

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# A disk flushes many files in the time of one.
+# A disk flushes many files concurrently in the time that it needs for one.
 _CONCURRENT_FLUSHES = 16
 _MAX_BUFFERS_PER_WRITE = os.sysconf("SC_IOV_MAX")
 
@@ -75,7 +75,7 @@ def _write_all(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def publish(scratch: Path, final: Path, durable: Container[str] = ()) -> None:
-    """Flush `scratch`, then rename it to `final`, replacing what is there.
+    """Flush `scratch`, then rename it to `final`, replacing an existing one.
 
     Both must lie on one file system. A kill leaves the old folder, no folder, or the new one, never a part of one.
 

@@ -22,7 +22,7 @@ _REPAIR_HINT = "Delete the store and extract it again, or copy it again from its
 
 
 def fingerprint(*parts: object) -> str:
-    """SHA-256 of values that decide a result, as hexadecimal text.
+    """SHA-256 of values that a result depends on, as hexadecimal text.
 
     The values are written as canonical JSON: keys sorted, no spaces. Equal values give equal fingerprints in every
     process and on every machine.

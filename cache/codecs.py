@@ -1,11 +1,11 @@
-"""How features are stored: the codec of a level, the cast to a smaller dtype, and the shard files.
+"""Storage of features: the codec of a level, the cast to a smaller dtype, and the shard files.
 
 Codecs: `none` is the default and the fastest to read. `lz4` and `zstd` (Blosc with byte shuffle) are lossless.
 `bitround<k>` keeps k bits of the mantissa and then compresses with zstd (Klöwer et al. 2021,
 doi:10.1038/s43588-021-00156-2); readers get ordinary floats. `int8` stores each channel of each map as 8-bit integers
 and a `scale`.
 
-Casting: a shard's features are cast to what is stored, the cast is checked, and its error is measured.
+Casting: a shard's features are cast to the stored dtype, the cast is checked, and its error is measured.
 
 Shard files: the Zarr v3 sharding format. zarr-python writes the same bytes, which a test compares, but slower
 (benchmarks/writer.py).

@@ -1,15 +1,15 @@
-"""Errors with fields: what is wrong, and where."""
+"""Errors with fields that locate the mistake."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 
 class InputError(Exception):
-    """Bad input or a bad file. The message says what is wrong, what is allowed or present, and what to do.
+    """Bad input or a bad file. The message states the mistake, the allowed or present values, and a remedy.
 
     Attributes:
         key: the parameter, option, column or array at fault, such as `heads.levels`; None if there is none.
-        value: what it is.
+        value: its value.
         allowed: the values that are allowed or present.
         path: the file or folder at fault.
     """
@@ -30,4 +30,4 @@ class InputError(Exception):
 
 
 class StoreError(InputError):
-    """A store that is absent, unfinished, damaged or not what its reader needs."""
+    """A store that is absent, unfinished, damaged or unsuitable for its reader."""

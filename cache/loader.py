@@ -157,7 +157,7 @@ class FeatureDataset:
             while index is not None:
                 try:
                     next_index = next(upcoming, None)
-                except BaseException as error:  # raised after the current batch, which `order` did give
+                except BaseException as error:  # raised after the current batch, which `order` did yield
                     next_index, failure = None, error
                 buffer = free.get()
                 if stop.is_set():
@@ -166,8 +166,8 @@ class FeatureDataset:
                     buffer = self._allocate(len(index), self._empty)
                 if prefetches_left and next_index is not None:
                     self._prefetch(next_index)
-                # A prefetched batch is found in the page cache, which says nothing about the one after it: hence a
-                # count instead of a flag.
+                # A prefetched batch is in the page cache, but the batch after it may not be: hence a count instead of
+                # a flag.
                 prefetches_left = _PREFETCH_BATCHES if self._fill(buffer, index) else max(0, prefetches_left - 1)
                 ready.put((index, buffer))
                 index = next_index

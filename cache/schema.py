@@ -55,7 +55,7 @@ class LevelSchema:
     Attributes:
         channels, height, width: shape of one sample's features.
         stride: input pixels per feature cell.
-        layer: name of the backbone's layer that gives the features.
+        layer: name of the backbone's layer that returns the features.
     """
 
     channels: int

@@ -20,7 +20,7 @@ from cache.schema import CONTRACT, level_array, pooled_array, scale_array
 
 # Files that contain rows.
 _SHARD_FILE = re.compile(r"(level\d+/(features|scale)|pooled/[^/]+)/c\.")
-# Attributes that are no part of the content digest.
+# Attributes that the content digest excludes.
 _NOT_CONTENT = ("complete", "coordinates", "measurements")
 
 
@@ -31,7 +31,7 @@ def verify(path: Path) -> str:
         A summary of the store.
 
     Raises:
-        StoreError: names the first damaged file, or what the contract requires and the store lacks.
+        StoreError: names the first damaged file, or a part of the contract that the store lacks.
     """
     if not path.is_dir():
         raise StoreError(f"There is no store at {path}. Copy a remote store to a folder first.", path=path)

@@ -1,7 +1,7 @@
 """Write a feature store shard by shard, durably and resumably, and publish it in one step.
 
-Any number of writers, on any number of machines, share a scratch folder. Its name must contain a fingerprint of
-everything that decides the content; that is up to the caller.
+Any number of writers, on any number of machines, share a scratch folder. The caller must name it by
+a fingerprint of everything that the content depends on.
 
     <scratch>/store.zarr          the store at full size, filled shard by shard
     <scratch>/shards/<k>.json     exists once shard k is on the disk: SHA-256 of its files, errors of the cast, and
@@ -54,8 +54,8 @@ class Writer:
     Args:
         scratch: a folder on the file system of `final`, the same for all writers of the store.
         schema: the same for all writers.
-        final: path of the finished store. If it exists, complete and with the same schema and provenance, there is
-            nothing to do.
+        final: path of the finished store. If it exists, complete and with the same schema and provenance,
+            nothing is written.
         provenance: attributes of the store, JSON values, the same for all writers.
 
     Attributes:
@@ -236,7 +236,7 @@ class Writer:
         if not file.exists() or file.read_text() != fingerprint:
             raise StoreError(
                 f"{self.scratch} contains an unfinished store with another schema or provenance. Delete that folder, "
-                "or write to a folder named after everything that decides the content.",
+                "or write to a folder named after everything that the content depends on.",
                 key="fingerprint",
                 value=fingerprint,
                 path=self.scratch,

@@ -4,7 +4,7 @@ A task class defines the format of the labels, the loss, the predictions, the me
 also knows the number of classes and their weights. A new task is one more class in `TASKS`, and its name in
 `TaskName` of pipeline/config.py.
 
-A score is computed from added counts per sample, so it can be recomputed and resampled from what is stored. The
+A score is computed from added counts per sample, so it can be recomputed and resampled from stored tables. The
 counts of a sample are a flattened confusion matrix (actual class x predicted class). For multi-label tasks they are
 the true positives, false positives and false negatives of every class.
 """
@@ -173,7 +173,7 @@ class Task(ABC):
 
         Args:
             logits: the classes lie along `dim`.
-            label: the labels, broadcast to the predictions; to know what is wrong.
+            label: the labels, broadcast to the predictions; needed to choose a wrong class.
         """
         predicted = logits.max(dim=dim).indices
         if logits.sum().isfinite():

@@ -84,7 +84,7 @@ def run(
 
 
 def _printable(text: str) -> str:
-    """Escape control characters: file names may hold what a terminal takes for commands."""
+    """Escape control characters: file names may contain sequences that a terminal runs as commands."""
     return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 

@@ -52,7 +52,7 @@ def _rates(params: config.Params, dataset: str) -> list[tuple]:
 def benchmarked_models(params: config.Params, dataset: str, device: str) -> dict:
     """Load the students and models of the grid on a device, by name.
 
-    Models with random weights are excluded: they cost what the same networks with trained weights cost.
+    Models with random weights are excluded: they cost as much as the same networks with trained weights.
     """
     # torch takes 3 s to import; a grid without students needs none of it
     from pipeline import cost as costs

@@ -29,7 +29,7 @@ def _fetch_dataset(params: Params, name: str) -> None:
     dataset = params.dataset(name)
     source = get_source(dataset.source)
     record = {"code_sha256": _code_digest(Path(inspect.getfile(source_module(dataset.source))))}
-    if not source.ARCHIVE:  # the source leaves raw files in their place
+    if not source.ARCHIVE:  # the source reads raw files in place
         record |= source.fetch(dataset, params)
     _download(source.ARCHIVE, RAW / name, params, record)
 
@@ -66,8 +66,8 @@ def _download(
 def _code_digest(path: Path) -> str:
     """Return the SHA-256 of a module's file, or of all files of a package.
 
-    The code decides what is made of the raw bytes. Later stages depend on the folder with this digest, so an edited
-    source or family invalidates only its own stores.
+    The code determines the result for the same raw bytes. Later stages depend on the folder with this digest, so an
+    edited source or family invalidates only its own stores.
     """
     files = sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
     digests = [download.file_sha256(file) for file in files]

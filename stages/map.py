@@ -41,7 +41,7 @@ def _load_predictor(onnx: str | None, student: str | None, dataset: str | None, 
     if student:
         return load_torch_student(Path(student), device)
     params.members(model)
-    # Models that the composition search selected lie in its folder.
+    # Models that the composition search selected are in its folder.
     folder = next((folder for folder in (RUNS, COMPOSITION) if (folder / dataset / model).exists()), RUNS)
     paths = EnsemblePaths(
         folder / dataset / model / "head.pt", IMAGES / f"{dataset}.zarr", FEATURES / dataset, WEIGHTS

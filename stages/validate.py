@@ -15,7 +15,7 @@ from stages.cli import DISTILLATION, EXPORTS, FINETUNING, MAPS, run, write_json,
 def validate(schema: bool) -> None:
     """Check every key, name and value of params.yaml.
 
-    Writes params.schema.json, and to each folder of results that may stay empty a grid.json: what the grid asks for.
+    Write params.schema.json, and a grid.json with the requested names to each folder of results that may stay empty.
     The folders must exist, because later stages depend on them as a whole.
     """
     write_text(Path(config.SCHEMA_FILE), config.json_schema())

@@ -2,7 +2,7 @@
 
 Importing torch and other libraries takes longer than many stages of the sample grid. While `stages.repro` runs,
 `python -m stages.<stage>` sends its command line, folder, environment and standard streams to a waiting process, and
-a fork of it runs the stage. Without that process, as under a plain `dvc repro`, stages import for themselves.
+a fork of it runs the stage. Without that process, as under a plain `dvc repro`, each stage runs its own imports.
 """
 
 import json

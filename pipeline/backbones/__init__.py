@@ -1,4 +1,4 @@
-"""Backbones: frozen networks, their inputs, and the way from stored images to features."""
+"""Backbones: frozen networks, their inputs, and the encoding of stored images."""
 
 from pipeline.backbones.base import create_backbone, get_family, get_spec, register_family
 from pipeline.backbones.catalog import FAMILIES

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What a backbone expects and what it returns.
+    """Specification of a backbone: its expected input and its output.
 
     Attributes:
         bands: common names of the input bands in the network's order; None if it takes any bands.
@@ -38,9 +38,9 @@ class BackboneSpec:
         layers: names of the levels within the network.
         required: input bands without which it cannot run; None if it needs all of `bands`.
         substitutes: for an input band, the common name of another that replaces it if the images lack it.
-        requires_dataset_stats: it has no normalisation of its own; params.yaml must say `normalisation: dataset`.
+        requires_dataset_stats: it has no statistics of pretraining; params.yaml must set `normalisation: dataset`.
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
-        uses_location_and_time: it also takes latitude, longitude and time.
+        uses_location_and_time: whether it also takes latitude, longitude and time.
         weights: where the pretrained weights come from; None if none are published.
         weights_file: name of their file after fetching.
         layer_indices: indices of the network's blocks or outputs that become the levels, where it needs them.
@@ -119,7 +119,7 @@ class FeaturePyramid:
 
 @dataclass(frozen=True)
 class InputBands:
-    """Which of a dataset's bands a backbone is given, and at which size.
+    """Bands of a dataset that are the input of a backbone, and the input size.
 
     Attributes:
         input_names: the network's names of its input bands, in order.
@@ -143,8 +143,8 @@ def match_bands(
 ) -> InputBands:
     """Match a backbone's input bands to the images' bands.
 
-    Every required band must be there; an optional band that is not there is dropped; a network that takes any bands
-    gets all optical ones.
+    Every required band must be present; an absent optional band is dropped; a network that takes any bands gets all
+    optical ones.
 
     Args:
         name: the backbone's name, for messages.
@@ -153,7 +153,7 @@ def match_bands(
             the network's inputs by name if it knows all of them, else in order.
 
     Raises:
-        MissingBandsError: a required or requested band is not there.
+        MissingBandsError: a required or requested band is absent.
         UserError: the requested bands do not fit the network's inputs.
     """
     if requested:
@@ -245,7 +245,7 @@ def match_images(images: "xr.Dataset", name: str, backbone: BackboneConfig, spec
 
 
 class FamilyModule(Protocol):
-    """What the module of a family defines."""
+    """Interface of a family's module."""
 
     @staticmethod
     def create_network(
@@ -253,7 +253,7 @@ class FamilyModule(Protocol):
     ) -> "torch.nn.Module":
         """Build a module from images (batch, band, y, x), float32, to a `FeaturePyramid`.
 
-        A network whose spec says `uses_location_and_time` also takes `location` (batch, 2), latitude and longitude in
+        A network whose spec sets `uses_location_and_time` also takes `location` (batch, 2), latitude and longitude in
         degrees, and `time` (batch, 1, 2), year and day of the year from 0, as keywords; either may be missing.
 
         Args:
@@ -272,7 +272,7 @@ class BackboneFamily:
         module: dotted name of a `FamilyModule`, imported when a network is built.
         variants: specification by variant; empty if params.yaml describes them.
         spec_from_config: makes the specification of a variant that params.yaml describes.
-        has_weights: False if the networks have no parameters; params.yaml then says `weights: none`.
+        has_weights: False if the networks have no parameters; params.yaml then sets `weights: none`.
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""Catalog of backbones: input bands, normalisation, levels, and where the weights come from.
+"""Catalog of backbones: input bands, normalisation, levels, and sources of the weights.
 
 Nothing here imports torch. The networks are in one module per family, named by `FAMILIES`.
 
@@ -135,7 +135,7 @@ def _prithvi(
         # For sensors without the narrow near-infrared band: the broad one overlaps it.
         substitutes={"nir08": "nir"},
         input_units="reflectance",
-        # PRITHVI_V2_MEAN and PRITHVI_V2_STD of terratorch, which are of reflectance x 10000; a test compares.
+        # PRITHVI_V2_MEAN and PRITHVI_V2_STD of terratorch, in reflectance x 10000; a test compares.
         mean=(0.1087, 0.1342, 0.1433, 0.2734, 0.1958, 0.1363),
         std=(0.2248, 0.2179, 0.2178, 0.1850, 0.1242, 0.1049),
         strides=(patch,) * len(blocks),

@@ -64,7 +64,7 @@ def load_strict(
 
     Args:
         path: the file, for messages.
-        allow_missing: whether a tensor of the network may be missing in the file, by its name.
+        allow_missing: from the name of a tensor to whether it may be missing in the file.
 
     Raises:
         UserError: missing or unexpected names, other shapes, or integer or complex numbers.

@@ -1,7 +1,7 @@
 """Encode stored images: select bands, preprocess, run the backbone, check the shapes.
 
-Features that are stored, mapped or fine-tuned come from here alone, so that no step is forgotten or done twice. On a
-CPU batches are encoded in parallel, with some of the threads each; on a GPU one after another.
+Extraction, maps and fine-tuning all use this module, so that no step is forgotten or done twice. On a CPU, batches
+are encoded in parallel, each with some of the threads; on a GPU, sequentially.
 """
 
 import copy
@@ -29,8 +29,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Batches at the same time on a CPU; each needs memory.
 _MAX_PARALLEL = 2
-# Parameters of glibc's mallopt (malloc.h), and our values in bytes: larger blocks are mapped separately and returned
-# when freed; less free memory than this stays in the heap.
+# Parameters of glibc's mallopt (malloc.h), and their values in bytes: larger blocks are mapped separately and
+# returned when freed; less free memory than this stays in the heap.
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 4 * 2**20
 _M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES = -1, 16 * 2**20
 
@@ -67,7 +67,7 @@ class Encoder:
     def clone_sharing_weights(self) -> "Encoder":
         """Return another encoder with the same weights in memory, for a concurrent forward pass.
 
-        Some networks store intermediate results in themselves, such as timm's feature hooks. Two forward passes
+        Some networks store intermediate results in their modules, such as timm's feature hooks. Two forward passes
         through one network would mix these up without an error.
         """
         shared = {id(tensor): tensor for tensor in [*self.network.parameters(), *self.network.buffers()]}
@@ -90,7 +90,7 @@ class Encoder:
             metadata: `Preprocessor.metadata` of the same samples; None if unknown.
 
         Raises:
-            UserError: the network returns other shapes than its spec says.
+            UserError: the network returns other shapes than its spec states.
         """
         tensors = {name: torch.from_numpy(values).to(self.device) for name, values in (metadata or {}).items()}
         pyramid = self.forward(self.prepare(image), tensors)

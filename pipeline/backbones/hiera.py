@@ -1,8 +1,8 @@
 """Hiera, the trunk of SAM 2.1's image encoder, built by the package sam2.
 
 Ryali et al. 2023, Ravi et al. 2024. A hierarchical network with four levels of strides 4 to 32. It was trained on
-photographs of 1024 px and gains from inputs larger than 224 px. The neck after the trunk drops the coarsest level, so
-only the trunk is used.
+photographs of 1024 px and scores higher on inputs larger than 224 px. The neck after the trunk drops the coarsest
+level, so only the trunk is used.
 """
 
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 _METADATA_COORDINATES = {"location": ("lat", "lon"), "time": ("time",)}
 # Images per read, and threads that read, for the statistics of the training split.
 _READ_BATCH, _READ_THREADS = 64, 8
-# Values per step on a CPU: what a core's cache keeps from one operation to the next.
+# Values per step on a CPU: few enough to stay in a core's cache between operations.
 _BLOCK_VALUES = 2**18
 # Output columns per matrix product of the resize.
 _RESIZE_COLUMNS = 32
@@ -37,7 +37,7 @@ class Preprocessor:
     """The preprocessing of one dataset's images for one backbone.
 
     Attributes:
-        input_bands: which bands, and the size.
+        input_bands: bands and size of the input.
         scale: value of the images' units that equals 1.0.
         display_range: the reflectances [low, high] that are stretched to [0, 1]; None if there is no stretch.
         mean, std: per band, after scaling and stretching; None if there is no normalisation.
@@ -63,7 +63,7 @@ class Preprocessor:
         """Make the network's input.
 
         Args:
-            selected: what `select_bands` returned, as a tensor on the device that computes.
+            selected: result of `select_bands`, as a tensor on the device that computes.
 
         Returns:
             float32 (batch, band, input_size, input_size), channels last.
@@ -155,7 +155,7 @@ def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, s
 
 
 def _available_metadata(images: xr.Dataset) -> tuple[str, ...]:
-    """Return the metadata inputs that are known of every sample."""
+    """Return the metadata inputs that every sample has."""
     return tuple(
         key
         for key, coordinates in _METADATA_COORDINATES.items()
@@ -205,7 +205,7 @@ def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tup
             total_squares += squares
     mean, std = mean_std_from_sums(n_pixels, total, total_squares)
     std[std < _MIN_STD] = 1.0
-    # Rounded to nine digits, so that machines whose sums differ in the last digits make the same store.
+    # Rounded to nine digits, so that machines whose sums differ by rounding write the same store.
     return tuple(float(f"{value:.9g}") for value in mean), tuple(float(f"{value:.9g}") for value in std)
 
 

@@ -1,1 +1,1 @@
-"""Images: their store, how they are split and augmented, and the sources they come from."""
+"""Images: their store, sources, splits and augmentation."""

@@ -1,4 +1,4 @@
-"""The eight symmetries of a square, and images that are read under them.
+"""The eight symmetries of a square, and images read with one of them applied.
 
 A backbone encodes each view itself: rotating cached features differs from the features of a rotated image.
 """
@@ -40,7 +40,7 @@ def apply_views(arrays: np.ndarray, views: Sequence[str] | None) -> np.ndarray:
 
 
 class AugmentedImages:
-    """Images and labels of a dataset for training on pixels: any sample under any view.
+    """Images and labels of a dataset for training on pixels: any sample in any view.
 
     Use `load` where the images may fit into memory, and `copy_to_file` for fast random access where they may not.
 

@@ -51,7 +51,7 @@ class ImageDatasetInfo:
         licence, source: of the data, as text.
         display: reflectances [low, high] that are stretched to [0, 1] for models trained on photographs; None for
             8-bit colour, which is display-referred already.
-        notes: what was corrected, merged, dropped or resampled.
+        notes: corrected metadata, merged classes, dropped chips and resampled bands.
         crs: coordinate reference system of every sample, as WKT or an authority's code; empty where unknown.
         transform: (sample, 6), affine coefficients a to f from a pixel's column and row to coordinates in `crs`.
     """
@@ -109,7 +109,7 @@ class LazyImageDataset(ImageDatasetInfo):
             sample. It raises UserError for a damaged sample.
         shape, dtype: of every image, (band, y, x).
         check_band_means: takes the mean of each band over all samples (of every eighth pixel in y and x) and raises
-            UserError if they cannot belong to this dataset; None if nothing is known of them.
+            UserError if they cannot belong to this dataset; None if no published means exist.
         prefetch: takes names of samples that will be read soon, and asks the system to read their files ahead; None
             if that is not possible.
     """

@@ -49,8 +49,8 @@ def assign_blocks_to_splits(
 ) -> np.ndarray:
     """Assign blocks to splits so that the class shares of each split are close to the dataset's.
 
-    Of `n_draws` random assignments the best one is returned: that with the smallest relative deviation of its worst
-    class share from the fraction asked for. It depends on labels only, never on the score of a model.
+    The result is the best of `n_draws` random assignments: the one whose largest relative deviation of a class share
+    from the requested fraction is smallest. It depends on labels only, never on the score of a model.
 
     Args:
         class_areas: how much of each class lies in each block, (block, class), in any unit.
@@ -157,7 +157,7 @@ def overlaps_between(a: Sequence[Footprint], b: Sequence[Footprint]) -> np.ndarr
     for has_crs in (True, False):
         polygons_a = _polygons(a, has_crs)
         polygons_b = polygons_a if b is a else _polygons(b, has_crs)
-        # Chips at one side of the antimeridian meet those at the other side after a shift by 360 degrees.
+        # Chips on both sides of the antimeridian are compared after a shift by 360 degrees.
         for shift in (0, 360, -360) if has_crs else (0,):
             pairs.append(_intersecting(a, polygons_a, b, polygons_b, shift))
     return np.unique(np.concatenate(pairs), axis=0)
@@ -174,7 +174,7 @@ def _polygons(footprints: Sequence[Footprint], has_crs: bool) -> tuple[np.ndarra
     indices = [
         index for index, chip in enumerate(footprints) if chip.transform is not None and bool(chip.crs) == has_crs
     ]
-    # If all images without a CRS have the same transform, it says nothing about where they lie.
+    # If all images without a CRS have the same transform, it does not locate them.
     if not indices or (not has_crs and len({footprints[index].transform for index in indices}) == 1):
         return np.empty(0, int), np.empty(0, object)
     return np.array(indices), shapely.polygons(np.stack([footprints[index].polygon_corners() for index in indices]))

@@ -28,7 +28,7 @@ DECODER_CHANNELS = 32
 # Number of levels of a student: the deepest ones of its network.
 N_LEVELS = 4
 TENSORS_FILE, METADATA_FILE = "student.pt", "student.json"
-# Keys that the caller of `save_student` must give.
+# Required keys of the metadata that `save_student` takes.
 METADATA_KEYS = (
     "dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "variant", "weights", "teacher",
 )  # fmt: skip
@@ -181,9 +181,9 @@ def pretrained_state(
 ) -> Tensors:
     """Read a backbone's weights as the initial tensors of a student's network.
 
-    The input layer is adapted to the images' bands: a band that the backbone knows keeps its filters, another band
-    gets the mean of all filters. The filters are then scaled by the ratio of the numbers of bands, so that the
-    layer's outputs keep their magnitude.
+    The input layer is adapted to the images' bands: a band that the backbone was trained on keeps its filters,
+    another band gets the mean of all filters. The filters are then scaled by the ratio of the numbers of bands, so
+    that the layer's outputs keep their magnitude.
 
     Args:
         name: the backbone's name in params.yaml.
@@ -251,12 +251,12 @@ def _adapt_input_filters(filters: torch.Tensor, known_bands: Sequence[str], band
 
 
 def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: str, teacher: str | None) -> dict:
-    """Return what `save_student` needs to know of a student besides its tensors.
+    """Return the metadata of a student that `save_student` needs.
 
     Args:
         images: the images store that it was trained on.
         dataset: the store's name.
-        variant: what the student learned from, such as `distilled`.
+        variant: a key of `VARIANTS`, such as `distilled`.
         weights: `pretrained` or `random`, of the initial network.
         teacher: name of the teacher model, or None.
     """

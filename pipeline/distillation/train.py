@@ -41,7 +41,7 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class DistillationSetup:
-    """Everything that the training of students shares.
+    """Images, teacher and configuration that all students of a dataset share.
 
     Attributes:
         images: chips and labels of a dataset.
@@ -202,7 +202,7 @@ def train(
         student: before training.
         projectors: for variants that learn from features; discarded afterwards.
         setup: images, teacher and configuration.
-        variant: a key of `VARIANTS`; decides which losses are used.
+        variant: a key of `VARIANTS`; selects the losses.
         hparams: learning rate, weight decay and seed.
 
     Returns:

@@ -14,7 +14,7 @@ from cache.errors import StoreError
 from cache.schema import StoreSchema, is_level_array
 from pipeline.extraction.loader import DeviceToHost
 
-# Values per cast. On a CPU they fit its cache. On a GPU a cast needs 20 bytes a value beside the network's memory.
+# Values per cast. On a CPU they fit its cache. On a GPU a cast needs 20 more bytes a value.
 _CPU_BLOCK_VALUES, _GPU_BLOCK_VALUES = 2**18, 2**25
 # Values too small for the dtype are counted in one of so many samples.
 _SUBNORMAL_SAMPLE_STEP = 8
@@ -87,7 +87,7 @@ class ShardBuffer:
     def _copy(self, memory: dict[str, torch.Tensor], name: str, rows: slice, values: torch.Tensor) -> None:
         if name not in memory:
             n_rows = min(self._schema.shard_size, len(self._schema.sample))
-            # Of two threads that arrive together, the first one's memory is used.
+            # If two threads allocate concurrently, the memory of the first is used.
             memory.setdefault(name, self._download.empty((n_rows, *values.shape[1:]), values.dtype))
         self._download.copy(memory[name][rows], values)
 

@@ -41,7 +41,7 @@ from pipeline.extraction.buffer import ShardBuffer
 from pipeline.extraction.loader import DeviceToHost, LoadedBatch, device_threads, wait_for_upload
 from pipeline.tasks import get_task
 
-# Modules whose code decides the bytes of a store. The family's own module is in the digest of the weights' folder.
+# Modules whose code affects the bytes of a store. The family's module is in the digest of the weights' folder.
 _CODE = (
     bands, base, preprocessing, backbone_encoder, augmentation, buffer, estimate, loader, store_schema, codecs,
     running_stats, cache.writer,
@@ -52,12 +52,12 @@ _SHARDS, _SMALL_SHARDS, _SMALL_BYTES = 2, 4, 2**26
 
 
 def working_dir(folder: Path, provenance: Mapping, extract: ExtractConfig, clear: bool = True) -> Path:
-    """Return the subfolder of one unfinished extraction, named by the fingerprint of what decides it.
+    """Return the subfolder of one unfinished extraction, named by the fingerprint of its inputs and code.
 
     The same inputs resume there after a kill; other inputs or other code start a new folder.
 
     Args:
-        clear: delete what extractions of other inputs left in `folder`.
+        clear: delete unfinished extractions of other inputs from `folder`.
     """
     code = [file_sha256(Path(file)) for file in (__file__, *(module.__file__ for module in _CODE))]
     path = folder / fingerprint(provenance, extract, code)[:16]
@@ -174,7 +174,7 @@ def provenance(
     extract: ExtractConfig,
     device: str,
 ) -> dict:
-    """Return the attributes of a feature store: all that decides its content, and no timestamp.
+    """Return the attributes of a feature store: everything that determines its content; no timestamp.
 
     Args:
         name: the backbone's name in params.yaml.

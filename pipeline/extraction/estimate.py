@@ -24,11 +24,11 @@ from pipeline.errors import UserError
 
 # Images of the dry run on a CPU, where a batch may take minutes.
 _DRY_RUN_IMAGES = 4
-# A relative difference to float32 that rounding does not explain: a kernel computes wrongly (LAB.md has one).
+# A relative difference to float32 too large for rounding: a kernel computes wrong values (LAB.md has an example).
 _MAX_PRECISION_ERROR = 0.3
 # Larger batches are slower on a CPU, since less of a layer's output stays in the cache (benchmarks/choices.py).
 _CPU_BATCH = 4
-# Fraction of a GPU's memory to use: the casts need some, too.
+# Fraction of a GPU's memory that a batch may use; the casts need memory, too.
 _GPU_MEMORY_FRACTION = 0.8
 
 
@@ -126,7 +126,7 @@ def translate_errors(encoder: Encoder, n_images: int):
         ) from error
 
 
-# Batch size: it decides the floating-point rounding of the features
+# Batch size, on which the floating-point rounding of the features depends
 
 
 def find_batch_size(images: xr.Dataset, encoder: Encoder, maximum: int, n_views: int = 1) -> int:
@@ -214,11 +214,11 @@ def batch_of_existing_store(final: Path, provenance: Mapping, views: Sequence[st
 
 
 def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, description: str) -> str:
-    """Describe in one line what an extraction, or the rest of it, takes.
+    """Describe in one line the time and disk space of an extraction, or of its remaining shards.
 
     Args:
         folder: where its workers write the store; finished shards in it count.
-        description: dataset and backbone, to begin the line.
+        description: dataset and backbone, at the start of the line.
 
     Raises:
         UserError: the disk of `folder` is too small.

@@ -1,7 +1,7 @@
 """Launch the extraction engine in this process, in local ones (one per GPU), or on Dask workers.
 
-All of them do the same: they claim shards of one store until none is left. A worker that dies costs the shard that it
-had claimed; another machine may join at any time; and the store's bytes do not depend on who wrote it.
+All workers run the same loop: they claim shards of one store until none is left. If a worker dies, only the shard
+that it had claimed is lost. Another machine may join at any time. The store's bytes do not depend on the workers.
 """
 
 import json
@@ -29,7 +29,7 @@ from pipeline.extraction import engine, estimate
 
 # Seconds between checks of the list of workers.
 _POLL_SECONDS = 0.5
-# Workers that may die without a finished shard between them.
+# Workers in a row that may die without a finished shard.
 _MAX_DEATHS = 4
 # A process computes for one store at a time, also if its Dask worker has several threads.
 _COMPUTE_LOCK = threading.Lock()
@@ -62,13 +62,13 @@ class ExtractionJob:
 
 
 def launch(job: ExtractionJob, compute: ComputeConfig) -> dict:
-    """Run an extraction where `compute` says.
+    """Run an extraction in the processes that `compute` configures.
 
     Returns:
         The store's attributes, with its content digest.
 
     Raises:
-        UserError: the workers' device is not certain, or all workers die.
+        UserError: the workers' device is ambiguous, or too many workers die in a row.
     """
     if compute.scheduler and job.device == "auto":
         raise UserError(
@@ -102,7 +102,7 @@ def _wait_for_workers(client, job: ExtractionJob) -> dict:
             n_finished_before, n_dead_before = n_finished, n_dead
         if n_dead - n_dead_before >= _MAX_DEATHS:
             raise UserError(
-                f"{_MAX_DEATHS} workers died one after another without finishing a shard. Read their logs; if memory "
+                f"{_MAX_DEATHS} workers in a row died without finishing a shard. Read their logs; if memory "
                 "ran out, set extract.batch or extract.shard lower.",
                 key="extract.shard",
                 value=job.extract.shard,
@@ -133,7 +133,7 @@ def extract_shards(job: ExtractionJob, rank: int = 0, clear: bool = False) -> di
     """Claim and extract shards until none is left, and finish the store.
 
     Args:
-        rank: number of the worker on its machine; it decides the GPU.
+        rank: number of the worker on its machine; selects its GPU.
         clear: delete what extractions of other inputs left in `job.scratch`.
 
     Returns:
@@ -180,7 +180,7 @@ def _choose_batch(
         return min(extract.batch, extract.shard)
     if encoder.device == "cpu":
         return find()
-    # A late worker may find the store finished, and the choice of the others deleted with the scratch folder.
+    # When a late worker joins, the store may be finished, and the shared choice deleted with the scratch folder.
     batch = estimate.batch_of_existing_store(job.final, provenance, extract.views)
     return min(batch or estimate.shared_choice(scratch / "batch", find), extract.shard)
 

@@ -1,1 +1,1 @@
-"""Fine-tuning: the backbones themselves are trained on, from the frozen model and its best head."""
+"""Fine-tuning: train the backbones too, starting from the frozen model and its best head."""

@@ -1,4 +1,4 @@
-"""Blocks of a network: what is trained, learning rates, LoRA adapters, activation checkpoints.
+"""Blocks of a network: trainable parameters, learning rates, LoRA adapters, activation checkpoints.
 
 Blocks are the members of the network's outermost module lists (`blocks` of a vision transformer, `layer1` to `layer4`
 of a ResNet, `stages` of a ConvNeXt), in order. Parameters registered before them are the stem; parameters after them,

@@ -40,7 +40,7 @@ class EnsembleMember:
 class TrainableBackbone(nn.Module):
     """Wrapper that allows gradients inside `Encoder`, which runs in inference mode.
 
-    So the backbone is called by `Encoder` here too, and its inputs are those of extraction.
+    The backbone is thus called by `Encoder`, with the same inputs as in extraction.
     """
 
     def __init__(self, network: nn.Module):
@@ -147,7 +147,7 @@ class FineTunedEnsemble(nn.Module):
         for index, network in enumerate(self.networks):
             scales = layers.layer_lr_scale(network, self._layer_decay)
             lr_scale |= {f"networks.{index}.{name}": scale for name, scale in scales.items()}
-        # Stacked biases have two dimensions, so the head itself says which of its parameters decay.
+        # Stacked biases have two dimensions, so the head lists the parameters that decay.
         head_decays = {}
         if self.head.is_stacked:
             head_decays = {id(parameter): decays for parameter, decays in self.head.parameter_heads()}
@@ -200,7 +200,7 @@ def check_head_matches_data(head: TrainedHead, head_path: Path, backbones: Seque
         images: the images store to fine-tune on.
 
     Raises:
-        UserError: what the head was trained for, and what is needed.
+        UserError: the head is for another model, task, classes or mask size.
     """
     task, classes = images.attrs["task"], tuple(images.attrs["classes"])
     checks: dict[str, tuple] = {
@@ -251,7 +251,7 @@ def check_head_matches_features(head: TrainedHead, features: Sequence[Mapping[st
 def _create_encoder(
     member: EnsembleMember, images: xr.Dataset, config: FineTuneConfig, seed: int, device: str, precision: str
 ) -> Encoder:
-    """Create a backbone whose parameters are trained as `config` says, in an `Encoder`."""
+    """Create a backbone, with the parameters that `config` selects trainable, in an `Encoder`."""
     spec = get_spec(member.backbone)
     preprocessor = preprocessing.make_preprocessor(images, member.name, member.backbone, spec)
     network = create_backbone(member.backbone, spec, preprocessor.input_bands, member.weights_dir)

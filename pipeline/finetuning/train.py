@@ -96,7 +96,7 @@ def run_fine_tuning(
         folder: of checkpoints; a run with a finished checkpoint is not repeated.
     """
     config, task = job.config, job.task
-    # Ties: the smallest rate wins, because it departs least from the frozen model. A single rate needs no choice.
+    # Ties: the smallest rate wins, because it changes the frozen model least. A single rate needs no choice.
     rate = min(config.learning_rates)
     if len(config.learning_rates) > 1:
         val_scores = {
@@ -147,7 +147,7 @@ def checkpoint_folder(folder: Path, cache_key: object) -> Path:
 
     Args:
         folder: of this dataset and model.
-        cache_key: everything else that decides the checkpoints, for `fingerprint`.
+        cache_key: everything else that the checkpoints depend on, for `fingerprint`.
     """
     code = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     path = folder / fingerprint(code, cache_key)[:16]

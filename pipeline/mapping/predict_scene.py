@@ -2,7 +2,7 @@
 
 Finished blocks are on disk, so that a killed run resumes after the last of them.
 
-The finished map is a folder that is published atomically:
+The finished map is a folder, which is published atomically:
 
     class.tif        uint8, class index, 255 where the scene has no data; the names of the classes are in the tags
     confidence.tif   uint8, probability of the class in percent
@@ -211,7 +211,7 @@ def _block_path(block_folder: Path, block: OutputBlock) -> Path:
 
 
 def _cache_key(job: MappingJob) -> str:
-    """Fingerprint of everything that decides the bytes of a block, the code included."""
+    """Fingerprint of everything that the bytes of a block depend on, including the code."""
     signature = job.predictor.signature
     modules = (tiling, scene_module, open_scene, tiling, sys.modules[__name__])
     code = [Path(module.__file__).read_bytes() for module in modules]

@@ -35,7 +35,7 @@ from pipeline.data.splits import to_latlon
 from pipeline.errors import UserError
 from pipeline.mapping.predictors import Signature
 
-# Bands of one name whose centre wavelengths differ by more are different bands, in micrometres.
+# In micrometres: bands of the same name whose centre wavelengths differ by more are different bands.
 MAX_WAVELENGTH_DIFFERENCE_UM = 0.02
 # Models are trained on one pixel size. Scenes whose pixels are larger or smaller by this factor are refused.
 MAX_GSD_RATIO = 1.5

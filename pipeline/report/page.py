@@ -76,7 +76,7 @@ use.</p>
 with the seeds fixed.</p>
 {embedded_image(boxplots, "Box plots of test scores over seeds, one panel per dataset")}
 <h2>Which differences are significant?</h2>
-<p>Differences are paired: the bootstrap takes the same test samples for both models. A difference is significant if
+<p>Differences are paired: the bootstrap uses the same test samples for both models. A difference is significant if
 its 95 % interval over test samples and seeds does not contain zero.</p>{html_list(sentences)}
 <h3>All pairs of models</h3><p>{html.escape(statements.multiplicity_note(pairs))}</p>{_pairs_by_dataset(pairs)}
 <h2>Over several datasets</h2>{_aggregate_tables(runs[runs.protocol == FROZEN])}

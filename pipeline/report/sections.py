@@ -38,7 +38,7 @@ class StudentResult:
 
     @property
     def teacher(self) -> str:
-        """Name of the frozen model that taught it."""
+        """Name of its teacher, a frozen model."""
         return self.metadata["teacher"]
 
 
@@ -165,7 +165,7 @@ def students_section(
         figures.draw_score_against_cost(pd.concat(rows_of_students, ignore_index=True), folder / "students.png")
         figure = embedded_image(folder / "students.png", "Score against cost, one panel per dataset")
     return (
-        "<h2>Students</h2><p>A student is one compact network that takes the chips themselves. <i>distilled</i>: "
+        "<h2>Students</h2><p>A student is one compact network whose input is the chip itself. <i>distilled</i>: "
         "trained on the cached features of the teacher's backbones, the teacher's logits and the labels. "
         "<i>supervised</i>: the same network, initialization, steps and search without a teacher; this baseline "
         "shows the effect of distillation. Both are trained networks, which is another protocol than that of the "

@@ -1,7 +1,7 @@
 """Compare models: on one test set by a paired bootstrap, over datasets as in GEO-Bench.
 
 On one test set two sources of variation are separated: the test samples (which ones happen to be in the set) and the
-seeds (initialization and order of training samples). The bootstrap takes the same test samples for every model, so
+seeds (initialization and order of training samples). The bootstrap uses the same test samples for every model, so
 that comparisons are paired. A difference is significant only if it is larger than both variations together.
 
 Sources of the summaries: Lacoste et al., GEO-Bench, NeurIPS 2023, arXiv 2306.03831 (scores of each dataset scaled
@@ -65,7 +65,7 @@ class PairedDifference:
         difference: of the scores.
         samples_interval: over test samples, with the seeds fixed.
         seeds_interval: over seeds, with the test samples fixed.
-        interval: over test samples and seeds; it decides the verdict.
+        interval: over test samples and seeds; the verdict depends on it.
         p_value: two-sided, over test samples and seeds.
     """
 
@@ -105,7 +105,7 @@ class GainRecovered:
 def bootstrap(task: Task, counts: np.ndarray, stream: int = 0) -> BootstrapSamples:
     """Resample the test samples and the seeds of one model.
 
-    Every draw takes the same test samples for all seeds, and for all models of one test set.
+    Every draw uses the same test samples for all seeds, and for all models of one test set.
 
     Args:
         task: computes the score from the counts.

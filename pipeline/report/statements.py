@@ -32,7 +32,7 @@ PAIR_COLUMNS = [
 
 
 class Comparison(NamedTuple):
-    """A comparison that readers look for first; `role` says what the reference is to the model."""
+    """A key comparison; `role` describes the reference, such as the best member of an ensemble."""
 
     model: str
     reference: str
@@ -40,9 +40,9 @@ class Comparison(NamedTuple):
 
 
 def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
-    """Compare models with what they must beat, one sentence each.
+    """Compare models with their references, one sentence each.
 
-    Compared are: ensembles with their best members, networks with the controls, and fine-tuned models with the frozen
+    Compared are ensembles with their best members, networks with the controls, and fine-tuned models with the frozen
     model, which is the only comparison of two protocols. The best member is the one with the best validation score,
     so the test split selects nothing.
 
@@ -64,7 +64,7 @@ def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
 
 
 def _ensembles_with_members(table: pd.DataFrame) -> Iterator[Comparison | str]:
-    """Yield each ensemble's comparison with its best member, or why there is none."""
+    """Yield each ensemble's comparison with its best member, or the reason if it has none."""
     for model in table[table.kind == ModelKind.ENSEMBLE].index:
         members = model.split("+")
         if missing := [name for name in members if name not in table.index]:

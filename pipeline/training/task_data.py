@@ -89,7 +89,7 @@ def load(
         stores: feature stores of the backbones, and the content digests that they must have; None for no check.
         images_path: the images store that the features were extracted from.
         heads: the heads' configuration.
-        splits: names of the splits to load; `val` is added where it decides when to stop.
+        splits: names of the splits to load; `val` is added if early stopping needs it.
         device: `cpu` or `cuda`.
 
     Raises:

@@ -1,11 +1,11 @@
 """Custom data: images with a table of labels, images with masks, or a scene with labelled polygons.
 
-What `labels` matches decides which: a CSV file, rasters, or any other format, which geopandas reads.
+The form follows from the files that `labels` matches: a CSV file, rasters, or another format, which geopandas reads.
 
 - options.py: the options in params.yaml, and names of classes.
-- rasters.py: images, their files and how they are read.
+- rasters.py: images, their files, and reading by windows.
 - labels.py: polygons, masks, or a CSV file.
-- samples.py: chips, how they are read and assigned to splits; further images without labels.
+- samples.py: chips, their assignment to splits, and images without labels.
 """
 
 import functools

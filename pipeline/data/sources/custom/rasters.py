@@ -22,12 +22,12 @@ from pipeline.bands import Band
 from pipeline.data.splits import to_latlon
 from pipeline.errors import UserError
 
-# The store's notes say that an image is not georeferenced.
+# The store's notes state that an image is not georeferenced.
 warnings.simplefilter("ignore", NotGeoreferencedWarning)
 
 # Metres per degree of latitude.
 METRES_PER_DEGREE = 111_320.0
-# Files of a Shapefile besides the one with the ending .shp.
+# Other files of a Shapefile than the one with the ending .shp.
 SHAPEFILE_SIDECARS = (".dbf", ".shx", ".prj", ".cpg")
 
 

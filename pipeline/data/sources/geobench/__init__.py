@@ -266,7 +266,7 @@ def _image_dtype(file_dtypes: Sequence[np.dtype]) -> np.dtype:
 
 
 def _notes(spec: GeoBenchSet, options: GeoBenchOptions, dropped: Sequence[str]) -> list[str]:
-    """Describe the set's faults, and what was corrected, for the attributes of the store."""
+    """Describe the set's faults and their corrections, for the attributes of the store."""
     keep_released = options.keep_released_metadata
     notes = list(spec.known_issues)
     if spec.actual_bands and keep_released:

@@ -50,7 +50,7 @@ class GeoBenchSet:
         nodata_class: index of the class "no data", which GEO-Bench counts as a class.
         location_format: how sample names contain the location: `lat_lon_date`, `lat,lon`, `lon,lat`, or empty.
         date_source: where the date is: `key` (HDF5 keys), `name` (sample name), or empty.
-        has_placeholder_dates: whether 1 January stands for an unknown date.
+        has_placeholder_dates: whether 1 January means an unknown date.
         known_issues: faults of the released files; written into the notes of the store.
         published_stats: mean and standard deviation of each key.
     """
