@@ -12,6 +12,7 @@ run: .venv/ready
 
 paper: .venv/ready
 	python -m stages.profile --name paper
+	python -m stages.validate
 	python -m stages.plan
 	dvc repro
 

@@ -54,7 +54,7 @@ def _parse_number(value: object) -> object:
 
 def _check_unique(values: tuple) -> tuple:
     if len(set(values)) != len(values):
-        raise ValueError("name each value once")
+        raise ValueError("list each value once")
     return values
 
 
@@ -99,7 +99,7 @@ TaskName = Literal["classification", "multilabel", "segmentation"]
 ViewName = Literal["identity", "flip_x", "flip_y", "rot90", "rot180", "rot270", "transpose", "antitranspose"]
 DensePrecision = Literal["auto", "float32", "bfloat16"]
 
-# What each variant of a student learns from besides labels.
+# Losses of each variant of a student, in addition to the loss on labels.
 VARIANTS = {
     "distilled": ("features", "logits"),
     "features": ("features",),
@@ -110,7 +110,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, config=_RULES)
 class GridConfig:
-    """What is run."""
+    """Datasets, backbones, models and students to run."""
 
     datasets: SomeNames
     """Names of datasets, described under `datasets`."""
@@ -121,7 +121,7 @@ class GridConfig:
     students: UniqueNames = ()
     """Names of compact networks to distil into, described under `students`; may be empty."""
     finetune: UniqueNames = ()
-    """Those of `models` whose backbones are fine-tuned too; may be empty."""
+    """Models whose backbones are fine-tuned too, a subset of `models`; may be empty."""
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -149,7 +149,7 @@ class DatasetConfig:
     source: str
     """Name of a source: a file or folder in pipeline/data/sources."""
     task: Literal[TaskName, ""] = ""
-    """The task, for sources that cut chips. Released datasets have their own."""
+    """The task, for sources that cut chips. Released datasets define it themselves."""
     chip: NonNegativeInt = 0
     """Side of a chip in pixels, for sources that cut chips."""
     block: NonNegativeInt = 0
@@ -181,7 +181,7 @@ class HubFile:
     revision: str
     """The commit, 40 hexadecimal digits."""
     sha256: str = ""
-    """SHA-256 of the file; empty if the publisher states none, and then the digest is only recorded."""
+    """SHA-256 of the file; if the publisher states none, it is empty, and the digest is recorded, not checked."""
     size: int = 0
     """Approximate size in bytes, for messages."""
     licence: str = "see the repository"
@@ -216,7 +216,7 @@ class BackboneConfig:
     hub: HubFile | None = None
     """Another file of weights."""
     input_units: Literal["reflectance", "display", "any", ""] = ""
-    """What the network expects: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them."""
+    """Expected units of the input: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them."""
     layers: tuple[int, ...] = ()
     """Indices of the network's outputs to use as levels."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -258,7 +258,7 @@ class LinearHeadConfig:
     pooled: Literal["last", "all"]
     """Pooled features to use: of the `last` (deepest) level of each backbone, or of `all` levels, concatenated."""
     tokens: Literal["mean", "cls", "both"]
-    """What is pooled from transformers: the `mean` of the patch tokens, the `cls` token, or `both`."""
+    """Pooled features of transformers: the `mean` of the patch tokens, the `cls` token, or `both`."""
     steps: PositiveInt
     """Training steps, whatever the size of the dataset."""
     batch: PositiveInt
@@ -338,8 +338,15 @@ class HeadsConfig:
     """Precision of dense heads; `auto` is bfloat16 on a GPU, else float32."""
     max_feature_gb: NonNegativeFloat = 4.0
     """Features of more gigabytes are streamed from disk; 0 streams every dataset."""
-    custom: dict[str, CustomHeadConfig] = field(default_factory=dict)
+    custom: dict[Name, CustomHeadConfig] = field(default_factory=dict)
     """Settings of further heads, by their name in the registry of pipeline/heads."""
+
+    @field_validator("custom")
+    @classmethod
+    def _has_other_names(cls, custom: dict[str, CustomHeadConfig]) -> dict[str, CustomHeadConfig]:
+        if taken := sorted({"linear", "upernet", "fcn"} & set(custom)):
+            raise ValueError(f"{taken[0]} has a section of its own under heads; remove it here")
+        return custom
 
     def settings(self, head: str) -> HeadSettings:
         """Return the settings of a head by its name.
@@ -407,7 +414,7 @@ class FineTuneConfig:
     """Fine-tuning of backbones, starting from the frozen model and its best head."""
 
     method: Annotated[str, Field(pattern=r"^(all|lora|last[1-9][0-9]*)$")] = "all"
-    """What is trained: `all`; `lora` (adapters); or `last<n>`, the last n blocks, such as `last2`."""
+    """Trained parameters: `all`; `lora` (adapters); or `last<n>`, the last n blocks, such as `last2`."""
     rank: PositiveInt = 8
     """Rank of LoRA adapters."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), _Unique] = (3e-5, 3e-4)
@@ -423,7 +430,7 @@ class FineTuneConfig:
     val_checks: PositiveInt = 10
     """Validation checks during training; each also writes a checkpoint."""
     seeds: PositiveInt = 3
-    """Number of seeds, of the order of images, their augmentation, and the adapters."""
+    """Number of seeds. A seed sets the order of images, their augmentation, and the initial adapters."""
     augment: bool = True
     """Whether to flip and rotate images and masks at random."""
     checkpointing: bool = False
@@ -445,12 +452,12 @@ class FineTuneConfig:
 
 @dataclass(frozen=True, config=_RULES)
 class ComputeConfig:
-    """Where backbones run."""
+    """Devices and processes that run backbones."""
 
     device: Literal["auto", "cpu", "cuda"]
-    """`auto` uses a GPU if there is one."""
+    """`auto` uses a GPU if one is available."""
     workers: NonNegativeInt
-    """Extraction processes on this machine, one per GPU; 0 extracts in the stage's own process."""
+    """Extraction processes on this machine, one per GPU; 0 extracts in the process of the stage."""
     scheduler: str
     """Address of a Dask scheduler whose workers extract instead, such as tcp://10.0.0.1:8786; or empty."""
 
@@ -499,7 +506,7 @@ class DistillConfig:
     """
 
     datasets: UniqueNames
-    """Those of the grid's datasets that students learn; empty for all."""
+    """Datasets of the grid on which students are trained; empty for all."""
     teacher: str
     """A model of the grid, or `best`: the one with the best validation score that has a trained network."""
     loss_weights: LossWeights
@@ -518,7 +525,7 @@ class DistillConfig:
     """Search for a learning rate and a weight decay."""
 
     def applies_to(self, dataset: str) -> bool:
-        """Return whether students learn a dataset."""
+        """Return whether students are trained on a dataset."""
         return not self.datasets or dataset in self.datasets
 
     @property
@@ -537,7 +544,7 @@ class Params:
     """All of params.yaml."""
 
     grid: GridConfig
-    """What is run: names of what the sections below describe."""
+    """Names of the datasets, backbones, models and students to run, described in the sections below."""
     datasets: _Datasets
     """Datasets by name."""
     backbones: _Backbones
@@ -666,7 +673,7 @@ def parse(model: type[T], raw: object, section: str = "", path: Path | str | Non
     """
     try:
         text = json.dumps(raw)
-    except TypeError as error:
+    except (TypeError, ValueError, RecursionError) as error:  # ValueError: an alias that contains itself
         prefix = ": ".join(str(part) for part in (path, section) if part)
         raise UserError(
             f"{prefix}: use text, numbers, lists and mappings only ({error}). Quote dates and times.",
@@ -811,6 +818,6 @@ def _matches(raw: object, pattern: list[str], prefix: str = "") -> Iterator[tupl
 
 
 def _fill(pattern: str, key: str) -> str:
-    """Replace the `*` of a pattern by the name that stands there in a key."""
+    """Replace the `*` of a pattern by the name at that position of a key."""
     parts = key.split(".")
     return ".".join(parts[i] if part == "*" else part for i, part in enumerate(pattern.split(".")))

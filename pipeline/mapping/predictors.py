@@ -48,7 +48,7 @@ class Predictor:
 
     Attributes:
         name: written into the map's tags.
-        digest: SHA-256 of everything that decides its predictions.
+        digest: SHA-256 of everything that its predictions depend on.
         signature: its inputs and outputs.
         predict_logits: a function from chips, float32 (batch, band, y, x), in the bands and units of the signature,
             and metadata to logits, float32 (batch, class) or (batch, class, y, x). The metadata are `location`
@@ -86,12 +86,12 @@ def parse_signature(metadata: Mapping, path: Path | str) -> Signature:
         ) from None
     if len(size) != 2:
         raise UserError(
-            f"The metadata of {path} give the size {size}; a size is [y, x] in pixels. Export the student again.",
+            f"The metadata of {path} contain the size {size}; a size is [y, x] in pixels. Export the student again.",
             key="size",
             value=size,
             path=path,
         )
-    return Signature(get_task(task, f"The task of {path}"), class_names, bands, units, gsd, size)
+    return Signature(get_task(str(task), f"The task of {path}"), class_names, bands, units, gsd, size)
 
 
 def load_onnx_student(path: Path) -> Predictor:

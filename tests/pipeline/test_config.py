@@ -125,6 +125,19 @@ def test_head_settings_include_custom_heads(load_changed):
 # Literals of the schema that equal tables of upper layers
 
 
+@pytest.mark.parametrize("name", ["upernet", "linear", "a.b"])
+def test_load_custom_head_with_a_name_that_is_taken_or_invalid_is_refused(load_changed, name):
+    with raises(UserError, name):
+        load_changed({"heads": {"custom": {name: {"steps": 1, "batch": 1}}}})
+
+
+def test_load_list_that_contains_itself_is_refused(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text().replace("datasets:", "extra: &a [*a]\ndatasets:", 1))
+    with raises(UserError, path=path):
+        config.load(path)
+
+
 def test_literals_equal_the_tables_of_upper_layers():
     assert typing.get_args(config.ViewName) == tuple(VIEWS)
     assert typing.get_args(config.TaskName) == tuple(TaskType)
