@@ -4,10 +4,10 @@
 
 A ratio is how many times faster the choice is, a median.
 
-- `independent_heads`: UPerNets trained in parallel on a core each; one after the other on all cores.
+- `independent_heads`: UPerNets trained in parallel on a core each; sequentially on all cores.
 - `upernet_channels_last`, `csmask_channels_last`: tensors in channels last, for a training step and a forward pass;
   contiguous tensors.
-- `weights_first`, `fused_adamw`: ten linear heads' products, each on rows of its own, with the weights as the first
+- `weights_first`, `fused_adamw`: ten linear heads' products, each on separate rows, with the weights as the first
   factor, and their optimizer's fused step; rows first, and the same arithmetic in separate passes. On one core.
 - `dense_manual_gradients`: a UPerNet's training step on masks of 256 px with the gradients of the logits computed
   directly; autograd through torch's resize and cross-entropy. On one core.
@@ -224,7 +224,7 @@ def lite0_large_pages() -> float:
 
 
 def print_lite0_seconds() -> None:
-    """Print the seconds of a forward pass, in a process of its own: torch reads the setting of pages once."""
+    """Print the seconds of a forward pass, in a separate process: torch reads the setting of pages once."""
     network = _random_network(BackboneConfig("efficientnet", "lite0", "random", 224), torch.channels_last)
     image = torch.randn(32, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():

@@ -1,9 +1,9 @@
-"""Measure the layout of the source: files, lines, import arrows, layers, circles, longest function.
+"""Measure the layout of the source: files, lines, imports, layers, cycles, longest function.
 
     python -m benchmarks.layout [FOLDER]
 
 Nodes of the import graph are the packages directly under `pipeline/` and its single modules, `cache` and `stages`.
-An arrow is one node that imports another. A layer is the length of the longest chain of arrows below a node.
+An arrow is an import of one node by another. A node's layer is the length of the longest chain of arrows below it.
 """
 
 import ast

@@ -2,9 +2,9 @@
 
     python -m benchmarks.mapping
 
-Each map is made in a process of its own, of a GeoTIFF that repeats the sample's Sentinel-2 scene (mirrored, so that
+Each map is written by a separate process, of a GeoTIFF that repeats the sample's Sentinel-2 scene (mirrored, so that
 no seam is sharper than the scene). The model is an exported student with random weights, which computes as much as a
-trained one. Peaks are VmHWM, which starts anew with each process. The control reads the whole scene first, as a map
+trained one. Peaks are VmHWM, which starts at zero in each process. The control reads the whole scene first, as a map
 without windows would, so its memory must grow.
 """
 

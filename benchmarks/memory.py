@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory
 
-Each epoch runs in a process of its own that imports only the cache. Both stores are larger than what may stay mapped:
+Each epoch runs in a separate process that imports only the cache. Both stores are larger than what may stay mapped:
 a tenth of the machine's memory (`ours`), or 256 MiB (`mapped_256_mib`). The control (`kept`) keeps a part of every
-batch, so its memory must grow. Peaks are VmHWM, which starts anew with each process.
+batch, so its memory must grow. Peaks are VmHWM, which starts at zero in each process.
 """
 
 import json

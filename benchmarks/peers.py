@@ -46,7 +46,7 @@ def memmap_readers(features: FeatureStore) -> dict[str, Reader]:
     def memmap(order):
         for index in order:
             for level_map, buffer in zip(maps, buffers, strict=True):
-                # mode="raise" would read into memory of its own first, at half the speed.
+                # mode="raise" would read into a temporary buffer first, at half the speed.
                 np.take(level_map, index, axis=0, out=buffer, mode="clip")
             yield buffers
 

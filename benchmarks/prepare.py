@@ -13,8 +13,8 @@
 Ratios are samples per second and core, divided by those of `h5py`, medians over alternating rounds: `cold` with files
 on the disk, as for a dataset that is prepared once, and `warm` with files in the page cache. `cpu_time` has the same
 ratios by CPU time, which other programs change less, and which excludes waiting for the disk. Each case runs in a
-process of its own, timed after its imports: in one process, what a case leaves in the C library's heap makes the next
-one faster.
+separate process, timed after its imports: in one process, the heap that a case leaves in the C library makes the next
+case faster.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def _measure(root: Path, name: str, files: Path, n_samples: int, is_cold: bool) 
         "prepare": (one_core, partial(_prepare, root, name, 1)),
         "prepare_all_cores": (cores, partial(_prepare, root, name, len(cores))),
     }
-    # CPU time is that of processes that have ended, and those of the pool have not.
+    # CPU time covers only processes that have ended, and those of the pool have not.
     rates, cpu_rates = {case: [] for case in cases}, {case: [] for case in cases if case != "h5py_all_cores"}
     _read_with_h5py_in_pool(pool, paths[: 4 * len(cores)], len(cores))  # so that its processes import what they need
     for _ in range(ROUNDS):

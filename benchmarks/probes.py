@@ -2,8 +2,8 @@
 
     python -m benchmarks.probes
 
-- `one_thread`: speed of probing seven ensembles in parallel with one BLAS thread each, compared with one after the
-  other with all threads.
+- `one_thread`: speed of probing seven ensembles in parallel with one BLAS thread each, compared with sequential
+  probing with all threads.
 - `tolerance`: speed with our tolerance of the solver, compared with scikit-learn's default; `tolerance_costs` is the
   largest difference in validation accuracy over the seven ensembles.
 - `biased_cka`, `cka`: of unrelated features, with the biased and with the unbiased estimate.

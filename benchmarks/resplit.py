@@ -1,7 +1,7 @@
 """Assign the spatial blocks of the sample datasets of chips to the splits again, with another seed.
 
-Classes are counted over the chips that exist; `prepare` counts all that a block has. So seed 0 does not give the
-splits of `prepare`.
+Classes are counted over the chips that exist; `prepare` counts the whole area of a block. So seed 0 does not
+reproduce the splits of `prepare`.
 """
 
 import re

@@ -175,7 +175,7 @@ class _Descriptor:
 
 
 class MmapFile(_Descriptor):
-    """An open, memory-mapped file. It uses two descriptors, its own and the map's.
+    """An open, memory-mapped file. It uses two descriptors: the file's and the map's.
 
     Args:
         path: relative to the folder.
@@ -412,7 +412,7 @@ def gather(requests: Sequence[ReadRequest], pool: ThreadPoolExecutor) -> bool:
     """
     is_cold = False
     n_rows = len(requests[0][1])
-    step = max(1, max_open_files() // 2 // len(requests))  # each row may be in a file of its own
+    step = max(1, max_open_files() // 2 // len(requests))  # each row may be in a separate file
     for start in range(0, n_rows, step):
         part = slice(start, start + step)
         is_cold |= _gather([(array, rows[part], out[part]) for array, rows, out in requests], pool)

@@ -103,7 +103,7 @@ class Codec:
             The array to store (…, channel, y, x), and the float32 scale (…, channel) of `int8`, else None.
 
         Raises:
-            ValueError: `int8` cannot hold the NaN or infinite values.
+            ValueError: `int8` cannot represent NaN or infinite values.
         """
         if self.name == "bitround":
             # numcodecs takes 0.1 s to import, and reading params.yaml needs only the names of codecs.
@@ -175,8 +175,8 @@ class CastArray:
     Attributes:
         stored: the array to write, in C order.
         scale: of int8, else None.
-        squared_error: sum of squares of the differences to the values given, over finite values.
-        sum_of_squares: of the values given, over finite values.
+        squared_error: sum of squares of the differences to the input values, over finite values.
+        sum_of_squares: of the input values, over finite values.
     """
 
     stored: np.ndarray

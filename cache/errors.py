@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """Bad input or a bad file. The message states the mistake, the allowed or present values, and a remedy.
+    """Bad input or a bad file. Its message states the mistake, allowed or present values, and a remedy.
 
     Attributes:
         key: the parameter, option, column or array at fault, such as `heads.levels`; None if there is none.

@@ -227,7 +227,7 @@ class FeatureDataset:
         return {name: empty((count, *shape), self.dtypes[name]) for name, shape in self.shapes.items()}
 
     def _threads(self) -> ThreadPoolExecutor:
-        """The pool of this process; a forked DataLoader worker creates its own."""
+        """The pool of this process; a forked DataLoader worker creates another."""
         if self._pool is None or self._pool_process != os.getpid():
             self._pool, self._pool_process = ThreadPoolExecutor(READ_THREADS), os.getpid()
         return self._pool

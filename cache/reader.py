@@ -39,7 +39,7 @@ class FeatureStore:
         root: the Zarr group.
 
     Raises:
-        StoreError: there is no store, its writer did not finish, it has another contract, or it holds no features.
+        StoreError: there is no store, its writer did not finish, it has another contract, or it has no features.
     """
 
     def __init__(

@@ -99,7 +99,7 @@ class RemoteArray:
                 out[position] = chunk[(sample % self._chunk_rows, *view)]
 
     def in_page_cache(self, location: tuple) -> bool:
-        """Return True: nothing is known about a remote file."""
+        """Return True: the state of a remote file is unknown."""
         return True
 
     def prefetch(self, locations: Sequence[tuple]) -> None:

@@ -136,7 +136,7 @@ class StoreSchema:
         return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.sample)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of one sample, including views, of each array that a writer must be given."""
+        """Return the shape of one sample, including views, of each array that a writer takes."""
         views = (len(self.views),) if self.views else ()
         shapes = {
             level_array(index): (*views, level.channels, level.height, level.width)
@@ -145,7 +145,7 @@ class StoreSchema:
         return shapes | {pooled_array(name): (*views, channels) for name, channels in self.pooled.items()}
 
     def array_names(self) -> list[str]:
-        """Return the paths of the arrays that a writer must be given."""
+        """Return the paths of the arrays that a writer takes."""
         return list(self.shapes())
 
 

@@ -1,6 +1,6 @@
 """Measure parameters, size, floating-point operations and speed of students and frozen ensembles.
 
-Everything from a chip as it is stored to its logits counts; reading the chip from the disk does not.
+The cost covers everything from a stored chip to its logits, except reading the chip from the disk.
 """
 
 import statistics
@@ -79,7 +79,7 @@ def frozen_ensemble(
 
 
 def benchmark(models: Mapping[str, BenchmarkedModel], chips: np.ndarray, device: str) -> pd.DataFrame:
-    """Measure models. They are timed alternating, so that other load on the machine affects all of them.
+    """Measure models in alternation, so that other load on the machine affects all of them.
 
     Returns:
         One row per model. Columns: model; parameters; bytes, of its tensors as torch saves them; flops of one chip,

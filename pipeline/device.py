@@ -1,4 +1,4 @@
-"""Choice of the device that computes."""
+"""Choice of the compute device."""
 
 import torch
 

@@ -1,10 +1,10 @@
 """The tasks: classification, multi-label classification and segmentation.
 
 A task class defines the format of the labels, the loss, the predictions, the metric and the kind of head. An instance
-also knows the number of classes and their weights. A new task is one more class in `TASKS`, and its name in
+also has the number of classes and their weights. A new task is one more class in `TASKS`, and its name in
 `TaskName` of pipeline/config.py.
 
-A score is computed from added counts per sample, so it can be recomputed and resampled from stored tables. The
+A score is computed from summed counts per sample, so it can be recomputed and resampled from stored tables. The
 counts of a sample are a flattened confusion matrix (actual class x predicted class). For multi-label tasks they are
 the true positives, false positives and false negatives of every class.
 """
@@ -50,7 +50,7 @@ class Task(ABC):
         type: its name.
         metric: name of its metric.
         is_dense: whether it predicts every pixel, from feature pyramids; else a chip, from pooled vectors.
-        is_multilabel: whether several classes, or none, can hold at once.
+        is_multilabel: whether a sample can have several classes, or none.
         ignore_value: label value that does not count in loss and score; None if every value counts.
         missing_value: value of the label of a sample without one (split `unlabelled`).
         label_dims: dimensions of the stored labels.
@@ -124,7 +124,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, counts: np.ndarray) -> np.ndarray:
-        """Compute the metric in [0, 1], (…), from added counts (…, entry)."""
+        """Compute the metric in [0, 1], (…), from summed counts (…, entry)."""
 
     # Training, with torch
 
@@ -310,7 +310,7 @@ def get_task(name: str, key: str = "task") -> type[Task]:
 
     Args:
         name: such as `segmentation`.
-        key: where the name comes from, such as `datasets.trees.task`, for the message.
+        key: origin of the name, such as `datasets.trees.task`, for the message.
 
     Raises:
         UserError: there is no such task.
@@ -348,7 +348,7 @@ def confusion_counts(
         int64 (sample, n_classes * n_classes), actual class first.
     """
     n_samples, n_cells = len(label), n_classes * n_classes
-    # Every sample has one more cell, for the ignored elements; it is cut off at the end.
+    # Every sample has one more cell, for the ignored elements, which is dropped at the end.
     cell = np.arange(n_samples)[:, None] * (n_cells + 1) + predicted.reshape(n_samples, -1)
     cell += label.reshape(n_samples, -1).astype(np.int64) * n_classes
     if ignore_value is not None:
@@ -372,14 +372,14 @@ def multilabel_counts(predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def accuracy(counts: np.ndarray, n_classes: int) -> np.ndarray:
-    """Compute the accuracy in [0, 1], (…), from added confusion counts (…, n_classes * n_classes)."""
+    """Compute the accuracy in [0, 1], (…), from summed confusion counts (…, n_classes * n_classes)."""
     confusion = counts.reshape(*counts.shape[:-1], n_classes, n_classes)
     tp = np.diagonal(confusion, axis1=-2, axis2=-1)
     return tp.sum(axis=-1) / np.maximum(confusion.sum(axis=(-2, -1)), 1)
 
 
 def mean_iou(counts: np.ndarray, n_classes: int) -> np.ndarray:
-    """Compute the mean IoU in [0, 1], (…), from added confusion counts (…, n_classes * n_classes).
+    """Compute the mean IoU in [0, 1], (…), from summed confusion counts (…, n_classes * n_classes).
 
     The mean is over the classes that occur in the labels or in the predictions.
     """
@@ -391,6 +391,6 @@ def mean_iou(counts: np.ndarray, n_classes: int) -> np.ndarray:
 
 
 def micro_f1(counts: np.ndarray, n_classes: int) -> np.ndarray:
-    """Compute the micro F1 in [0, 1], (…), from added multi-label counts (…, 3 * n_classes)."""
+    """Compute the micro F1 in [0, 1], (…), from summed multi-label counts (…, 3 * n_classes)."""
     tp, fp, fn = np.moveaxis(counts.reshape(*counts.shape[:-1], 3, n_classes).sum(axis=-1), -1, 0)
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)

@@ -1,7 +1,8 @@
 """Band statistics: the mean and standard deviation of each band, a baseline without a network.
 
-As a pyramid, each cell holds its own mean and standard deviation; pooled, those of the whole chip. A chip larger than
-`input_size` is resized by nearest neighbour first: set `input_size` to the chip's size to use every pixel.
+In the pyramid, each cell has its mean and standard deviation; the pooled vector has those of the chip. A chip
+larger than `input_size` is resized by nearest neighbour first: set `input_size` to the chip's size to use
+every pixel.
 """
 
 from pathlib import Path

@@ -34,14 +34,14 @@ class BackboneSpec:
         bands: common names of the input bands in the network's order; None if it takes any bands.
         input_units: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them.
         mean, std: normalisation of pretraining, per input band, in `input_units`; None if there is none.
-        strides: input pixels per cell of each level, finest first; empty if only the network knows.
+        strides: input pixels per cell of each level, finest first; empty if only the network defines them.
         layers: names of the levels within the network.
         required: input bands without which it cannot run; None if it needs all of `bands`.
         substitutes: for an input band, the common name of another that replaces it if the images lack it.
         requires_dataset_stats: it has no statistics of pretraining; params.yaml must set `normalisation: dataset`.
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
         uses_location_and_time: whether it also takes latitude, longitude and time.
-        weights: where the pretrained weights come from; None if none are published.
+        weights: source of the pretrained weights; None if none are published.
         weights_file: name of their file after fetching.
         layer_indices: indices of the network's blocks or outputs that become the levels, where it needs them.
         options: arguments of the network's constructor, from params.yaml.
@@ -150,7 +150,7 @@ def match_bands(
         name: the backbone's name, for messages.
         image_bands: the images' bands, in order.
         requested: bands from params.yaml that replace the backbone's own, by name or wavelength. They are assigned to
-            the network's inputs by name if it knows all of them, else in order.
+            the network's inputs by name if it has all of them, else in order.
 
     Raises:
         MissingBandsError: a required or requested band is absent.
@@ -193,7 +193,7 @@ def match_bands(
 def _order_custom_bands(
     name: str, spec: BackboneSpec, bands: Sequence[Band], requested: Sequence[str | float]
 ) -> Sequence[str]:
-    """Return the network's input of each requested band: by name if it knows all of them, else in order."""
+    """Return the network's input of each requested band: by name if it has all of them, else in order."""
     if spec.bands is None:
         return [band.common_name for band in bands]
     inputs_by_name = {input_name: input_name for input_name in spec.bands}

@@ -41,7 +41,7 @@ class Preprocessor:
         scale: value of the images' units that equals 1.0.
         display_range: the reflectances [low, high] that are stretched to [0, 1]; None if there is no stretch.
         mean, std: per band, after scaling and stretching; None if there is no normalisation.
-        normalisation: `native` or `dataset`: where mean and std come from.
+        normalisation: `native` or `dataset`: the source of mean and std.
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
         metadata_keys: further inputs: `location`, `time`.
     """

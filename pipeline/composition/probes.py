@@ -1,9 +1,9 @@
 """Fit probes on cached features of the training split and score them on the validation split.
 
 A probe ranks features in seconds: logistic regression by L-BFGS, or nearest neighbours, both by scikit-learn.
-Nothing is random, and only the strength of the penalty is searched. Its scores are of another protocol than the
-heads' and are not mixed with theirs. For the same floating-point rounding on every machine, and for speed, limit BLAS
-to one thread (threadpoolctl).
+Nothing is random, and only the strength of the penalty is searched. Its scores follow another protocol than the
+heads' and are not compared with them. For the same floating-point rounding on every machine, and for speed, limit
+BLAS to one thread (threadpoolctl).
 
 The samples are the chips of a classification dataset, or pixels of the masks of a segmentation dataset. All backbones
 are compared on the same samples, whatever the sizes of their feature grids.
@@ -30,7 +30,7 @@ from pipeline.training import feature_loader
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
 NEIGHBOURS = 5
 MAX_ITERATIONS = 1000
-# Ten times scikit-learn's own tolerance: nearly half the time; at most one validation chip of 197 differs (LAB.md).
+# Ten times scikit-learn's default: nearly half the time; at most one validation chip of 197 differs (LAB.md).
 TOLERANCE = 1e-3
 # Bias of a class without training samples: it is never predicted.
 ABSENT_CLASS_BIAS = -1e9

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 # Split of images without labels. Backbones encode them, and students learn from the teacher's predictions on them.
 UNLABELLED = "unlabelled"
-# Dates of the years that datetime64[ns] can hold; without this numpy would read 20170216 as a year.
+# Dates in the range of datetime64[ns]; without this pattern numpy would read 20170216 as a year.
 TIMESTAMP = re.compile(r"(19|20|21)\d\d-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?(Z|\+00:?00)?")
 
 
@@ -102,7 +102,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class LazyImageDataset(ImageDatasetInfo):
-    """A prepared dataset that several processes read sample by sample, because it may not fit into memory.
+    """A dataset that several processes read sample by sample, because it may not fit into memory.
 
     Attributes:
         read_sample: picklable function from a sample's name, and an array that its image may be read into, to the

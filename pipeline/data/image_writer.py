@@ -2,7 +2,7 @@
 
 The memory of a process does not grow with the dataset.
 A chunk of samples is one file and the unit of work. The digest of the content is made of the chunks' digests, so that
-processes need not wait for one another.
+processes do not wait for each other.
 """
 
 import contextlib
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
 # Largest chunk, in samples and in bytes. Each process holds a few chunks in memory.
 CHUNK, CHUNK_BYTES = 64, 32 << 20
-# Most processes: a disk feeds no more, and each takes eight of the files that this process may have open.
+# Maximum number of processes: a disk can supply no more, and each uses eight of the open files of this process.
 MAX_PROCESSES = 32
-# Fewer chunks are written sooner by this process alone than others start.
+# With fewer chunks, this process alone finishes before other processes have started.
 MIN_CHUNKS_FOR_PROCESSES = 16
 # Band means are taken of every so many pixels in y and x; the bands of a dataset differ by more than this changes.
 MEAN_STRIDE = 8
@@ -224,7 +224,7 @@ def _without(dataset: LazyImageDataset, skipped: Mapping[str, str]) -> LazyImage
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """What remains of a chunk in memory once it is on disk.
+    """Record of a chunk, which stays in memory once the chunk is on disk.
 
     Attributes:
         start: index of its first sample.
@@ -389,10 +389,9 @@ def _write_file(path: Path, values: np.ndarray, size: int) -> None:
 
 
 def _write_uncached(file: io.FileIO, data: memoryview) -> None:
-    """Write bytes past the page cache, whose copies cost as much time as the hashing.
+    """Write bytes bypassing the page cache, whose copies take as long as the hashing.
 
-    What the disk or the alignment of the memory does not allow, and the rest of the last block, goes through the
-    cache.
+    Writes that the disk or the alignment of the memory does not allow, and the rest of the last block, use the cache.
     """
     written, aligned = 0, len(data) - len(data) % DISK_BLOCK_BYTES
     with contextlib.suppress(OSError):  # a full or broken disk raises again below
@@ -440,7 +439,7 @@ def _write_chunks(
 def _write_in_processes(
     writer: ChunkWriter, arguments: tuple, starts: range, n_processes: int
 ) -> Iterator[ChunkRecord]:
-    """Write all chunks by this process and others, and yield their records, in any order."""
+    """Write all chunks by this process and other ones, and yield their records, in any order."""
     # In shared memory, not as an argument: multiprocessing waits forever if a process dies before it has read an
     # argument that is larger than a pipe.
     pickled = pickle.dumps(arguments)
@@ -453,7 +452,7 @@ def _write_in_processes(
         ProcessPoolExecutor(1, context, initializer=_start_worker, initargs=(shared.name,))
         for _ in range(n_processes)
     ]
-    # The processes need no linear algebra, whose threads would wait by spinning on all CPUs.
+    # The processes need no linear algebra; its threads would spin on all CPUs while they wait.
     blas_threads = os.environ.get(BLAS_THREADS)
     os.environ[BLAS_THREADS] = "1"
     own_pool = ThreadPoolExecutor(1)
@@ -461,7 +460,7 @@ def _write_in_processes(
         (own_pool, writer.write_chunk, writer.finish),
         *((pool, _write_chunk_in_worker, _finish_worker) for pool in pools),
     ]
-    # Each is listed twice: it gets its next chunk while it writes one, and does not wait for this thread.
+    # Each is listed twice: it receives its next chunk while it writes one, and does not wait for this thread.
     idle, busy = executors * 2, {}
     try:
         for start in starts:

@@ -53,7 +53,7 @@ def assign_blocks_to_splits(
     from the requested fraction is smallest. It depends on labels only, never on the score of a model.
 
     Args:
-        class_areas: how much of each class lies in each block, (block, class), in any unit.
+        class_areas: area of each class in each block, (block, class), in any unit.
         splits: fractions of the blocks.
         seed: of the random assignments.
         n_draws: number of random assignments.

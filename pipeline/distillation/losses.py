@@ -44,7 +44,7 @@ def logit_kl(
     Args:
         student, teacher: logits (batch, class, …).
         temperature: divides the logits.
-        is_multilabel: whether several classes can hold at once.
+        is_multilabel: whether a sample can have several classes.
 
     Returns:
         A scalar.

@@ -1,4 +1,4 @@
-"""Teachers: which model of the grid teaches, and its cached features and logits. No backbone is run."""
+"""Teachers: choice of a model of the grid, and its cached features and logits. No backbone is run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 def choose_teacher(params: Params, dataset: str, tuning: Mapping[str, Mapping]) -> tuple[str | None, str | None]:
-    """Choose the model of the grid that teaches on a dataset.
+    """Choose the teacher on a dataset from the models of the grid.
 
     With `distill.teacher: best` it is the model with the best validation score among those that have a pretrained
-    network. Models with random weights teach nothing, and a student of the raw bands' mean and standard deviation
-    would be larger than its teacher. Ties: the model with more members wins, then the first of the grid.
+    network. Models with random weights are no useful teachers, and a student of the band statistics baseline would be
+    larger than its teacher. Ties: the model with more members wins, then the first of the grid.
 
     Args:
         params: all of params.yaml.
@@ -61,10 +61,10 @@ def choose_teacher(params: Params, dataset: str, tuning: Mapping[str, Mapping]) 
 class CachedTeacher:
     """Features and logits of an ensemble, from its feature stores and its trained head.
 
-    A store holds the features of upright chips and of the views that `extract.views` names. For any other view the
+    A store contains the features of upright chips and of the views that `extract.views` names. For any other view the
     feature maps are unknown: rotating features differs from the features of a rotated image. Three things do not
     depend on the view and are available for all: pooled vectors and class logits (approximately), and the logits of
-    each pixel, which rotate with the image as a mask does.
+    each pixel, which rotate with the image like a mask.
 
     Args:
         stores: feature stores of the members and their expected content digests; None for no check.
@@ -148,7 +148,7 @@ class CachedTeacher:
     def _compute_logits(self, rows: np.ndarray) -> np.ndarray:
         """Compute the head's logits of all rows and views, float16 (sample, view, class, …).
 
-        They are mapped from a file without a name, because logits of segmentation can exceed the memory.
+        They are memory-mapped from an unlinked file, because logits of segmentation can exceed the memory.
         """
         stored, device = np.empty(0, np.float16), self.head.mean_scale[0][0].device
         for copy, view in enumerate(self.views):

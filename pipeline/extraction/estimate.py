@@ -132,8 +132,8 @@ def translate_errors(encoder: Encoder, n_images: int):
 def find_batch_size(images: xr.Dataset, encoder: Encoder, maximum: int, n_views: int = 1) -> int:
     """Choose a batch size for `extract.batch: 0`: a small one on a CPU, on a GPU a power of two that fits.
 
-    On a GPU the limit is all of its memory without this process's own, the network, also if other processes use some:
-    another batch size would round differently.
+    On a GPU the limit is its total memory minus the network, even if other processes use some of it: another batch
+    size would round differently.
 
     Args:
         maximum: the largest batch size to return.
@@ -179,9 +179,9 @@ def _forward_bytes(images: xr.Dataset, encoder: Encoder, batch: int, n_views: in
 
 
 def shared_choice(path: Path, choose: Callable[[], int]) -> int:
-    """Return the number that the first worker of a store chose and wrote to `path`.
+    """Return the batch size that the first worker of a store chose and wrote to `path`.
 
-    Another worker, on another GPU, may choose another.
+    Another worker, on another GPU, might choose a different one.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

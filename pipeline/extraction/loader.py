@@ -19,7 +19,7 @@ from pipeline.backbones.encoder import Encoder
 from pipeline.data.augmentation import VIEWS
 from pipeline.data.image_store import UNLABELLED
 
-# Batches loaded ahead, and threads that read a GPU's batch: it computes faster than one thread reads.
+# Batches loaded ahead, and threads that read a batch for a GPU, which computes faster than one thread reads.
 _PREFETCHED_BATCHES, _READ_THREADS = 3, 4
 
 
@@ -125,7 +125,7 @@ def make_reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
     """Return a function from rows to their images, (sample, band, y, x).
 
     Rows that begin or end within a file are read with all rows of their files, which are cached, since several
-    batches may lie in one file. Several threads may call the function, if at most one at a time passes such rows.
+    batches may be in one file. Several threads may call the function, if at most one at a time passes such rows.
     """
     size = chunk_size(images)
     cached, cached_start = np.empty((0,)), 0

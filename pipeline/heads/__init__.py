@@ -70,7 +70,7 @@ def get_head(name: str, is_dense: bool | None = None, key: str = "heads.segmenta
 
     Args:
         is_dense: only among the dense heads (True) or the pooled ones (False).
-        key: where the name comes from, for the message.
+        key: origin of the name, for the message.
 
     Raises:
         UserError: there is no such head.

@@ -1,4 +1,4 @@
-"""Checkpoint of a trained head: all that maps, students and fine-tuning need to use it again."""
+"""Checkpoint of a trained head, as maps, students and fine-tuning use it."""
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ class TrainedHead:
 
 
 def select_head(config: HeadConfig, group: HeadGroup, index: int) -> HeadGroup:
-    """Copy one head of a trained group into a group of its own, on the CPU.
+    """Copy one head of a trained group into a new group, on the CPU.
 
     Args:
         config: of the group.

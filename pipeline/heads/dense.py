@@ -18,7 +18,7 @@ class HeadList(nn.Module):
         precision: of the networks' computation, float32 or bfloat16; parameters and logits are float32 either way.
 
     Attributes:
-        is_stacked: parameters do not hold several heads.
+        is_stacked: False; each parameter belongs to one head.
         has_manual_backward: `backward` computes the gradient of the loss and the resizing without autograd.
     """
 
@@ -56,7 +56,7 @@ class HeadList(nn.Module):
     def forward_heads(self, inputs: Sequence[torch.Tensor], index: torch.Tensor | None):
         """Yield (slice of one head, logits (1, batch, class, y, x)) for each head.
 
-        Memory holds the activations of one head only.
+        Only the activations of one head are in memory.
 
         Args:
             inputs: levels (sample, channel, y, x), finest first.
@@ -73,8 +73,8 @@ class HeadList(nn.Module):
     ) -> None:
         """Add the gradients of all heads' losses to those of the parameters.
 
-        At the size of the masks, where logits are largest, the gradient is computed directly: autograd needs several
-        more passes over them. From the logits' own grid on it is autograd's.
+        At the size of the masks, where logits are largest, the gradient is computed directly, because autograd needs
+        several more passes. From the logits on the head's grid on, autograd computes it.
 
         Args:
             inputs, index: as for `forward_heads`.
@@ -92,7 +92,7 @@ class HeadList(nn.Module):
     def _low_res_logits(
         self, position: int, inputs: Sequence[torch.Tensor], index: torch.Tensor | None
     ) -> torch.Tensor:
-        """Logits of a head on its own grid, float32 (batch, class, y, x)."""
+        """Logits of a head on its output grid, float32 (batch, class, y, x)."""
         levels = inputs if index is None else [level[index[position]] for level in inputs]
         with torch.autocast(levels[0].device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             logits = self.heads[position](levels)

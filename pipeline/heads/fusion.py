@@ -1,8 +1,8 @@
 """Fusion of the backbones' feature pyramids inside a head.
 
 Levels are matched between pyramids, resized to the finest grid, and combined by a method of `FUSIONS`. Concatenation
-is the method of the paper (arXiv 2506.20174); the others are the ablation of its later version. In these the first
-backbone leads: a learned projection brings the others to its channels.
+is the method of the paper (arXiv 2506.20174); the others are the ablation of its later version. In these a learned
+projection maps the other backbones to the channels of the first.
 
 A new method is one class and one line in `FUSIONS`, or, from outside the package, one call of `register_fusion`.
 """
@@ -24,7 +24,7 @@ TRANSFORMER_LEVELS = 4
 
 
 class Fusion(ABC):
-    """A method that combines features of the same grid; it has no parameters of its own."""
+    """A method that combines features of the same grid; it has no parameters."""
 
     def projection_shapes(self, widths: Sequence[int]) -> list[tuple[int, int]]:
         """Return the channels in and out of the projections of all backbones but the first.
@@ -128,8 +128,8 @@ def resize_to_finest(levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def match_levels(shapes: Sequence[Sequence[LevelShape]]) -> list[list[int]]:
     """Match the levels of several pyramids.
 
-    Pyramids with as many levels as the longest are matched level by level. A shorter one gives, each time, the level
-    of the most similar grid; of equal grids, the one at the most similar relative depth.
+    Pyramids with as many levels as the longest are matched level by level. From a shorter one, each time
+    the level of the most similar grid is used; among equal grids, the one at the most similar relative depth.
 
     Args:
         shapes: shapes of each pyramid's levels, finest first.

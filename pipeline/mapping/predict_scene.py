@@ -8,7 +8,7 @@ The finished map is a folder, which is published atomically:
     confidence.tif   uint8, probability of the class in percent
     map.json         shares of the classes, the scene and the model
 
-Maps of multi-label models have one band per class: whether the class holds, and its probability.
+Maps of multi-label models have one band per class: whether the class is present, and its probability.
 """
 
 import json
@@ -33,8 +33,8 @@ from pipeline.mapping.predictors import Predictor
 from pipeline.mapping.scene import Scene
 from pipeline.mapping.tiling import COG_TILE, NODATA, MappingJob, OutputBlock, output_blocks, tile_axis
 
-# Overlap of neighbouring tiles as a fraction of a tile. Models with one prediction per chip locate a class only as
-# finely as their tiles overlap.
+# Overlap of neighbouring tiles as a fraction of a tile. The resolution of models with one prediction
+# per chip is the stride of their tiles.
 DENSE_OVERLAP, CHIP_OVERLAP = 0.25, 0.5
 # GDAL's own default is a fraction of the machine's memory.
 GDAL_CACHE_MB = 32
@@ -63,7 +63,7 @@ def predict_scene(scene: Scene, predictor: Predictor, folder: Path) -> dict:
     """Map a scene. A killed run resumes after its last finished block and ends with the same bytes.
 
     Args:
-        folder: the map's folder, published atomically. Finished blocks lie in `.<name>.partial` next to it.
+        folder: the map's folder, published atomically. Finished blocks are in `.<name>.partial` next to it.
 
     Returns:
         The content of map.json.
@@ -169,7 +169,7 @@ def _write_cog(
     """Write a map as a Cloud Optimized GeoTIFF on the grid of its scene.
 
     Args:
-        path: the file; a GeoTIFF without overviews lies next to it until it is finished.
+        path: the file; a GeoTIFF without overviews exists next to it until it is finished.
         blocks: every block and its values, uint8 (band, y, x).
         overview_resampling: how GDAL computes the overviews: `mode` or `average`.
         scale: factor from stored values to physical values.

@@ -59,7 +59,7 @@ class Scene:
         time: acquisition time, UTC; NaT if unknown.
         fingerprint: changes with its files and its description.
         read_window: a function from a window (row, column, height, width) and band indices to pixels (band, y, x) of
-            any dtype, and where (y, x) all of these bands hold data.
+            any dtype, and where (y, x) all of these bands have data.
     """
 
     name: str

@@ -12,11 +12,11 @@ from pipeline.mapping.scene import Scene
 # Side in pixels of the tiles of the GeoTIFF. Blocks consist of whole ones.
 COG_TILE = 512
 # Smallest side of a block in strides of the prediction tiles. Tiles across the edge of a block are predicted for both
-# blocks, so smaller blocks cost more.
+# blocks, so smaller blocks take longer.
 MIN_BLOCK_STRIDES = 16
 # Tiles per forward pass.
 BATCH_TILES = 32
-# Rows of pixels that are read together, at least: GDAL decodes JPEG 2000 anew for every window.
+# Rows of pixels that are read together, at least: GDAL decodes JPEG 2000 again for every window.
 READ_ROWS = 512
 # Class and confidence of pixels where the scene has no data.
 NODATA = 255
@@ -120,7 +120,7 @@ def predict_block(
     """Compute the classes and confidences of a block.
 
     There is one band, with the most probable class and its probability in percent. Multi-label models have one band
-    per class instead: whether it holds (0 or 1), and its probability in percent.
+    per class instead: whether it is present (0 or 1), and its probability in percent.
 
     Args:
         on_progress: is called with the number of tiles that were finished.
@@ -156,7 +156,7 @@ class WindowReader:
         self.first = self.last = -1
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pixels (band, y, x) of a row of tiles, and where (y, x) they hold data.
+        """Return the pixels (band, y, x) of a row of tiles, and where (y, x) they have data.
 
         A scene smaller than a tile is padded by its mirror image.
         """

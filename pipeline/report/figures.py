@@ -1,4 +1,4 @@
-"""Figures of the report. The same numbers give the same bytes: files have no date and no version."""
+"""Figures of the report. Files have no date and no version, so the same numbers yield the same bytes."""
 
 from collections.abc import Mapping
 from pathlib import Path

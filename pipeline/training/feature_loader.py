@@ -2,10 +2,10 @@
 
 The paper's composition concatenates the backbones' features along channels (arXiv 2506.20174, section 3). Each
 channel is first standardized by the training split, else one backbone's scale would dominate. Levels of different
-grids are combined inside the head (pipeline/heads/fusion.py), so that memory holds each on its own grid.
+grids are combined inside the head (pipeline/heads/fusion.py), so that each is in memory on its own grid.
 
 Features that fit a memory budget are read once and stay on the device. Others are streamed from the disk through
-reused memory (pinned for a GPU). The caller does not need to know which.
+reused memory (pinned for a GPU). Both have the same interface.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -84,7 +84,7 @@ def _select_pooled_names(names: Sequence[str], depth: str, tokens: str, levels: 
         "cls": [class_tokens or means],
         "both": [group for group in (means, class_tokens) if group],
     }[tokens]
-    if levels:  # the band statistics baseline has one vector, which is of no level
+    if levels:  # the band statistics baseline has one vector, which belongs to no level
         groups = [_select_names(group, levels) if "_level" in group[0] else group for group in groups]
     return [name for group in groups for name in (group[-1:] if depth == "last" else group)]
 
@@ -343,7 +343,7 @@ class SplitData:
         inputs: standardized pooled features (sample, channel), or a list of levels (sample, channel, y, x), finest
             first; or either as a stream.
         label: (sample,), (sample, class) or (sample, y, x), on the device that trains.
-        sample: names of the samples; may be empty where nobody needs them.
+        sample: names of the samples; may be empty if they are not needed.
     """
 
     inputs: torch.Tensor | list[torch.Tensor] | StreamedFeatures

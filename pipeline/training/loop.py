@@ -2,7 +2,7 @@
 
 Each head has its own initialisation, optimizer state and early stopping, and, where the features are in memory, its
 own order of samples. The heads share the features, which are read and moved once, and the number of steps. Features
-streamed from the disk come in one order for all heads. A head trained among K has the same numbers as one trained
+streamed from the disk come in one order for all heads. A head trained among K has the same result as one trained
 alone, up to floating-point rounding.
 """
 
@@ -123,7 +123,7 @@ class HeadTrainer:
     def record_validation(self, counts: np.ndarray) -> None:
         """Record validation counts (head, sample, entry), and the state of every head that is at its best.
 
-        A head that has stopped is trained on as long as others of its group are, but no longer recorded.
+        A stopped head is still trained while others of its group are, but no longer recorded.
         """
         scores = self.task.score(counts.sum(axis=1))
         is_active = self.checks_since_best < self.schedule.patience
@@ -216,7 +216,7 @@ def _train_in_memory(
 def _train_on_gpu(
     trainers: Sequence[HeadTrainer], data: SplitData, schedule: TrainSchedule, validation: SplitData | None
 ) -> None:
-    """Train all groups on a GPU: alternating, one step of each, on a few concurrent streams."""
+    """Train all groups on a GPU: one step of each in alternation, on a few concurrent streams."""
     device = data.label.device
     streams = cuda_streams(device)
     pools = [torch.cuda.graph_pool_handle() for _ in streams]

@@ -60,7 +60,7 @@ class StackedAdamW:
     def _prepare_calls(self) -> None:
         """List what each call of the kernel updates: consecutive heads of the same learning rate.
 
-        Every head has tensors of its own, because the kernel rounds the last elements of a tensor differently.
+        Every head has separate tensors, because the kernel rounds the last elements of a tensor differently.
         """
         learning_rates = [learning_rate for learning_rate, _ in self.hparams]
         decay_rates = [learning_rate * decay for learning_rate, decay in self.hparams]

@@ -17,7 +17,7 @@ from pipeline.training.feature_loader import SplitData, StreamedFeatures
 
 # Concurrent heads on a GPU; the kernels of one head do not occupy it.
 N_STREAMS = 4
-# Values in pooled features above which the product over all of them is worth every core.
+# Values in pooled features above which one product on all cores is faster.
 LARGE_INPUT_VALUES = 1 << 23
 
 
@@ -25,9 +25,9 @@ LARGE_INPUT_VALUES = 1 << 23
 def parallel_map(data: SplitData, group: HeadGroup) -> Iterator[Callable]:
     """Provide a `map` over independent groups of heads.
 
-    On a CPU every group has one core: small convolutions and products use one core well and two badly. This is
-    faster than all cores on one group after the other, and much faster on a busy machine, where torch's threads spin
-    while they wait for each other. A head's numbers depend neither on the other heads nor on the number of cores.
+    On a CPU every group has one core: small convolutions and products use one core well and two badly. This is faster
+    than training the groups sequentially on all cores, and much faster on a busy machine, where torch's threads spin
+    while they wait for each other. A head's result depends neither on the other heads nor on the number of cores.
 
     On a GPU, features in memory are evaluated by a few dense heads at once, each on its own stream.
 

@@ -1,7 +1,7 @@
 """The frozen protocol: search hyperparameters on validation, then score seeds on test.
 
-The backbones are frozen and features come from the cache. Every seed is scored once on the test split. Learning rate
-and weight decay are searched by Optuna's TPE, several trials at a time. Distillation uses the same search.
+The backbones are frozen, and features are read from the cache. Every seed is scored once on the test split. Learning
+rate and weight decay are searched by Optuna's TPE, several trials at a time. Distillation uses the same search.
 """
 
 import hashlib

@@ -1,11 +1,10 @@
 """Data of a task: a dataset's labels and a model's features, aligned, standardized and split.
 
-Linear heads are trained in the principal axes of pooled features. AdamW scales every weight by itself, which
-converges slowly where channels are correlated, as those of a backbone are. In the principal axes of the training
-split they are not. Each array is rotated by itself, so that the cost grows with its width and not with the number of
-backbones. A rotation changes neither the functions that a linear head can represent nor its sum of squared weights. A
-trained head is rotated back and reads features as they are stored; only the axes of almost no variance are lost
-(`MIN_VARIANCE`).
+Linear heads are trained in the principal axes of pooled features. AdamW scales every weight separately, which
+converges slowly if channels are correlated, as a backbone's are. In the principal axes of the training split they are
+not. Each array is rotated separately, so that the cost grows with its width and not with the number of backbones. A
+rotation changes neither the functions that a linear head can represent nor its sum of squared weights. A trained head
+is rotated back and reads features as they are stored; only axes of almost no variance are lost (`MIN_VARIANCE`).
 
 Adam in an eigenbasis is from SOAP (Vyas et al. 2024, arXiv 2409.11321), which uses the basis of the gradients.
 """

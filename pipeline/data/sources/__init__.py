@@ -23,7 +23,7 @@ _registered: dict[str, ModuleType] = {}
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """Size of a dataset, as far as it is known before the dataset is prepared.
+    """Size of a dataset before it is prepared, as far as known.
 
     Attributes:
         n_samples: number of images.

@@ -108,7 +108,7 @@ def box_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Draw the Pascal VOC boxes of a file into a mask, uint8 (y, x): 1 inside any box, else 0.
 
     Raises:
-        UserError: a box reaches outside the image, as when x and y are swapped.
+        UserError: a box is partly outside the image, for instance because x and y are swapped.
     """
     mask = np.zeros(shape, dtype=np.uint8)
     for item in ElementTree.parse(path).iter("bndbox"):

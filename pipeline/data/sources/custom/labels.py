@@ -254,7 +254,7 @@ def pair_masks(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, no
     for path in masks:
         by_stem.setdefault(path.stem, []).append(path)
     mask_folders = {path.parent for path in masks}
-    # Where some masks lie in a folder named like an image's folder, masks elsewhere belong to other images.
+    # If some masks are in a folder named like an image's folder, masks in other folders belong to other images.
     best_common_parts = {
         folder: max(_common_trailing_parts(mask_folder, folder) for mask_folder in mask_folders)
         for folder in {image.parent for image in images}
@@ -310,7 +310,7 @@ def _common_trailing_parts(a: Path, b: Path) -> int:
 
 
 def _check_same_grid(path: str, file: rasterio.DatasetReader, image: RasterImage) -> None:
-    """Raise UserError if a mask does not lie on the grid of its image."""
+    """Raise UserError if a mask is not on the grid of its image."""
     if file.count != 1:
         raise UserError(
             f"{path} has {file.count} bands; a mask has one, of class indices.",

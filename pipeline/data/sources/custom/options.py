@@ -141,7 +141,7 @@ def validate_options(options: CustomOptions, dataset: DatasetConfig, key: str) -
 
 
 def _missing_keys(options: CustomOptions, dataset: DatasetConfig) -> dict[str, str]:
-    """Keys that are needed and not given, with their meaning."""
+    """Required keys that are absent, with their meaning."""
     missing = {}
     if options.split != "column" and not dataset.splits:
         missing["splits"] = "the fractions of train, val and test"

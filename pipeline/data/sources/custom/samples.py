@@ -78,7 +78,7 @@ class CustomSampleReader:
         task: name of the task.
         n_classes: number of classes.
         purity: fraction of a chip that its class must cover, for classification from masks.
-        read_mask: reads the classes of a window's pixels; None if chips have labels of their own.
+        read_mask: reads the classes of a window's pixels; None if chips have labels from a table.
     """
 
     chips: dict[str, Chip]
@@ -134,7 +134,7 @@ class CustomSampleReader:
         )
 
     def class_areas(self, chip: Chip) -> np.ndarray:
-        """Return how much of each class a chip has, (class,); zeros for a chip that cannot be used."""
+        """Return the area of each class in a chip, (class,); zeros for a chip that cannot be used."""
         task = get_task(self.task)
         if not self.crops_windows:
             areas = np.zeros(self.n_classes)
@@ -201,7 +201,7 @@ def assign_splits(
         chips: by name.
         class_areas: of every chip, (class,).
         rule: `blocks` assigns spatial blocks whole, and blocks with overlapping chips together; `random` assigns
-            chips; `column` takes each chip's own split.
+            chips; `column` uses the split of each chip in the table.
 
     Returns:
         The split of every chip, and a note if chips of different splits overlap.
@@ -410,6 +410,6 @@ def _overlap_note(
     if not count:
         return []
     return [
-        f"{count} of {len(chips)} unlabelled chips overlap with val or test: students are given their pixels, but "
-        "not their labels"
+        f"{count} of {len(chips)} unlabelled chips overlap with val or test: students are trained on their pixels, "
+        "but not on their labels"
     ]

@@ -140,7 +140,7 @@ def estimate_size(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, 
     images = _open_set(folder, options) if folder else None
 
     fraction = re.fullmatch(r"(\d*\.?\d+)x_train", options.partition)
-    if images and not fraction and options.partition != "default":  # a partition of the user's own
+    if images and not fraction and options.partition != "default":  # a partition that the user wrote
         n_samples = len(images.sample)
     else:
         n_train, n_valid, n_test = spec.split_sizes
