@@ -64,7 +64,7 @@ def import_graph(root: Path) -> dict[str, set[str]]:
 
 
 def circles(root: Path) -> list[str]:
-    """The modules of one import circle between files, empty if there is none."""
+    """The modules of one import cycle between files, empty if there is none."""
     files = {module_name(path, root): path for path in source_files(root)}
     graph = {}
     for module, path in files.items():
@@ -81,7 +81,7 @@ def circles(root: Path) -> list[str]:
 
 
 def layers(graph: dict[str, set[str]]) -> int:
-    """Nodes on the longest chain of imports; 0 if the graph has a circle."""
+    """Nodes on the longest chain of imports; 0 if the graph has a cycle."""
     depth: dict[str, int] = {}
     try:
         for node in TopologicalSorter(graph).static_order():

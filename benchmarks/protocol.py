@@ -14,13 +14,13 @@ Needs the stores of `make run`, and params.yaml. No time includes imports.
   AdamW. `linear_vs_own_single` compares with one head of our code, which needs no autograd and is faster than plain
   torch.
 - `vs_terratorch`: wall time of 26 runs of terratorch divided by ours: one extraction, the search and the seeds.
-  terratorch runs as its users run it: the frozen backbone in the training loop, its own data module (GeoTIFFs in
-  folders of classes), task and trainer. Eight of its runs are timed: six trials, with learning rates spread over our
-  search range and our best weight decay, and two more seeds of the trial that is best on validation. The 26 are 26
-  times their mean, since every trial and seed has as many epochs, ours rounded up. Both train for 200 steps instead
-  of those of params.yaml, which favours terratorch: our extraction takes as long for any number of steps. Both
-  classify the mean of the deepest level of `lite0` on `sample-trees`. Its BatchNorm stays in evaluation mode, so that
-  both use the same features. Accuracies are means over seeds, with their standard deviation.
+  terratorch runs in its usual configuration: the frozen backbone in the training loop, its own data module (GeoTIFFs
+  in folders of classes), task and trainer. Eight of its runs are timed: six trials, with learning rates spread over
+  our search range and our best weight decay, and two more seeds of the trial that is best on validation. The time of
+  all 26 is 26 times their mean, since every trial and seed has as many epochs, ours rounded up. Both train for 200
+  steps instead of the number in params.yaml, which favours terratorch: our extraction takes as long for any number of
+  steps. Both classify the mean of the deepest level of `lite0` on `sample-trees`. Its BatchNorm stays in evaluation
+  mode, so that both use the same features. Accuracies are means over seeds, with their standard deviation.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Assign the spatial blocks of the sample datasets of chips to the splits again, with another seed.
+"""Assign the spatial blocks of the sample classification datasets to splits again, by another seed.
 
 Classes are counted over the chips that exist; `prepare` counts the whole area of a block. So seed 0 does not
 reproduce the splits of `prepare`.

@@ -5,9 +5,9 @@
 Needs the stores of `make run`. A test split of 4 blocks of one scene is small, so the blocks are assigned to the
 splits `N_RESPLITS` times with other seeds; each time has its own statistics, search and test. Our head is trained by
 the whole protocol: the search, and the mean over the seeds. scikit-learn's logistic regression (L-BFGS) has as many
-values of C as the search has trials; the best on validation counts. `points` is our test accuracy minus the other, in
-percentage points: the mean over the resplits, with its standard error in `error`. `val_points` is the same on
-validation, on which both chose.
+values of C as the search has trials; the best on validation is used. `points` is our test accuracy minus the other,
+in percentage points: the mean over the resplits, with its standard error in `error`. `val_points` is the same on
+validation, on which both were selected.
 """
 
 import argparse

@@ -64,8 +64,8 @@ class MmapPool:
     """Open and map the files of one store, within the limits on open files and on mapped memory.
 
     Files are opened relative to the folder as it was at the start, so a store that is replaced meanwhile is
-    noticed. As with any memory map, a file that is cut short while it is open ends the process; stores never change
-    in place.
+    noticed. As with any memory map, a file that is truncated while it is mapped kills the process; stores never
+    change in place.
 
     Args:
         folder: the store's folder.
@@ -234,7 +234,7 @@ class LocalArray:
             np.concatenate(rows, out=target)
 
     def in_page_cache(self, location: RowLocation) -> bool:
-        """Tell whether the first byte of a row is in memory; True where the system cannot tell."""
+        """Return whether the first byte of a row is in memory; True where the system cannot tell."""
         if not hasattr(os, "RWF_NOWAIT"):
             return True
         _, file, start, _ = location
@@ -366,7 +366,7 @@ class DequantizedArray:
             dequantize(self._buffers.quantized[0], self._buffers.scale[0], target)
 
     def in_page_cache(self, location: tuple) -> bool:
-        """Tell whether the int8 values of a row are in memory."""
+        """Return whether the int8 values of a row are in memory."""
         return self._quantized.in_page_cache(location[0])
 
     def check(self) -> None:
@@ -381,7 +381,7 @@ class DequantizedArray:
 
 
 def is_mappable(array: zarr.Array) -> bool:
-    """Tell whether `LocalArray` can read an array: files of raw or Blosc rows, split along the first axis."""
+    """Whether `LocalArray` can read an array: files of raw or Blosc rows, split along the first axis."""
     codecs, sharding = array.metadata.codecs, array.metadata.codecs[0]
     if array.metadata.chunk_key_encoding.to_dict().get("configuration") != {"separator": CHUNK_KEYS["separator"]}:
         return False

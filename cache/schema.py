@@ -34,7 +34,7 @@ def pooled_array(name: str) -> str:
 
 
 def is_level_array(path: str) -> bool:
-    """Tell whether a path is that of a level's features."""
+    """Return whether a path is that of a level's features."""
     return path.endswith("/features")
 
 

@@ -1,7 +1,8 @@
 """Export of students to ONNX (float32 or int8 weights) and torch.export, for any batch size.
 
-The input is chips as the images store has them: normalisation and resize are in the graph, and bands, units, classes
-and size are in the file's metadata. Every file is checked against torch, scored on real chips, and timed.
+The input is a batch of chips in the units of the images store: normalisation and resize are in the graph, and bands,
+units, classes and size are in the file's metadata. Every file is checked against torch, scored on real chips, and
+timed.
 """
 
 import json
@@ -77,7 +78,7 @@ def write_exports(
         difference of the logits from torch.
 
     Raises:
-        UserError: a file does not compute what the student computes, or the student is for other images.
+        UserError: the logits of a file differ from the student's, or the student is for other images.
     """
     _check_images(metadata, images)
     eval_set = load_eval_set(images, max_chips)
@@ -144,7 +145,7 @@ def _check_images(metadata: Mapping, images: xr.Dataset) -> None:
 
 def trace(student: Student, metadata: Mapping) -> torch.export.ExportedProgram:
     """Trace a student's graph once, for all files."""
-    # With an example of one chip, torch would take the batch size for a constant.
+    # With an example of one chip, torch would treat the batch size as a constant.
     example = torch.zeros(2, len(metadata["bands"]), *metadata["size"])
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     return torch.export.export(student, (example,), dynamic_shapes=({0: batch},))
@@ -194,7 +195,7 @@ def write_int8_onnx(path: Path, int8_path: Path) -> None:
     are needed (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
     """
     logger, level = logging.getLogger(), logging.getLogger().level
-    logger.setLevel(logging.ERROR)  # onnxruntime recommends a graph optimisation that the exporter has already done
+    logger.setLevel(logging.ERROR)  # onnxruntime recommends an optimisation that the exporter has already applied
     try:
         quantize_dynamic(path, int8_path, weight_type=QuantType.QInt8, per_channel=True)
     finally:
@@ -237,7 +238,7 @@ def relative_logit_error(student: Student, predict: LogitsFunction, chips: np.nd
 
 
 def check_exported(student: Student, path: Path, predict: LogitsFunction, chips: np.ndarray) -> float:
-    """Check that an exported file computes what the student computes, for a batch and for one chip.
+    """Check the logits of an exported file against the student's, for a batch and for one chip.
 
     Args:
         student, predict, chips: as for `relative_logit_error`.

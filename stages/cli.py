@@ -1,4 +1,4 @@
-"""Shared by all stages: arguments, paths of inputs and outputs, and messages for known failures."""
+"""Code shared by all stages: arguments, paths of inputs and outputs, and messages for known failures."""
 
 import argparse
 import errno
@@ -50,7 +50,7 @@ def run(
 ) -> None:
     """Run a stage with its command-line arguments.
 
-    A known failure ends in one paragraph and exit status 1.
+    A known failure prints one paragraph and exits with status 1.
 
     Args:
         stage: the function to call with the arguments by name.

@@ -14,7 +14,7 @@ EVAL_IMAGES = 512
 def export(student: str, dataset: str | None, int8: bool) -> None:
     """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json with their scores.
 
-    The throughput of a grid's student is measured by `cost`, when nothing else runs; that of another student here.
+    `cost` measures the throughput of the grid's students, while nothing else runs; this stage measures others.
     """
     if dataset:
         config.load().dataset(dataset)  # an unknown name is not a missing result

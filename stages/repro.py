@@ -1,7 +1,7 @@
 """repro: run `dvc repro` for two datasets at a time, with preloaded imports (stages/warm.py).
 
 DVC runs one stage at a time and leaves a core idle while it updates its files, and during parts of most stages.
-Stages of different datasets are independent before the report, so each dataset has its own `dvc repro` here. A last
+Stages of different datasets are independent before the report, so each dataset has a separate `dvc repro`. A last
 plain `dvc repro` runs the remaining stages: costs, which must be measured while nothing else runs, and the report. It
 also reports failures of earlier stages.
 

@@ -1,6 +1,6 @@
 """Catalog of backbones: input bands, normalisation, levels, and sources of the weights.
 
-Nothing here imports torch. The networks are in one module per family, named by `FAMILIES`.
+This module does not import torch. The networks are in one module per family, named by `FAMILIES`.
 
 Every file of weights is pinned by revision and SHA-256.
 """

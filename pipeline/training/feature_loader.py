@@ -1,4 +1,4 @@
-"""Features as the heads read them: which arrays, standardized, from memory or streamed from the disk.
+"""Features for heads: selected arrays, standardized, from memory or streamed from the disk.
 
 The paper's composition concatenates the backbones' features along channels (arXiv 2506.20174, section 3). Each
 channel is first standardized by the training split, else one backbone's scale would dominate. Levels of different

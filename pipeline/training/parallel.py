@@ -25,7 +25,7 @@ LARGE_INPUT_VALUES = 1 << 23
 def parallel_map(data: SplitData, group: HeadGroup) -> Iterator[Callable]:
     """Provide a `map` over independent groups of heads.
 
-    On a CPU every group has one core: small convolutions and products use one core well and two badly. This is faster
+    On a CPU every group has one core: small convolutions and products scale badly to two cores. This is faster
     than training the groups sequentially on all cores, and much faster on a busy machine, where torch's threads spin
     while they wait for each other. A head's result depends neither on the other heads nor on the number of cores.
 
