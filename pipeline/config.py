@@ -344,8 +344,8 @@ class HeadsConfig:
     @field_validator("custom")
     @classmethod
     def _has_other_names(cls, custom: dict[str, CustomHeadConfig]) -> dict[str, CustomHeadConfig]:
-        if taken := sorted({"linear", "upernet", "fcn"} & set(custom)):
-            raise ValueError(f"{taken[0]} has a section of its own under heads; remove it here")
+        if reserved := sorted({"linear", "upernet", "fcn"} & set(custom)):
+            raise ValueError(f"{reserved[0]} has a section of its own under heads; remove it here")
         return custom
 
     def settings(self, head: str) -> HeadSettings:
