@@ -178,7 +178,9 @@ def test_parse_signature_missing_key_is_refused(key):
         parse_signature(metadata, "student.json")
 
 
-@pytest.mark.parametrize(("key", "value"), [("size", [32]), ("task", "regression"), ("task", ["segmentation"]), ("bands", 3)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("size", [32]), ("task", "regression"), ("task", ["segmentation"]), ("bands", 3)]
+)
 def test_parse_signature_invalid_value_is_refused(key, value):
     with raises(UserError):
         parse_signature(METADATA | {key: value}, "student.json")
