@@ -4,11 +4,9 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "cache", "stages", "benchmarks", "tests")
-FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+TREES = {path: ast.parse(path.read_text()) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
 
 # Pronouns, prepositions and bare participles: they carry no type and mean something else in every file.
 VAGUE_NAMES = {
@@ -43,61 +41,69 @@ def bound_names(tree: ast.Module) -> list[tuple[int, str]]:
 
 def prose(path: Path) -> list[tuple[int, str]]:
     """Line and text of every docstring, message and comment."""
-    text = path.read_text()
     strings = [
         (node.lineno, node.value)
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(TREES[path])
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value
     ]
-    comments = [
-        (number, match[1])
-        for number, line in enumerate(text.splitlines(), 1)
-        if (match := re.search(r"# (.*)", line))
-    ]
+    lines = enumerate(path.read_text().splitlines(), 1)
+    comments = [(number, match[1]) for number, line in lines if (match := re.search(r"# (.*)", line))]
     return strings + comments
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_names_are_nouns_or_verbs_of_the_field(path):
+def place(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def test_names_are_nouns_or_verbs_of_the_field():
     vague = [
-        (line, name) for line, name in bound_names(ast.parse(path.read_text())) if name.strip("_") in VAGUE_NAMES
+        (place(path, line), name)
+        for path, tree in TREES.items()
+        for line, name in bound_names(tree)
+        if name.strip("_") in VAGUE_NAMES
     ]
     assert not vague
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if path != Path(__file__)], ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_prose_has_no_private_words(path):
-    dialect = [(line, match[0]) for line, text in prose(path) for word in DIALECT if (match := re.search(word, text))]
+def test_prose_has_no_private_words():
+    dialect = [
+        (place(path, line), match[0])
+        for path in TREES
+        if path != Path(__file__)
+        for line, text in prose(path)
+        for word in DIALECT
+        if (match := re.search(word, text))
+    ]
     assert not dialect
 
 
 def test_no_public_class_name_occurs_twice():
     classes: dict[str, list[str]] = {}
-    for path in FILES:
-        if path.relative_to(ROOT).parts[0] == "tests":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                classes.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
-    assert not {name: paths for name, paths in classes.items() if len(paths) > 1}
+    for path, tree in TREES.items():
+        if not path.is_relative_to(ROOT / "tests"):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    classes.setdefault(node.name, []).append(place(path, node.lineno))
+    assert not {name: places for name, places in classes.items() if len(places) > 1}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_first_line_of_a_docstring_is_short(path):
-    tree = ast.parse(path.read_text())
-    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))]
-    first_lines = [(getattr(node, "lineno", 1), (ast.get_docstring(node) or "").split("\n")[0]) for node in nodes]
-    assert not [(line, text) for line, text in first_lines if len(text) > 100]
+def test_first_line_of_a_docstring_is_short():
+    long = [
+        (place(path, getattr(node, "lineno", 1)), first_line)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module))
+        if len(first_line := (ast.get_docstring(node) or "").split("\n")[0]) > 100
+    ]
+    assert not long
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_errors_are_tested_by_values_not_by_prose(path):
+def test_errors_are_tested_by_values_not_by_prose():
     """`match=` may hold a name, a number or a pattern, but no words of a sentence."""
     phrases = [
-        (node.lineno, keyword.value.value)
-        for node in ast.walk(ast.parse(path.read_text()))
+        (place(path, node.lineno), keyword.value.value)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
         if keyword.arg == "match" and isinstance(keyword.value, ast.Constant) and " " in str(keyword.value.value)

@@ -79,11 +79,11 @@ def test_layers_source_files_are_few():
     assert measure(ROOT)["files"] <= 125
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parts[-2] != "stages"], ids=local_name)
-def test_layers_science_and_cache_know_neither_dvc_nor_torch_where_they_must_not(path):
-    roots = {name.split(".")[0] for name in imported_modules(parse(path))}
-    assert "dvc" not in roots or local_name(path).startswith("stages")
-    assert not (local_name(path).startswith("cache") and roots & TORCH)
+def test_layers_only_stages_know_dvc_and_the_cache_knows_no_torch():
+    for path in FILES:
+        roots = {name.split(".")[0] for name in imported_modules(parse(path))}
+        assert "dvc" not in roots or local_name(path).startswith("stages"), path
+        assert not (local_name(path).startswith("cache") and roots & TORCH), path
 
 
 @pytest.mark.parametrize("package", SIBLINGS)
@@ -119,24 +119,25 @@ def test_layers_backbones_define_classes_at_module_level():
     assert not inside
 
 
-@pytest.mark.parametrize("path", FILES, ids=local_name)
-def test_layers_imports_inside_functions_state_their_reason(path):
-    lines = path.read_text().splitlines()
-    bare = []
+def bare_local_imports(path: Path) -> list[int]:
+    """Lines of imports inside functions that have no comment; one comment serves the imports that follow it."""
+    lines, bare = path.read_text().splitlines(), []
     for function in ast.walk(parse(path)):
         if not isinstance(function, ast.FunctionDef):
             continue
-        for block in [node for node in ast.walk(function) if hasattr(node, "body") and isinstance(node.body, list)]:
-            stated = False
+        for block in [node for node in ast.walk(function) if isinstance(getattr(node, "body", None), list)]:
+            is_stated = False
             for node in block.body:
-                if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                    stated = False
-                    continue
-                # One comment serves the imports that follow it without a break.
-                stated = stated or "#" in lines[node.lineno - 1] or lines[node.lineno - 2].strip().startswith("#")
-                if not stated:
+                is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+                comment = "#" in lines[node.lineno - 1] or lines[node.lineno - 2].strip().startswith("#")
+                is_stated = is_import and (is_stated or comment)
+                if is_import and not is_stated:
                     bare.append(node.lineno)
-    assert not bare
+    return bare
+
+
+def test_layers_imports_inside_functions_state_their_reason():
+    assert not {local_name(path): lines for path in FILES if (lines := bare_local_imports(path))}
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)
