@@ -120,7 +120,7 @@ def test_layers_backbones_define_classes_at_module_level():
 
 
 def bare_local_imports(path: Path) -> list[int]:
-    """Lines of imports inside functions that have no comment; one comment serves the imports that follow it."""
+    """Lines of imports inside functions without a comment; one comment serves the imports after it."""
     lines, bare = path.read_text().splitlines(), []
     for function in ast.walk(parse(path)):
         if not isinstance(function, ast.FunctionDef):
