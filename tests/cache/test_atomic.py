@@ -6,11 +6,11 @@ import shutil
 import time
 
 import numpy as np
-import pytest
 import zarr
 from zarr.storage import LocalStore
 
 from cache.atomic import atomic_dir, file_lock, try_lock
+from tests.errors import raises
 
 
 class FirstChunkFailsStore(LocalStore):
@@ -30,9 +30,8 @@ def test_atomic_dir_with_a_failed_zarr_write_leaves_nothing(tmp_path):
             array = zarr.create_array(FirstChunkFailsStore(folder), name="a", shape=(8,), chunks=(1,), dtype="int8")
             array[:] = np.arange(1, 9)
 
-    with pytest.raises(OSError) as info:  # noqa: PT011 - the errno is checked
+    with raises(OSError, errno=28):
         fill()
-    assert info.value.errno == 28
     assert list(tmp_path.iterdir()) == []
     time.sleep(0.6)
     assert list(tmp_path.iterdir()) == []

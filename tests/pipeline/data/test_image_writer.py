@@ -294,6 +294,5 @@ def test_write_uncached_writes_all_bytes(tmp_path, monkeypatch, start, size, how
 
 
 def test_write_uncached_on_a_full_disk_raises():
-    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError) as info:  # noqa: PT011
+    with open("/dev/full", "wb", buffering=0) as file, raises(OSError, errno=errno.ENOSPC):
         image_writer._write_uncached(file, memoryview(bytes(8192)))
-    assert info.value.errno == errno.ENOSPC

@@ -14,6 +14,7 @@ from pipeline.backbones import get_spec
 from pipeline.config import BackboneConfig, ExtractConfig
 from pipeline.data import image_store
 from pipeline.extraction import engine
+from tests.errors import raises
 
 EXTRACT = ExtractConfig(
     dtype="float16", codec="none", precision="float32", compiled=False, batch=10, shard=16, keep_levels=False,
@@ -203,9 +204,8 @@ def test_extract_on_a_full_disk_raises_the_disks_error(extract_to, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left")
 
     monkeypatch.setattr(Writer, "write", fail)
-    with pytest.raises(OSError) as info:  # noqa: PT011 - the errno is checked
+    with raises(OSError, errno=errno.ENOSPC):
         extract_to("a")
-    assert info.value.errno == errno.ENOSPC
 
 
 def test_extract_with_an_unreadable_image_ends_while_batches_wait(images, encoder, tmp_path, monkeypatch):

@@ -73,8 +73,11 @@ def test_read_polygons_listed_classes_are_in_their_order_and_others_noted(raw_fo
 
 def test_read_polygons_classes_may_be_numbers(raw_folder, polygon_dataset, tmp_path):
     codes = {"farm": 1, "forest": 2, "meadow": 3, "water": 4}
-    change = lambda frame: frame.assign(fclass=frame.fclass.map(codes))  # noqa: E731
-    numbered = prepare(polygon_dataset(change, classes=["1", "2"]), tmp_path)
+
+    def number_classes(frame):
+        return frame.assign(fclass=frame.fclass.map(codes))
+
+    numbered = prepare(polygon_dataset(number_classes, classes=["1", "2"]), tmp_path)
     options = {"classes": ["farm", "forest"], "images": "*_B02.jp2", "bands": BLUE_GREEN_RED[:1]}
     named = prepare(scene_dataset(raw_folder, options=options), tmp_path)
     assert len(numbered.sample) == len(named.sample) > 30
