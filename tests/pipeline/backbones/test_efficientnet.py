@@ -86,27 +86,31 @@ def test_csmask_statistics_are_those_published_with_the_weights(weights_folder):
     assert statistics["band_names"] == list(spec.bands)
 
 
-def test_lite0_levels_equal_the_authors_network(weights_folder, image_dataset):
-    weights_dir = weights_folder("lite0")
-    official = EfficientNet.from_name("efficientnet-lite0")
+@pytest.mark.parametrize(
+    ("variant", "channels", "side"), [("lite0", [24, 40, 112, 320], 224), ("lite2", [24, 48, 120, 352], 260)]
+)
+def test_lite_levels_equal_the_authors_network(variant, channels, side, weights_folder, image_dataset):
+    """The author's network pads for one size of images, on which both agree."""
+    weights_dir = weights_folder(variant)
+    official = EfficientNet.from_name(f"efficientnet-{variant}")
     official.load_state_dict(torch.load(next(weights_dir.glob("*.pth")), weights_only=True))
     official.eval()
     image = torch.from_numpy((image_dataset("sample-trees-seg").image[:2] / 255.0 - 0.498) / 0.502).float()
-    image = image[..., :224, :224]
+    image = torch.nn.functional.interpolate(image, size=(side, side), mode="bilinear")
     with torch.inference_mode():
         deepest = official._swish(official._bn0(official._conv_stem(image)))
         for block in official._blocks:
             deepest = block(deepest)
-        features = build("lite0", "pretrained", weights_dir)(image)
-    assert [level.shape[1] for level in features.levels] == [24, 40, 112, 320]
+        features = build(variant, "pretrained", weights_dir)(image)
+    assert [level.shape[1] for level in features.levels] == channels
     torch.testing.assert_close(features.levels[-1], deepest, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(features.pooled["mean_level3"], deepest.mean((2, 3)), rtol=1e-3, atol=1e-3)
 
 
 def test_timm_name_maps_every_name_of_the_checkpoint(weights_folder):
-    network, _ = efficientnet.make_lite0()
+    network, _ = efficientnet.make_lite("lite0")
     tensors = torch.load(next(weights_folder("lite0").glob("*.pth")), weights_only=True)
-    renamed = {efficientnet.timm_name(name): tensor.shape for name, tensor in tensors.items()}
+    renamed = {efficientnet.timm_name(name, [1, 2, 2, 3, 3, 4, 1]): tensor.shape for name, tensor in tensors.items()}
     assert renamed == {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
