@@ -1,16 +1,13 @@
 """The configuration: every section of params.yaml as a frozen, validated dataclass.
 
-`load` reads params.yaml and checks it: keys, types, bounds and allowed values by pydantic, references between
-sections by `_check_references`. Every mistake becomes a `UserError` with the file, the key, its value and what is
-allowed. The docstring below a field is its description, in error messages and in the JSON schema for editors
-(`python -m stages.validate --schema`).
-
-Source options and scene descriptions are parsed by the same rules with `parse`.
+pydantic checks keys, types, bounds and allowed values, and `_check_references` the references.
+Descriptions of fields appear in error messages and in the JSON schema for editors
+(`python -m stages.validate --schema`). Source options and scenes are parsed by the same rules with `parse`.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from cache import codecs
 from pipeline.errors import UserError, similar_name, validation_error
@@ -37,6 +35,14 @@ from pipeline.errors import UserError, similar_name, validation_error
 FILE = "params.yaml"
 SCHEMA_FILE = "params.schema.json"
 T = TypeVar("T")
+# Names of sources, families and units in earlier versions. They are refused with the new name.
+RENAMED_VALUES = {
+    "own": "custom",
+    "landuse": "osm_landuse",
+    "trees": "neon_trees",
+    "raw": "band_statistics",
+    "unit": "any",
+}
 
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -76,8 +82,15 @@ def _check_band_reference(value: object) -> object:
     return value
 
 
+def _refuse_old_name(name: object) -> object:
+    if new := RENAMED_VALUES.get(str(name)):
+        raise PydanticCustomError("renamed", "it is now called {new}", {"new": new, "allowed": [new]})
+    return name
+
+
 _Number = BeforeValidator(_parse_number)
 _Unique = AfterValidator(_check_unique)
+_CurrentName = BeforeValidator(_refuse_old_name)
 
 # Types of fields. `Float` is for every number that a YAML file may hold: it also reads "1e-4".
 Float = Annotated[float, _Number]
@@ -85,9 +98,11 @@ PositiveFloat = Annotated[float, Field(gt=0), _Number]
 NonNegativeFloat = Annotated[float, Field(ge=0), _Number]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-# BatchNorm cannot train on one sample.
-BatchNormBatch = Annotated[int, Field(ge=2)]
-Bounds = Annotated[tuple[Float, ...], AfterValidator(_check_bounds), Field(min_length=2, max_length=2)]
+Bounds = Annotated[
+    tuple[Float, ...],
+    AfterValidator(_check_bounds),
+    Field(min_length=2, max_length=2, description="[low, high], searched on a logarithmic scale."),
+]
 UniqueNames = Annotated[tuple[str, ...], _Unique, Field(json_schema_extra={"uniqueItems": True})]
 SomeNames = Annotated[tuple[str, ...], _Unique, Field(min_length=1, json_schema_extra={"uniqueItems": True})]
 Name = Annotated[str, Field(pattern=_NAME)]
@@ -97,7 +112,17 @@ BandReference = Annotated[
 TaskName = Literal["classification", "multilabel", "segmentation"]
 # The same names as VIEWS in pipeline/data/augmentation.py, a layer above (a test compares them).
 ViewName = Literal["identity", "flip_x", "flip_y", "rot90", "rot180", "rot270", "transpose", "antitranspose"]
-DensePrecision = Literal["auto", "float32", "bfloat16"]
+DensePrecision = Annotated[
+    Literal["auto", "float32", "bfloat16"], Field(description="`auto` is bfloat16 on a GPU, else float32.")
+]
+Steps = Annotated[PositiveInt, Field(description="Training steps, whatever the size of the dataset.")]
+Batch = Annotated[PositiveInt, Field(description="Samples per step.")]
+BatchNormBatch = Annotated[int, Field(ge=2, description="Samples per step; BatchNorm cannot train on one sample.")]
+Patience = Annotated[
+    NonNegativeInt,
+    Field(description="Validation checks without a better score before a head returns to its best; 0 trains on."),
+]
+ValChecks = Annotated[PositiveInt, Field(description="Validation checks during training.")]
 
 # Losses of each variant of a student, in addition to the loss on labels.
 VARIANTS = {
@@ -146,20 +171,17 @@ class SplitFractions:
 class DatasetConfig:
     """A dataset: one images store, prepared by a source (pipeline/data/sources)."""
 
-    source: str
+    source: Annotated[str, _CurrentName]
     """Name of a source: a file or folder in pipeline/data/sources."""
     task: Literal[TaskName, ""] = ""
     """The task, for sources that cut chips. Released datasets define it themselves."""
-    chip: NonNegativeInt = 0
-    """Side of a chip in pixels, for sources that cut chips."""
+    chip: NonNegativeInt = Field(0, description="Side of a chip in pixels, for sources that cut chips.")
     block: NonNegativeInt = 0
     """Side in pixels of the spatial blocks. All chips of a block go to the same split."""
     splits: SplitFractions | None = None
     """Fractions of the spatial blocks per split, for sources that cut chips."""
-    seed: NonNegativeInt = 0
-    """Seed of the assignment of blocks to splits."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Options of the source, declared in its file."""
+    seed: NonNegativeInt = Field(0, description="Seed of the assignment of blocks to splits.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the source, declared in its file.")
 
     @field_validator("block")
     @classmethod
@@ -182,10 +204,8 @@ class HubFile:
     """The commit, 40 hexadecimal digits."""
     sha256: str = ""
     """SHA-256 of the file; if the publisher states none, it is empty, and the digest is recorded, not checked."""
-    size: int = 0
-    """Approximate size in bytes, for messages."""
-    licence: str = "see the repository"
-    """Licence, written into every store made with the file."""
+    size: int = Field(0, description="Approximate size in bytes, for messages.")
+    licence: str = Field("see the repository", description="Licence, written into every store made with the file.")
 
     @property
     def address(self) -> str:
@@ -199,7 +219,7 @@ class BackboneConfig:
     `input_units`, `layers` and `options` are for the families timm and terratorch; other families define their own.
     """
 
-    family: str
+    family: Annotated[str, _CurrentName]
     """Name of a family: a file in pipeline/backbones."""
     variant: str
     """Name of the network within the family."""
@@ -207,20 +227,16 @@ class BackboneConfig:
     """`pretrained`; `random`, a control drawn from `seed`; or `none` if the family has no weights."""
     input_size: PositiveInt
     """Side in pixels to which images are resized."""
-    seed: NonNegativeInt = 0
-    """Seed of random weights."""
+    seed: NonNegativeInt = Field(0, description="Seed of random weights.")
     normalisation: Literal["native", "dataset"] = "native"
     """Mean and standard deviation: `native`, those of pretraining, or `dataset`, those of the training split."""
     bands: tuple[BandReference, ...] = ()
     """Bands to use instead of the backbone's own, in the order of its inputs: names, or wavelengths in µm."""
-    hub: HubFile | None = None
-    """Another file of weights."""
-    input_units: Literal["reflectance", "display", "any", ""] = ""
+    hub: HubFile | None = Field(None, description="Another file of weights.")
+    input_units: Annotated[Literal["reflectance", "display", "any", ""], _CurrentName] = ""
     """Expected units of the input: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them."""
-    layers: tuple[int, ...] = ()
-    """Indices of the network's outputs to use as levels."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the network's constructor."""
+    layers: tuple[int, ...] = Field((), description="Indices of the network's outputs to use as levels.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the network's constructor.")
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -259,12 +275,9 @@ class LinearHeadConfig:
     """Pooled features to use: of the `last` (deepest) level of each backbone, or of `all` levels, concatenated."""
     tokens: Literal["mean", "cls", "both"]
     """Pooled features of transformers: the `mean` of the patch tokens, the `cls` token, or `both`."""
-    steps: PositiveInt
-    """Training steps, whatever the size of the dataset."""
-    batch: PositiveInt
-    """Samples per step."""
-    patience: NonNegativeInt = 0
-    """Validation checks without a better score before a head stops and returns to its best; 0 trains all steps."""
+    steps: Steps
+    batch: Batch
+    patience: Patience = 0
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -273,12 +286,9 @@ class UPerNetHeadConfig:
 
     channels: PositiveInt
     """Width of the decoder."""
-    steps: PositiveInt
-    """Training steps, whatever the size of the dataset."""
+    steps: Steps
     batch: BatchNormBatch
-    """Samples per step; BatchNorm cannot train on one sample."""
-    patience: NonNegativeInt = 0
-    """Validation checks without a better score before a head stops and returns to its best; 0 trains all steps."""
+    patience: Patience = 0
     neck: bool = True
     """Whether to resample a transformer's levels, all of one grid, to a pyramid first, as terratorch does."""
 
@@ -287,28 +297,21 @@ class UPerNetHeadConfig:
 class FcnHeadConfig:
     """Linear classifier on each cell of every level: the cheap probe of segmentation."""
 
-    steps: PositiveInt = 400
-    """Training steps, whatever the size of the dataset."""
-    batch: PositiveInt = 8
-    """Samples per step."""
-    patience: NonNegativeInt = 0
-    """Validation checks without a better score before a head stops and returns to its best; 0 trains all steps."""
+    steps: Steps = 400
+    batch: Batch = 8
+    patience: Patience = 0
 
 
 @dataclass(frozen=True, config=_RULES)
 class CustomHeadConfig:
     """Settings of a head that was added to the registry of pipeline/heads."""
 
-    steps: PositiveInt
-    """Training steps, whatever the size of the dataset."""
-    batch: PositiveInt
-    """Samples per step."""
-    patience: NonNegativeInt = 0
-    """Validation checks without a better score before a head stops and returns to its best; 0 trains all steps."""
+    steps: Steps
+    batch: Batch
+    patience: Patience = 0
     neck: bool = False
     """Resample the levels of a transformer, which all have one grid, to a pyramid first."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the head's constructor."""
+    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the head's constructor.")
 
 
 HeadSettings = LinearHeadConfig | UPerNetHeadConfig | FcnHeadConfig | CustomHeadConfig
@@ -319,23 +322,17 @@ class HeadsConfig:
     """Heads on frozen features."""
 
     linear: LinearHeadConfig
-    """The linear head."""
     upernet: UPerNetHeadConfig
-    """The UPerNet head."""
     fcn: FcnHeadConfig = FcnHeadConfig()
-    """The FCN head."""
-    segmentation: str = "upernet"
-    """Head of segmentation tasks: upernet, fcn, or one of `custom`."""
+    segmentation: str = Field("upernet", description="Head of segmentation tasks: upernet, fcn, or one of `custom`.")
     fusion: str = "concat"
     """How the features of several backbones are combined: concat, average, film or dot."""
     levels: tuple[int, ...] = ()
     """Indices of the levels to use, 0 the finest, -1 the deepest; empty for all."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weights of classes in the loss: `balanced` by their frequency in training (not for multi-label tasks)."""
-    val_checks: PositiveInt = 10
-    """Validation checks during training, for heads with patience."""
+    val_checks: ValChecks = 10
     precision: DensePrecision = "auto"
-    """Precision of dense heads; `auto` is bfloat16 on a GPU, else float32."""
     max_feature_gb: NonNegativeFloat = 4.0
     """Features of more gigabytes are streamed from disk; 0 streams every dataset."""
     custom: dict[Name, CustomHeadConfig] = field(default_factory=dict)
@@ -355,19 +352,14 @@ class HeadsConfig:
             UserError: params.yaml has no settings for it.
         """
         settings: dict[str, HeadSettings] = {
-            "linear": self.linear,
-            "upernet": self.upernet,
-            "fcn": self.fcn,
-            **self.custom,
-        }
+            "linear": self.linear, "upernet": self.upernet, "fcn": self.fcn, **self.custom,
+        }  # fmt: skip
         if head not in settings:
             raise UserError(
                 f"{FILE}: there are no settings for the head '{head}', only for: {', '.join(settings)}. "
                 f"Write its steps and batch under 'heads: custom: {head}:'.",
-                key=f"heads.custom.{head}",
-                allowed=settings,
-                path=FILE,
-            )
+                key=f"heads.custom.{head}", allowed=settings, path=FILE,
+            )  # fmt: skip
         return settings[head]
 
 
@@ -382,9 +374,7 @@ class SearchConfig:
     seed: NonNegativeInt
     """Seed of the sampler."""
     learning_rate: Bounds
-    """[low, high], searched on a logarithmic scale."""
     weight_decay: Bounds
-    """[low, high], searched on a logarithmic scale."""
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -415,28 +405,22 @@ class FineTuneConfig:
 
     method: Annotated[str, Field(pattern=r"^(all|lora|last[1-9][0-9]*)$")] = "all"
     """Trained parameters: `all`; `lora` (adapters); or `last<n>`, the last n blocks, such as `last2`."""
-    rank: PositiveInt = 8
-    """Rank of LoRA adapters."""
+    rank: PositiveInt = Field(8, description="Rank of LoRA adapters.")
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), _Unique] = (3e-5, 3e-4)
     """Learning rates of the head and of adapters. The first seed tries each; the best on validation is used."""
     layer_decay: Annotated[float, Field(gt=0, le=1), _Number] = 0.75
     """Factor on the learning rate from each block to the one before it. Adapters have the full rate."""
     weight_decay: NonNegativeFloat = 0.05
     """Weight decay of AdamW; not applied to biases and normalisation layers."""
-    steps: PositiveInt = 200
-    """Training steps."""
-    batch: PositiveInt = 16
-    """Images per step."""
-    val_checks: PositiveInt = 10
-    """Validation checks during training; each also writes a checkpoint."""
+    steps: Steps = 200
+    batch: Batch = 16
+    val_checks: ValChecks = 10
     seeds: PositiveInt = 3
     """Number of seeds. A seed sets the order of images, their augmentation, and the initial adapters."""
-    augment: bool = True
-    """Whether to flip and rotate images and masks at random."""
+    augment: bool = Field(True, description="Whether to flip and rotate images and masks at random.")
     checkpointing: bool = False
     """Whether to recompute activations in the backward pass instead of storing them."""
     precision: DensePrecision = "auto"
-    """Precision of the backbones; `auto` is bfloat16 on a GPU, else float32."""
 
     @property
     def n_last_blocks(self) -> int:
@@ -480,10 +464,8 @@ class StudentConfig:
 class StepsConfig:
     """Length of a training."""
 
-    steps: PositiveInt
-    """Training steps, whatever the size of the dataset."""
+    steps: Steps
     batch: BatchNormBatch
-    """Images per step; BatchNorm cannot train on one sample."""
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -510,7 +492,6 @@ class DistillConfig:
     teacher: str
     """A model of the grid, or `best`: the one with the best validation score that has a trained network."""
     loss_weights: LossWeights
-    """Weights of the losses."""
     temperature: PositiveFloat
     """Temperature of the logits."""
     extra_variants: Annotated[tuple[Literal["features", "logits"], ...], _Unique]
@@ -522,7 +503,6 @@ class DistillConfig:
     seeds: PositiveInt
     """Number of seeds."""
     search: SearchConfig
-    """Search for a learning rate and a weight decay."""
 
     def applies_to(self, dataset: str) -> bool:
         """Return whether students are trained on a dataset."""
@@ -534,9 +514,7 @@ class DistillConfig:
         return [name for name in VARIANTS if name in ("distilled", "supervised", *self.extra_variants)]
 
 
-_Datasets = Annotated[dict[Name, DatasetConfig], AfterValidator(MappingProxyType)]
-_Backbones = Annotated[dict[Name, BackboneConfig], AfterValidator(MappingProxyType)]
-_Students = Annotated[dict[Name, StudentConfig], AfterValidator(MappingProxyType)]
+_ReadOnly = AfterValidator(MappingProxyType)
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -544,33 +522,24 @@ class Params:
     """All of params.yaml."""
 
     grid: GridConfig
-    """Names of the datasets, backbones, models and students to run, described in the sections below."""
-    datasets: _Datasets
+    datasets: Annotated[dict[Name, DatasetConfig], _ReadOnly]
     """Datasets by name."""
-    backbones: _Backbones
+    backbones: Annotated[dict[Name, BackboneConfig], _ReadOnly]
     """Backbones by name."""
     weights_dir: str
     """Folder that is searched for official weights before they are downloaded."""
     extract: ExtractConfig
-    """Extraction of features."""
     heads: HeadsConfig
-    """Heads on frozen features."""
     search: SearchConfig
-    """Search for the hyperparameters of heads."""
     train: TrainConfig
-    """The final training of heads."""
     composition: CompositionConfig
-    """Search over ensembles of backbones."""
     compute: ComputeConfig
-    """Devices and processes."""
-    students: _Students
+    students: Annotated[dict[Name, StudentConfig], _ReadOnly]
     """Compact networks by name."""
     distill: DistillConfig
-    """Distillation."""
     geobench_dir: str = "data/geobench"
     """Folder of GEO-Bench, as unpacked from the hub; downloaded there if absent, and read in place."""
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
-    """Fine-tuning of backbones."""
 
     def dataset(self, name: str) -> DatasetConfig:
         """Return a dataset's section; UserError if there is none."""
@@ -599,40 +568,8 @@ class Params:
         for name in names:
             self.backbone(name)
         if len(set(names)) != len(names):
-            raise UserError(
-                f"Model '{model}' names a backbone twice. Name each once.", key="grid.models", value=model
-            )
+            raise UserError(f"Model '{model}' names a backbone twice.", key="grid.models", value=model)
         return names
-
-
-# Keys and values of earlier versions, with `*` for any name. They are refused with the new name.
-RENAMED_KEYS = {
-    "extract.dense": "extract.keep_levels",
-    "heads.memory": "heads.max_feature_gb",
-    "heads.checks": "heads.val_checks",
-    "search.parallel": "search.trials_per_round",
-    "distill.search.parallel": "distill.search.trials_per_round",
-    "compose": "composition",
-    "composition.best": "composition.top_k",
-    "finetune.what": "finetune.method",
-    "finetune.decay": "finetune.layer_decay",
-    "finetune.checks": "finetune.val_checks",
-    "distill.labels": "distill.loss_weights.labels",
-    "distill.features": "distill.loss_weights.features",
-    "distill.logits": "distill.loss_weights.logits",
-    "distill.ablation": "distill.extra_variants",
-    "distill.chips": "distill.classification",
-    "distill.masks": "distill.segmentation",
-    "backbones.*.eats": "backbones.*.input_units",
-    "datasets.*.options.as_labelled": "datasets.*.options.keep_released_metadata",
-}
-RENAMED_VALUES = {
-    ("datasets.*.source", "own"): "custom",
-    ("datasets.*.source", "landuse"): "osm_landuse",
-    ("datasets.*.source", "trees"): "neon_trees",
-    ("backbones.*.family", "raw"): "band_statistics",
-    ("backbones.*.input_units", "unit"): "any",
-}
 
 
 def load(path: Path | str = FILE) -> Params:
@@ -644,9 +581,7 @@ def load(path: Path | str = FILE) -> Params:
     """
     if not Path(path).exists():
         raise UserError(f"There is no {path} here. Run from the root of the repository.", path=path)
-    raw = read_yaml(path)
-    _refuse_renamed(raw, path)
-    params = parse(Params, raw, path=path)
+    params = parse(Params, read_yaml(path), path=path)
     _check_references(params, path)
     return params
 
@@ -677,10 +612,8 @@ def parse(model: type[T], raw: object, section: str = "", path: Path | str | Non
         prefix = ": ".join(str(part) for part in (path, section) if part)
         raise UserError(
             f"{prefix}: use text, numbers, lists and mappings only ({error}). Quote dates and times.",
-            key=section or None,
-            value=raw,
-            path=path,
-        ) from None
+            key=section or None, value=raw, path=path,
+        ) from None  # fmt: skip
     try:
         # JSON, since pydantic's strict mode for Python objects would refuse lists for tuples.
         return TypeAdapter(model).validate_json(text, strict=True, extra="forbid")
@@ -690,12 +623,8 @@ def parse(model: type[T], raw: object, section: str = "", path: Path | str | Non
 
 def json_schema() -> str:
     """Return the JSON schema of params.yaml, for editors."""
-    schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **TypeAdapter(Params).json_schema(),
-        "title": FILE,
-    }
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **TypeAdapter(Params).json_schema()}
+    return json.dumps(schema | {"title": FILE}, indent=1, sort_keys=True) + "\n"
 
 
 def _described(table: Mapping[str, T], name: str, noun: str, section: str) -> T:
@@ -703,11 +632,8 @@ def _described(table: Mapping[str, T], name: str, noun: str, section: str) -> T:
         raise UserError(
             f"There is no {noun} '{name}'. {FILE} describes: {', '.join(table) or 'none'}."
             f"{similar_name(name, table)} Use one of these, or describe '{name}' under '{section}:' first.",
-            key=section,
-            value=name,
-            allowed=table,
-            path=FILE,
-        )
+            key=section, value=name, allowed=table, path=FILE,
+        )  # fmt: skip
     return table[name]
 
 
@@ -717,107 +643,34 @@ def _check_references(params: Params, path: Path | str) -> None:
     Raises:
         UserError: the key, the name, and the names that may be used.
     """
-
-    def refuse(key: str, value: object, message: str, allowed=None) -> None:
-        raise UserError(f"{path}: {key}: {message}", key=key, value=value, allowed=allowed, path=path)
-
     grid = params.grid
-    for name in grid.datasets:
+    for name in (*grid.datasets, *params.distill.datasets):
         params.dataset(name)
-    for name in grid.backbones:
+    for name in (*grid.backbones, *params.composition.backbones):
         params.backbone(name)
-    for name in grid.students:
-        params.student(name)
-
-    ensembles: dict[frozenset, str] = {}
+    models: dict[frozenset, str] = {}
     for model in grid.models:
-        members = frozenset(params.members(model))
-        if members in ensembles:
-            refuse("grid.models", model, f"'{ensembles[members]}' and '{model}' are the same ensemble. Name it once.")
-        ensembles[members] = model
-        for name in members - set(grid.backbones):
-            refuse(
-                "grid.models", model,
-                f"backbone '{name}' of '{model}' is not in grid.backbones ({', '.join(grid.backbones)}), so nothing "
-                "would extract its features. Add it there.", grid.backbones,
-            )  # fmt: skip
-    for model in grid.finetune:
-        if model not in grid.models:
-            refuse(
-                "grid.finetune", model,
-                f"'{model}' is not in grid.models ({', '.join(grid.models)}). Fine-tuning starts from the frozen "
-                "model's head: add it there.", grid.models,
-            )  # fmt: skip
-    for name in params.composition.backbones:
-        params.backbone(name)
-        if name not in grid.backbones:
-            refuse(
-                "composition.backbones", name,
-                f"'{name}' is not in grid.backbones ({', '.join(grid.backbones)}), so nothing would extract its "
-                "features. Add it there.", grid.backbones,
-            )  # fmt: skip
+        other = models.setdefault(frozenset(params.members(model)), model)
+        if other != model:
+            message = f"{path}: grid.models: '{other}' and '{model}' are the same ensemble. Name it once."
+            raise UserError(message, key="grid.models", value=model, path=path)
 
-    for name in params.distill.datasets:
-        params.dataset(name)
-    teacher = params.distill.teacher
-    if teacher != "best" and teacher not in grid.models:
-        refuse(
-            "distill.teacher", teacher,
-            f"'{teacher}' is not in grid.models ({', '.join(grid.models)}), so it has no trained head. Add it there, "
-            "or use best.", ("best", *grid.models),
-        )  # fmt: skip
-    for name in grid.students:
-        weights, key = params.student(name).weights, f"students.{name}.weights"
-        if weights == "random":
-            continue
-        if weights not in grid.backbones:
-            refuse(
-                key, weights,
-                f"'{weights}' is neither random nor a backbone of the grid ({', '.join(grid.backbones)}), so its "
-                "weights would not be fetched.", ("random", *grid.backbones),
-            )  # fmt: skip
-        if params.backbone(weights).weights != "pretrained":
-            refuse(key, weights, f"the backbone '{weights}' has no trained weights. Use random.", ("random",))
-
-
-def _refuse_renamed(raw: object, path: Path | str) -> None:
-    """Refuse keys and values of earlier versions.
-
-    Raises:
-        UserError: the new name.
-    """
-    for old, new in RENAMED_KEYS.items():
-        for key, value in _matches(raw, old.split(".")):
-            new_key = _fill(new, key)
+    def check(key: str, value: str, allowed: Sequence[str], reason: str, name: str | None = None) -> None:
+        if (name or value) not in allowed:
             raise UserError(
-                f"{path}: {key} is now called {new_key}. Rename it.",
-                key=key,
-                value=value,
-                allowed=[new_key],
-                path=path,
-            )
-    for (pattern, old), new in RENAMED_VALUES.items():
-        for key, value in _matches(raw, pattern.split(".")):
-            if value == old:
-                raise UserError(
-                    f"{path}: {key} is {old!r}, which is now called {new!r}. Rename it.",
-                    key=key,
-                    value=value,
-                    allowed=[new],
-                    path=path,
-                )
+                f"{path}: {key}: '{name or value}' is not one of {', '.join(allowed)}, so {reason}.",
+                key=key, value=value, allowed=allowed, path=path,
+            )  # fmt: skip
 
-
-def _matches(raw: object, pattern: list[str], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the dotted key and value of everything that a pattern such as `backbones.*.weights` matches."""
-    if not pattern:
-        yield prefix, raw
-    elif isinstance(raw, Mapping):
-        for key in raw if pattern[0] == "*" else [pattern[0]] if pattern[0] in raw else []:
-            yield from _matches(raw[key], pattern[1:], f"{prefix}.{key}" if prefix else str(key))
-
-
-def _fill(pattern: str, key: str) -> str:
-    """Replace the `*` of a pattern by the name at that position of a key."""
-    parts = key.split(".")
-    return ".".join(parts[i] if part == "*" else part for i, part in enumerate(pattern.split(".")))
+    for model in grid.models:
+        for name in params.members(model):
+            check("grid.models", model, grid.backbones, "nothing would extract its features", name)
+    for model in grid.finetune:
+        check("grid.finetune", model, grid.models, "it has no head to start from")
+    for name in params.composition.backbones:
+        check("composition.backbones", name, grid.backbones, "nothing would extract its features")
+    check("distill.teacher", params.distill.teacher, ("best", *grid.models), "it has no trained head")
+    trained = [name for name in grid.backbones if params.backbone(name).weights == "pretrained"]
+    for name in grid.students:
+        weights = params.student(name).weights
+        check(f"students.{name}.weights", weights, ("random", *trained), "it has no trained weights to start from")

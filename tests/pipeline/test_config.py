@@ -7,11 +7,12 @@ import typing
 import pytest
 import yaml
 
-from pipeline import config
+from pipeline import config, errors
 from pipeline.bands import Band
 from pipeline.config import FineTuneConfig, HubFile
 from pipeline.data.augmentation import VIEWS
-from pipeline.errors import UserError
+from pipeline.data.sources import validate
+from pipeline.errors import RENAMED_KEYS, UserError
 from pipeline.tasks import TaskType
 from tests.conftest import ROOT
 from tests.errors import raises
@@ -377,35 +378,35 @@ def test_load_reference_names_what_exists(load_changed, params):
 # Names of earlier versions
 
 
-@pytest.mark.parametrize(("old", "new"), config.RENAMED_KEYS.items())
-def test_load_renamed_key_is_refused_with_its_new_name(load_changed, old, new):
-    name = {"backbones": "lite0", "datasets": "sample-trees"}.get(old.partition(".")[0], "")
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_load_renamed_key_is_refused_with_its_new_name(load_changed, params, old, new):
+    name = {"backbones": "lite0", "datasets": "geobench"}.get(old.partition(".")[0], "")
     old, new = old.replace("*", name), new.replace("*", name)
     with raises(UserError, old, new, key=old, allowed=[new]):
-        load_changed(nested(old, {"x": 1} if old == "compose" else 1))
+        if ".options." in old:
+            validate(
+                name,
+                dataclasses.replace(params.dataset("m-eurosat"), options={"set": "m-eurosat", "as_labelled": True}),
+            )
+        else:
+            load_changed(nested(old, {"x": 1} if old == "compose" else 1))
 
 
-@pytest.mark.parametrize(("pattern", "old", "new"), [(*key, new) for key, new in config.RENAMED_VALUES.items()])
-def test_load_renamed_value_is_refused_with_its_new_name(load_changed, pattern, old, new):
-    key = pattern.replace("*", {"backbones": "lite0", "datasets": "sample-trees"}[pattern.partition(".")[0]])
-    with raises(UserError, key, repr(new), key=key, value=old, allowed=[new]):
+@pytest.mark.parametrize(("old", "new"), config.RENAMED_VALUES.items())
+def test_load_renamed_value_is_refused_with_its_new_name(load_changed, old, new):
+    key = {"raw": "backbones.lite0.family", "unit": "backbones.lite0.input_units"}.get(
+        old, "datasets.sample-trees.source"
+    )
+    with raises(UserError, key, new, key=key, value=old, allowed=[new]):
         load_changed(nested(key, old))
 
 
 def test_renamed_keys_lead_to_keys_that_exist():
     schema = json.loads(config.json_schema())
-    for new in config.RENAMED_KEYS.values():
-        node, parts = schema, new.split(".")
-        while parts and "options" not in node.get("title", "").lower():
-            if "$ref" in node:
-                node = schema["$defs"][node["$ref"].rpartition("/")[2]]
-                continue
-            part = parts.pop(0)
-            if part == "*":
-                node = next(iter(node["patternProperties"].values()))
-                continue
-            assert part in node["properties"], new
-            node = node["properties"][part]
+    for new in RENAMED_KEYS.values():
+        *parents, name = new.replace("*", "x").split(".")
+        parents = parents[:2] if "options" in parents else parents
+        assert ("options" if "options" in new else name) in errors.subschema(schema, parents)["properties"], new
 
 
 # Parsing of other records
