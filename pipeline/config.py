@@ -115,6 +115,10 @@ ViewName = Literal["identity", "flip_x", "flip_y", "rot90", "rot180", "rot270", 
 DensePrecision = Annotated[
     Literal["auto", "float32", "bfloat16"], Field(description="`auto` is bfloat16 on a GPU, else float32.")
 ]
+Seed = Annotated[NonNegativeInt, Field(description="Seed of the random numbers.")]
+Seeds = Annotated[PositiveInt, Field(description="Number of seeds. The scores of all are reported.")]
+InputSize = Annotated[PositiveInt, Field(description="Side in pixels to which images are resized.")]
+Arguments = Annotated[dict[str, Any], Field(description="Arguments of the constructor.")]
 Steps = Annotated[PositiveInt, Field(description="Training steps, whatever the size of the dataset.")]
 Batch = Annotated[PositiveInt, Field(description="Samples per step.")]
 BatchNormBatch = Annotated[int, Field(ge=2, description="Samples per step; BatchNorm cannot train on one sample.")]
@@ -175,13 +179,15 @@ class DatasetConfig:
     """Name of a source: a file or folder in pipeline/data/sources."""
     task: Literal[TaskName, ""] = ""
     """The task, for sources that cut chips. Released datasets define it themselves."""
-    chip: NonNegativeInt = Field(0, description="Side of a chip in pixels, for sources that cut chips.")
+    chip: NonNegativeInt = 0
+    """Side of a chip in pixels, for sources that cut chips."""
     block: NonNegativeInt = 0
     """Side in pixels of the spatial blocks. All chips of a block go to the same split."""
     splits: SplitFractions | None = None
     """Fractions of the spatial blocks per split, for sources that cut chips."""
-    seed: NonNegativeInt = Field(0, description="Seed of the assignment of blocks to splits.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the source, declared in its file.")
+    seed: Seed = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the source, declared in its file."""
 
     @field_validator("block")
     @classmethod
@@ -204,8 +210,10 @@ class HubFile:
     """The commit, 40 hexadecimal digits."""
     sha256: str = ""
     """SHA-256 of the file; if the publisher states none, it is empty, and the digest is recorded, not checked."""
-    size: int = Field(0, description="Approximate size in bytes, for messages.")
-    licence: str = Field("see the repository", description="Licence, written into every store made with the file.")
+    size: int = 0
+    """Approximate size in bytes, for messages."""
+    licence: str = "see the repository"
+    """Licence, written into every store made with the file."""
 
     @property
     def address(self) -> str:
@@ -225,18 +233,19 @@ class BackboneConfig:
     """Name of the network within the family."""
     weights: Literal["pretrained", "random", "none"]
     """`pretrained`; `random`, a control drawn from `seed`; or `none` if the family has no weights."""
-    input_size: PositiveInt
-    """Side in pixels to which images are resized."""
-    seed: NonNegativeInt = Field(0, description="Seed of random weights.")
+    input_size: InputSize
+    seed: Seed = 0
     normalisation: Literal["native", "dataset"] = "native"
     """Mean and standard deviation: `native`, those of pretraining, or `dataset`, those of the training split."""
     bands: tuple[BandReference, ...] = ()
     """Bands to use instead of the backbone's own, in the order of its inputs: names, or wavelengths in µm."""
-    hub: HubFile | None = Field(None, description="Another file of weights.")
+    hub: HubFile | None = None
+    """Another file of weights."""
     input_units: Annotated[Literal["reflectance", "display", "any", ""], _CurrentName] = ""
     """Expected units of the input: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them."""
-    layers: tuple[int, ...] = Field((), description="Indices of the network's outputs to use as levels.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the network's constructor.")
+    layers: tuple[int, ...] = ()
+    """Indices of the network's outputs to use as levels."""
+    options: Arguments = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -311,7 +320,7 @@ class CustomHeadConfig:
     patience: Patience = 0
     neck: bool = False
     """Resample the levels of a transformer, which all have one grid, to a pyramid first."""
-    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the head's constructor.")
+    options: Arguments = field(default_factory=dict)
 
 
 HeadSettings = LinearHeadConfig | UPerNetHeadConfig | FcnHeadConfig | CustomHeadConfig
@@ -324,7 +333,8 @@ class HeadsConfig:
     linear: LinearHeadConfig
     upernet: UPerNetHeadConfig
     fcn: FcnHeadConfig = FcnHeadConfig()
-    segmentation: str = Field("upernet", description="Head of segmentation tasks: upernet, fcn, or one of `custom`.")
+    segmentation: str = "upernet"
+    """Head of segmentation tasks: upernet, fcn, or one of `custom`."""
     fusion: str = "concat"
     """How the features of several backbones are combined: concat, average, film or dot."""
     levels: tuple[int, ...] = ()
@@ -371,8 +381,7 @@ class SearchConfig:
     """Number of trials."""
     trials_per_round: PositiveInt
     """Trials that are proposed together and trained in one pass over the features."""
-    seed: NonNegativeInt
-    """Seed of the sampler."""
+    seed: Seed
     learning_rate: Bounds
     weight_decay: Bounds
 
@@ -381,8 +390,7 @@ class SearchConfig:
 class TrainConfig:
     """The final training of a head."""
 
-    seeds: PositiveInt
-    """Number of seeds, each scored once on the test split."""
+    seeds: Seeds
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -405,7 +413,8 @@ class FineTuneConfig:
 
     method: Annotated[str, Field(pattern=r"^(all|lora|last[1-9][0-9]*)$")] = "all"
     """Trained parameters: `all`; `lora` (adapters); or `last<n>`, the last n blocks, such as `last2`."""
-    rank: PositiveInt = Field(8, description="Rank of LoRA adapters.")
+    rank: PositiveInt = 8
+    """Rank of LoRA adapters."""
     learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), _Unique] = (3e-5, 3e-4)
     """Learning rates of the head and of adapters. The first seed tries each; the best on validation is used."""
     layer_decay: Annotated[float, Field(gt=0, le=1), _Number] = 0.75
@@ -415,9 +424,9 @@ class FineTuneConfig:
     steps: Steps = 200
     batch: Batch = 16
     val_checks: ValChecks = 10
-    seeds: PositiveInt = 3
-    """Number of seeds. A seed sets the order of images, their augmentation, and the initial adapters."""
-    augment: bool = Field(True, description="Whether to flip and rotate images and masks at random.")
+    seeds: Seeds = 3
+    augment: bool = True
+    """Whether to flip and rotate images and masks at random."""
     checkpointing: bool = False
     """Whether to recompute activations in the backward pass instead of storing them."""
     precision: DensePrecision = "auto"
@@ -454,10 +463,9 @@ class StudentConfig:
     """timm's name of the network."""
     weights: str
     """`random`, or a backbone of the grid with the same network, whose trained weights are the start."""
-    chip_size: PositiveInt
-    """Side in pixels to which classification images are resized inside the student."""
-    mask_size: PositiveInt
-    """Side in pixels to which segmentation images are resized inside the student."""
+    chip_size: InputSize
+    mask_size: InputSize
+    """Side in pixels to which images of segmentation datasets are resized."""
 
 
 @dataclass(frozen=True, config=_RULES)
@@ -500,8 +508,7 @@ class DistillConfig:
     """Length of training on classification and multi-label datasets."""
     segmentation: StepsConfig
     """Length of training on segmentation datasets."""
-    seeds: PositiveInt
-    """Number of seeds."""
+    seeds: Seeds
     search: SearchConfig
 
     def applies_to(self, dataset: str) -> bool:
