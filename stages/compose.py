@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache.atomic import atomic_dir
 from pipeline import config
-from pipeline.composition.search import CompositionResult
+from pipeline.composition import CompositionResult
 from stages.cli import COMPOSITION, FEATURES, IMAGES, MANIFESTS, SCRATCH, read_json, run, write_json
 
 
@@ -35,19 +35,12 @@ def compose(dataset: str) -> None:
 
             members, images = task_data.open_aligned(dict(stores.values()), IMAGES / f"{dataset}.zarr")
             result = search(dict(zip(stores, members, strict=True)), images, params.heads, params.composition)
-            trained = tuple(model for model in result.selected if not _is_in_grid(model, params))
-            result = replace(result, trained=trained)
             best = ", ".join(result.selected)
             print(f"{dataset}: {len(result.subsets)} ensembles probed; best: {best}", flush=True)
-            for model in trained:
+            for model in result.missing_from(params.grid.models):
                 _tune_and_train(dataset, model, stores, manifests, params, folder / model)
         skipped = tuple(manifest["skipped"] for manifest in manifests.values() if manifest["skipped"])
         replace(result, skipped=skipped).write(folder)
-
-
-def _is_in_grid(model: str, params: config.Params) -> bool:
-    """Return whether the grid has a model with the same members, in any order."""
-    return any(set(model.split("+")) == set(grid_model.split("+")) for grid_model in params.grid.models)
 
 
 def _tune_and_train(

@@ -6,7 +6,7 @@ import pandas as pd
 
 from cache.atomic import atomic_dir
 from pipeline import config
-from pipeline.composition.search import CompositionResult
+from pipeline.composition import CompositionResult
 from pipeline.errors import UserError
 from pipeline.report import figures, page, sections, statements
 from pipeline.report.significance import FROZEN, BootstrapSamples, ModelKind, bootstrap, summarize_runs
@@ -41,7 +41,7 @@ def make_report() -> None:
     folders |= {
         (dataset, model): COMPOSITION / dataset / model
         for dataset, result in compositions.items()
-        for model in result.trained
+        for model in result.missing_from(grid.models)
     }
     folders |= {
         (student.dataset, f"{student.name} ({variant})"): DISTILLATION / student.dataset / student.name / variant

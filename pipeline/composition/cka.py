@@ -1,9 +1,11 @@
 """Similarity of the features of two backbones: linear centred kernel alignment (CKA)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from itertools import combinations_with_replacement
 
 import numpy as np
-from scipy.stats import permutation_test, rankdata
+import pandas as pd
+from scipy.stats import PermutationMethod, pearsonr, rankdata
 
 # The unbiased estimate needs at least this many samples.
 MIN_SAMPLES = 4
@@ -11,51 +13,43 @@ MIN_SAMPLES = 4
 MIN_PAIRS = 4
 
 
-def linear_cka(batches: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> tuple[list[str], np.ndarray]:
+def linear_cka(features: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Compute the debiased linear CKA between every two sets of features of the same samples.
 
     1: the same features up to rotation and scale. 0: unrelated features; the unbiased estimate can be slightly below
     0. The biased estimate would be high for unrelated features if there are as many channels as samples, as here.
 
     Args:
-        batches: returns batches of features (sample, channel) by name. It is called twice and must return the same
-            samples each time. Only one batch and one matrix (channel, channel) per pair are in memory.
+        features: (sample, channel) by name.
 
     Returns:
-        The names, and the similarities float64 (name, name).
+        The similarities, float64 (name, name).
 
     Raises:
         ValueError: there are fewer than four samples.
 
     Sources: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, arXiv 1905.00414;
     the unbiased HSIC of Song et al., JMLR 13, 2012, as used for CKA by Nguyen, Raghu and Kornblith, ICLR 2021, arXiv
-    2010.15327, here summed exactly over samples instead of averaged over minibatches.
+    2010.15327, here over all samples instead of averaged over minibatches.
     """
-    count, sums = 0, {}
-    for batch in batches():
-        count += len(next(iter(batch.values())))
-        for name, values in batch.items():
-            sums[name] = sums.get(name, 0) + values.sum(axis=0, dtype=np.float64)
-    if count < MIN_SAMPLES:
-        raise ValueError(f"Unbiased CKA needs at least {MIN_SAMPLES} samples; there are {count}.")
-    names = list(sums)
-    cross: dict[tuple[int, int], np.ndarray] = {}
-    norms, products = np.zeros(len(names)), np.zeros((len(names), len(names)))
-    for batch in batches():
-        centred = [batch[name] - sums[name] / count for name in names]
-        squared = np.stack([np.square(values).sum(axis=1) for values in centred])
-        norms += squared.sum(axis=1)
-        products += squared @ squared.T
-        for i, values in enumerate(centred):
-            for j in range(i + 1):
-                cross[i, j] = cross.get((i, j), 0) + values.T @ centred[j]
-    hsic = np.empty_like(products)
-    for (i, j), matrix in cross.items():
-        hsic[i, j] = hsic[j, i] = np.square(matrix).sum()
-    # Remove the products of each sample with itself, which bias the estimate.
-    hsic += np.outer(norms, norms) / ((count - 1) * (count - 2)) - products * count / (count - 2)
+    names, n_samples = list(features), len(next(iter(features.values())))
+    if n_samples < MIN_SAMPLES:
+        raise ValueError(f"Unbiased CKA needs at least {MIN_SAMPLES} samples; there are {n_samples}.")
+
+    def centred(name: str) -> np.ndarray:
+        return features[name] - features[name].mean(axis=0, dtype=np.float64)
+
+    squared_norms = pd.DataFrame({name: np.square(centred(name)).sum(axis=1) for name in names})
+    hsic = pd.DataFrame(0.0, names, names)
+    for name_a, name_b in combinations_with_replacement(names, 2):
+        norms_a, norms_b = squared_norms[name_a], squared_norms[name_b]
+        value = np.square(centred(name_a).T @ centred(name_b)).sum()
+        # Remove the products of each sample with itself, which bias the estimate.
+        value += norms_a.sum() * norms_b.sum() / ((n_samples - 1) * (n_samples - 2))
+        value -= norms_a @ norms_b * n_samples / (n_samples - 2)
+        hsic.loc[name_a, name_b] = hsic.loc[name_b, name_a] = value
     scale = np.sqrt(np.maximum(np.diag(hsic), np.finfo(float).tiny))
-    return names, hsic / np.outer(scale, scale)
+    return hsic / np.outer(scale, scale)
 
 
 def correlation_with_gain(cka: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
@@ -72,13 +66,6 @@ def correlation_with_gain(cka: np.ndarray, gain: np.ndarray) -> tuple[float, flo
     """
     if len(cka) < MIN_PAIRS or min(np.ptp(cka), np.ptp(gain)) == 0:
         raise ValueError(f"a rank correlation needs at least {MIN_PAIRS} pairs that differ; there are {len(cka)}")
-    ranks = [rankdata(values) - (len(cka) + 1) / 2 for values in (cka, gain)]
-    scale = np.sqrt(np.square(ranks[0]).sum() * np.square(ranks[1]).sum())
-
-    def correlation(permuted_ranks, axis):
-        return (permuted_ranks * ranks[1]).sum(axis=axis) / scale
-
-    result = permutation_test(
-        (ranks[0],), correlation, permutation_type="pairings", vectorized=True, n_resamples=50_000, rng=0
-    )
+    method = PermutationMethod(n_resamples=50_000, rng=0)
+    result = pearsonr(rankdata(gain), rankdata(cka), method=method)
     return float(result.statistic), float(result.pvalue)

@@ -9,11 +9,12 @@ The samples are the chips of a classification dataset, or pixels of the masks of
 are compared on the same samples, whatever the sizes of their feature grids.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -41,8 +42,6 @@ MAX_CHIPS = 8192
 MAX_PIXELS = 4096
 # Samples whose feature maps are read together to draw pixels, and to score masks.
 READ_SAMPLES, SCORE_SAMPLES = 32, 8
-# Samples per batch of a CKA matrix.
-CKA_SAMPLES = 2048
 
 
 # Samples
@@ -72,19 +71,13 @@ class ProbeSamples:
     features: dict[Layer, np.ndarray]
     label: np.ndarray
 
-    def concatenate(self, layers: Sequence[Layer], samples: slice = slice(None)) -> np.ndarray:
+    def concatenate(self, layers: Sequence[Layer]) -> np.ndarray:
         """Concatenate layers along channels, (sample, channel)."""
-        return np.concatenate([self.features[layer][samples] for layer in layers], axis=1)
+        return np.concatenate([self.features[layer] for layer in layers], axis=1)
 
 
 def chip_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, label: np.ndarray) -> ProbeSamples:
-    """Read all pooled vectors of chips.
-
-    Args:
-        stores: feature stores by backbone.
-        rows: rows of the chips in the stores.
-        label: their labels.
-    """
+    """Read all pooled vectors of the chips in these rows of the backbones' stores."""
     features = {
         Layer(backbone, pooled_array(name)): feature_loader.read_finite(store, pooled_array(name), rows)
         for backbone, store in stores.items()
@@ -119,32 +112,18 @@ def pixel_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, masks: n
 
 
 def _draw_pixels(masks: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw labelled pixels of each mask.
-
-    Returns:
-        Flat indices (mask, pixel), and is_valid (mask, pixel), which is False where a mask has too few.
-    """
+    """Draw flat indices (mask, pixel) of labelled pixels; `is_valid` is False where a mask has too few."""
     n_pixels = -(-MAX_PIXELS // len(masks))
     generator = np.random.default_rng(seed)
     pixels, is_valid = np.zeros((len(masks), n_pixels), np.int64), np.zeros((len(masks), n_pixels), bool)
     for index, mask in enumerate(masks.reshape(len(masks), -1)):
-        labelled = np.flatnonzero(mask != IGNORE)
-        drawn = np.sort(generator.permutation(labelled)[:n_pixels])
+        drawn = np.sort(generator.permutation(np.flatnonzero(mask != IGNORE))[:n_pixels])
         pixels[index, : len(drawn)], is_valid[index, : len(drawn)] = drawn, True
     return pixels, is_valid
 
 
 def _interpolate(maps: torch.Tensor, pixels: np.ndarray, mask_size: tuple[int, int]) -> np.ndarray:
-    """Interpolate feature maps at pixels of masks of another size.
-
-    Args:
-        maps: (sample, channel, y, x).
-        pixels: flat indices in the masks, (sample, pixel).
-        mask_size: (y, x) of the masks.
-
-    Returns:
-        Float32 (sample, pixel, channel).
-    """
+    """Interpolate maps at flat indices (sample, pixel) in masks of another size, (sample, pixel, channel)."""
     y, x = (torch.from_numpy(axis).float() for axis in np.unravel_index(pixels, mask_size))
     grid = torch.stack([(2 * x + 1) / mask_size[1] - 1, (2 * y + 1) / mask_size[0] - 1], dim=-1)[:, None]
     values = functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)
@@ -177,13 +156,13 @@ def fit_logistic(task: Task, inputs: np.ndarray, label: np.ndarray) -> list[Line
     if not task.is_multilabel:
         return _fit_penalties(inputs, label, task.n_classes)
     probes_of_class = [_fit_penalties(inputs, column, 2) for column in label.T]
-    # The difference of the two logits (absent, present) is compared with zero.
+    # The logit of a class is that of `present` minus that of `absent`.
     return [
         LinearProbe(
-            np.stack([probes[i].weight[1] - probes[i].weight[0] for probes in probes_of_class]),
-            np.array([probes[i].bias[1] - probes[i].bias[0] for probes in probes_of_class]),
+            np.stack([probe.weight[1] - probe.weight[0] for probe in probes]),
+            np.array([probe.bias[1] - probe.bias[0] for probe in probes]),
         )
-        for i in range(len(PENALTIES))
+        for probes in zip(*probes_of_class, strict=True)
     ]
 
 
@@ -192,19 +171,16 @@ def _fit_penalties(inputs: np.ndarray, label: np.ndarray, n_classes: int) -> lis
     present = np.unique(label)
     weight = np.zeros((n_classes, inputs.shape[1]), inputs.dtype)
     bias = np.full(n_classes, ABSENT_CLASS_BIAS, inputs.dtype)
+    bias[present] = 0
     if len(present) == 1:
-        bias[present] = 0
         return [LinearProbe(weight, bias)] * len(PENALTIES)
+    # For two classes scikit-learn has one row: the second class's logit minus the first's.
+    classes = present if len(present) > 2 else present[1:]
     probes, model = [], LogisticRegression(max_iter=MAX_ITERATIONS, tol=TOLERANCE, warm_start=True)
     for penalty in PENALTIES:
         model.set_params(C=1 / (penalty * len(inputs))).fit(inputs, label)
         weight, bias = weight.copy(), bias.copy()
-        # For two classes scikit-learn has one row: the second class's logit minus the first's.
-        weight[present], bias[present] = (
-            (np.stack([np.zeros_like(model.coef_[0]), model.coef_[0]]), [0, model.intercept_[0]])
-            if len(present) == 2
-            else (model.coef_, model.intercept_)
-        )
+        weight[classes], bias[classes] = model.coef_, model.intercept_
         probes.append(LinearProbe(weight, bias))
     return probes
 
@@ -243,14 +219,13 @@ class Probe:
 
     def width(self, layer: Layer) -> int:
         """Return the number of channels of a layer."""
-        return len(self.scalers[layer].mean_)
+        return self.scalers[layer].n_features_in_
 
     def fit(self, layers: Sequence[Layer]) -> tuple[float, LinearProbe | None]:
         """Fit a probe on the concatenation of layers.
 
         Returns:
-            Its validation score, and the probe if it is linear. Among logistic regressions the one with the best
-            score is returned.
+            Its validation score, and the probe if it is linear: the logistic regression with the best score.
         """
         inputs, label = self._train.concatenate(layers), self._train.label
         val_inputs = self._val.concatenate(layers)
@@ -261,16 +236,9 @@ class Probe:
         best = int(np.argmax(scores))
         return scores[best], candidates[best]
 
-    def similarity(self, groups: Mapping[str, Sequence[Layer]]) -> tuple[list[str], np.ndarray]:
+    def similarity(self, groups: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
         """Compute linear CKA between groups of concatenated layers, on the training samples."""
-        n_samples = len(self._train.label)
-
-        def batches() -> Iterator[dict[str, np.ndarray]]:
-            for start in range(0, n_samples, CKA_SAMPLES):
-                samples = slice(start, start + CKA_SAMPLES)
-                yield {name: self._train.concatenate(layers, samples) for name, layers in groups.items()}
-
-        return linear_cka(batches)
+        return linear_cka({name: self._train.concatenate(layers) for name, layers in groups.items()})
 
     def _score(self, predicted: np.ndarray) -> float:
         counts = self.task.counts(predicted, self._val.label)
@@ -295,7 +263,7 @@ def mask_scores(
         rows: rows of the samples in the stores.
         masks: their masks, (len(rows), y, x).
     """
-    task, total_counts = probe.task, {}
+    task, total_counts = probe.task, dict.fromkeys(fitted, 0)
     weights_of = {names: _split_by_layer(layers, linear, probe.scalers) for names, (layers, linear) in fitted.items()}
     for start in range(0, len(rows), SCORE_SAMPLES):
         batch = slice(start, start + SCORE_SAMPLES)
@@ -309,7 +277,7 @@ def mask_scores(
                 low_res_logits = torch.einsum("kc,ncyx->nkyx", torch.from_numpy(weight), maps[layer])
                 logits = logits + functional.interpolate(low_res_logits, size=masks.shape[1:], mode="bilinear")
             predicted = logits.max(dim=1).indices.numpy()
-            total_counts[names] = total_counts.get(names, 0) + task.counts(predicted, masks[batch]).sum(axis=0)
+            total_counts[names] += task.counts(predicted, masks[batch]).sum(axis=0)
     return {names: float(task.score(counts)) for names, counts in total_counts.items()}
 
 
@@ -317,11 +285,10 @@ def _split_by_layer(
     layers: Sequence[Layer], linear: LinearProbe, scalers: Mapping[Layer, StandardScaler]
 ) -> tuple[dict[Layer, np.ndarray], np.ndarray]:
     """Split a probe into the weights of each layer and the bias, for features as they are stored."""
-    weights, bias, start = {}, linear.bias.astype(np.float64), 0
-    for layer in layers:
-        scaler = scalers[layer]
-        weight = linear.weight[:, start : start + len(scaler.mean_)] / scaler.scale_
-        bias = bias - weight @ scaler.mean_
+    ends = np.cumsum([scalers[layer].n_features_in_ for layer in layers])
+    weights, bias = {}, linear.bias.astype(np.float64)
+    for layer, weight in zip(layers, np.split(linear.weight, ends[:-1], axis=1), strict=True):
+        weight = weight / scalers[layer].scale_
+        bias = bias - weight @ scalers[layer].mean_
         weights[layer] = weight.astype(np.float32)
-        start += len(scaler.mean_)
     return weights, bias.astype(np.float32)

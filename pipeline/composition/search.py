@@ -4,14 +4,11 @@ The paper (arXiv 2506.20174) chooses its ensembles by hand and leaves the search
 training and validation splits only, never the test split. Its result is written to files, which the report reads.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,73 +17,15 @@ from threadpoolctl import threadpool_limits
 
 from cache.reader import FeatureStore
 from pipeline import config
-from pipeline.composition import cka
-from pipeline.composition.probes import (
-    MAX_CHIPS,
-    MAX_PIXELS,
-    Layer,
-    Probe,
-    ProbeSamples,
-    chip_samples,
-    mask_scores,
-    pixel_samples,
-)
+from pipeline.composition import CompositionResult, cka, probes
+from pipeline.composition.probes import Layer, Probe
 from pipeline.errors import UserError
 from pipeline.tasks import Task
 from pipeline.training import feature_loader
 from pipeline.training.task_data import task_from_store
 
-FILE = "composition.json"
-TABLES = ("subsets", "cka", "greedy")
-
 # Names of the backbones of an ensemble.
 Ensemble = tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class CompositionResult:
-    """Result of the composition search on one dataset; without backbones the tables are empty.
-
-    Attributes:
-        backbones: the backbones that were probed.
-        skipped: reasons why other backbones were skipped.
-        probe: the probe: `logistic` or `knn`; None without backbones.
-        subsets: one row per ensemble; see `rank_table`.
-        cka: similarity of every two backbones; see `cka_table`.
-        greedy: layers in the order in which they were added; see `greedy_layers`. Empty if not requested.
-        selected: the best ensembles, best first.
-        trained: those of `selected` that the composition stage trains, because the grid lacks them.
-    """
-
-    backbones: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-    probe: str | None = None
-    subsets: pd.DataFrame = field(default_factory=pd.DataFrame)
-    cka: pd.DataFrame = field(default_factory=pd.DataFrame)
-    greedy: pd.DataFrame = field(default_factory=pd.DataFrame)
-    selected: tuple[str, ...] = ()
-    trained: tuple[str, ...] = ()
-
-    def write(self, folder: Path) -> None:
-        """Write composition.json and, if backbones were probed, subsets.csv, cka.csv and greedy.csv."""
-        if self.backbones:
-            for name in TABLES:
-                getattr(self, name).to_csv(folder / f"{name}.csv", index=False)
-        keys = ("backbones", "skipped", "probe", "selected", "trained")
-        text = json.dumps({key: getattr(self, key) for key in keys}, indent=1, sort_keys=True)
-        (folder / FILE).write_text(text + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "CompositionResult":
-        """Read the files that `write` wrote."""
-        metadata = json.loads((folder / FILE).read_text())
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in metadata.items()}
-        if fields["backbones"]:
-            fields |= {name: pd.read_csv(folder / f"{name}.csv") for name in TABLES}
-        return cls(**fields)
-
-
-# Search
 
 
 def search(
@@ -112,20 +51,25 @@ def search(
     task = task_from_store(images)
     rows = _select_rows(next(iter(stores.values())), task)
     label = {split: images.label[index].values for split, index in rows.items()}
-    samples = _read_samples(stores, rows, label, task)
-    _check_enough_samples({split: len(split_samples.label) for split, split_samples in samples.items()}, task)
+    if task.is_dense:
+        train, val = (
+            probes.pixel_samples(stores, rows[split], label[split], seed) for seed, split in enumerate(rows)
+        )
+    else:
+        train, val = (probes.chip_samples(stores, rows[split], label[split]) for split in rows)
+    _check_enough_samples({"train": len(train.label), "val": len(val.label)}, task)
     layers = {backbone: _head_layers(backbone, store, heads, task) for backbone, store in stores.items()}
     ensembles = {
         ensemble: [layer for backbone in ensemble for layer in layers[backbone]]
         for ensemble in all_subsets(list(stores))
     }
 
-    probe = Probe(samples["train"], samples["val"], task, "logistic" if task.is_dense else composition.probe)
+    probe = Probe(train, val, task, "logistic" if task.is_dense else composition.probe)
     with _probe_pool() as pool:
         fitted = dict(zip(ensembles, pool.map(probe.fit, ensembles.values()), strict=True))
     if task.is_dense:
         linear_probes = {ensemble: (ensembles[ensemble], linear) for ensemble, (_, linear) in fitted.items()}
-        scores = mask_scores(linear_probes, probe, stores, rows["val"], label["val"])
+        scores = probes.mask_scores(linear_probes, probe, stores, rows["val"], label["val"])
     else:
         scores = {ensemble: score for ensemble, (score, _) in fitted.items()}
 
@@ -138,37 +82,21 @@ def search(
         subsets=subsets,
         cka=similarity,
         greedy=greedy_layers(probe, probe.layers if composition.greedy else []),
-        selected=tuple(top_k(subsets, composition.top_k)),
+        selected=tuple(subsets[subsets.members > 1].model.head(composition.top_k)),
     )
 
 
 def _select_rows(store: FeatureStore, task: Task) -> dict[str, np.ndarray]:
     """Select the rows of the validation split, and of the training split or a random part of it."""
-    max_samples = MAX_PIXELS if task.is_dense else MAX_CHIPS
+    max_samples = probes.MAX_PIXELS if task.is_dense else probes.MAX_CHIPS
     return {
         "train": store.rows("train", min(1.0, max_samples / len(store.rows("train")))),
         "val": store.rows("val"),
     }
 
 
-def _read_samples(
-    stores: Mapping[str, FeatureStore], rows: Mapping[str, np.ndarray], label: Mapping[str, np.ndarray], task: Task
-) -> dict[str, ProbeSamples]:
-    """Read the features and labels of both splits: of pixels if the task is dense, else of chips."""
-    if task.is_dense:
-        return {
-            split: pixel_samples(stores, index, label[split], seed)
-            for seed, (split, index) in enumerate(rows.items())
-        }
-    return {split: chip_samples(stores, index, label[split]) for split, index in rows.items()}
-
-
 def _check_enough_samples(counts: Mapping[str, int], task: Task) -> None:
-    """Refuse splits that are too small to fit, compare or score probes.
-
-    Raises:
-        UserError: a split has too few labels.
-    """
+    """Refuse splits that are too small to fit, compare or score probes."""
     noun = "labelled pixels" if task.is_dense else "samples"
     for split, minimum in (("train", cka.MIN_SAMPLES), ("val", 1)):
         if counts[split] < minimum:
@@ -193,14 +121,11 @@ def _head_layers(backbone: str, store: FeatureStore, heads: config.HeadsConfig, 
 def _probe_pool() -> Iterator[ThreadPoolExecutor]:
     """Provide a pool that fits one probe per CPU core.
 
-    BLAS gets one thread: several threads on one small product are slower (benchmarks/probes.py), and rounding would
-    depend on their number.
+    BLAS gets one thread: several threads on one small product are slower (LAB.md), and rounding would depend on their
+    number.
     """
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         yield pool
-
-
-# Ensembles and tables
 
 
 def all_subsets(backbones: Sequence[str]) -> list[Ensemble]:
@@ -208,37 +133,27 @@ def all_subsets(backbones: Sequence[str]) -> list[Ensemble]:
     return [subset for size in range(1, len(backbones) + 1) for subset in combinations(backbones, size)]
 
 
-def top_k(subsets: pd.DataFrame, k: int) -> list[str]:
-    """Return the k best ensembles of at least two backbones."""
-    return subsets[subsets.members > 1].model.head(k).tolist()
-
-
 def cka_table(probe: Probe, head_layers: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
     """Compute the linear CKA of every two backbones.
 
     Rows come level by level, the finest first. Classification datasets are compared by the mean vectors of the
     levels. Levels of a single backbone are omitted. The last rows, `all`, compare the concatenation of all layers
-    that a head reads.
-
-    Args:
-        head_layers: the layers that a head reads, by backbone.
+    that a head reads (`head_layers`, by backbone).
 
     Returns:
         Columns level, backbone_a, backbone_b, cka.
     """
-    levels: dict[str, dict[str, list[Layer]]] = {}
+    groups_of_level: dict[str, dict[str, Sequence[Layer]]] = {}
     for layer in probe.layers:
         if not layer.name.startswith("cls_"):
-            levels.setdefault(layer.name.removeprefix("mean_"), {})[layer.backbone] = [layer]
-    rows = []
-    for level, groups in [*levels.items(), ("all", head_layers)]:
-        if len(groups) > 1:
-            names, matrix = probe.similarity(groups)
-            rows += [
-                {"level": level, "backbone_a": name_a, "backbone_b": name_b, "cka": matrix[i, j]}
-                for i, name_a in enumerate(names)
-                for j, name_b in enumerate(names)
-            ]
+            groups_of_level.setdefault(layer.name.removeprefix("mean_"), {})[layer.backbone] = [layer]
+    groups_of_level["all"] = dict(head_layers)
+    rows = [
+        {"level": level, "backbone_a": backbone_a, "backbone_b": backbone_b, "cka": value}
+        for level, groups in groups_of_level.items()
+        if len(groups) > 1
+        for (backbone_a, backbone_b), value in probe.similarity(groups).stack().items()
+    ]
     return pd.DataFrame(rows, columns=["level", "backbone_a", "backbone_b", "cka"])
 
 
@@ -255,22 +170,18 @@ def rank_table(scores: Mapping[Ensemble, float], similarity: pd.DataFrame, width
         backbone); cka (mean over the pairs of members, of all that the head reads, NaN for a single backbone).
     """
     pairs = similarity[similarity.level == "all"].set_index(["backbone_a", "backbone_b"]).cka
-    rows = []
-    for ensemble, score in scores.items():
-        is_single = len(ensemble) == 1
-        rows.append(
-            {
-                "model": "+".join(ensemble),
-                "members": len(ensemble),
-                "channels": sum(widths[name] for name in ensemble),
-                "score": score,
-                "gain": np.nan if is_single else score - max(scores[(name,)] for name in ensemble),
-                "cka": np.nan if is_single else np.mean([pairs[pair] for pair in combinations(ensemble, 2)]),
-            }
-        )
-    return pd.DataFrame(rows).sort_values(
-        ["score", "members"], ascending=[False, True], kind="stable", ignore_index=True
+    table = pd.DataFrame(
+        {
+            "model": "+".join(ensemble),
+            "members": len(ensemble),
+            "channels": sum(widths[name] for name in ensemble),
+            "score": score,
+            "gain": score - max(scores[(name,)] for name in ensemble) if len(ensemble) > 1 else np.nan,
+            "cka": np.mean([pairs[pair] for pair in combinations(ensemble, 2)]) if len(ensemble) > 1 else np.nan,
+        }
+        for ensemble, score in scores.items()
     )
+    return table.sort_values(["score", "members"], ascending=[False, True], kind="stable", ignore_index=True)
 
 
 def greedy_layers(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
