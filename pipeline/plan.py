@@ -1,12 +1,10 @@
-"""Estimate the disk space and time of a grid before it runs.
-
-Networks with random weights encode blank images: sizes are exact, times are measured on this machine.
-"""
+"""Estimate the disk space and time of a grid before it runs; networks are timed on this machine."""
 
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,30 +16,35 @@ from pipeline.backbones.base import MissingBandsError, match_bands
 from pipeline.config import Params
 from pipeline.data.sources import DatasetSize
 from pipeline.distillation.student import Student, StudentSpec
-from pipeline.heads import get_head
-from pipeline.heads.config import head_options
 from pipeline.tasks import get_task
+from pipeline.training.loop import HeadTrainer, HParams, TrainSchedule
+from pipeline.training.task_data import head_config
 
-# Images of the measured forward pass, by device.
+# Images of a measured forward pass, by device.
 BATCH_IMAGES = {"cpu": 2, "cuda": 64}
 # A dense head is timed on at most this many samples on a CPU.
 CPU_DENSE_BATCH = 2
+# Seconds above which a call is not repeated; the first call of a small network is mostly set-up.
+LONG_CALL = 1.0
+METHOD = f"""How the hours are estimated:
+- Networks with random weights run on blank images on this machine, one at a time, once per shape of their input.
+- extract: seconds per image of a forward pass on {BATCH_IMAGES["cpu"]} images ({BATCH_IMAGES["cuda"]} on a GPU),
+  times the images of the dataset. Reading and writing are not included.
+- tune, train: seconds of one training step of one head, times steps, times trials and seeds. On a CPU a segmentation
+  head is timed on {CPU_DENSE_BATCH} samples, and the seconds are scaled to its batch.
+- distill: seconds of one training step of a student, times steps, variants, trials and seeds.
+- Composition, maps, costs, fine-tuning and the report are not estimated."""
+Shapes = tuple[tuple[int, ...], ...]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class OutputShape:
-    """Outputs of a backbone for one image.
+class Output:
+    """Outputs of a backbone for one image: shapes of levels and pooled vectors, and the measured seconds."""
 
-    Attributes:
-        levels: shapes of the levels, (channel, y, x).
-        pooled_channels: channels of all pooled vectors.
-        images_per_second: measured on this machine.
-    """
-
-    levels: tuple[tuple[int, int, int], ...]
-    pooled_channels: int
-    images_per_second: float
+    levels: Shapes
+    pooled: Shapes
+    seconds_per_image: float
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,25 @@ class Estimate:
 
 
 def plan(params: Params, sizes: Mapping[str, DatasetSize], device: str) -> list[Estimate]:
-    """Estimate prepare, extract, the heads and the students of every dataset whose size is known."""
-    estimator = _Estimator(params, device)
-    estimates = []
+    """Estimate prepare, extract, the heads and the students of datasets; print what is timed."""
+    timer, estimates = _Timer(params, device), []
     for name, size in sizes.items():
-        estimates.append(_estimate_prepare(name, size))
-        estimates += [estimator.extract(name, size, backbone) for backbone in params.grid.backbones]
-        heads = [estimator.heads(name, size, model) for model in params.grid.models]
-        heads = [estimate for estimate in heads if estimate]
+        hours = None
+        if size.images_per_second:
+            hours = size.n_samples / size.images_per_second / 3600 / len(os.sched_getaffinity(0))
+        estimates.append(
+            Estimate("prepare", name, size.n_samples, size.n_samples * size.bytes_per_image / 1e9, hours)
+        )
+        outputs = {backbone: timer.backbone(backbone, size) for backbone in params.grid.backbones}
+        estimates += [_estimate_extract(params, name, size, *item) for item in outputs.items()]
+        heads = []
+        for model in params.grid.models:
+            members = [output for member in params.members(model) if (output := outputs[member])]
+            if len(members) == len(params.members(model)):
+                heads.append(_estimate_heads(params, timer, f"{name} x {model}", size, members))
         estimates += heads
         if heads and params.distill.applies_to(name):  # without a trained model there is no teacher
-            estimates += [estimator.student(name, size, student) for student in params.grid.students]
+            estimates += [_estimate_student(params, timer, name, size, student) for student in params.grid.students]
     return estimates
 
 
@@ -84,18 +95,11 @@ def format_table(estimates: Sequence[Estimate]) -> str:
     for stage in dict.fromkeys(estimate.stage for estimate in estimates):
         of_stage = [estimate for estimate in estimates if estimate.stage == stage]
         hours = [estimate.hours for estimate in of_stage if estimate.hours is not None]
-        total = Estimate(
-            stage=stage,
-            item="total",
-            images=sum(estimate.images for estimate in of_stage),
-            gigabytes=sum(estimate.gigabytes for estimate in of_stage),
-            hours=sum(hours) if hours else None,
-        )
-        rows.append(_format_row(total))
+        images, gigabytes = (sum(getattr(item, name) for item in of_stage) for name in ("images", "gigabytes"))
+        rows.append(_format_row(Estimate(stage, "total", images, gigabytes, sum(hours) if hours else None)))
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines)
 
 
 def _format_row(estimate: Estimate) -> tuple[str, ...]:
@@ -103,137 +107,114 @@ def _format_row(estimate: Estimate) -> tuple[str, ...]:
     return estimate.stage, estimate.item, str(estimate.images), f"{estimate.gigabytes:.2f}", hours
 
 
-def _estimate_prepare(name: str, size: DatasetSize) -> Estimate:
-    hours = None
-    if size.images_per_second:
-        hours = size.n_samples / size.images_per_second / 3600 / len(os.sched_getaffinity(0))
-    return Estimate("prepare", name, size.n_samples, size.n_samples * size.bytes_per_image / 1e9, hours)
+def _estimate_extract(params: Params, name: str, size: DatasetSize, backbone: str, output: Output | None) -> Estimate:
+    if output is None:
+        return Estimate("extract", f"{name} x {backbone}: skipped", 0, 0.0, 0.0)
+    has_levels = get_task(size.task).is_dense or params.extract.keep_levels
+    n_values = sum(map(prod, output.pooled + output.levels if has_levels else output.pooled))
+    images = size.n_samples * len(params.extract.views)
+    gigabytes = images * n_values * np.dtype(params.extract.dtype).itemsize / 1e9
+    return Estimate("extract", f"{name} x {backbone}", images, gigabytes, images * output.seconds_per_image / 3600)
 
 
-class _Estimator:
-    """Estimate stages; each network is timed once."""
+def _estimate_heads(
+    params: Params, timer: "_Timer", item: str, size: DatasetSize, outputs: Sequence[Output]
+) -> Estimate:
+    """Estimate the search and the final training of a model's heads."""
+    head, shapes = "linear", tuple(output.pooled for output in outputs)
+    if get_task(size.task).is_dense:
+        head, levels = params.heads.segmentation, params.heads.levels
+        shapes = tuple(
+            tuple(output.levels[index] for index in sorted(level % len(output.levels) for level in levels))
+            or output.levels
+            for output in outputs
+        )
+    settings = params.heads.settings(head)
+    n_steps = (params.search.trials + params.train.seeds) * settings.steps
+    hours = n_steps * timer.head_step(head, size, shapes) / 3600
+    return Estimate("tune, train", item, n_steps * settings.batch, 0.0, hours)
+
+
+def _estimate_student(params: Params, timer: "_Timer", name: str, size: DatasetSize, student: str) -> Estimate:
+    """Estimate the search and the seeds of every variant, without the predictions of the teacher.
+
+    The disk space is that of the best student's tensors and its two exports of the same size.
+    """
+    config, distill, side = params.student(student), params.distill, params.student(student).chip_size
+    schedule = distill.classification
+    if get_task(size.task).is_dense:
+        schedule, side = distill.segmentation, config.mask_size
+    spec = StudentSpec(config.network, len(size.bands), size.n_classes, size.task, side)
+    n_bytes, seconds = timer.student_step(spec, schedule.batch)
+    n_steps = len(distill.variants) * (distill.search.trials + distill.seeds) * schedule.steps
+    hours = n_steps * seconds / 3600
+    return Estimate("distill, export", f"{name} x {student}", n_steps * schedule.batch, 3 * n_bytes / 1e9, hours)
+
+
+class _Timer:
+    """Time every network once per shape of its input; each is freed before the next is made."""
 
     def __init__(self, params: Params, device: str):
         self.params, self.device = params, device
-        self._output_shapes: dict[tuple, OutputShape] = {}
+        self._outputs: dict[tuple, Output] = {}
         self._step_seconds: dict[tuple, float] = {}
 
-    def extract(self, name: str, size: DatasetSize, backbone: str) -> Estimate:
-        """Estimate the features of a dataset by a backbone."""
-        output, extract = self._output_shape(backbone, size), self.params.extract
-        if output is None:
-            return Estimate("extract", f"{name} x {backbone}: skipped", 0, 0.0, 0.0)
-        n_values = output.pooled_channels
-        if get_task(size.task).is_dense or extract.keep_levels:
-            n_values += sum(channels * y * x for channels, y, x in output.levels)
-        images = size.n_samples * len(extract.views)
-        gigabytes = images * n_values * np.dtype(extract.dtype).itemsize / 1e9
-        return Estimate(
-            "extract", f"{name} x {backbone}", images, gigabytes, images / output.images_per_second / 3600
-        )
-
-    def heads(self, name: str, size: DatasetSize, model: str) -> Estimate | None:
-        """Estimate the search and the final training of a model's heads; None if a backbone lacks bands."""
-        outputs = [self._output_shape(backbone, size) for backbone in self.params.members(model)]
-        if None in outputs:
-            return None
-        head = "linear"
-        if get_task(size.task).is_dense:
-            head = self.params.heads.segmentation
-        settings = self.params.heads.settings(head)
-        n_heads = self.params.search.trials + self.params.train.seeds
-        hours = n_heads * settings.steps * self._head_step_seconds(head, outputs, size) / 3600
-        return Estimate("tune, train", f"{name} x {model}", n_heads * settings.steps * settings.batch, 0.0, hours)
-
-    def student(self, name: str, size: DatasetSize, student: str) -> Estimate:
-        """Estimate a student: the search and the seeds of every variant, without its teacher's predictions.
-
-        The disk space is that of the best student's tensors and its two exports of the same size.
-        """
-        config, distill, n_bands = self.params.student(student), self.params.distill, len(size.bands)
-        if get_task(size.task).is_dense:
-            side, schedule = config.mask_size, distill.segmentation
-        else:
-            side, schedule = config.chip_size, distill.classification
-        spec = StudentSpec(config.network, n_bands, size.n_classes, size.task, side)
-        network = Student(spec, [0.0] * n_bands, [1.0] * n_bands).to(self.device)
-        chips = torch.zeros(schedule.batch, n_bands, side, side, device=self.device)
-        _, seconds = _time_second_call(lambda: network(chips).square().mean().backward(), self.device)
-        steps = len(distill.variants) * (distill.search.trials + distill.seeds) * schedule.steps
-        gigabytes = 3 * 4 * sum(parameter.numel() for parameter in network.parameters()) / 1e9
-        hours = steps * seconds / 3600
-        return Estimate("distill, export", f"{name} x {student}", steps * schedule.batch, gigabytes, hours)
-
-    def _output_shape(self, name: str, size: DatasetSize) -> OutputShape | None:
-        """Create and time a backbone; None if the dataset lacks bands that it needs."""
+    def backbone(self, name: str, size: DatasetSize) -> Output | None:
+        """Time a forward pass; None if the dataset lacks bands that the backbone needs."""
         backbone = self.params.backbone(name)
         spec = get_spec(backbone)
         try:
             input_bands = match_bands(name, spec, size.bands, backbone.input_size, backbone.bands)
         except MissingBandsError:
             return None
-        key = (name, input_bands.input_names)
-        if key not in self._output_shapes:
-            weights = "none" if backbone.weights == "none" else "random"
-            untrained = replace(backbone, weights=weights, hub=None)
+        n_bands, side = len(input_bands.input_names), input_bands.input_size
+        if (name, n_bands) not in self._outputs:
+            print(f"timing {name}: {n_bands} bands, {side} x {side} px", flush=True)
+            untrained = replace(backbone, weights="none" if backbone.weights == "none" else "random", hub=None)
             network = create_backbone(untrained, spec, input_bands, Path()).to(self.device)
-            n_bands, side = len(input_bands.input_names), input_bands.input_size
             images = torch.zeros(BATCH_IMAGES[self.device], n_bands, side, side, device=self.device)
             with torch.inference_mode():
-                pyramid, seconds = _time_second_call(lambda: network(images), self.device)
-            self._output_shapes[key] = OutputShape(
-                levels=tuple(tuple(level.shape[1:]) for level in pyramid.levels),
-                pooled_channels=sum(vector.shape[1] for vector in pyramid.pooled.values()),
-                images_per_second=len(images) / seconds,
-            )
-        return self._output_shapes[key]
+                pyramid, seconds = self._time(lambda: network(images))
+            levels, pooled = (tuple(tuple(values.shape[1:]) for values in part)
+                              for part in (pyramid.levels, pyramid.pooled.values()))  # fmt: skip
+            self._outputs[name, n_bands] = Output(levels, pooled, seconds / len(images))
+        return self._outputs[name, n_bands]
 
-    def _head_step_seconds(self, head: str, outputs: Sequence[OutputShape], size: DatasetSize) -> float:
-        """Time one training step of one head on the features of a model's backbones."""
-        key = (head, tuple((output.levels, output.pooled_channels) for output in outputs), size.n_classes)
+    def head_step(self, head: str, size: DatasetSize, shapes: tuple[Shapes, ...]) -> float:
+        """Return the seconds of a training step of one head on the arrays of a model's backbones."""
+        key = (head, size.task, size.n_classes, size.image_size, shapes)
         if key not in self._step_seconds:
-            settings = self.params.heads.settings(head)
-            batch = settings.batch
-            features: torch.Tensor | list[torch.Tensor]
-            if get_head(head).is_dense:
-                batch = batch if self.device == "cuda" else min(CPU_DENSE_BATCH, batch)
-                shapes = _fused_shapes(outputs)
-                widths = [channels for channels, _, _ in shapes]
-                network = (
-                    get_head(head).load()(widths, n_classes=size.n_classes, **head_options(settings)).to(self.device)
-                )
-                features = [torch.randn(batch, *shape, device=self.device) for shape in shapes]
-            else:
-                width = sum(output.pooled_channels for output in outputs)
-                network = torch.nn.Linear(width, size.n_classes).to(self.device)
-                features = torch.randn(batch, width, device=self.device)
-            _, seconds = _time_second_call(lambda: network(features).square().mean().backward(), self.device)
+            task, heads = get_task(size.task)(size.n_classes), self.params.heads
+            settings = heads.settings(head)
+            batch = min(CPU_DENSE_BATCH, settings.batch) if task.is_dense and self.device == "cpu" else settings.batch
+            print(f"timing {head}: {len(shapes)} backbones, {size.n_classes} classes, batch {batch}", flush=True)
+            config = head_config(heads, head, shapes, task, size.image_size, self.device)
+            group = config.create_group([0]).to(self.device).train()
+            trainer = HeadTrainer(group, [HParams(1e-3, 1e-2, 0)], task, TrainSchedule(settings.steps, batch))
+            arrays = [torch.randn(batch, *shape, device=self.device) for member in shapes for shape in member]
+            inputs = arrays if task.is_dense else torch.cat(arrays, dim=1)
+            label_shape = task.label_shape(size.n_classes, size.image_size)
+            label = torch.zeros(1, batch, *label_shape, dtype=torch.int64, device=self.device)
+            _, seconds = self._time(lambda: trainer.step(inputs, None, label))
             self._step_seconds[key] = seconds * settings.batch / batch
         return self._step_seconds[key]
 
+    def student_step(self, spec: StudentSpec, batch: int) -> tuple[int, float]:
+        """Return the bytes of a student's tensors and the seconds of a forward and backward pass."""
+        print(f"timing student {spec.architecture}: {spec.n_bands} bands, batch {batch}", flush=True)
+        network = Student(spec, [0.0] * spec.n_bands, [1.0] * spec.n_bands).to(self.device)
+        chips = torch.zeros(batch, spec.n_bands, spec.input_size, spec.input_size, device=self.device)
+        _, seconds = self._time(lambda: network(chips).square().mean().backward())
+        return 4 * sum(parameter.numel() for parameter in network.parameters()), seconds
 
-def _fused_shapes(outputs: Sequence[OutputShape]) -> list[tuple[int, int, int]]:
-    """Shapes of the levels after concatenation: the channels of all backbones, on the finest grid."""
-    return [
-        (
-            sum(output.levels[index][0] for output in outputs),
-            *max(output.levels[index][1:] for output in outputs),
-        )
-        for index in range(len(outputs[0].levels))
-    ]
-
-
-def _time_second_call(function: Callable[[], T], device: str) -> tuple[T, float]:
-    """Call a function twice; return its result and the seconds of the second, faster call."""
-    for _ in range(2):
-        _synchronize(device)
-        start = time.perf_counter()
-        result = function()
-        _synchronize(device)
-        seconds = time.perf_counter() - start
-    return result, seconds
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    def _time(self, function: Callable[[], T]) -> tuple[T, float]:
+        """Call a function, and again if the call was short; return its last result and seconds."""
+        for _ in range(2):
+            start = time.perf_counter()
+            result = function()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            if seconds > LONG_CALL and self.device == "cpu":
+                break
+        return result, seconds

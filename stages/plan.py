@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 from pipeline import config
-from pipeline.data import image_store
-from pipeline.data.image_store import image_bands
+from pipeline.data.image_store import image_bands, open_images
 from pipeline.data.sources import DatasetSize, get_source
 from stages.cli import IMAGES, run
 
@@ -13,18 +12,18 @@ from stages.cli import IMAGES, run
 def plan() -> None:
     """Print a table of estimates. Networks with random weights are timed on this machine."""
     params = config.load()
+    print(f"Planning {len(params.grid.datasets)} datasets, {len(params.grid.backbones)} backbones and "
+          f"{len(params.grid.models)} models. Networks are timed one by one.", flush=True)  # fmt: skip
     sizes, unknown, download_bytes = {}, [], 0.0
     for name in params.grid.datasets:
-        section = params.dataset(name)
-        source, images_path = get_source(section.source), IMAGES / f"{name}.zarr"
+        section, images_path = params.dataset(name), IMAGES / f"{name}.zarr"
         if images_path.exists():
             sizes[name] = _prepared_size(images_path)
-        elif estimate := source.estimate_size(section, params):
+        elif estimate := get_source(section.source).estimate_size(section, params):
             sizes[name], to_download = estimate
             download_bytes += to_download
-            print(
-                f"fetch  {name}: " + (f"about {to_download / 1e9:.2f} GB to download" if to_download else "present")
-            )
+            download = f"about {to_download / 1e9:.2f} GB to download" if to_download else "present"
+            print(f"fetch  {name}: {download}", flush=True)
         else:
             unknown.append(name)
 
@@ -35,6 +34,7 @@ def plan() -> None:
     device = resolve_device(params.compute.device)
     estimates = planning.plan(params, sizes, device)
     print(planning.format_table(estimates))
+    print(f"\n{planning.METHOD}")
     required = sum(estimate.gigabytes for estimate in estimates) + download_bytes / 1e9
     free = shutil.disk_usage(Path()).free / 1e9
     print(f"\nDisk: {required:.1f} GB are needed, {free:.1f} GB are free. Times are for this machine's {device}.")
@@ -46,10 +46,12 @@ def plan() -> None:
 
 def _prepared_size(images_path: Path) -> DatasetSize:
     """Return the size of a dataset that is prepared already."""
-    images = image_store.open_images(images_path)
+    images = open_images(images_path)
+    height, width = images.image.shape[-2:]
     return DatasetSize(
-        images.sizes["sample"], tuple(image_bands(images)), images.attrs["task"], len(images.attrs["classes"]), 0
-    )
+        images.sizes["sample"], tuple(image_bands(images)), images.attrs["task"], len(images.attrs["classes"]),
+        (height, width), bytes_per_image=0,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def load(
         array_names=[[name for _, name in member] for member in arrays_of_member],
         mean_scale=[feature_loader.to_mean_scale(*array_stats) for array_stats in stats],
         rotations=rotations,
-        head_config=_head_config(heads, head_name, shapes, task, tuple(images.label.shape[1:]), device),
+        head_config=head_config(heads, head_name, shapes, task, tuple(images.label.shape[1:]), device),
         schedule=schedule,
     )
 
@@ -245,7 +245,7 @@ def _shape(array: StoreArray) -> tuple[int, ...]:
     return tuple(store.array(name).shape)
 
 
-def _head_config(
+def head_config(
     heads: HeadsConfig, head_name: str, shapes: tuple, task: Task, mask_size: tuple[int, ...], device: str
 ) -> HeadConfig:
     """Configure a head from params.yaml; on a GPU, `precision: auto` is bfloat16."""

@@ -30,6 +30,7 @@ class DatasetSize:
         bands: of the images.
         task: name of the task.
         n_classes: number of classes.
+        image_size: height and width in pixels.
         bytes_per_image: of one image and its mask in the store; 0 if the dataset is prepared already.
         images_per_second: that one process reads; None if unknown.
     """
@@ -38,6 +39,7 @@ class DatasetSize:
     bands: tuple[Band, ...]
     task: str
     n_classes: int
+    image_size: tuple[int, int]
     bytes_per_image: int
     images_per_second: float | None = None
 

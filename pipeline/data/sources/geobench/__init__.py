@@ -153,6 +153,7 @@ def estimate_size(dataset: DatasetConfig, params: Params) -> tuple[DatasetSize, 
         bands=tuple(bands.values()),
         task=spec.task,
         n_classes=len(spec.classes),
+        image_size=(spec.image_size, spec.image_size),
         bytes_per_image=n_pixels * bytes_per_value * len(bands) + mask_bytes,
         images_per_second=_measure_images_per_second(images, options.skip_bad) if images else None,
     )
