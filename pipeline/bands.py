@@ -7,10 +7,12 @@ electro-optical extension of STAC.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from pipeline.config import Float
+from pipeline.config import PositiveFloat
 from pipeline.errors import UserError
 
 # Two bands are the same if their centres differ by at most this. It is more than the difference between sensors for
@@ -36,8 +38,10 @@ class Band:
 
     name: str
     common_name: str
-    wavelength: Float = math.nan
-    gsd: Float = math.nan
+    wavelength: Annotated[
+        PositiveFloat, Field(lt=50, description="Centre in micrometres; omit it if the band is not optical.")
+    ] = math.nan
+    gsd: Annotated[PositiveFloat, Field(description="Ground sampling distance in metres.")] = math.nan
 
     @property
     def is_optical(self) -> bool:
@@ -82,16 +86,10 @@ def band_index(query: str | float, bands: Sequence[Band]) -> int | None:
 
 
 def full_scale(units: str) -> float:
-    """Return the value that equals 1.0 in a unit. Units are declared, never guessed from the values.
-
-    Raises:
-        UserError: unknown units.
-    """
+    """Return the value that equals 1.0 in a unit; UserError for units that are not in `FULL_SCALE`."""
     if units not in FULL_SCALE:
         raise UserError(
             f"Unknown units '{units}'. Known units: {', '.join(FULL_SCALE)}. Correct the dataset's units.",
-            key="units",
-            value=units,
-            allowed=FULL_SCALE,
-        )
+            key="units", value=units, allowed=FULL_SCALE,
+        )  # fmt: skip
     return FULL_SCALE[units]

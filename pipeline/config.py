@@ -44,7 +44,7 @@ RENAMED_VALUES = {
     "unit": "any",
 }
 
-_RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
 
 
@@ -137,7 +137,7 @@ VARIANTS = {
 }
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class GridConfig:
     """Datasets, backbones, models and students to run."""
 
@@ -153,7 +153,7 @@ class GridConfig:
     """Models whose backbones are fine-tuned too, a subset of `models`; may be empty."""
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class SplitFractions:
     """Fractions of the spatial blocks that go to each split; they sum to 1."""
 
@@ -171,7 +171,7 @@ class SplitFractions:
         return self
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class DatasetConfig:
     """A dataset: one images store, prepared by a source (pipeline/data/sources)."""
 
@@ -198,7 +198,7 @@ class DatasetConfig:
         return block
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class HubFile:
     """One file of a repository on the Hugging Face hub, at a pinned commit."""
 
@@ -220,7 +220,7 @@ class HubFile:
         return f"https://huggingface.co/{self.repo}/resolve/{self.revision}/{self.file}"
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class BackboneConfig:
     """A frozen backbone: one feature store per dataset.
 
@@ -248,7 +248,7 @@ class BackboneConfig:
     options: Arguments = field(default_factory=dict)
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class ExtractConfig:
     """How features are computed and stored."""
 
@@ -276,7 +276,7 @@ class ExtractConfig:
         return codec
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class LinearHeadConfig:
     """Linear head on pooled features, for classification and multi-label tasks."""
 
@@ -289,7 +289,7 @@ class LinearHeadConfig:
     patience: Patience = 0
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class UPerNetHeadConfig:
     """UPerNet on the levels, for segmentation."""
 
@@ -302,7 +302,7 @@ class UPerNetHeadConfig:
     """Whether to resample a transformer's levels, all of one grid, to a pyramid first, as terratorch does."""
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class FcnHeadConfig:
     """Linear classifier on each cell of every level: the cheap probe of segmentation."""
 
@@ -311,7 +311,7 @@ class FcnHeadConfig:
     patience: Patience = 0
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class CustomHeadConfig:
     """Settings of a head that was added to the registry of pipeline/heads."""
 
@@ -326,7 +326,7 @@ class CustomHeadConfig:
 HeadSettings = LinearHeadConfig | UPerNetHeadConfig | FcnHeadConfig | CustomHeadConfig
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class HeadsConfig:
     """Heads on frozen features."""
 
@@ -373,7 +373,7 @@ class HeadsConfig:
         return settings[head]
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class SearchConfig:
     """Search for a learning rate and a weight decay: random trials first, then the TPE sampler."""
 
@@ -386,14 +386,14 @@ class SearchConfig:
     weight_decay: Bounds
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class TrainConfig:
     """The final training of a head."""
 
     seeds: Seeds
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class CompositionConfig:
     """Search over ensembles of backbones."""
 
@@ -407,7 +407,7 @@ class CompositionConfig:
     """Whether to also add layers one by one for as long as the validation score rises."""
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class FineTuneConfig:
     """Fine-tuning of backbones, starting from the frozen model and its best head."""
 
@@ -443,7 +443,7 @@ class FineTuneConfig:
         return f"fine-tuned ({f'last {self.n_last_blocks} blocks' if self.n_last_blocks else self.method})"
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class ComputeConfig:
     """Devices and processes that run backbones."""
 
@@ -455,7 +455,7 @@ class ComputeConfig:
     """Address of a Dask scheduler whose workers extract instead, such as tcp://10.0.0.1:8786; or empty."""
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class StudentConfig:
     """A compact timm network, with as many input bands as the images have."""
 
@@ -468,7 +468,7 @@ class StudentConfig:
     """Side in pixels to which images of segmentation datasets are resized."""
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class StepsConfig:
     """Length of a training."""
 
@@ -476,7 +476,7 @@ class StepsConfig:
     batch: BatchNormBatch
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class LossWeights:
     """Weights of the three losses of a student."""
 
@@ -488,7 +488,7 @@ class LossWeights:
     """Distance to the teacher's logits."""
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class DistillConfig:
     """Distillation of a teacher model into students.
 
@@ -524,7 +524,7 @@ class DistillConfig:
 _ReadOnly = AfterValidator(MappingProxyType)
 
 
-@dataclass(frozen=True, config=_RULES)
+@dataclass(frozen=True, config=RULES)
 class Params:
     """All of params.yaml."""
 

@@ -4,72 +4,76 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from decimal import Decimal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 
 from pipeline.bands import FULL_SCALE, Band
-from pipeline.config import DatasetConfig, Float
+from pipeline.config import RULES, DatasetConfig, Float, PositiveFloat, UniqueNames
 from pipeline.data.image_store import parse_timestamp
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 
-SPLIT_RULES = ("blocks", "random", "column")
-# Reflectances above this, and wavelengths in micrometres above this, are in another unit.
-MAX_REFLECTANCE, MAX_WAVELENGTH = 2.0, 50.0
-# Atmospheric correction may leave reflectances slightly below 0, but not as far below in the mean.
-MIN_MEAN_REFLECTANCE = -0.05
+# Mean reflectances outside these limits are in another unit. Atmospheric correction leaves some slightly below 0.
+MIN_MEAN_REFLECTANCE, MAX_REFLECTANCE = -0.05, 2.0
 NUMBER = re.compile(r"[+-]?\d{1,30}(\.\d{0,30})?", re.ASCII)
 
 
-@dataclass(frozen=True)
-class CustomOptions:
-    """`datasets.*.options` of custom data.
+def _check_display(display: tuple[float, ...]) -> tuple[float, ...]:
+    low, high = display if len(display) == 2 else (0.0, 0.0 if display else 1.0)
+    if not -1 <= low < high <= MAX_REFLECTANCE:
+        raise ValueError("write it as [low, high], in reflectance, such as [0.0, 0.3]")
+    return display
 
-    Attributes:
-        folder: of the files.
-        images: pattern below `folder` of the rasters, with all bands in a file or one file per band.
-        labels: pattern below `folder` of a CSV file, masks, or polygons.
-        bands: in the order of the files; wavelengths in micrometres; without a wavelength a band is not optical.
-        units: `dn` (reflectance x 10000), `reflectance`, `uint8` or `display`.
-        unlabelled: pattern of further images of the same bands and units without labels, used by students only.
-        classes: names of the classes; required for masks, whose values are their indices.
-        label_column: column of the CSV file, or of the polygons, with the class.
-        layer: of the polygons, in a file with several layers.
-        gsd: ground sampling distance in metres; that of the finest band by default.
-        display: reflectances displayed as black and as white.
-        split: by spatial `blocks`, at `random`, or by the CSV file's `column` split.
-        ignore: value of the masks that does not count.
-        purity: fraction of a chip that its class must cover, where masks or polygons classify chips.
-        time: when all images were taken, in UTC.
-        licence, source: written into the images store.
-        skip_bad: skip samples that cannot be read.
-    """
+
+@dataclass(frozen=True, config=RULES)
+class CustomOptions:
+    """`datasets.*.options` of custom data. Patterns of files are relative to `folder`."""
 
     folder: str
+    """Folder of the files."""
     images: str
+    """Pattern of the rasters, with all bands in a file or one file per band."""
     labels: str
-    bands: tuple[Band, ...]
-    units: str
+    """Pattern of a CSV file, masks, or polygons."""
+    bands: Annotated[tuple[Band, ...], Field(min_length=1)]
+    """Every band, in the order of the files."""
+    units: Literal["dn", "reflectance", "uint8", "display"]
+    """Units of the pixels; `dn` is reflectance x 10000."""
     unlabelled: str = ""
-    classes: tuple[str, ...] = ()
+    """Pattern of further images of the same bands and units without labels, used by students only."""
+    classes: UniqueNames = ()
+    """Names of the classes; required for masks, whose values are their indices."""
     label_column: str = "label"
+    """Column of the CSV file, or of the polygons, with the class."""
     layer: str = ""
-    gsd: Float = math.nan
-    display: tuple[Float, ...] = ()
-    split: str = "blocks"
+    """Layer of the polygons, in a file with several."""
+    gsd: PositiveFloat = math.nan
+    """Ground sampling distance in metres; that of the finest band by default."""
+    display: Annotated[tuple[Float, ...], AfterValidator(_check_display)] = ()
+    """Reflectances displayed as black and as white."""
+    split: Literal["blocks", "random", "column"] = "blocks"
+    """By spatial blocks, at random, or by the CSV file's column `split`."""
     ignore: int | None = None
-    purity: Float = 0.6
+    """Value of the masks that does not count."""
+    purity: Annotated[PositiveFloat, Field(le=1)] = 0.6
+    """Fraction of a chip that its class must cover, where masks or polygons classify chips."""
     time: str = ""
+    """When all images were taken, in UTC."""
     licence: str = "not stated"
+    """Written into the images store."""
     source: str = "own data"
+    """Written into the images store."""
     skip_bad: bool = False
+    """Whether to skip samples that cannot be read."""
 
-
-def is_table(options: CustomOptions) -> bool:
-    """Whether the labels are a CSV file."""
-    return options.labels.lower().endswith(".csv")
+    @property
+    def is_table(self) -> bool:
+        """Whether the labels are a CSV file."""
+        return self.labels.lower().endswith(".csv")
 
 
 def validate_options(options: CustomOptions, dataset: DatasetConfig, key: str) -> None:
@@ -81,82 +85,30 @@ def validate_options(options: CustomOptions, dataset: DatasetConfig, key: str) -
     Raises:
         UserError: the key, its value and what is allowed.
     """
-
-    def refuse(option: str, value: object, problem: str, allowed: Iterable | None = None) -> None:
-        raise UserError(f"{key}: {problem}", key=f"{key}.options.{option}", value=value, allowed=allowed)
-
-    if options.units not in FULL_SCALE:
-        refuse(
-            "units", options.units, f"units '{options.units}' are not known. Known units: {', '.join(FULL_SCALE)}.",
-            FULL_SCALE,
-        )  # fmt: skip
-    if options.split not in SPLIT_RULES:
-        refuse("split", options.split, f"split is '{options.split}'; use blocks, random or column.", SPLIT_RULES)
-    if options.split == "column" and not is_table(options):
-        refuse("split", "column", "split is column, which needs a CSV file as labels.", ("blocks", "random"))
-    if missing := _missing_keys(options, dataset):
+    if options.split == "column" and not options.is_table:
         raise UserError(
-            f"{key} lacks: {'; '.join(f'{name}, {meaning}' for name, meaning in missing.items())}.",
-            key=f"{key}.{next(iter(missing))}", value=tuple(missing),
+            f"{key}: split is column, which needs a CSV file as labels.",
+            key=f"{key}.options.split", value="column", allowed=("blocks", "random"),
         )  # fmt: skip
-    low, high = options.display if len(options.display) == 2 else (0.0, 0.0 if options.display else 1.0)
-    if not -1 <= low < high <= MAX_REFLECTANCE:
-        refuse(
-            "display", options.display,
-            f"display is {list(options.display)}; write it as [low, high], in reflectance, such as [0.0, 0.3].",
+    required = {
+        "splits, the fractions of train, val and test": options.split == "column" or dataset.splits,
+        "block, the side in pixels of the spatial blocks that are assigned whole to splits":
+            options.split != "blocks" or dataset.block,
+        "chip, the side in pixels of the chips": options.is_table or dataset.chip,
+    }  # fmt: skip
+    if missing := [name for name, is_given in required.items() if not is_given]:
+        names = tuple(name.split(",")[0] for name in missing)
+        raise UserError(f"{key} lacks: {'; '.join(missing)}.", key=f"{key}.{names[0]}", value=names)
+    if len(options.classes) > IGNORE and not options.is_table:
+        raise UserError(
+            f"{key}: {len(options.classes)} classes are listed; masks allow {IGNORE}.",
+            key=f"{key}.options.classes", value=len(options.classes),
         )  # fmt: skip
-    if not 0 < options.purity <= 1:
-        refuse(
-            "purity", options.purity, f"purity is {options.purity:g}; it is a fraction of a chip, above 0, at most 1."
-        )
-    if repeated := {name for name in options.classes if options.classes.count(name) > 1}:
-        refuse(
-            "classes", min(repeated),
-            f"classes name '{min(repeated)}' twice; name each once, in the order of the masks' values.",
-        )  # fmt: skip
-    if len(options.classes) > IGNORE and not is_table(options):
-        refuse(
-            "classes",
-            len(options.classes),
-            f"{len(options.classes)} classes are listed; masks allow {IGNORE}.",
-        )
-    if options.gsd <= 0:
-        refuse("gsd", options.gsd, f"gsd is {options.gsd:g}; it is in metres, above 0.")
-    if not options.bands:
-        refuse("bands", (), "bands is empty. Describe every band of the files, in their order.")
-    for index, band in enumerate(options.bands):
-        if not math.isnan(band.wavelength) and not 0 < band.wavelength < MAX_WAVELENGTH:
-            refuse(
-                f"bands[{index}].wavelength", band.wavelength,
-                f"band {band.name} has the wavelength {band.wavelength:g}; wavelengths are in micrometres, such as "
-                "0.665 for red. Remove it if the band is not optical.",
-            )  # fmt: skip
-        if band.gsd <= 0:
-            refuse(
-                f"bands[{index}].gsd",
-                band.gsd,
-                f"band {band.name} has the gsd {band.gsd:g}; it is in metres, above 0.",
-            )
     parse_timestamp(options.time, f"{key}.options.time")
 
 
-def _missing_keys(options: CustomOptions, dataset: DatasetConfig) -> dict[str, str]:
-    """Required keys that are absent, with their meaning."""
-    missing = {}
-    if options.split != "column" and not dataset.splits:
-        missing["splits"] = "the fractions of train, val and test"
-    if options.split == "blocks" and not dataset.block:
-        missing["block"] = "the side in pixels of the spatial blocks that are assigned whole to splits"
-    if not is_table(options) and not dataset.chip:
-        missing["chip"] = "the side in pixels of the chips"
-    return missing
-
-
 def check_band_means(options: CustomOptions, means: np.ndarray) -> None:
-    """Check that the mean of each band is possible in the stated units.
-
-    Args:
-        means: over all samples, (band,).
+    """Check that the mean of each optical band over all samples, (band,), is possible in the stated units.
 
     Raises:
         UserError: a mean below 0 or far above the full scale.
@@ -191,7 +143,8 @@ def unique_class_names(names: Iterable[str], origin: str) -> list[str]:
     """
     by_normalized: dict[str, str] = {}
     for name in sorted(names):
-        other = by_normalized.setdefault(_normalize(name), name)
+        normalized = f"{Decimal(name).normalize():f}" if NUMBER.fullmatch(name) else name.casefold()
+        other = by_normalized.setdefault(normalized, name)
         if other != name:
             raise UserError(
                 f"{origin} have the classes '{other}' and '{name}', which differ only in capitals or in how a number "
@@ -204,8 +157,3 @@ def unique_class_names(names: Iterable[str], origin: str) -> list[str]:
 def normalize_unicode(name: str) -> str:
     """Strip a name and compose its accents, which macOS and some editors store as separate characters."""
     return unicodedata.normalize("NFC", name.strip())
-
-
-def _normalize(name: str) -> str:
-    """Remove capitals, and write a number in its shortest form."""
-    return f"{Decimal(name).normalize():f}" if NUMBER.fullmatch(name) else name.casefold()

@@ -59,103 +59,62 @@ class RasterImage:
         """Name of its first file without the ending."""
         return Path(self.paths[0]).stem
 
-    @property
-    def bounds(self) -> tuple[float, float, float, float]:
-        """West, south, east and north in the image's CRS."""
-        x, y = zip(*[self.xy(row, column) for row in (0, self.height) for column in (0, self.width)], strict=True)
-        return min(x), min(y), max(x), max(y)
-
-    def read(self, window: Window | None = None, size: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Read a window, or the whole image resampled to `size` pixels.
+    def read(
+        self, window: Window | None = None, size: int = 0, bands: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Read some or all bands of a window, or of the whole image resampled to `size` pixels.
 
         Returns:
-            Pixels (band, y, x), and where (y, x) all bands are valid.
+            Pixels (band, y, x), and where (y, x) all of these bands are finite and not nodata.
 
         Raises:
             UserError: a file is damaged.
         """
-        shape = (size, size) if size else None
-        pixels = self._read_pixels(window, shape)
-        return pixels, self._read_mask(window, shape) & isfinite_mask(pixels)
+        pixels = self._read("read", window, size, bands, resampling=Resampling.bilinear)
+        return pixels, self._read("read_masks", window, size, bands).all(axis=0) & isfinite_mask(pixels)
 
     def is_valid(self, window: Window) -> np.ndarray:
-        """Return where (y, x) all bands of a window are finite and not nodata.
+        """Return where (y, x) all bands of a window are finite and not nodata; integers are not read for it.
 
         Raises:
             UserError: a file is damaged.
         """
-        mask = self._read_mask(window, None)
-        if self.dtype.kind != "f":
-            return mask
-        return np.logical_and(mask, isfinite_mask(self._read_pixels(window, None)))
+        if self.dtype.kind == "f":
+            return self.read(window)[1]
+        return np.asarray(self._read("read_masks", window).all(axis=0))
 
-    def read_bands(self, window: Window, band_indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Read some bands of a window.
-
-        Returns:
-            Pixels (band, y, x), and where (y, x) all of these bands are valid.
-
-        Raises:
-            UserError: a file is damaged.
-        """
+    def _read(
+        self, method: str, window: Window | None, size: int = 0, bands: Sequence[int] | None = None, **options
+    ) -> np.ndarray:
+        """Call `read` or `read_masks` of the files with some bands, (band, y, x)."""
+        bands = range(self.n_bands) if bands is None else bands
         if len(self.paths) == 1:
-            with translate_rasterio_errors(self.paths[0]):
-                file, indexes = _open(self.paths[0]), [index + 1 for index in band_indices]
-                pixels, masks = file.read(indexes, window=window), file.read_masks(indexes, window=window)
+            files = [(self.paths[0], [band + 1 for band in bands])]
         else:
-            paths = [self.paths[index] for index in band_indices]
-            pixels = np.stack([self._read_band(path, window) for path in paths])
-            masks = [self._read_band_mask(path, window) for path in paths]
-        return pixels, np.stack(masks).all(axis=0) & isfinite_mask(pixels)
+            files = [(self.paths[band], [1]) for band in bands]
+        arrays = []
+        for path, indexes in files:
+            with translate_rasterio_errors(path):
+                shape = (len(indexes), size, size) if size else None
+                read = getattr(_open_on_grid(path, self), method)
+                arrays.append(read(indexes, window=window, out_shape=shape, **options))
+        return np.concatenate(arrays)
 
     def resampled_bands(self) -> list[str]:
         """Names of the files that are resampled to the grid of the finest."""
         return [Path(path).name for path in self.paths if isinstance(_open_on_grid(path, self), WarpedVRT)]
 
-    def xy(self, row: float, column: float) -> tuple[float, float]:
-        """x and y, in the image's CRS, of a point in pixels from the upper left corner."""
-        return rasterio.Affine(*self.transform) @ (column, row)
+    @property
+    def affine(self) -> rasterio.Affine:
+        """The transform from (column, row) to the image's CRS."""
+        return rasterio.Affine(*self.transform)
 
     def latlon(self, row: float, column: float) -> tuple[float, float]:
         """Latitude and longitude of a point in pixels; NaN if the image states no CRS."""
         if not self.crs:
             return np.nan, np.nan
-        lon, lat = to_latlon(self.crs).transform(*self.xy(row, column))
+        lon, lat = to_latlon(self.crs).transform(*self.affine @ (column, row))
         return lat, (lon + 180) % 360 - 180 if abs(lon) > 180 else lon  # for grids from 0 to 360 degrees
-
-    def window_transform(self, row: int, column: int) -> tuple[float, ...]:
-        """Affine coefficients of a window with this upper left corner."""
-        return tuple(rasterio.Affine(*self.transform) @ rasterio.Affine.translation(column, row))[:6]
-
-    def resampled_transform(self, size: int) -> tuple[float, ...]:
-        """Affine coefficients of the whole image, resampled to a side of `size` pixels."""
-        scale = rasterio.Affine.scale(self.width / size, self.height / size)
-        return tuple(rasterio.Affine(*self.transform) @ scale)[:6]
-
-    def _read_pixels(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
-        if len(self.paths) == 1:
-            with translate_rasterio_errors(self.paths[0]):
-                out_shape = (self.n_bands, *shape) if shape else None
-                return _open(self.paths[0]).read(out_shape=out_shape, window=window, resampling=Resampling.bilinear)
-        return np.stack([self._read_band(path, window) for path in self.paths])
-
-    def _read_mask(self, window: Window | None, shape: tuple[int, int] | None) -> np.ndarray:
-        """Where (y, x) no file declares a band as nodata."""
-        if len(self.paths) == 1:
-            with translate_rasterio_errors(self.paths[0]):
-                out_shape = (self.n_bands, *shape) if shape else None
-                return _open(self.paths[0]).read_masks(out_shape=out_shape, window=window).all(axis=0)
-        return np.all([self._read_band_mask(path, window) for path in self.paths], axis=0)
-
-    def _read_band(self, path: str, window: Window | None) -> np.ndarray:
-        """Pixels (y, x) of a file with one band."""
-        with translate_rasterio_errors(path):
-            return _open_on_grid(path, self).read(1, window=window).astype(self.dtype)
-
-    def _read_band_mask(self, path: str, window: Window | None) -> np.ndarray:
-        """Where (y, x) a file with one band has data; 0 means nodata."""
-        with translate_rasterio_errors(path):
-            return _open_on_grid(path, self).read_masks(1, window=window)
 
 
 @contextlib.contextmanager
@@ -180,9 +139,10 @@ def isfinite_mask(image: np.ndarray) -> np.ndarray:
     return np.isfinite(image).all(axis=0) if image.dtype.kind == "f" else np.ones(image.shape[1:], bool)
 
 
-@functools.lru_cache(maxsize=64)
-def _open(path: str) -> rasterio.DatasetReader:
-    return rasterio.open(path)
+def corners(transform: rasterio.Affine, height: int, width: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Return x and y of the four corners of a grid."""
+    x, y = zip(*[transform @ (column, row) for column in (0, width) for row in (0, height)], strict=True)
+    return x, y
 
 
 @functools.lru_cache(maxsize=64)
@@ -191,13 +151,13 @@ def _open_on_grid(path: str, grid: RasterImage) -> rasterio.DatasetReader | Warp
     file = rasterio.open(path)
     if (file.height, file.width) == (grid.height, grid.width) and (
         not (file.crs and grid.crs)
-        or (file.crs.to_wkt() == grid.crs and file.transform.almost_equals(rasterio.Affine(*grid.transform), 1e-6))
+        or (file.crs.to_wkt() == grid.crs and file.transform.almost_equals(grid.affine, 1e-6))
     ):
         return file
     # Outside a file without nodata value the VRT would return zeros, with no mask, unless it adds an alpha band.
     all_valid = file.mask_flag_enums[0] == [MaskFlags.all_valid]
     return WarpedVRT(
-        file, crs=grid.crs or None, transform=rasterio.Affine(*grid.transform), height=grid.height, width=grid.width,
+        file, crs=grid.crs or None, transform=grid.affine, height=grid.height, width=grid.width,
         resampling=Resampling.nearest, add_alpha=all_valid,
     )  # fmt: skip
 
@@ -205,27 +165,25 @@ def _open_on_grid(path: str, grid: RasterImage) -> rasterio.DatasetReader | Warp
 # Files of an image
 
 
-def find_files(folder: Path, patterns: str | Sequence[str]) -> list[Path]:
-    """Find the files below a folder that match one of the patterns; of folders only geodatabases (.gdb).
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Find the files below a folder that match a pattern; of folders only geodatabases (.gdb).
 
     Raises:
         UserError: nothing matches.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if absolute := [pattern for pattern in patterns if Path(pattern).is_absolute()]:
+    if Path(pattern).is_absolute():
         raise UserError(
-            f"{absolute[0]} is an absolute path; patterns are relative to the folder, {folder}.",
-            key="folder", value=absolute[0], path=folder,
+            f"{pattern} is an absolute path; patterns are relative to the folder, {folder}.",
+            key="folder", value=pattern, path=folder,
         )  # fmt: skip
-    root = glob.escape(str(folder))
-    matches = {Path(path) for pattern in patterns for path in glob.glob(f"{root}/{pattern}", recursive=True)}
+    matches = map(Path, glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True))
     files = sorted(path for path in matches if path.is_file() or path.suffix.lower() == ".gdb")
     if not files:
         names = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else []
         present = f"It has: {', '.join(names) or 'nothing'}." if folder.is_dir() else "There is no such folder."
         raise UserError(
-            f"{folder} has no file like {', '.join(patterns)}. {present}",
-            key="folder", value=", ".join(patterns), allowed=names, path=folder,
+            f"{folder} has no file like {pattern}. {present}",
+            key="folder", value=pattern, allowed=names, path=folder,
         )  # fmt: skip
     return files
 
@@ -245,10 +203,7 @@ def sidecar_files(path: Path) -> list[Path]:
 
 
 def has_token(text: str, name: str) -> bool:
-    """Whether a file name has another name as a whole token.
-
-    tile_1_mask has tile_1, and tile_10_mask does not.
-    """
+    """Whether a file name has another as a whole token: tile_1_mask has tile_1, and tile_10_mask does not."""
     return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
@@ -257,48 +212,50 @@ def _has_suffix_token(text: str, name: str) -> bool:
     return name[0].isupper() and re.search(rf"(?<=[a-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
-def open_image(path: Path, bands: Sequence[Band]) -> RasterImage:
-    """Describe a file with all bands.
+def open_image(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
+    """Describe an image: one file with all bands, or one file per band with its name in the file name.
 
     Raises:
-        UserError: it cannot be read, or has another number or order of bands.
+        UserError: a file cannot be read, has another number or order of bands, or covers another area.
     """
-    with translate_rasterio_errors(path), rasterio.open(path) as file:
-        if file.count != len(bands):
-            raise UserError(
-                f"{path} has {file.count} bands, and {len(bands)} are described in bands.",
-                key="bands", value=file.count, allowed=[len(bands)], path=path,
-            )  # fmt: skip
-        _check_band_order(path, file.descriptions, bands)
-        _check_no_offset(file)
-        return _raster_image((str(path),), [file], file, np.result_type(*file.dtypes), len(bands))
-
-
-def open_scene_files(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
-    """Describe a scene: one file with all bands, or one file per band with its name in the file name.
-
-    Raises:
-        UserError: files that are not those of the bands.
-    """
-    if len(paths) == 1:
-        return open_image(paths[0], bands)
-    band_paths = _match_band_files(paths, bands)
+    paths = _match_band_files(paths, bands) if len(paths) > 1 else paths
     with contextlib.ExitStack() as stack:
         files = []
-        for path in band_paths:
+        for path in paths:
             with translate_rasterio_errors(path):
                 files.append(stack.enter_context(rasterio.open(path)))
         finest = min(files, key=_pixel_area)
-        for path, file in zip(band_paths, files, strict=True):
-            if sum(kind != ColorInterp.alpha for kind in file.colorinterp) != 1:
+        for path, file in zip(paths, files, strict=True):
+            is_alpha = [kind == ColorInterp.alpha for kind in file.colorinterp] if len(paths) > 1 else []
+            count, expected = file.count - sum(is_alpha), len(bands) // len(paths)
+            if count != expected:
                 raise UserError(
-                    f"{path} has {file.count} bands; in a scene with one file per band, each file has one band.",
-                    key="bands", value=file.count, allowed=[1], path=path,
+                    f"{path} has {count} bands, and {len(bands)} are described. In a scene with one file per "
+                    "band, each file has one band.",
+                    key="bands", value=file.count, allowed=[expected], path=path,
                 )  # fmt: skip
-            _check_same_area(path, file, finest)
             _check_no_offset(file)
-        dtype = np.result_type(*[file.dtypes[0] for file in files])
-        return _raster_image(tuple(map(str, band_paths)), files, finest, dtype, len(bands))
+            _check_same_area(path, file, finest)
+        if len(files) == 1:
+            _check_band_order(paths[0], files[0].descriptions, bands)
+        dtype = np.result_type(*(dtype for file in files for dtype in file.dtypes[: len(bands) // len(paths)]))
+        if dtype.kind not in "iuf":
+            raise UserError(
+                f"{paths[0]} has {dtype} values; pixels must be integers or floats.",
+                key="dtype", value=str(dtype), path=paths[0],
+            )  # fmt: skip
+        all_valid = all(flags == [MaskFlags.all_valid] for file in files for flags in file.mask_flag_enums)
+        same_grid = all((file.height, file.width) == (finest.height, finest.width) for file in files)
+        return RasterImage(
+            paths=tuple(map(str, paths)),
+            height=finest.height,
+            width=finest.width,
+            transform=tuple(finest.transform)[:6],
+            crs=finest.crs.to_wkt() if finest.crs else "",
+            dtype=dtype,
+            n_bands=len(bands),
+            may_have_nodata=not (all_valid and same_grid) or dtype.kind == "f",
+        )
 
 
 def _match_band_files(paths: Sequence[Path], bands: Sequence[Band]) -> list[Path]:
@@ -341,8 +298,7 @@ def _check_same_area(path: Path, file: rasterio.DatasetReader, finest: rasterio.
     """Raise UserError if a band's file does not cover, within a pixel, the area of the finest file."""
     if not is_georeferenced(file.transform, file.height) or not is_georeferenced(finest.transform, finest.height):
         return
-    corners = [finest.transform @ (column, row) for column in (0, finest.width) for row in (0, finest.height)]
-    x, y = zip(*corners, strict=True)
+    x, y = corners(finest.transform, finest.height, finest.width)
     if file.crs and finest.crs:
         x, y = transform_points(finest.crs, file.crs, x, y)
     columns, rows = zip(*[~file.transform @ point for point in zip(x, y, strict=True)], strict=True)
@@ -374,31 +330,3 @@ def _check_no_offset(file: rasterio.DatasetReader) -> None:
             "units of the result), or remove the tags if they are wrong.",
             key="offsets", value=file.offsets[0], path=file.name,
         )  # fmt: skip
-
-
-def _raster_image(
-    paths: tuple[str, ...],
-    files: Sequence[rasterio.DatasetReader],
-    grid: rasterio.DatasetReader,
-    dtype: np.dtype,
-    n_bands: int,
-) -> RasterImage:
-    """Describe an image by its open files and the file whose grid it has."""
-    dtype = np.dtype(dtype)
-    if dtype.kind not in "iuf":
-        raise UserError(
-            f"{paths[0]} has {dtype} values; pixels must be integers or floats.",
-            key="dtype", value=str(dtype), path=paths[0],
-        )  # fmt: skip
-    all_valid = all(flags == [MaskFlags.all_valid] for file in files for flags in file.mask_flag_enums)
-    same_grid = all((file.height, file.width) == (grid.height, grid.width) for file in files)
-    return RasterImage(
-        paths=paths,
-        height=grid.height,
-        width=grid.width,
-        transform=tuple(grid.transform)[:6],
-        crs=grid.crs.to_wkt() if grid.crs else "",
-        dtype=dtype,
-        n_bands=n_bands,
-        may_have_nodata=not (all_valid and same_grid) or dtype.kind == "f",
-    )

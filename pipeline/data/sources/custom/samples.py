@@ -16,13 +16,7 @@ from rasterio.windows import Window
 from pipeline.config import DatasetConfig
 from pipeline.data.image_store import SPLITS, Sample, parse_timestamp
 from pipeline.data.sources.custom.options import CustomOptions
-from pipeline.data.sources.custom.rasters import (
-    RasterImage,
-    find_files,
-    is_georeferenced,
-    open_image,
-    open_scene_files,
-)
+from pipeline.data.sources.custom.rasters import RasterImage, find_files, is_georeferenced, open_image
 from pipeline.data.splits import (
     Footprint,
     assign_blocks_to_splits,
@@ -68,6 +62,26 @@ class Chip:
     is_labelled: bool = True
 
 
+def crop_chips(image: RasterImage, prefix: str, chip_size: int, **fields) -> dict[str, Chip]:
+    """Return the chips of an image by name, with further fields of `Chip`."""
+    return {
+        f"{prefix}r{row:05d}c{column:05d}": Chip(image, row, column, **fields)
+        for row, column in chip_corners(image.height, image.width, chip_size).tolist()
+    }
+
+
+def check_equal_sizes(images: Sequence[RasterImage]) -> None:
+    """Raise UserError if images that are not resampled differ in size."""
+    sizes = [(image.height, image.width) for image in images]
+    for image, size in zip(images, sizes, strict=True):
+        if size != sizes[0]:
+            raise UserError(
+                f"{image.paths[0]} has {size[0]} x {size[1]} px, and {images[0].paths[0]} has {sizes[0][0]} x "
+                f"{sizes[0][1]} px. Give a chip, in pixels, to which all are resampled.",
+                key="chip", value=size, allowed=[sizes[0]], path=image.paths[0],
+            )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class CustomSampleReader:
     """Reads a sample by its name.
@@ -93,6 +107,12 @@ class CustomSampleReader:
         """Whether chips are windows of images; else they are whole images, resampled to `chip_size`."""
         return self.read_mask is not None
 
+    @property
+    def needs_purity(self) -> bool:
+        """Whether a chip is used only if a class covers enough of it."""
+        task = get_task(self.task)
+        return not (task.is_dense or task.is_multilabel)
+
     def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
         """Read a sample; `out` is not used.
 
@@ -100,7 +120,8 @@ class CustomSampleReader:
             UserError: a file is damaged, or the chip has no valid pixel.
         """
         chip = self.chips[name]
-        lat, lon = chip.image.latlon(*self._centre(chip))
+        height, width = self._size(chip)
+        lat, lon = chip.image.latlon(chip.row + height / 2, chip.column + width / 2)
         time = parse_timestamp(chip.time, "the time")
         pixels, is_valid = (
             chip.image.read(self.window(chip)) if self.crops_windows else chip.image.read(size=self.chip_size)
@@ -124,14 +145,20 @@ class CustomSampleReader:
         """Return the window of a chip in its image."""
         return Window(chip.column, chip.row, self.chip_size, self.chip_size)
 
+    def transform(self, chip: Chip) -> tuple[float, ...]:
+        """Return the affine coefficients of a chip as it is stored."""
+        if self.chip_size and not self.crops_windows:
+            change = rasterio.Affine.scale(chip.image.width / self.chip_size, chip.image.height / self.chip_size)
+        else:
+            change = rasterio.Affine.translation(chip.column, chip.row)
+        return tuple(chip.image.affine @ change)[:6]
+
     def footprint(self, chip: Chip) -> Footprint:
         """Return the location of a chip."""
         image = chip.image
         is_located = bool(image.crs) or is_georeferenced(image.transform, image.height)
-        height, width = self._size(chip)
-        return Footprint(
-            image.paths, image.crs, image.transform if is_located else None, chip.row, chip.column, height, width
-        )
+        transform = image.transform if is_located else None
+        return Footprint(image.paths, image.crs, transform, chip.row, chip.column, *self._size(chip))
 
     def class_areas(self, chip: Chip) -> np.ndarray:
         """Return the area of each class in a chip, (class,); zeros for a chip that cannot be used."""
@@ -142,8 +169,7 @@ class CustomSampleReader:
             return areas
         mask = self._valid_mask(chip, chip.image.is_valid(self.window(chip)))
         areas = np.bincount(mask[mask != IGNORE], minlength=self.n_classes).astype(float)
-        needs_purity = not (task.is_dense or task.is_multilabel)
-        if needs_purity and areas.max() < self.purity * mask.size:
+        if self.needs_purity and areas.max() < self.purity * mask.size:
             return np.zeros(self.n_classes)
         return areas
 
@@ -156,16 +182,11 @@ class CustomSampleReader:
         """Height and width of a chip in pixels of its image."""
         return (self.chip_size, self.chip_size) if self.crops_windows else (chip.image.height, chip.image.width)
 
-    def _centre(self, chip: Chip) -> tuple[float, float]:
-        height, width = self._size(chip)
-        return chip.row + height / 2, chip.column + width / 2
 
-
-def read_all(keys: Iterable[Key], read: Callable[[Key], Value], skip_bad: bool, notes: list[str]) -> dict[Key, Value]:
-    """Read a value for every key.
-
-    Args:
-        skip_bad: skip keys that cannot be read and add a note on each.
+def read_all(
+    keys: Iterable[Key], read: Callable[[Key], Value], options: CustomOptions, notes: list[str]
+) -> dict[Key, Value]:
+    """Read a value for every key; with `skip_bad`, skip keys that cannot be read and add a note on each.
 
     Raises:
         UserError: a key cannot be read and `skip_bad` is false, or none can be read.
@@ -176,7 +197,7 @@ def read_all(keys: Iterable[Key], read: Callable[[Key], Value], skip_bad: bool, 
         try:
             values[key] = read(key)
         except UserError as error:
-            if not skip_bad:
+            if not options.skip_bad:
                 raise
             last_error = error
             notes += [f"skipped: {error}"] if f"skipped: {error}" not in notes else []
@@ -190,89 +211,74 @@ def read_all(keys: Iterable[Key], read: Callable[[Key], Value], skip_bad: bool, 
 
 def assign_splits(
     reader: CustomSampleReader,
-    chips: Mapping[str, Chip],
     class_areas: Mapping[str, np.ndarray],
     rule: str,
     dataset: DatasetConfig,
-) -> tuple[list[str], list[str]]:
-    """Assign every chip to a split.
+    notes: list[str],
+) -> dict[str, str]:
+    """Assign chips to splits; add a note if chips of different splits overlap.
 
     Args:
-        chips: by name.
-        class_areas: of every chip, (class,).
+        class_areas: of the chips that are used, (class,).
         rule: `blocks` assigns spatial blocks whole, and blocks with overlapping chips together; `random` assigns
             chips; `column` uses the split of each chip in the table.
-
-    Returns:
-        The split of every chip, and a note if chips of different splits overlap.
 
     Raises:
         UserError: too few blocks, or a chip without a valid split.
     """
-    pairs = overlapping_pairs([reader.footprint(chip) for chip in chips.values()])
-    splits = np.array(_assign(chips, class_areas, pairs, rule, dataset))
-    across = pairs[splits[pairs[:, 0]] != splits[pairs[:, 1]]]
-    if not len(across):
-        return splits.tolist(), []
-    names = list(chips)
-    return splits.tolist(), [
-        f"{len(np.unique(across))} chips overlap with one of another split, such as "
-        f"{' and '.join(names[index] for index in across[0])}"
-    ]
-
-
-def _assign(
-    chips: Mapping[str, Chip],
-    class_areas: Mapping[str, np.ndarray],
-    pairs: np.ndarray,
-    rule: str,
-    dataset: DatasetConfig,
-) -> list[str]:
-    """Return the split of every chip by a rule, given the pairs of overlapping chips."""
+    names = list(class_areas)
+    chips = [reader.chips[name] for name in names]
+    pairs = overlapping_pairs([reader.footprint(chip) for chip in chips])
     if rule == "column":
-        for name, chip in chips.items():
-            if chip.split not in SPLITS:
-                raise UserError(
-                    f"The split of {name} is '{chip.split}'; it must be one of {', '.join(SPLITS)}.",
-                    key="split", value=chip.split, allowed=SPLITS,
-                )  # fmt: skip
-        return [chip.split for chip in chips.values()]
-    if rule == "random":
-        block_ids: list[object] = list(chips)
+        splits = np.array([_table_split(name, reader.chips[name].split) for name in names])
     else:
-        block_ids = [_block_id(chip, chips, dataset.block) for chip in chips.values()]
-    block = merge_blocks([str(block_id) for block_id in block_ids], pairs if rule == "blocks" else pairs[:0])
-    n_blocks = block.max() + 1
-    if n_blocks < len(SPLITS) <= len(set(block_ids)):
+        is_random = rule == "random"
+        block_ids = names if is_random else [str(_block_id(chip, chips, dataset.block)) for chip in chips]
+        block = merge_blocks(block_ids, pairs[:0] if is_random else pairs)
+        n_blocks = block.max() + 1
+        if n_blocks < len(SPLITS) <= len(set(block_ids)):
+            raise UserError(
+                f"The images overlap so much that they form {n_blocks} connected areas, and {len(SPLITS)} splits "
+                "need at least one each. Use images that overlap less, state the splits (split: column, with a "
+                "table of labels), or accept overlapping splits (split: random).",
+                key="split", value=int(n_blocks), allowed=("column", "random"),
+            )  # fmt: skip
+        block_areas = np.zeros((n_blocks, reader.n_classes))
+        np.add.at(block_areas, block, np.stack(list(class_areas.values())))
+        n_draws = int(np.clip(DRAWS_TIMES_BLOCKS // n_blocks, MIN_DRAWS, MAX_DRAWS))
+        splits = np.array(SPLITS)[assign_blocks_to_splits(block_areas, dataset.splits, dataset.seed, n_draws)[block]]
+    across = pairs[splits[pairs[:, 0]] != splits[pairs[:, 1]]]
+    if len(across):
+        examples = " and ".join(names[index] for index in across[0])
+        notes.append(f"{len(np.unique(across))} chips overlap with one of another split, such as {examples}")
+    return dict(zip(names, splits.tolist(), strict=True))
+
+
+def _table_split(name: str, split: str) -> str:
+    if split not in SPLITS:
         raise UserError(
-            f"The images overlap so much that they form {n_blocks} connected areas, and {len(SPLITS)} splits need at "
-            "least one each. Use images that overlap less, state the splits yourself (split: column, with a table of "
-            "labels), or accept overlapping splits (split: random).",
-            key="split", value=int(n_blocks), allowed=("column", "random"),
+            f"The split of {name} is '{split}'; it must be one of {', '.join(SPLITS)}.",
+            key="split", value=split, allowed=SPLITS,
         )  # fmt: skip
-    block_areas = np.zeros((n_blocks, len(next(iter(class_areas.values())))))
-    np.add.at(block_areas, block, np.stack([class_areas[name] for name in chips]))
-    n_draws = int(np.clip(DRAWS_TIMES_BLOCKS // n_blocks, MIN_DRAWS, MAX_DRAWS))
-    split_of_block = assign_blocks_to_splits(block_areas, dataset.splits, dataset.seed, n_draws)
-    return [SPLITS[split] for split in split_of_block[block]]
+    return split
 
 
-def _block_id(chip: Chip, chips: Mapping[str, Chip], block_size: int) -> tuple:
+def _block_id(chip: Chip, chips: Sequence[Chip], block_size: int) -> tuple:
     """Return the spatial block of a chip, on one grid for all images of a CRS."""
     image = chip.image
     if not image.crs:
         if image.height < 2 * block_size and image.width < 2 * block_size and len(chips) > 1:
             return (image.paths,)
         return (image.paths, chip.row // block_size, chip.column // block_size)
-    origin = next(other.image for other in chips.values() if other.image.crs == image.crs)
-    column, row = ~rasterio.Affine(*origin.transform) @ image.xy(chip.row, chip.column)
+    origin = next(other.image for other in chips if other.image.crs == image.crs)
+    column, row = ~origin.affine @ (image.affine @ (chip.column, chip.row))
     return (image.crs, math.floor(column / block_size + 1e-6), math.floor(row / block_size + 1e-6))
 
 
 # Images without labels
 
 
-def unlabelled_files(options: CustomOptions, folder: Path) -> list[Path]:
+def unlabelled_files(options: CustomOptions) -> list[Path]:
     """Find the files that `unlabelled` matches; none if it is empty.
 
     Raises:
@@ -280,6 +286,7 @@ def unlabelled_files(options: CustomOptions, folder: Path) -> list[Path]:
     """
     if not options.unlabelled:
         return []
+    folder = Path(options.folder)
     files = find_files(folder, options.unlabelled)
     for name, pattern in (("images", options.images), ("labels", options.labels)):
         labelled_files = {path.resolve() for path in find_files(folder, pattern)}
@@ -294,8 +301,12 @@ def unlabelled_files(options: CustomOptions, folder: Path) -> list[Path]:
 
 
 def unlabelled_samples(
-    paths: Sequence[Path], options: CustomOptions, reader: CustomSampleReader, split_of_chip: Mapping[str, str]
-) -> tuple[dict[str, Chip], list[str]]:
+    paths: Sequence[Path],
+    options: CustomOptions,
+    reader: CustomSampleReader,
+    split_of_chip: Mapping[str, str],
+    notes: list[str],
+) -> dict[str, Chip]:
     """Make chips of the unlabelled images, as of the labelled ones.
 
     Args:
@@ -304,51 +315,52 @@ def unlabelled_samples(
         split_of_chip: split of every labelled chip that is used, by name.
 
     Returns:
-        Chips by names that no labelled chip has, and notes.
+        Chips by names that no labelled chip has.
 
     Raises:
         UserError: images that cannot be read, that differ from the labelled ones, or that have no chip.
     """
-    labelled, notes = [reader.chips[name] for name in split_of_chip], []
-    images = _open_images(paths, options, len(labelled[0].image.paths), notes)
+    labelled = [reader.chips[name] for name in split_of_chip]
+    # A folder is an image if the labelled scene has a file per band.
+    is_one_file = len(labelled[0].image.paths) == 1
+    files_of_image: dict[Path, list[Path]] = {}
+    for path in paths:
+        files_of_image.setdefault(path if is_one_file else path.parent, []).append(path)
+    opened = read_all(files_of_image, lambda key: open_image(files_of_image[key], options.bands), options, notes)
+    images = list(opened.values())
     _check_metadata(images, labelled, options)
-    chips = {}
-    for image in images:
-        # With the file's ending, which names of labelled chips lack.
-        name = str(Path(image.paths[0]).relative_to(options.folder))
-        if reader.crops_windows:
-            for row, column in chip_corners(image.height, image.width, reader.chip_size).tolist():
-                chips[f"{name}_r{row:05d}c{column:05d}"] = Chip(
-                    image, row, column, time=options.time, is_labelled=False
-                )
-        else:
-            _check_size(image, labelled[0].image, reader.chip_size)
-            chips[name] = Chip(image, time=options.time, is_labelled=False)
-    chips = _select_valid(chips, reader, options, notes) if reader.crops_windows else chips
+    # With the file's ending, which names of labelled chips lack.
+    names = [str(Path(image.paths[0]).relative_to(options.folder)) for image in images]
+    chips: dict[str, Chip] = {}
+    if reader.crops_windows:
+        for name, image in zip(names, images, strict=True):
+            chips |= crop_chips(image, f"{name}_", reader.chip_size, time=options.time, is_labelled=False)
+        # Unlike masks, a teacher's predictions ignore no pixel.
+        areas = {name: reader.window(chip) for name, chip in chips.items()}
+        is_valid = read_all(chips, lambda name: chips[name].image.is_valid(areas[name]).all(), options, notes)
+        if invalid := [name for name, all_valid in is_valid.items() if not all_valid]:
+            notes.append(f"{len(invalid)} of {len(chips)} unlabelled chips have pixels without data, and are skipped")
+        chips = {name: chips[name] for name, all_valid in is_valid.items() if all_valid}
+    else:
+        if not reader.chip_size:
+            check_equal_sizes([labelled[0].image, *images])
+        chips = {
+            name: Chip(image, time=options.time, is_labelled=False) for name, image in zip(names, images, strict=True)
+        }
     if not chips:
         raise UserError(
             f"No image of unlabelled ({options.unlabelled}) has a chip of {reader.chip_size} x {reader.chip_size} px "
             "in which all pixels are valid. Use smaller chips or other images.",
             key="unlabelled", value=options.unlabelled,
         )  # fmt: skip
-    return chips, notes + _overlap_note(chips, reader, split_of_chip)
-
-
-def _open_images(paths: Sequence[Path], options: CustomOptions, n_files: int, notes: list[str]) -> list[RasterImage]:
-    """Describe the images: one per file, or one per folder if the labelled scene has a file per band."""
-    if n_files == 1:
-        images = read_all(paths, lambda path: open_image(path, options.bands), options.skip_bad, notes)
-        return list(images.values())
-    files_of_folder: dict[Path, list[Path]] = {}
-    for path in paths:
-        files_of_folder.setdefault(path.parent, []).append(path)
-    scenes = read_all(
-        files_of_folder,
-        lambda folder: open_scene_files(files_of_folder[folder], options.bands),
-        options.skip_bad,
-        notes,
-    )
-    return list(scenes.values())
+    evaluated = [reader.footprint(reader.chips[name]) for name, split in split_of_chip.items() if split != "train"]
+    pairs = overlaps_between([reader.footprint(chip) for chip in chips.values()], evaluated)
+    if count := len(np.unique(pairs[:, 0])):
+        notes.append(
+            f"{count} of {len(chips)} unlabelled chips overlap with val or test: students are trained on their "
+            "pixels, but not on their labels"
+        )
+    return chips
 
 
 def _check_metadata(images: Sequence[RasterImage], labelled: Sequence[Chip], options: CustomOptions) -> None:
@@ -372,44 +384,3 @@ def _check_metadata(images: Sequence[RasterImage], labelled: Sequence[Chip], opt
             "images as time in the options.",
             key="unlabelled", value="time",
         )  # fmt: skip
-
-
-def _check_size(image: RasterImage, labelled: RasterImage, chip_size: int) -> None:
-    """Raise UserError for an image of another size than the labelled ones, if images are not resampled."""
-    size, expected = (image.height, image.width), (labelled.height, labelled.width)
-    if not chip_size and size != expected:
-        raise UserError(
-            f"{image.paths[0]}, of unlabelled, has {size[0]} x {size[1]} px, and {labelled.paths[0]} has "
-            f"{expected[0]} x {expected[1]} px. Give a chip, in pixels, to which all are resampled.",
-            key="chip", value=size, allowed=[expected], path=image.paths[0],
-        )  # fmt: skip
-
-
-def _select_valid(
-    chips: Mapping[str, Chip], reader: CustomSampleReader, options: CustomOptions, notes: list[str]
-) -> dict[str, Chip]:
-    """Select chips in which every pixel is valid; unlike masks, a teacher's predictions ignore none."""
-
-    def is_valid(name: str) -> bool:
-        return bool(chips[name].image.is_valid(reader.window(chips[name])).all())
-
-    valid = read_all(chips, is_valid, options.skip_bad, notes)
-    selected = {name: chips[name] for name, all_valid in valid.items() if all_valid}
-    if count := len(valid) - len(selected):
-        notes.append(f"{count} of {len(chips)} unlabelled chips have pixels without data, and are skipped")
-    return selected
-
-
-def _overlap_note(
-    chips: Mapping[str, Chip], reader: CustomSampleReader, split_of_chip: Mapping[str, str]
-) -> list[str]:
-    """Describe how many unlabelled chips overlap with chips of val or test."""
-    evaluated = [reader.footprint(reader.chips[name]) for name, split in split_of_chip.items() if split != "train"]
-    pairs = overlaps_between([reader.footprint(chip) for chip in chips.values()], evaluated)
-    count = len(np.unique(pairs[:, 0]))
-    if not count:
-        return []
-    return [
-        f"{count} of {len(chips)} unlabelled chips overlap with val or test: students are trained on their pixels, "
-        "but not on their labels"
-    ]

@@ -208,7 +208,7 @@ def test_prepare_chips_equal_what_maps_read(tiles, tmp_path):
     scene = open_scene.scene_from_rasters(
         [path], parse(open_scene.SceneConfig, {"images": "", "units": "dn", "bands": BLUE_GREEN_RED})
     )
-    values, is_valid = scene.read_window((0, 0, 64, 64), [0, 1, 2])
+    values, is_valid = scene.read_window(rasterio.windows.Window(0, 0, 64, 64), [0, 1, 2])
     chip = prepare(tile_dataset(folder), tmp_path).read_sample(name).image
     np.testing.assert_array_equal(chip, fill_nodata(values, is_valid))
     assert (values[:, :8] != chip[:, :8]).all()
