@@ -14,15 +14,18 @@ import shapely
 from rasterio import Affine
 from rasterio.windows import Window
 
-from pipeline.config import DatasetConfig, SplitFractions
+from pipeline.bands import Band
+from pipeline.config import DatasetConfig, SplitFractions, parse
 from pipeline.data.image_store import LazyImageDataset
 from pipeline.data.sources import custom, osm_landuse, validate
+from pipeline.data.sources.custom.options import CustomOptions
 
 BANDS = [
     {"name": band.name, "common_name": band.common_name, "wavelength": band.wavelength, "gsd": band.gsd}
     for band in osm_landuse.BANDS
 ]
 BLUE_GREEN_RED = BANDS[1:4]
+BLUE = Band(**BLUE_GREEN_RED[0])
 FRACTIONS = SplitFractions(0.6, 0.2, 0.2)
 UTM = "EPSG:32633"
 GRID = Affine(10, 0, 400000, 0, -10, 5800000)
@@ -78,6 +81,11 @@ def scene_options(folder: Path, bands: Sequence[str], **options) -> dict:
         "folder": str(folder), "images": "*.tif", "labels": "land.geojson", "units": "dn", "time": "",
         "bands": [{"name": name, "common_name": name.lower()} for name in bands], **options,
     }  # fmt: skip
+
+
+def make_options(folder: Path, **options) -> CustomOptions:
+    """Options of the tiles, with some changed."""
+    return parse(CustomOptions, tile_dataset(folder, options=options).options, "options")
 
 
 def with_options(dataset: DatasetConfig, **options) -> DatasetConfig:

@@ -4,161 +4,118 @@ import dataclasses
 import shutil
 import unicodedata
 
-import pandas as pd
 import pytest
 
+from pipeline.data.sources.custom.labels import LabelTable, read_table
 from pipeline.errors import UserError
 from tests.errors import raises
-from tests.pipeline.data.sources.custom.custom_data import (
-    prepare,
-    table_dataset,
-    tile_dataset,
-    with_options,
-    write_table,
-)
+from tests.pipeline.data.sources.custom.custom_data import make_options, prepare, table_dataset, with_options
 
-FIRST, SECOND = "tile_0000_0000.tif", "tile_0000_0128.tif"
-
-INVALID_TABLES = {
-    "empty": (b"", {}),
-    "no rows": (b"file,label\n", {}),
-    "not UTF-8": ("file,label\ntile_0000_0000,Gewässer\n".encode("latin1"), {}),
-    "binary": (bytes(range(256)) * 20, {}),
-    "semicolons": (b"file;label\na;b\n", {"key": "file", "allowed": ["file;label"]}),
-    "no label column": (b"file,kind\ntile_0000_0000,farm\n", {"key": "label", "allowed": ["file", "kind"]}),
-    "two label columns": (b"file,label,label\ntile_0000_0000,a,b\n", {"key": "label"}),
-    "more values than columns": (b"file,label\ntile_0000_0000,a,b\n", {}),
-    "unknown image": (b"file,label\nno.tif,a\n", {"key": "file", "value": "no.tif"}),
-    "image listed twice": (
-        b"file,label\ntile_0000_0128.tif,a\ntile_0000_0128,b\n", {"key": "file", "value": "tile_0000_0128"}
-    ),
-    "no label": (b"file,label\ntile_0000_0000.tif,\n", {"key": "label", "value": FIRST}),
-}  # fmt: skip
+NAMES = ("a.tif", "b.tif", "more/b.tif")
 
 
-@pytest.mark.parametrize("kind", INVALID_TABLES)
-def test_read_table_invalid_table_is_refused(tiles, tmp_path, kind):
-    text, fields = INVALID_TABLES[kind]
-    folder, dataset = table_dataset(tiles, tmp_path, text)
-    with raises(UserError, path=folder / "labels.csv", **fields):
-        prepare(dataset, tmp_path)
+@pytest.fixture
+def read(tmp_path):
+    """Function from the text of a table, the images' names, and options, to what is read; no image is opened."""
+
+    def read(text: str | bytes, names=NAMES[:2], is_multilabel=False, **options) -> LabelTable:
+        table = tmp_path / "labels.csv"
+        table.write_bytes(text if isinstance(text, bytes) else text.encode())
+        images = [tmp_path / "images" / name for name in names]
+        return read_table(table, images, make_options(tmp_path, **{"classes": []} | options), is_multilabel)
+
+    return read
 
 
-def test_read_table_unknown_class_is_refused(tiles, tmp_path):
-    folder, dataset = table_dataset(tiles, tmp_path, options={"classes": ["farm", "water"]})
-    with raises(UserError, key="label", value="forest", allowed=["farm", "water"], path=folder / "labels.csv"):
-        prepare(dataset, tmp_path)
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        (b"", {}),
+        (b"file,label\n", {}),
+        ("file,label\na.tif,Gewässer\n".encode("latin1"), {}),
+        (bytes(range(256)) * 20, {}),
+        (b"file;label\na;b\n", {"key": "file", "allowed": ["file;label"]}),
+        (b"file,kind\na.tif,farm\n", {"key": "label", "allowed": ["file", "kind"]}),
+        (b"file,label,label\na.tif,a,b\n", {"key": "label"}),
+        (b"file,label\na.tif,a,b\n", {}),
+        (b"file,label\nno.tif,a\n", {"key": "file", "value": "no.tif"}),
+        (b"file,label\na.tif,a\na,b\n", {"key": "file", "value": "a"}),
+        (b"file,label\na.tif,\n", {"key": "label", "value": "a.tif"}),
+    ],
+    ids=["empty", "no rows", "not UTF-8", "binary", "semicolons", "no label column", "two label columns",
+         "more values than columns", "unknown image", "image listed twice", "no label"],
+)  # fmt: skip
+def test_read_table_invalid_table_is_refused(read, tmp_path, text, fields):
+    with raises(UserError, path=tmp_path / "labels.csv", **fields):
+        read(text)
 
 
-def test_read_table_strips_blanks(tiles, tmp_path):
-    names = [path.name for path in sorted((tiles / "images").iterdir())]
-    rows = [f"{name}, {('farm ', 'forest')[index % 2]}" for index, name in enumerate(names)]
-    _, dataset = table_dataset(tiles, tmp_path / "a", "\n".join(["file, label", *rows]).encode())
-    assert prepare(dataset, tmp_path).classes == ("farm", "forest")
-    rows = [f"{name},farm | water" for name in names]
-    _, dataset = table_dataset(tiles, tmp_path / "b", "\n".join(["file,label", *rows]).encode(), task="multilabel")
-    assert prepare(dataset, tmp_path).classes == ("farm", "water")
+def test_read_table_unknown_class_is_refused(read):
+    with raises(UserError, key="label", value="forest", allowed=["farm", "water"]):
+        read("file,label\na.tif,forest\n", classes=["farm", "water"])
 
 
-def test_read_table_accepts_empty_rows_relative_paths_backslashes_and_accents(tiles, tmp_path):
-    names = [path.name for path in sorted((tiles / "images").iterdir())]
-    forms = ("./images/{}", "images\\{}", "{}")
-    labels = ("for\u00eat", "fore\u0302t", "farm")
-    rows = [f"{forms[index % 3].format(name)},{labels[index % 3]}" for index, name in enumerate(names)]
-    _, dataset = table_dataset(tiles, tmp_path, "\n".join(["file,label", *rows, ",", ""]).encode())
-    prepared = prepare(dataset, tmp_path)
-    assert (len(prepared.sample), prepared.classes) == (48, ("farm", "for\u00eat"))
+def test_read_table_time_in_another_format_is_refused(read):
+    with raises(UserError, "a.tif", value="16.2.2017"):
+        read("file,label,time\na.tif,farm,16.2.2017\n")
 
 
-def test_read_table_finds_files_in_either_form_of_accents(tiles, tmp_path):
-    folder, dataset = table_dataset(tiles, tmp_path)
+def test_read_table_strips_blanks_and_accepts_empty_rows_paths_and_accents(read, tmp_path):
+    text = "file, label,label.1\n./images/a.tif, fore\u0302t ,x\n,,\nimages\\b.tif,330,x\n"
+    table = read(text)
+    assert table.classes == ("330", "for\u00eat")
+    assert table.frame.label.tolist() == [1, 0]
+    assert table.frame.path.tolist() == [str(tmp_path / "images" / name) for name in NAMES[:2]]
+    table = read("file,label\na.tif,farm | water\nb.tif,\n", is_multilabel=True)
+    assert (table.classes, table.frame.label.tolist()) == (("farm", "water"), [[1, 1], [0, 0]])
+
+
+def test_read_table_finds_files_in_either_form_of_accents(read):
     decomposed, composed = (unicodedata.normalize(form, "m\u00fchle.tif") for form in ("NFD", "NFC"))
-    (folder / "images" / SECOND).rename(folder / "images" / decomposed)
-    table = folder / "labels.csv"
-    table.write_text(table.read_text().replace(SECOND, composed))
-    assert len(prepare(dataset, tmp_path).sample) == 48
+    assert len(read(f"file,label\n{composed},a\n", [decomposed]).frame) == 1
 
 
-@pytest.mark.parametrize(("original", "replacement"), [("forest", "Forest"), ("1", "1.0")])
-def test_read_table_alike_classes_are_refused_unless_listed(tiles, tmp_path, original, replacement):
-    folder, dataset = table_dataset(tiles, tmp_path)
-    table = folder / "labels.csv"
-    text = table.read_text().replace(",forest", f",{original}")
-    table.write_text(text.replace(f",{original}\n", f",{replacement}\n", 1))
-    with raises(UserError, original, replacement, table, key="classes"):
-        prepare(dataset, tmp_path)
-    classes = (replacement, "farm", original)
-    assert prepare(with_options(dataset, classes=list(classes)), tmp_path).classes == classes
+def test_read_table_alike_classes_are_refused_unless_listed(read, tmp_path):
+    text = "file,label\na.tif,forest\nb.tif,Forest\n"
+    with raises(UserError, "forest", "Forest", tmp_path / "labels.csv", key="classes"):
+        read(text)
+    assert read(text, classes=["Forest", "forest"]).classes == ("Forest", "forest")
 
 
-def test_read_table_accepts_long_numbers_as_classes(tiles, tmp_path):
-    names = [path.name for path in sorted((tiles / "images").iterdir())]
-    rows = [f"{name},330101010{index % 2},x" for index, name in enumerate(names)]
-    _, dataset = table_dataset(tiles, tmp_path, "\n".join(["file,label,label.1", *rows]).encode())
-    assert prepare(dataset, tmp_path).classes == ("3301010100", "3301010101")
+def test_read_table_name_of_several_images_is_refused(read, tmp_path):
+    paths = [str(tmp_path / "images" / name) for name in NAMES[1:]]
+    with raises(UserError, key="file", value="b.tif", allowed=paths):
+        read("file,label\nb.tif,a\n", NAMES)
+    assert read("file,label\nimages/b.tif,a\nimages/more/b.tif,b\n", NAMES).frame.path.tolist() == paths
 
 
-def test_read_table_name_of_several_images_is_refused(tiles, tmp_path):
-    folder, dataset = table_dataset(tiles, tmp_path, options={"images": "**/*.tif"})
-    (folder / "other").mkdir()
-    shutil.copy(folder / "images" / SECOND, folder / "other")
-    paths = [str(folder / "images" / SECOND), str(folder / "other" / SECOND)]
-    with raises(UserError, key="file", value=SECOND, allowed=paths):
-        prepare(dataset, tmp_path)
-    frame = pd.read_csv(folder / "labels.csv")
-    frame.assign(file="images/" + frame.file).to_csv(folder / "labels.csv", index=False)
-    assert len(prepare(dataset, tmp_path).sample) == 48
+@pytest.mark.parametrize("row", ["c.tif,farm", "b.tif,"])
+def test_read_table_row_without_image_or_label_is_refused_or_skipped(read, row):
+    text, name = f"file,label\na.tif,forest\n{row}\n", row[:5]
+    with raises(UserError, value=name):
+        read(text)
+    table = read(text, skip_bad=True)
+    assert len(table.frame) == 1
+    assert name in table.notes[0]
+    with raises(UserError, value=name):
+        read(f"file,label\n{row}\n", skip_bad=True)
 
 
 def test_prepare_images_that_differ_in_their_endings_are_refused(tiles, tmp_path):
-    folder, dataset = table_dataset(tiles, tmp_path, options={"images": "images/*"})
-    shutil.copy(folder / "images" / FIRST, folder / "images/tile_0000_0000.tiff")
-    (folder / "labels.csv").write_text("file,label\ntile_0000_0000.tif,a\ntile_0000_0000.tiff,b\n")
-    with raises(UserError, folder / "images" / FIRST, key="images", value="images/tile_0000_0000"):
+    text = b"file,label\ntile_0000_0000.tif,a\ntile_0000_0000.tiff,b\n"
+    folder, dataset = table_dataset(tiles, tmp_path, text, options={"images": "images/*"})
+    first = folder / "images/tile_0000_0000.tif"
+    shutil.copy(first, first.with_suffix(".tiff"))
+    with raises(UserError, first, key="images", value="images/tile_0000_0000"):
         prepare(dataset, tmp_path)
 
 
-def test_prepare_column_split_is_used_or_noted(tiles, tmp_path):
-    folder, dataset = table_dataset(tiles, tmp_path / "a", options={"split": "column"})
-    with raises(UserError, key="split", allowed=["file", "label"], path=folder / "labels.csv"):
-        prepare(dataset, tmp_path)
-    _, options = write_table(tiles, tmp_path / "b", split="train")
-    dataset = tile_dataset(tiles, task="classification", chip=0, block=128, options=options)
-    assert "column split" in prepare(dataset, tmp_path).notes[0]
-
-
-@pytest.mark.parametrize("problem", ["no image", "no label"])
-def test_read_table_row_without_image_or_label_is_refused_or_skipped(tiles, tmp_path, problem):
+def test_prepare_table_that_does_not_fit_its_options_is_refused(tiles, tmp_path):
     folder, dataset = table_dataset(tiles, tmp_path)
-    if problem == "no image":
-        (folder / "images" / SECOND).unlink()
-    else:
-        frame = pd.read_csv(folder / "labels.csv")
-        frame.loc[frame.file == SECOND, "label"] = ""
-        frame.to_csv(folder / "labels.csv", index=False)
-    with raises(UserError, value=SECOND, path=folder / "labels.csv"):
-        prepare(dataset, tmp_path)
-    prepared = prepare(with_options(dataset, skip_bad=True), tmp_path)
-    assert len(prepared.sample) == 47
-    assert any(SECOND in note for note in prepared.notes)
-
-
-def test_read_table_without_any_image_is_refused_even_if_bad_rows_are_skipped(tiles, tmp_path):
-    folder, dataset = table_dataset(tiles, tmp_path, options={"skip_bad": True})
-    for path in (folder / "images").iterdir():
-        path.rename(path.with_name(f"x{path.name}"))
-    with raises(UserError, key="file", value=FIRST):
-        prepare(dataset, tmp_path)
-
-
-def test_prepare_segmentation_from_a_table_is_refused(tiles, tmp_path):
-    _, dataset = table_dataset(tiles, tmp_path)
+    with raises(UserError, key="split", allowed=["file", "label"], path=folder / "labels.csv"):
+        prepare(with_options(dataset, split="column"), tmp_path)
     with raises(UserError, key="labels", value="labels.csv"):
         prepare(dataclasses.replace(dataset, task="segmentation"), tmp_path)
-
-
-def test_prepare_several_tables_are_refused(tiles, tmp_path):
-    folder, dataset = table_dataset(tiles, tmp_path)
     shutil.copy(folder / "labels.csv", folder / "labels2.csv")
     with raises(UserError, key="labels", allowed=["labels.csv", "labels2.csv"]):
         prepare(with_options(dataset, labels="*.csv"), tmp_path)

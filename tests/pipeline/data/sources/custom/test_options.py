@@ -1,58 +1,59 @@
 """Options of custom data, and names of classes."""
 
+import numpy as np
 import pytest
 
-from pipeline.data.sources.custom.options import normalize_unicode, unique_class_names
+from pipeline.data.sources import validate
+from pipeline.data.sources.custom.options import check_band_means, normalize_unicode, unique_class_names
 from pipeline.errors import UserError
 from tests.errors import raises
-from tests.pipeline.data.sources.custom.custom_data import BLUE_GREEN_RED, prepare, tile_dataset, write_table
+from tests.pipeline.data.sources.custom.custom_data import BLUE_GREEN_RED, make_options, tile_dataset
 
-BLUE, *OTHERS = BLUE_GREEN_RED
-
-INVALID_OPTIONS = [
-    ("units", "dm", "units", {"value": "dm"}),
-    ("bands", [{**BLUE, "wavelength": 492}, *OTHERS], "bands[0].wavelength", {"value": 492}),
-    ("bands", [{**BLUE, "gsd": 0}, *OTHERS], "bands[0].gsd", {"value": 0}),
-    ("bands", [], "bands", {"value": []}),
-    ("display", [0.3, 0.0], "display", {"value": [0.3, 0.0]}),
-    ("display", [0, 3000], "display", {"value": [0, 3000]}),
-    ("purity", 60, "purity", {"value": 60}),
-    ("classes", ["farm", "farm"], "classes", {"value": ["farm", "farm"]}),
-    ("classes", [str(index) for index in range(256)], "classes", {"value": 256}),
-    ("split", "chips", "split", {"value": "chips", "allowed": ("blocks", "random", "column")}),
-    ("split", "column", "split", {"value": "column", "allowed": ("blocks", "random")}),
-    ("gsd", -1.0, "gsd", {"value": -1}),
-    ("bandz", 1, "bandz", {"value": 1}),
-]
+FIRST, *OTHERS = BLUE_GREEN_RED
 
 
-@pytest.mark.parametrize(("name", "value", "key", "fields"), INVALID_OPTIONS)
-def test_validate_options_invalid_value_is_refused(tiles, tmp_path, name, value, key, fields):
+@pytest.mark.parametrize(
+    ("name", "value", "key", "fields"),
+    [
+        ("units", "dm", "units", {"value": "dm", "allowed": ("dn", "reflectance", "uint8", "display")}),
+        ("bands", [{**FIRST, "wavelength": 492}, *OTHERS], "bands[0].wavelength", {"value": 492}),
+        ("bands", [{**FIRST, "gsd": 0}, *OTHERS], "bands[0].gsd", {"value": 0}),
+        ("bands", [], "bands", {"value": []}),
+        ("display", [0.3, 0.0], "display", {"value": [0.3, 0.0]}),
+        ("display", [0, 3000], "display", {"value": [0, 3000]}),
+        ("purity", 60, "purity", {"value": 60}),
+        ("classes", ["farm", "farm"], "classes", {"value": ["farm", "farm"]}),
+        ("classes", [str(index) for index in range(256)], "classes", {"value": 256}),
+        ("split", "chips", "split", {"value": "chips", "allowed": ("blocks", "random", "column")}),
+        ("split", "column", "split", {"value": "column", "allowed": ("blocks", "random")}),
+        ("gsd", -1.0, "gsd", {"value": -1}),
+        ("bandz", 1, "bandz", {"value": 1}),
+        *(("time", time, "time", {"value": time}) for time in ("20170216", "2017-02-16T10:21+01:00", "0001-01-01")),
+    ],
+)
+def test_validate_options_invalid_value_is_refused(tmp_path, name, value, key, fields):
     with raises(UserError, key=f"datasets.x.options.{key}", **fields):
-        prepare(tile_dataset(tiles, options={name: value}), tmp_path)
+        validate("x", tile_dataset(tmp_path, options={name: value}))
 
 
 @pytest.mark.parametrize(
     ("changes", "missing"),
-    [
-        ({"chip": 0}, ("chip",)),
-        ({"block": 0}, ("block",)),
-        ({"splits": None}, ("splits",)),
-        ({"splits": None, "block": 0, "chip": 0}, ("splits", "block", "chip")),
-    ],
+    [({"chip": 0}, ("chip",)), ({"splits": None, "block": 0, "chip": 0}, ("splits", "block", "chip"))],
 )
-def test_validate_options_missing_keys_are_listed(tiles, tmp_path, changes, missing):
+def test_validate_options_missing_keys_are_listed(tmp_path, changes, missing):
     with raises(UserError, *missing, key=f"datasets.x.{missing[0]}", value=missing):
-        prepare(tile_dataset(tiles, **changes), tmp_path)
+        validate("x", tile_dataset(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("time", ["20170216", "16.2.2017", "2017-02-16T10:21+01:00", "0001-01-01"])
-def test_prepare_time_in_another_format_is_refused(tiles, tmp_path, time):
-    with raises(UserError, key="datasets.x.options.time", value=time):
-        prepare(tile_dataset(tiles, options={"time": time}), tmp_path)
-    folder, options = write_table(tiles, tmp_path, time=time)
-    with raises(UserError, "tile_0000_0000.tif", folder / "labels.csv"):
-        prepare(tile_dataset(folder, task="classification", chip=0, block=128, options=options), tmp_path)
+@pytest.mark.parametrize(
+    ("units", "means", "fields"),
+    [("reflectance", (900.0, 0.1, 0.1), {"key": "units", "value": "reflectance"}),
+     ("dn", (300.0, -3000.0, 100.0), {"key": "B03", "value": -3000.0})],
+)  # fmt: skip
+def test_check_band_means_impossible_means_are_refused(tmp_path, units, means, fields):
+    with raises(UserError, **fields):
+        check_band_means(make_options(tmp_path, units=units), np.array(means))
+    check_band_means(make_options(tmp_path, units=units), np.full(3, 0.5))
 
 
 @pytest.mark.parametrize(("a", "b"), [("Forest", "forest"), ("1", "1.0"), ("01", "1")])
