@@ -1,32 +1,59 @@
 """Labels as polygons over a scene."""
 
-import shutil
-
 import geopandas
 import numpy as np
 import pandas as pd
 import pytest
 import shapely
+from rasterio.windows import Window
 
 from pipeline.data.sources import custom
+from pipeline.data.sources.custom.labels import read_polygons
+from pipeline.data.sources.custom.rasters import open_image
 from pipeline.errors import UserError
+from pipeline.tasks import IGNORE
 from tests.errors import raises
 from tests.pipeline.data.sources.custom.custom_data import (
+    BLUE,
     BLUE_GREEN_RED,
+    GRID,
+    UTM,
+    counting_values,
+    make_options,
     prepare,
     scene_dataset,
-    write_polygons,
+    write_raster,
 )
+
+WEST, NORTH = GRID.c, GRID.f
+# Three columns of 20 px, and a smaller polygon in the first; the last four columns have no label.
+POLYGONS = geopandas.GeoDataFrame(
+    {"fclass": ["farm", "forest", "water", "meadow"]},
+    geometry=[
+        *(shapely.box(WEST + 200 * n, NORTH - 640, WEST + 200 * (n + 1), NORTH) for n in range(3)),
+        shapely.box(WEST, NORTH - 100, WEST + 100, NORTH),
+    ],
+    crs=UTM,
+)
+EXPECTED = np.full((64, 64), IGNORE)
+EXPECTED[:, :20], EXPECTED[:, 20:40], EXPECTED[:, 40:60], EXPECTED[:10, :10] = 0, 1, 3, 2
 
 
 @pytest.fixture
-def polygon_dataset(raw_folder, tmp_path):
-    """Function from a change to the polygons, and options, to a dataset of one band."""
+def read(tmp_path):
+    """Function from changed polygons, written to a file, to the mask, the classes and the notes."""
+    write_raster(tmp_path / "scene.tif", counting_values(64, 64), GRID)
 
-    def make(change=lambda frame: frame, **options):
-        return scene_dataset(raw_folder, options=write_polygons(raw_folder, tmp_path, change) | options)
+    def read(polygons=POLYGONS, name="land.geojson", **options):
+        path, notes = tmp_path / name, []
+        if not path.exists():
+            polygons.to_parquet(path) if name.endswith("parquet") else polygons.to_file(path)
+        image = open_image([tmp_path / "scene.tif"], [BLUE])
+        options = {"classes": [], "label_column": "fclass"} | options
+        labels = read_polygons(path, image, make_options(tmp_path, **options), notes)
+        return labels(image, Window(0, 0, 64, 64)), labels.classes, notes
 
-    return make
+    return read
 
 
 def swap_xy(frame):
@@ -34,134 +61,89 @@ def swap_xy(frame):
 
 
 @pytest.mark.parametrize(
-    ("change", "fields"),
+    ("polygons", "fields"),
     [
-        (lambda frame: frame.set_geometry(frame.translate(10)), {"key": "labels"}),
-        (swap_xy, {"key": "labels"}),
-        (lambda frame: frame.set_geometry(frame.representative_point()), {"key": "labels"}),
+        (POLYGONS.set_geometry(POLYGONS.translate(10000)), {"key": "labels"}),
+        (swap_xy(POLYGONS.to_crs(4326)), {"key": "labels"}),
+        (POLYGONS.set_geometry(POLYGONS.representative_point()), {"key": "labels"}),
         (
-            lambda frame: frame.rename(columns={"fclass": "kind"}),
+            POLYGONS.rename(columns={"fclass": "kind"}),
             {"key": "label_column", "value": "fclass", "allowed": ["kind", "geometry"]},
         ),
-        (lambda frame: frame.assign(fclass=range(len(frame))), {"key": "label_column", "value": "fclass"}),
+        (
+            pd.concat([POLYGONS] * 64, ignore_index=True).assign(fclass=range(256)),
+            {"key": "label_column", "value": "fclass"},
+        ),
     ],
     ids=["elsewhere", "x and y swapped", "points", "another column", "too many classes"],
 )
-def test_read_polygons_invalid_polygons_are_refused(polygon_dataset, tmp_path, change, fields):
+def test_read_polygons_invalid_polygons_are_refused(read, tmp_path, polygons, fields):
     with raises(UserError, path=tmp_path / "land.geojson", **fields):
-        prepare(polygon_dataset(change), tmp_path)
+        read(polygons)
 
 
-@pytest.mark.parametrize(
-    ("options", "fields"),
-    [
-        ({"label_column": "klass"}, {"key": "label_column", "value": "klass"}),
-        ({"classes": ["farm", "glacier"]}, {"key": "classes", "value": ["glacier"]}),
-        ({"images": "*_B0[2-4].jp2"}, {"key": "B01", "value": 0}),
-    ],
-)
-def test_prepare_scene_options_that_do_not_fit_are_refused(raw_folder, tmp_path, options, fields):
-    with raises(UserError, **fields):
-        prepare(scene_dataset(raw_folder, options=options), tmp_path)
+def test_read_polygons_smaller_polygon_counts_and_listed_classes_are_in_their_order(read):
+    mask, classes, notes = read()
+    assert classes == ("farm", "forest", "meadow", "water")
+    np.testing.assert_array_equal(mask, EXPECTED)
+    assert len(notes) == 1
+    mask, classes, notes = read(classes=["water", "farm"])
+    assert classes == ("water", "farm")
+    np.testing.assert_array_equal(np.unique(mask), [0, 1, IGNORE])
+    assert "forest, meadow" in notes[0]
+    with raises(UserError, key="classes", value=["glacier"]):
+        read(classes=["farm", "glacier"])
 
 
-def test_read_polygons_listed_classes_are_in_their_order_and_others_noted(raw_folder, tmp_path):
-    dataset = prepare(scene_dataset(raw_folder, options={"classes": ["water", "farm"]}), tmp_path)
-    assert dataset.classes == ("water", "farm")
-    assert "forest, grass, meadow" in dataset.notes[0]
+def test_read_polygons_classes_may_be_numbers_and_absent(read):
+    numbers = POLYGONS.assign(fclass=[1, 2, None, 4])
+    mask, classes, notes = read(numbers)
+    assert classes == ("1", "2", "4")
+    assert (mask[:, 40:] == IGNORE).all()
+    assert any("1 of 4 polygons have no class" in note for note in notes)
 
 
-def test_read_polygons_classes_may_be_numbers(raw_folder, polygon_dataset, tmp_path):
-    codes = {"farm": 1, "forest": 2, "meadow": 3, "water": 4}
-
-    def number_classes(frame):
-        return frame.assign(fclass=frame.fclass.map(codes))
-
-    numbered = prepare(polygon_dataset(number_classes, classes=["1", "2"]), tmp_path)
-    options = {"classes": ["farm", "forest"], "images": "*_B02.jp2", "bands": BLUE_GREEN_RED[:1]}
-    named = prepare(scene_dataset(raw_folder, options=options), tmp_path)
-    assert len(numbered.sample) == len(named.sample) > 30
-    equal = [
-        (numbered.read_sample(name).label == named.read_sample(name).label).mean() for name in numbered.sample[:10]
-    ]
-    assert min(equal) > 0.99
-    assert any("have no class" in note for note in numbered.notes)
-
-
-def test_prepare_several_files_of_polygons_are_refused(polygon_dataset, tmp_path):
-    dataset = polygon_dataset(labels="*.geojson")
-    shutil.copy(tmp_path / "land.geojson", tmp_path / "more.geojson")
-    with raises(UserError, key="labels", value="*.geojson", allowed=["land.geojson", "more.geojson"]):
-        prepare(dataset, tmp_path)
-
-
-def test_read_polygons_classes_that_differ_in_capitals_are_refused_unless_listed(polygon_dataset, tmp_path):
-    def change(frame):
-        frame.loc[frame.index[frame.fclass == "farm"][0], "fclass"] = "Farm"
-        return frame
-
+def test_read_polygons_classes_that_differ_in_capitals_are_refused_unless_listed(read, tmp_path):
+    polygons = POLYGONS.assign(fclass=["farm", "Farm", "water", "meadow"])
     with raises(UserError, "Farm", "farm", tmp_path / "land.geojson", key="classes"):
-        prepare(polygon_dataset(change), tmp_path)
-    notes = prepare(polygon_dataset(change, classes=["farm", "forest"]), tmp_path).notes
-    assert any("polygons of Farm, " in note for note in notes)
+        read(polygons)
+    assert any("polygons of Farm, " in note for note in read(polygons, classes=["farm", "water"])[2])
 
 
-@pytest.mark.parametrize(("classes", "count"), [([], 6), (["farm", "forest", "meadow", "water"], 3)])
-def test_read_polygons_with_two_classes_are_noted(polygon_dataset, tmp_path, classes, count):
-    """The scene itself has three, of wetland and its vegetation, which count if wetland is listed."""
-
-    def change(frame):
-        repeated = frame[frame.fclass == "farm"][:3].assign(fclass="forest")
-        return pd.concat([frame, repeated, frame[:5]], ignore_index=True)
-
-    notes = prepare(polygon_dataset(change, classes=classes), tmp_path).notes
-    assert [note for note in notes if note.startswith(f"{count} polygons occur again")]
+def test_read_polygons_with_two_classes_and_other_geometries_are_noted(read):
+    repeated = POLYGONS[:2].assign(fclass="water")
+    points = POLYGONS[:1].set_geometry(POLYGONS[:1].representative_point())
+    notes = read(pd.concat([POLYGONS, repeated, POLYGONS[:1], points], ignore_index=True))[2]
+    assert any(note.startswith("2 polygons occur again") for note in notes)
+    assert any(note.startswith("1 of 8 features are not polygons") for note in notes)
 
 
-def test_read_polygons_other_geometries_are_noted(polygon_dataset, tmp_path):
-    def change(frame):
-        water = frame[frame.fclass == "water"]
-        return frame.assign(geometry=frame.geometry.where(frame.fclass != "water", water.representative_point()))
-
-    assert any("not polygons" in note for note in prepare(polygon_dataset(change), tmp_path).notes)
-
-
-def test_read_polygons_layer_of_a_file_with_several_is_named(polygon_dataset, tmp_path):
-    options = {"classes": ["farm", "forest"]}
-    expected = prepare(polygon_dataset(**options), tmp_path)
-    frame = geopandas.read_file(tmp_path / "land.geojson")
-    swapped = frame.assign(fclass=frame.fclass.replace({"farm": "forest", "forest": "farm"}))
-    for layer, polygons in (("draft", swapped), ("final", frame)):
+def test_read_polygons_layer_of_a_file_with_several_is_named(read, tmp_path):
+    for layer, polygons in (("draft", POLYGONS[:2]), ("final", POLYGONS)):
         polygons.to_file(tmp_path / "two.gpkg", layer=layer)
-    options |= {"labels": "two.gpkg"}
     for layer in ("", "last"):
         with raises(UserError, key="layer", value=layer, allowed=["draft", "final"], path=tmp_path / "two.gpkg"):
-            prepare(polygon_dataset(**options, layer=layer), tmp_path)
-    actual = prepare(polygon_dataset(**options, layer="final"), tmp_path)
-    name = expected.sample[0]
-    np.testing.assert_array_equal(actual.read_sample(name).label, expected.read_sample(name).label)
+            read(name="two.gpkg", layer=layer)
+    np.testing.assert_array_equal(read(name="two.gpkg", layer="final")[0], EXPECTED)
 
 
 @pytest.mark.parametrize("name", ["land.shp", "land.parquet", "land.gdb"])
-def test_read_polygons_of_other_formats_are_equal_and_every_file_counts(polygon_dataset, tmp_path, params, name):
-    expected, pattern = prepare(polygon_dataset(), tmp_path), name
-    frame = geopandas.read_file(tmp_path / "land.geojson")
-    if name.endswith(".parquet"):
-        frame.to_parquet(tmp_path / name)
-    elif name.endswith(".gdb"):
-        frame.to_file(tmp_path / name, driver="OpenFileGDB")
-    else:
-        frame.to_file(tmp_path / name)
-        pattern = "land.*"
-    dataset = polygon_dataset(labels=pattern)
-    if name.endswith(".shp"):
-        (tmp_path / "land.geojson").unlink()
-    actual = prepare(dataset, tmp_path)
-    assert actual.classes == expected.classes
-    labels = [prepared.read_sample(prepared.sample[0]).label for prepared in (actual, expected)]
-    np.testing.assert_array_equal(*labels)
+def test_fetch_and_prepare_polygons_of_other_formats_use_every_file(read, raw_folder, tmp_path, params, name):
+    np.testing.assert_array_equal(read(name=name)[0], EXPECTED)
+    pattern = "land.*" if name.endswith(".shp") else name
+    options = {"folder": str(tmp_path), "images": "scene.tif", "labels": pattern, "bands": BLUE_GREEN_RED[:1]}
+    dataset = scene_dataset(raw_folder, chip=16, block=16, options=options)
+    assert prepare(dataset, tmp_path).classes == ("farm", "forest", "meadow", "water")
     before = custom.fetch(dataset, params)["content_sha256"]
     file = tmp_path / "land.dbf" if name.endswith(".shp") else tmp_path / name
     file = next(path for path in sorted(file.iterdir()) if path.is_file()) if file.is_dir() else file
     file.write_bytes(file.read_bytes() + b" ")
     assert custom.fetch(dataset, params)["content_sha256"] != before
+
+
+def test_prepare_several_files_of_polygons_are_refused(read, raw_folder, tmp_path):
+    for name in ("land.geojson", "more.geojson"):
+        read(name=name)
+    options = {"folder": str(tmp_path), "images": "scene.tif", "labels": "*.geojson", "bands": BLUE_GREEN_RED[:1]}
+    with raises(UserError, key="labels", value="*.geojson", allowed=["land.geojson", "more.geojson"]):
+        prepare(scene_dataset(raw_folder, options=options), tmp_path)
