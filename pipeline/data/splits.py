@@ -47,7 +47,7 @@ def fill_nodata(chip: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
 def assign_blocks_to_splits(
     class_areas: np.ndarray, splits: SplitFractions, seed: int, n_draws: int = 20000
 ) -> np.ndarray:
-    """Assign blocks to splits so that the class shares of each split are close to the dataset's.
+    """Return the index in `SPLITS` of every block, (block,), so that all splits have similar class shares.
 
     The result is the best of `n_draws` random assignments: the one whose largest relative deviation of a class share
     from the requested fraction is smallest. It depends on labels only, never on the score of a model.
@@ -55,11 +55,6 @@ def assign_blocks_to_splits(
     Args:
         class_areas: area of each class in each block, (block, class), in any unit.
         splits: fractions of the blocks.
-        seed: of the random assignments.
-        n_draws: number of random assignments.
-
-    Returns:
-        Index in `SPLITS` (pipeline/data/image_store.py) of every block, (block,).
 
     Raises:
         UserError: too few blocks for three splits.
@@ -88,12 +83,7 @@ def assign_blocks_to_splits(
 
 
 def merge_blocks(block_ids: Sequence[str], pairs: np.ndarray) -> np.ndarray:
-    """Number the blocks of chips, (chip,); blocks with overlapping chips become one.
-
-    Args:
-        block_ids: of every chip.
-        pairs: indices of overlapping chips, int (pair, 2).
-    """
+    """Number the blocks of chips, (chip,); blocks with overlapping chips (pair, 2) become one."""
     _, block = np.unique(block_ids, return_inverse=True)
     count = block.max() + 1
     graph = coo_array((np.ones(len(pairs)), (block[pairs[:, 0]], block[pairs[:, 1]])), shape=(count, count))

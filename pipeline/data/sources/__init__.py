@@ -64,11 +64,7 @@ class Source(Protocol):
 
     @staticmethod
     def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset | LazyImageDataset:
-        """Return the dataset's images, labels and splits.
-
-        Args:
-            raw: the folder that `fetch` filled: the unpacked `ARCHIVE`, or source.json with what `fetch` returned.
-        """
+        """Return the images, labels and splits from the unpacked `ARCHIVE`, or source.json with `fetch`'s record."""
         ...
 
     @staticmethod
@@ -91,11 +87,7 @@ _MEMBERS = ("ARCHIVE", "REQUIRED_KEYS", "OPTIONAL_KEYS", "Options", "prepare", "
 
 
 def register(name: str, module: ModuleType) -> None:
-    """Add a source from outside this package.
-
-    Args:
-        name: its name in params.yaml.
-        module: satisfies the protocol `Source`.
+    """Add a source from outside this package, with its name in params.yaml.
 
     Raises:
         UserError: the name is taken, or the module lacks `prepare` or the way to its raw files.
@@ -116,11 +108,7 @@ def source_names() -> list[str]:
 
 
 def source_module(name: str) -> ModuleType:
-    """Import the module of a source.
-
-    Raises:
-        UserError: there is no such source.
-    """
+    """Import the module of a source; UserError if there is none of this name."""
     if name not in source_names():
         raise UserError(
             f"There is no source '{name}'. Sources in pipeline/data/sources: {', '.join(source_names())}.",
@@ -130,11 +118,7 @@ def source_module(name: str) -> ModuleType:
 
 
 def get_source(name: str) -> Source:
-    """Return a source by name, with the defaults of `Source` for what its module does not define.
-
-    Raises:
-        UserError: there is no such source.
-    """
+    """Return a source by name, with the defaults of `Source` for what its module does not define."""
     module = source_module(name)
     members = {member: vars(module).get(member, getattr(Source, member)) for member in _MEMBERS}
     return cast(Source, SimpleNamespace(**members))
@@ -142,9 +126,6 @@ def get_source(name: str) -> Source:
 
 def validate(name: str, dataset: DatasetConfig) -> None:
     """Check a dataset's block of params.yaml against the keys and options of its source.
-
-    Args:
-        name: of the dataset, for messages.
 
     Raises:
         UserError: no such source, a missing or unknown key, or options that do not fit together.
@@ -166,11 +147,7 @@ def validate(name: str, dataset: DatasetConfig) -> None:
 
 
 def parse_options(dataset: DatasetConfig, key: str = "datasets"):
-    """Parse a dataset's options into its source's `Options`; None if the source has none.
-
-    Raises:
-        UserError: an unknown or missing option, or a value of another type.
-    """
+    """Parse a dataset's options into its source's `Options`; None if the source has none."""
     source = get_source(dataset.source)
     if source.Options is None:
         if dataset.options:

@@ -69,21 +69,12 @@ Options = GeoBenchOptions
 
 
 def validate_options(options: GeoBenchOptions, dataset: DatasetConfig, dataset_key: str) -> None:
-    """Check the options against the set.
-
-    Args:
-        dataset_key: key of the dataset in params.yaml, such as `datasets.eurosat`.
-
-    Raises:
-        UserError: the set does not exist, or lacks a band or the class "no data".
-    """
+    """Raise UserError if the set does not exist, or lacks a band or the class "no data"."""
     if options.set not in SETS:
         raise UserError(
             f"{dataset_key}: there is no set '{options.set}'. GEO-Bench has: {', '.join(SETS)}.",
-            key=f"{dataset_key}.options.set",
-            value=options.set,
-            allowed=SETS,
-        )
+            key=f"{dataset_key}.options.set", value=options.set, allowed=SETS,
+        )  # fmt: skip
     spec = SETS[options.set]
     _selected_bands(spec, options, dataset_key)
     if options.ignore_nodata and spec.nodata_class is None:
@@ -96,10 +87,7 @@ def validate_options(options: GeoBenchOptions, dataset: DatasetConfig, dataset_k
 
 
 def fetch(dataset: DatasetConfig, params: Params) -> dict:
-    """Find the set in `geobench_dir` or download it there; the files are not copied.
-
-    Returns:
-        The record for source.json.
+    """Find the set in `geobench_dir` or download it there; return the record for source.json.
 
     Raises:
         UserError: the set cannot be downloaded, or has no such partition.
@@ -111,10 +99,7 @@ def fetch(dataset: DatasetConfig, params: Params) -> dict:
 
 
 def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
-    """Return the set's samples, in the order of the partition.
-
-    Args:
-        raw: folder with the source.json of `fetch`.
+    """Return the set's samples, in the order of the partition; `raw` has the source.json of `fetch`.
 
     Raises:
         UserError: the set's folder is missing, or its files are damaged.
@@ -168,24 +153,22 @@ def _parse_options(dataset: DatasetConfig) -> GeoBenchOptions:
 def _open_set(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
     """Read the set's lists, and prepare to read its samples."""
     spec = SETS[options.set]
-    names, splits, dropped = partitions.read_partition(
-        folder / f"{options.partition}_partition.json", options.skip_bad
-    )
+    partition = partitions.read_partition(folder / f"{options.partition}_partition.json", options.skip_bad)
     bands = _selected_bands(spec, options)
-    file_dtypes = _file_dtypes(existing_files(folder, names), spec, tuple(bands), options.skip_bad)
+    file_dtype = _file_dtype(existing_files(folder, partition.names), spec, tuple(bands), options.skip_bad)
     restore_bytes = spec.divided_by_255 and not options.keep_released_metadata
-    dtype = np.dtype(np.uint8) if restore_bytes else _image_dtype(file_dtypes)
+    dtype = np.dtype(np.uint8) if restore_bytes else file_dtype
 
-    split_sizes = tuple(splits.count(split) for split in partitions.SPLITS.values())
+    split_sizes = tuple(partition.splits.count(split) for split in partitions.SPLITS.values())
     mean_check = None
     if split_sizes == spec.split_sizes and options.check_means:
         published = partitions.read_published_stats(folder, spec, tuple(bands), scale=255 if restore_bytes else 1)
-        if any(published.values()) and not dropped:
+        if any(published.values()) and not partition.dropped:
             separation = MIN_SEPARATION if spec.published_stats else MIN_SEPARATION_BAND_STATS
             mean_check = BandMeanCheck(spec.name, published, separation)
 
     labels = partitions.read_labels(folder, spec)
-    notes = _notes(spec, options, dropped)
+    notes = _notes(spec, options, partition.dropped)
     if labels is None and not spec.task_class.is_dense:
         notes.append("labels: from the sample files, since the folder has no JSON file with labels")
     notes.append("band means: compared with the published means" if mean_check else "band means: not compared")
@@ -193,7 +176,6 @@ def _open_set(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
         folder=folder,
         spec=spec,
         keys=tuple(bands),
-        file_dtypes=file_dtypes,
         dtype=dtype,
         labels=labels,
         keep_released_metadata=options.keep_released_metadata,
@@ -201,8 +183,8 @@ def _open_set(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
         restore_bytes=restore_bytes,
     )
     return LazyImageDataset(
-        sample=names,
-        split=splits,
+        sample=partition.names,
+        split=partition.splits,
         bands=tuple(bands.values()),
         classes=spec.classes,
         task=spec.task,
@@ -216,7 +198,6 @@ def _open_set(folder: Path, options: GeoBenchOptions) -> LazyImageDataset:
         shape=(len(bands), spec.image_size, spec.image_size),
         dtype=dtype,
         check_band_means=mean_check,
-        prefetch=reader.prefetch,
     )
 
 
@@ -231,39 +212,27 @@ def _selected_bands(spec: GeoBenchSet, options: GeoBenchOptions, dataset_key: st
         names = [band.common_name for band in bands.values()]
         raise UserError(
             f"{dataset_key}: {spec.name} has no band {', '.join(unknown)}. It has: {', '.join(names)}.",
-            key=f"{dataset_key}.options.bands",
-            value=unknown,
-            allowed=names,
-        )
+            key=f"{dataset_key}.options.bands", value=unknown, allowed=names,
+        )  # fmt: skip
     return {key_of_name[name]: bands[key_of_name[name]] for name in options.bands}
 
 
-def _file_dtypes(
-    paths: Sequence[Path], spec: GeoBenchSet, keys: Sequence[str], skip_bad: bool
-) -> tuple[np.dtype, ...]:
-    """Return the dtypes of the bands in the first file, or with `skip_bad` in the first readable file."""
+def _file_dtype(paths: Sequence[Path], spec: GeoBenchSet, keys: Sequence[str], skip_bad: bool) -> np.dtype:
+    """Return the common dtype of the bands in the first file, or with `skip_bad` in the first readable file."""
     for path in paths:
         try:
-            return _read_dtypes(path, spec, keys)
+            with open_hdf5(path) as file:
+                key_in_file = keys_without_dates(file, spec)
+                dtypes = {key: h5d.open(file.id, key_in_file[key]).dtype for key in keys}
+            for key, dtype in dtypes.items():
+                check_numeric(key, dtype)
+            common = np.result_type(*dtypes.values())
+            # float32 has seven digits, more than any sensor.
+            return np.dtype(np.float32) if common == np.float64 else common
         except Exception as error:  # a damaged file can fail in any way
             if not skip_bad or path == paths[-1]:
                 raise file_error(path, error) from None
     raise ValueError("no files")
-
-
-def _read_dtypes(path: Path, spec: GeoBenchSet, keys: Sequence[str]) -> tuple[np.dtype, ...]:
-    with open_hdf5(path) as file:
-        key_in_file = keys_without_dates(file, spec)
-        dtypes = tuple(h5d.open(file, key_in_file[key]).dtype for key in keys)
-    for key, dtype in zip(keys, dtypes, strict=True):
-        check_numeric(key, dtype)
-    return dtypes
-
-
-def _image_dtype(file_dtypes: Sequence[np.dtype]) -> np.dtype:
-    dtype = np.result_type(*file_dtypes)
-    # float32 has seven digits, more than any sensor.
-    return np.dtype(np.float32) if dtype == np.float64 else dtype
 
 
 def _notes(spec: GeoBenchSet, options: GeoBenchOptions, dropped: Sequence[str]) -> list[str]:
@@ -296,16 +265,12 @@ def _notes(spec: GeoBenchSet, options: GeoBenchOptions, dropped: Sequence[str]) 
 
 
 def _measure_images_per_second(images: LazyImageDataset, skip_bad: bool) -> float:
-    """Measure how many images per second one process reads.
-
-    Raises:
-        UserError: one of the first samples cannot be read and may not be skipped.
-    """
-    names, out = images.sample[:TIMED_SAMPLES], np.empty(images.shape, images.dtype)
+    """Measure how many images per second one process reads."""
+    names = images.sample[:TIMED_SAMPLES]
     start = time.perf_counter()
     for name in names:
         try:
-            images.read_sample(name, out)
+            images.read_sample(name)
         except UserError:
             if not skip_bad:
                 raise

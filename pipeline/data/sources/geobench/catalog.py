@@ -36,7 +36,7 @@ class GeoBenchSet:
 
     Attributes:
         name: as in the GEO-Bench paper.
-        folder_names: names that its folder may have.
+        other_folder_name: another name that its folder may have.
         task: name of the task.
         classes: class names, in the order of the indices.
         image_size: height and width of an image in pixels.
@@ -56,7 +56,6 @@ class GeoBenchSet:
     """
 
     name: str
-    folder_names: tuple[str, ...]
     task: str
     classes: tuple[str, ...]
     image_size: int
@@ -75,6 +74,12 @@ class GeoBenchSet:
     has_placeholder_dates: bool = False
     known_issues: tuple[str, ...] = ()
     published_stats: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    other_folder_name: str = ""
+
+    @property
+    def folder_names(self) -> tuple[str, ...]:
+        """Names that its folder may have."""
+        return (self.name, self.other_folder_name) if self.other_folder_name else (self.name,)
 
     @property
     def task_class(self) -> type[Task]:
@@ -112,7 +117,7 @@ def rgb_bands(gsd: float) -> dict[str, Band]:
 
 
 def stats_by_key(bands: Mapping[str, Band], *mean_std: tuple[float, float]) -> dict[str, tuple[float, float]]:
-    """Assign (mean, standard deviation) pairs to the keys of `bands`, in their order."""
+    """Assign pairs of mean and standard deviation to the keys of `bands`, in their order."""
     return dict(zip(bands, mean_std, strict=True))
 
 
@@ -163,7 +168,6 @@ _CLOUD_BANDS = {"Cloud Probability": Band("CLP", "cloud_probability", gsd=10)}
 CLASSIFICATION_SETS = (
     GeoBenchSet(
         name="m-bigearthnet",
-        folder_names=("m-bigearthnet",),
         task="multilabel",
         classes=(
             "continuous urban fabric", "discontinuous urban fabric", "industrial or commercial units",
@@ -194,7 +198,6 @@ CLASSIFICATION_SETS = (
     ),
     GeoBenchSet(
         name="m-so2sat",
-        folder_names=("m-so2sat",),
         task="classification",
         classes=(
             "compact high rise", "compact mid rise", "compact low rise", "open high rise", "open mid rise",
@@ -219,7 +222,6 @@ CLASSIFICATION_SETS = (
     ),
     GeoBenchSet(
         name="m-brick-kiln",
-        folder_names=("m-brick-kiln",),
         task="classification",
         classes=("not brick kiln", "brick kiln"),
         image_size=64,
@@ -240,7 +242,6 @@ CLASSIFICATION_SETS = (
     ),
     GeoBenchSet(
         name="m-forestnet",
-        folder_names=("m-forestnet",),
         task="classification",
         classes=(
             "oil palm plantation", "timber plantation", "other large-scale plantations", "grassland shrubland",
@@ -267,7 +268,6 @@ CLASSIFICATION_SETS = (
     ),
     GeoBenchSet(
         name="m-eurosat",
-        folder_names=("m-eurosat",),
         task="classification",
         classes=(
             "annual crop", "forest", "herbaceous vegetation", "highway", "industrial", "pasture",
@@ -289,7 +289,6 @@ CLASSIFICATION_SETS = (
     ),
     GeoBenchSet(
         name="m-pv4ger",
-        folder_names=("m-pv4ger",),
         task="classification",
         classes=("no solar pv", "solar pv"),
         image_size=320,
@@ -313,7 +312,6 @@ CLASSIFICATION_SETS = (
 SEGMENTATION_SETS = (
     GeoBenchSet(
         name="m-pv4ger-seg",
-        folder_names=("m-pv4ger-seg",),
         task="segmentation",
         classes=("no solar pv", "solar pv"),
         image_size=320,
@@ -329,7 +327,7 @@ SEGMENTATION_SETS = (
     ),
     GeoBenchSet(
         name="m-chesapeake-landcover",
-        folder_names=("m-chesapeake-landcover", "m-chesapeake"),
+        other_folder_name="m-chesapeake",
         task="segmentation",
         classes=(
             "water", "tree canopy or forest", "low vegetation or field", "barren land", "impervious, other",
@@ -347,7 +345,7 @@ SEGMENTATION_SETS = (
     ),
     GeoBenchSet(
         name="m-cashew-plantation",
-        folder_names=("m-cashew-plantation", "m-cashew-plant"),
+        other_folder_name="m-cashew-plant",
         task="segmentation",
         classes=(
             "no data", "well-managed plantation", "poorly-managed plantation", "non-plantation", "residential",
@@ -365,7 +363,6 @@ SEGMENTATION_SETS = (
     ),
     GeoBenchSet(
         name="m-SA-crop-type",
-        folder_names=("m-SA-crop-type",),
         task="segmentation",
         classes=(
             "no data", "lucerne or medics", "planted pastures", "fallow", "wine grapes", "weeds",
@@ -385,7 +382,6 @@ SEGMENTATION_SETS = (
     ),
     GeoBenchSet(
         name="m-nz-cattle",
-        folder_names=("m-nz-cattle",),
         task="segmentation",
         classes=("no cattle", "cattle"),
         image_size=500,
@@ -404,7 +400,7 @@ SEGMENTATION_SETS = (
     ),
     GeoBenchSet(
         name="m-NeonTree",
-        folder_names=("m-NeonTree", "m-neontree"),
+        other_folder_name="m-neontree",
         task="segmentation",
         classes=("no tree", "tree"),
         image_size=400,

@@ -32,15 +32,9 @@ SHA256 = {
 
 
 def describe_files(spec: GeoBenchSet, partition: str, root: Path) -> dict:
-    """Find or download a set, and describe its files for source.json.
+    """Find a set in `root` (`geobench_dir`) or download it there, and describe its files for source.json.
 
-    Args:
-        partition: name of the partition.
-        root: folder of all sets (`geobench_dir`).
-
-    Returns:
-        source, licence, folder, partition, number of files, bytes, and a SHA-256 of the names and sizes of all
-        samples and of the content of all JSON files.
+    The record has a SHA-256 of the names and sizes of all samples and of the content of all JSON files.
 
     Raises:
         UserError: the set is not in `root` and cannot be downloaded.
@@ -73,11 +67,7 @@ def local_folder(spec: GeoBenchSet, root: Path) -> Path | None:
 
 
 def existing_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the files of the first samples that exist, at most `MAX_PROBED_FILES`.
-
-    Raises:
-        UserError: no file exists.
-    """
+    """Return the files of the first samples that exist, at most `MAX_PROBED_FILES`; UserError if there are none."""
     existing = (path for name in names if (path := folder / f"{name}.hdf5").exists())
     if not (paths := list(itertools.islice(existing, MAX_PROBED_FILES))):
         raise UserError(
@@ -89,10 +79,7 @@ def existing_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def download_set(spec: GeoBenchSet, root: Path) -> Path:
-    """Download a set's archive from the hub into `root` and unpack it; resume an interrupted download.
-
-    Returns:
-        The set's folder.
+    """Download a set's archive from the hub into `root`, or resume that, and unpack it; return the set's folder.
 
     Raises:
         UserError: the hub cannot be reached, the archive differs from the pinned one, or the disk is too small.
@@ -118,18 +105,14 @@ def download_set(spec: GeoBenchSet, root: Path) -> Path:
             f"{spec.name} is not in {root} and could not be downloaded from {REPO} ({type(error).__name__}: "
             f"{reason}). Put its folder at {folder}, or set geobench_dir in params.yaml to the folder of your sets, "
             "and run again. A partial download is resumed.",
-            key="geobench_dir",
-            value=str(root),
-            path=folder,
-        ) from None
+            key="geobench_dir", value=str(root), path=folder,
+        ) from None  # fmt: skip
     expected = SHA256.get(spec.name) or (archive.lfs.sha256 if archive.lfs else None)
     if expected and (actual := file_sha256(path)) != expected:
         raise UserError(
             f"{path} has the SHA-256 {actual}; expected {expected}. Delete it and run again.",
-            value=actual,
-            allowed=(expected,),
-            path=path,
-        )
+            value=actual, allowed=(expected,), path=path,
+        )  # fmt: skip
     return _unpack(path, root / spec.archive_folder / spec.folder_names[0])
 
 
@@ -142,20 +125,12 @@ def _check_disk_space(root: Path, archive_bytes: int) -> None:
             f"The archive has {archive_bytes / 1e9:.1f} GB and needs about {required / 1e9:.1f} GB while it is "
             f"unpacked, but {free / 1e9:.1f} GB are free at {existing}. Free some space, or set another geobench_dir "
             "in params.yaml.",
-            key="geobench_dir",
-            value=str(root),
-            path=existing,
-        )
+            key="geobench_dir", value=str(root), path=existing,
+        )  # fmt: skip
 
 
 def _unpack(path: Path, folder: Path) -> Path:
-    """Unpack an archive into `folder`, without subfolders, and remove the archive.
-
-    The folder appears only when it is complete.
-
-    Raises:
-        UserError: the archive is damaged, contains two files of one name, or contains no partition.
-    """
+    """Unpack an archive into `folder`, which appears only when it is complete, and remove the archive."""
     scratch = folder.with_name(f".{folder.name}.unpacking")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

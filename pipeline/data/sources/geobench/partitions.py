@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,37 +30,35 @@ _HINT = "If the files are right, set check_means: false in the options of the da
 # JSON files
 
 
-def read_partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], list[str]]:
-    """Read the sample names and splits of a partition file.
+class Partition(NamedTuple):
+    """Sample names, the split of each, and a description of each dropped entry."""
 
-    Args:
-        skip_bad: drop repeated samples instead of raising an error.
+    names: list[str]
+    splits: list[str]
+    dropped: list[str]
 
-    Returns:
-        Sample names, the split of each, and a description of each dropped entry.
+
+def read_partition(path: Path, skip_bad: bool) -> Partition:
+    """Return the samples of a partition file; `skip_bad` drops repeated ones instead of raising an error.
 
     Raises:
         UserError: there is no such partition, it has other splits, or it lists a sample twice.
     """
     if not path.is_file():
-        partitions = [file.name.removesuffix("_partition.json") for file in path.parent.glob("*_partition.json")]
-        partitions = sorted(partitions)
+        partitions = sorted(
+            file.name.removesuffix("_partition.json") for file in path.parent.glob("*_partition.json")
+        )
         raise UserError(
             f"There is no {path}. Partitions in this folder: {', '.join(partitions) or 'none'}.",
-            key="partition",
-            value=path.name.removesuffix("_partition.json"),
-            allowed=partitions,
-            path=path,
-        )
+            key="partition", value=path.name.removesuffix("_partition.json"), allowed=partitions, path=path,
+        )  # fmt: skip
     names_of_split = _read_json(path)
     if not isinstance(names_of_split, dict) or set(names_of_split) != set(SPLITS):
         present = list(map(str, names_of_split)) if isinstance(names_of_split, dict) else []
         raise UserError(
             f"{path} must list train, valid and test. It lists: {', '.join(present) or 'none of them'}.",
-            value=present,
-            allowed=SPLITS,
-            path=path,
-        )
+            value=present, allowed=SPLITS, path=path,
+        )  # fmt: skip
     split_of, dropped = {}, []
     for split, names in names_of_split.items():
         for name in _check_sample_names(path, split, names):
@@ -67,24 +66,19 @@ def read_partition(path: Path, skip_bad: bool) -> tuple[list[str], list[str], li
                 splits = f"twice in {split}" if split_of[name] == split else f"in {split_of[name]} and in {split}"
                 raise UserError(
                     f"{path} lists the sample {name} {splits}. List it in one split, once, or set skip_bad: true.",
-                    key=split,
-                    value=name,
-                    path=path,
-                )
+                    key=split, value=name, path=path,
+                )  # fmt: skip
             if name in split_of:
                 dropped.append(f"{name} in {split}")
             split_of.setdefault(name, split)
-    return list(split_of), [SPLITS[split] for split in split_of.values()], dropped
+    return Partition(list(split_of), [SPLITS[split] for split in split_of.values()], dropped)
 
 
 def read_labels(folder: Path, spec: GeoBenchSet) -> Mapping[str, int | tuple[int, ...]] | None:
-    """Read the labels of a set's JSON file.
+    """Return the class index, or multi-hot label, by sample name; None for segmentation, or if there is no file.
 
     label_map.json contains the sample names of each class; label_stats.json (multi-label) the zeros and ones of each
     sample.
-
-    Returns:
-        Class index, or multi-hot label, by sample name. None for segmentation, or if there is no file.
 
     Raises:
         UserError: the file has another structure, an invalid label, or a sample twice.
@@ -104,10 +98,7 @@ def read_published_stats(
 ) -> dict[str, tuple[float, float] | None]:
     """Return the published mean and standard deviation of each key, times `scale`; None if there are none.
 
-    If nothing is published, band_stats.json in the set's folder is read.
-
-    Raises:
-        UserError: band_stats.json has another structure.
+    If nothing is published, those of band_stats.json in the set's folder; UserError if it has another structure.
     """
     stats = dict(spec.published_stats)
     path = folder / "band_stats.json"
@@ -126,11 +117,8 @@ def _multi_hot_labels(path: Path, content: dict[str, list]) -> dict[str, tuple[i
             raise UserError(
                 f"{path} has the value {str(invalid[0])[:_SHOWN_LENGTH]} for the sample {name}. Multi-label values "
                 "must be 0 or 1.",
-                key=name,
-                value=invalid[0],
-                allowed=(0, 1),
-                path=path,
-            )
+                key=name, value=invalid[0], allowed=(0, 1), path=path,
+            )  # fmt: skip
     return {name: tuple(map(int, values)) for name, values in content.items()}
 
 
@@ -141,17 +129,14 @@ def _class_labels(path: Path, content: dict[str, list], spec: GeoBenchSet) -> di
         raise UserError(
             f"{path} has the class {invalid[0][:_SHOWN_LENGTH]!r}. {spec.name} has the classes 0 to "
             f"{len(spec.classes) - 1}.",
-            value=invalid[0],
-            allowed=class_of_key,
-            path=path,
-        )
-    pairs = [
-        (name, class_of_key[key]) for key, names in content.items() for name in _check_sample_names(path, key, names)
-    ]
-    labels = dict(pairs)
-    if len(labels) != len(pairs):
-        repeated = next(name for name, label in pairs if labels[name] != label or pairs.count((name, label)) > 1)
-        raise UserError(f"{path} lists the sample {repeated} more than once.", value=repeated, path=path)
+            value=invalid[0], allowed=class_of_key, path=path,
+        )  # fmt: skip
+    labels: dict[str, int] = {}
+    for key, names in content.items():
+        for name in _check_sample_names(path, key, names):
+            if name in labels:
+                raise UserError(f"{path} lists the sample {name} more than once.", value=name, path=path)
+            labels[name] = class_of_key[key]
     return labels
 
 
@@ -160,20 +145,16 @@ def _check_sample_names(path: Path, key: str, names: object) -> list[str]:
     if not isinstance(names, list):
         raise UserError(
             f"{path} must have a list of sample names under {key}. It has {str(names)[:_SHOWN_LENGTH]}.",
-            key=key,
-            value=names,
-            path=path,
-        )
+            key=key, value=names, path=path,
+        )  # fmt: skip
     for name in names:
         printable = isinstance(name, str) and 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
         if not printable or {"/", "\\"} & set(name):
             raise UserError(
                 f"{path} has the entry {str(name)[:_SHOWN_LENGTH]!r} under {key}, which is not a sample name. Names "
                 f"have 1 to {MAX_NAME_LENGTH} printable characters without slashes.",
-                key=key,
-                value=name,
-                path=path,
-            )
+                key=key, value=name, path=path,
+            )  # fmt: skip
     return names
 
 
@@ -216,28 +197,21 @@ class BandMeanCheck:
     min_separation: float
 
     def __call__(self, means: np.ndarray) -> None:
-        """Check the means, (band,), in the order of `published`.
-
-        Raises:
-            UserError: a mean deviates from the published one, or two bands are swapped.
-        """
-        checked = [
-            (key, float(mean), *stats)
-            for mean, (key, stats) in zip(means, self.published.items(), strict=True)
-            if stats
-        ]
-        for key, mean, expected, std in checked:
-            if abs(mean - expected) > MEAN_TOLERANCE * std:
+        """Raise UserError if one of the means, (band,), deviates from the published one, or two bands are swapped."""
+        mean_of = dict(zip(self.published, map(float, means), strict=True))
+        published = {key: stats for key, stats in self.published.items() if stats}
+        for key, (expected, std) in published.items():
+            if abs(mean_of[key] - expected) > MEAN_TOLERANCE * std:
                 raise UserError(
-                    f"{self.set_name}: the mean of '{key}' is {mean:.6g}, but the published mean is {expected:.6g} "
-                    f"(standard deviation {std:.6g}). These are not the released files, or their bands are in "
-                    f"another order. {_HINT}",
-                    key=key,
-                    value=mean,
-                )
-        for band_a, band_b in itertools.combinations(checked, 2):
-            key_a, mean_a, expected_a, std_a = band_a
-            key_b, mean_b, expected_b, std_b = band_b
+                    f"{self.set_name}: the mean of '{key}' is {mean_of[key]:.6g}, but the published mean is "
+                    f"{expected:.6g} (standard deviation {std:.6g}). These are not the released files, or their "
+                    f"bands are in another order. {_HINT}",
+                    key=key, value=mean_of[key],
+                )  # fmt: skip
+        for (key_a, (expected_a, std_a)), (key_b, (expected_b, std_b)) in itertools.combinations(
+            published.items(), 2
+        ):
+            mean_a, mean_b = mean_of[key_a], mean_of[key_b]
             separated = abs(expected_a - expected_b) > self.min_separation * math.sqrt(std_a * std_b)
             deviation = abs(mean_a - expected_a) + abs(mean_b - expected_b)
             swapped_deviation = abs(mean_a - expected_b) + abs(mean_b - expected_a)
@@ -246,6 +220,5 @@ class BandMeanCheck:
                     f"{self.set_name}: the means of '{key_a}' and '{key_b}' are {mean_a:.6g} and {mean_b:.6g}, but "
                     f"the published means are {expected_a:.6g} and {expected_b:.6g}. The two bands seem to be "
                     f"swapped. {_HINT}",
-                    key=key_a,
-                    value=mean_a,
-                )
+                    key=key_a, value=mean_a,
+                )  # fmt: skip

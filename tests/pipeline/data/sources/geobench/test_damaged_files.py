@@ -1,4 +1,4 @@
-"""Damaged files, lists and options are refused with an error that names them, or skipped."""
+"""Damaged or hostile files, lists and options are refused with an error that names them, or skipped."""
 
 import json
 import os
@@ -8,12 +8,14 @@ import h5py
 import numpy as np
 import pytest
 
-from pipeline.config import DatasetConfig, SplitFractions
+from pipeline.config import DatasetConfig
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import geobench, validate
-from pipeline.data.sources.geobench import partitions
+from pipeline.data.sources.geobench import partitions, unpickler
 from pipeline.errors import UserError
 from tests.errors import raises
+
+BAND = "02 - Blue"
 
 
 def truncate(path):
@@ -24,7 +26,7 @@ def change(key=None, values=None, attribute=None):
     """Damage a sample: delete a key or replace its values, and replace the attribute 'pickle'."""
 
     def damage(path):
-        with h5py.File(path, "r+") as file:
+        with h5py.File(path, "r+", libver="latest") as file:
             if key:
                 del file[key]
             if values is not None:
@@ -33,6 +35,41 @@ def change(key=None, values=None, attribute=None):
                 file.attrs["pickle"] = attribute
 
     return damage
+
+
+def replace_label(label):
+    """Damage a sample: replace the attribute by a pickle of `label`, or by the pickle `label`."""
+    return change(attribute=str(label if isinstance(label, bytes) else pickle.dumps({"label": label})))
+
+
+def replace_band(make):
+    """Damage a sample: create a band with `make(open file, path of another file without suffix)`."""
+
+    def damage(path):
+        other = path.parent.parent / "other"
+        with h5py.File(f"{other}.h5", "w") as file:
+            file["padding"] = np.zeros(1000)
+            file["band"] = np.full((32, 32), 7, np.float32)
+        other.write_bytes(b"SECRET!!" * 1024)
+        with h5py.File(path, "r+") as file:
+            del file[BAND]
+            make(file, str(other))
+
+    return damage
+
+
+def make_virtual(file, other):
+    layout = h5py.VirtualLayout((32, 32), np.float32)
+    layout[:] = h5py.VirtualSource(f"{other}.h5", "band", (32, 32))
+    file.create_virtual_dataset(BAND, layout)
+
+
+def link_band(link):
+    return replace_band(lambda file, other: file.__setitem__(BAND, link(f"{other}.h5")))
+
+
+def create_band(*shape_and_dtype, **options):
+    return replace_band(lambda file, other: file.create_dataset(BAND, *shape_and_dtype, **options))
 
 
 class Attack:
@@ -46,82 +83,109 @@ class Attack:
 
 
 def attack(path):
-    change(attribute=str(pickle.dumps({"label": Attack(path.parent.parent / "ran")})))(path)
+    replace_label(Attack(path.parent.parent / "ran"))(path)
 
 
-def change_label(label):
-    return change(attribute=str(pickle.dumps({"label": label})))
+def doubled(depth):
+    """List of two references to a list of two references …: 2 to the power of `depth` elements."""
+    nested = [1]
+    for _ in range(depth):
+        nested = [nested, nested]
+    return nested
 
 
-BLUE = "02 - Blue"
 # Damage of a sample, and the fields of the error; none where HDF5 itself refuses the file.
 DAMAGE = {
     "truncated": (truncate, {}),
     "empty": (lambda path: path.write_bytes(b""), {}),
     "missing": (lambda path: path.unlink(), {}),
     "band missing": (change("11 - SWIR"), {"key": "11 - SWIR"}),
-    "wrong shape": (change(BLUE, np.zeros((32, 31), np.float32)), {"key": BLUE, "value": (32, 31)}),
-    "wrong shape, same size": (change(BLUE, np.zeros((16, 64), np.float32)), {"key": BLUE, "value": (16, 64)}),
-    "structured band": (change(BLUE, np.zeros((32, 32), [("a", "f4"), ("b", "f4")])), {"key": BLUE}),
-    "label out of range": (change_label(17), {"key": "label", "value": 17, "allowed": range(17)}),
+    "wrong shape": (change(BAND, np.zeros((32, 31), np.float32)), {"key": BAND, "value": (32, 31)}),
+    "wrong shape, same size": (change(BAND, np.zeros((16, 64), np.float32)), {"key": BAND, "value": (16, 64)}),
+    "structured band": (change(BAND, np.zeros((32, 32), [("a", "f4"), ("b", "f4")])), {"key": BAND}),
+    "label out of range": (replace_label(17), {"key": "label", "value": 17, "allowed": range(17)}),
     "no label": (change(attribute=str(pickle.dumps({}))), {"key": "label", "value": None}),
     "attack": (attack, {"key": "pickle", "value": "posix.system"}),
     "attribute is code": (change(attribute="open('x')"), {"key": "pickle"}),
     "attribute is an array": (change(attribute=np.zeros(3)), {"key": "pickle"}),
     "attribute is truncated": (change(attribute=np.bytes_(b"b'x")), {"key": "pickle"}),
     "pickle is truncated": (change(attribute=str(pickle.dumps({"label": 1})[:-4])), {"key": "pickle"}),
-}
-NON_FINITE_BAND = change(BLUE, np.full((32, 32), np.nan, np.float32))
-
-
-def check_sample_is_skipped(images, folder, tmp_path):
-    """Write all samples but the damaged id_0007."""
-    assert not (tmp_path / "store").exists()
-    summary = image_writer.write(images, tmp_path / "scratch", tmp_path / "store", skip_bad=True)
-    assert list(summary.skipped) == ["id_0007"]
-    assert summary.counts == {"train": 6, "val": 3, "test": 4}
-    store = image_store.open_images(tmp_path / "store")
-    assert "id_0007" in store.attrs["skipped"]
-    assert "id_0007" not in store.sample.values
-    np.testing.assert_array_equal(store.image[7], images.read_sample("id_0008").image)
-    assert not (folder.parent / "ran").exists()
+    "link to another file": (link_band(lambda other: h5py.ExternalLink(other, "/band")), {"key": BAND}),
+    "link within the file": (link_band(lambda other: h5py.SoftLink("/03 - Green")), {"key": BAND}),
+    "broken link": (link_band(lambda other: h5py.SoftLink("/nothing")), {"key": BAND}),
+    "bytes of another file": (
+        replace_band(lambda file, other: file.create_dataset(BAND, (32, 32), "f4", external=[(other, 0, 4096)])),
+        {"key": BAND, "value": "external"},
+    ),
+    "virtual dataset": (replace_band(make_virtual), {"key": BAND, "value": "external"}),
+    "never written": (create_band((32, 32), "f4"), {"key": BAND, "value": "not allocated"}),
+    "never written, other dtype": (create_band((32, 32), "f8"), {"key": BAND, "value": "not allocated"}),
+    "larger than memory": (
+        create_band((200_000, 200_000), "f4", chunks=(1000, 1000)), {"key": BAND, "value": (200_000, 200_000)}
+    ),
+    "empty dataset": (create_band(data=h5py.Empty("f4")), {"key": BAND, "value": None}),
+    "group": (replace_band(lambda file, other: file.create_group(BAND)), {}),
+    "texts": (create_band((32, 32), h5py.string_dtype()), {"key": BAND}),
+    "lists": (create_band((32, 32), h5py.vlen_dtype("i4")), {"key": BAND}),
+    "arrays": (create_band((32, 32), np.dtype("(2,)f4")), {"key": BAND}),
+    "fractional class": (replace_label(2.7), {"key": "label", "value": "2.7"}),
+    "NaN class": (replace_label(np.float32("nan")), {"key": "label"}),
+    "class as text": (replace_label("3"), {"key": "label", "value": "'3'"}),
+    "class larger than int64": (replace_label(10**30), {"key": "label"}),
+    "list of 2**60 elements": (replace_label(doubled(60)), {"key": "label"}),
+    "deeply nested tuples": (replace_label(b"\x80\x04})" + b"\x85" * 300_000 + b"Ns."), {"key": "pickle"}),
+    "deeply nested sets": (replace_label(b"\x80\x04\x8f()" + b"\x85" * 300_000 + b"\x90."), {"key": "pickle"}),
+    "control characters": (
+        replace_label(b"cos\x1b[31m\nsystem\n."), {"key": "pickle", "value": "os\x1b[31m.system"}
+    ),
+}  # fmt: skip
+# Damage that the first file reveals before a pixel is read.
+DAMAGED_HEADERS = ("truncated", "empty", "band missing", "link to another file", "group", "texts", "arrays")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_write_damaged_file_is_named_or_skipped(copy_set, open_set, tmp_path, kind):
+def test_reader_damaged_or_hostile_file_is_refused(copy_set, open_set, kind):
     damage, fields = DAMAGE[kind]
     root, folder = copy_set("m-so2sat")
     path = folder / "id_0007.hdf5"
     damage(path)
-    images = open_set(root, "m-so2sat")
-    with raises(UserError, path, path=path, **fields):
-        image_writer.write(images, tmp_path / "scratch", tmp_path / "store")
-    check_sample_is_skipped(images, folder, tmp_path)
+    with raises(UserError, path, path=path, **fields) as info:
+        open_set(root, "m-so2sat").read_sample("id_0007")
+    assert len(str(info.value)) < 1000
+    assert str(info.value).isprintable()
+    assert not (folder.parent / "ran").exists()
 
 
-def test_write_non_finite_image_is_named_or_skipped(copy_set, open_set, tmp_path):
+@pytest.mark.parametrize("kind", DAMAGED_HEADERS)
+def test_prepare_damaged_first_file_is_refused_or_skipped(copy_set, open_set, kind):
+    damage, fields = DAMAGE[kind]
     root, folder = copy_set("m-so2sat")
-    NON_FINITE_BAND(folder / "id_0007.hdf5")
-    images = open_set(root, "m-so2sat")
-    with raises(UserError, "id_0007"):
-        image_writer.write(images, tmp_path / "scratch", tmp_path / "store")
-    check_sample_is_skipped(images, folder, tmp_path)
-
-
-def test_prepare_first_files_damaged_are_named_or_skipped(copy_set, open_set, tmp_path):
-    root, folder = copy_set("m-so2sat")
-    for number in (0, 1):
-        truncate(folder / f"id_000{number}.hdf5")
-    with raises(UserError, path=folder / "id_0000.hdf5"):
+    damage(folder / "id_0000.hdf5")
+    with raises(UserError, path=folder / "id_0000.hdf5", **fields):
         open_set(root, "m-so2sat")
+    assert open_set(root, "m-so2sat", skip_bad=True).dtype == np.float32
+
+
+def test_write_damaged_files_are_skipped(copy_set, open_set, tmp_path):
+    root, folder = copy_set("m-so2sat")
+    truncate(folder / "id_0000.hdf5")
+    attack(folder / "id_0003.hdf5")
+    change(BAND, np.full((32, 32), np.nan, np.float32))(folder / "id_0007.hdf5")
     images = open_set(root, "m-so2sat", skip_bad=True)
+    with raises(UserError, "id_0000"):
+        image_writer.write(images, tmp_path / "scratch", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
     summary = image_writer.write(images, tmp_path / "scratch", tmp_path / "store", skip_bad=True)
-    assert list(summary.skipped) == ["id_0000", "id_0001"]
+    assert list(summary.skipped) == ["id_0000", "id_0003", "id_0007"]
+    assert summary.counts == {"train": 4, "val": 3, "test": 4}
+    store = image_store.open_images(tmp_path / "store")
+    assert list(store.attrs["skipped"]) == list(summary.skipped)
+    assert store.sample.values[5] == "id_0008"
+    np.testing.assert_array_equal(store.image[5], images.read_sample("id_0008").image)
     for path in folder.glob("*.hdf5"):
         truncate(path)
-    with raises(UserError) as info:
+    with raises(UserError, folder):
         open_set(root, "m-so2sat", skip_bad=True)
-    assert info.value.path.parent == folder
 
 
 def test_reader_label_that_contradicts_the_json_file_is_refused(copy_set, open_set):
@@ -140,33 +204,41 @@ def test_reader_label_that_contradicts_the_json_file_is_refused(copy_set, open_s
 
 
 @pytest.mark.parametrize(
-    ("dtype", "value"),
+    ("dtype", "values"),
     [
-        ("u1", 2), ("u1", 255), ("<i8", -1), ("<i8", -(2**63)), ("<i8", 2), (">i4", -1), (">i4", 1 << 24),
-        ("f4", -1.0), ("f4", 0.5), ("f4", 2.0), ("f8", -1.0), ("f8", 256.0),
+        ("u1", [2, 255]), ("<i8", [-1, -(2**63), 2]), (">i4", [-1, 1 << 24]), ("f4", [-1.0, 0.5, 2.0]),
+        ("f8", [-1.0, 256.0]), ("?", []),
     ],
 )  # fmt: skip
-def test_reader_mask_with_an_invalid_value_is_refused(copy_set, open_set, dtype, value):
+def test_reader_mask_with_an_invalid_value_is_refused(copy_set, open_set, dtype, values):
     root, folder = copy_set("m-pv4ger-seg")
     images = open_set(root, "m-pv4ger-seg")
     name = images.sample[0]
     path = folder / f"{name}.hdf5"
     mask = np.zeros((320, 320), dtype)
+    mask[:40, :40] = 1
     change("label", mask)(path)
-    np.testing.assert_array_equal(images.read_sample(name).label, 0)
-    mask[100, 200] = value
-    change("label", mask)(path)
-    with raises(UserError, value, "m-pv4ger-seg", key="label", value=[value], allowed=[0, 1], path=path):
-        images.read_sample(name)
+    np.testing.assert_array_equal(images.read_sample(name).label, mask)
+    for value in values:
+        mask[100, 200] = value
+        change("label", mask)(path)
+        with raises(UserError, value, "m-pv4ger-seg", key="label", value=[value], allowed=[0, 1], path=path):
+            images.read_sample(name)
 
 
-def test_reader_boolean_mask_is_read(copy_set, open_set):
-    root, folder = copy_set("m-pv4ger-seg")
-    images = open_set(root, "m-pv4ger-seg")
-    mask = np.zeros((320, 320), bool)
-    mask[:40, :40] = True
-    change("label", mask)(folder / f"{images.sample[0]}.hdf5")
-    np.testing.assert_array_equal(images.read_sample(images.sample[0]).label, mask)
+def test_reader_floats_in_a_set_of_integers_must_be_integers_in_range(copy_set, open_set):
+    root, folder = copy_set("m-eurosat")
+    images = open_set(root, "m-eurosat")
+    path = folder / "id_0003.hdf5"
+    change(BAND, np.full((64, 64), 12.0, np.float32))(path)
+    np.testing.assert_array_equal(images.read_sample("id_0003").image[1], 12)
+    for value in (0.12, 1e9, np.nan, np.inf):
+        change(BAND, np.full((64, 64), value, np.float32))(path)
+        with raises(UserError, key=BAND, value="float32", allowed=["int16"], path=path):
+            images.read_sample("id_0003")
+
+
+# Lists of samples, labels and statistics
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -184,37 +256,69 @@ def test_read_partition_repeated_sample_is_refused_or_dropped(copy_set, open_set
     assert any(f"id_0000 in {split}" in note for note in images.notes)
 
 
+PARTITION = {"train": ["id_0000"], "valid": ["id_0001"], "test": ["id_0002"]}
+SPLIT_NAMES = ("train", "valid", "test")
+
+
 @pytest.mark.parametrize(
-    ("changes", "fields"),
+    ("content", "fields"),
     [
-        ({"train": ["../../m-eurosat/id_0000"]}, {"key": "train", "value": "../../m-eurosat/id_0000"}),
-        ({"train": ["id_0000", 1]}, {"key": "train", "value": 1}),
-        ({"train": {"id_0000": 1}}, {"key": "train", "value": {"id_0000": 1}}),
-        ({"more": []}, {"value": ["train", "valid", "test", "more"], "allowed": ("train", "valid", "test")}),
-        (["id_0000"], {"value": [], "allowed": ("train", "valid", "test")}),
-        (7, {"value": [], "allowed": ("train", "valid", "test")}),
+        (PARTITION | {"train": ["../../m-eurosat/id_0000"]}, {"key": "train", "value": "../../m-eurosat/id_0000"}),
+        (PARTITION | {"train": ["id_0000", 1]}, {"key": "train", "value": 1}),
+        (PARTITION | {"train": {"id_0000": 1}}, {"key": "train", "value": {"id_0000": 1}}),
+        (PARTITION | {"more": []}, {"value": [*SPLIT_NAMES, "more"], "allowed": SPLIT_NAMES}),
+        (["id_0000"], {"value": [], "allowed": SPLIT_NAMES}),
+        (7, {"value": [], "allowed": SPLIT_NAMES}),
+        ('{"train": [], "train": ["id_0000"]}', {}),
+        ("[" * 200_000, {}),
+        ("{", {}),
+        ("\x00", {}),
     ],
-    ids=["path as name", "number as name", "no list", "unknown split", "list", "number"],
+    ids=["path as name", "number as name", "no list", "unknown split", "list", "number", "twice", "deep", "{", "0"],
 )
-def test_read_partition_with_another_structure_is_refused(copy_set, open_set, changes, fields):
-    root, folder = copy_set("m-so2sat")
-    path = folder / "default_partition.json"
-    partition = json.loads(path.read_text())
-    path.write_text(json.dumps(partition | changes if isinstance(changes, dict) else changes))
-    with raises(UserError, path=path, **fields):
-        open_set(root, "m-so2sat")
+def test_read_partition_with_another_structure_is_refused(tmp_path, content, fields):
+    path = tmp_path / "default_partition.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with raises(UserError, path, path=path, **fields):
+        partitions.read_partition(path, skip_bad=False)
 
 
-def test_read_published_stats_incomplete_entries_are_ignored_and_others_refused(copy_set, open_set):
-    root, folder = copy_set("m-cashew-plantation")
-    path = folder / "band_stats.json"
-    stats = json.loads(path.read_text())
-    path.write_text(json.dumps(stats | {"label": {"mean": None}, "01": {"std": 1.0}}))
-    open_set(root, "m-cashew-plantation")
+@pytest.mark.parametrize(
+    ("name", "file", "entries", "fields"),
+    [
+        ("m-bigearthnet", "label_stats.json", {"id_0000": [0.9] * 43}, {"key": "id_0000", "value": 0.9}),
+        ("m-bigearthnet", "label_stats.json", {"id_0000": "1" * 43}, {}),
+        ("m-bigearthnet", "label_stats.json", {"id_0000": [float("inf")]}, {"key": "id_0000", "allowed": (0, 1)}),
+        ("m-pv4ger", "label_map.json", {"00": []}, {"value": "00", "allowed": ("0", "1")}),
+        ("m-pv4ger", "label_map.json", {"9" * 99: []}, {"value": "9" * 99, "allowed": ("0", "1")}),
+        ("m-pv4ger", "label_map.json", {"0": [[1]]}, {"key": "0", "value": [1]}),
+    ],
+    ids=["fraction", "text", "infinity", "class twice", "large class", "list as name"],
+)
+def test_read_labels_invalid_json_is_refused(tmp_path, name, file, entries, fields):
+    path = tmp_path / file
+    path.write_text(json.dumps(entries))
+    with raises(UserError, path, path=path, **fields):
+        partitions.read_labels(tmp_path, geobench.SETS[name])
+
+
+def test_read_published_stats_incomplete_entries_are_ignored_and_others_refused(tmp_path):
+    path, spec = tmp_path / "band_stats.json", geobench.SETS["m-cashew-plantation"]
+    complete = {"mean": 2.0, "std": 1.0}
+    path.write_text(json.dumps({"02": complete, "label": {"mean": None}, "01": {"std": 1.0}}))
+    assert partitions.read_published_stats(tmp_path, spec, ("01", "02"), 2) == {"01": None, "02": (4, 2)}
     for text in ("{", "[1]", '{"01": 3}'):
         path.write_text(text)
         with raises(UserError, path, path=path):
-            partitions.read_published_stats(folder, geobench.SETS["m-cashew-plantation"], ("01",), 1)
+            partitions.read_published_stats(tmp_path, spec, ("01",), 1)
+
+
+def test_unpickler_texts_with_the_bytes_of_tuple_opcodes_are_read():
+    data = {"notes": ["t" * 9000, ("a", ("b", ("c",)))]}
+    assert unpickler.loads(pickle.dumps(data)) == data
+
+
+# Options
 
 
 @pytest.mark.parametrize(
@@ -226,35 +330,12 @@ def test_read_published_stats_incomplete_entries_are_ignored_and_others_refused(
             ["m-so2sat", "sar_vh_real"],
             {"key": "datasets.m.options.bands", "value": ["thermal"]},
         ),
+        ({"set": "m-NeonTree", "ignore_nodata": True}, ["m-NeonTree"], {"key": "datasets.m.options.ignore_nodata"}),
         ({"set": "m-so2sat", "as_labeled": True}, ["as_labeled"], {"key": "datasets.m.options.as_labeled"}),
         ({}, ["set"], {"key": "datasets.m.options.set"}),
     ],
-    ids=["unknown set", "unknown band", "unknown option", "no set"],
+    ids=["unknown set", "unknown band", "no class no data", "unknown option", "no set"],
 )
 def test_validate_invalid_options_are_refused(options, mentions, fields):
     with raises(UserError, *mentions, **fields):
         validate("m", DatasetConfig("geobench", options=options))
-
-
-@pytest.mark.parametrize(
-    ("dataset", "fields"),
-    [
-        (DatasetConfig("geobench", chip=4, options={"set": "m-eurosat"}), {"key": "datasets.m.chip", "allowed": ()}),
-        (DatasetConfig("osm_landuse", task="classification"), {"key": "datasets.m.chip"}),
-        (
-            DatasetConfig(
-                "osm_landuse",
-                options={"a": 1},
-                task="segmentation",
-                chip=1,
-                block=1,
-                splits=SplitFractions(0.5, 0.25, 0.25),
-            ),
-            {"key": "datasets.m.options", "value": {"a": 1}},
-        ),
-    ],
-    ids=["unknown key", "missing key", "source without options"],
-)
-def test_validate_keys_that_the_source_does_not_use_are_refused(dataset, fields):
-    with raises(UserError, dataset.source, **fields):
-        validate("m", dataset)

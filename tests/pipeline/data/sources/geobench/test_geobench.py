@@ -5,16 +5,15 @@ import os
 import h5py
 import numpy as np
 import pytest
-from h5py import h5d, h5s, h5t
+from h5py import h5d
 
 from pipeline.data import image_writer
-from pipeline.data.sources import geobench, validate
+from pipeline.data.sources import geobench
 from pipeline.data.sources.geobench import download, reader
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests import geobench_files
 from tests.errors import raises
-from tests.pipeline.data.sources.geobench.conftest import dataset_config
 
 ALL_SETS = (*geobench_files.CLASSIFICATION, *geobench_files.SEGMENTATION)
 RELEASED_BANDS = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
@@ -158,11 +157,6 @@ def test_nodata_class_counts_unless_ignored(geobench_root, open_set, name, index
     assert counted.notes != ignored.notes
 
 
-def test_validate_ignore_nodata_of_a_set_without_such_a_class_is_refused():
-    with raises(UserError, "m-NeonTree", key="datasets.trees.options.ignore_nodata"):
-        validate("trees", dataset_config("m-NeonTree", ignore_nodata=True))
-
-
 def test_partition_with_fewer_labels_has_fewer_training_samples(geobench_root, open_set):
     assert count_splits(open_set(geobench_root, "m-so2sat", partition="0.50x_train")) == [3, 4, 4]
     with raises(UserError, "0.01x_train", "default", key="partition", value="0.03x_train") as info:
@@ -178,48 +172,13 @@ def test_partition_with_fewer_labels_has_fewer_training_samples(geobench_root, o
 def test_reader_pixels_do_not_depend_on_the_storage_in_the_file(copy_set, open_set, storage):
     root, folder = copy_set("m-so2sat")
     images = open_set(root, "m-so2sat")
-    expected = images.read_sample("id_0003").image.copy()
+    expected = images.read_sample("id_0003").image
     with h5py.File(folder / "id_0003.hdf5", "r+") as file:
         for key in ("02 - Blue", "12 - SWIR"):
             values = file[key][()]
             del file[key]
             file.create_dataset(key, data=values, **storage)
-    out = np.zeros(images.shape, images.dtype)
-    assert images.read_sample("id_0003", out).image is out
-    np.testing.assert_array_equal(out, expected)
-
-
-def test_reader_pixels_behind_a_user_block_are_found(copy_set, open_set):
-    """A file may begin with a user block: HDF5 gives offsets that include it."""
-    root, folder = copy_set("m-so2sat")
-    images = open_set(root, "m-so2sat")
-    expected = images.read_sample("id_0003").image.copy()
-    with (
-        h5py.File(folder / "id_0003.hdf5") as file,
-        h5py.File(folder / "moved", "w", userblock_size=1024) as moved,
-    ):
-        for key in file:
-            file.copy(key, moved)
-        moved.attrs.update(file.attrs)
-    os.replace(folder / "moved", folder / "id_0003.hdf5")
     np.testing.assert_array_equal(images.read_sample("id_0003").image, expected)
-
-
-def test_reader_mask_of_an_integer_type_with_padding_bits_is_converted(copy_set, open_set):
-    """24-bit integers in 4 bytes: numpy reports int32, but the bytes are not those of an int32."""
-    root, folder = copy_set("m-chesapeake-landcover")
-    images = open_set(root, "m-chesapeake-landcover")
-    name = images.sample[0]
-    expected = images.read_sample(name).label
-    hdf5_type = h5t.STD_I32LE.copy()
-    hdf5_type.set_precision(24)
-    hdf5_type.set_offset(8)
-    with h5py.File(folder / f"{name}.hdf5", "r+") as file:
-        del file["label"]
-        space = h5s.create_simple(expected.shape)
-        h5d.create(file.id, b"label", hdf5_type, space).write(h5s.ALL, h5s.ALL, expected.astype("i4"))
-        assert file["label"].dtype == np.dtype("i4")
-    np.testing.assert_array_equal(images.read_sample(name).label, expected)
 
 
 def test_reader_file_truncated_while_it_is_read_is_refused(copy_set, open_set, monkeypatch):
@@ -230,21 +189,12 @@ def test_reader_file_truncated_while_it_is_read_is_refused(copy_set, open_set, m
 
     def truncate_after_opening(file, spec):
         keys = keys_without_dates(file, spec)
-        os.truncate(path, h5d.open(file, keys["12 - SWIR"]).get_offset() + 100)
+        os.truncate(path, h5d.open(file.id, keys["12 - SWIR"]).get_offset() + 100)
         return keys
 
     monkeypatch.setattr(reader, "keys_without_dates", truncate_after_opening)
     with raises(UserError, path=path):
         images.read_sample("id_0003")
-
-
-def test_prefetch_missing_files_raise_nothing_and_leave_no_open_files(copy_set, open_set):
-    root, folder = copy_set("m-so2sat")
-    images = open_set(root, "m-so2sat")
-    (folder / "id_0000.hdf5").unlink()
-    n_open = len(os.listdir("/proc/self/fd"))
-    images.prefetch(["id_0000", "id_0001", "never"])
-    assert len(os.listdir("/proc/self/fd")) == n_open
 
 
 def test_notes_differ_by_what_was_corrected_and_where_labels_are_from(geobench_root, open_set):
@@ -257,3 +207,14 @@ def test_notes_differ_by_what_was_corrected_and_where_labels_are_from(geobench_r
     assert corrected.check_band_means is None, "a few samples are not the full set"
     assert any("sample files" in note for note in open_set(geobench_root, "m-so2sat").notes)
     assert not any("sample files" in note for note in corrected.notes)
+
+
+def test_reader_bands_of_several_dates_give_no_date(copy_set, open_set):
+    root, folder = copy_set("m-cashew-plantation")
+    images = open_set(root, "m-cashew-plantation")
+    name = images.sample[0]
+    assert not np.isnat(images.read_sample(name).time)
+    with h5py.File(folder / f"{name}.hdf5", "r+") as file:
+        key = next(key for key in file if key.startswith("04 - Red"))
+        file.move(key, "04 - Red_1999-05-05")
+    assert np.isnat(images.read_sample(name).time)
