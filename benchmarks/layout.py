@@ -14,6 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGES = ("cache", "pipeline", "stages")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def source_files(root: Path) -> list[Path]:
@@ -21,16 +22,9 @@ def source_files(root: Path) -> list[Path]:
     return [path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))]
 
 
-def node_of(module: str) -> str:
-    """`pipeline.data.splits` belongs to `pipeline.data`, `cache.reader` to `cache`."""
-    parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] == "pipeline" else parts[0]
-
-
 def module_name(path: Path, root: Path) -> str:
     """`pipeline/data/splits.py` is `pipeline.data.splits`; an `__init__.py` is its package."""
-    parts = path.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -50,16 +44,15 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """For every node the other nodes that it imports."""
+    """For every node the other nodes that it imports; `pipeline.data.splits` belongs to `pipeline.data`."""
     graph: dict[str, set[str]] = {}
     for path in source_files(root):
-        node = node_of(module_name(path, root))
-        if node == "pipeline":  # the package's own docstring
-            continue
-        imported = {
-            node_of(name) for name in imported_modules(ast.parse(path.read_text())) if name.split(".")[0] in PACKAGES
-        }
-        graph.setdefault(node, set()).update(imported - {node, "pipeline"})
+        names = [module_name(path, root), *imported_modules(ast.parse(path.read_text()))]
+        parts = [name.split(".") for name in names]
+        node, *imported = [".".join(part[:2]) if part[0] == "pipeline" else part[0] for part in parts]
+        if node != "pipeline":  # the package's own docstring
+            below = {name for name in imported if name.split(".")[0] in PACKAGES}
+            graph.setdefault(node, set()).update(below - {node, "pipeline"})
     return graph
 
 
@@ -70,9 +63,7 @@ def circles(root: Path) -> list[str]:
     for module, path in files.items():
         names = set(imported_modules(ast.parse(path.read_text())))
         names |= {name.rpartition(".")[0] for name in names}
-        graph[module] = {
-            name for name in names if name in files and name != module and not module.startswith(f"{name}.")
-        }
+        graph[module] = {name for name in names & files.keys() if not f"{module}.".startswith(f"{name}.")}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -80,46 +71,36 @@ def circles(root: Path) -> list[str]:
     return []
 
 
-def layers(graph: dict[str, set[str]]) -> int:
-    """Nodes on the longest chain of imports; 0 if the graph has a cycle."""
-    depth: dict[str, int] = {}
+def measure(root: Path) -> dict:
+    """All figures of one source tree; 0 layers if the packages import each other in a circle."""
+    files, graph, depth = source_files(root), import_graph(root), {}
+    functions = [
+        (path, node)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, FUNCTIONS) and node.end_lineno
+    ]
+    lengths = [
+        (node.end_lineno - node.lineno + 1, f"{path.relative_to(root)}:{node.name}") for path, node in functions
+    ]
     try:
         for node in TopologicalSorter(graph).static_order():
             depth[node] = 1 + max((depth[below] for below in graph.get(node, ())), default=0)
     except CycleError:
-        return 0
-    return max(depth.values())
-
-
-def measure(root: Path) -> dict:
-    """All figures of one source tree."""
-    files = source_files(root)
-    trees = {path: ast.parse(path.read_text()) for path in files}
-    functions = [
-        (node.end_lineno - node.lineno + 1, f"{path.relative_to(root)}:{node.name}")
-        for path, tree in trees.items()
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
-    ]
-    local_imports = sum(
-        isinstance(inner, (ast.Import, ast.ImportFrom))
-        for tree in trees.values()
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        for inner in ast.walk(node)
-    )
-    graph = import_graph(root)
+        depth = {"": 0}
     return {
         "files": len(files),
         "lines": sum(len(path.read_text().splitlines()) for path in files),
         "test_lines": sum(len(path.read_text().splitlines()) for path in (root / "tests").rglob("*.py")),
         "nodes": len(graph),
         "arrows": sum(map(len, graph.values())),
-        "layers": layers(graph),
+        "layers": max(depth.values()),
         "circle": circles(root),
-        "longest_function": max(functions),
-        "functions_over_50_lines": sum(length > 50 for length, _ in functions),
-        "imports_inside_functions": local_imports,
+        "longest_function": max(lengths),
+        "functions_over_50_lines": sum(length > 50 for length, _ in lengths),
+        "imports_inside_functions": sum(
+            isinstance(inner, (ast.Import, ast.ImportFrom)) for _, node in functions for inner in ast.walk(node)
+        ),
     }
 
 

@@ -4,11 +4,10 @@ The cost covers everything from a stored chip to its logits, except reading the 
 """
 
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from pipeline.backbones.encoder import Encoder
 from pipeline.backbones.preprocessing import make_preprocessor
 from pipeline.config import BackboneConfig
 from pipeline.distillation.student import Student
+from pipeline.export import n_bytes
 from pipeline.heads.checkpoint import TrainedHead
 
 # Chips per timed batch.
@@ -32,12 +32,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class BenchmarkedModel:
-    """A model whose cost is measured.
-
-    Attributes:
-        modules: all its networks.
-        predict: a function from chips (batch, band, y, x) to logits.
-    """
+    """A model: all its networks, and a function from chips (batch, band, y, x) to logits."""
 
     modules: Sequence[torch.nn.Module]
     predict: Callable[[np.ndarray], torch.Tensor]
@@ -46,25 +41,13 @@ class BenchmarkedModel:
 def student_model(student: Student, device: str) -> BenchmarkedModel:
     """Prepare a student for `benchmark`."""
     student = student.to(device).to(memory_format=torch.channels_last)
-
-    def predict(chips: np.ndarray) -> torch.Tensor:
-        return student(torch.from_numpy(chips.astype(np.float32)).to(device))
-
-    return BenchmarkedModel([student], predict)
+    return BenchmarkedModel([student], lambda chips: student(torch.from_numpy(chips.astype(np.float32)).to(device)))
 
 
 def frozen_ensemble(
     head: TrainedHead, backbones: Mapping[str, BackboneConfig], weights: Path, images: xr.Dataset, device: str
 ) -> BenchmarkedModel:
-    """Prepare a trained head and its backbones for `benchmark`.
-
-    Args:
-        head: the head.
-        backbones: configuration of its backbones by name.
-        weights: folder with the weights of every backbone.
-        images: images store, which determines the preprocessing.
-        device: `cpu` or `cuda`.
-    """
+    """Prepare a trained head and its backbones (configurations by name) for `benchmark`."""
     encoders = []
     for name in head.backbones:
         spec = get_spec(backbones[name])
@@ -82,25 +65,23 @@ def benchmark(models: Mapping[str, BenchmarkedModel], chips: np.ndarray, device:
     """Measure models in alternation, so that other load on the machine affects all of them.
 
     Returns:
-        One row per model. Columns: model; parameters; bytes, of its tensors as torch saves them; flops of one chip,
-        where a multiplication and an addition count as two; device; cores; chips_per_second, the median over the
-        rounds.
+        One row per model. Columns: model; parameters; bytes, of its tensors; flops of one chip, where a
+        multiplication and an addition count as two; device; cores; chips_per_second, the median over the rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.no_grad():
-        for model in models.values():  # the first call is slower
-            model.predict(chips)
-        for _ in range(ROUNDS):
+        for _ in range(ROUNDS + 1):
             for name, model in models.items():
-                seconds[name].append(_measure_seconds(partial(model.predict, chips), device))
+                seconds[name].append(timeit.timeit(partial(_predict, model, chips, device), number=1))
     rows = [
         {
             "model": name,
-            **_measure_size(model.modules),
+            "parameters": sum(tensor.numel() for module in model.modules for tensor in module.parameters()),
+            "bytes": sum(map(n_bytes, model.modules)),
             "flops": flops(partial(model.predict, chips[:1])),
             "device": device,
             "cores": torch.get_num_threads(),
-            "chips_per_second": len(chips) / statistics.median(seconds[name]),
+            "chips_per_second": len(chips) / statistics.median(seconds[name][1:]),  # the first call is slower
         }
         for name, model in models.items()
     ]
@@ -115,17 +96,7 @@ def flops(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _measure_size(modules: Sequence[torch.nn.Module]) -> dict[str, int]:
-    buffer = BytesIO()
-    torch.save([module.state_dict() for module in modules], buffer)
-    n_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    return {"parameters": n_parameters, "bytes": buffer.tell()}
-
-
-def _measure_seconds(function: Callable[[], object], device: str) -> float:
-    synchronize = torch.cuda.synchronize if device != "cpu" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
+def _predict(model: BenchmarkedModel, chips: np.ndarray, device: str) -> None:
+    model.predict(chips)
+    if device != "cpu":
+        torch.cuda.synchronize()

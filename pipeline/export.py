@@ -8,15 +8,16 @@ timed.
 import json
 import logging
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 import xarray as xr
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from pipeline.data.image_store import image_bands
@@ -44,33 +45,19 @@ EXPORTED_KEYS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class EvalSet:
-    """Real chips and their labels.
-
-    Attributes:
-        image: float32 (sample, band, y, x).
-        label: class index (sample,), multi-hot (sample, class) or mask (sample, y, x).
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-
-
 # Export
 
 
 def write_exports(
     student: Student, metadata: Mapping, images: xr.Dataset, folder: Path, int8: bool, max_chips: int
 ) -> dict:
-    """Write the files of a student, check them against torch, and score them.
+    """Write student.onnx, student.pt2 and, with `int8`, student-int8.onnx; check and score them.
 
     Args:
         student: on the CPU.
         metadata: its student.json.
         images: the images store of its dataset.
-        folder: for student.onnx, student.pt2 and, on request, student-int8.onnx.
-        int8: whether to write ONNX with int8 weights too.
+        folder: for the files.
         max_chips: number of chips of the validation split to score on.
 
     Returns:
@@ -81,42 +68,42 @@ def write_exports(
         UserError: the logits of a file differ from the student's, or the student is for other images.
     """
     _check_images(metadata, images)
-    eval_set = load_eval_set(images, max_chips)
-    compared = eval_set.image[:N_COMPARED]
+    validation = images.isel(sample=np.flatnonzero(images.split.values == "val")[:max_chips])
+    chips, label = validation.image.values.astype(np.float32), validation.label.values.astype(np.int64)
+    compared, task = chips[:N_COMPARED], get_task(metadata["task"])(len(metadata["classes"]))
+
+    def summary(predict: LogitsFunction, size: int, error: float) -> dict:
+        logits = np.concatenate([predict(chips[start : start + BATCH]) for start in range(0, len(chips), BATCH)])
+        score = float(task.score(task.counts(task.predict(logits), label).sum(axis=0)))
+        return {"bytes": size, "score": round(score, 6), "difference": float(f"{error:.2g}")}
+
     student = student.eval()
     program = trace(student, metadata)
-    onnx_path, torch_path, int8_path = (
-        folder / name for name in ("student.onnx", "student.pt2", "student-int8.onnx")
+    write_onnx(program, metadata, folder / "student.onnx")
+    torch.export.save(
+        program, folder / "student.pt2", extra_files={f"{METADATA_KEY}.json": onnx_metadata(metadata)[METADATA_KEY]}
     )
-    write_onnx(program, metadata, onnx_path)
-    write_torch_program(program, metadata, torch_path)
-    files = {"torch": _summary(torch_predictor(student), eval_set, metadata, _n_bytes(student), 0.0)}
-    for path in (onnx_path, torch_path):
+    files = {"torch": summary(torch_predictor(student), n_bytes(student), 0.0)}
+    for path in (folder / "student.onnx", folder / "student.pt2"):
         predict = load_predictor(path)
         error = check_exported(student, path, predict, compared)
-        files[path.name] = _summary(predict, eval_set, metadata, path.stat().st_size, error)
+        files[path.name] = summary(predict, path.stat().st_size, error)
     if int8:
-        write_int8_onnx(onnx_path, int8_path)
-        predict = load_predictor(int8_path)
+        path = folder / "student-int8.onnx"
+        write_int8_onnx(folder / "student.onnx", path)
+        predict = load_predictor(path)
         error = relative_logit_error(student, predict, compared)
-        files[int8_path.name] = _summary(predict, eval_set, metadata, int8_path.stat().st_size, error)
+        files[path.name] = summary(predict, path.stat().st_size, error)
     return {
-        "dataset": metadata["dataset"], "task": metadata["task"], "metric": get_task(metadata["task"]).metric,
-        "architecture": metadata["architecture"], "chips": len(eval_set.image), "split": "val", "batch": BATCH,
+        "dataset": metadata["dataset"], "task": metadata["task"], "metric": task.metric,
+        "architecture": metadata["architecture"], "chips": len(chips), "split": "val", "batch": BATCH,
         "tolerance": TOLERANCE, "files": files,
     }  # fmt: skip
 
 
-def _summary(predict: LogitsFunction, eval_set: EvalSet, metadata: Mapping, n_bytes: int, error: float) -> dict:
-    return {
-        "bytes": n_bytes,
-        "score": round(evaluate(predict, eval_set, metadata), 6),
-        "difference": float(f"{error:.2g}"),
-    }
-
-
-def _n_bytes(student: Student) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in student.state_dict().values())
+def n_bytes(network: torch.nn.Module) -> int:
+    """Return the size of a network's parameters and buffers in bytes."""
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def _check_images(metadata: Mapping, images: xr.Dataset) -> None:
@@ -134,10 +121,8 @@ def _check_images(metadata: Mapping, images: xr.Dataset) -> None:
             raise UserError(
                 f"The {name} of the student: {expected[name]}. The {name} of the images of {metadata['dataset']}: "
                 f"{value}. Train the student again: dvc repro distill",
-                key=name,
-                value=expected[name],
-                allowed=value if isinstance(value, list) else [value],
-            )
+                key=name, value=expected[name], allowed=value if isinstance(value, list) else [value],
+            )  # fmt: skip
 
 
 # Files
@@ -156,18 +141,12 @@ def write_onnx(program: torch.export.ExportedProgram, metadata: Mapping, path: P
     exported = torch.onnx.export(
         program, dynamo=True, input_names=["chips"], output_names=["logits"], opset_version=OPSET, verbose=False
     )
+    ClearMetadataAndDocStringPass()(exported.model)  # the exporter writes paths of this machine
     model = exported.model_proto
-    onnx.helper.set_model_props(model, onnx_metadata(metadata))
-    model.doc_string = "A student of eo-compose; chips in the units and bands of the metadata"
-    for node in model.graph.node:  # the exporter writes paths of this machine into both fields
-        del node.metadata_props[:]
-        node.doc_string = ""
     # The exporter's shapes of intermediate values are wrong after its own constant folding; readers infer them.
     del model.graph.value_info[:]
-    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
-        value.ClearField("doc_string")
-        del value.metadata_props[:]
-    del model.graph.metadata_props[:]
+    onnx.helper.set_model_props(model, onnx_metadata(metadata))
+    model.doc_string = "A student of eo-compose; chips in the units and bands of the metadata"
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
 
@@ -183,30 +162,24 @@ def onnx_metadata(metadata: Mapping) -> dict[str, str]:
     }
 
 
-def write_torch_program(program: torch.export.ExportedProgram, metadata: Mapping, path: Path) -> None:
-    """Write a student as a program for torch.export.load; its metadata is in `extra_files`."""
-    torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": onnx_metadata(metadata)[METADATA_KEY]})
-
-
 def write_int8_onnx(path: Path, int8_path: Path) -> None:
     """Write an exported student with int8 weights (one scale per channel) and the same metadata.
 
-    Dynamic quantisation: weights are quantised once, activations by the range of each batch, so no calibration images
-    are needed (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
+    Dynamic quantisation needs no calibration images: activations are quantised by the range of each batch
+    (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
     """
-    logger, level = logging.getLogger(), logging.getLogger().level
-    logger.setLevel(logging.ERROR)  # onnxruntime recommends an optimisation that the exporter has already applied
+    logging.disable(logging.WARNING)  # onnxruntime recommends an optimisation that the exporter has already applied
     try:
         quantize_dynamic(path, int8_path, weight_type=QuantType.QInt8, per_channel=True)
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
 
 
 # Checks against torch
 
 
 def load_predictor(path: Path) -> LogitsFunction:
-    """Load an exported file as a function from chips, float32 (batch, band, y, x), to logits."""
+    """Load an exported file."""
     if path.suffix == ".pt2":
         return torch_predictor(torch.export.load(path).module())
     session = open_session(path)
@@ -214,7 +187,7 @@ def load_predictor(path: Path) -> LogitsFunction:
 
 
 def torch_predictor(network: torch.nn.Module) -> LogitsFunction:
-    """Return a torch network on the CPU as a function from chips, float32 (batch, band, y, x), to logits."""
+    """Wrap a torch network on the CPU."""
 
     @torch.inference_mode()
     def predict(chips: np.ndarray) -> np.ndarray:
@@ -224,13 +197,7 @@ def torch_predictor(network: torch.nn.Module) -> LogitsFunction:
 
 
 def relative_logit_error(student: Student, predict: LogitsFunction, chips: np.ndarray) -> float:
-    """Return the largest difference of a logit from torch's, in standard deviations of torch's logits.
-
-    Args:
-        student: on the CPU, in evaluation mode.
-        predict: the exported student, from `load_predictor`.
-        chips: real chips, float32 (batch, band, y, x).
-    """
+    """Return the largest difference of a logit from torch's, in standard deviations of torch's logits."""
     # Importing terratorch 1.2 lets convolutions run in bfloat16 in the whole process.
     torch.set_float32_matmul_precision("highest")
     expected = torch_predictor(student)(chips)
@@ -238,53 +205,19 @@ def relative_logit_error(student: Student, predict: LogitsFunction, chips: np.nd
 
 
 def check_exported(student: Student, path: Path, predict: LogitsFunction, chips: np.ndarray) -> float:
-    """Check the logits of an exported file against the student's, for a batch and for one chip.
-
-    Args:
-        student, predict, chips: as for `relative_logit_error`.
-        path: the exported file.
-
-    Returns:
-        The relative error, at most `TOLERANCE`.
-
-    Raises:
-        UserError: the error is larger or not finite; the file is deleted.
-    """
+    """Return the error of an exported file, for a batch and for one chip; delete and refuse a wrong file."""
     error = max(relative_logit_error(student, predict, chips), relative_logit_error(student, predict, chips[:1]))
     if not error <= TOLERANCE:
         path.unlink()
         raise UserError(
             f"The logits of {path.name} differ from torch's by {error:.2g} of their standard deviation on real "
             f"chips. The limit is {TOLERANCE:g}. torch {torch.__version__} cannot export it; choose another.",
-            key="students.network",
-            value=error,
-            path=path,
-        )
+            key="students.network", value=error, path=path,
+        )  # fmt: skip
     return error
 
 
-# Scores and throughput
-
-
-def load_eval_set(images: xr.Dataset, max_chips: int) -> EvalSet:
-    """Load the first `max_chips` chips of the validation split and their labels."""
-    rows = np.flatnonzero(images.split.values == "val")[:max_chips]
-    return EvalSet(images.image[rows].values.astype(np.float32), images.label[rows].values)
-
-
-def evaluate(predict: LogitsFunction, eval_set: EvalSet, metadata: Mapping) -> float:
-    """Compute the task's metric, in [0, 1].
-
-    Args:
-        predict: computes logits.
-        eval_set: chips and labels.
-        metadata: the student's student.json.
-    """
-    starts = range(0, len(eval_set.image), BATCH)
-    logits = np.concatenate([predict(eval_set.image[start : start + BATCH]) for start in starts])
-    task = get_task(metadata["task"])(len(metadata["classes"]))
-    counts = task.counts(task.predict(logits), eval_set.label.astype(np.int64))
-    return float(task.score(counts.sum(axis=0)))
+# Throughput
 
 
 def measure_throughputs(student: Student, folder: Path, image: np.ndarray) -> dict[str, float]:
@@ -293,30 +226,16 @@ def measure_throughputs(student: Student, folder: Path, image: np.ndarray) -> di
     Args:
         student: on the CPU.
         folder: with its exported files.
-        image: real chips (sample, band, y, x).
+        image: real chips (sample, band, y, x), repeated to fill a batch.
 
     Returns:
-        Images per second by file name, and for `torch`; three significant digits.
+        Images per second by file name, and for `torch`: medians of several batches, of three significant digits.
     """
     predictors = {"torch": torch_predictor(student.eval())}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".onnx", ".pt2"):
-            predictors[path.name] = load_predictor(path)
-    chips = image.astype(np.float32)
-    return {name: float(f"{throughput(predict, chips):.3g}") for name, predict in predictors.items()}
-
-
-def throughput(predict: LogitsFunction, image: np.ndarray) -> float:
-    """Measure images per second: the median of several batches after a warm-up.
-
-    Args:
-        predict: computes logits.
-        image: chips, float32 (sample, band, y, x), repeated to fill a batch.
-    """
-    batch = np.resize(image, (BATCH, *image.shape[1:]))
-    timings = []
-    for _ in range(N_TIMED_BATCHES + 1):
-        start = time.perf_counter()
-        predict(batch)
-        timings.append(time.perf_counter() - start)
-    return BATCH / statistics.median(timings[1:])
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".onnx", ".pt2")]
+    predictors |= {path.name: load_predictor(path) for path in files}
+    batch, throughputs = np.resize(image.astype(np.float32), (BATCH, *image.shape[1:])), {}
+    for name, predict in predictors.items():
+        seconds = timeit.repeat(partial(predict, batch), number=1, repeat=N_TIMED_BATCHES + 1)
+        throughputs[name] = float(f"{BATCH / statistics.median(seconds[1:]):.3g}")
+    return throughputs

@@ -15,16 +15,9 @@ COSINE_WEIGHT, SMOOTH_L1_WEIGHT = 0.9, 0.1
 
 
 def feature_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Compute the distance of predicted features from the teacher's, for each sample.
+    """Compute each sample's distance (batch,) of features (batch, channel, …) from the teacher's.
 
-    The cosine is over the channels of each location. Both terms are means over locations.
-
-    Args:
-        prediction: (batch, channel, …).
-        target: standardized features of the teacher, the same shape.
-
-    Returns:
-        Losses (batch,).
+    The cosine is over the channels of each location. Both terms are means over locations. Targets are standardized.
     """
     cosine_distance = 1 - functional.cosine_similarity(prediction, target, dim=1)
     smooth_l1 = functional.smooth_l1_loss(prediction, target, reduction="none")
@@ -35,19 +28,11 @@ def feature_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 def logit_kl(
     student: torch.Tensor, teacher: torch.Tensor, temperature: float, is_multilabel: bool = False
 ) -> torch.Tensor:
-    """Compute the Kullback-Leibler divergence of the student's softened predictions from the teacher's.
+    """Compute the mean KL divergence of the student's softened predictions from the teacher's.
 
-    It is the mean over samples, for segmentation also over all pixels (with or without a label), for multi-label also
+    The mean is over samples, for segmentation also over all pixels (with or without a label), for multi-label also
     over classes, each of them a Bernoulli variable. The factor temperature² keeps the gradient's magnitude
-    independent of the temperature.
-
-    Args:
-        student, teacher: logits (batch, class, …).
-        temperature: divides the logits.
-        is_multilabel: whether a sample can have several classes.
-
-    Returns:
-        A scalar.
+    independent of the temperature, which divides the logits (batch, class, …).
     """
     student, teacher = student / temperature, teacher / temperature
     if is_multilabel:
@@ -68,8 +53,6 @@ class Projectors(nn.Module):
 
     Args:
         level_sizes: sides of the student's levels in pixels, finest first.
-        channels: number of channels of these levels.
-        target_shapes: shapes of the teacher's arrays.
     """
 
     def __init__(self, level_sizes: Sequence[int], channels: Sequence[int], target_shapes: Sequence[tuple[int, ...]]):
@@ -83,10 +66,11 @@ class Projectors(nn.Module):
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Predict each of the teacher's arrays, (batch, channel, …), from levels (batch, channel, y, x)."""
-        pooled = torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
-        predictions = []
+        predictions, pooled = [], torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
         for project, index, shape in zip(self.maps, self.source_levels, self.target_shapes, strict=True):
-            source = pooled if index is None else _resize(levels[index], shape[1:])
+            source = pooled if index is None else levels[index]
+            if index is not None and source.shape[2:] != shape[1:]:
+                source = functional.interpolate(source, size=shape[1:], mode="bilinear", antialias=True)
             predictions.append(project(source))
         return predictions
 
@@ -97,10 +81,3 @@ def nearest_level(level_sizes: Sequence[int], target_size: Sequence[int]) -> int
         return None
     ratios = [max(side, target_size[0]) / min(side, target_size[0]) for side in level_sizes]
     return ratios.index(min(ratios))
-
-
-def _resize(level: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resize a level to (y, x), bilinear and antialiased."""
-    if tuple(level.shape[-2:]) == tuple(size):
-        return level
-    return functional.interpolate(level, size=tuple(size), mode="bilinear", antialias=True)

@@ -28,23 +28,11 @@ DECODER_CHANNELS = 32
 # Number of levels of a student: the deepest ones of its network.
 N_LEVELS = 4
 TENSORS_FILE, METADATA_FILE = "student.pt", "student.json"
-# Required keys of the metadata that `save_student` takes.
-METADATA_KEYS = (
-    "dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "variant", "weights", "teacher",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """Everything that determines the shapes of a student's tensors.
-
-    Attributes:
-        architecture: timm's name of the network.
-        n_bands: number of bands of the chips.
-        n_classes: number of classes.
-        task: name of the task.
-        input_size: side in pixels to which chips are resized inside the student.
-    """
+    """Everything that determines the shapes of a student's tensors; `input_size` is a side in pixels."""
 
     architecture: str
     n_bands: int
@@ -54,23 +42,15 @@ class StudentSpec:
 
 
 class Student(nn.Module):
-    """Network from raw chips, float32 (batch, band, y, x), to logits.
+    """Network from raw chips, float32 (batch, band, y, x), to float32 logits.
 
     Chips are in the units and band order of the images store. Two steps are inside the network, so that an exported
     graph takes raw chips: normalisation by each band's mean and standard deviation over the training split, and the
     bilinear resize to the network's input size (antialiased when it shrinks).
 
-    Logits are float32. For classification they are (batch, class), from the spatial means of all levels. For
-    segmentation they are (batch, class, y, x) of the chips' own size, from a feature pyramid network (Lin et al.,
-    CVPR 2017, arXiv 1612.03144).
-
-    Args:
-        spec: architecture and sizes.
-        mean, std: of each band, in the chips' units.
-
-    Raises:
-        UserError: timm does not have the network, the network has no feature maps, or the input is smaller than its
-            stride.
+    For classification the logits are (batch, class), from the spatial means of all levels. For segmentation they are
+    (batch, class, y, x) of the chips' own size, from a feature pyramid network (Lin et al., CVPR 2017, arXiv
+    1612.03144). A network without such levels, or with an input smaller than its stride, is refused.
     """
 
     def __init__(self, spec: StudentSpec, mean: Sequence[float], std: Sequence[float]):
@@ -88,7 +68,6 @@ class Student(nn.Module):
             self.head = nn.Linear(sum(self.channels), spec.n_classes)
 
     def forward(self, chips: torch.Tensor) -> torch.Tensor:
-        """Compute logits from raw chips."""
         return self.logits(self.levels(chips), chips.shape[-2:])
 
     def levels(self, chips: torch.Tensor) -> list[torch.Tensor]:
@@ -110,36 +89,28 @@ class Student(nn.Module):
 
 def _create_network(spec: StudentSpec) -> nn.Module:
     """Create timm's network without its classifier; weights come from torch's global random generator."""
-    name = spec.architecture
+    name, size = spec.architecture, spec.input_size
+
+    def refusal(reason: str, key: str = "students.network", value: object = name) -> UserError:
+        problem = f"timm's '{name}' cannot be a student with an input of {size} px and {spec.n_bands} bands"
+        return UserError(f"{problem}: {' '.join(reason.split())[:160]}", key=key, value=value)
+
     if not timm.is_model(name):
-        raise UserError(
-            f"timm has no network '{name}'. List its networks with `timm.list_models()`.",
-            key="students.network",
-            value=name,
-        )
-    problem = f"timm's '{name}' cannot be a student with an input of {spec.input_size} px and {spec.n_bands} bands"
+        raise refusal("timm has no such network. List its networks with `timm.list_models()`.")
     try:
         network = timm.create_model(
             name, features_only=True, in_chans=spec.n_bands, out_indices=tuple(range(-N_LEVELS, 0))
         )
-        strides, channels = network.feature_info.reduction(), network.feature_info.channels()
-        if spec.input_size < max(strides):
-            raise UserError(
-                f"{problem}: the stride of its deepest level is {max(strides)}. Set a larger chip_size or mask_size.",
-                key="students.input_size",
-                value=spec.input_size,
-            )
+        stride, channels = max(network.feature_info.reduction()), network.feature_info.channels()
+        if size < stride:
+            reason = f"the stride of its deepest level is {stride}. Set a larger chip_size or mask_size."
+            raise refusal(reason, "students.input_size", size)
         with torch.no_grad():
-            maps = network.eval()(torch.zeros(1, spec.n_bands, spec.input_size, spec.input_size))
+            maps = network.eval()(torch.zeros(1, spec.n_bands, size, size))
     except (RuntimeError, AssertionError, TypeError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{problem}: {reason}. Choose another network.", key="students.network", value=name) from None
+        raise refusal(str(error)) from None
     if [level.ndim for level in maps] != [4] * N_LEVELS or [level.shape[1] for level in maps] != channels:
-        raise UserError(
-            f"{problem}: its outputs are not maps (channel, y, x). Choose another network.",
-            key="students.network",
-            value=name,
-        )
+        raise refusal("its outputs are not maps (channel, y, x). Choose another network.")
     return network.train()
 
 
@@ -156,13 +127,7 @@ def make_spec(images: xr.Dataset, student: StudentConfig) -> StudentSpec:
 def make_student(
     spec: StudentSpec, mean: Sequence[float], std: Sequence[float], network_state: Tensors | None, seed: int
 ) -> Student:
-    """Create a student before training.
-
-    Args:
-        spec, mean, std: as for `Student`.
-        network_state: initial tensors of the network, from `pretrained_state`; None for random ones.
-        seed: of all random tensors.
-    """
+    """Create a student before training, with tensors from `pretrained_state` or random ones from a seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = Student(spec, mean, std)
@@ -179,21 +144,14 @@ def pretrained_state(
     spec: StudentSpec,
     bands: Sequence[str],
 ) -> Tensors:
-    """Read a backbone's weights as the initial tensors of a student's network.
+    """Read a backbone's weights as the initial tensors of a student's network, by name.
 
     The input layer is adapted to the images' bands: a band that the backbone was trained on keeps its filters,
     another band gets the mean of all filters. The filters are then scaled by the ratio of the numbers of bands, so
     that the layer's outputs keep their magnitude.
 
     Args:
-        name: the backbone's name in params.yaml.
-        backbone, backbone_spec: its configuration and its spec.
-        weights_dir: folder of its weights, as fetched.
-        spec: the student's spec.
         bands: common names of the images' bands, in order.
-
-    Returns:
-        Tensors of the student's network, by name.
 
     Raises:
         UserError: the file is absent or damaged, or has the tensors of another network.
@@ -203,48 +161,32 @@ def pretrained_state(
         raise UserError(
             f"A student cannot start from backbone '{name}': there is no weights file of a timm network at {path}. "
             "Set the student's weights to random.",
-            key="students.weights",
-            value=name,
-            path=path,
-        )
-    n_bands = len(backbone_spec.bands)
-    blank = Student(replace(spec, n_bands=n_bands), [0.0] * n_bands, [0.0] * n_bands).network
-    expected = blank.state_dict()
-    stored = _timm_names(backbone, read_checkpoint(path))
-    tensors = {key: stored[key] for key in expected if key in stored}
-    if missing := _missing_tensors(tensors, expected):
+            key="students.weights", value=name, path=path,
+        )  # fmt: skip
+    known_bands = backbone_spec.bands
+    blank = [0.0] * len(known_bands)
+    network = Student(replace(spec, n_bands=len(known_bands)), blank, blank).network
+    expected, stored = network.state_dict(), read_checkpoint(path)
+    if backbone.family == "efficientnet":
+        # segmentation_models_pytorch takes seconds to import; a student without such weights needs none of it
+        from pipeline.backbones.efficientnet import timm_name
+
+        stages = [len(stage) for stage in getattr(network, "blocks", ())]
+        stored = {timm_name(key, stages): tensor for key, tensor in stored.items()}
+    tensors = {
+        key: stored[key] for key, tensor in expected.items() if key in stored and stored[key].shape == tensor.shape
+    }
+    if missing := [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]:
         raise UserError(
             f"Backbone '{name}' is not the network {spec.architecture}: {missing[0]} is absent from its weights or "
             "has another shape. Set the student's weights to random, or its network to the backbone's.",
-            key="students.weights",
-            value=name,
-            path=path,
-        )
+            key="students.weights", value=name, path=path,
+        )  # fmt: skip
+    # Filters (out, band, y, x) of the input layer.
     first = next(key for key, tensor in expected.items() if tensor.ndim == 4)
-    return {**expected, **tensors, first: _adapt_input_filters(tensors[first], backbone_spec.bands, bands)}
-
-
-def _missing_tensors(tensors: Tensors, expected: Tensors) -> list[str]:
-    """Return the expected tensors that are absent or have another shape; step counters may be absent."""
-    matching = {key for key, tensor in tensors.items() if tensor.shape == expected[key].shape}
-    return [key for key in expected if key not in matching and not key.endswith("num_batches_tracked")]
-
-
-def _timm_names(backbone: BackboneConfig, tensors: Tensors) -> Tensors:
-    """Rename the tensors of a backbone's file to timm's names."""
-    if backbone.family != "efficientnet":
-        return tensors
-    # segmentation_models_pytorch takes seconds to import; a student without such weights needs none of it
-    from pipeline.backbones.efficientnet import timm_name
-
-    return {timm_name(name): tensor for name, tensor in tensors.items()}
-
-
-def _adapt_input_filters(filters: torch.Tensor, known_bands: Sequence[str], bands: Sequence[str]) -> torch.Tensor:
-    """Reorder filters (out, band, y, x) of a backbone's bands, `known_bands`, to the images' bands."""
-    unknown_band = filters.mean(dim=1)
-    adapted = [filters[:, known_bands.index(band)] if band in known_bands else unknown_band for band in bands]
-    return torch.stack(adapted, dim=1) * (filters.shape[1] / len(bands))
+    filters, mean_filter = tensors[first], tensors[first].mean(dim=1)
+    adapted = [filters[:, known_bands.index(band)] if band in known_bands else mean_filter for band in bands]
+    return {**expected, **tensors, first: torch.stack(adapted, dim=1) * (len(known_bands) / len(bands))}
 
 
 # Saved students
@@ -254,8 +196,7 @@ def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: st
     """Return the metadata of a student that `save_student` needs.
 
     Args:
-        images: the images store that it was trained on.
-        dataset: the store's name.
+        images: the images store `dataset` on which it was trained.
         variant: a key of `VARIANTS`, such as `distilled`.
         weights: `pretrained` or `random`, of the initial network.
         teacher: name of the teacher model, or None.
@@ -284,20 +225,7 @@ def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: st
 
 
 def save_student(folder: Path, student: Student, metadata: Mapping) -> None:
-    """Write a student's tensors (student.pt) and then its metadata (student.json).
-
-    Args:
-        folder: created if absent.
-        student: on any device.
-        metadata: at least `METADATA_KEYS`, as `student_metadata` returns them: `ignore` is the label value that does
-            not count (or None), `bands` have name, common_name and wavelength in micrometres, `gsd` is in metres,
-            `size` is [y, x] of the chips in pixels. Further keys must be JSON.
-
-    Raises:
-        ValueError: a key is missing.
-    """
-    if missing := [key for key in METADATA_KEYS if key not in metadata]:
-        raise ValueError(f"metadata of a student must have {', '.join(missing)}")
+    """Write a student's tensors (student.pt) and then its metadata (student.json) to a folder."""
     buffer = BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in student.state_dict().items()}, buffer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -314,37 +242,24 @@ def save_student(folder: Path, student: Student, metadata: Mapping) -> None:
 
 
 def load_student(folder: Path) -> tuple[Student, dict]:
-    """Load a saved student.
-
-    Returns:
-        The student on the CPU in evaluation mode, and its metadata (student.json).
+    """Load a saved student, on the CPU in evaluation mode, and its metadata (student.json).
 
     Raises:
         UserError: a file is absent or damaged, or the two files do not match.
     """
     metadata_path, tensors_path = folder / METADATA_FILE, folder / TENSORS_FILE
+    for path in (metadata_path, tensors_path):
+        if not path.exists():
+            raise UserError(f"There is no student in {folder}: {path} is absent. Run: dvc repro distill", path=path)
     try:
         metadata = json.loads(metadata_path.read_text())
-        spec = StudentSpec(
-            architecture=metadata["architecture"],
-            n_bands=len(metadata["bands"]),
-            n_classes=len(metadata["classes"]),
-            task=metadata["task"],
-            input_size=metadata["input_size"],
-        )
+        n_bands, n_classes = len(metadata["bands"]), len(metadata["classes"])
+        spec = StudentSpec(metadata["architecture"], n_bands, n_classes, metadata["task"], metadata["input_size"])
         mean, std = metadata["mean"], metadata["std"]
-    except FileNotFoundError:
-        raise UserError(
-            f"There is no student in {folder}: {METADATA_FILE} is absent. Run: dvc repro distill", path=metadata_path
-        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{metadata_path} does not describe a student ({error!r}). Run: dvc repro distill", path=metadata_path
         ) from None
-    if not tensors_path.exists():
-        raise UserError(
-            f"{tensors_path}, the tensors of the student, is absent. Run: dvc repro distill", path=tensors_path
-        )
     with torch.random.fork_rng(devices=[]):
         student = Student(spec, mean, std)
     load_strict(student, read_checkpoint(tensors_path), tensors_path)

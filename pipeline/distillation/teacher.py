@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -20,34 +20,27 @@ MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 def choose_teacher(params: Params, dataset: str, tuning: Mapping[str, Mapping]) -> tuple[str | None, str | None]:
-    """Choose the teacher on a dataset from the models of the grid.
+    """Choose the teacher on a dataset from the models of the grid; or None, and the reason.
 
     With `distill.teacher: best` it is the model with the best validation score among those that have a pretrained
     network. Models with random weights are no useful teachers, and a student of the band statistics baseline would be
     larger than its teacher. Ties: the model with more members wins, then the first of the grid.
 
     Args:
-        params: all of params.yaml.
-        dataset: name of the dataset.
         tuning: of every model of the grid, the result of the stage `tune`: `skipped` (a reason or None), and `score`
             on validation if it is not skipped.
-
-    Returns:
-        The teacher's name and None; or None and the reason why there is no teacher.
     """
-    distill = params.distill
-    if not distill.applies_to(dataset):
-        return None, f"distill.datasets in params.yaml names {', '.join(distill.datasets)}."
+    teacher, datasets = params.distill.teacher, params.distill.datasets
+    if not params.distill.applies_to(dataset):
+        return None, f"distill.datasets in params.yaml names {', '.join(datasets)}."
     weights = {
         model: {params.backbone(name).weights for name in params.members(model)} for model in params.grid.models
     }
-    if distill.teacher != "best":
-        reason = tuning[distill.teacher]["skipped"]
-        if "random" in weights[distill.teacher]:
-            reason = f"{distill.teacher} has random weights. Choose a model with pretrained weights."
-        if reason:
-            return None, f"The teacher {distill.teacher} is skipped: {reason}"
-        return distill.teacher, None
+    if teacher != "best":
+        reason = tuning[teacher]["skipped"]
+        if "random" in weights[teacher]:
+            reason = f"{teacher} has random weights. Choose a model with pretrained weights."
+        return (None, f"The teacher {teacher} is skipped: {reason}") if reason else (teacher, None)
     candidates = {
         model: (tuning[model]["score"], model.count("+"))
         for model in params.grid.models
@@ -69,7 +62,7 @@ class CachedTeacher:
     Args:
         stores: feature stores of the members and their expected content digests; None for no check.
         images_path: the images store from which the features were extracted.
-        head: trained on these members, in this order.
+        head: trained on these members, in this order; another head is refused.
         rows: indices of the samples whose logits are needed, (sample,).
 
     Attributes:
@@ -77,20 +70,21 @@ class CachedTeacher:
         arrays: (index of the member, name of the array in its store) of every feature array; maps come first.
         n_maps: number of arrays that are maps.
         shapes: shape of each array, (channel, y, x) or (channel,).
-
-    Raises:
-        StoreError: a store is missing or was extracted from other images.
-        UserError: the head was trained for other members or classes.
     """
 
     def __init__(self, stores: Mapping[Path, str | None], images_path: Path, head: TrainedHead, rows: np.ndarray):
         self.members, images = task_data.open_aligned(stores, images_path)
+        names, classes = [Path(path).stem for path in stores], list(images.attrs["classes"])
+        if head.backbones != names or list(head.class_names) != classes:
+            raise UserError(
+                f"The trained head is for the model {head.model} and the classes {', '.join(head.class_names)}; the "
+                f"stores have {'+'.join(names)} and the classes {', '.join(classes)}. Run: dvc repro train",
+                key="head", value=head.model, allowed=["+".join(names)],
+            )  # fmt: skip
         self.head = head
-        _check_head(head, [Path(path).stem for path in stores], images.attrs["classes"])
         self.views = self.members[0].view or ["identity"]
-        members = list(enumerate(self.members))
-        maps = [(index, name) for index, member in members for name in member.level_arrays]
-        vectors = [(index, name) for index, member in members for name in member.pooled_arrays]
+        maps = [(index, name) for index, member in enumerate(self.members) for name in member.level_arrays]
+        vectors = [(index, name) for index, member in enumerate(self.members) for name in member.pooled_arrays]
         self.arrays, self.n_maps = maps + vectors, len(maps)
         self.shapes = [tuple(self.members[index].array(name).shape) for index, name in self.arrays]
         training = np.flatnonzero(self.members[0].split == "train")
@@ -102,12 +96,9 @@ class CachedTeacher:
         self._logits = self._compute_logits(rows)
 
     def features(self, rows: np.ndarray, views: Sequence[str]) -> list[torch.Tensor]:
-        """Read the features of samples, standardized by the training split's statistics.
+        """Read each of `arrays`, float32 (batch, channel, …), standardized by the training split's statistics.
 
         A view without cached features gets those of the upright chip.
-
-        Returns:
-            One float32 tensor (batch, channel, …) for each of `arrays`.
         """
         views = self._cached_views(views)
         return [
@@ -130,7 +121,6 @@ class CachedTeacher:
         return torch.from_numpy(logits)
 
     def _cached_views(self, views: Sequence[str]) -> list[str]:
-        """Replace views without cached features by `identity`."""
         return [view if view in self.views else "identity" for view in views]
 
     def _read(self, index: int, name: str, rows: np.ndarray, views: Sequence[str]) -> torch.Tensor:
@@ -148,7 +138,7 @@ class CachedTeacher:
     def _compute_logits(self, rows: np.ndarray) -> np.ndarray:
         """Compute the head's logits of all rows and views, float16 (sample, view, class, …).
 
-        They are memory-mapped from an unlinked file, because logits of segmentation can exceed the memory.
+        They are memory-mapped from a temporary file, because logits of segmentation can exceed the memory.
         """
         stored, device = np.empty(0, np.float16), self.head.mean_scale[0][0].device
         for copy, view in enumerate(self.views):
@@ -161,19 +151,7 @@ class CachedTeacher:
                 logits = self.head.logits(features).float().cpu().numpy()
                 if not stored.size:
                     shape = (len(rows), len(self.views), *logits.shape[1:])
-                    with TemporaryDirectory() as folder:  # the mapping outlives the name of its file
-                        stored = np.memmap(Path(folder, "logits"), np.float16, "w+", shape=shape)
+                    with TemporaryFile() as file:  # the mapping outlives it
+                        stored = np.memmap(file, np.float16, "w+", shape=shape)
                 stored[start : start + HEAD_BATCH, copy] = logits.clip(-MAX_FLOAT16, MAX_FLOAT16)
         return stored
-
-
-def _check_head(head: TrainedHead, backbones: Sequence[str], class_names: Sequence[str]) -> None:
-    """Refuse a head of other backbones or classes than those of the stores."""
-    if head.backbones != list(backbones) or list(head.class_names) != list(class_names):
-        raise UserError(
-            f"The trained head is for the model {head.model} and the classes {', '.join(head.class_names)}; the "
-            f"stores have {'+'.join(backbones)} and the classes {', '.join(class_names)}. Run: dvc repro train",
-            key="head",
-            value=head.model,
-            allowed=["+".join(backbones)],
-        )

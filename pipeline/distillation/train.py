@@ -1,11 +1,12 @@
 """Distillation: search hyperparameters on validation, then train and test several seeds.
 
-Each seed reads the test split once. The second half of the file trains one student, and predicts with it.
+Each seed reads the test split once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from pipeline.distillation.teacher import CachedTeacher
 from pipeline.tasks import Task
 from pipeline.training import predictions
 from pipeline.training.loop import HParams, TrainSchedule, batch_order
-from pipeline.training.optim import FusedAdamW, warm_cosine
+from pipeline.training.optim import BETAS, EPSILON, parameter_groups, warm_cosine
 from pipeline.training.protocol import ProtocolResult, search
 from pipeline.training.task_data import task_from_store
 
@@ -30,25 +31,15 @@ from pipeline.training.task_data import task_from_store
 PREDICTION_BATCH = 64
 # Keys of params.yaml that bound the students' learning rate and weight decay.
 SEARCH_KEYS = "distill.search.learning_rate, distill.search.weight_decay"
-# Name of the protocol in tables of runs, by variant.
-PROTOCOLS = {
-    "distilled": "distilled",
-    "features": "labels and features",
-    "logits": "labels and logits",
-    "supervised": "supervised",
-}
+# Names of the protocol in tables of runs, of variants whose own name is another.
+PROTOCOLS = {"features": "labels and features", "logits": "labels and logits"}
+
+CreateStudent = Callable[[int], Student]
 
 
 @dataclass(frozen=True)
 class DistillationSetup:
-    """Images, teacher and configuration that all students of a dataset share.
-
-    Attributes:
-        images: chips and labels of a dataset.
-        teacher: for the same dataset.
-        config: the section `distill` of params.yaml.
-        device: torch device of the training.
-    """
+    """Images, teacher and configuration (section `distill`) that all students of a dataset share."""
 
     images: AugmentedImages
     teacher: CachedTeacher
@@ -57,12 +48,10 @@ class DistillationSetup:
 
     @property
     def task(self) -> Task:
-        """The task of the dataset."""
         return task_from_store(self.images.images)
 
     @property
     def schedule(self) -> TrainSchedule:
-        """Number of steps, and chips per step."""
         length = self.config.segmentation if self.task.is_dense else self.config.classification
         return TrainSchedule(length.steps, length.batch)
 
@@ -75,7 +64,7 @@ class DistillationSetup:
 
 
 def train_variant(
-    create_student: Callable[[int], Student],
+    create_student: CreateStudent,
     setup: DistillationSetup,
     variant: str,
     metadata: Mapping,
@@ -86,19 +75,17 @@ def train_variant(
 
     Args:
         create_student: from a seed to a student before training.
-        setup: images, teacher and configuration.
-        variant: a key of `VARIANTS`.
+        variant: a key of `VARIANTS`; selects the losses.
         metadata: further columns of each run: `dataset`, `model` and others.
         study_path, cache_key: as for `search`.
 
     Returns:
-        The result of `search`; and the runs, the predictions and the students of all seeds, with the index of the
-        student that is best on validation. A student's index is its seed.
+        The result of `search`; and the students of all seeds. A student's index is its seed.
 
     Raises:
         UserError: students diverged.
     """
-    name, task = f"{metadata['dataset']} {metadata['model']}", setup.task
+    name, task, config = f"{metadata['dataset']} {metadata['model']}", setup.task, setup.config
 
     def score(trials: Sequence[HParams]) -> np.ndarray:
         students = _train_students(create_student, setup, variant, trials)
@@ -106,19 +93,24 @@ def train_variant(
         print(f"{name}: {len(trials)} trials, best on validation {scores.max():.4f}", flush=True)
         return np.where([_diverged(student) for student in students], np.nan, scores)
 
-    config = setup.config
     search_result = search(score, config.search, study_path, [cache_key, variant, asdict(config)])
     hparams = [HParams(**search_result["best"], seed=seed) for seed in range(config.seeds)]
     students = _train_students(create_student, setup, variant, hparams)
     if diverged := [seed for seed, student in enumerate(students) if _diverged(student)]:
         raise predictions.divergence_error(diverged, len(students), SEARCH_KEYS)
     val_scores = _scores(students, setup, "val")
-    table = _predictions(students, setup)
-    samples, counts = predictions.counts_from_table(table, task)
+    rows, outputs = setup.images.rows("test"), np.stack([predict(student, setup, "test") for student in students])
+    samples = setup.images.sample[rows].tolist()
+    if task.is_dense:
+        table = predictions.confusion_table(samples, outputs)
+    else:
+        label = setup.images.label_tensor(rows).numpy()
+        table = predictions.prediction_table(samples, label, outputs, task, SEARCH_KEYS)
+    _, counts = predictions.counts_from_table(table, task)
     test_scores = task.score(counts.sum(axis=1))
     runs = [
-        {**metadata, "protocol": PROTOCOLS[variant], "task": task.type.value, "seed": seed, "metric": task.metric,
-         "score": test_scores[seed], "val_score": val_scores[seed], "n_test": len(samples),
+        {**metadata, "protocol": PROTOCOLS.get(variant, variant), "task": task.type.value, "seed": seed,
+         "metric": task.metric, "score": test_scores[seed], "val_score": val_scores[seed], "n_test": len(samples),
          "classes": task.n_classes, **search_result["best"]}
         for seed in range(len(students))
     ]  # fmt: skip
@@ -132,47 +124,31 @@ def _diverged(student: Student) -> bool:
 
 
 def _train_students(
-    create_student: Callable[[int], Student], setup: DistillationSetup, variant: str, hparams: Sequence[HParams]
+    create_student: CreateStudent, setup: DistillationSetup, variant: str, hparams: Sequence[HParams]
 ) -> list[Student]:
     """Train one student for each entry of `hparams`; on a CPU in parallel, one core each."""
+    has_projectors, arguments = "features" in VARIANTS[variant], []
     # Created one after the other, because torch's random generator belongs to the whole process.
-    students = [create_student(entry.seed) for entry in hparams]
-    projectors: list[Projectors | None] = [None] * len(students)
-    if "features" in VARIANTS[variant]:
-        projectors = [
-            make_projectors(student, setup, entry.seed) for student, entry in zip(students, hparams, strict=True)
-        ]
-
-    def train_one(student: Student, projector: Projectors | None, entry: HParams) -> Student:
-        return train(student, projector, setup, variant, entry)
-
+    for entry in hparams:
+        student = create_student(entry.seed)
+        projectors = make_projectors(student, setup, entry.seed) if has_projectors else None
+        arguments.append((student, projectors, setup, variant, entry))
     if setup.device != "cpu":
-        return list(map(train_one, students, projectors, hparams))
+        return list(starmap(train, arguments))
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(train_one, students, projectors, hparams))
+        return list(pool.map(lambda student_arguments: train(*student_arguments), arguments))
 
 
 def _scores(students: Sequence[Student], setup: DistillationSetup, split: str) -> np.ndarray:
     """Compute each student's score on a split, (student,)."""
-    task, outputs = setup.task, [predict(student, setup, split) for student in students]
-    if task.is_dense:
-        counts = outputs
-    else:
-        label = setup.images.label_tensor(setup.images.rows(split))
-        predicted = [task.predict_labels(torch.from_numpy(logits), label, dim=1).numpy() for logits in outputs]
-        counts = [task.counts(classes, label.numpy()) for classes in predicted]
-    return task.score(np.stack([student_counts.sum(axis=0) for student_counts in counts]))
-
-
-def _predictions(students: Sequence[Student], setup: DistillationSetup) -> pd.DataFrame:
-    """Return the table of predictions of the test split, one row per seed and sample."""
-    rows = setup.images.rows("test")
-    outputs = np.stack([predict(student, setup, "test") for student in students])
-    samples = setup.images.sample[rows].tolist()
-    if setup.task.is_dense:
-        return predictions.confusion_table(samples, outputs)
-    label = setup.images.label_tensor(rows).numpy()
-    return predictions.prediction_table(samples, label, outputs, setup.task, SEARCH_KEYS)
+    task, counts = setup.task, []
+    for student in students:
+        outputs = predict(student, setup, split)
+        if not task.is_dense:
+            label = setup.images.label_tensor(setup.images.rows(split))
+            outputs = task.counts(task.predict_labels(torch.from_numpy(outputs), label, dim=1).numpy(), label.numpy())
+        counts.append(outputs.sum(axis=0))
+    return task.score(np.stack(counts))
 
 
 # One student
@@ -187,37 +163,25 @@ def make_projectors(student: Student, setup: DistillationSetup, seed: int) -> Pr
 
 
 def train(
-    student: Student,
-    projectors: Projectors | None,
-    setup: DistillationSetup,
-    variant: str,
-    hparams: HParams,
+    student: Student, projectors: Projectors | None, setup: DistillationSetup, variant: str, hparams: HParams
 ) -> Student:
-    """Train a student with AdamW and a cosine schedule with warm-up.
+    """Train a student with AdamW and a cosine schedule with warm-up; return it in evaluation mode.
 
     Every chip is flipped or rotated at random (see `draw_views`). A chip whose view has no cached feature maps does
     not count in the loss on maps.
-
-    Args:
-        student: before training.
-        projectors: for variants that learn from features; discarded afterwards.
-        setup: images, teacher and configuration.
-        variant: a key of `VARIANTS`; selects the losses.
-        hparams: learning rate, weight decay and seed.
-
-    Returns:
-        The trained student, in evaluation mode.
     """
     student = student.to(setup.device).to(memory_format=torch.channels_last).train()
     modules = torch.nn.ModuleList([student, *([projectors.to(setup.device)] if projectors else [])])
-    optimizer = FusedAdamW(modules, hparams.learning_rate, hparams.weight_decay)
-    schedule, lr_factor = setup.schedule, warm_cosine(setup.schedule.steps)
+    groups = parameter_groups(modules, hparams.learning_rate, hparams.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(setup.schedule.steps))
     rows, generator = setup.training_rows(variant), np.random.default_rng(hparams.seed)
-    for step, positions in enumerate(batch_order(len(rows), schedule, hparams.seed).numpy()):
+    for positions in batch_order(len(rows), setup.schedule, hparams.seed).numpy():
         views = draw_views(setup, len(positions), generator)
         optimizer.zero_grad()
         _loss(student, projectors, setup, variant, rows[positions], views).backward()
-        optimizer.step(lr_factor(step))
+        optimizer.step()
+        scheduler.step()
     return student.eval()
 
 
@@ -269,12 +233,9 @@ def _loss(
 def _feature_loss(
     predictions: list[torch.Tensor], targets: list[torch.Tensor], has_maps: torch.Tensor, teacher: CachedTeacher
 ) -> torch.Tensor:
-    """Average the feature loss over the arrays of each member, and then over the members.
+    """Average the feature loss over the teacher's arrays of each member, and then over the members.
 
-    Args:
-        predictions, targets: one tensor (batch, channel, …) for each of the teacher's arrays.
-        has_maps: bool (batch,); other samples do not count for maps.
-        teacher: with the order of the arrays.
+    Samples without `has_maps`, bool (batch,), do not count for maps.
     """
     member_losses: dict[int, list[torch.Tensor]] = {}
     for index, ((member, _), prediction, target) in enumerate(zip(teacher.arrays, predictions, targets, strict=True)):
@@ -287,10 +248,9 @@ def _feature_loss(
 
 @torch.inference_mode()
 def predict(student: Student, setup: DistillationSetup, split: str) -> np.ndarray:
-    """Predict the upright chips of a split.
+    """Predict the upright chips of a split: logits, float32 (sample, class).
 
-    Returns:
-        Logits, float32 (sample, class); for segmentation counts, int64 (sample, entry), see pipeline/tasks.py.
+    For segmentation: counts, int64 (sample, entry), see pipeline/tasks.py.
     """
     rows, task, batches = setup.images.rows(split), setup.task, []
     for start in range(0, len(rows), PREDICTION_BATCH):

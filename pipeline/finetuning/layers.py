@@ -5,7 +5,7 @@ of a ResNet, `stages` of a ConvNeXt), in order. Parameters registered before the
 such as a last normalisation, belong to the last block.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -51,27 +51,15 @@ def layer_lr_scale(network: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def unfreeze(network: nn.Module, n_last_blocks: int, name: str) -> None:
-    """Make the parameters of the last blocks trainable; with 0, all parameters.
-
-    Args:
-        network: a frozen network.
-        n_last_blocks: number of blocks.
-        name: the backbone's name, for the message.
-
-    Raises:
-        UserError: the network has fewer blocks.
-    """
+    """Make the last blocks of the frozen backbone `name` trainable; with 0, all parameters."""
     n_blocks = len(blocks(network))
     if n_last_blocks > n_blocks:
-        available = f"{n_blocks} blocks" if n_blocks else "no list of blocks"
-        choices = [f"last{n_blocks} or fewer"] * bool(n_blocks) + ["all", "lora"]
+        allowed = [f"last{n_blocks}"] * bool(n_blocks) + ["all", "lora"]
         raise UserError(
-            f"finetune.method is 'last{n_last_blocks}', and {name} has {available}. Choose one of: "
-            f"{', '.join(choices)}.",
-            key="finetune.method",
-            value=f"last{n_last_blocks}",
-            allowed=[f"last{n_blocks}"] * bool(n_blocks) + ["all", "lora"],
-        )
+            f"finetune.method is 'last{n_last_blocks}', and {name} has {n_blocks} blocks. Choose one of: "
+            f"{', '.join(allowed)}, or fewer blocks.",
+            key="finetune.method", value=f"last{n_last_blocks}", allowed=allowed,
+        )  # fmt: skip
     indices = layer_index(network)
     for parameter_name, parameter in network.named_parameters():
         is_chosen = not n_last_blocks or indices[parameter_name] > n_blocks - n_last_blocks
@@ -81,39 +69,21 @@ def unfreeze(network: nn.Module, n_last_blocks: int, name: str) -> None:
 def enable_checkpointing(network: nn.Module) -> None:
     """Recompute the activations inside each block in the backward pass (Chen et al., arXiv 1604.06174)."""
     for block in blocks(network):
-        block.forward = _checkpointed(block.forward)
-
-
-def _checkpointed(forward: Callable) -> Callable:
-    def recomputed(*args, **kwargs):
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return recomputed
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def add_lora(network: nn.Module, rank: int, seed: int, name: str) -> None:
-    """Insert trainable low-rank adapters into a frozen network (Hu et al., LoRA, ICLR 2022), with peft.
+    """Insert low-rank adapters (Hu et al., LoRA, ICLR 2022) into the frozen backbone `name`, with peft.
 
     The adapters start at zero, so the outputs of the network do not change.
-
-    Args:
-        network: a frozen network.
-        rank: of the adapters.
-        seed: of the adapters' initial values.
-        name: the backbone's name, for the message.
-
-    Raises:
-        UserError: the network has no layers that can be adapted.
     """
     targets = lora_targets(network)
     if not targets:
         raise UserError(
             f"{name} has no layers for LoRA: its blocks have no linear layers of attention and no 1x1 convolutions. "
             "Set finetune.method to all or last<n>.",
-            key="finetune.method",
-            value="lora",
-            allowed=("all", "last<n>"),
-        )
+            key="finetune.method", value="lora", allowed=("all", "last<n>"),
+        )  # fmt: skip
     from peft import LoraConfig, inject_adapter_in_model  # takes 3.4 s to import; other methods need none
 
     with torch.random.fork_rng(devices=[]):
@@ -128,17 +98,15 @@ def lora_targets(network: nn.Module) -> list[str]:
     the ungrouped 1x1 convolutions, which have most of the weights.
     """
     in_blocks = {id(module) for block in blocks(network) for module in block.modules()}
-    layers = [(name, module) for name, module in network.named_modules() if id(module) in in_blocks]
-    attention = [
-        name
-        for name, module in layers
-        if isinstance(module, nn.Linear) and any(part in _ATTENTION_NAMES for part in name.split("."))
-    ]
-    return attention or [name for name, module in layers if _is_pointwise(module)]
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    attention, pointwise = [], []
+    for name, module in network.named_modules():
+        if id(module) not in in_blocks:
+            continue
+        if isinstance(module, nn.Linear) and set(_ATTENTION_NAMES) & set(name.split(".")):
+            attention.append(name)
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
+            pointwise.append(name)
+    return attention or pointwise
 
 
 def _children_with_parameters(module: nn.Module) -> list[nn.Module]:

@@ -24,13 +24,7 @@ from pipeline.tasks import get_task
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One backbone of a model.
-
-    Attributes:
-        name: its name in params.yaml.
-        backbone: its configuration.
-        weights_dir: folder of its weights.
-    """
+    """One backbone of a model: its name in params.yaml, its configuration, and the folder of its weights."""
 
     name: str
     backbone: BackboneConfig
@@ -87,7 +81,15 @@ class FineTunedEnsemble(nn.Module):
         super().__init__()
         self.trained_head = checkpoint.load(head_path, device)
         check_head_matches_data(self.trained_head, head_path, [member.name for member in members], images)
-        self.encoders = [_create_encoder(member, images, config, seed, device, precision) for member in members]
+        self.encoders = []
+        for member in members:
+            spec = get_spec(member.backbone)
+            preprocessor = preprocessing.make_preprocessor(images, member.name, member.backbone, spec)
+            network = create_backbone(member.backbone, spec, preprocessor.input_bands, member.weights_dir)
+            _make_trainable(network, member.name, config, seed)
+            self.encoders.append(
+                Encoder(preprocessor, TrainableBackbone(network), device, precision, strides=spec.strides)
+            )
         self._metadata = [encoder.preprocessor.metadata(images, slice(None)) for encoder in self.encoders]
         self._layer_decay = 1.0 if config.method == "lora" else config.layer_decay
         self.networks = nn.ModuleList(encoder.network for encoder in self.encoders)
@@ -100,19 +102,15 @@ class FineTunedEnsemble(nn.Module):
                 f"{model} has no backbone parameters to fine-tune: the head uses no output of those that "
                 f"finetune.method '{config.method}' selects. Name another model in grid.finetune, or set "
                 "finetune.method to all.",
-                key="grid.finetune",
-                value=model,
-            )
+                key="grid.finetune", value=model,
+            )  # fmt: skip
 
     def forward(self, image: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Compute logits of images.
+        """Compute logits (batch, class), or (batch, class, y, x) for segmentation.
 
         Args:
             image: (batch, band, y, x) in the units of the images store.
             rows: indices of these samples in the store, for backbones that use location and time.
-
-        Returns:
-            (batch, class), or (batch, class, y, x) for segmentation.
         """
         return self.trained_head.logits(self.features(image, rows))
 
@@ -128,20 +126,18 @@ class FineTunedEnsemble(nn.Module):
         return features
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    @torch.no_grad()
     def load_trainable(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors, by name, into the parameters that are trained."""
-        with torch.no_grad():
-            for name, parameter in self.trainable_parameters().items():
-                parameter.copy_(tensors[name])
+        for name, parameter in self.trainable_parameters().items():
+            parameter.copy_(tensors[name])
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
-        """Return parameter groups for torch's AdamW, with a learning rate per layer.
+        """Return parameter groups for torch's AdamW, with a learning rate (`initial_lr`) per layer.
 
-        Biases and normalisation layers have no weight decay. The key `rate` keeps the full learning rate of the
-        group, for the schedule.
+        Biases and normalisation layers have no weight decay.
         """
         lr_scale = {f"head.{name}": 1.0 for name, _ in self.head.named_parameters()}
         for index, network in enumerate(self.networks):
@@ -156,7 +152,7 @@ class FineTunedEnsemble(nn.Module):
             decays = head_decays.get(id(parameter), parameter.ndim > 1)
             groups.setdefault((learning_rate * lr_scale[name], decays), []).append(parameter)
         return [
-            {"params": parameters, "lr": rate, "rate": rate, "weight_decay": weight_decay if decays else 0.0}
+            {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": weight_decay if decays else 0.0}
             for (rate, decays), parameters in groups.items()
         ]
 
@@ -172,15 +168,26 @@ class FineTunedEnsemble(nn.Module):
             parameter.requires_grad_(gradient is not None)
 
 
+def _make_trainable(network: nn.Module, name: str, config: FineTuneConfig, seed: int) -> None:
+    """Make the parameters that `config` selects trainable."""
+    if next(network.parameters(), None) is None:
+        return
+    if config.checkpointing:
+        layers.enable_checkpointing(network)
+    if config.method == "lora":
+        layers.add_lora(network, config.rank, seed, name)
+    else:
+        layers.unfreeze(network, config.n_last_blocks, name)
+
+
 @contextmanager
 def memory_hint() -> Iterator[None]:
     """Turn an out-of-memory error into a UserError that names the options that reduce memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not (
-            isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        ):
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if not is_memory:
             raise
         raise UserError(
             f"Memory ran out ({' '.join(str(error).split())[:120]}). Lower finetune.batch, set "
@@ -191,18 +198,8 @@ def memory_hint() -> Iterator[None]:
 
 
 def check_head_matches_data(head: TrainedHead, head_path: Path, backbones: Sequence[str], images: xr.Dataset) -> None:
-    """Refuse a head of another model, task, classes or mask size.
-
-    Args:
-        head: the trained head.
-        head_path: its file, for the message.
-        backbones: names of the model's backbones, in order.
-        images: the images store to fine-tune on.
-
-    Raises:
-        UserError: the head is for another model, task, classes or mask size.
-    """
-    task, classes = images.attrs["task"], tuple(images.attrs["classes"])
+    """Refuse a head that was trained for another model, task, classes or mask size."""
+    task, classes = images.attrs["task"], images.attrs["classes"]
     checks: dict[str, tuple] = {
         "model": (head.model, "+".join(backbones)),
         "task": (str(head.task), task),
@@ -215,51 +212,21 @@ def check_head_matches_data(head: TrainedHead, head_path: Path, backbones: Seque
             raise UserError(
                 f"The {name} of the head in {head_path} is {actual}; {expected} is needed. The head was trained on "
                 "another dataset or model. Run: dvc repro train",
-                key=name,
-                value=actual,
-                allowed=[expected],
-                path=head_path,
-            )
+                key=name, value=actual, allowed=[expected], path=head_path,
+            )  # fmt: skip
 
 
 def check_head_matches_features(head: TrainedHead, features: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Refuse features whose arrays or shapes differ from those that the head was trained on.
-
-    Args:
-        head: the trained head.
-        features: each backbone's features, as `TrainedHead.logits` takes them.
-
-    Raises:
-        UserError: the array, its shape in training, and the backbone's shape.
-    """
+    """Refuse features whose arrays or shapes differ from those that the head was trained on."""
     for name, array_names, shapes, arrays in zip(
         head.backbones, head.array_names, head.config.shapes, features, strict=True
     ):
-        for array_name, shape in zip(array_names, shapes, strict=True):
+        for array_name, shape in zip(array_names, map(tuple, shapes), strict=True):
             actual = tuple(arrays[array_name].shape[1:]) if array_name in arrays else None
-            if actual != tuple(shape):
+            if actual != shape:
                 problem = f"has no {array_name}" if actual is None else f"has {array_name} of shape {actual}"
                 raise UserError(
-                    f"The head of {head.model} was trained on {array_name} of shape {tuple(shape)}; the backbone "
-                    f"{name} {problem}. Run: dvc repro train",
-                    key=array_name,
-                    value=actual,
-                    allowed=[tuple(shape)],
-                )
-
-
-def _create_encoder(
-    member: EnsembleMember, images: xr.Dataset, config: FineTuneConfig, seed: int, device: str, precision: str
-) -> Encoder:
-    """Create a backbone, with the parameters that `config` selects trainable, in an `Encoder`."""
-    spec = get_spec(member.backbone)
-    preprocessor = preprocessing.make_preprocessor(images, member.name, member.backbone, spec)
-    network = create_backbone(member.backbone, spec, preprocessor.input_bands, member.weights_dir)
-    if next(network.parameters(), None) is not None:
-        if config.checkpointing:
-            layers.enable_checkpointing(network)
-        if config.method == "lora":
-            layers.add_lora(network, config.rank, seed, member.name)
-        else:
-            layers.unfreeze(network, config.n_last_blocks, member.name)
-    return Encoder(preprocessor, TrainableBackbone(network), device, precision, strides=spec.strides)
+                    f"The head of {head.model} was trained on {array_name} of shape {shape}; the backbone {name} "
+                    f"{problem}. Run: dvc repro train",
+                    key=array_name, value=actual, allowed=[shape],
+                )  # fmt: skip

@@ -30,10 +30,10 @@ from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import BETAS, EPSILON, warm_cosine
 from pipeline.training.task_data import balanced_weights, task_from_store
 
-# Seconds between updates of the progress bar.
-PROGRESS_INTERVAL = 2
 # Keys of params.yaml that set the learning rate and the weight decay.
 SEARCH_KEYS = "finetune.learning_rates, finetune.weight_decay"
+
+CreateModel = Callable[[int], FineTunedEnsemble]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class TrainState:
         frozen_score: score of the frozen model on validation.
         best_score, best_step: best score on validation so far and its step. Ties: the latest wins.
         best_tensors: the trainable parameters at that step, by name, on the CPU.
-        finished: whether the run has ended.
     """
 
     step: int = 0
@@ -84,9 +83,7 @@ class FineTuneResult:
     best_tensors: dict[str, torch.Tensor]
 
 
-def run_fine_tuning(
-    create_model: Callable[[int], FineTunedEnsemble], job: FineTuneJob, metadata: Mapping, folder: Path
-) -> FineTuneResult:
+def run_fine_tuning(create_model: CreateModel, job: FineTuneJob, metadata: Mapping, folder: Path) -> FineTuneResult:
     """Fine-tune with each learning rate and one seed, then with the best learning rate and all seeds.
 
     Args:
@@ -95,25 +92,38 @@ def run_fine_tuning(
         metadata: further columns of each run: `dataset`, `model` and others.
         folder: of checkpoints; a run with a finished checkpoint is not repeated.
     """
-    config, task = job.config, job.task
+    config, task, images = job.config, job.task, job.images
+
+    def train_seed(rate: float, seed: int) -> tuple[FineTunedEnsemble, TrainState]:
+        gc.collect()  # some networks refer to themselves, and Python does not collect them when the GPU is full
+        model = create_model(seed)
+        hparams = HParams(rate, config.weight_decay, seed)
+        state = train(model, job, hparams, folder / f"{rate:g}-seed{seed}.pt")
+        print(
+            f"{metadata['dataset']} {metadata['model']}: learning rate {rate:g}, seed {seed}: validation "
+            f"{state.frozen_score:.4f} frozen, {state.best_score:.4f} after {state.best_step} of "
+            f"{config.steps} steps",
+            flush=True,
+        )
+        return model, state
+
     # Ties: the smallest rate wins, because it changes the frozen model least. A single rate needs no choice.
-    rate = min(config.learning_rates)
-    if len(config.learning_rates) > 1:
-        val_scores = {
-            candidate: _train(create_model, job, metadata, folder, candidate, 0)[1].best_score
-            for candidate in sorted(config.learning_rates)
-        }
-        rate = max(val_scores, key=val_scores.get)
+    rates = sorted(config.learning_rates)
+    rate = rates[0] if len(rates) == 1 else max(rates, key=lambda rate: train_seed(rate, 0)[1].best_score)
     rows, outputs, best_score, best_tensors = [], [], -1.0, {}
     for seed in range(config.seeds):
-        model, state = _train(create_model, job, metadata, folder, rate, seed)
-        outputs.append(_predict_test(model, job))
+        model, state = train_seed(rate, seed)
+        outputs.append(
+            count_predictions(model, job, "test")
+            if task.is_dense
+            else torch.cat([logits.float().cpu() for logits, _ in predict_batches(model, job, "test")]).numpy()
+        )
         head = model.trained_head
         rows.append(
             {**metadata, "protocol": config.protocol,
              "head": describe_head(head.config, head.array_names, bool(task.class_weights)),
              "task": task.type.value, "seed": seed, "metric": task.metric, "score": None,
-             "val_score": state.best_score, "n_test": len(job.images.rows("test")), "classes": task.n_classes,
+             "val_score": state.best_score, "n_test": len(images.rows("test")), "classes": task.n_classes,
              "learning_rate": rate, "weight_decay": config.weight_decay, "frozen_val_score": state.frozen_score,
              "best_step": state.best_step,
              "trained_parameters": sum(tensor.numel() for tensor in state.best_tensors.values())}
@@ -121,79 +131,33 @@ def run_fine_tuning(
         if state.best_score > best_score:
             best_score, best_tensors = state.best_score, state.best_tensors
         del model, head  # free its memory before the next model is created
-    table = _predictions(job, np.stack(outputs))
+    test_rows = images.rows("test")
+    samples, label = images.sample[test_rows].tolist(), images.label(test_rows).astype(np.int64)
+    table = (
+        predictions.confusion_table(samples, np.stack(outputs))
+        if task.is_dense
+        else predictions.prediction_table(samples, label, np.stack(outputs), task, SEARCH_KEYS)
+    )
     _, counts = predictions.counts_from_table(table, task)
-    scores = task.score(counts.sum(axis=1))
-    return FineTuneResult(pd.DataFrame(rows).assign(score=scores), table, best_tensors)
+    return FineTuneResult(pd.DataFrame(rows).assign(score=task.score(counts.sum(axis=1))), table, best_tensors)
 
 
 def make_task(images: xr.Dataset, augmented_images: AugmentedImages, class_weights: str) -> Task:
-    """Return the task of an images store, with class weights as for frozen heads.
-
-    Args:
-        images: the images store.
-        augmented_images: its labelled samples.
-        class_weights: `heads.class_weights` of params.yaml: `none` or `balanced`.
-    """
+    """Return the task of an images store, with class weights (`none` or `balanced`) as for frozen heads."""
     task = task_from_store(images)
     if class_weights == "none":
         return task
-    label = augmented_images.label(augmented_images.rows("train"))
-    return replace(task, class_weights=balanced_weights(label, task))
+    return replace(task, class_weights=balanced_weights(augmented_images.label(augmented_images.rows("train")), task))
 
 
 def checkpoint_folder(folder: Path, cache_key: object) -> Path:
-    """Return the folder of checkpoints for a cache key and the current code; delete all others.
-
-    Args:
-        folder: of this dataset and model.
-        cache_key: everything else that the checkpoints depend on, for `fingerprint`.
-    """
+    """Return the folder of checkpoints for a cache key and the current code; delete all others."""
     code = [path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
     path = folder / fingerprint(code, cache_key)[:16]
-    for other in folder.glob("*"):
-        if other != path:
-            shutil.rmtree(other)
+    for stale_folder in set(folder.glob("*")) - {path}:
+        shutil.rmtree(stale_folder)
     path.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _train(
-    create_model: Callable[[int], FineTunedEnsemble],
-    job: FineTuneJob,
-    metadata: Mapping,
-    folder: Path,
-    rate: float,
-    seed: int,
-) -> tuple[FineTunedEnsemble, TrainState]:
-    """Train one seed at one learning rate, or resume it, and print its scores on validation."""
-    gc.collect()  # some networks refer to themselves, and Python does not collect them when the GPU's memory is full
-    model, path = create_model(seed), folder / f"{rate:g}-seed{seed}.pt"
-    state = train(model, job, HParams(rate, job.config.weight_decay, seed), path)
-    print(
-        f"{metadata['dataset']} {metadata['model']}: learning rate {rate:g}, seed {seed}: validation "
-        f"{state.frozen_score:.4f} frozen, {state.best_score:.4f} after {state.best_step} of "
-        f"{job.config.steps} steps",
-        flush=True,
-    )
-    return model, state
-
-
-def _predict_test(model: FineTunedEnsemble, job: FineTuneJob) -> np.ndarray:
-    """Predict the test split: counts (sample, entry) for segmentation, else logits (sample, class)."""
-    if job.task.is_dense:
-        return count_predictions(model, job, "test")
-    return torch.cat([logits.float().cpu() for logits, _ in predict_batches(model, job, "test")]).numpy()
-
-
-def _predictions(job: FineTuneJob, outputs: np.ndarray) -> pd.DataFrame:
-    """Return the table of predictions of the test split, from the outputs of all seeds."""
-    rows = job.images.rows("test")
-    samples = job.images.sample[rows].tolist()
-    if job.task.is_dense:
-        return predictions.confusion_table(samples, outputs)
-    label = job.images.label(rows).astype(np.int64)
-    return predictions.prediction_table(samples, label, outputs, job.task, SEARCH_KEYS)
 
 
 # One fine-tuning
@@ -202,14 +166,8 @@ def _predictions(job: FineTuneJob, outputs: np.ndarray) -> pd.DataFrame:
 def train(model: FineTunedEnsemble, job: FineTuneJob, hparams: HParams, checkpoint_path: Path) -> TrainState:
     """Fine-tune a model, and leave it with the parameters of its best validation check.
 
-    Args:
-        model: with the parameters of the frozen model.
-        job: images, task and configuration.
-        hparams: learning rate, weight decay and seed.
-        checkpoint_path: written after every validation check; the run is resumed from it if it exists.
-
-    Returns:
-        The state at the end. A run whose loss is not finite ends at the next check.
+    A checkpoint is written after every validation check; the run is resumed from it if it exists. A run whose loss is
+    not finite ends at the next check.
     """
     config = job.config
     groups = model.parameter_groups(hparams.learning_rate, hparams.weight_decay)
@@ -221,12 +179,10 @@ def train(model: FineTunedEnsemble, job: FineTuneJob, hparams: HParams, checkpoi
     if state is None:
         state = TrainState()
         state.frozen_score = _validate(state, model, job)
-    with tqdm(
-        total=config.steps, initial=state.step, unit="step", mininterval=PROGRESS_INTERVAL, file=sys.stderr
-    ) as progress:
+    with tqdm(total=config.steps, initial=state.step, unit="step", mininterval=2, file=sys.stderr) as progress:
         while not state.finished:
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * lr_factor(state.step)
+                group["lr"] = group["initial_lr"] * lr_factor(state.step)
             generator = np.random.default_rng([hparams.seed, state.step]) if config.augment else None
             loss = train_step(model, optimizer, job, batches[state.step], generator)
             state.step += 1
@@ -250,17 +206,7 @@ def train_step(
     rows: np.ndarray,
     generator: np.random.Generator | None,
 ) -> torch.Tensor:
-    """Take one optimizer step.
-
-    Args:
-        model, optimizer: updated in place.
-        job: images and task.
-        rows: indices of the batch's samples.
-        generator: draws the views of the images; None leaves them upright.
-
-    Returns:
-        The loss before the step, a scalar.
-    """
+    """Take one step on samples, whose views `generator` draws; return the loss before it, a scalar."""
     image, label = job.images.batch(rows, generator)
     optimizer.zero_grad(set_to_none=True)
     logits = model(image, rows)
@@ -307,9 +253,8 @@ def _write_checkpoint(
     """Write a checkpoint under a temporary name, flush it to the disk, and rename it."""
     stored = dict(vars(state))
     if not state.finished:
-        stored["current_tensors"] = {
-            name: parameter.detach() for name, parameter in model.trainable_parameters().items()
-        }
+        parameters = model.trainable_parameters().items()
+        stored["current_tensors"] = {name: parameter.detach() for name, parameter in parameters}
         stored["optimizer"] = optimizer.state_dict()
     partial = path.with_name(f"{path.name}.partial")
     torch.save(stored, partial)

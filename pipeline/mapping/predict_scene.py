@@ -1,6 +1,4 @@
-"""Map a scene block by block.
-
-Finished blocks are on disk, so that a killed run resumes after the last of them.
+"""Map a scene block by block. A killed run resumes after its last finished block on the disk.
 
 The finished map is a folder, which is published atomically:
 
@@ -14,7 +12,7 @@ Maps of multi-label models have one band per class: whether the class is present
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,11 @@ from tqdm import tqdm
 from cache.atomic import atomic_dir, sync_folder, write_file
 from cache.checksums import fingerprint
 from pipeline.errors import UserError
-from pipeline.mapping import scene as open_scene
 from pipeline.mapping import scene as scene_module
 from pipeline.mapping import tiling
 from pipeline.mapping.predictors import Predictor
 from pipeline.mapping.scene import Scene
-from pipeline.mapping.tiling import COG_TILE, NODATA, MappingJob, OutputBlock, output_blocks, tile_axis
+from pipeline.mapping.tiling import COG_TILE, NODATA, MappingJob, output_blocks, tile_axis
 
 # Overlap of neighbouring tiles as a fraction of a tile. The resolution of models with one prediction
 # per chip is the stride of their tiles.
@@ -41,11 +38,7 @@ GDAL_CACHE_MB = 32
 
 
 def plan_mapping(scene: Scene, predictor: Predictor) -> MappingJob:
-    """Match a scene with a model and place the tiles.
-
-    Raises:
-        UserError: a band or a metadata input is missing, or units or pixel size differ.
-    """
+    """Match a scene with a model and place the tiles; refuse a scene that does not fit the model."""
     signature = predictor.signature
     scene_module.check_metadata(scene, signature.metadata_keys)
     height, width = signature.size
@@ -60,13 +53,9 @@ def plan_mapping(scene: Scene, predictor: Predictor) -> MappingJob:
 
 
 def predict_scene(scene: Scene, predictor: Predictor, folder: Path) -> dict:
-    """Map a scene. A killed run resumes after its last finished block and ends with the same bytes.
+    """Map a scene to a folder; return the content of map.json.
 
-    Args:
-        folder: the map's folder, published atomically. Finished blocks are in `.<name>.partial` next to it.
-
-    Returns:
-        The content of map.json.
+    Finished blocks are in `.<name>.partial` next to the folder. A resumed run ends with the same bytes.
 
     Raises:
         UserError: the scene does not fit the model, or `folder` exists and is not a map.
@@ -76,7 +65,8 @@ def predict_scene(scene: Scene, predictor: Predictor, folder: Path) -> dict:
     job = plan_mapping(scene, predictor)
     partial = folder.with_name(f".{folder.name}.partial")
     block_folder = partial / _cache_key(job)
-    _remove_stale_blocks(partial, block_folder)
+    for stale_folder in set(partial.glob("*")) - {block_folder}:  # of another scene, model or version of the code
+        shutil.rmtree(stale_folder, ignore_errors=True)
     block_folder.mkdir(parents=True, exist_ok=True)
     with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB):
         _predict_missing_blocks(job, block_folder)
@@ -87,31 +77,21 @@ def predict_scene(scene: Scene, predictor: Predictor, folder: Path) -> dict:
 
 
 def class_shares(metadata: Mapping) -> str:
-    """Format the share of each class in a map, the largest first.
-
-    Args:
-        metadata: the content of map.json.
-    """
-    shares = [
-        (share, name)
-        for share, name in zip(metadata["class_shares"], metadata["classes"], strict=True)
-        if share is not None
-    ]
-    return ", ".join(f"{name} {share:.1%}" for share, name in sorted(shares, reverse=True)) or "no data"
+    """Format the share of each class in a map, the largest first, from the content of map.json."""
+    shares = zip(metadata["class_shares"], metadata["classes"], strict=True)
+    known_shares = sorted((pair for pair in shares if pair[0] is not None), reverse=True)
+    return ", ".join(f"{name} {share:.1%}" for share, name in known_shares) or "no data"
 
 
 def _predict_missing_blocks(job: MappingJob, block_folder: Path) -> None:
-    """Predict and save every block that an earlier run has not finished."""
     blocks = list(output_blocks(job.y_tiles, job.x_tiles))
-    n_tiles = [_count_tiles(job, block) for block in blocks]
-    is_finished = [_block_path(block_folder, block).exists() for block in blocks]
-    initial = sum(count for count, finished in zip(n_tiles, is_finished, strict=True) if finished)
-    with tqdm(total=sum(n_tiles), initial=initial, unit="tile", mininterval=2, file=sys.stderr) as progress:
-        for block, finished in zip(blocks, is_finished, strict=True):
-            if not finished:
-                arrays = tiling.predict_block(job, block, progress.update)
-                write_file(_block_path(block_folder, block), [np.ascontiguousarray(array).data for array in arrays])
-                sync_folder(block_folder)
+    missing = [block for block in blocks if not _block_path(block_folder, block).exists()]
+    total, remaining = (sum(_count_tiles(job, block) for block in group) for group in (blocks, missing))
+    with tqdm(total=total, initial=total - remaining, unit="tile", mininterval=2, file=sys.stderr) as progress:
+        for block in missing:
+            arrays = tiling.predict_block(job, block, progress.update)
+            write_file(_block_path(block_folder, block), [array.data for array in arrays])
+            sync_folder(block_folder)
 
 
 def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
@@ -119,24 +99,37 @@ def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
     signature, scene = job.predictor.signature, job.scene
     class_names, is_multilabel = signature.class_names, signature.task.is_multilabel
     n_bands = len(class_names) if is_multilabel else 1
-    tags = {"classes": ", ".join(class_names), "model": job.predictor.name, "task": signature.task.type}
-
+    profile = {
+        "driver": "GTiff", "height": scene.height, "width": scene.width, "count": n_bands, "dtype": "uint8",
+        "nodata": NODATA, "crs": scene.crs or None, "transform": rasterio.Affine(*scene.transform), "tiled": True,
+        "blockxsize": COG_TILE, "blockysize": COG_TILE, "bigtiff": "IF_SAFER",
+    }  # fmt: skip
     # Pixels of every value, by band.
     pixel_counts = np.zeros((n_bands, 256), np.int64)
-
-    def classes() -> Iterator[tuple[OutputBlock, np.ndarray]]:
-        for block, values, _ in _read_blocks(job, block_folder, n_bands):
-            for counts, band in zip(pixel_counts, values, strict=True):
+    plain = {name: folder / f"{name}-plain.tif" for name in ("class", "confidence")}
+    with (
+        rasterio.open(plain["class"], "w", **profile) as classes,
+        rasterio.open(plain["confidence"], "w", **profile) as confidences,
+    ):
+        for block in output_blocks(job.y_tiles, job.x_tiles):
+            values = np.fromfile(_block_path(block_folder, block), np.uint8)
+            values = values.reshape(2, n_bands, block.height, block.width)
+            classes.write(values[0], window=block)
+            confidences.write(values[1], window=block)
+            for counts, band in zip(pixel_counts, values[0], strict=True):
                 counts += np.bincount(band.ravel(), minlength=256)
-            yield block, values
-
-    def confidences() -> Iterator[tuple[OutputBlock, np.ndarray]]:
-        return ((block, values) for block, _, values in _read_blocks(job, block_folder, n_bands))
-
-    band_names = class_names if is_multilabel else ("class",)
-    _write_cog(folder / "class.tif", scene, classes(), n_bands, tags, band_names, "mode")
-    band_names = class_names if is_multilabel else ("probability of the class",)
-    _write_cog(folder / "confidence.tif", scene, confidences(), n_bands, tags, band_names, "average", scale=0.01)
+        classes.descriptions = class_names if is_multilabel else ("class",)
+        confidences.descriptions = class_names if is_multilabel else ("probability of the class",)
+        confidences.scales = (0.01,) * n_bands
+        for file in (classes, confidences):
+            file.update_tags(classes=", ".join(class_names), model=job.predictor.name, task=signature.task.type)
+    # GDAL's COG driver copies whole files only.
+    for name, resampling in (("class", "mode"), ("confidence", "average")):
+        rasterio.shutil.copy(
+            plain[name], folder / f"{name}.tif", driver="COG", compress="DEFLATE", blocksize=COG_TILE,
+            bigtiff="IF_SAFER", overview_resampling=resampling,
+        )  # fmt: skip
+        plain[name].unlink()
     n_valid = int(pixel_counts[0, :NODATA].sum())
     n_per_class = pixel_counts[:, 1] if is_multilabel else pixel_counts[0, : len(class_names)]
     metadata = {
@@ -156,78 +149,19 @@ def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
     return metadata
 
 
-def _write_cog(
-    path: Path,
-    scene: Scene,
-    blocks: Iterable[tuple[OutputBlock, np.ndarray]],
-    n_bands: int,
-    tags: Mapping[str, str],
-    band_names: Iterable[str],
-    overview_resampling: str,
-    scale: float = 1.0,
-) -> None:
-    """Write a map as a Cloud Optimized GeoTIFF on the grid of its scene.
-
-    Args:
-        path: the file; a GeoTIFF without overviews exists next to it until it is finished.
-        blocks: every block and its values, uint8 (band, y, x).
-        overview_resampling: how GDAL computes the overviews: `mode` or `average`.
-        scale: factor from stored values to physical values.
-    """
-    plain = path.with_name(f"{path.stem}-plain.tif")
-    with rasterio.open(
-        plain, "w", driver="GTiff", height=scene.height, width=scene.width, count=n_bands, dtype="uint8",
-        nodata=NODATA, crs=scene.crs or None, transform=rasterio.Affine(*scene.transform), tiled=True,
-        blockxsize=COG_TILE, blockysize=COG_TILE, bigtiff="IF_SAFER",
-    ) as file:  # fmt: skip
-        for block, values in blocks:
-            file.write(values, window=Window(block.column, block.row, block.width, block.height))
-        file.update_tags(**tags)
-        file.descriptions = tuple(band_names)
-        file.scales = (scale,) * n_bands
-    rasterio.shutil.copy(
-        plain, path, driver="COG", compress="DEFLATE", blocksize=COG_TILE, bigtiff="IF_SAFER",
-        overview_resampling=overview_resampling,
-    )  # fmt: skip
-    plain.unlink()
+def _count_tiles(job: MappingJob, block: Window) -> int:
+    n_rows = len(job.y_tiles.overlapping(block.row_off, block.height))
+    return n_rows * len(job.x_tiles.overlapping(block.col_off, block.width))
 
 
-def _read_blocks(
-    job: MappingJob, block_folder: Path, n_bands: int
-) -> Iterator[tuple[OutputBlock, np.ndarray, np.ndarray]]:
-    """Iterate over all finished blocks, with their classes and confidences, uint8 (band, y, x)."""
-    for block in output_blocks(job.y_tiles, job.x_tiles):
-        values = np.fromfile(_block_path(block_folder, block), np.uint8)
-        yield block, *values.reshape(2, n_bands, block.height, block.width)
-
-
-def _count_tiles(job: MappingJob, block: OutputBlock) -> int:
-    y_starts = job.y_tiles.overlapping(block.row, block.row + block.height)
-    return len(y_starts) * len(job.x_tiles.overlapping(block.column, block.column + block.width))
-
-
-def _block_path(block_folder: Path, block: OutputBlock) -> Path:
-    return block_folder / f"r{block.row:06d}c{block.column:06d}"
+def _block_path(block_folder: Path, block: Window) -> Path:
+    return block_folder / f"r{block.row_off:06d}c{block.col_off:06d}"
 
 
 def _cache_key(job: MappingJob) -> str:
     """Fingerprint of everything that the bytes of a block depend on, including the code."""
     signature = job.predictor.signature
-    modules = (tiling, scene_module, open_scene, tiling, sys.modules[__name__])
-    code = [Path(module.__file__).read_bytes() for module in modules]
+    code = [Path(module.__file__).read_bytes() for module in (tiling, scene_module, sys.modules[__name__])]
     return fingerprint(
-        job.scene.fingerprint,
-        job.predictor.digest,
-        job.band_indices,
-        signature.size,
-        signature.task.type,
-        tiling.BATCH_TILES,
-        code,
+        job.scene.fingerprint, job.predictor.digest, job.band_indices, signature.size, signature.task.type, code
     )[:16]
-
-
-def _remove_stale_blocks(partial: Path, block_folder: Path) -> None:
-    """Remove the blocks of earlier runs with another scene, model or version of the code."""
-    for folder in partial.glob("*"):
-        if folder != block_folder:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -24,8 +24,6 @@ class Signature:
     """Inputs and outputs of a model.
 
     Attributes:
-        task: class of its task (pipeline/tasks.py).
-        class_names: names of the classes.
         bands: bands of the chips, in order.
         units: units of the chips' values (pipeline/bands.py).
         gsd: ground sampling distance in metres; NaN if unknown.
@@ -49,7 +47,6 @@ class Predictor:
     Attributes:
         name: written into the map's tags.
         digest: SHA-256 of everything that its predictions depend on.
-        signature: its inputs and outputs.
         predict_logits: a function from chips, float32 (batch, band, y, x), in the bands and units of the signature,
             and metadata to logits, float32 (batch, class) or (batch, class, y, x). The metadata are `location`
             (batch, 2), latitude and longitude of the chips' centres in degrees, and `time` (batch,), UTC,
@@ -63,72 +60,47 @@ class Predictor:
 
 
 def parse_signature(metadata: Mapping, path: Path | str) -> Signature:
-    """Read a signature from a student's metadata, which are in student.json and in exported files.
-
-    Args:
-        path: the file, for messages.
-
-    Raises:
-        UserError: a key is missing, or a value is invalid.
-    """
+    """Read a signature from the metadata of a student, and refuse incomplete or invalid ones."""
     try:
         bands = tuple(
             Band(band["name"], band["common_name"], _float_or_nan(band["wavelength"])) for band in metadata["bands"]
         )
         task, class_names, units = metadata["task"], tuple(metadata["classes"]), metadata["units"]
-        gsd, size = _float_or_nan(metadata["gsd"]), tuple(int(side) for side in metadata["size"])
+        gsd, size = _float_or_nan(metadata["gsd"]), tuple(map(int, metadata["size"]))
     except (KeyError, TypeError, ValueError) as error:
-        key = error.args[0] if isinstance(error, KeyError) else None
         raise UserError(
             f"The metadata of {path} are incomplete or invalid ({error!r}). Export the student again.",
-            key=key,
-            path=path,
-        ) from None
+            key=error.args[0] if isinstance(error, KeyError) else None, path=path,
+        ) from None  # fmt: skip
     if len(size) != 2:
-        raise UserError(
-            f"The metadata of {path} contain the size {size}; a size is [y, x] in pixels. Export the student again.",
-            key="size",
-            value=size,
-            path=path,
-        )
+        raise UserError(f"The metadata of {path}: a size is [y, x] in pixels.", key="size", value=size, path=path)
     return Signature(get_task(str(task), f"The task of {path}"), class_names, bands, units, gsd, size)
 
 
 def load_onnx_student(path: Path) -> Predictor:
-    """Load an exported student from an ONNX file.
-
-    Raises:
-        UserError: the file is missing, or is not an exported student.
-    """
-    path = Path(path)
+    """Load an exported student from an ONNX file; refuse other files."""
     session = open_session(path)
     properties = session.get_modelmeta().custom_metadata_map
     if METADATA_KEY not in properties:
         raise UserError(
             f"{path} has no metadata '{METADATA_KEY}' with its bands and classes: it was not written by "
             "stages.export. Export a student with: python -m stages.export",
-            key=METADATA_KEY,
-            path=path,
-        )
+            key=METADATA_KEY, path=path,
+        )  # fmt: skip
     try:
         metadata = json.loads(properties[METADATA_KEY])
     except ValueError:
         metadata = None
-    signature = parse_signature(metadata, path)
     (model_input,) = session.get_inputs()
 
     def predict_logits(chips, metadata):
         return session.run(None, {model_input.name: chips})[0]
 
-    return Predictor(path.name, checksums.digest(path), signature, predict_logits)
+    return Predictor(path.name, checksums.digest(path), parse_signature(metadata, path), predict_logits)
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """Open an ONNX file on the CPU cores that this process may use.
-
-    Raises:
-        UserError: the file is missing, or is not an ONNX file.
-    """
+    """Open an ONNX file on the CPU cores that this process may use; refuse other files."""
     if not path.exists():
         raise UserError(
             f"There is no exported student at {path}. Export one with: python -m stages.export", path=path

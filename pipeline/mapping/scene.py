@@ -28,15 +28,13 @@ from rioxarray.exceptions import RioXarrayError
 
 from cache.checksums import fingerprint
 from pipeline import config
-from pipeline.bands import FULL_SCALE, Band, band_index
+from pipeline.bands import FULL_SCALE, WAVELENGTH_TOLERANCE_UM, Band, band_index
 from pipeline.data.image_store import parse_timestamp
 from pipeline.data.sources.custom import rasters
 from pipeline.data.splits import to_latlon
 from pipeline.errors import UserError
 from pipeline.mapping.predictors import Signature
 
-# In micrometres: bands of the same name whose centre wavelengths differ by more are different bands.
-MAX_WAVELENGTH_DIFFERENCE_UM = 0.02
 # Models are trained on one pixel size. Scenes whose pixels are larger or smaller by this factor are refused.
 MAX_GSD_RATIO = 1.5
 DESCRIBE_HINT = (
@@ -46,20 +44,29 @@ DESCRIBE_HINT = (
 
 
 @dataclass(frozen=True)
+class SceneConfig:
+    """The keys of a YAML file that describes a scene."""
+
+    images: str
+    units: str
+    bands: tuple[Band, ...]
+    folder: str = ""
+    nodata: config.Float | None = None
+    time: str = ""
+
+
+@dataclass(frozen=True)
 class Scene:
     """One image of any size.
 
     Attributes:
         name: its path, for messages.
-        height, width: its size in pixels.
         transform: affine coefficients a to f, from (column, row) to the CRS; the identity without georeference.
         crs: coordinate reference system as WKT; empty without georeference.
-        bands: its bands, as far as known, in order.
-        units: units of its values (pipeline/bands.py).
         time: acquisition time, UTC; NaT if unknown.
         fingerprint: changes with its files and its description.
-        read_window: a function from a window (row, column, height, width) and band indices to pixels (band, y, x) of
-            any dtype, and where (y, x) all of these bands have data.
+        read_window: a function from a window and band indices to pixels (band, y, x) of any dtype, and where (y, x)
+            all of these bands have data.
     """
 
     name: str
@@ -71,7 +78,7 @@ class Scene:
     units: str
     time: np.datetime64
     fingerprint: str
-    read_window: Callable[[tuple[int, int, int, int], Sequence[int]], tuple[np.ndarray, np.ndarray]]
+    read_window: Callable[[Window, Sequence[int]], tuple[np.ndarray, np.ndarray]]
 
     def latlon(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Compute latitude and longitude (…, 2), in degrees, of positions in pixels; NaN without georeference."""
@@ -94,25 +101,8 @@ class Scene:
 # Opening
 
 
-@dataclass(frozen=True)
-class SceneConfig:
-    """The keys of a YAML file that describes a scene."""
-
-    images: str
-    units: str
-    bands: tuple[Band, ...]
-    folder: str = ""
-    nodata: config.Float | None = None
-    time: str = ""
-
-
 def open_scene(path: Path) -> Scene:
-    """Open the raster, Zarr store or YAML file at a path.
-
-    Raises:
-        UserError: the path does not exist, cannot be read, or does not describe its bands and units.
-    """
-    path = Path(path)
+    """Open the raster, Zarr store or YAML file at a path; refuse one without bands or units."""
     if not path.exists():
         raise UserError(f"There is no scene at {path}. Check the path.", path=path)
     if path.suffix in (".yaml", ".yml"):
@@ -127,54 +117,36 @@ def open_scene(path: Path) -> Scene:
 def scene_from_rasters(paths: list[Path], scene_config: SceneConfig) -> Scene:
     """Open one raster with all bands, or one raster per band, with the name of the band in its file name."""
     _check_units(scene_config.units, paths[0])
-    image = rasters.open_scene_files(paths, scene_config.bands)
+    image = rasters.open_image(paths, scene_config.bands)
 
     def read_window(window, band_indices):
-        row, column, height, width = window
-        values, is_valid = image.read_bands(Window(column, row, width, height), band_indices)
+        values, is_valid = image.read(window, bands=band_indices)
         if scene_config.nodata is not None:
             is_valid &= (values != scene_config.nodata).all(axis=0)
         return values, is_valid
 
     return Scene(
-        name=str(paths[0]),
-        height=image.height,
-        width=image.width,
-        transform=image.transform,
-        crs=image.crs,
-        bands=scene_config.bands,
-        units=scene_config.units,
+        name=str(paths[0]), height=image.height, width=image.width, transform=image.transform, crs=image.crs,
+        bands=scene_config.bands, units=scene_config.units,
         time=parse_timestamp(scene_config.time, f"{paths[0]}: the time"),
-        fingerprint=_scene_fingerprint(map(Path, image.paths), scene_config),
-        read_window=read_window,
-    )
+        fingerprint=_scene_fingerprint(map(Path, image.paths), scene_config), read_window=read_window,
+    )  # fmt: skip
 
 
 def _self_described(path: Path) -> SceneConfig:
-    """Read bands, units and time from the descriptions and tags of a raster.
-
-    Raises:
-        UserError: it does not contain them.
-    """
+    """Read bands, units and time from the descriptions and tags of a raster."""
     with rasters.translate_rasterio_errors(path), rasterio.open(path) as file:
         names, tags = file.descriptions, file.tags()
         units = tags.get("units") or next((band_units for band_units in file.units if band_units), "")
         wavelengths = [file.tags(i, ns="IMAGERY").get("CENTRAL_WAVELENGTH_UM") for i in file.indexes]
     if not all(names):
-        raise UserError(
-            f"{path} does not name all of its {len(names)} bands. {DESCRIBE_HINT}",
-            key="bands",
-            value=names,
-            path=path,
-        )
+        problem = f"{path} does not name all of its {len(names)} bands. {DESCRIBE_HINT}"
+        raise UserError(problem, key="bands", value=names, path=path)
     if not units:
         raise UserError(
             f"{path} does not state its units. {DESCRIBE_HINT}", key="units", allowed=FULL_SCALE, path=path
         )
-    bands = tuple(
-        Band(name, name, float(wavelength or math.nan)) for name, wavelength in zip(names, wavelengths, strict=True)
-    )
-    return SceneConfig("", units, bands, time=tags.get("time", ""))
+    return SceneConfig("", units, _bands(names, wavelengths), time=tags.get("time", ""))
 
 
 def _scene_from_zarr(path: Path) -> Scene:
@@ -186,54 +158,42 @@ def _scene_from_zarr(path: Path) -> Scene:
         raise UserError(
             f"{path} must have one variable with the dimensions (band, y, x) and a coordinate 'band' with the names "
             f"of the bands. It has: {', '.join(present)}.",
-            key="band",
-            value=candidates,
-            allowed=present,
-            path=path,
-        )
+            key="band", value=candidates, allowed=present, path=path,
+        )  # fmt: skip
     array = store[candidates[0]]
     units = array.attrs.get("units", store.attrs.get("units", ""))
     _check_units(units, path)
-    no_wavelengths = np.full(array.sizes["band"], np.nan)
-    wavelengths = store.wavelength.values if "wavelength" in store.coords else no_wavelengths
-    names = map(str, array.band.values)
-    bands = tuple(Band(name, name, float(wavelength)) for name, wavelength in zip(names, wavelengths, strict=True))
+    wavelengths = store.wavelength.values if "wavelength" in store.coords else [None] * array.sizes["band"]
+    bands = _bands(list(map(str, array.band.values)), wavelengths)
+    scene_config = SceneConfig(candidates[0], units, bands, time=str(store.attrs.get("time", "")))
     try:
         crs, transform = array.rio.crs, tuple(array.rio.transform())[:6]
     except (RioXarrayError, CRSError) as error:
-        raise UserError(
-            f"{path} has an invalid georeference: {error}. Write it with rioxarray.", key="crs", path=path
-        ) from None
-    scene_config = SceneConfig(candidates[0], units, bands, time=str(store.attrs.get("time", "")))
+        problem = f"{path} has an invalid georeference: {error}. Write it with rioxarray."
+        raise UserError(problem, key="crs", path=path) from None
 
     def read_window(window, band_indices):
-        row, column, height, width = window
-        values = array[list(band_indices), row : row + height, column : column + width].values
+        rows, columns = window.toslices()
+        values = array[list(band_indices), rows, columns].values
         return values, rasters.isfinite_mask(values)
 
     return Scene(
-        name=str(path),
-        height=array.sizes["y"],
-        width=array.sizes["x"],
-        transform=transform,
-        crs=crs.to_wkt() if crs else "",
-        bands=bands,
-        units=units,
+        name=str(path), height=array.sizes["y"], width=array.sizes["x"], transform=transform,
+        crs=crs.to_wkt() if crs else "", bands=bands, units=units,
         time=parse_timestamp(scene_config.time, f"{path}: the time"),
-        fingerprint=_scene_fingerprint(path.rglob("*"), scene_config),
-        read_window=read_window,
-    )
+        fingerprint=_scene_fingerprint(path.rglob("*"), scene_config), read_window=read_window,
+    )  # fmt: skip
+
+
+def _bands(names: Sequence[str], wavelengths: Sequence) -> tuple[Band, ...]:
+    pairs = zip(names, wavelengths, strict=True)
+    return tuple(Band(name, name, float(wavelength or math.nan)) for name, wavelength in pairs)
 
 
 def _check_units(units: str, path: Path) -> None:
     if units not in FULL_SCALE:
-        raise UserError(
-            f"{path}: the units '{units}' are unknown. Use one of: {', '.join(FULL_SCALE)}.",
-            key="units",
-            value=units,
-            allowed=FULL_SCALE,
-            path=path,
-        )
+        problem = f"{path}: the units '{units}' are unknown. Use one of: {', '.join(FULL_SCALE)}."
+        raise UserError(problem, key="units", value=units, allowed=FULL_SCALE, path=path)
 
 
 def _scene_fingerprint(paths: Iterable[Path], scene_config: SceneConfig) -> str:
@@ -246,10 +206,7 @@ def _scene_fingerprint(paths: Iterable[Path], scene_config: SceneConfig) -> str:
 
 
 def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
-    """Find a model's bands in a scene by name, and check units and pixel size.
-
-    Returns:
-        The indices of the model's bands in the scene.
+    """Find the indices of a model's bands in a scene by name.
 
     Raises:
         UserError: a band is missing, or units or pixel size differ.
@@ -257,56 +214,44 @@ def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
     indices = [_find_band(band, scene.bands) for band in signature.bands]
     missing = [band.common_name for band, index in zip(signature.bands, indices, strict=True) if index is None]
     if missing:
-        present = [_describe_band(band) for band in scene.bands]
+        present = [
+            f"{band.common_name} ({band.wavelength} µm)" if band.is_optical else band.common_name
+            for band in scene.bands
+        ]
         raise UserError(
             f"{scene.name} lacks the bands {', '.join(missing)}, which the model needs. It has {', '.join(present)}. "
             "Bands are matched by common name, and by wavelength where it is stated.",
-            key="bands",
-            value=missing,
-            allowed=present,
-            path=scene.name,
-        )
+            key="bands", value=missing, allowed=present, path=scene.name,
+        )  # fmt: skip
     if scene.units != signature.units:
         raise UserError(
             f"{scene.name} is in '{scene.units}', and the model was trained on '{signature.units}'. Convert the "
             "scene, or correct its units if they are stated wrong.",
-            key="units",
-            value=scene.units,
-            allowed=[signature.units],
-            path=scene.name,
-        )
+            key="units", value=scene.units, allowed=[signature.units], path=scene.name,
+        )  # fmt: skip
     ratio = scene.gsd / signature.gsd
     if not math.isnan(ratio) and not 1 / MAX_GSD_RATIO < ratio < MAX_GSD_RATIO:
         raise UserError(
             f"{scene.name} has pixels of {scene.gsd:.3g} m, and the model was trained on {signature.gsd:.3g} m. "
             "Resample the scene first, for instance with gdalwarp -tr.",
-            key="gsd",
-            value=scene.gsd,
-            allowed=[signature.gsd],
-            path=scene.name,
-        )
+            key="gsd", value=scene.gsd, allowed=[signature.gsd], path=scene.name,
+        )  # fmt: skip
     return [index for index in indices if index is not None]
 
 
 def check_metadata(scene: Scene, metadata_keys: Sequence[str]) -> None:
-    """Check that a scene has the location and the time that a model takes as inputs.
-
-    Raises:
-        UserError: one of them is missing.
-    """
+    """Refuse a scene without the location or the time that a model takes as inputs."""
     if "location" in metadata_keys and not scene.crs:
         raise UserError(
             f"The model takes latitude and longitude as inputs, and {scene.name} has no coordinate reference system.",
-            key="crs",
-            path=scene.name,
-        )
+            key="crs", path=scene.name,
+        )  # fmt: skip
     if "time" in metadata_keys and np.isnat(scene.time):
         raise UserError(
             f"The model takes the acquisition time as input, and {scene.name} has none. Describe the scene in a YAML "
             "file with its time.",
-            key="time",
-            path=scene.name,
-        )
+            key="time", path=scene.name,
+        )  # fmt: skip
 
 
 def _find_band(band: Band, scene_bands: Sequence[Band]) -> int | None:
@@ -315,8 +260,4 @@ def _find_band(band: Band, scene_bands: Sequence[Band]) -> int | None:
     if index is None:
         return None
     difference = abs(scene_bands[index].wavelength - band.wavelength)
-    return None if difference > MAX_WAVELENGTH_DIFFERENCE_UM else index
-
-
-def _describe_band(band: Band) -> str:
-    return f"{band.common_name} ({band.wavelength} µm)" if band.is_optical else band.common_name
+    return None if difference > WAVELENGTH_TOLERANCE_UM else index

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
 from pipeline.bands import Band
@@ -19,7 +18,7 @@ from pipeline.config import (
     StepsConfig,
     UPerNetHeadConfig,
 )
-from pipeline.data import image_store
+from pipeline.data import image_store, image_writer
 from pipeline.data.augmentation import VIEWS, AugmentedImages
 from pipeline.distillation.teacher import CachedTeacher
 from pipeline.distillation.train import DistillationSetup
@@ -57,16 +56,17 @@ def extract_features(image: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class SyntheticDataset:
-    """An images store and the feature store of one member, with a trained head.
+    """An images store, the feature store of its only member, and a trained head.
 
     Attributes:
         pixels: (sample, band, y, x).
         images: the images store, opened; `images_path` is its folder.
         store: path of the feature store.
+        head_path: file of the trained head.
     """
 
-    def __init__(self, folder: Path, open_images, task: str, split: list[str], views=(), name="member"):
-        self.pixels, mask = make_pixels()
+    def __init__(self, folder: Path, task: str, views: tuple[str, ...], split: list[str]):
+        pixels, mask = (values[: len(split)] for values in make_pixels())
         largest_class = np.array([np.bincount(sample_mask.ravel(), minlength=3).argmax() for sample_mask in mask])
         label = {
             "classification": largest_class,
@@ -74,61 +74,54 @@ class SyntheticDataset:
             "segmentation": np.where(np.arange(SIDE) < 4, IGNORE, mask),
         }[task]
         classes = ["a", "b", "c"][: 2 if task == "multilabel" else 3]
-        missing = get_task(task).missing_label(len(classes), (SIDE, SIDE))
-        label[np.array(split) == image_store.UNLABELLED] = missing
-        self.folder = folder
-        self.images = open_images(
-            image_store.ImageDataset(
-                image=self.pixels, label=label, sample=[f"s{i:03d}" for i in range(N_SAMPLES)], split=split,
-                classes=classes, bands=[Band("B1", "red", 0.665, 1.0), Band("B2", "nir", 0.8, 1.0)], task=task,
-                units="dn", gsd=1.0, licence="none", source="made", display=(0.0, 0.3),
-            )
+        label[np.array(split) == image_store.UNLABELLED] = get_task(task).missing_label(len(classes), (SIDE, SIDE))
+        dataset = image_store.ImageDataset(
+            image=pixels, label=label, sample=[f"s{i:03d}" for i in range(len(split))], split=split,
+            classes=classes, bands=[Band("B1", "red", 0.665, 1.0), Band("B2", "nir", 0.8, 1.0)], task=task,
+            units="dn", gsd=1.0, licence="none", source="made", display=(0.0, 0.3),
         )  # fmt: skip
-        self.images_path = Path(self.images.encoding["source"])
-        self.store = folder / f"{name}.zarr"
-        self._write_features(views)
+        self.pixels, self.images_path = pixels, folder / "images.zarr"
+        image_writer.write(dataset, folder / "scratch", self.images_path)
+        self.images = image_store.open_images(self.images_path)
+        self.store, self.head_path = folder / "member.zarr", folder / "head.pt"
+        self._write_features(folder, views)
+        data = task_data.load({self.store: None}, self.images_path, HEADS, ("train", "val"), "cpu")
+        checkpoint.save(self.head_path, trained_head(data, "member", train_heads(data, [HParams(0.02, 0.01, 0)]), 0))
 
-    def _write_features(self, views) -> None:
+    def _write_features(self, folder: Path, views: tuple[str, ...]) -> None:
         arrays = extract_features(self.pixels)
         schema = StoreSchema(
             sample=tuple(self.images.sample.values.tolist()), split=tuple(self.images.split.values.tolist()),
             levels=(LevelSchema(3, 4, 4, 8, "x"),), pooled={"mean_level0": 3}, dtype="float32", shard_size=32,
-            views=tuple(views),
+            views=views,
         )  # fmt: skip
         if views:
             copies = [extract_features(np.ascontiguousarray(VIEWS[view](self.pixels))) for view in views]
             arrays = {name: np.stack([copy[name] for copy in copies], axis=1) for name in arrays}
         provenance = {"images_sha256": self.images.attrs["content_sha256"]}
-        writer = Writer(self.folder / "scratch-features", schema, self.store, provenance)
+        writer = Writer(folder / "scratch-features", schema, self.store, provenance)
         for shard in writer.pending_shards():
             writer.write(shard, {name: values[schema.rows(shard)] for name, values in arrays.items()})
         writer.finish()
-        FeatureStore(self.store)
-
-    def head_path(self) -> Path:
-        """Train a head on the features, as the stage train does, and return its file."""
-        path = self.folder / "head.pt"
-        if not path.exists():
-            data = task_data.load({self.store: None}, self.images_path, HEADS, ("train", "val"), "cpu")
-            checkpoint.save(path, trained_head(data, "member", train_heads(data, [HParams(0.02, 0.01, 0)]), 0))
-        return path
-
-    def augmented_images(self) -> AugmentedImages:
-        return AugmentedImages.load(self.images_path, max_gb=1.0)
 
     def setup(self, config: DistillConfig = DISTILL) -> DistillationSetup:
-        images = self.augmented_images()
+        """Everything that the students share; tests may change it."""
+        images = AugmentedImages.load(self.images_path, max_gb=1.0)
         rows = images.rows("train", image_store.UNLABELLED)
-        teacher = CachedTeacher({self.store: None}, self.images_path, checkpoint.load(self.head_path()), rows)
+        teacher = CachedTeacher({self.store: None}, self.images_path, checkpoint.load(self.head_path), rows)
         return DistillationSetup(images, teacher, config, "cpu")
 
 
-@pytest.fixture
-def make_dataset(tmp_path, open_images):
-    """Function from a task, views and splits to a `SyntheticDataset`."""
+@pytest.fixture(scope="session")
+def make_dataset(tmp_path_factory):
+    """Function from a task, views and splits to a `SyntheticDataset`, which tests share."""
+    datasets = {}
 
-    def make(task: str, views=(), split=("train", "val", "train", "test", "train", "train")) -> SyntheticDataset:
-        return SyntheticDataset(tmp_path, open_images, task, [*split] * (N_SAMPLES // len(split)), views)
+    def make(task, views=(), split=("train", "val", "train", "test", "train", "train")) -> SyntheticDataset:
+        if (task, views, split) not in datasets:
+            full_split = [split[i % len(split)] for i in range(N_SAMPLES)] if len(split) < 10 else list(split)
+            datasets[task, views, split] = SyntheticDataset(tmp_path_factory.mktemp(task), task, views, full_split)
+        return datasets[task, views, split]
 
     return make
 

@@ -1,4 +1,4 @@
-"""Frozen models with trained heads, from small extractions of real data, ready to be fine-tuned."""
+"""Frozen models with trained heads, from small extractions of synthetic chips, ready to be fine-tuned."""
 
 import dataclasses
 from pathlib import Path
@@ -8,10 +8,10 @@ import pytest
 import torch
 import xarray as xr
 
-from cache.reader import FeatureStore
 from cache.writer import Writer
 from pipeline.backbones import create_backbone, get_spec, preprocessing
 from pipeline.backbones.encoder import Encoder
+from pipeline.bands import SENTINEL2
 from pipeline.config import (
     BackboneConfig,
     ExtractConfig,
@@ -34,7 +34,7 @@ from pipeline.training.protocol import train_heads, trained_head
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=60, batch=20),
     UPerNetHeadConfig(channels=4, steps=4, batch=4),
-    FcnHeadConfig(steps=30, batch=8),
+    FcnHeadConfig(steps=10, batch=8),
     segmentation="fcn",
 )
 EXTRACT = ExtractConfig("float32", "none", "float32", False, 16, 64, False, ("identity",))
@@ -45,13 +45,30 @@ BACKBONES = {
     "hiera": BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64),
     "raw": BackboneConfig("band_statistics", "mean_std", "none", 32),
 }
-# Fields of an images store with one entry per sample.
-SAMPLE_FIELDS = ("image", "label", "sample", "split", "lat", "lon", "time", "crs", "transform")
+N_PER_SPLIT, SIDE, N_CLASSES = 8, 16, 3
+
+
+def make_images(task: str, side: int = SIDE) -> image_store.ImageDataset:
+    """Chips of Sentinel-2 bands whose halves have the brightness of a class."""
+    generator = np.random.default_rng(0)
+    count = 3 * N_PER_SPLIT
+    left, right = np.arange(count) % N_CLASSES, np.arange(count) // 2 % N_CLASSES
+    mask = np.where(np.arange(side) < side // 2, left[:, None, None], right[:, None, None])
+    mask = np.broadcast_to(mask, (count, side, side))
+    noise = generator.normal(0, 100, (count, len(SENTINEL2), side, side))
+    return image_store.ImageDataset(
+        image=(500 + 1000 * mask[:, None] + noise).clip(1).astype(np.uint16),
+        label=mask.astype(np.uint8) if task == "segmentation" else left,
+        sample=[f"s{i:02}" for i in range(count)], split=np.repeat(["train", "val", "test"], N_PER_SPLIT).tolist(),
+        classes=["a", "b", "c"], bands=list(SENTINEL2), task=task, units="dn", gsd=10.0, licence="none",
+        source="a random generator", display=(0.0, 0.3), lat=np.full(count, 53.0), lon=np.full(count, 13.0),
+        time=np.full(count, "2017-02-16T10:21:01", "datetime64[s]"),
+    )  # fmt: skip
 
 
 @dataclasses.dataclass
 class FrozenModel:
-    """Frozen backbones, their trained head, and a subset of the images that it was trained on.
+    """Frozen backbones, their trained head, and the images that it was trained on.
 
     Attributes:
         images: the images store, opened; `images_path` is its folder.
@@ -96,46 +113,24 @@ def _single_thread():
 
 
 @pytest.fixture(scope="session")
-def small_images_path(image_dataset, tmp_path_factory):
-    """Function from a dataset's name to an images store with the first samples of each split."""
-    paths = {}
+def frozen_model(tmp_path_factory):
+    """Function from a task and a model's name to a `FrozenModel`, made by the program's own code."""
+    models, images_paths = {}, {}
 
-    def write(name: str, n_per_split: int) -> Path:
-        if name not in paths:
-            folder, dataset = tmp_path_factory.mktemp("small"), image_dataset(name)
-            split = np.asarray(dataset.split)
-            rows = np.concatenate([np.flatnonzero(split == part)[:n_per_split] for part in ("train", "val", "test")])
-            subset = {
-                field: np.asarray(getattr(dataset, field))[rows]
-                for field in SAMPLE_FIELDS
-                if getattr(dataset, field) is not None
-            }
-            subset |= {field: subset[field].tolist() for field in ("sample", "split", "crs") if field in subset}
-            path = folder / f"{name}.zarr"
-            image_writer.write(dataclasses.replace(dataset, **subset), folder / "scratch", path)
-            paths[name] = path
-        return paths[name]
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def frozen_model(small_images_path, tmp_path_factory):
-    """Function from a dataset's and a model's name to a `FrozenModel`, made by the program's own code."""
-    models = {}
-
-    def make(dataset: str, model: str, n_per_split: int = 12) -> FrozenModel:
-        if (dataset, model) in models:
-            return models[dataset, model]
-        folder, images_path = tmp_path_factory.mktemp("frozen"), small_images_path(dataset, n_per_split)
-        images = image_store.open_images(images_path)
-        members = [EnsembleMember(name, BACKBONES[name], folder) for name in model.split("+")]
-        stores = {extract_features(images, member, folder): None for member in members}
-        data = task_data.load(stores, images_path, HEADS, ("train", "val", "test"), "cpu")
-        group = train_heads(data, [HParams(1e-2, 1e-2, 0)])
-        checkpoint.save(folder / "head.pt", trained_head(data, model, group, 0))
-        models[dataset, model] = FrozenModel(images, images_path, members, folder / "head.pt", group, data, stores)
-        return models[dataset, model]
+    def make(task: str, model: str) -> FrozenModel:
+        if task not in images_paths:
+            images_paths[task] = tmp_path_factory.mktemp("images") / f"{task}.zarr"
+            image_writer.write(make_images(task), images_paths[task].with_name("scratch"), images_paths[task])
+        if (task, model) not in models:
+            folder, images_path = tmp_path_factory.mktemp("frozen"), images_paths[task]
+            images = image_store.open_images(images_path)
+            members = [EnsembleMember(name, BACKBONES[name], folder) for name in model.split("+")]
+            stores = {extract_features(images, member, folder): None for member in members}
+            data = task_data.load(stores, images_path, HEADS, ("train", "val", "test"), "cpu")
+            group, head_path = train_heads(data, [HParams(1e-2, 1e-2, 0)]), folder / "head.pt"
+            checkpoint.save(head_path, trained_head(data, model, group, 0))
+            models[task, model] = FrozenModel(images, images_path, members, head_path, group, data, stores)
+        return models[task, model]
 
     return make
 
@@ -153,4 +148,4 @@ def extract_features(images: xr.Dataset, member: EnsembleMember, folder: Path) -
     writer = Writer(folder / f"scratch-{name}", schema, folder / f"{name}.zarr", provenance)
     engine.extract(images, encoder, writer, EXTRACT.batch)
     writer.finish()
-    return FeatureStore(folder / f"{name}.zarr").location
+    return folder / f"{name}.zarr"

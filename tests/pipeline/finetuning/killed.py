@@ -1,4 +1,4 @@
-"""A fine-tuning in its own process, to be killed: python killed.py IMAGES HEAD FOLDER."""
+"""A fine-tuning in its own process, to be killed: python -m … IMAGES HEAD FOLDER."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ from tests.pipeline.finetuning.conftest import BACKBONES, CONFIG
 
 # A checkpoint after every step, so that a kill falls between two checkpoints.
 KILLED_CONFIG = dataclasses.replace(
-    CONFIG, method="lora", steps=6, val_checks=6, seeds=2, learning_rates=(1e-3, 1e-2)
+    CONFIG, method="last1", steps=4, val_checks=4, seeds=2, learning_rates=(1e-3, 1e-2)
 )
 METADATA = {"dataset": "d", "model": "lite0", "weights": "random, seed 0"}
 

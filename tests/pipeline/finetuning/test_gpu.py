@@ -19,7 +19,7 @@ METADATA = {"dataset": "d", "model": "m", "weights": "random, seed 0"}
 def test_fine_tuning_on_gpu_starts_as_the_frozen_model_and_scores(
     gpu, frozen_model, make_job, tmp_path, model, method, checkpointing
 ):
-    frozen, changes = frozen_model("sample-landuse", model), {"method": method, "checkpointing": checkpointing}
+    frozen, changes = frozen_model("classification", model), {"method": method, "checkpointing": checkpointing}
     config, job = dataclasses.replace(CONFIG, **changes), make_job(frozen, **changes)
 
     def create_model(seed: int) -> FineTunedEnsemble:

@@ -23,63 +23,66 @@ from tests.pipeline.finetuning.killed import KILLED_CONFIG, METADATA, fine_tune
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(frozen_model, tmp_path_factory):
+    """Folder and result of a whole protocol on lite0."""
+    frozen, folder = frozen_model("classification", "lite0"), tmp_path_factory.mktemp("uninterrupted")
+    torch.set_num_threads(1)
+    return folder, fine_tune(frozen.images_path, frozen.head_path, folder)
+
+
 def n_steps(folder) -> int:
     """Number of steps in all checkpoints of a folder."""
     return sum(torch.load(path, weights_only=True)["step"] for path in folder.glob("*.pt"))
 
 
-def test_run_fine_tuning_killed_run_resumes_and_ends_as_an_uninterrupted_one(frozen_model, tmp_path):
-    frozen, folder = frozen_model("sample-landuse", "lite0"), tmp_path / "killed"
-    expected = fine_tune(frozen.images_path, frozen.head_path, tmp_path / "uninterrupted")
+def test_run_fine_tuning_killed_run_resumes_and_ends_as_an_uninterrupted_one(frozen_model, uninterrupted, tmp_path):
+    frozen, folder, (_, expected) = frozen_model("classification", "lite0"), tmp_path / "killed", uninterrupted
     arguments = map(str, (frozen.images_path, frozen.head_path, folder))
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.pipeline.finetuning.killed", *arguments],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
     )
-    while process.poll() is None and n_steps(folder) < 8:  # in the second of three trainings of six steps
-        time.sleep(0.1)
+    while process.poll() is None and n_steps(folder) < 5:  # in the second of three trainings of four steps
+        time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 8 <= n_steps(folder) < 18
+    assert 5 <= n_steps(folder) < 12
     resumed = fine_tune(frozen.images_path, frozen.head_path, folder)
     assert resumed.runs.equals(expected.runs)
     assert resumed.best_tensors.keys() == expected.best_tensors.keys()
     assert all(torch.equal(tensor, resumed.best_tensors[name]) for name, tensor in expected.best_tensors.items())
 
 
-def test_run_fine_tuning_runs_have_the_columns_of_the_frozen_protocol_and_more(frozen_model, tmp_path):
-    frozen = frozen_model("sample-landuse", "lite0")
-    result = fine_tune(frozen.images_path, frozen.head_path, tmp_path / "runs")
+def test_run_fine_tuning_runs_have_the_columns_of_the_frozen_protocol_and_more(frozen_model, uninterrupted):
+    frozen, (folder, result) = frozen_model("classification", "lite0"), uninterrupted
     runs, hparams = result.runs, {"learning_rate": 1e-2, "weight_decay": 1e-2}
     frozen_runs = frozen_protocol.train_and_test(frozen.data, hparams, 1, METADATA).runs
     assert set(frozen_runs.columns) <= set(runs.columns)
-    assert runs.protocol.tolist() == ["fine-tuned (lora)"] * 2
+    assert runs.protocol.tolist() == ["fine-tuned (last 1 blocks)"] * 2
     assert runs.seed.tolist() == [0, 1]
     assert (runs.val_score >= runs.frozen_val_score).all()
     val_scores = {
-        rate: torch.load(tmp_path / f"runs/{rate:g}-seed0.pt")["best_score"] for rate in KILLED_CONFIG.learning_rates
+        rate: torch.load(folder / f"{rate:g}-seed0.pt")["best_score"] for rate in KILLED_CONFIG.learning_rates
     }
-    assert (tmp_path / f"runs/{runs.learning_rate[0]:g}-seed1.pt").exists()
+    assert (folder / f"{runs.learning_rate[0]:g}-seed1.pt").exists()
     assert val_scores[runs.learning_rate[0]] == max(val_scores.values()) == runs.val_score[0]
-    parameters = frozen.trainable(method="lora").trainable_parameters()
+    parameters = frozen.trainable(method="last1").trainable_parameters()
     assert result.best_tensors.keys() == parameters.keys()
     assert runs.trained_parameters.tolist() == [sum(parameter.numel() for parameter in parameters.values())] * 2
 
 
-@pytest.mark.parametrize(
-    ("dataset", "model_name"), [("sample-landuse-seg", "prithvi"), ("sample-landuse", "raw+lite0")]
-)
+@pytest.mark.parametrize(("task", "model_name"), [("segmentation", "prithvi"), ("classification", "raw+lite0")])
 def test_run_fine_tuning_scores_can_be_recomputed_from_predictions_and_tensors(
-    frozen_model, make_job, tmp_path, dataset, model_name
+    frozen_model, make_job, tmp_path, task, model_name
 ):
-    frozen = frozen_model(dataset, model_name)
-    job = make_job(frozen, steps=2, val_checks=1, method="lora")
+    frozen = frozen_model(task, model_name)
+    job = make_job(frozen, steps=1, val_checks=1, method="lora")
     result = train.run_fine_tuning(lambda seed: frozen.trainable(seed, method="lora"), job, METADATA, tmp_path)
-    task = job.task
-    samples, counts = predictions.counts_from_table(result.predicted, task)
+    samples, counts = predictions.counts_from_table(result.predicted, job.task)
     assert samples == sorted(frozen.data.splits["test"].sample)
-    assert result.runs.score[0] == task.score(counts[0].sum(axis=0))
+    assert result.runs.score[0] == job.task.score(counts[0].sum(axis=0))
     assert result.runs.protocol[0] == "fine-tuned (lora)"
     model = frozen.trainable(7, method="lora")
     model.load_trainable(result.best_tensors)
@@ -88,27 +91,27 @@ def test_run_fine_tuning_scores_can_be_recomputed_from_predictions_and_tensors(
 
 def test_train_backbone_learns_with_a_frozen_head(frozen_model, make_job):
     """The labels are shifted, so that only a change of the features can reduce the loss."""
-    frozen = frozen_model("sample-landuse", "prithvi")
+    frozen = frozen_model("classification", "prithvi")
     job, model = make_job(frozen), frozen.trainable(layer_decay=1.0)
     model.head.requires_grad_(False)
     rows = job.images.rows("train")
     job.images._label[rows] = (job.images._label[rows] + 1) % job.task.n_classes
     optimizer = torch.optim.AdamW(model.parameter_groups(1e-3, 0.0))
-    losses = [train.train_step(model, optimizer, job, rows, None).item() for _ in range(25)]
-    assert losses[-1] < 0.2 * losses[0]
+    losses = [train.train_step(model, optimizer, job, rows, None).item() for _ in range(15)]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 def test_train_diverged_run_ends_as_the_frozen_model(frozen_model, make_job, tmp_path):
-    frozen = frozen_model("sample-landuse", "lite0")
-    model, job = frozen.trainable(), make_job(frozen, steps=8, val_checks=8)
+    frozen = frozen_model("classification", "lite0")
+    model, job = frozen.trainable(), make_job(frozen, steps=4, val_checks=4)
     state = train.train(model, job, HParams(1e30, 0.0, 0), tmp_path / "checkpoint.pt")
     assert state.finished
-    assert state.step < 8
+    assert state.step < 4
     assert all(torch.isfinite(parameter).all() for parameter in model.trainable_parameters().values())
 
 
 def test_make_task_class_weights_equal_those_of_frozen_heads(frozen_model, make_job):
-    frozen = frozen_model("sample-landuse-seg", "prithvi")
+    frozen = frozen_model("segmentation", "prithvi")
     images = make_job(frozen).images
     heads = dataclasses.replace(HEADS, class_weights="balanced")
     expected = task_data.load(frozen.stores, frozen.images_path, heads, ("train",), "cpu").task

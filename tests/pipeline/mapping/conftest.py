@@ -10,12 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pipeline.bands import SENTINEL2
 from pipeline.mapping.predictors import METADATA_KEY
-from pipeline.mapping.scene import SceneConfig, scene_from_rasters
 
 BANDS = [band for band in SENTINEL2 if band.common_name in ("blue", "nir", "swir16")]
 # Three classes of three bands in DN, each frequent in the sample scene.
 WEIGHT = np.array([[4, -1, 0], [0, 1.5, -1], [-1, 0, 0.6]], np.float32) / 600
 BIAS = -WEIGHT @ np.array([1456, 1728, 1920], np.float32)
+GRID = rasterio.Affine(10, 0, 400000, 0, -10, 5800000)
 
 
 def write_linear_model(path, tile, task="segmentation", metadata_key=METADATA_KEY):
@@ -38,19 +38,26 @@ def write_linear_model(path, tile, task="segmentation", metadata_key=METADATA_KE
         [weight, numpy_helper.from_array(BIAS, "bias")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    bands = [{"name": band.name, "common_name": band.common_name, "wavelength": band.wavelength} for band in BANDS]
     metadata = {
-        "dataset": "synthetic",
-        "task": task,
-        "classes": ["a", "b", "c"],
-        "ignore": 255,
-        "units": "dn",
-        "gsd": 10.0,
+        "dataset": "synthetic", "task": task, "classes": ["a", "b", "c"], "ignore": 255, "units": "dn", "gsd": 10.0,
         "size": [tile, tile],
-        "bands": bands,
-    }
+        "bands": [{key: getattr(band, key) for key in ("name", "common_name", "wavelength")} for band in BANDS],
+    }  # fmt: skip
     helper.set_model_props(model, {metadata_key: json.dumps(metadata)})
     onnx.save(model, path)
+    return path
+
+
+def write_raster(path, values, band_names=(), units="dn", transform=GRID, crs="EPSG:32633", nodata=None):
+    """Write pixels (band, y, x) as a GeoTIFF that names its bands and units."""
+    count, height, width = values.shape
+    with rasterio.open(
+        path, "w", driver="GTiff", height=height, width=width, count=count, dtype=values.dtype, nodata=nodata,
+        crs=crs, transform=transform,
+    ) as file:  # fmt: skip
+        file.write(values)
+        file.descriptions = band_names or [band.common_name for band in BANDS]
+        file.update_tags(units=units)
     return path
 
 
@@ -61,26 +68,6 @@ def linear_model(tmp_path):
 
 
 @pytest.fixture
-def landuse_scene(raw_folder):
-    """The Sentinel-2 scene of the land use dataset, from one file per band."""
-    paths = sorted(raw_folder("osm_landuse").glob("*_B??.jp2"))
-    return scene_from_rasters(paths, SceneConfig("", "dn", SENTINEL2))
-
-
-@pytest.fixture
 def write_geotiff(tmp_path):
-    """Function from pixels (band, y, x) to a GeoTIFF that names its bands and units."""
-
-    def write(values, name="scene.tif", units="dn", band_names=None, nodata=None, transform=None, crs="EPSG:32633"):
-        path = tmp_path / name
-        with rasterio.open(
-            path, "w", driver="GTiff", height=values.shape[1], width=values.shape[2], count=len(values),
-            dtype=values.dtype, nodata=nodata, crs=crs,
-            transform=transform or rasterio.Affine(10, 0, 400000, 0, -10, 5800000),
-        ) as file:  # fmt: skip
-            file.write(values)
-            file.descriptions = band_names or [band.common_name for band in BANDS]
-            file.update_tags(units=units)
-        return path
-
-    return write
+    """Function from pixels (band, y, x) to the path of a GeoTIFF; options as for `write_raster`."""
+    return lambda values, **options: write_raster(tmp_path / "scene.tif", values, **options)

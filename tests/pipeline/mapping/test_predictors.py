@@ -11,13 +11,13 @@ import rasterio
 import torch
 
 from cache.reader import FeatureStore
-from cache.writer import Writer
 from pipeline.backbones import get_spec
 from pipeline.backbones.preprocessing import make_preprocessor
-from pipeline.config import BackboneConfig, HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
+from pipeline.config import BackboneConfig
+from pipeline.data import image_writer
 from pipeline.data.image_store import open_images
 from pipeline.errors import UserError
-from pipeline.extraction import engine, estimate
+from pipeline.finetuning.model import EnsembleMember
 from pipeline.heads import checkpoint
 from pipeline.mapping import torch_predictors
 from pipeline.mapping.predict_scene import predict_scene
@@ -28,14 +28,13 @@ from pipeline.training import task_data
 from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_heads, trained_head
 from tests.errors import raises
+from tests.pipeline.finetuning.conftest import HEADS, N_CLASSES, SIDE, extract_features, make_images
+from tests.pipeline.mapping.conftest import write_raster
 
 BACKBONES = {
     "raw": BackboneConfig("band_statistics", "mean_std", "none", 64),
     "lite0_random": BackboneConfig("efficientnet", "lite0", "random", 64),
 }
-HEADS = HeadsConfig(
-    LinearHeadConfig("all", "mean", steps=30, batch=20), UPerNetHeadConfig(channels=4, steps=6, batch=4)
-)
 METADATA = {
     "task": "segmentation",
     "classes": ["a", "b"],
@@ -57,34 +56,30 @@ def train_head(path, stores, images_path):
 
 
 @pytest.fixture(scope="module")
-def trained_ensemble(images_path, params, make_encoder, tmp_path_factory):
-    """params.yaml with two backbones, and the folder of their feature stores, weights and trained head."""
-    folder, images = tmp_path_factory.mktemp("ensemble"), open_images(images_path("sample-landuse-seg"))
-    extract = dataclasses.replace(params.extract, dtype="float32", shard=16)
-    params = dataclasses.replace(params, backbones={**params.backbones, **BACKBONES}, extract=extract)
-    stores = []
+def trained_ensemble(params, tmp_path_factory):
+    """params.yaml with two backbones, and the folder of their images, features, weights and head."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    image_writer.write(make_images("segmentation"), folder / "scratch", folder / "images.zarr")
+    images, stores = open_images(folder / "images.zarr"), []
+    (folder / "features").mkdir()
     for name, backbone in BACKBONES.items():
-        spec, weights = get_spec(backbone), {"weights": backbone.weights}
-        encoder = make_encoder(images, backbone.family, backbone.variant, 64, weights=backbone.weights)
-        schema = engine.make_schema(images, spec, estimate.dry_run(images, encoder, 4).pyramid, 64, extract)
-        provenance = engine.provenance(images, name, backbone, spec, encoder.preprocessor, weights, extract, "cpu")
-        stores.append(folder / f"features/{name}.zarr")
-        writer = Writer(folder / "scratch", schema, stores[-1], provenance)
-        engine.extract(images, encoder, writer, 16)
-        writer.finish()
+        stores.append(extract_features(images, EnsembleMember(name, backbone, folder), folder / "features"))
         (folder / "weights" / name).mkdir(parents=True)
-        (folder / "weights" / name / "source.json").write_text(json.dumps(weights))
-    train_head(folder / "head.pt", stores, images_path("sample-landuse-seg"))
-    return params, folder
+        (folder / "weights" / name / "source.json").write_text(json.dumps({"weights": backbone.weights}))
+    train_head(folder / "head.pt", stores, folder / "images.zarr")
+    return dataclasses.replace(params, backbones={**params.backbones, **BACKBONES}), folder
 
 
 @pytest.fixture
-def ensemble(trained_ensemble, images_path, tmp_path):
+def ensemble(trained_ensemble, tmp_path):
     """params.yaml with two backbones, and the paths of a copy of their ensemble, which tests may change."""
     params, folder = trained_ensemble
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    images = images_path("sample-landuse-seg")
-    return params, EnsemblePaths(tmp_path / "head.pt", images, tmp_path / "features", tmp_path / "weights")
+    return params, EnsemblePaths(*(tmp_path / name for name in ("head.pt", "images.zarr", "features", "weights")))
+
+
+def chip_metadata(images, rows):
+    return {"location": np.stack([images.lat[rows], images.lon[rows]], axis=1), "time": images.time[rows].values}
 
 
 def test_load_ensemble_logits_equal_those_of_the_stored_features(ensemble):
@@ -99,64 +94,49 @@ def test_load_ensemble_logits_equal_those_of_the_stored_features(ensemble):
     image_bands = images.band.values.tolist()
     band_indices = [image_bands.index(band.common_name) for band in model.signature.bands]
     chips = images.image[rows].values[:, band_indices].astype(np.float32)
-    actual = model.predict_logits(chips, {})
-    assert actual.shape == expected.shape == (3, 7, 128, 128)
+    actual = model.predict_logits(chips, chip_metadata(images, rows))
+    assert actual.shape == expected.shape == (3, N_CLASSES, SIDE, SIDE)
     np.testing.assert_allclose(actual, expected, atol=1e-3 * expected.std())
-    reversed_bands = model.predict_logits(chips[:, ::-1].copy(), {})
+    reversed_bands = model.predict_logits(chips[:, ::-1].copy(), chip_metadata(images, rows))
     assert not np.allclose(actual, reversed_bands, atol=1e-2 * expected.std())
 
 
 def test_load_ensemble_needs_only_the_bands_of_its_backbones(ensemble, tmp_path):
     params, paths = ensemble
-    assert checkpoint.load(paths.head).backbones == ["raw", "lite0_random"]
     head = train_head(tmp_path / "lite0.pt", [paths.features / "lite0_random.zarr"], paths.images)
     model = load_ensemble(params, dataclasses.replace(paths, head=head), "cpu")
     assert [band.common_name for band in model.signature.bands] == ["blue", "green", "red"]
-    chip = open_images(paths.images).image[0].values
-    with rasterio.open(
-        tmp_path / "s.tif", "w", driver="GTiff", height=128, width=128, count=3, dtype="uint16", crs="EPSG:32633",
-        transform=rasterio.Affine(10, 0, 4e5, 0, -10, 58e5),
-    ) as file:  # fmt: skip
-        file.write(chip[[3, 2, 1]])
-        file.descriptions = ["red", "green", "blue"]
-        file.update_tags(units="dn")
-    scene = open_scene(tmp_path / "s.tif")
+    images = open_images(paths.images)
+    chip = images.image[0].values
+    scene = open_scene(write_raster(tmp_path / "s.tif", chip[[3, 2, 1]], ["red", "green", "blue"]))
     assert match_scene_bands(scene, model.signature) == [2, 1, 0]
     predict_scene(scene, model, tmp_path / "map")
-    expected = model.predict_logits(chip[None, [1, 2, 3]].astype(np.float32), {})[0].argmax(axis=0)
+    logits = model.predict_logits(chip[None, [1, 2, 3]].astype(np.float32), chip_metadata(images, [0]))[0]
     with rasterio.open(tmp_path / "map/class.tif") as file:
-        assert (file.read(1) == expected).mean() > 0.999
+        assert (file.read(1) == logits.argmax(axis=0)).mean() > 0.99
 
 
-def test_metadata_tensors_equal_those_of_extraction(images_path):
-    images = open_images(images_path("sample-landuse"))
+def test_metadata_tensors_equal_those_of_extraction(trained_ensemble):
+    images, rows = open_images(trained_ensemble[1] / "images.zarr"), slice(0, 3)
     preprocessor = dataclasses.replace(
         make_preprocessor(images, "raw", BACKBONES["raw"], get_spec(BACKBONES["raw"])),
         metadata_keys=("location", "time"),
     )
     encoder = SimpleNamespace(preprocessor=preprocessor, device="cpu")
-    metadata = {"location": np.stack([images.lat[:3], images.lon[:3]], axis=1), "time": images.time[:3].values}
-    actual = torch_predictors._metadata_tensors(encoder, metadata)
-    expected = preprocessor.metadata(images, slice(0, 3))
+    actual = torch_predictors._metadata_tensors(encoder, chip_metadata(images, rows))
+    expected = preprocessor.metadata(images, rows)
     assert set(actual) == set(expected) == {"location", "time"}
     for name, values in expected.items():
         np.testing.assert_array_equal(actual[name].numpy(), values)
     assert actual["time"][0, 0].tolist() == [2017, 46]  # 16 February, from 0
 
 
-def test_load_ensemble_backbone_with_another_input_size_is_refused(ensemble):
+@pytest.mark.parametrize("change", [{"input_size": 96}, {"normalisation": "dataset"}])
+def test_load_ensemble_backbone_that_has_changed_since_extraction_is_refused(ensemble, change):
     params, paths = ensemble
-    larger = dataclasses.replace(BACKBONES["lite0_random"], input_size=96)
-    params = dataclasses.replace(params, backbones={**params.backbones, "lite0_random": larger})
+    changed = dataclasses.replace(BACKBONES["lite0_random"], **change)
+    params = dataclasses.replace(params, backbones={**params.backbones, "lite0_random": changed})
     with raises(UserError, key="backbones.lite0_random", path=paths.features / "lite0_random.zarr"):
-        load_ensemble(params, paths, "cpu")
-
-
-def test_load_ensemble_backbone_with_another_normalisation_is_refused(ensemble):
-    params, paths = ensemble
-    normalised = dataclasses.replace(BACKBONES["lite0_random"], normalisation="dataset")
-    params = dataclasses.replace(params, backbones={**params.backbones, "lite0_random": normalised})
-    with raises(UserError, key="backbones.lite0_random"):
         load_ensemble(params, paths, "cpu")
 
 
@@ -170,32 +150,25 @@ def test_load_ensemble_without_weights_or_head_is_refused(ensemble, tmp_path):
         load_ensemble(params, dataclasses.replace(paths, head=missing), "cpu")
 
 
-@pytest.mark.parametrize("key", METADATA)
-def test_parse_signature_missing_key_is_refused(key):
-    assert np.isnan(parse_signature(METADATA, "student.json").gsd)
-    metadata = {other: value for other, value in METADATA.items() if other != key}
-    with raises(UserError, key=key, path="student.json"):
-        parse_signature(metadata, "student.json")
-
-
 @pytest.mark.parametrize(
-    ("key", "value"), [("size", [32]), ("task", "regression"), ("task", ["segmentation"]), ("bands", 3)]
+    ("key", "value"),
+    [*((key, None) for key in METADATA if key != "gsd"), ("size", [32]), ("task", "regression"), ("bands", 3)],
 )
-def test_parse_signature_invalid_value_is_refused(key, value):
-    with raises(UserError):
-        parse_signature(METADATA | {key: value}, "student.json")
+def test_parse_signature_missing_key_or_invalid_value_is_refused(key, value):
+    assert np.isnan(parse_signature(METADATA, "student.json").gsd)
+    metadata = {other: entry for other, entry in METADATA.items() if other != key}
+    fields = {"path": "student.json", "key": key} if value is None else {}
+    with raises(UserError, **fields):
+        parse_signature(metadata if value is None else {**metadata, key: value}, "student.json")
 
 
-def test_load_onnx_student_missing_or_damaged_file_is_refused(tmp_path):
+def test_load_onnx_student_file_that_is_not_a_student_is_refused(tmp_path, linear_model):
     path = tmp_path / "student.onnx"
     with raises(UserError, path=path):
         load_onnx_student(path)
     path.write_bytes(b"not ONNX")
     with raises(UserError, path=path):
         load_onnx_student(path)
-
-
-def test_load_onnx_student_without_metadata_is_refused(linear_model):
     path = linear_model(16, metadata_key="another_key")
     with raises(UserError, key=METADATA_KEY, path=path):
         load_onnx_student(path)

@@ -3,6 +3,7 @@ import pytest
 import rasterio
 import rioxarray
 import xarray as xr
+from rasterio.windows import Window
 
 from pipeline.bands import FULL_SCALE
 from pipeline.data.sources import osm_landuse
@@ -11,7 +12,7 @@ from pipeline.mapping.predictors import Signature
 from pipeline.mapping.scene import match_scene_bands, open_scene
 from pipeline.tasks import Segmentation
 from tests.errors import raises
-from tests.pipeline.mapping.conftest import BANDS
+from tests.pipeline.mapping.conftest import BANDS, GRID
 
 YAML = """
 folder: {folder}
@@ -41,7 +42,7 @@ def test_open_scene_one_file_per_band_equals_the_source(scene_yaml, raw_folder):
     assert (scene.height, scene.width) == image.shape[1:]
     assert scene.transform == tuple(transform)[:6]
     assert rasterio.CRS.from_wkt(scene.crs) == crs
-    values, is_valid = scene.read_window((100, 900, 64, 48), [12, 0, 7])
+    values, is_valid = scene.read_window(Window(900, 100, 48, 64), [12, 0, 7])
     assert (values == image[[12, 0, 7], 100:164, 900:948]).all()
     assert is_valid.all()
     assert scene.time == osm_landuse.TIME
@@ -51,32 +52,21 @@ def test_open_scene_one_file_per_band_equals_the_source(scene_yaml, raw_folder):
     assert scene.gsd == pytest.approx(10, rel=0.01)
 
 
-def test_open_scene_zarr_and_geotiff_of_the_same_pixels_are_equal(raw_folder, tmp_path):
-    image, transform, crs = osm_landuse.read_scene(raw_folder("osm_landuse"))
-    pixels = image[[1, 7], 50:150, 30:250]
-    transform = transform @ rasterio.Affine.translation(30, 50)
+def test_open_scene_zarr_and_geotiff_of_the_same_pixels_are_equal(write_geotiff, tmp_path):
+    pixels = np.random.default_rng(0).integers(1, 5000, (2, 100, 220)).astype(np.uint16)
     array = xr.DataArray(pixels, dims=("band", "y", "x"), coords={"band": ["blue", "nir"]}, attrs={"units": "dn"})
-    array = rioxarray.raster_array.RasterArray(array).write_crs(crs).rio.write_transform(transform)
+    array = rioxarray.raster_array.RasterArray(array).write_crs("EPSG:32633").rio.write_transform(GRID)
     array.to_dataset(name="reflectance").to_zarr(tmp_path / "scene.zarr", zarr_format=3)
-    path = tmp_path / "scene.tif"
-    with rasterio.open(
-        path, "w", driver="GTiff", height=100, width=220, count=2, dtype="uint16", crs=crs, transform=transform
-    ) as file:
-        file.write(pixels)
-        file.descriptions = ["blue", "nir"]
-        file.update_tags(units="dn")
-    zarr_scene, tiff_scene = open_scene(tmp_path / "scene.zarr"), open_scene(path)
-    for scene in (zarr_scene, tiff_scene):
-        assert (scene.height, scene.width, scene.units) == (100, 220, "dn")
-    assert zarr_scene.transform == tiff_scene.transform
+    zarr_scene = open_scene(tmp_path / "scene.zarr")
+    tiff_scene = open_scene(write_geotiff(pixels, band_names=["blue", "nir"]))
+    for field in ("height", "width", "units", "transform", "bands"):
+        assert str(getattr(zarr_scene, field)) == str(getattr(tiff_scene, field))
     assert rasterio.CRS.from_wkt(zarr_scene.crs) == rasterio.CRS.from_wkt(tiff_scene.crs)
-    assert [band.common_name for band in zarr_scene.bands] == [band.common_name for band in tiff_scene.bands]
-    for window in ((0, 0, 100, 220), (10, 20, 5, 7)):
-        zarr_values, zarr_is_valid = zarr_scene.read_window(window, [1, 0])
-        tiff_values, tiff_is_valid = tiff_scene.read_window(window, [1, 0])
-        assert (zarr_values == tiff_values).all()
-        assert zarr_is_valid.all()
-        assert tiff_is_valid.all()
+    for window in (Window(0, 0, 220, 100), Window(20, 10, 7, 5)):
+        for scene in (zarr_scene, tiff_scene):
+            values, is_valid = scene.read_window(window, [1, 0])
+            assert (values == pixels[[1, 0]][:, *window.toslices()]).all()
+            assert is_valid.all()
 
 
 def test_open_scene_raster_without_band_names_needs_a_yaml_file(raw_folder, tmp_path):
@@ -90,7 +80,7 @@ def test_open_scene_raster_without_band_names_needs_a_yaml_file(raw_folder, tmp_
     scene = open_scene(tmp_path / "trees.yaml")
     assert scene.crs == ""
     assert np.isnan(scene.gsd)
-    assert scene.read_window((5, 6, 4, 4), [0, 1, 2])[0].shape == (3, 4, 4)
+    assert scene.read_window(Window(6, 5, 4, 4), [0, 1, 2])[0].shape == (3, 4, 4)
 
 
 def test_open_scene_raster_without_units_is_refused(write_geotiff):
@@ -125,15 +115,9 @@ def test_open_scene_missing_or_unreadable_file_is_refused(tmp_path):
         open_scene(damaged)
 
 
-def test_scene_gsd_of_small_pixels(tmp_path):
-    path = tmp_path / "trees.tif"
-    with rasterio.open(
-        path, "w", driver="GTiff", height=8, width=8, count=1, dtype="uint8", crs="EPSG:32612",
-        transform=rasterio.Affine(0.1, 0, 528000, 0, -0.1, 4978000),
-    ) as file:  # fmt: skip
-        file.write(np.ones((1, 8, 8), np.uint8))
-        file.descriptions = ["red"]
-        file.update_tags(units="uint8")
+def test_scene_gsd_of_small_pixels(write_geotiff):
+    transform = rasterio.Affine(0.1, 0, 528000, 0, -0.1, 4978000)
+    path = write_geotiff(np.ones((3, 8, 8), np.uint8), crs="EPSG:32612", transform=transform)
     assert open_scene(path).gsd == pytest.approx(0.1, rel=0.01)
 
 

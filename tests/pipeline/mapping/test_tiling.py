@@ -32,9 +32,9 @@ def test_output_blocks_cover_the_map_once_and_get_every_overlapping_tile():
     y_tiles, x_tiles = tiling.tile_axis(1300, 32, 8), tiling.tile_axis(700, 32, 8)
     n_blocks = np.zeros((1300, 700), int)
     for block in tiling.output_blocks(y_tiles, x_tiles):
-        n_blocks[block.row : block.row + block.height, block.column : block.column + block.width] += 1
-        assert block.row % tiling.COG_TILE == 0
-        starts = y_tiles.overlapping(block.row, block.row + block.height)
-        expected = [start for start in y_tiles.starts if start < block.row + block.height and start + 32 > block.row]
-        assert starts.tolist() == expected
+        n_blocks[block.toslices()] += 1
+        assert block.row_off % tiling.COG_TILE == 0
+        end = block.row_off + block.height
+        expected = [start for start in y_tiles.starts if start < end and start + 32 > block.row_off]
+        assert y_tiles.overlapping(block.row_off, block.height).tolist() == expected
     assert (n_blocks == 1).all()
