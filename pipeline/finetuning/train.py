@@ -132,12 +132,12 @@ def run_fine_tuning(create_model: CreateModel, job: FineTuneJob, metadata: Mappi
             best_score, best_tensors = state.best_score, state.best_tensors
         del model, head  # free its memory before the next model is created
     test_rows = images.rows("test")
-    samples, label = images.sample[test_rows].tolist(), images.label(test_rows).astype(np.int64)
-    table = (
-        predictions.confusion_table(samples, np.stack(outputs))
-        if task.is_dense
-        else predictions.prediction_table(samples, label, np.stack(outputs), task, SEARCH_KEYS)
-    )
+    samples = images.sample[test_rows].tolist()
+    if task.is_dense:
+        table = predictions.confusion_table(samples, np.stack(outputs))
+    else:
+        label = images.label(test_rows).astype(np.int64)
+        table = predictions.prediction_table(samples, label, np.stack(outputs), task, SEARCH_KEYS)
     _, counts = predictions.counts_from_table(table, task)
     return FineTuneResult(pd.DataFrame(rows).assign(score=task.score(counts.sum(axis=1))), table, best_tensors)
 
