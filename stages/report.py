@@ -9,7 +9,7 @@ from pipeline import config
 from pipeline.composition import CompositionResult
 from pipeline.errors import UserError
 from pipeline.report import figures, page, sections, statements
-from pipeline.report.significance import FROZEN, BootstrapSamples, ModelKind, bootstrap, summarize_runs
+from pipeline.report.significance import FROZEN, Draws, ModelKind, bootstrap, summarize_runs
 from pipeline.tasks import get_task
 from pipeline.training import predictions
 from stages.cli import (
@@ -31,23 +31,22 @@ from stages.cli import (
     write_json,
 )
 
+# Result folders by dataset and model.
+Folders = dict[tuple[str, str], Path]
+
 
 def make_report() -> None:
     """Write results/report and results/metrics.json from the runs of the grid; other runs are ignored."""
     grid = config.load().grid
     compositions = {dataset: CompositionResult.read(COMPOSITION / dataset) for dataset in grid.datasets}
-    students = [_load_student_result(dataset, student) for dataset in grid.datasets for student in grid.students]
+    students = [_read_student(dataset, student) for dataset in grid.datasets for student in grid.students]
     folders, skipped = _model_folders(grid)
-    folders |= {
-        (dataset, model): COMPOSITION / dataset / model
-        for dataset, result in compositions.items()
-        for model in result.missing_from(grid.models)
-    }
-    folders |= {
-        (student.dataset, f"{student.name} ({variant})"): DISTILLATION / student.dataset / student.name / variant
-        for student in students
-        for variant in student.metadata.get("variants", [])
-    }
+    for dataset, result in compositions.items():
+        folders |= {(dataset, model): COMPOSITION / dataset / model for model in result.missing_from(grid.models)}
+    for student in students:
+        variants = zip(student.models, student.distillation.get("variants", []), strict=True)
+        folder = DISTILLATION / student.dataset / student.name
+        folders |= {(student.dataset, model): folder / variant for model, variant in variants}
     if not folders:
         raise UserError(
             "Every model of grid.models is skipped: "
@@ -56,39 +55,50 @@ def make_report() -> None:
             key="grid.models",
             value=grid.models,
         )
-    tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
-    runs = pd.concat(tables, ignore_index=True)
+    runs = pd.concat(
+        [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()],
+        ignore_index=True,
+    )
     draws = _bootstrap_all(folders, runs)
     summary = summarize_runs(runs, draws)
     costs = pd.read_csv(require(COST)) if students else pd.DataFrame()
-    frozen, large = summary[summary.protocol == FROZEN], summary[summary.kind != ModelKind.STUDENT]
-    model_sentences = statements.key_comparisons(large, draws)
-    pairs = statements.all_pairs(frozen, draws)
+    large = summary[summary.kind != ModelKind.STUDENT]
+    comparisons = statements.key_comparisons(large, draws)
+    pairs = statements.all_pairs(summary[summary.protocol == FROZEN], draws)
+    scores = page.display_table(summary)
 
     with atomic_dir(SCRATCH / "report", REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
         pairs.to_csv(folder / "pairs.csv", index=False)
-        (folder / "summary.md").write_text(page.markdown_table(page.display_table(summary)))
-        figures.draw_boxplots(runs[runs.model.isin(large.model)], large, folder / "boxplots.png")
-        composition_html = sections.composition_section(compositions, frozen, folder)
-        students_html, student_sentences = sections.students_section(students, summary, draws, costs, folder)
-        exports_html = sections.exports_and_maps_section(
-            _student_folders(EXPORTS, grid), pd.read_csv(require(RATES)), _student_folders(MAPS, grid), folder
-        )
-        sentences = [*model_sentences, *student_sentences]
-        (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in sentences))
-        html_sections = [composition_html, students_html, exports_html, sections.finetuning_section(runs)]
-        html = page.render_page(
-            summary, runs, pairs, model_sentences, skipped, folder / "boxplots.png", html_sections
+        (folder / "summary.md").write_text(page.markdown_table(scores))
+        figures.draw_boxplots(runs, large, folder / "boxplots.png")
+        students_section = sections.students(students, summary, draws, costs, folder)
+        html = page.render(
+            "report.html.j2",
+            scores=scores,
+            boxplots=folder / "boxplots.png",
+            comparisons=comparisons,
+            pairs=pairs,
+            multiplicity_note=statements.multiplicity_note(pairs),
+            aggregates=sections.aggregates(runs[runs.protocol == FROZEN]),
+            composition=sections.composition(compositions, summary, folder),
+            students=students_section,
+            exports=sections.exports(students, pd.read_csv(require(RATES))),
+            maps=sections.maps(students, folder),
+            finetuning=sections.finetuning(runs),
+            skipped=skipped,
+            settings=sections.settings(summary),
         )
         (folder / "index.html").write_text(html)
+        sentences = [*comparisons, *students_section["sentences"]]
+        (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in sentences))
     write_json(METRICS, _metrics(summary))
-    print(page.markdown_table(page.display_table(summary)), *sentences, *skipped, sep="\n")
+    print(page.markdown_table(scores), *sentences, *skipped, sep="\n")
     print(f"\nReport: {REPORT / 'index.html'}")
 
 
-def _model_folders(grid: config.GridConfig) -> tuple[dict[tuple[str, str], Path], list[str]]:
+def _model_folders(grid: config.GridConfig) -> tuple[Folders, list[str]]:
     """Return the result folder of every (dataset, model) of the grid, and the reasons of the skipped ones."""
     folders, skipped = {}, []
     for dataset in grid.datasets:
@@ -102,25 +112,34 @@ def _model_folders(grid: config.GridConfig) -> tuple[dict[tuple[str, str], Path]
     return folders, skipped
 
 
-def _bootstrap_all(
-    folders: dict[tuple[str, str], Path], runs: pd.DataFrame
-) -> dict[tuple[str, str], BootstrapSamples]:
+def _read_student(dataset: str, name: str) -> sections.StudentResult:
+    return sections.StudentResult(
+        dataset=dataset,
+        name=name,
+        distillation=read_json(DISTILLATION / dataset / name / "metadata.json"),
+        export=read_json(EXPORTS / dataset / name / "export.json"),
+        map=read_json(MAPS / dataset / name / "map.json"),
+        map_folder=MAPS / dataset / name,
+    )
+
+
+def _bootstrap_all(folders: Folders, runs: pd.DataFrame) -> Draws:
     """Return the bootstrap samples of every (dataset, model).
 
     Raises:
         UserError: models of one dataset were tested on different samples.
     """
     draws, tested_samples = {}, {}
-    for number, (key, folder) in enumerate(folders.items()):
-        first_run = runs[(runs.dataset == key[0]) & (runs.model == key[1])].iloc[0]
-        table = pd.read_parquet(folder / "predictions.parquet")
+    for number, ((dataset, model), folder) in enumerate(folders.items()):
+        first_run = runs[(runs.dataset == dataset) & (runs.model == model)].iloc[0]
         task = get_task(first_run.task)(int(first_run.classes))
-        samples, counts = predictions.counts_from_table(table, task)
-        if samples != tested_samples.setdefault(key[0], samples):
+        samples, counts = predictions.counts_from_table(pd.read_parquet(folder / "predictions.parquet"), task)
+        if samples != tested_samples.setdefault(dataset, samples):
             raise UserError(
-                f"{folder} was tested on other samples than the other models of {key[0]}. Run: dvc repro", path=folder
+                f"{folder} was tested on other samples than the other models of {dataset}. Run: dvc repro",
+                path=folder,
             )
-        draws[key] = bootstrap(task, counts, stream=number)
+        draws[dataset, model] = bootstrap(task, counts, stream=number)
     return draws
 
 
@@ -131,15 +150,6 @@ def _metrics(summary: pd.DataFrame) -> dict[str, dict]:
         score = {"mean": round(row.mean, 6)} | ({"std": round(row.std, 6)} if row.runs > 1 else {})
         scores.setdefault(row.dataset, {})[row.model] = score
     return scores
-
-
-def _load_student_result(dataset: str, student: str) -> sections.StudentResult:
-    return sections.StudentResult(read_json(DISTILLATION / dataset / student / "metadata.json"))
-
-
-def _student_folders(root: Path, grid: config.GridConfig) -> dict[tuple[str, str], Path]:
-    """Return the folder of every (dataset, student) below a folder of results."""
-    return {(dataset, name): root / dataset / name for dataset in grid.datasets for name in grid.students}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Figures of the report. Files have no date and no version, so the same numbers yield the same bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -32,12 +32,7 @@ MAX_MAP_PIXELS = 1024
 def draw_boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None:
     """Draw box plots of the scores over seeds, one panel per dataset, as in Figure 2 of the paper.
 
-    A line next to a box is the 95 % interval of the mean over test samples.
-
-    Args:
-        runs: one row per run.
-        summary: of the models to draw; see `significance.summarize_runs`.
-        path: of the PNG file.
+    A line next to a box is the 95 % interval of the mean over test samples. Drawn are the models of the summary.
     """
     datasets = list(summary.dataset.unique())
     figure, panels = _panel_grid(len(datasets), panel_size=(6.5, 3.9))
@@ -53,16 +48,9 @@ def draw_boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None
         panel.set_title(f"{dataset} (n = {table.n_test.iloc[0]})", fontsize=10)
         panel.set_ylabel(f"test {table.metric.iloc[0]}")
         panel.grid(axis="y", alpha=0.3)
-    kinds = [kind for kind in KIND_COLOURS if kind in set(summary.kind)]
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=KIND_COLOURS[kind]) for kind in kinds]
-    figure.legend(handles, kinds, loc="lower center", ncols=len(kinds), frameon=False, fontsize=9)
-    figure.suptitle(
-        f"Protocols: {', '.join(summary.protocol.unique())}. Boxes: over seeds. Lines: 95 % interval of the mean "
-        "over test samples",
-        fontsize=11,
-    )
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    _save(figure, path)
+    handles = [Patch(facecolor=KIND_COLOURS[kind], label=kind) for kind in KIND_COLOURS if kind in set(summary.kind)]
+    title = f"Protocols: {', '.join(summary.protocol.unique())}. Boxes: over seeds. Lines: 95 % interval of the mean "
+    _save_with_legend(figure, handles, title + "over test samples", path)
 
 
 def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
@@ -97,7 +85,7 @@ def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_gain_against_cka(pairs: pd.DataFrame, title: str, path: Path) -> None:
+def draw_gain_against_cka(pairs: pd.DataFrame, path: Path) -> None:
     """Draw the gain of every ensemble of two backbones against the similarity of the two.
 
     Args:
@@ -114,7 +102,7 @@ def draw_gain_against_cka(pairs: pd.DataFrame, title: str, path: Path) -> None:
     panel.set_xlabel("linear CKA of the two backbones (training split)")
     panel.set_ylabel("gain over the better backbone\n(probe, validation split)")
     panel.margins(x=0.15, y=0.12)
-    panel.set_title(title, fontsize=10)
+    panel.set_title(f"Do ensembles of dissimilar backbones gain more? n = {len(pairs)}", fontsize=10)
     panel.legend(fontsize=8)
     panel.grid(alpha=0.3)
     figure.tight_layout()
@@ -147,11 +135,12 @@ def draw_score_against_cost(rows: pd.DataFrame, path: Path) -> None:
         panel.set_ylabel(f"test {table.metric.iloc[0]}" if len(table) else "")
         panel.margins(x=0.25, y=0.12)
         panel.grid(alpha=0.3)
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour) for colour in ROLE_COLOURS.values()]
-    figure.legend(handles, ROLE_COLOURS, loc="lower center", ncols=len(ROLE_COLOURS), frameon=False, fontsize=9)
-    figure.suptitle("Students and frozen models: score and cost. Lines: 95 % interval over test samples", fontsize=11)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    _save(figure, path)
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", color=colour, label=role)
+        for role, colour in ROLE_COLOURS.items()
+    ]
+    title = "Students and frozen models: score and cost. Lines: 95 % interval over test samples"
+    _save_with_legend(figure, handles, title, path)
 
 
 def draw_map(folder: Path, metadata: Mapping, title: str, path: Path) -> None:
@@ -200,6 +189,13 @@ def _panel_grid(n_panels: int, panel_size: tuple[float, float]) -> tuple[plt.Fig
     for unused in axes.flat[n_panels:]:
         unused.axis("off")
     return figure, list(axes.flat[:n_panels])
+
+
+def _save_with_legend(figure: plt.Figure, handles: Sequence, title: str, path: Path) -> None:
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    _save(figure, path)
 
 
 def _save(figure: plt.Figure, path: Path, dpi: int = 110) -> None:

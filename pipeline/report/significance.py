@@ -12,7 +12,6 @@ Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021, a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -27,6 +26,10 @@ SIGNIFICANCE_LEVEL = 0.05
 DRAWS_PER_BATCH = 1000
 # Protocol of models whose backbones are not trained. The models of all other protocols are trained networks.
 FROZEN = "frozen"
+SUMMARY_COLUMNS = [
+    "dataset", "model", "kind", "protocol", "metric", "mean", "std", "low", "high", "val_mean", "runs", "n_test",
+    "weights", "head", "learning_rate", "weight_decay", "task", "classes",
+]  # fmt: skip
 
 
 # Paired bootstrap on one test set
@@ -55,6 +58,10 @@ class BootstrapSamples:
     over_samples: np.ndarray
     over_seeds: np.ndarray
     over_both: np.ndarray
+
+
+# Bootstrap samples by dataset and model.
+Draws = Mapping[tuple[str, str], BootstrapSamples]
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,14 @@ class GainRecovered:
     Attributes:
         student_gain: distilled student minus supervised baseline.
         teacher_gain: teacher minus supervised baseline.
-        fraction: student gain divided by teacher gain; None unless the teacher is significantly better than the
-            baseline.
+        fraction: student gain divided by teacher gain; NaN unless the teacher is significantly better.
         interval: 95 % interval of the fraction over test samples and seeds.
     """
 
     student_gain: PairedDifference
     teacher_gain: PairedDifference
-    fraction: float | None = None
-    interval: tuple[float, float] | None = None
+    fraction: float
+    interval: tuple[float, float]
 
 
 def bootstrap(task: Task, counts: np.ndarray, stream: int = 0) -> BootstrapSamples:
@@ -153,32 +159,14 @@ def paired_difference(model: BootstrapSamples, reference: BootstrapSamples) -> P
     )
 
 
-def pairwise_differences(models: Mapping[str, BootstrapSamples]) -> dict[tuple[str, str], PairedDifference]:
-    """Compare every two models of one dataset, each pair once, in the order of the models."""
-    return {
-        (model, reference): paired_difference(models[model], models[reference])
-        for model, reference in combinations(models, 2)
-    }
-
-
 def gain_recovered(student: BootstrapSamples, baseline: BootstrapSamples, teacher: BootstrapSamples) -> GainRecovered:
-    """Compare a distilled student with its supervised baseline and its teacher.
-
-    Args:
-        student: the distilled student.
-        baseline: the same network trained on labels only.
-        teacher: the frozen model.
-    """
+    """Compare a distilled student with the same network trained on labels only, and with its frozen teacher."""
     student_gain, teacher_gain = paired_difference(student, baseline), paired_difference(teacher, baseline)
     if teacher_gain.verdict != Verdict.BETTER:
-        return GainRecovered(student_gain, teacher_gain)
+        return GainRecovered(student_gain, teacher_gain, np.nan, (np.nan, np.nan))
     fractions = (student.over_both - baseline.over_both) / (teacher.over_both - baseline.over_both)
-    return GainRecovered(
-        student_gain,
-        teacher_gain,
-        fraction=student_gain.difference / teacher_gain.difference,
-        interval=percentile_interval(fractions),
-    )
+    fraction = student_gain.difference / teacher_gain.difference
+    return GainRecovered(student_gain, teacher_gain, fraction, percentile_interval(fractions))
 
 
 def holm_adjusted(p_values: np.ndarray) -> np.ndarray:
@@ -207,13 +195,8 @@ class ModelKind(StrEnum):
     STUDENT = "student"
 
 
-def model_kind(model: str, weights: str, protocol: str = FROZEN) -> ModelKind:
-    """Return the kind of a model.
-
-    Args:
-        model: its name; the members of an ensemble are joined by `+`.
-        weights: of its backbones, as in runs.csv: `none` if they have none; contains `random` if they are random.
-    """
+def model_kind(model: str, weights: str, protocol: str) -> ModelKind:
+    """Return the kind of a model; `weights` of its backbones as in runs.csv: `none`, or with `random` if random."""
     if protocol.startswith("fine-tuned"):
         return ModelKind.FINE_TUNED
     if protocol != FROZEN:
@@ -225,73 +208,36 @@ def model_kind(model: str, weights: str, protocol: str = FROZEN) -> ModelKind:
     return ModelKind.ENSEMBLE if "+" in model else ModelKind.PRETRAINED
 
 
-def summarize_runs(runs: pd.DataFrame, draws: Mapping[tuple[str, str], BootstrapSamples]) -> pd.DataFrame:
-    """Summarize the runs of each model on each dataset.
-
-    Args:
-        runs: one row per run; see `protocol.train_and_test`.
-        draws: bootstrap samples of each (dataset, model).
+def summarize_runs(runs: pd.DataFrame, draws: Draws) -> pd.DataFrame:
+    """Summarize the runs of each model on each dataset; see `protocol.train_and_test` for the runs.
 
     Returns:
         One row per dataset and model. Columns, among others: mean; std, over seeds (NaN for one run); low and high,
         the 95 % bootstrap interval of the mean over test samples.
     """
-    rows = []
-    for (dataset, model), group in runs.groupby(["dataset", "model"], sort=False):
-        first = group.iloc[0]
-        low, high = percentile_interval(draws[dataset, model].over_samples)
-        rows.append(
-            {
-                "dataset": dataset,
-                "model": model,
-                "kind": model_kind(model, first.weights, first.protocol).value,
-                "protocol": first.protocol,
-                "metric": first.metric,
-                "mean": group.score.mean(),
-                "std": group.score.std(ddof=1) if len(group) > 1 else float("nan"),
-                "low": low,
-                "high": high,
-                "val_mean": group.val_score.mean(),
-                "runs": len(group),
-                "n_test": first.n_test,
-                "weights": first.weights,
-                "head": _head(first),
-                "learning_rate": first.learning_rate,
-                "weight_decay": first.weight_decay,
-                "task": first.task,
-                "classes": first.classes,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _head(run: pd.Series) -> str:
-    """Return the description of a run's head; students have none."""
-    head = run.get("head")
-    return head if isinstance(head, str) else "–"
+    runs = runs.assign(head=runs["head"].fillna("–") if "head" in runs else "–")  # students have none
+    groups = runs.groupby(["dataset", "model"], sort=False)
+    summary = groups.first()
+    summary["mean"], summary["std"], summary["runs"] = groups.score.mean(), groups.score.std(), groups.size()
+    summary["val_mean"] = groups.val_score.mean()
+    summary[["low", "high"]] = [percentile_interval(draws[key].over_samples) for key in summary.index]
+    summary = summary.reset_index()
+    kinds = map(model_kind, summary.model, summary.weights, summary.protocol)
+    return summary.assign(kind=[kind.value for kind in kinds])[SUMMARY_COLUMNS]
 
 
 # Summaries over datasets
 
 
 def min_max_normalized(runs: pd.DataFrame) -> pd.Series:
-    """Scale scores so that the worst run of each dataset is 0 and the best is 1.
-
-    Args:
-        runs: one row per run, with `dataset`, `model` and `score`. All models in it determine the scale.
-    """
+    """Scale scores so that the worst run of each dataset, of all models, is 0 and the best is 1."""
     scores = runs.groupby("dataset").score
     low, high = scores.transform("min"), scores.transform("max")
     return (runs.score - low) / (high - low).where(high > low, 1)
 
 
-def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean of the middle half of the values along the last axis."""
-    return trim_mean(values, 0.25, axis=-1)
-
-
 def aggregate_over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
-    """Compute the interquartile mean over runs and datasets of every model that ran on all `datasets`.
+    """Compute the interquartile mean of the middle half of all runs of every model that ran on all `datasets`.
 
     Returns:
         One row per model, best first. Columns: model, iqm, low, high (95 % interval over seeds, resampled within each
@@ -306,8 +252,8 @@ def aggregate_over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.D
         # The same seed for each model, so that its interval does not depend on the other models.
         generator = np.random.default_rng(0)
         resampled = [values[generator.integers(len(values), size=(N_DRAWS, len(values)))] for values in scores]
-        low, high = percentile_interval(interquartile_mean(np.concatenate(resampled, axis=1)))
-        iqm = float(interquartile_mean(np.concatenate(scores)))
+        low, high = percentile_interval(trim_mean(np.concatenate(resampled, axis=1), 0.25, axis=1))
+        iqm = float(trim_mean(np.concatenate(scores), 0.25))
         rows.append({"model": model, "iqm": iqm, "low": low, "high": high})
     return pd.DataFrame(rows, columns=["model", "iqm", "low", "high"]).sort_values(
         "iqm", ascending=False, kind="stable", ignore_index=True

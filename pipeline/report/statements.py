@@ -1,42 +1,31 @@
 """Sentences on the significance of score differences, and on the composition search and distillation."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
+from pipeline.composition import CompositionResult
 from pipeline.composition.cka import correlation_with_gain
-from pipeline.composition.search import CompositionResult
 from pipeline.report.significance import (
     FROZEN,
     SIGNIFICANCE_LEVEL,
-    BootstrapSamples,
+    Draws,
     ModelKind,
     PairedDifference,
     Verdict,
     gain_recovered,
     holm_adjusted,
     paired_difference,
-    pairwise_differences,
 )
 
-# Bootstrap samples by dataset and model.
-Draws = Mapping[tuple[str, str], BootstrapSamples]
 # Appended to the name of a frozen model to name its fine-tuned version.
 FINE_TUNED_SUFFIX = ", fine-tuned"
 PAIR_COLUMNS = [
     "dataset", "protocol", "model_a", "model_b", "metric", "difference", "samples_low", "samples_high", "seeds_low",
     "seeds_high", "low", "high", "p", "p_holm", "verdict", "sentence",
 ]  # fmt: skip
-
-
-class Comparison(NamedTuple):
-    """A key comparison; `role` describes the reference, such as the best member of an ensemble."""
-
-    model: str
-    reference: str
-    role: str
 
 
 def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
@@ -53,46 +42,42 @@ def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
     sentences = []
     for (dataset, _), table in summary.groupby(["dataset", "protocol"], sort=False):
         table = table.set_index("model")
-        for comparison in _ensembles_with_members(table):
-            if isinstance(comparison, str):
-                sentences.append(f"{dataset}: {comparison}")
+        for model, reference, description in (*_best_members(table), *_controls(table), *_frozen_models(table)):
+            if reference is None:
+                sentences.append(f"{dataset}: {description}")
             else:
-                sentences.append(_comparison_sentence(table, draws, dataset, comparison))
-        for comparison in (*_networks_with_controls(table), *_fine_tuned_with_frozen(table)):
-            sentences.append(_comparison_sentence(table, draws, dataset, comparison))
+                result = paired_difference(draws[dataset, model], draws[dataset, reference])
+                sentence = _verdict_sentence(table.loc[model], model, f"{reference} ({description})", result)
+                sentences.append(f"{dataset}: {sentence}.")
     return sentences
 
 
-def _ensembles_with_members(table: pd.DataFrame) -> Iterator[Comparison | str]:
-    """Yield each ensemble's comparison with its best member, or the reason if it has none."""
+def _best_members(table: pd.DataFrame) -> Iterator[tuple[str, str | None, str]]:
+    """Yield each ensemble, its best member and a description; without a best member, the reason describes it."""
     for model in table[table.kind == ModelKind.ENSEMBLE].index:
         members = model.split("+")
         if missing := [name for name in members if name not in table.index]:
-            yield f"{model} is not compared with its members, because the grid lacks {', '.join(missing)}."
+            reason = f"{model} is not compared with its members, because the grid lacks {', '.join(missing)}."
+            yield model, None, reason
         else:
-            yield Comparison(model, table.loc[members].val_mean.idxmax(), "its best member on validation")
+            yield model, table.loc[members].val_mean.idxmax(), "its best member on validation"
 
 
-def _networks_with_controls(table: pd.DataFrame) -> Iterator[Comparison]:
+def _controls(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
+    """Yield each network and control that it is compared with, and what the control is."""
     for model in table[table.kind.isin([ModelKind.ENSEMBLE, ModelKind.PRETRAINED])].index:
-        for control in table[table.kind == ModelKind.BAND_STATISTICS].index:
-            if control not in model.split("+"):
-                yield Comparison(model, control, "the band-statistics control")
-        for control in table[table.kind == ModelKind.RANDOM].index:
-            if control.removesuffix("_random") == model:
-                yield Comparison(model, control, "the same network with random weights")
+        for control, kind in table.kind.items():
+            if kind == ModelKind.BAND_STATISTICS and control not in model.split("+"):
+                yield model, control, "the band-statistics control"
+        if (control := f"{model}_random") in table.index and table.kind[control] == ModelKind.RANDOM:
+            yield model, control, "the same network with random weights"
 
 
-def _fine_tuned_with_frozen(table: pd.DataFrame) -> Iterator[Comparison]:
-    for model in table[table.kind == ModelKind.FINE_TUNED].index:
-        role = f"the frozen model; protocols: {table.loc[model].protocol} and {FROZEN}"
-        yield Comparison(model, model.removesuffix(FINE_TUNED_SUFFIX), role)
-
-
-def _comparison_sentence(table: pd.DataFrame, draws: Draws, dataset: str, comparison: Comparison) -> str:
-    model, reference, role = comparison
-    result = paired_difference(draws[dataset, model], draws[dataset, reference])
-    return f"{dataset}: {_verdict_sentence(table.loc[model], model, f'{reference} ({role})', result)}."
+def _frozen_models(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
+    """Yield each fine-tuned model, the frozen one, and their protocols."""
+    for model, protocol in table.protocol[table.kind == ModelKind.FINE_TUNED].items():
+        description = f"the frozen model; protocols: {protocol} and {FROZEN}"
+        yield model, model.removesuffix(FINE_TUNED_SUFFIX), description
 
 
 def all_pairs(summary: pd.DataFrame, draws: Draws) -> pd.DataFrame:
@@ -106,28 +91,30 @@ def all_pairs(summary: pd.DataFrame, draws: Draws) -> pd.DataFrame:
     rows = []
     for (dataset, protocol), table in summary.groupby(["dataset", "protocol"], sort=False):
         table = table.set_index("model")
-        results = pairwise_differences({model: draws[dataset, model] for model in table.index})
-        adjusted = holm_adjusted(np.array([result.p_value for result in results.values()]))
-        for ((model_a, model_b), result), p_holm in zip(results.items(), adjusted, strict=True):
+        pairs = list(combinations(table.index, 2))
+        results = [paired_difference(draws[dataset, a], draws[dataset, b]) for a, b in pairs]
+        adjusted = holm_adjusted(np.array([result.p_value for result in results]))
+        for (model_a, model_b), result, p_holm in zip(pairs, results, adjusted, strict=True):
             sentence = _verdict_sentence(table.loc[model_a], model_a, model_b, result)
             if result.verdict != Verdict.NOT_SIGNIFICANT and p_holm >= SIGNIFICANCE_LEVEL:
-                sentence += f"; not significant after Holm's correction for {len(results)} pairs"
+                sentence += f"; not significant after Holm's correction for {len(pairs)} pairs"
+            samples_low, samples_high = result.samples_interval
+            seeds_low, seeds_high = result.seeds_interval
+            low, high = result.interval
             rows.append(
-                [
-                    dataset, protocol, model_a, model_b, table.loc[model_a].metric, result.difference,
-                    *result.samples_interval, *result.seeds_interval, *result.interval, result.p_value, p_holm,
-                    result.verdict.value, f"{sentence}.",
-                ]
+                {
+                    "dataset": dataset, "protocol": protocol, "model_a": model_a, "model_b": model_b,
+                    "metric": table.metric[model_a], "difference": result.difference,
+                    "samples_low": samples_low, "samples_high": samples_high, "seeds_low": seeds_low,
+                    "seeds_high": seeds_high, "low": low, "high": high, "p": result.p_value, "p_holm": p_holm,
+                    "verdict": result.verdict.value, "sentence": f"{sentence}.",
+                }
             )  # fmt: skip
     return pd.DataFrame(rows, columns=PAIR_COLUMNS)
 
 
 def multiplicity_note(pairs: pd.DataFrame) -> str:
-    """Explain how many of the pairs may differ by chance.
-
-    Args:
-        pairs: as `all_pairs` returns them.
-    """
+    """Explain how many of the pairs, as `all_pairs` returns them, may differ by chance."""
     significant = pairs[pairs.verdict != Verdict.NOT_SIGNIFICANT]
     n_after_correction = int((significant.p_holm < SIGNIFICANCE_LEVEL).sum())
     return (
@@ -145,14 +132,12 @@ def distillation_sentence(dataset: str, student: str, teacher: str, draws: Draws
         baseline=draws[dataset, f"{student} (supervised)"],
         teacher=draws[dataset, teacher],
     )
-    effect = {
-        Verdict.BETTER: "The distilled student is better than",
-        Verdict.WORSE: "The distilled student is worse than",
-        Verdict.NOT_SIGNIFICANT: "The distilled student does not differ significantly from",
-    }[result.student_gain.verdict]
-    effect = f"{effect} the supervised baseline: {_gain(result.student_gain)}."
+    verdict = result.student_gain.verdict
+    effect = (
+        "does not differ significantly from" if verdict == Verdict.NOT_SIGNIFICANT else f"is {verdict.value} than"
+    )
     teacher_gain = _gain(result.teacher_gain)
-    if result.fraction is not None and result.interval is not None:
+    if result.teacher_gain.verdict == Verdict.BETTER:
         low, high = result.interval
         recovery = (
             f"It recovers {result.fraction:.0%} of the teacher's gain over the supervised baseline (95 % interval "
@@ -167,7 +152,10 @@ def distillation_sentence(dataset: str, student: str, teacher: str, draws: Draws
             f"The teacher does not differ significantly from the supervised baseline ({teacher_gain}), so the "
             "fraction of its gain that the student recovers cannot be estimated."
         )
-    return f"{dataset}, student {student}, teacher {teacher}: {effect} {recovery}"
+    return (
+        f"{dataset}, student {student}, teacher {teacher}: The distilled student {effect} the supervised baseline: "
+        f"{_gain(result.student_gain)}. {recovery}"
+    )
 
 
 def cka_gain_relation(compositions: Mapping[str, CompositionResult]) -> tuple[pd.DataFrame, str]:
@@ -179,11 +167,8 @@ def cka_gain_relation(compositions: Mapping[str, CompositionResult]) -> tuple[pd
     Returns:
         The ensembles of two backbones (columns of `subsets`, and dataset), and a sentence.
     """
-    tables = [
-        result.subsets.assign(dataset=dataset) for dataset, result in compositions.items() if len(result.subsets)
-    ]
-    pairs = pd.concat(tables, ignore_index=True)
-    pairs = pairs[pairs.members == 2]
+    subsets = [result.subsets.assign(dataset=dataset) for dataset, result in compositions.items() if result.backbones]
+    pairs = pd.concat(subsets, ignore_index=True).query("members == 2")
     sample = f"{len(pairs)} pairs of backbones on {pairs.dataset.nunique()} datasets"
     try:
         correlation, p_value = correlation_with_gain(pairs.cka.to_numpy(), pairs.gain.to_numpy())
@@ -202,11 +187,7 @@ def cka_gain_relation(compositions: Mapping[str, CompositionResult]) -> tuple[pd
 
 
 def _verdict_sentence(row: pd.Series, model: str, reference: str, result: PairedDifference) -> str:
-    """Compare a model with a reference; the sentence has no full stop.
-
-    Args:
-        row: of the model in the summary.
-    """
+    """Compare a model, of this row of the summary, with a reference; the sentence has no full stop."""
     seeds = f"over the {row.runs} seeds only {_interval(result.seeds_interval)}"
     if row.runs == 1:
         seeds = "one seed, so the variation over seeds is unknown"
@@ -224,4 +205,5 @@ def _gain(result: PairedDifference) -> str:
 
 
 def _interval(bounds: tuple[float, float]) -> str:
-    return f"{bounds[0]:+.3f} to {bounds[1]:+.3f}"
+    low, high = bounds
+    return f"{low:+.3f} to {high:+.3f}"
