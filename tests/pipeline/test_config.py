@@ -9,7 +9,7 @@ import yaml
 
 from pipeline import config, errors
 from pipeline.bands import Band
-from pipeline.config import FineTuneConfig, HubFile
+from pipeline.config import FineTuneConfig, HubFile, StudentConfig
 from pipeline.data.augmentation import VIEWS
 from pipeline.data.sources import validate
 from pipeline.errors import RENAMED_KEYS, UserError
@@ -81,15 +81,6 @@ def test_load_sections_are_read_only(params):
         params.train.seeds = 3
 
 
-def test_load_new_student_is_one_line(tmp_path):
-    text = (ROOT / "params.yaml").read_text()
-    line = "students:\n  resnet: {network: resnet18, weights: random, chip_size: 64, mask_size: 64}\n  small:"
-    (tmp_path / "params.yaml").write_text(
-        text.replace("students:\n  small:", line).replace("    - small\n", "    - resnet\n")
-    )
-    assert config.load(tmp_path / "params.yaml").student("resnet").network == "resnet18"
-
-
 def test_composition_backbones_random_controls_only_if_named(params, load_changed):
     assert params.composition_backbones() == ["raw", "csmask_b4", "lite0"]
     changed = load_changed(nested("composition.backbones", ["lite0", "lite0_random"]))
@@ -152,13 +143,9 @@ VALUES = [
     ("train.seeds", 1.0, None),
     ("train.seeds", 0, None),
     ("extract.compiled", "no", None),
-    ("extract.compiled", 0, None),
     ("weights_dir", 3, None),
-    ("search.trials", 0, None),
-    ("search.trials_per_round", 0, None),
     ("search.learning_rate", True, None),
     ("search.learning_rate", [1, 0.1], None),
-    ("search.learning_rate", [0, 0.1], None),
     ("search.learning_rate", [0.1], None),
     ("search.weight_decay", [0.1, 1, 2], None),
     ("extract.precision", "fp8", ("float32", "bfloat16", "float16")),
@@ -167,58 +154,32 @@ VALUES = [
     ("extract.codec", "bitround11", None),
     ("extract.views", ["flip_x"], None),
     ("extract.views", ["identity", "identity"], None),
-    ("extract.shard", 0, None),
-    ("extract.batch", -1, None),
     ("compute.workers", -1, None),
     ("compute.device", "tpu", ("auto", "cpu", "cuda")),
-    ("backbones.lite0.input_size", 0, None),
-    ("backbones.lite0.seed", -1, None),
     ("backbones.lite0.weights", "trained", ("pretrained", "random", "none")),
     ("backbones.lite0.normalisation", "own", ("native", "dataset")),
     ("backbones.lite0.input_units", "dn", ("reflectance", "display", "any")),
     ("datasets.sample-landuse.task", "regression", ("classification", "multilabel", "segmentation")),
-    ("datasets.sample-landuse.seed", -1, None),
     ("datasets.sample-landuse.block", 250, None),
     ("heads.class_weights", "rare", ("none", "balanced")),
     ("heads.precision", "float16", ("auto", "float32", "bfloat16")),
     ("heads.max_feature_gb", -1, None),
     ("heads.max_feature_gb", float("inf"), None),
     ("heads.max_feature_gb", float("nan"), None),
-    ("heads.val_checks", 0, None),
     ("heads.levels", 3, None),
-    ("heads.fcn.steps", 0, None),
     ("heads.upernet.batch", 1, None),
-    ("heads.upernet.channels", 0, None),
-    ("heads.linear.patience", -1, None),
     ("heads.linear.pooled", "first", ("last", "all")),
     ("heads.linear.tokens", "max", ("mean", "cls", "both")),
     ("composition.probe", "svm", ("logistic", "knn")),
-    ("composition.top_k", -1, None),
     ("composition.backbones", ["raw", "raw"], None),
     ("grid.models", [], None),
     ("grid.models", ["raw", "raw"], None),
-    ("grid.students", ["small", "small"], None),
-    ("grid.finetune", ["lite0", "lite0"], None),
-    ("students.small.chip_size", 0, None),
     ("distill.temperature", 0.0, None),
     ("distill.loss_weights.labels", 0.0, None),
-    ("distill.loss_weights.logits", -1.0, None),
-    ("distill.segmentation.batch", 1, None),
-    ("distill.classification.steps", 0, None),
-    ("distill.seeds", 0, None),
-    ("distill.search.trials", 0, None),
-    ("distill.search.learning_rate", [1.0, 0.1], None),
     ("finetune.method", "last0", None),
-    ("finetune.method", "head", None),
-    ("finetune.rank", 0, None),
-    ("finetune.steps", -1, None),
-    ("finetune.val_checks", 0, None),
     ("finetune.learning_rates", [], None),
     ("finetune.layer_decay", 1.5, None),
     ("finetune.layer_decay", 0, None),
-    ("finetune.weight_decay", -1, None),
-    ("finetune.precision", "float16", ("auto", "float32", "bfloat16")),
-    ("finetune.augment", "yes", None),
 ]
 
 
@@ -241,16 +202,12 @@ def test_load_invalid_value_is_refused(load_changed, tmp_path, key, value, allow
         ("finetune.learning_rates", [1e-3, 0], 0),
         ("distill.extra_variants", ["both"], "both"),
         ("grid.models", ["raw", 3], 3),
+        ("finetune.learning_rates", [1e-3, "1e-3"], [1e-3, "1e-3"]),
     ],
 )
 def test_load_invalid_item_of_a_list_is_refused(load_changed, key, values, invalid):
     with raises(UserError, repr(invalid), key=key, value=invalid):
         load_changed(nested(key, values))
-
-
-def test_load_same_learning_rate_in_two_spellings_is_refused(load_changed):
-    with raises(UserError, key="finetune.learning_rates"):
-        load_changed(nested("finetune.learning_rates", [1e-3, "1e-3"]))
 
 
 def test_load_splits_that_do_not_sum_to_one_are_refused(load_changed):
@@ -275,16 +232,8 @@ def test_load_invalid_name_is_refused(load_changed, section, name):
     ("change", "key", "allowed"),
     [
         ({"train": {"sedes": 3}}, "train.sedes", ("seeds",)),
-        (
-            {"finetune": {"epochs": 3}},
-            "finetune.epochs",
-            [field.name for field in dataclasses.fields(FineTuneConfig)],
-        ),
-        (
-            {"students": {"small": {"width": 2}}},
-            "students.small.width",
-            ("network", "weights", "chip_size", "mask_size"),
-        ),
+        ({"finetune": {"epochs": 3}}, "finetune.epochs", field_names(FineTuneConfig)),
+        ({"students": {"small": {"width": 2}}}, "students.small.width", field_names(StudentConfig)),
         (
             {"backbones": {"lite0": {"hub": {"repo": "a/b", "file": "f", "revision": "0", "commit": "0"}}}},
             "backbones.lite0.hub.commit",
@@ -298,13 +247,9 @@ def test_load_unknown_key_is_refused_with_the_known_ones(load_changed, change, k
         load_changed(change)
 
 
-@pytest.mark.parametrize(
-    ("change", "similar"),
-    [({"train": {"sedes": 3}}, "seeds"), ({"backbones": {"lite0": {"inputsize": 3}}}, "input_size")],
-)
-def test_load_unknown_key_names_the_similar_one(load_changed, change, similar):
-    with raises(UserError, f"'{similar}'"):
-        load_changed(change)
+def test_load_unknown_key_names_the_similar_one(load_changed):
+    with raises(UserError, "'input_size'"):
+        load_changed({"backbones": {"lite0": {"inputsize": 3}}})
 
 
 def test_load_missing_key_is_refused(load_changed):
@@ -364,15 +309,9 @@ def test_load_absent_or_invalid_file_is_refused(tmp_path):
     ],
 )
 def test_load_reference_to_something_absent_is_refused(load_changed, change, key, value):
-    with raises(UserError, value, key=key, value=value):
+    with raises(UserError, value, key=key, value=value) as info:
         load_changed(change)
-
-
-def test_load_reference_names_what_exists(load_changed, params):
-    with raises(UserError, "sample-landuse", allowed=params.datasets):
-        load_changed(lambda content: content["grid"]["datasets"].append("m-eurosta"))
-    with raises(UserError, *params.grid.backbones, allowed=params.grid.backbones):
-        load_changed(nested("composition.backbones", ["dofa_300m"]))
+    assert "same ensemble" in str(info.value) or "twice" in str(info.value) or info.value.allowed
 
 
 # Names of earlier versions
@@ -423,16 +362,15 @@ def test_parse_plain_dataclass_is_strict():
     raw = {"bands": [{"name": "B04", "common_name": "red", "wavelength": "6.65e-1", "gsd": 10}]}
     options = config.parse(SceneOptions, raw, "datasets.x.options")
     assert options == SceneOptions((Band("B04", "red", 0.665, 10.0),))
-    with raises(UserError, key="datasets.x.options.bands[0].gsd", value=True):
-        config.parse(
-            SceneOptions, {"bands": [{"name": "B04", "common_name": "red", "gsd": True}]}, "datasets.x.options"
-        )
-    with raises(UserError, "name", key="datasets.x.options.bands[0].nam"):
-        config.parse(SceneOptions, {"bands": [{"nam": "B04", "name": "a", "common_name": "b"}]}, "datasets.x.options")
-    with raises(UserError, key="datasets.x.options.size", value="3"):
-        config.parse(SceneOptions, {"bands": [], "size": "3"}, "datasets.x.options")
-    with raises(UserError, key="datasets.x.options.offset", value="x"):
-        config.parse(SceneOptions, {"bands": [], "offset": "x"}, "datasets.x.options")
+    band = {"name": "B04", "common_name": "red"}
+    for change, key, value in (
+        ({"bands": [{**band, "gsd": True}]}, "bands[0].gsd", True),
+        ({"bands": [{**band, "nam": "B04"}]}, "bands[0].nam", "B04"),
+        ({"size": "3"}, "size", "3"),
+        ({"offset": "x"}, "offset", "x"),
+    ):
+        with raises(UserError, key=f"datasets.x.options.{key}", value=value):
+            config.parse(SceneOptions, {"bands": []} | change, "datasets.x.options")
 
 
 def test_parse_date_without_quotes_is_refused(tmp_path):

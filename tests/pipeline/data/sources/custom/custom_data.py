@@ -180,14 +180,6 @@ def write_table(tiles: Path, tmp_path: Path, **columns) -> tuple[Path, dict]:
     return folder, {"folder": str(folder), "labels": "labels.csv", "classes": [], "ignore": None}
 
 
-def write_polygons(raw_folder, folder: Path, change: Callable, name: str = "land.geojson") -> dict:
-    """Write the changed polygons of the scene, and its blue band; return options."""
-    frame = geopandas.read_file(next(raw_folder("osm_landuse").glob("*.gpkg")))[["fclass", "geometry"]].to_crs(4326)
-    change(frame).to_file(folder / name)
-    shutil.copy(next(raw_folder("osm_landuse").glob("*_B02.jp2")), folder / "scene.jp2")
-    return {"folder": str(folder), "images": "scene.jp2", "labels": name, "bands": BLUE_GREEN_RED[:1]}
-
-
 def write_windows(
     raw_folder,
     folder: Path,

@@ -1,30 +1,27 @@
 """Raster images: their files, bands and grids."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 from rasterio import Affine
 
-from pipeline.data.sources.custom.rasters import has_token
+from pipeline.data.sources.custom.rasters import has_token, open_image
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests.errors import raises
 from tests.pipeline.data.sources.custom.custom_data import (
-    BLUE_GREEN_RED,
     GRID,
     NODATA,
     UTM,
-    copy_tiles,
     counting_values,
+    make_options,
     prepare,
-    rewrite_raster,
     scene_dataset,
     scene_options,
-    tile_dataset,
     write_raster,
-    write_tile_pairs,
 )
 
 
@@ -32,7 +29,7 @@ from tests.pipeline.data.sources.custom.custom_data import (
 def changed_scene(raw_folder, tmp_path):
     """Function that writes a band of the scene as a changed GeoTIFF; returns its path and a dataset."""
 
-    def make(band: str, change=lambda values, profile: (values, profile), offsets=()):
+    def make(band: str, change=lambda values, profile: (values, profile)):
         folder = tmp_path / "scene"
         shutil.copytree(raw_folder("osm_landuse"), folder)
         (path,) = folder.glob(f"*_{band}.jp2")
@@ -41,7 +38,6 @@ def changed_scene(raw_folder, tmp_path):
         path.unlink()
         with rasterio.open(path.with_suffix(".tif"), "w", **profile) as file:
             file.write(values)
-            file.offsets = offsets or file.offsets
         dataset = scene_dataset(raw_folder, options={"folder": str(folder), "images": "*_B??.[jt]*"})
         return path.with_suffix(".tif"), dataset
 
@@ -83,38 +79,23 @@ def test_open_scene_files_names_at_the_end_of_a_word_and_alpha_bands(raw_folder,
         prepare(scene_dataset(raw_folder, options=scene_options(tmp_path, ["B02", "B8"])), tmp_path)
 
 
-def test_open_image_bands_in_another_order_are_refused(tiles, tmp_path):
-    folder = copy_tiles(tiles, tmp_path)
+def test_open_image_bands_in_another_order_or_with_an_offset_are_refused(tiles, tmp_path):
+    path = Path(shutil.copy(tiles / "images/tile_0000_0000.tif", tmp_path))
+    bands = make_options(tiles).bands
 
-    def describe(path, names):
+    def change(**attributes):
         with rasterio.open(path, "r+") as file:
-            file.descriptions = names
+            for name, value in attributes.items():
+                setattr(file, name, value)
 
-    for path in (folder / "images").iterdir():
-        describe(path, ("Blue", "green", "red"))
-    prepare(tile_dataset(folder), tmp_path)
-    path = folder / "images/tile_0000_0000.tif"
-    describe(path, ("red", "green", "Blue"))
+    change(descriptions=("Blue", "green", "red"))
+    assert open_image([path], bands).n_bands == 3
+    change(descriptions=("red", "green", "Blue"))
     with raises(UserError, key="bands", value=("red", "green", "blue"), allowed=("blue", "green", "red"), path=path):
-        prepare(tile_dataset(folder), tmp_path)
-
-
-# Values
-
-
-def test_open_image_with_an_offset_is_refused(tiles, tmp_path):
-    folder = copy_tiles(tiles, tmp_path)
-    path = folder / "images/tile_0000_0000.tif"
-    with rasterio.open(path, "r+") as file:
-        file.scales, file.offsets = (1e-4,) * 3, (-0.1,) * 3
+        open_image([path], bands)
+    change(descriptions=("blue", "green", "red"), scales=(1e-4,) * 3, offsets=(-0.1,) * 3)
     with raises(UserError, key="offsets", value=-0.1, path=path):
-        prepare(tile_dataset(folder), tmp_path)
-
-
-def test_open_scene_files_with_an_offset_in_one_file_is_refused(changed_scene, tmp_path):
-    path, dataset = changed_scene("B11", offsets=(-1000.0,))
-    with raises(UserError, key="offsets", value=-1000, path=path):
-        prepare(dataset, tmp_path)
+        open_image([path], bands)
 
 
 def test_open_scene_files_damaged_file_is_named(raw_folder, tmp_path):
@@ -127,8 +108,8 @@ def test_open_scene_files_damaged_file_is_named(raw_folder, tmp_path):
             prepare(scene_dataset(raw_folder, options={"folder": str(folder)}), tmp_path)
 
 
-def test_read_sample_nodata_of_one_band_has_no_label(raw_folder, changed_scene, tmp_path):
-    before = prepare(scene_dataset(raw_folder), tmp_path)
+def test_read_sample_nodata_of_one_band_has_no_label(prepared_scene, changed_scene, tmp_path):
+    before = prepared_scene
     name = before.sample[0]
     row = int(name[1:6])
 
@@ -203,18 +184,7 @@ def test_open_scene_files_finest_grid_is_found_in_metres(raw_folder, tmp_path):
     assert [note.split()[0] for note in dataset.notes if "finest grid" in note] == ["s_DEM.tif"]
 
 
-def test_resampled_bands_are_noted_and_no_others(raw_folder, tmp_path):
-    (note,) = [note for note in prepare(scene_dataset(raw_folder), tmp_path).notes if "finest grid" in note]
+def test_resampled_bands_are_noted_and_no_others(prepared_scene):
+    (note,) = [note for note in prepared_scene.notes if "finest grid" in note]
     assert "_B11.jp2" in note
     assert "_B02.jp2" not in note
-    options = {"images": "*_B0[2-4].jp2", "bands": BLUE_GREEN_RED}
-    notes = prepare(scene_dataset(raw_folder, options=options), tmp_path).notes
-    assert not any("finest grid" in note for note in notes)
-
-
-def test_is_georeferenced_pixel_counts_are_no_location(tmp_path):
-    """Masks that only count pixels from a corner fit images with a CRS."""
-    options = write_tile_pairs(tmp_path, [GRID * Affine.translation(64 * index, 0) for index in range(8)], UTM)
-    for path in (tmp_path / "masks").iterdir():
-        rewrite_raster(path, crs=None, transform=Affine(1, 0, 0, 0, -1, 64))
-    assert len(prepare(tile_dataset(tmp_path, block=64, options=options), tmp_path).sample) == 8
