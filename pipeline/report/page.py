@@ -1,4 +1,4 @@
-"""The report page: one self-contained HTML file, rendered from the templates in pipeline/report/templates."""
+"""The report page: one self-contained HTML file, rendered from the templates in templates/."""
 
 import base64
 from pathlib import Path
@@ -9,7 +9,7 @@ import pandas as pd
 
 
 def render(template: str, **context: object) -> str:
-    """Render a template; every text is escaped, and a variable that the template needs but lacks is an error.
+    """Render a template; every text is escaped, and a missing variable is an error.
 
     Args:
         template: such as `report.html.j2`; or that of one section, such as `students.html.j2`.
@@ -28,7 +28,7 @@ def render(template: str, **context: object) -> str:
 
 
 def display_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of scores as readers see it, from a table of `significance.summarize_runs`; cells are text."""
+    """Return the table of `significance.summarize_runs` as readers see it; every cell is text."""
     return pd.DataFrame(
         {
             "dataset": summary.dataset,

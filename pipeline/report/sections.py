@@ -1,4 +1,4 @@
-"""Data of the sections of the report page; the templates have their text. Every cell of a table is text."""
+"""Data of the sections of the report page; the text is in the templates. Cells of tables are text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class StudentResult:
 
 
 def aggregates(runs: pd.DataFrame) -> list[dict]:
-    """Return `datasets` and a table `scores` for each group of datasets with common models; runs of one protocol."""
+    """Return `datasets` and a table `scores` of each group of datasets with common models."""
     groups = []
     for datasets in significance.common_dataset_groups(runs):
         table = significance.aggregate_over_datasets(runs, datasets)
@@ -109,7 +109,7 @@ def composition(compositions: Mapping[str, CompositionResult], summary: pd.DataF
 
 
 def _ensemble_table(subsets: pd.DataFrame, tested: pd.DataFrame) -> pd.DataFrame:
-    """Return the probed ensembles, with the test scores of the trained ones, whose members can have any order."""
+    """Return the probed ensembles, with test scores of those tested, with members in any order."""
     scores = zip(tested.model, format_scores(tested), format_intervals(tested), strict=True)
     test_scores = {frozenset(model.split("+")): f"{score} ({interval})" for model, score, interval in scores}
     metric = tested.metric.iloc[0] if len(tested) else "score"
@@ -219,7 +219,7 @@ def _cost_sentence(student: StudentResult, rows: pd.DataFrame) -> str:
 
 
 def exports(results: Sequence[StudentResult], rates: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of the students' exported files; `rates` has dataset, student, file, images_per_second."""
+    """Return the table of exported files; `rates` has dataset, student, file, images_per_second."""
     images_per_second = rates.set_index(["dataset", "student", "file"]).images_per_second
     rows = []
     for student in results:

@@ -160,7 +160,7 @@ def paired_difference(model: BootstrapSamples, reference: BootstrapSamples) -> P
 
 
 def gain_recovered(student: BootstrapSamples, baseline: BootstrapSamples, teacher: BootstrapSamples) -> GainRecovered:
-    """Compare a distilled student with the same network trained on labels only, and with its frozen teacher."""
+    """Compare a distilled student with its supervised baseline, and with its frozen teacher."""
     student_gain, teacher_gain = paired_difference(student, baseline), paired_difference(teacher, baseline)
     if teacher_gain.verdict != Verdict.BETTER:
         return GainRecovered(student_gain, teacher_gain, np.nan, (np.nan, np.nan))
@@ -196,7 +196,7 @@ class ModelKind(StrEnum):
 
 
 def model_kind(model: str, weights: str, protocol: str) -> ModelKind:
-    """Return the kind of a model; `weights` of its backbones as in runs.csv: `none`, or with `random` if random."""
+    """Return the kind of a model; `weights` as in runs.csv: `none`, or with `random` if random."""
     if protocol.startswith("fine-tuned"):
         return ModelKind.FINE_TUNED
     if protocol != FROZEN:
@@ -237,7 +237,7 @@ def min_max_normalized(runs: pd.DataFrame) -> pd.Series:
 
 
 def aggregate_over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
-    """Compute the interquartile mean of the middle half of all runs of every model that ran on all `datasets`.
+    """Compute the interquartile mean over the runs of every model that ran on all `datasets`.
 
     Returns:
         One row per model, best first. Columns: model, iqm, low, high (95 % interval over seeds, resampled within each

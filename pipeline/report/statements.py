@@ -53,7 +53,7 @@ def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
 
 
 def _best_members(table: pd.DataFrame) -> Iterator[tuple[str, str | None, str]]:
-    """Yield each ensemble, its best member and a description; without a best member, the reason describes it."""
+    """Yield each ensemble, its best member and a description; None and the reason if there is none."""
     for model in table[table.kind == ModelKind.ENSEMBLE].index:
         members = model.split("+")
         if missing := [name for name in members if name not in table.index]:

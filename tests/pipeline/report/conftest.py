@@ -1,4 +1,4 @@
-"""Made-up models whose true accuracies are known, and a folder of all their results in the formats of the stages."""
+"""Made-up models of known accuracy, and a folder of their results in the formats of the stages."""
 
 import itertools
 import json
@@ -102,7 +102,7 @@ def compositions():
 
 @pytest.fixture(scope="session")
 def results(grid, compositions, tmp_path_factory):
-    """Folder of the results of a grid and their report; on e, a segmentation set, all but model a is skipped."""
+    """Folder of the results of a grid and their report; on e, for segmentation, only a is trained."""
     folder = tmp_path_factory.mktemp("report") / "results"
     for dataset, result in compositions.items():
         (folder / "compose" / dataset).mkdir(parents=True)
