@@ -30,8 +30,8 @@ METHOD = f"""How the hours are estimated:
 - Networks with random weights run on blank images on this machine, one at a time, once per shape of their input.
 - extract: seconds per image of a forward pass on {BATCH_IMAGES["cpu"]} images ({BATCH_IMAGES["cuda"]} on a GPU),
   times the images of the dataset. Reading and writing are not included.
-- tune, train: seconds of one training step of one head, times steps, times trials and seeds. On a CPU a segmentation
-  head is timed on {CPU_DENSE_BATCH} samples, and the seconds are scaled to its batch.
+- tune, train: seconds of one training step of one head, times the steps, times the trials and seeds. On a CPU a
+  segmentation head is timed on {CPU_DENSE_BATCH} samples, and the seconds are scaled to its batch.
 - distill: seconds of one training step of a student, times steps, variants, trials and seeds.
 - Composition, maps, costs, fine-tuning and the report are not estimated."""
 Shapes = tuple[tuple[int, ...], ...]
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Output:
-    """Outputs of a backbone for one image: shapes of levels and pooled vectors, and the measured seconds."""
+    """Shapes of a backbone's levels and pooled vectors for one image, and the measured seconds."""
 
     levels: Shapes
     pooled: Shapes
@@ -67,7 +67,7 @@ class Estimate:
 
 
 def plan(params: Params, sizes: Mapping[str, DatasetSize], device: str) -> list[Estimate]:
-    """Estimate prepare, extract, the heads and the students of datasets; print what is timed."""
+    """Estimate prepare, extract, the heads and the students of datasets; print each timed network."""
     timer, estimates = _Timer(params, device), []
     for name, size in sizes.items():
         hours = None
@@ -131,7 +131,7 @@ def _estimate_heads(
         )
     settings = params.heads.settings(head)
     n_steps = (params.search.trials + params.train.seeds) * settings.steps
-    hours = n_steps * timer.head_step(head, size, shapes) / 3600
+    hours = n_steps * timer.head_step(head, item, size, shapes) / 3600
     return Estimate("tune, train", item, n_steps * settings.batch, 0.0, hours)
 
 
@@ -180,14 +180,14 @@ class _Timer:
             self._outputs[name, n_bands] = Output(levels, pooled, seconds / len(images))
         return self._outputs[name, n_bands]
 
-    def head_step(self, head: str, size: DatasetSize, shapes: tuple[Shapes, ...]) -> float:
+    def head_step(self, head: str, item: str, size: DatasetSize, shapes: tuple[Shapes, ...]) -> float:
         """Return the seconds of a training step of one head on the arrays of a model's backbones."""
         key = (head, size.task, size.n_classes, size.image_size, shapes)
         if key not in self._step_seconds:
             task, heads = get_task(size.task)(size.n_classes), self.params.heads
             settings = heads.settings(head)
             batch = min(CPU_DENSE_BATCH, settings.batch) if task.is_dense and self.device == "cpu" else settings.batch
-            print(f"timing {head}: {len(shapes)} backbones, {size.n_classes} classes, batch {batch}", flush=True)
+            print(f"timing {head}: {item}", flush=True)
             config = head_config(heads, head, shapes, task, size.image_size, self.device)
             group = config.create_group([0]).to(self.device).train()
             trainer = HeadTrainer(group, [HParams(1e-3, 1e-2, 0)], task, TrainSchedule(settings.steps, batch))
