@@ -42,12 +42,8 @@ class ImageDatasetInfo:
     Attributes:
         sample: unique, stable names.
         split: `train`, `val`, `test` or `unlabelled` of every sample.
-        bands: in the order of the images.
-        classes: names of the classes.
-        task: name of the task.
         units: of the pixel values, a key of `FULL_SCALE` in pipeline/bands.py.
         gsd: ground sampling distance in metres.
-        licence, source: of the data, as text.
         display: reflectances [low, high] that are stretched to [0, 1] for models trained on photographs; None for
             8-bit colour, which is display-referred already.
         notes: corrected metadata, merged classes, dropped chips and resampled bands.
@@ -123,7 +119,7 @@ def open_images(path: Path) -> "xr.Dataset":
     """Open an images store as a lazy xarray dataset.
 
     Raises:
-        UserError: there is no store, or one of its files is missing or truncated.
+        UserError: it or one of its files is missing or truncated.
     """
     path = Path(path)
     if not (path / "zarr.json").exists():
@@ -170,11 +166,7 @@ def _check_chunk_files(array: Path, metadata: Mapping) -> None:
 
 
 def validate_dataset(images: ImageDataset) -> None:
-    """Check that there are an image, label and coordinates of every sample.
-
-    Raises:
-        UserError: there are not, or the images have another number of bands.
-    """
+    """Raise UserError if a sample lacks its image, label or coordinates, or the images have other bands."""
     if images.image.ndim != 4 or images.image.shape[1] != len(images.bands):
         raise UserError(
             f"Images have the shape {images.image.shape}; it must be (sample, band, y, x) with {len(images.bands)} "
@@ -185,11 +177,7 @@ def validate_dataset(images: ImageDataset) -> None:
 
 
 def validate_info(info: ImageDatasetInfo) -> None:
-    """Check names, splits, bands and units.
-
-    Raises:
-        UserError: a repeated name, an empty split, unknown units, or arrays of different lengths.
-    """
+    """Raise UserError for a repeated name, an empty split, unknown units, or other lengths."""
     for key, names in (("sample", info.sample), ("bands", [band.common_name for band in info.bands])):
         if len(set(names)) != len(names):
             repeated = next(a for a, b in itertools.pairwise(sorted(names)) if a == b)
@@ -219,14 +207,7 @@ def _check_lengths(info: ImageDatasetInfo, count: int, names: Sequence[str]) -> 
 
 
 def parse_timestamp(text: str, name: str) -> np.datetime64:
-    """Parse a time in UTC; NaT if the text is empty.
-
-    Args:
-        name: of the value, for the message.
-
-    Raises:
-        UserError: another format.
-    """
+    """Parse a time in UTC; NaT if the text is empty. A UserError for another format states `name`."""
     try:
         if text and not TIMESTAMP.fullmatch(text):
             raise ValueError

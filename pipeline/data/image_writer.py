@@ -12,7 +12,7 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -223,7 +223,6 @@ class ChunkRecord:
     Attributes:
         digests: SHA-256 of its values of each large array.
         label: labels that are not masks, (sample, …); None for masks.
-        lat, lon, time: of its samples.
         band_sums: sum over its samples of the mean of each band, float64 (band,).
         unreadable: reason by name of each sample that could not be read.
     """
@@ -273,12 +272,7 @@ def _write_chunk(dataset: LazyImageDataset, scratch: Path, skip_bad: bool, rows:
 
 
 def _check_sample(sample: Sample, dataset: LazyImageDataset, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a sample's image and label in the dataset's dtypes, if they fit the dataset.
-
-    Raises:
-        UserError: another shape, values that the dtype cannot represent, non-finite pixels, a label outside the
-            classes or in the split `unlabelled`, or a location that is not on Earth.
-    """
+    """Return a sample's image and label in the dataset's dtypes; UserError if they do not fit."""
     task, label = get_task(dataset.task)(len(dataset.classes)), np.asarray(sample.label)
     image = _as_stored(name, "image", sample.image, dataset.shape, dataset.dtype)
     if image.dtype.kind == "f" and not np.isfinite(image).all():
@@ -326,17 +320,17 @@ def _write_chunks(
     dataset: LazyImageDataset, scratch: Path, chunks: Sequence[slice], workers: int, skip_bad: bool
 ) -> Iterator[ChunkRecord]:
     """Write all chunks, and yield their records in order."""
-    arguments = (dataset, scratch, skip_bad)
+    write_chunk = partial(_write_chunk, dataset, scratch, skip_bad)
     n_processes = min(workers, MAX_PROCESSES, len(chunks) if len(chunks) > MIN_CHUNKS_FOR_PROCESSES else 1)
     if n_processes == 1:
-        yield from map(partial(_write_chunk, *arguments), chunks)
+        yield from map(write_chunk, chunks)
         return
     # In a file: multiprocessing waits forever if a process dies before it has read an argument that fills a pipe.
-    arguments_file = scratch / "arguments.pickle"
-    arguments_file.write_bytes(pickle.dumps(arguments))
+    function_file = scratch / "write_chunk.pickle"
+    function_file.write_bytes(pickle.dumps(write_chunk))
     # Not forked, since the threads of zarr and GDAL would not survive it.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(n_processes, context, _start_worker, (arguments_file,))
+    pool = ProcessPoolExecutor(n_processes, context, _start_worker, (function_file,))
     try:
         yield from pool.map(_write_chunk_in_worker, chunks)
     except BrokenProcessPool:
@@ -347,16 +341,16 @@ def _write_chunks(
         ) from None  # fmt: skip
     finally:
         pool.shutdown(cancel_futures=True)
-        arguments_file.unlink()
+        function_file.unlink()
 
 
-_worker_arguments: tuple
+_worker_write_chunk: Callable[[slice], ChunkRecord]
 
 
-def _start_worker(arguments_file: Path) -> None:
-    global _worker_arguments
+def _start_worker(function_file: Path) -> None:
+    global _worker_write_chunk
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_arguments = pickle.loads(arguments_file.read_bytes())
+    _worker_write_chunk = pickle.loads(function_file.read_bytes())
 
 
 def _exit_with_parent() -> None:
@@ -366,4 +360,4 @@ def _exit_with_parent() -> None:
 
 
 def _write_chunk_in_worker(rows: slice) -> ChunkRecord:
-    return _write_chunk(*_worker_arguments, rows)
+    return _worker_write_chunk(rows)

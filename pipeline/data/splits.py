@@ -47,7 +47,7 @@ def fill_nodata(chip: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
 def assign_blocks_to_splits(
     class_areas: np.ndarray, splits: SplitFractions, seed: int, n_draws: int = 20000
 ) -> np.ndarray:
-    """Return the index in `SPLITS` of every block, (block,), so that all splits have similar class shares.
+    """Return the index in `SPLITS` of every block, (block,); all splits have similar class shares.
 
     The result is the best of `n_draws` random assignments: the one whose largest relative deviation of a class share
     from the requested fraction is smallest. It depends on labels only, never on the score of a model.

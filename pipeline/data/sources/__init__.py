@@ -64,7 +64,7 @@ class Source(Protocol):
 
     @staticmethod
     def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset | LazyImageDataset:
-        """Return the images, labels and splits from the unpacked `ARCHIVE`, or source.json with `fetch`'s record."""
+        """Return the dataset, from the unpacked `ARCHIVE`, or source.json with what `fetch` returned."""
         ...
 
     @staticmethod

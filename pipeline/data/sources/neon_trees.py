@@ -46,9 +46,6 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     """Crop both images into chips of trees or background, or into tiles with masks of the boxes.
 
     Chips that boxes cover in part, by less than `MIN_TREE_FRACTION`, are skipped in classification.
-
-    Raises:
-        UserError: a multi-label task, or no image of a chip's size.
     """
     task = get_task(dataset.task)
     if task.is_multilabel:
@@ -105,11 +102,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
 
 
 def box_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Draw the Pascal VOC boxes of a file into a mask, uint8 (y, x): 1 inside any box, else 0.
-
-    Raises:
-        UserError: a box is partly outside the image, for instance because x and y are swapped.
-    """
+    """Draw the Pascal VOC boxes of a file into a mask, uint8 (y, x): 1 inside any box, else 0."""
     mask = np.zeros(shape, dtype=np.uint8)
     for item in ElementTree.parse(path).iter("bndbox"):
         box = left, top, right, bottom = tuple(int(item.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))

@@ -93,11 +93,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
 
 
 def read_scene(raw: Path) -> tuple[np.ndarray, rasterio.Affine, rasterio.crs.CRS]:
-    """Read the scene as uint16 (band, y, x) in digital numbers, its affine transform and its CRS.
-
-    Raises:
-        UserError: the file of a band is missing.
-    """
+    """Read the scene as uint16 (band, y, x) in digital numbers, its affine transform and its CRS."""
     paths = {path.stem[-3:]: path for path in sorted(raw.glob("*_B??.jp2"))}
     if missing := [band.name for band in BANDS if band.name not in paths]:
         raise UserError(
@@ -127,12 +123,9 @@ def read_mask(raw: Path, transform: rasterio.Affine, shape: tuple[int, int]) -> 
 
 
 def block_areas(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number the spatial blocks of a scene and count their labelled pixels.
+    """Return the index of every block, (row, column), and its pixels of each class, (block, class).
 
     Blocks at the lower and right edge may be smaller.
-
-    Returns:
-        Index of every block, (block row, block column), and its pixels of each class, (block, class).
     """
     rows, columns = -(-mask.shape[0] // block_size), -(-mask.shape[1] // block_size)
     block_index = np.arange(rows * columns).reshape(rows, columns)
@@ -147,11 +140,7 @@ def block_areas(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarr
 def _pure_chips(
     mask: np.ndarray, corners: np.ndarray, chip_size: int
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], list[str]]:
-    """Select chips that one class covers.
-
-    Returns:
-        Corners of the chips, their class indices, the names of the classes, and of those dropped.
-    """
+    """Return chips of one class each: corners, class indices, names of classes, and dropped names."""
     tiles = np.stack([crop(mask, corner, chip_size) for corner in corners])
     fractions = np.stack([(tiles == index).mean(axis=(1, 2)) for index in range(len(CLASSES))], axis=1)
     majority, is_pure = fractions.argmax(axis=1), fractions.max(axis=1) >= MIN_CLASS_FRACTION

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.bands import Band
-from pipeline.data.augmentation import SHAPE_PRESERVING, VIEWS, AugmentedImages, apply_views
+from pipeline.data.augmentation import SHAPE_PRESERVING, VIEWS, AugmentedImages
 from pipeline.data.image_store import ImageDataset
 from pipeline.tasks import IGNORE, NO_CLASS
 
@@ -64,11 +64,6 @@ def test_views_of_a_square_are_eight_different_symmetries():
     np.testing.assert_array_equal(views["transpose"][0], image[0].T)
 
 
-def test_apply_views_without_views_returns_the_arrays():
-    arrays = np.arange(8).reshape(2, 2, 2)
-    assert apply_views(arrays, None) is arrays
-
-
 def test_augmented_images_transform_masks_with_their_images(masks):
     images, rows, views = load(masks), np.arange(8), list(VIEWS)
     image, label = images.image_tensor(rows, views).numpy(), images.label_tensor(rows, views).numpy()
@@ -103,17 +98,13 @@ def test_augmented_images_tensors_are_float32_and_int64(write_images):
     assert images.image(rows).dtype == np.uint16
 
 
-def test_band_statistics_use_the_training_split_only(write_images):
+def test_band_statistics_use_the_training_split_and_std_1_for_a_constant_band(write_images):
     image = pixels()[0]
+    training = image[np.isin(SPLIT * (COUNT // 4), "train")].astype(np.float64)
     images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
-    training = image[images.split == "train"].astype(np.float64)
     np.testing.assert_allclose(images.mean, training.mean(axis=(0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(images.std, training.std(axis=(0, 2, 3)), rtol=1e-4)
     assert abs(images.mean[1] - image[:, 1].mean()) > 0.1, "the splits must differ for this test"
-
-
-def test_band_statistics_of_a_constant_band_have_std_1(write_images):
-    image = pixels()[0]
     image[:, 1] = 7000
     images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
     assert images.std[1] == 1
@@ -140,12 +131,6 @@ def test_batch_draws_all_views_and_leaves_the_stored_images_unchanged(masks, tmp
     image, label = images.batch(rows)
     np.testing.assert_array_equal(image[:, 0], masks.label.values[:8])
     np.testing.assert_array_equal(label, masks.label.values[:8])
-
-
-def test_draw_views_depends_on_the_generator_only(masks):
-    images = load(masks)
-    indices = np.random.default_rng([3, 7]).integers(8, size=5)
-    assert images.draw_views(5, np.random.default_rng([3, 7])) == [list(VIEWS)[index] for index in indices]
 
 
 def test_copy_to_file_excludes_unlabelled_samples(write_images, tmp_path):

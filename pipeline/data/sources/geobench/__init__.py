@@ -218,7 +218,7 @@ def _selected_bands(spec: GeoBenchSet, options: GeoBenchOptions, dataset_key: st
 
 
 def _file_dtype(paths: Sequence[Path], spec: GeoBenchSet, keys: Sequence[str], skip_bad: bool) -> np.dtype:
-    """Return the common dtype of the bands in the first file, or with `skip_bad` in the first readable file."""
+    """Return the dtype of all bands in the first file, or with `skip_bad` in the first readable file."""
     for path in paths:
         try:
             with open_hdf5(path) as file:

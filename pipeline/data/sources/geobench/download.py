@@ -67,7 +67,7 @@ def local_folder(spec: GeoBenchSet, root: Path) -> Path | None:
 
 
 def existing_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the files of the first samples that exist, at most `MAX_PROBED_FILES`; UserError if there are none."""
+    """Return at most `MAX_PROBED_FILES` files of samples that exist; UserError if there are none."""
     existing = (path for name in names if (path := folder / f"{name}.hdf5").exists())
     if not (paths := list(itertools.islice(existing, MAX_PROBED_FILES))):
         raise UserError(
@@ -79,7 +79,7 @@ def existing_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def download_set(spec: GeoBenchSet, root: Path) -> Path:
-    """Download a set's archive from the hub into `root`, or resume that, and unpack it; return the set's folder.
+    """Download a set's archive into `root`, or resume that, and unpack it; return the folder.
 
     Raises:
         UserError: the hub cannot be reached, the archive differs from the pinned one, or the disk is too small.

@@ -75,7 +75,7 @@ def read_partition(path: Path, skip_bad: bool) -> Partition:
 
 
 def read_labels(folder: Path, spec: GeoBenchSet) -> Mapping[str, int | tuple[int, ...]] | None:
-    """Return the class index, or multi-hot label, by sample name; None for segmentation, or if there is no file.
+    """Return the label by sample name; None for segmentation, or if there is no file.
 
     label_map.json contains the sample names of each class; label_stats.json (multi-label) the zeros and ones of each
     sample.
@@ -197,7 +197,7 @@ class BandMeanCheck:
     min_separation: float
 
     def __call__(self, means: np.ndarray) -> None:
-        """Raise UserError if one of the means, (band,), deviates from the published one, or two bands are swapped."""
+        """Raise UserError if a mean, of (band,), deviates from the published one, or two are swapped."""
         mean_of = dict(zip(self.published, map(float, means), strict=True))
         published = {key: stats for key, stats in self.published.items() if stats}
         for key, (expected, std) in published.items():

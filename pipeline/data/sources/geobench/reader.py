@@ -82,7 +82,9 @@ class GeoBenchReader:
     def _read_sample(self, file: h5py.File, name: str) -> Sample:
         attributes = read_attributes(file)
         key_in_file = keys_without_dates(file, self.spec)
-        image = np.stack([self._read_band(key, h5d.open(file.id, key_in_file[key])) for key in self.keys])
+        image = np.empty((len(self.keys), self.spec.image_size, self.spec.image_size), self.dtype)
+        for band, key in zip(image, self.keys, strict=True):
+            band[:] = self._read_band(key, h5d.open(file.id, key_in_file[key]))
         is_dense = self.spec.task_class.is_dense
         label = (
             self._read_mask(h5d.open(file.id, key_in_file["label"])) if is_dense else self._label(attributes, name)
@@ -130,11 +132,11 @@ class GeoBenchReader:
                 "There is no label, neither in the attribute 'pickle' nor in the JSON files of the folder.",
                 key="label",
             )
-        shown = short_repr(label.tolist())
+        shown = reprlib.repr(label.tolist())
         if listed_label is not None and not np.array_equal(label, listed_label):
             raise UserError(
-                f"The label is {shown} in the file, but {short_repr(listed_label.tolist())} in the JSON files of the "
-                "folder.",
+                f"The label is {shown} in the file, but {reprlib.repr(listed_label.tolist())} in the JSON files of "
+                "the folder.",
                 key="label", value=label.tolist(), allowed=(listed_label.tolist(),),
             )  # fmt: skip
         if self.spec.task_class.is_multilabel:
@@ -182,11 +184,7 @@ def file_error(path: Path, error: Exception) -> UserError:
 
 
 def read_attributes(file: h5py.File) -> Mapping:
-    """Read the dictionary in a file's attribute 'pickle', without running the pickle.
-
-    Raises:
-        UserError: the attribute is missing, damaged or refused.
-    """
+    """Read the dictionary in a file's attribute 'pickle', without running the pickle."""
     data = None
     if "pickle" in file.attrs:
         attribute = file.attrs.get_id("pickle")
@@ -207,11 +205,7 @@ def read_attributes(file: h5py.File) -> Mapping:
 
 
 def as_integer_label(label: object) -> np.ndarray:
-    """Convert a label, a number or a list of numbers, to int64.
-
-    Raises:
-        UserError: it is not made of integers.
-    """
+    """Convert a label, a number or a list of numbers, to int64; UserError if it is not made of integers."""
     elements = label if isinstance(label, list | tuple) else [label]
     integers = None
     # Nested lists could be too deep, or too large, for numpy.
@@ -221,14 +215,9 @@ def as_integer_label(label: object) -> np.ndarray:
             integers = values.astype(np.int64) if values.dtype.kind in "biuf" else None
     if integers is None or not np.array_equal(values, integers):
         # Not the label itself: an arbitrary object could not be sent to another process.
-        shown = short_repr(label)
+        shown = reprlib.repr(label)
         raise UserError(f"The label is {shown}. Labels must be integers.", key="label", value=shown)
     return integers
-
-
-def short_repr(value: object) -> str:
-    """Represent a value of a file in one short line, whatever its size and nesting."""
-    return reprlib.repr(value)
 
 
 def keys_without_dates(file: h5py.File, spec: GeoBenchSet) -> dict[str, bytes]:
@@ -243,7 +232,7 @@ def keys_without_dates(file: h5py.File, spec: GeoBenchSet) -> dict[str, bytes]:
     for key, link_type in links:
         if link_type != h5l.TYPE_HARD:
             raise UserError(
-                f"The key {short_repr(key)} is a link. GEO-Bench's files have none, and it may lead to another file.",
+                f"The key {reprlib.repr(key)} is a link. GEO-Bench has none, and it may lead to another file.",
                 key=key.decode(errors="replace"),
             )
         dated = _DATED_KEY.fullmatch(key.decode())
@@ -268,11 +257,7 @@ def keys_without_dates(file: h5py.File, spec: GeoBenchSet) -> dict[str, bytes]:
 
 
 def location_from_name(name: str, spec: GeoBenchSet, keep_released_metadata: bool) -> tuple[float, float]:
-    """Return latitude and longitude in degrees from a sample's name; NaN if it has none.
-
-    Args:
-        keep_released_metadata: do not correct swapped latitude and longitude.
-    """
+    """Return latitude and longitude in degrees from a sample's name; NaN if it has none."""
     match = _LOCATION_PATTERNS[spec.location_format].match(name) if spec.location_format else None
     if not match:
         return np.nan, np.nan
@@ -285,18 +270,17 @@ def location_from_name(name: str, spec: GeoBenchSet, keep_released_metadata: boo
 
 
 def _read(key: str, dataset: h5d.DatasetID, sides: list[int]) -> np.ndarray:
-    """Read a band or mask, (y, x), through h5py's low-level API: creating an h5py.Dataset takes longer than reading.
+    """Read a band or mask, (y, x), if it has one of the `sides` and its values are in the file.
 
-    Raises:
-        UserError: it is no square of numbers with one of the `sides`, or its values are not in the file.
+    Through h5py's low-level API: creating an h5py.Dataset takes longer than reading.
     """
-    if dataset.shape not in [(side, side, *channel) for side in sides for channel in ((), (1,))]:
-        size = sides[-1]
+    shape, dtype, size = dataset.shape, dataset.dtype, sides[-1]
+    if shape not in [(side, side, *channel) for side in sides for channel in ((), (1,))]:
         raise UserError(
-            f"'{key}' has the shape {dataset.shape}. Bands and masks of this set have {size} x {size} pixels.",
-            key=key, value=dataset.shape, allowed=((size, size), (size, size, 1)),
+            f"'{key}' has the shape {shape}. Bands and masks of this set have {size} x {size} pixels.",
+            key=key, value=shape, allowed=((size, size), (size, size, 1)),
         )  # fmt: skip
-    check_numeric(key, dataset.dtype)
+    check_numeric(key, dtype)
     properties = dataset.get_create_plist()
     if properties.get_layout() == h5d.VIRTUAL or properties.get_external_count():
         raise UserError(
@@ -305,9 +289,9 @@ def _read(key: str, dataset: h5d.DatasetID, sides: list[int]) -> np.ndarray:
         )  # fmt: skip
     if dataset.get_space_status() == h5d.SPACE_STATUS_NOT_ALLOCATED:  # HDF5 would return zeros
         raise UserError(f"The pixels of '{key}' were never written.", key=key, value="not allocated")
-    values = np.empty(dataset.shape, dataset.dtype)
+    values = np.empty(shape, dtype)
     dataset.read(h5s.ALL, h5s.ALL, values)
-    return values.reshape(dataset.shape[:2])
+    return values.reshape(shape[:2])
 
 
 def check_numeric(key: str, dtype: np.dtype) -> None:

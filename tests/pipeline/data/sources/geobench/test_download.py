@@ -1,18 +1,14 @@
-"""Download of sets with the hub's own client, from a local server that speaks the hub's protocol."""
+"""Download and unpacking of sets, and their description."""
 
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
-import threading
 import zipfile
-from collections.abc import Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
-from urllib.parse import parse_qs
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
@@ -26,74 +22,27 @@ CHESAPEAKE = geobench.SETS["m-chesapeake-landcover"]
 CATTLE = geobench.SETS["m-nz-cattle"]
 
 
-class HubHandler(BaseHTTPRequestHandler):
-    """Serves the files of one repository, their descriptions, and ranges of their bytes.
-
-    Attributes:
-        files: bytes by path.
-        requests: path and first byte of every download, such as `a.zip from 0`.
-        breaks_after: close the connection after this many bytes, once; None for never.
-    """
-
-    files: Mapping[str, bytes] = MappingProxyType({})
-    requests: Sequence[str] = ()
-    breaks_after: int | None = None
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        paths = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-        descriptions = [
-            {"type": "file", "path": path, "size": len(data), "oid": "a" * 40,
-             "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
-            for path, data in self.files.items() if path in paths
-        ]  # fmt: skip
-        self._respond(200, json.dumps(descriptions).encode(), {"Content-Type": "application/json"})
-
-    def do_HEAD(self):
-        self.do_GET(head=True)
-
-    def do_GET(self, head=False):
-        path = self.path.partition(f"/resolve/{download.REVISION}/")[2]
-        if path not in self.files:
-            return self._respond(404, b"", {"X-Error-Code": "EntryNotFound"})
-        data, status, headers = self.files[path], 200, {}
-        start = int(match[1]) if (match := re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))) else 0
-        if start:
-            status, headers = 206, {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
-        headers |= {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": download.REVISION}
-        if not head:
-            self.requests.append(f"{path} from {start}")
-        self._respond(status, data[start:], headers, head)
-
-    def _respond(self, status, data, headers, head=False):
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if not head:
-            stop = len(data) if self.breaks_after is None else self.breaks_after
-            self.wfile.write(data[:stop])
-            if stop < len(data):
-                type(self).breaks_after = None
-                self.close_connection = True
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The handler class of a running hub, for tests to set its files."""
-    handler = type("Handler", (HubHandler,), {"files": {}, "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield handler
-    server.shutdown()
+    """Bytes of the hub's files by path, and the paths of all downloads, in place of the hub's client."""
+    fake = SimpleNamespace(files={}, downloads=[])
+
+    def get_paths_info(self, repo, paths, *, repo_type, revision):
+        assert (repo, repo_type, revision) == (download.REPO, "dataset", download.REVISION)
+        return [
+            SimpleNamespace(path=path, size=len(data), lfs=SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()))
+            for path, data in fake.files.items() if path in paths
+        ]  # fmt: skip
+
+    def hf_hub_download(repo, path, *, repo_type, revision, local_dir):
+        fake.downloads.append(path)
+        (local_dir / path).parent.mkdir(parents=True)
+        (local_dir / path).write_bytes(fake.files[path])
+        return str(local_dir / path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_paths_info", get_paths_info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return fake
 
 
 @pytest.fixture
@@ -115,7 +64,6 @@ def test_download_set_is_fetched_once_and_unpacked(hub, archive, geobench_root, 
     root = tmp_path / "sets"
     record = download.describe_files(CHESAPEAKE, "default", root)
     assert record["files"] == 14
-    assert hub.requests == ["segmentation_v1.0/m-chesapeake.zip from 0"]
     actual, original = Path(record["folder"]), download.local_folder(CHESAPEAKE, geobench_root)
     names = {path.name for path in actual.iterdir()}
     assert names == {path.name for path in original.iterdir() if path.suffix != ".pkl"}
@@ -123,17 +71,7 @@ def test_download_set_is_fetched_once_and_unpacked(hub, archive, geobench_root, 
         assert (actual / name).read_bytes() == (original / name).read_bytes()
     assert not list(root.rglob("*.zip")), "the archive must be removed after unpacking"
     assert download.describe_files(CHESAPEAKE, "default", root) == record
-    assert len(hub.requests) == 1
-
-
-def test_download_interrupted_is_resumed(hub, archive, tmp_path):
-    hub.files["segmentation_v1.0/m-nz-cattle.zip"] = archive(CATTLE.name)
-    hub.breaks_after = 12_000_000
-    record = download.describe_files(CATTLE, "default", tmp_path / "sets")
-    assert record["files"] == 14
-    starts = [int(request.rpartition(" ")[2]) for request in hub.requests]
-    assert starts[0] == 0
-    assert starts[1] > 0, "the second request must ask only for the missing bytes"
+    assert hub.downloads == ["segmentation_v1.0/m-chesapeake.zip"], "the second call must find the folder"
 
 
 def test_download_bytes_other_than_pinned_are_refused(hub, archive, tmp_path):
@@ -163,7 +101,7 @@ def test_download_disk_too_small_is_refused_before_any_request(hub, archive, tmp
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with raises(UserError, "0.0 GB", key="geobench_dir", path=tmp_path):
         download.describe_files(CATTLE, "default", tmp_path / "sets")
-    assert hub.requests == []
+    assert hub.downloads == []
 
 
 def zero_bytes(path):
