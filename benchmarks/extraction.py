@@ -11,43 +11,39 @@ ones, which take as long.
   batch and precision; medians over alternating rounds. On a GPU, whose clock falls as it warms up, the network runs
   before and after the engine. Imports and the construction of networks are not timed.
 - On a CPU the stores have levels. A GPU is faster than a disk can store levels, so there `dense_…` is with levels,
-  and the rest with pooled vectors only, as for classification datasets. The number of images is that of GEO-Bench's
-  largest datasets, and in `average_set_…` the mean of its twelve, in the shards and batches of the paper's profile.
-  The images were read once before, so that every network finds them in the page cache.
-- `plain_write`: images per second when the disk writes as many bytes to plain files, flushed.
-- `vs_parallel_forward`: as `vs_forward`, compared with as many forward passes at the same time as the engine runs.
+  and the rest with pooled vectors only, as for classification datasets; `average_set_…` has as many images as the
+  mean of GEO-Bench's twelve sets. The images were read once before, so that every network finds them in memory.
+- `rss_growth`: peak memory of a process that extracts four times the images, relative to that of the images.
+
+The figures are in benchmarks/results/extraction.json.
 """
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import xarray as xr
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.features import FOLDER, change_images
+from benchmarks.timing import save_results
 from cache.schema import StoreSchema
 from cache.writer import Writer
 from pipeline import config
 from pipeline.backbones import create_backbone, get_spec, preprocessing
-from pipeline.backbones.encoder import Encoder, ParallelEncoder
+from pipeline.backbones.encoder import Encoder
 from pipeline.data import image_writer
 from pipeline.data.image_store import open_images
 from pipeline.device import resolve_device
 from pipeline.extraction import engine, estimate
 
-GEO_BENCH_IMAGES, GEO_BENCH_SETS = 104_000, 12
+AVERAGE_SET_IMAGES = 104_000 // 12  # of GEO-Bench
 SCRATCH = FOLDER / "extracting"
 INPUT_SIZE = 224
 CPU_CASES = {  # by backbone: dataset, images, batch (0: the one that the engine finds), rounds
@@ -119,25 +115,10 @@ class ExtractionCase:
         images = self.images.isel(sample=slice(0, count))
         return self._extract(images, replace(self._schema(images), levels=()))
 
-    def plain_write(self) -> float:
-        """Return the images per second when as many bytes per shard are written to plain files and flushed."""
-        shutil.rmtree(SCRATCH, ignore_errors=True)
-        SCRATCH.mkdir(parents=True)
-        schema = self._schema(self.images.isel(sample=slice(0, DENSE_IMAGES)))
-        content = np.random.default_rng(0).bytes(estimate.nbytes(schema) // DENSE_IMAGES * schema.shard_size)
-        start = time.perf_counter()
-        for number in range(DENSE_IMAGES // schema.shard_size):
-            with open(SCRATCH / f"{number}", "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        return DENSE_IMAGES / (time.perf_counter() - start)
-
-    def forward(self, is_parallel: bool = False, count: int | None = None) -> float:
+    def forward(self, count: int | None = None) -> float:
         """Return the images per second of the network alone.
 
         Args:
-            is_parallel: run as many batches at the same time as the engine does.
             count: images; None for as many as the engine has, since a GPU's clock falls as it warms up.
         """
         batch = self.encoder.prepare(self.images.image[: self.batch].values)
@@ -146,21 +127,10 @@ class ExtractionCase:
         n_batches = max(1, (count or len(self.images.sample)) // self.batch)
         self._synchronize()
         start = time.perf_counter()
-        if is_parallel:
-            with ParallelEncoder(self.encoder) as encoders:
-                for future in [encoders.submit(Encoder.forward, batch, metadata) for _ in range(n_batches)]:
-                    future.result()
-        else:
-            for _ in range(n_batches):
-                self.encoder.forward(batch, metadata)
+        for _ in range(n_batches):
+            self.encoder.forward(batch, metadata)
         self._synchronize()
         return n_batches * self.batch / (time.perf_counter() - start)
-
-    def flops(self) -> float:
-        """Return the floating-point operations of the forward pass of one image."""
-        with FlopCounterMode(display=False) as counter:
-            self.encoder(self.images.image[:1].values, self.encoder.preprocessor.metadata(self.images, slice(0, 1)))
-        return counter.get_total_flops()
 
     def _schema(self, images: xr.Dataset) -> StoreSchema:
         return engine.make_schema(images, self.spec, self.dry_run.pyramid, INPUT_SIZE, self.extract)
@@ -181,82 +151,31 @@ class ExtractionCase:
 def measure(backbone: str, dataset: str, count: int, batch: int, rounds: int, device: str, precision: str) -> dict:
     """Measure one backbone; see the module's docstring."""
     case = ExtractionCase(backbone, dataset, count, batch, resolve_device(device), precision)
-    result = measure_on_cpu(case, rounds) if device == "cpu" else measure_on_gpu(case, count, rounds)
+    if device == "cpu":
+        functions = {"engine": case.extract_levels, "forward": case.forward}
+    else:
+        functions = {
+            "forward_before": lambda: case.forward(count // 2),
+            "engine": case.extract_pooled,
+            "forward_after": lambda: case.forward(count // 2),
+            "average_set": lambda: case.extract_pooled(AVERAGE_SET_IMAGES),
+            "dense": lambda: case.extract_levels(DENSE_IMAGES),
+        }
+    case.forward(min(count, DENSE_IMAGES))
+    case.extract_levels(min(count, DENSE_IMAGES))
+    rates = [{name: function() for name, function in functions.items()} for _ in range(rounds)]
     shutil.rmtree(SCRATCH, ignore_errors=True)
-    return {"images": count, "batch": case.batch, "precision": precision} | result
-
-
-def measure_on_cpu(case: ExtractionCase, rounds: int) -> dict:
-    """Return the results of a CPU."""
-    functions = {
-        "engine": case.extract_levels, "forward": case.forward, "parallel": partial(case.forward, is_parallel=True)
-    }  # fmt: skip
-    for function in functions.values():
-        function()
-    rates = [{name: function() for name, function in functions.items()} for _ in range(rounds)]
-    return {
-        "images_per_second": _median(rates, "engine"),
-        "forward_images_per_second": _median(rates, "forward"),
-        "vs_forward": _ratio(rates, "engine", "forward"),
-        "parallel_forward_images_per_second": _median(rates, "parallel"),
-        "vs_parallel_forward": _ratio(rates, "engine", "parallel"),
-    }
-
-
-def measure_on_gpu(case: ExtractionCase, count: int, rounds: int) -> dict:
-    """Return the results of a GPU."""
-    average = GEO_BENCH_IMAGES // GEO_BENCH_SETS
-    functions = {
-        "forward_before": partial(case.forward, count=count // 2),
-        "engine": case.extract_pooled,
-        "forward_after": partial(case.forward, count=count // 2),
-        "average_set": partial(case.extract_pooled, average),
-        "dense": partial(case.extract_levels, DENSE_IMAGES),
-        "plain_write": case.plain_write,
-    }
-    case.forward(count=DENSE_IMAGES)
-    case.extract_levels(DENSE_IMAGES)
-    rates = [{name: function() for name, function in functions.items()} for _ in range(rounds)]
     for rate in rates:
-        rate["forward"] = statistics.harmonic_mean([rate["forward_before"], rate["forward_after"]])
-    images_per_second = statistics.median(rate["engine"] for rate in rates)
-    flops = case.flops()
-    return {
-        "images_per_second": round(images_per_second, 2),
-        "forward_images_per_second": _median(rates, "forward"),
-        "vs_forward": _ratio(rates, "engine", "forward"),
-        "average_set_images": average,
-        "average_set_vs_forward": _ratio(rates, "average_set", "forward"),
-        "dense_images_per_second": _median(rates, "dense"),
-        "dense_vs_forward": _ratio(rates, "dense", "forward"),
-        "plain_write_images_per_second": _median(rates, "plain_write"),
-        "dense_vs_plain_write": _ratio(rates, "dense", "plain_write"),
-        "gigaflops_per_image": round(flops / 1e9, 1),
-        "fraction_of_matrix_flops": round(images_per_second * flops / matrix_flops_per_second(), 3),
-        "minutes_for_all_of_geo_bench": round(GEO_BENCH_IMAGES / images_per_second / 60, 1),
-        "precision_error": {name: round(error, 5) for name, error in case.dry_run.precision_error.items()},
-    }
-
-
-def _median(rates: list[dict[str, float]], name: str) -> float:
-    return round(statistics.median(rate[name] for rate in rates), 2)
-
-
-def _ratio(rates: list[dict[str, float]], tested: str, reference: str) -> float:
-    return round(statistics.median(rate[tested] / rate[reference] for rate in rates), 3)
-
-
-def matrix_flops_per_second(side: int = 8192) -> float:
-    """Return the floating-point operations per second of bfloat16 matrix products on this GPU."""
-    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(5):
-        a @ b
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(50):
-        a @ b
-    torch.cuda.synchronize()
-    return 50 * 2 * side**3 / (time.perf_counter() - start)
+        if device != "cpu":
+            rate["forward"] = statistics.harmonic_mean([rate.pop("forward_before"), rate.pop("forward_after")])
+    result = {"images": count, "batch": case.batch, "precision": precision}
+    for name in rates[0]:
+        prefix = "" if name == "engine" else f"{name}_"
+        result[f"{prefix}images_per_second"] = round(statistics.median(rate[name] for rate in rates), 2)
+        if name != "forward":
+            ratios = [rate[name] / rate["forward"] for rate in rates]
+            result[f"{prefix}vs_forward"] = round(statistics.median(ratios), 3)
+    return result | {f"{name}_precision_error": round(e, 5) for name, e in case.dry_run.precision_error.items()}
 
 
 def peak_megabytes(count: int) -> float:
@@ -297,13 +216,11 @@ def main() -> None:
     names = [*cases, "memory"]
     if unknown := set(arguments.parts) - set(names):
         parser.error(f"There is no part {', '.join(unknown)}; there are {', '.join(names)}.")
-    machine = (
-        torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or platform.machine()
-    )
-    print(json.dumps({"machine": f"{os.cpu_count()} cores, {machine}"}))
-    for name in arguments.parts or names:
-        result = memory() if name == "memory" else {name: measure(name, *cases[name], arguments.device, precision)}
-        print(json.dumps(result), flush=True)
+    results = {
+        name: memory() if name == "memory" else measure(name, *cases[name], arguments.device, precision)
+        for name in arguments.parts or names
+    }
+    save_results("extraction" if arguments.device == "cpu" else "extraction_gpu", results)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
     """Specification of a backbone: its expected input and its output.
 
@@ -42,16 +42,15 @@ class BackboneSpec:
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
         uses_location_and_time: whether it also takes latitude, longitude and time.
         weights: source of the pretrained weights; None if none are published.
-        weights_file: name of their file after fetching.
         layer_indices: indices of the network's blocks or outputs that become the levels, where it needs them.
         options: arguments of the network's constructor, from params.yaml.
     """
 
-    bands: tuple[str, ...] | None
+    bands: tuple[str, ...] | None = None
     input_units: str
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    strides: tuple[int, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    strides: tuple[int, ...] = ()
     layers: tuple[str, ...]
     required: tuple[str, ...] | None = None
     substitutes: Mapping[str, str] = field(default_factory=dict)
@@ -59,9 +58,15 @@ class BackboneSpec:
     resize: str = "bilinear"
     uses_location_and_time: bool = False
     weights: PinnedWheel | HubFile | None = None
-    weights_file: str | None = None
     layer_indices: tuple[int, ...] = ()
     options: Mapping = field(default_factory=dict)
+
+    @property
+    def weights_file(self) -> str | None:
+        """Name of the file of pretrained weights after fetching."""
+        if isinstance(self.weights, PinnedWheel):
+            return Path(self.weights.members[0]).name
+        return Path(self.weights.file).name if self.weights else None
 
 
 # Feature pyramids
@@ -119,13 +124,12 @@ class FeaturePyramid:
 
 @dataclass(frozen=True)
 class InputBands:
-    """Bands of a dataset that are the input of a backbone, and the input size.
+    """Bands of a dataset that are the input of a backbone, in the network's order, and the input size in pixels.
 
     Attributes:
-        input_names: the network's names of its input bands, in order.
+        input_names: the network's names of its input bands.
         band_indices: index of each input band among the images' bands.
         wavelengths: centre of each input band in micrometres; None if it is not optical.
-        input_size: side in pixels.
     """
 
     input_names: tuple[str, ...]
@@ -158,17 +162,13 @@ def match_bands(
     """
     if requested:
         indices = [band_index(query, image_bands) for query in requested]
-        required = requested
-        input_names = requested
+        required = input_names = requested
         if None not in indices:
             input_names = _order_custom_bands(name, spec, [image_bands[index] for index in indices], requested)
     else:
         input_names = spec.bands or [band.common_name for band in image_bands if band.is_optical]
         required = input_names if spec.required is None else spec.required
-        indices = [band_index(input_name, image_bands) for input_name in input_names]
-        for position, input_name in enumerate(input_names):
-            if indices[position] is None and input_name in spec.substitutes:
-                indices[position] = band_index(spec.substitutes[input_name], image_bands)
+        indices = [_index_or_substitute(input_name, spec, image_bands) for input_name in input_names]
     pairs = list(zip(input_names, indices, strict=True))
     if missing := [str(input_name) for input_name, index in pairs if index is None and input_name in required]:
         available = [band.common_name for band in image_bands]
@@ -190,6 +190,13 @@ def match_bands(
     )
 
 
+def _index_or_substitute(input_name: str, spec: BackboneSpec, image_bands: Sequence[Band]) -> int | None:
+    index = band_index(input_name, image_bands)
+    if index is None and input_name in spec.substitutes:
+        return band_index(spec.substitutes[input_name], image_bands)
+    return index
+
+
 def _order_custom_bands(
     name: str, spec: BackboneSpec, bands: Sequence[Band], requested: Sequence[str | float]
 ) -> Sequence[str]:
@@ -199,9 +206,8 @@ def _order_custom_bands(
     inputs_by_name = {input_name: input_name for input_name in spec.bands}
     inputs_by_name |= {substitute: input_name for input_name, substitute in spec.substitutes.items()}
     by_name = [inputs_by_name[band.common_name] for band in bands if band.common_name in inputs_by_name]
-    all_known = len(set(by_name)) == len(bands)
     is_complete = len(bands) == len(spec.bands)
-    if all_known and (is_complete or spec.required is not None):
+    if len(set(by_name)) == len(bands) and (is_complete or spec.required is not None):
         return by_name
     if is_complete:
         return spec.bands
@@ -257,7 +263,7 @@ class FamilyModule(Protocol):
         degrees, and `time` (batch, 1, 2), year and day of the year from 0, as keywords; either may be missing.
 
         Args:
-            backbone: with `variant`, `weights` (`pretrained`, `random` or `none`) and `seed` of random weights.
+            backbone: with `variant` and `weights` (`pretrained`, `random` or `none`); torch's generator is seeded.
             spec: from the family's table, or from params.yaml.
             input_bands: the bands and the size of the images.
             weights_dir: folder with the file `spec.weights_file`, if the weights are pretrained.
@@ -337,51 +343,39 @@ def create_backbone(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
 ) -> "torch.nn.Module":
     """Build the frozen network, with the weights in `weights_dir` or with random ones drawn from the seed."""
+    import torch  # takes 3 s
+
     module = importlib.import_module(get_family(backbone.family).module)
-    return module.create_network(backbone, spec, input_bands, weights_dir).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(backbone.seed)
+        network = module.create_network(backbone, spec, input_bands, weights_dir)
+    return network.eval().requires_grad_(False)
 
 
 def _catalog_spec(spec: BackboneSpec, backbone: BackboneConfig) -> BackboneSpec:
     for key in ("input_units", "layers", "options"):
-        if getattr(backbone, key):
-            raise UserError(
-                f"Family '{backbone.family}' defines its own {key}; remove {key} from params.yaml.",
-                key=key,
-                value=getattr(backbone, key),
-            )
+        if value := getattr(backbone, key):
+            message = f"Family '{backbone.family}' defines its own {key}; remove {key} from params.yaml."
+            raise UserError(message, key=key, value=value)
     if backbone.hub:
-        return dataclasses.replace(spec, weights=backbone.hub, weights_file=Path(backbone.hub.file).name)
+        return dataclasses.replace(spec, weights=backbone.hub)
     return spec
 
 
 def _check_spec(spec: BackboneSpec, backbone: BackboneConfig, family: BackboneFamily) -> None:
+    def refuse(key: str, problem: str, allowed: tuple[str, ...] | None = None) -> None:
+        value, choices = getattr(backbone, key), f" Set it to {' or '.join(allowed)}." if allowed else ""
+        raise UserError(
+            f"{backbone.variant} has {key}: {value}; {problem}.{choices}", key=key, value=value, allowed=allowed
+        )
+
     multiple = max(spec.strides, default=1)
     if backbone.input_size % multiple:
-        raise UserError(
-            f"{backbone.variant} has input_size {backbone.input_size}; it must be a multiple of {multiple}, the "
-            "stride of its deepest level.",
-            key="input_size",
-            value=backbone.input_size,
-        )
+        refuse("input_size", f"it must be a multiple of {multiple}, the stride of its deepest level")
     if backbone.normalisation == "native" and spec.requires_dataset_stats:
-        raise UserError(
-            f"{backbone.variant} has no normalisation of its own. Set its normalisation to dataset.",
-            key="normalisation",
-            value=backbone.normalisation,
-            allowed=("dataset",),
-        )
+        refuse("normalisation", "it has no normalisation of its own", ("dataset",))
     allowed_weights = ("pretrained", "random") if family.has_weights else ("none",)
     if backbone.weights not in allowed_weights:
-        raise UserError(
-            f"{backbone.variant} has weights: {backbone.weights}; set it to {' or '.join(allowed_weights)}.",
-            key="weights",
-            value=backbone.weights,
-            allowed=allowed_weights,
-        )
+        refuse("weights", "this family takes others", allowed_weights)
     if backbone.weights == "pretrained" and spec.weights is None:
-        raise UserError(
-            f"No pretrained weights of {backbone.variant} are published. Set its weights to random.",
-            key="weights",
-            value=backbone.weights,
-            allowed=("random",),
-        )
+        refuse("weights", "none are published", ("random",))

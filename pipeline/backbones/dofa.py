@@ -49,15 +49,13 @@ def create_network(backbone: BackboneConfig, spec: BackboneSpec, input_bands: In
     Raises:
         UserError: a band without a wavelength, or weights that do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(backbone.seed)
-        wrapper = TERRATORCH_BACKBONE_REGISTRY.build(
-            backbone.variant,
-            model_bands=[],  # the wavelengths are set below
-            pretrained=False,
-            out_indices=list(spec.layer_indices),
-            img_size=input_bands.input_size,
-        )
+    wrapper = TERRATORCH_BACKBONE_REGISTRY.build(
+        backbone.variant,
+        model_bands=[],  # the wavelengths are set below
+        pretrained=False,
+        out_indices=list(spec.layer_indices),
+        img_size=input_bands.input_size,
+    )
     if None in input_bands.wavelengths:
         name = input_bands.input_names[input_bands.wavelengths.index(None)]
         raise UserError(

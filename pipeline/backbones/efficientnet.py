@@ -23,6 +23,17 @@ from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
 
+# Names of layers in efficientnet_lite_pytorch, and in timm. The first stage has no expansion, so timm numbers its
+# layers one lower.
+_OUTER_LAYERS = {
+    "_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"
+}  # fmt: skip
+_INNER_LAYERS = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+    "_project_conv": "conv_pwl", "_bn2": "bn3",
+}  # fmt: skip
+_FIRST_STAGE_LAYERS = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+
 # (network, images) → maps of four levels
 LevelFunction = Callable[[torch.nn.Module, torch.Tensor], Sequence[torch.Tensor]]
 
@@ -42,9 +53,7 @@ def create_network(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
 ) -> EfficientNetLevels:
     """Build the network; see `FamilyModule`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(backbone.seed)
-        network, level_function = make_csmask_b4() if backbone.variant == "csmask_b4" else make_lite(backbone.variant)
+    network, level_function = make_csmask_b4() if backbone.variant == "csmask_b4" else make_lite(backbone.variant)
     if backbone.weights == "pretrained":
         path = Path(weights_dir) / spec.weights_file
         if path.suffix == ".onnx":
@@ -78,7 +87,6 @@ def _calibrate_batchnorm(network: torch.nn.Module, n_bands: int, seed: int) -> N
     image to the pixel, as images have; with white noise alone, smooth images would make the features explode.
     """
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    momentum = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train()
         norm.momentum = None  # the plain mean over batches, here one
@@ -87,9 +95,7 @@ def _calibrate_batchnorm(network: torch.nn.Module, n_bands: int, seed: int) -> N
     scales = [torch.randn(32, n_bands, side, side, generator=generator) for side in (1, 4, 16, 64, 128)]
     with torch.inference_mode():
         network(sum(functional.interpolate(noise, size=(128, 128), mode="bilinear") for noise in scales))
-    for norm, original in zip(norms, momentum, strict=True):
-        norm.eval()
-        norm.momentum = original
+    network.eval()
 
 
 def _is_unused(name: str) -> bool:
@@ -114,40 +120,18 @@ def _read_onnx(path: Path) -> dict[str, torch.Tensor]:
 
 
 def timm_name(name: str, stages: Sequence[int]) -> str:
-    """Translate a tensor's name from efficientnet_lite_pytorch to timm's EfficientNet.
+    """Translate a tensor's name from efficientnet_lite_pytorch to timm's; unknown names stay as they are.
 
-    The checkpoint numbers blocks consecutively, timm within each stage. Unknown names stay as they are, and are
-    reported as unexpected when they are loaded.
+    The checkpoint numbers blocks consecutively, timm within each stage.
 
     Args:
         stages: number of blocks of each of the network's stages.
     """
-    outer_layers = {
-        "_conv_stem": "conv_stem",
-        "_bn0": "bn1",
-        "_conv_head": "conv_head",
-        "_bn1": "bn2",
-        "_fc": "classifier",
-    }
     match = re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", name)
     if not match:
         layer, _, tensor = name.rpartition(".")
-        return f"{outer_layers[layer]}.{tensor}" if layer in outer_layers else name
-    block, layer, tensor = int(match[1]), match[2], match[3]
-    stage = 0
-    while stage < len(stages) - 1 and block >= stages[stage]:
-        block -= stages[stage]
-        stage += 1
-    if stage == 0:
-        # The first stage has no expansion, so timm numbers its layers one lower.
-        inner_layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    else:
-        inner_layers = {
-            "_expand_conv": "conv_pw",
-            "_bn0": "bn1",
-            "_depthwise_conv": "conv_dw",
-            "_bn1": "bn2",
-            "_project_conv": "conv_pwl",
-            "_bn2": "bn3",
-        }
-    return f"blocks.{stage}.{block}.{inner_layers[layer]}.{tensor}" if layer in inner_layers else name
+        return f"{_OUTER_LAYERS[layer]}.{tensor}" if layer in _OUTER_LAYERS else name
+    positions = [(stage, block) for stage, n_blocks in enumerate(stages) for block in range(n_blocks)]
+    stage, block = positions[min(int(match[1]), len(positions) - 1)]
+    layers = _INNER_LAYERS if stage else _FIRST_STAGE_LAYERS
+    return f"blocks.{stage}.{block}.{layers[match[2]]}.{match[3]}" if match[2] in layers else name

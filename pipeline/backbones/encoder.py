@@ -5,9 +5,7 @@ are encoded in parallel, each with some of the threads; on a GPU, sequentially.
 """
 
 import copy
-import ctypes
 import os
-import platform
 import queue
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,25 +20,19 @@ from pipeline.backbones.preprocessing import Preprocessor
 from pipeline.device import disable_tf32
 from pipeline.errors import UserError
 
-# On a CPU torch allocates memory for every layer's output; huge pages make that cheaper (benchmarks/choices.py).
+# On a CPU torch allocates memory for every layer's output; huge pages make that cheaper.
 # torch reads this variable when it creates its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Batches at the same time on a CPU; each needs memory.
 _MAX_PARALLEL = 2
-# Parameters of glibc's mallopt (malloc.h), and their values in bytes: larger blocks are mapped separately and
-# returned when freed; less free memory than this stays in the heap.
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 4 * 2**20
-_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES = -1, 16 * 2**20
 
 
 class Encoder:
     """Encodes batches of one dataset's images with one frozen backbone.
 
     Args:
-        preprocessor: makes the network's input.
-        network: the backbone.
         device: `cpu`, `cuda`, or one GPU such as `cuda:1`.
         precision: of the forward pass: `float32`, or autocast to `bfloat16` or `float16`.
         compiled: whether to use torch.compile.
@@ -59,7 +51,7 @@ class Encoder:
         self.device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         self.preprocessor, self.strides = preprocessor, strides
         self.precision = precision
-        # Channels last is as fast on a CPU (benchmarks/choices.py), and GPUs need it in low precision.
+        # Channels last is as fast on a CPU, and GPUs need it in low precision.
         self.network = convert_conv2d_weight_memory_format(network.to(self.device), torch.channels_last)
         self._compiled = compiled
         self._forward = torch.compile(self.network) if compiled else self.network
@@ -105,10 +97,10 @@ class Encoder:
         # bfloat16 on CPUs that can, with errors of some percent.
         torch.set_float32_matmul_precision("highest")
         disable_tf32()
-        autocast_dtype = PRECISIONS[self.precision]
+        dtype = PRECISIONS[self.precision]
         with (
             torch.inference_mode(),
-            torch.autocast(torch.device(self.device).type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+            torch.autocast(torch.device(self.device).type, dtype=dtype, enabled=dtype is not None),
         ):
             pyramid = self._forward(batch, **metadata)
         self._check_shapes(pyramid)
@@ -130,48 +122,34 @@ class Encoder:
 
 
 class ParallelEncoder:
-    """Runs functions that encode, a few at the same time; a context manager.
+    """Runs functions that encode, two at the same time on a CPU with several threads; a context manager.
 
     The threads of one forward pass wait for each other in every layer, and for the slowest when other work needs a
     core. Parallel forward passes with fewer threads each do not.
 
     Args:
         encoder: is passed to the functions; parallel ones get clones that share its weights.
-
-    Attributes:
-        n_parallel: functions that run at the same time.
     """
 
     def __init__(self, encoder: Encoder):
-        self._n_threads, self._pool, self._running = torch.get_num_threads(), None, deque()
-        self.n_parallel = min(_MAX_PARALLEL, self._n_threads) if encoder.device == "cpu" else 1
-        if encoder.device == "cpu":
-            _tune_malloc()
-        self._free_encoders = queue.SimpleQueue()
-        for number in range(self.n_parallel):
+        self._n_threads = torch.get_num_threads()
+        self._n_parallel = min(_MAX_PARALLEL, self._n_threads) if encoder.device == "cpu" else 1
+        self._free_encoders: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
+        for number in range(self._n_parallel):
             self._free_encoders.put(encoder.clone_sharing_weights() if number else encoder)
+        self._pool = device_threads(self._n_parallel, encoder.device, self._n_threads // self._n_parallel)
+        self._running: deque[Future] = deque()
 
     def __enter__(self):
-        if self.n_parallel > 1:
-            self._pool = ThreadPoolExecutor(
-                self.n_parallel,
-                initializer=torch.set_num_threads,
-                initargs=(self._n_threads // self.n_parallel,),
-            )
         return self
 
     def __exit__(self, *_) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._n_threads)  # setting it in one thread changes it for later threads, too
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._n_threads)  # setting it in one thread changes it for later threads, too
 
     def submit(self, function: Callable, *args) -> Future:
         """Queue `function(encoder, *args)`. Wait while another is queued; raise the error of a finished call."""
-        if self._pool is None:
-            done = Future()
-            done.set_result(self._run(function, *args))
-            return done
-        while self._running and (len(self._running) > self.n_parallel or self._running[0].done()):
+        while self._running and (len(self._running) > self._n_parallel or self._running[0].done()):
             self._running.popleft().result()
         self._running.append(self._pool.submit(self._run, function, *args))
         return self._running[-1]
@@ -184,13 +162,13 @@ class ParallelEncoder:
             self._free_encoders.put(encoder)
 
 
-def _tune_malloc() -> None:
-    """Make glibc return the memory of layers' outputs when they are freed, for the rest of the process.
+def device_threads(n_threads: int, device: str, torch_threads: int | None = None) -> ThreadPoolExecutor:
+    """Make threads that use this device; by default a new thread uses the first GPU.
 
-    By default it allocates blocks of up to 32 MB from one heap per thread. Small blocks between them keep the heaps
-    from shrinking: memory grows by hundreds of megabytes with the number of batches until it stabilises.
+    Args:
+        torch_threads: threads of torch's operations on a CPU in each of them; None for as many as in this one.
     """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
+    if device == "cpu":
+        n_inner = torch_threads or torch.get_num_threads()
+        return ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(n_inner,))
+    return ThreadPoolExecutor(n_threads, initializer=torch.cuda.set_device, initargs=(device,))

@@ -33,10 +33,8 @@ def create_network(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
 ) -> HieraTrunk:
     """Build the network; see `FamilyModule`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(backbone.seed)
-        config = OmegaConf.load(Path(sam2.__file__).parent / f"configs/sam2.1/{backbone.variant}.yaml")
-        trunk = instantiate(config.model.image_encoder.trunk)
+    config = OmegaConf.load(Path(sam2.__file__).parent / f"configs/sam2.1/{backbone.variant}.yaml")
+    trunk = instantiate(config.model.image_encoder.trunk)
     if backbone.weights == "pretrained":
         path = Path(weights_dir) / spec.weights_file
         checkpoint = read_checkpoint(path)

@@ -22,12 +22,8 @@ from pipeline.errors import UserError
 
 # Coordinates of an images store that make up each metadata input.
 _METADATA_COORDINATES = {"location": ("lat", "lon"), "time": ("time",)}
-# Images per read, and threads that read, for the statistics of the training split.
-_READ_BATCH, _READ_THREADS = 64, 8
-# Values per step on a CPU: few enough to stay in a core's cache between operations.
-_BLOCK_VALUES = 2**18
-# Output columns per matrix product of the resize.
-_RESIZE_COLUMNS = 32
+# Threads that read for the statistics of the training split.
+_READ_THREADS = 8
 # A band with a smaller standard deviation is constant; dividing by it would amplify noise.
 _MIN_STD = 1e-6
 
@@ -37,7 +33,6 @@ class Preprocessor:
     """The preprocessing of one dataset's images for one backbone.
 
     Attributes:
-        input_bands: bands and size of the input.
         scale: value of the images' units that equals 1.0.
         display_range: the reflectances [low, high] that are stretched to [0, 1]; None if there is no stretch.
         mean, std: per band, after scaling and stretching; None if there is no normalisation.
@@ -60,25 +55,11 @@ class Preprocessor:
         return np.take(image, self.input_bands.band_indices, axis=1)  # faster than indexing
 
     def __call__(self, selected: torch.Tensor) -> torch.Tensor:
-        """Make the network's input.
+        """Make the network's input, float32 (batch, band, input_size, input_size), channels last.
 
         Args:
             selected: result of `select_bands`, as a tensor on the device that computes.
-
-        Returns:
-            float32 (batch, band, input_size, input_size), channels last.
         """
-        if selected.is_cuda:
-            return self._transform(selected).contiguous(memory_format=torch.channels_last)
-        side, n_bands = self.input_bands.input_size, selected.shape[1]
-        result = torch.empty((len(selected), n_bands, side, side), memory_format=torch.channels_last)
-        step = max(1, _BLOCK_VALUES // (n_bands * max(side**2, selected[0, 0].numel())))
-        for start in range(0, len(selected), step):
-            result[start : start + step] = self._transform(selected[start : start + step])
-        return result
-
-    def _transform(self, selected: torch.Tensor) -> torch.Tensor:
-        """Scale, stretch, normalise and resize; in any memory format."""
         # In place after the first step: allocating memory costs more than the arithmetic.
         values = selected.to(torch.float32, copy=True).div_(self.scale)
         if self.display_range:
@@ -87,15 +68,13 @@ class Preprocessor:
         if self.mean is not None:
             values.sub_(_per_band(self.mean, values.device)).div_(_per_band(self.std, values.device))
         side = self.input_bands.input_size
-        if values.shape[-2:] == (side, side):
-            return values
-        if self.resize == "nearest":
-            return functional.interpolate(values, size=(side, side), mode="nearest-exact")
-        if values.is_cuda:
-            # Antialiasing changes nothing when enlarging, and costs time.
-            shrinks = max(values.shape[-2:]) > side
-            return functional.interpolate(values, size=(side, side), mode="bilinear", antialias=shrinks)
-        return resize_bilinear(values, side)
+        if values.shape[-2:] != (side, side):
+            if self.resize == "nearest":
+                values = functional.interpolate(values, size=(side, side), mode="nearest-exact")
+            else:  # antialiasing changes nothing when enlarging, and costs time
+                shrinks = max(values.shape[-2:]) > side
+                values = functional.interpolate(values, size=(side, side), mode="bilinear", antialias=shrinks)
+        return values.contiguous(memory_format=torch.channels_last)
 
     def metadata(self, images: xr.Dataset, rows: slice | np.ndarray) -> dict[str, np.ndarray]:
         """Read location and time of samples, as Prithvi takes them.
@@ -119,6 +98,11 @@ def _per_band(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
+def chunk_size(images: xr.Dataset) -> int:
+    """Return the number of images per file of an images store."""
+    return images.image.encoding.get("preferred_chunks", {}).get("sample", 1)
+
+
 def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, spec: BackboneSpec) -> Preprocessor:
     """Make the preprocessing of a dataset's images for a backbone.
 
@@ -133,8 +117,13 @@ def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, s
         UserError: see `match_images`; or statistics of an empty training split.
     """
     input_bands = match_images(images, name, backbone, spec)
-    units, is_native = images.attrs["units"], backbone.normalisation == "native"
+    units = images.attrs["units"]
     is_stretched = spec.input_units == "display" and units not in DISPLAY_UNITS
+    available_metadata = [
+        key
+        for key, coordinates in _METADATA_COORDINATES.items()
+        if all(name in images.coords and bool(images[name].notnull().all()) for name in coordinates)
+    ]
     preprocessor = Preprocessor(
         input_bands=input_bands,
         scale=full_scale(units),
@@ -143,48 +132,38 @@ def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, s
         std=None,
         normalisation=backbone.normalisation,
         resize=spec.resize,
-        metadata_keys=_available_metadata(images) if spec.uses_location_and_time else (),
+        metadata_keys=tuple(available_metadata) if spec.uses_location_and_time else (),
     )
-    if not is_native:
+    if backbone.normalisation == "dataset":
         mean, std = _training_stats(images, preprocessor)
     elif spec.mean:
-        mean, std = _native_stats(spec, input_bands)
+        indices = [spec.bands.index(input_name) for input_name in input_bands.input_names]
+        mean, std = (tuple(values[index] for index in indices) for values in (spec.mean, spec.std))
     else:
         return preprocessor
     return dataclasses.replace(preprocessor, mean=mean, std=std)
 
 
-def _available_metadata(images: xr.Dataset) -> tuple[str, ...]:
-    """Return the metadata inputs that every sample has."""
-    return tuple(
-        key
-        for key, coordinates in _METADATA_COORDINATES.items()
-        if all(name in images.coords and bool(images[name].notnull().all()) for name in coordinates)
-    )
-
-
-def _native_stats(spec: BackboneSpec, input_bands: InputBands) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the pretraining's mean and standard deviation of the input bands that are used."""
-    indices = [spec.bands.index(input_name) for input_name in input_bands.input_names]
-    return tuple(spec.mean[index] for index in indices), tuple(spec.std[index] for index in indices)
-
-
 def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute mean and standard deviation of each band after the stretch, over the training split."""
-    rows = np.flatnonzero(images.split.values == "train")
-    if not len(rows):
+    """Compute mean and standard deviation of each band after the stretch, over the training split.
+
+    Each file that has training images is read once.
+    """
+    is_train = images.split.values == "train"
+    if not is_train.any():
         raise UserError(
             "normalisation: dataset needs training samples, and this dataset has none. Add samples to its split "
             "train, or set the backbone's normalisation to native.",
             key="normalisation",
             value="dataset",
         )
-    n_bands = len(preprocessor.input_bands.band_indices)
+    size, n_bands = chunk_size(images), len(preprocessor.input_bands.band_indices)
 
-    def add_up(start: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """Return the number of pixels, and the sums of their values and squares by band."""
-        batch = preprocessor.select_bands(images.image[rows[start : start + _READ_BATCH]].values)
-        sums, squares, values = np.zeros(n_bands), np.zeros(n_bands), np.empty(batch.shape[1:])
+    def add_up(start: int) -> np.ndarray:
+        """Return the sums (2, band) of the values of a file's training images and of their squares."""
+        rows = slice(start, start + size)
+        batch = preprocessor.select_bands(images.image[rows].values[is_train[rows]])
+        sums, values = np.zeros((2, n_bands)), np.empty(batch.shape[1:])
         for image in batch:  # one image at a time stays in the CPU's cache
             np.divide(image, preprocessor.scale, out=values, dtype=np.float64)
             if preprocessor.display_range:
@@ -192,91 +171,16 @@ def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tup
                 values -= low
                 values /= high - low
                 values.clip(0, 1, out=values)
-            sums += values.sum(axis=(1, 2))
-            squares += np.square(values, out=values).sum(axis=(1, 2))
-        return batch.size // n_bands, sums, squares
+            sums[0] += values.sum(axis=(1, 2))
+            sums[1] += np.square(values, out=values).sum(axis=(1, 2))
+        return sums
 
-    n_pixels, total, total_squares = 0, np.zeros(n_bands), np.zeros(n_bands)
+    files = [start for start in range(0, len(is_train), size) if is_train[start : start + size].any()]
     with ThreadPoolExecutor(min(_READ_THREADS, len(os.sched_getaffinity(0)))) as pool:
         # Added in order, so that the result does not depend on the number of threads.
-        for count, sums, squares in pool.map(add_up, range(0, len(rows), _READ_BATCH)):
-            n_pixels += count
-            total += sums
-            total_squares += squares
+        total, total_squares = sum(pool.map(add_up, files), np.zeros((2, n_bands)))
+    n_pixels = int(is_train.sum()) * images.image[0, 0].size
     mean, std = mean_std_from_sums(n_pixels, total, total_squares)
     std[std < _MIN_STD] = 1.0
     # Rounded to nine digits, so that machines whose sums differ by rounding write the same store.
     return tuple(float(f"{value:.9g}") for value in mean), tuple(float(f"{value:.9g}") for value in std)
-
-
-# Bilinear resize on a CPU, antialiased when shrinking, several times faster than torch's for float images. Each
-# output row or column is a weighted sum of a few neighbouring ones. Rows are summed by `embedding_bag`. Columns are
-# summed by matrix products, a few output columns each, so that each product has few input columns.
-
-
-def resize_bilinear(values: torch.Tensor, side: int) -> torch.Tensor:
-    """Resize images (sample, band, y, x), float32 and contiguous, to (sample, band, side, side).
-
-    The result equals torch's `interpolate` with `antialias=True` up to the rounding of its weights to float32.
-    """
-    if values.shape[2] > side:  # shrink before enlarging: less work for the second step
-        return _resize_columns(_resize_rows(values, side), side)
-    return _resize_rows(_resize_columns(values, side), side)
-
-
-def _resize_rows(values: torch.Tensor, side: int) -> torch.Tensor:
-    """Resize (sample, band, y, x) to (sample, band, side, x)."""
-    *shape, height, width = values.shape
-    source_rows, first, weights = _row_weights(height, side)
-    image_number = torch.arange(shape[0] * shape[1])[:, None]
-    resized = functional.embedding_bag(
-        (source_rows + height * image_number).flatten(),
-        values.reshape(-1, width),
-        (first + len(source_rows) * image_number).flatten(),
-        mode="sum",
-        per_sample_weights=weights.repeat(len(image_number)),
-    )
-    return resized.view(*shape, side, width)
-
-
-def _resize_columns(values: torch.Tensor, side: int) -> torch.Tensor:
-    """Resize (sample, band, y, x) to (sample, band, y, side)."""
-    lines = values.reshape(-1, values.shape[-1])
-    resized = values.new_empty(len(lines), side)
-    for target, source, weights in _column_weights(values.shape[-1], side):
-        torch.mm(lines[:, source], weights, out=resized[:, target])
-    return resized.view(*values.shape[:-1], side)
-
-
-@lru_cache
-def _row_weights(old: int, new: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the source rows of all new rows, the position of each new row's first one, and their weights."""
-    weights = _interpolation_weights(old, new)
-    new_rows, source_rows = np.nonzero(weights)
-    first = np.searchsorted(new_rows, np.arange(new))
-    nonzero = weights[new_rows, source_rows].astype(np.float32)
-    return torch.from_numpy(source_rows), torch.from_numpy(first), torch.from_numpy(nonzero)
-
-
-@lru_cache
-def _column_weights(old: int, new: int) -> list[tuple[slice, slice, torch.Tensor]]:
-    """Return blocks of new columns, their source columns, and weights float32 (source, new)."""
-    weights, products = _interpolation_weights(old, new), []
-    for start in range(0, new, _RESIZE_COLUMNS):
-        block = weights[start : start + _RESIZE_COLUMNS]
-        used = np.flatnonzero(block.any(axis=0))
-        source = slice(used[0], used[-1] + 1)
-        block_weights = np.ascontiguousarray(block[:, source].T, dtype=np.float32)
-        products.append((slice(start, start + len(block)), source, torch.from_numpy(block_weights)))
-    return products
-
-
-def _interpolation_weights(old: int, new: int) -> np.ndarray:
-    """Return the weights of old positions in new ones, float64 (new, old).
-
-    Each row is a triangle around the new position's centre; its half-width is one old or one new position, whichever
-    is larger.
-    """
-    centre = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.arange(old) - centre) / max(1, old / new))
-    return weights / weights.sum(axis=1, keepdims=True)

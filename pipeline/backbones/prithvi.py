@@ -73,11 +73,9 @@ def create_network(
 ) -> Prithvi:
     """Build the network; see `FamilyModule`."""
     bands = [HLS_BANDS[input_name] for input_name in input_bands.input_names]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(backbone.seed)
-        network = TERRATORCH_BACKBONE_REGISTRY.build(
-            backbone.variant, pretrained=False, bands=bands, num_frames=1, out_indices=list(spec.layer_indices)
-        )
+    network = TERRATORCH_BACKBONE_REGISTRY.build(
+        backbone.variant, pretrained=False, bands=bands, num_frames=1, out_indices=list(spec.layer_indices)
+    )
     if backbone.weights == "pretrained":
         path = Path(weights_dir) / spec.weights_file
         tensors = read_checkpoint(path)

@@ -60,17 +60,15 @@ def create_network(
             value=variant,
             allowed=registered,
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(backbone.seed)
-        try:
-            network = TERRATORCH_BACKBONE_REGISTRY.build(variant, **spec.options)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"terratorch could not build '{variant}' with the options {spec.options}: {error}. Correct the "
-                "backbone's options in params.yaml.",
-                key="options",
-                value=spec.options,
-            ) from None
+    try:
+        network = TERRATORCH_BACKBONE_REGISTRY.build(variant, **spec.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"terratorch could not build '{variant}' with the options {spec.options}: {error}. Correct the "
+            "backbone's options in params.yaml.",
+            key="options",
+            value=spec.options,
+        ) from None
     if backbone.weights == "pretrained":
         path = Path(weights_dir) / spec.weights_file
         load_strict(network, read_checkpoint(path), path)

@@ -35,9 +35,7 @@ def create_network(
     Raises:
         UserError: a network that does not return intermediate maps.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(backbone.seed)
-        network = timm.create_model(backbone.variant, in_chans=len(input_bands.input_names))
+    network = timm.create_model(backbone.variant, in_chans=len(input_bands.input_names))
     if not hasattr(network, "forward_intermediates"):
         raise UserError(
             f"timm's '{backbone.variant}' does not return intermediate maps. Choose another network.",

@@ -12,7 +12,7 @@ import torch
 from cache.codecs import CastStat, check_cast
 from cache.errors import StoreError
 from cache.schema import StoreSchema, is_level_array
-from pipeline.extraction.loader import DeviceToHost
+from pipeline.extraction.loader import DeviceCopies
 
 # Values per cast. On a CPU they fit its cache. On a GPU a cast needs 20 more bytes a value.
 _CPU_BLOCK_VALUES, _GPU_BLOCK_VALUES = 2**18, 2**25
@@ -30,7 +30,7 @@ class ShardBuffer:
         download: copies features from the device.
     """
 
-    def __init__(self, schema: StoreSchema, download: DeviceToHost):
+    def __init__(self, schema: StoreSchema, download: DeviceCopies):
         self._schema, self._download = schema, download
         self._arrays: dict[str, torch.Tensor] = {}
         self._stats: dict[str, torch.Tensor] = {}

@@ -31,14 +31,14 @@ from pipeline import bands
 from pipeline.backbones import base, preprocessing
 from pipeline.backbones import encoder as backbone_encoder
 from pipeline.backbones.base import BackboneSpec, FeaturePyramid
-from pipeline.backbones.encoder import Encoder, ParallelEncoder
+from pipeline.backbones.encoder import Encoder, ParallelEncoder, device_threads
 from pipeline.backbones.preprocessing import Preprocessor
 from pipeline.config import BackboneConfig, ExtractConfig
 from pipeline.data import augmentation
 from pipeline.data.download import file_sha256
 from pipeline.extraction import buffer, estimate, loader
 from pipeline.extraction.buffer import ShardBuffer
-from pipeline.extraction.loader import DeviceToHost, LoadedBatch, device_threads, wait_for_upload
+from pipeline.extraction.loader import DeviceCopies, LoadedBatch, wait_for_upload
 from pipeline.tasks import get_task
 
 # Modules whose code affects the bytes of a store. The family's module is in the digest of the weights' folder.
@@ -75,18 +75,17 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
         writer: of the feature store; it may have shards of an earlier run. It is complete at the end.
         batch: images per forward pass.
     """
-    schema, download = writer.schema, DeviceToHost(encoder.device)
-    n_samples = len(schema.sample)
-    n_finished = n_samples - sum(_n_rows(schema, shard) for shard in writer.pending_shards())
-    n_buffers, free_buffers = _n_buffers(schema, encoder.device), queue.SimpleQueue()
-    for _ in range(n_buffers):
+    schema, download = writer.schema, DeviceCopies(encoder.device)
+    free_buffers: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
+    for _ in range(_n_buffers(schema, encoder.device)):
         free_buffers.put(ShardBuffer(schema, download))
 
-    def encode(
-        encoder: Encoder, loaded: LoadedBatch, shard_buffer: ShardBuffer, rows: slice
-    ) -> torch.cuda.Event | None:
+    def encode(encoder: Encoder, loaded: LoadedBatch, shard_buffer: ShardBuffer, rows: slice):
         """Encode a batch into rows of the shard; returns the event of its copies."""
-        for name, values in _encode(encoder, loaded, schema).items():
+        images, metadata = wait_for_upload(loaded)
+        views = [encoder.forward(encoder.preprocessor(image), metadata).arrays() for image in images]
+        for name in schema.shapes():
+            values = torch.stack([arrays[name] for arrays in views], dim=1) if schema.views else views[0][name]
             shard_buffer.put(rows, name, values)
         return download.event()
 
@@ -96,13 +95,16 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
             for copied in _wait_all(encoded):
                 if copied:
                     copied.synchronize()
-            writer.write(shard, *shard_buffer.collect(_n_rows(schema, shard)))
-            progress.update(_n_rows(schema, shard))
+            writer.write(shard, *shard_buffer.collect(n_rows[shard]))
+            progress.update(n_rows[shard])
         finally:
             free_buffers.put(shard_buffer)
 
+    shard_rows = [schema.rows(shard) for shard in range(schema.n_shards)]
+    n_rows = [rows.stop - rows.start for rows in shard_rows]
+    n_finished = sum(n_rows) - sum(n_rows[shard] for shard in writer.pending_shards())
     with (
-        tqdm(total=n_samples, initial=n_finished, unit="image", mininterval=2, file=sys.stderr) as progress,
+        tqdm(total=sum(n_rows), initial=n_finished, unit="image", mininterval=2, file=sys.stderr) as progress,
         device_threads(1, encoder.device) as disk_thread,
         ParallelEncoder(encoder) as parallel,
         ExitStack() as stack,
@@ -112,37 +114,40 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
         # On an error this runs before the loader closes: its thread may be waiting for a shard.
         stack.callback(writer.release)
         for shard, rows, loaded in batches:
-            first, last = schema.rows(shard).start, schema.rows(shard).stop
+            first, last = shard_rows[shard].start, shard_rows[shard].stop
             if rows.start == first:
                 shard_buffer, encoded = free_buffers.get(), []
-            shard_rows = slice(rows.start - first, rows.stop - first)
-            encoded.append(parallel.submit(encode, loaded, shard_buffer, shard_rows))
+            target_rows = slice(rows.start - first, rows.stop - first)
+            encoded.append(parallel.submit(encode, loaded, shard_buffer, target_rows))
             if rows.stop == last:
                 writes.append(disk_thread.submit(store, shard, shard_buffer, encoded))
-            while writes and (writes[0].done() or len(writes) == n_buffers):
+            while writes and writes[0].done():
                 writes.popleft().result()
         for write in writes:
             write.result()
 
 
-def _n_rows(schema: StoreSchema, shard: int) -> int:
-    rows = schema.rows(shard)
-    return rows.stop - rows.start
-
-
 def _n_buffers(schema: StoreSchema, device: str) -> int:
     """Return how many shards are in memory."""
-    bytes_per_sample = estimate.nbytes(schema) / len(schema.sample)
-    is_small = _SMALL_SHARDS * schema.shard_size * bytes_per_sample <= _SMALL_BYTES
-    return _SMALL_SHARDS if is_small and device != "cpu" else _SHARDS
+    shard_bytes = estimate.nbytes(schema) / len(schema.sample) * schema.shard_size
+    return _SMALL_SHARDS if device != "cpu" and _SMALL_SHARDS * shard_bytes <= _SMALL_BYTES else _SHARDS
+
+
+def _wait_all(futures: Sequence[Future]) -> list:
+    """Return all results once all futures have ended, also if one failed: their memory is used again.
+
+    `concurrent.futures.wait` would not wake up if they are cancelled while it waits.
+    """
+    for future in futures:
+        with suppress(BaseException):
+            future.result()
+    return [future.result() for future in futures]
 
 
 def make_schema(
     images: xr.Dataset, spec: BackboneSpec, pyramid: FeaturePyramid, input_size: int, extract: ExtractConfig
 ) -> StoreSchema:
-    """Make the schema of a feature store.
-
-    It has levels for a dense task or with `extract.keep_levels`; else pooled vectors only.
+    """Make the schema of a feature store: pooled vectors, and levels for a dense task or with `extract.keep_levels`.
 
     Args:
         pyramid: features of any images, for the shapes.
@@ -207,29 +212,3 @@ def provenance(
         "images_sha256": images.attrs["content_sha256"],
         "licence": images.attrs["licence"],
     }
-
-
-def _encode(encoder: Encoder, loaded: LoadedBatch, schema: StoreSchema) -> dict[str, torch.Tensor]:
-    """Compute the arrays of a batch by their paths; with views each array is (sample, view, …)."""
-    images, metadata = wait_for_upload(loaded)
-    features = [_flatten(encoder.forward(encoder.preprocessor(image), metadata), schema) for image in images]
-    if not schema.views:
-        return features[0]
-    return {name: torch.stack([arrays[name] for arrays in features], dim=1) for name in features[0]}
-
-
-def _flatten(pyramid: FeaturePyramid, schema: StoreSchema) -> dict[str, torch.Tensor]:
-    """Return the arrays of a pyramid that the store has, by path."""
-    arrays = pyramid.arrays()
-    return {name: arrays[name] for name in schema.shapes()}
-
-
-def _wait_all(futures: Sequence[Future]) -> list:
-    """Return all results once all futures have ended, also if one failed: their memory is used again.
-
-    `concurrent.futures.wait` would not wake up if they are cancelled while it waits.
-    """
-    for future in futures:
-        with suppress(BaseException):
-            future.result()
-    return [future.result() for future in futures]

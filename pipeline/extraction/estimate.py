@@ -1,12 +1,9 @@
 """Before an extraction: dry run of the network, batch size, estimate of time and disk space."""
 
-import json
-import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,25 +11,19 @@ import numpy as np
 import torch
 import xarray as xr
 
-from cache.atomic import write_file
-from cache.errors import StoreError
-from cache.reader import FeatureStore
 from cache.schema import StoreSchema
 from pipeline.backbones.base import FeaturePyramid
-from pipeline.backbones.encoder import Encoder, ParallelEncoder
+from pipeline.backbones.encoder import Encoder
 from pipeline.errors import UserError
 
 # Images of the dry run on a CPU, where a batch may take minutes.
 _DRY_RUN_IMAGES = 4
 # A relative difference to float32 too large for rounding: a kernel computes wrong values (LAB.md has an example).
 _MAX_PRECISION_ERROR = 0.3
-# Larger batches are slower on a CPU, since less of a layer's output stays in the cache (benchmarks/choices.py).
+# Larger batches are slower on a CPU, since less of a layer's output stays in the cache.
 _CPU_BATCH = 4
 # Fraction of a GPU's memory that a batch may use; the casts need memory, too.
 _GPU_MEMORY_FRACTION = 0.8
-
-
-# Dry run
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class DryRunResult:
 
     Attributes:
         pyramid: their features.
-        images_per_second: approximate throughput.
+        images_per_second: approximate throughput, of one batch at a time.
         precision_error: relative root mean square difference to float32 of each level; empty in float32.
     """
 
@@ -63,8 +54,10 @@ def dry_run(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
     rows = slice(0, min(batch if encoder.device != "cpu" else _DRY_RUN_IMAGES, len(images.sample)))
     image, metadata = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
     with translate_errors(encoder, len(image)):
+        encoder(image, metadata)  # may compile
+        start = time.perf_counter()
         pyramid = encoder(image, metadata)
-    images_per_second = _throughput(encoder, image, metadata)
+        images_per_second = len(image) / (time.perf_counter() - start)
     if not all(np.isfinite(array).all() for array in pyramid.arrays().values()):
         hint = "" if encoder.precision == "float32" else ", or set extract.precision to float32"
         raise UserError(
@@ -72,34 +65,23 @@ def dry_run(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
             key="extract.precision",
             value=encoder.precision,
         )
-    if encoder.precision == "float32":
-        return DryRunResult(pyramid, images_per_second, {})
-    first_metadata = {name: values[:_DRY_RUN_IMAGES] for name, values in metadata.items()}
-    float32_encoder = Encoder(encoder.preprocessor, encoder.network, encoder.device, strides=encoder.strides)
-    exact = float32_encoder(image[:_DRY_RUN_IMAGES], first_metadata)
-    pairs = zip((level[:_DRY_RUN_IMAGES] for level in pyramid.levels), exact.levels, strict=True)
-    errors = [float(np.linalg.norm(lower - level) / np.linalg.norm(level)) for lower, level in pairs]
-    if max(errors, default=0) > _MAX_PRECISION_ERROR:
+    errors = {}
+    if encoder.precision != "float32":
+        few = slice(0, _DRY_RUN_IMAGES)
+        float32_encoder = Encoder(encoder.preprocessor, encoder.network, encoder.device, strides=encoder.strides)
+        exact = float32_encoder(image[few], {name: values[few] for name, values in metadata.items()}).levels
+        for index, level in enumerate(exact):
+            error = np.linalg.norm(pyramid.levels[index][few] - level) / np.linalg.norm(level)
+            errors[f"level{index}"] = float(error)
+    if (largest := max(errors.values(), default=0)) > _MAX_PRECISION_ERROR:
         raise UserError(
-            f"Features in {encoder.precision} differ from float32 by {max(errors):.0%} on {encoder.device}; rounding "
+            f"Features in {encoder.precision} differ from float32 by {largest:.0%} on {encoder.device}; rounding "
             "does not explain that, so an operation computes wrongly. Set extract.precision to float32.",
             key="extract.precision",
             value=encoder.precision,
             allowed=("float32",),
         )
-    precision_error = {f"level{index}": error for index, error in enumerate(errors)}
-    return DryRunResult(pyramid, images_per_second, precision_error)
-
-
-def _throughput(encoder: Encoder, image: np.ndarray, metadata: Mapping[str, np.ndarray]) -> float:
-    """Measure images per second with as many parallel batches as the engine runs."""
-    with ParallelEncoder(encoder) as parallel:
-        for _ in range(2):  # the first may compile
-            start = time.perf_counter()
-            futures = [parallel.submit(Encoder.__call__, image, metadata) for _ in range(parallel.n_parallel)]
-            for future in futures:
-                future.result()
-        return parallel.n_parallel * len(image) / (time.perf_counter() - start)
+    return DryRunResult(pyramid, images_per_second, errors)
 
 
 @contextmanager
@@ -126,14 +108,11 @@ def translate_errors(encoder: Encoder, n_images: int):
         ) from error
 
 
-# Batch size, on which the floating-point rounding of the features depends
-
-
 def find_batch_size(images: xr.Dataset, encoder: Encoder, maximum: int, n_views: int = 1) -> int:
     """Choose a batch size for `extract.batch: 0`: a small one on a CPU, on a GPU a power of two that fits.
 
-    On a GPU the limit is its total memory minus the network, even if other processes use some of it: another batch
-    size would round differently.
+    The floating-point rounding of the features depends on it. On a GPU the limit is its total memory minus the
+    network, even if other processes use some of it, so that all workers on GPUs of one kind choose the same.
 
     Args:
         maximum: the largest batch size to return.
@@ -178,41 +157,6 @@ def _forward_bytes(images: xr.Dataset, encoder: Encoder, batch: int, n_views: in
     return max(forward + (n_views - 1) * feature_bytes, 2 * n_views * feature_bytes)
 
 
-def shared_choice(path: Path, choose: Callable[[], int]) -> int:
-    """Return the batch size that the first worker of a store chose and wrote to `path`.
-
-    Another worker, on another GPU, might choose a different one.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own_path = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        write_file(own_path, [str(choose()).encode()])
-        with suppress(FileExistsError):
-            os.link(own_path, path)
-        own_path.unlink()
-    return int(path.read_text())
-
-
-def batch_of_existing_store(final: Path, provenance: Mapping, views: Sequence[str]) -> int:
-    """Return the batch size of a finished store with the same provenance, or 0.
-
-    Args:
-        provenance: the store's attributes, without the batch size.
-        views: names of the augmented copies of each image.
-    """
-    try:
-        store = FeatureStore(final)
-    except (StoreError, OSError):
-        return 0
-    expected = json.loads(json.dumps(dict(provenance)))
-    is_same = all(store.attributes.get(name) == value for name, value in expected.items())
-    is_same = is_same and (store.view or ("identity",)) == tuple(views)
-    return int(store.attributes.get("batch", 0)) if is_same else 0
-
-
-# Estimate
-
-
 def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, description: str) -> str:
     """Describe in one line the time and disk space of an extraction, or of its remaining shards.
 
@@ -223,18 +167,16 @@ def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, des
     Raises:
         UserError: the disk of `folder` is too small.
     """
-    total_bytes = round(nbytes(schema) * _compression_ratio(schema, result.pyramid))
-    needed_bytes = max(0, total_bytes - _bytes_in(folder))
+    n_samples = len(schema.sample)
+    n_remaining = max(0, n_samples - len(list(folder.glob("shards/*.json"))) * schema.shard_size)
+    needed_bytes = nbytes(schema) * _compression_ratio(schema, result.pyramid) * n_remaining / n_samples
+    minutes = n_remaining * max(1, len(schema.views)) / result.images_per_second / 60
     existing_folder = next(path for path in (folder, *folder.parents) if path.exists())
     free_bytes = shutil.disk_usage(existing_folder).free
-    n_finished = len(list(folder.glob("shards/*.json"))) * schema.shard_size
-    n_images = max(0, len(schema.sample) - n_finished) * max(1, len(schema.views))
-    size = f"{needed_bytes / 1e9:.2f} GB"
-    if schema.codec.name != "none":
-        size += f" as {schema.codec.label}"
+    codec = "" if schema.codec.name == "none" else f" as {schema.codec.label}"
     line = (
-        f"{description}: {len(schema.sample)} samples at {result.images_per_second:.1f} images/s take this process "
-        f"about {n_images / result.images_per_second / 60:.1f} min and {size}; {free_bytes / 1e9:.1f} GB are free"
+        f"{description}: {n_samples} samples at {result.images_per_second:.1f} images/s take this process about "
+        f"{minutes:.1f} min and {needed_bytes / 1e9:.2f} GB{codec}; {free_bytes / 1e9:.1f} GB are free"
     )
     if needed_bytes > free_bytes:
         raise UserError(
@@ -259,14 +201,6 @@ def _compression_ratio(schema: StoreSchema, pyramid: FeaturePyramid) -> float:
         n_after += sum(len(schema.codec.compress(sample)) for sample in stored)
         n_after += 0 if scale is None else scale.nbytes
     return n_after / n_before
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another worker renames its files
-            total += path.stat().st_size
-    return total
 
 
 def nbytes(schema: StoreSchema) -> int:

@@ -11,11 +11,9 @@ import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-import xarray as xr
 
 from cache.writer import Writer
 from pipeline.backbones import create_backbone, get_spec
@@ -44,7 +42,6 @@ class ExtractionJob:
     Attributes:
         name: the backbone's name in params.yaml.
         device: `auto`, `cpu` or `cuda`.
-        images_path: the images store.
         weights_dir: the folder that the fetch stage wrote.
         scratch, final: where the store is built, and where it appears when finished.
         n_threads: threads of a forward pass on a CPU; the floating-point rounding of sums depends on it.
@@ -107,14 +104,11 @@ def _wait_for_workers(client, job: ExtractionJob) -> dict:
                 key="extract.shard",
                 value=job.extract.shard,
             )
-        for address, worker in workers.items():
-            if address not in tasks:
-                rank = _free_rank(worker["host"], tasks, workers)
-                # pure=False: every call is a new task, although all have the same arguments.
-                future = client.submit(
-                    extract_shards, job, rank, workers=[address], allow_other_workers=False, pure=False
-                )
-                tasks[address] = future, rank
+        for address in workers.keys() - tasks:
+            rank = _free_rank(workers[address]["host"], tasks, workers)
+            # pure=False: every call is a new task, although all have the same arguments.
+            options = {"workers": [address], "allow_other_workers": False, "pure": False}
+            tasks[address] = client.submit(extract_shards, job, rank, **options), rank
         futures = [future for address, (future, _) in tasks.items() if address in workers]
         if finished := [future for future in futures if future.status == "finished"]:
             return finished[0].result()
@@ -140,49 +134,30 @@ def extract_shards(job: ExtractionJob, rank: int = 0, clear: bool = False) -> di
         The store's attributes, with its content digest.
     """
     with _COMPUTE_LOCK:
-        return _extract_shards(job, rank, clear)
-
-
-def _extract_shards(job: ExtractionJob, rank: int, clear: bool) -> dict:
-    torch.set_num_threads(job.n_threads)  # Dask sets one
-    images, device = open_images(job.images_path), resolve_device(job.device)
-    spec = get_spec(job.backbone)
-    preprocessor = make_preprocessor(images, job.name, job.backbone, spec)
-    weights = json.loads((job.weights_dir / "source.json").read_text())
-    provenance = engine.provenance(images, job.name, job.backbone, spec, preprocessor, weights, job.extract, device)
-    scratch = engine.working_dir(job.scratch, provenance, job.extract, clear)
-    if device == "cuda":
-        torch.cuda.set_device(device_for_rank(device, rank))
-    network = create_backbone(job.backbone, spec, preprocessor.input_bands, job.weights_dir)
-    encoder = Encoder(preprocessor, network, device, job.extract.precision, job.extract.compiled, spec.strides)
-    batch = _choose_batch(job, images, encoder, provenance, scratch)
-    provenance["batch"] = batch
-    result = estimate.dry_run(images, encoder, batch)
-    schema = engine.make_schema(images, spec, result.pyramid, job.backbone.input_size, job.extract)
-    description = f"{job.images_path.stem} x {job.name}"
-    print(estimate.format_estimate(schema, result, scratch, description), file=sys.stderr)
-    writer = Writer(scratch, schema, job.final, provenance)
-    engine.extract(images, encoder, writer, batch)
-    measurements = {"precision_error": result.precision_error} if result.precision_error else {}
-    return {**provenance, **measurements, "content_sha256": writer.finish(measurements)}
-
-
-def _choose_batch(
-    job: ExtractionJob, images: xr.Dataset, encoder: Encoder, provenance: Mapping, scratch: Path
-) -> int:
-    """Return images per forward pass: `extract.batch`, or found if that is 0; at most a shard's.
-
-    A batch never spans two shards.
-    """
-    extract = job.extract
-    find = partial(estimate.find_batch_size, images, encoder, extract.shard, len(extract.views))
-    if extract.batch:
-        return min(extract.batch, extract.shard)
-    if encoder.device == "cpu":
-        return find()
-    # When a late worker joins, the store may be finished, and the shared choice deleted with the scratch folder.
-    batch = estimate.batch_of_existing_store(job.final, provenance, extract.views)
-    return min(batch or estimate.shared_choice(scratch / "batch", find), extract.shard)
+        torch.set_num_threads(job.n_threads)  # Dask sets one
+        images, device, extract = open_images(job.images_path), resolve_device(job.device), job.extract
+        if device == "cuda":
+            torch.cuda.set_device(device_for_rank(device, rank))
+        spec = get_spec(job.backbone)
+        preprocessor = make_preprocessor(images, job.name, job.backbone, spec)
+        weights = json.loads((job.weights_dir / "source.json").read_text())
+        network = create_backbone(job.backbone, spec, preprocessor.input_bands, job.weights_dir)
+        encoder = Encoder(preprocessor, network, device, extract.precision, extract.compiled, spec.strides)
+        # A batch never spans two shards.
+        batch = min(extract.batch, extract.shard) or estimate.find_batch_size(
+            images, encoder, extract.shard, len(extract.views)
+        )
+        provenance = engine.provenance(images, job.name, job.backbone, spec, preprocessor, weights, extract, device)
+        provenance["batch"] = batch
+        scratch = engine.working_dir(job.scratch, provenance, extract, clear)
+        result = estimate.dry_run(images, encoder, batch)
+        schema = engine.make_schema(images, spec, result.pyramid, job.backbone.input_size, extract)
+        description = f"{job.images_path.stem} x {job.name}"
+        print(estimate.format_estimate(schema, result, scratch, description), file=sys.stderr)
+        writer = Writer(scratch, schema, job.final, provenance)
+        engine.extract(images, encoder, writer, batch)
+        measurements = {"precision_error": result.precision_error} if result.precision_error else {}
+        return {**provenance, **measurements, "content_sha256": writer.finish(measurements)}
 
 
 @contextmanager

@@ -4,10 +4,11 @@ On a GPU each direction has its own stream, ordered by events. On a CPU nothing 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -15,15 +16,14 @@ import torch
 import xarray as xr
 
 from cache.writer import Writer
-from pipeline.backbones.encoder import Encoder
+from pipeline.backbones.encoder import Encoder, device_threads
+from pipeline.backbones.preprocessing import chunk_size
 from pipeline.data.augmentation import VIEWS
 from pipeline.data.image_store import UNLABELLED
 
-# Batches loaded ahead, and threads that read a batch for a GPU, which computes faster than one thread reads.
-_PREFETCHED_BATCHES, _READ_THREADS = 3, 4
-
-
-# Batches of images
+# Batches loaded ahead; threads that read a batch for a GPU, which computes faster than one thread reads; and files
+# in memory, since a batch may end within one.
+_PREFETCHED_BATCHES, _READ_THREADS, _CACHED_FILES = 3, 4, 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def load_batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: in
     Args:
         batch: images per forward pass.
     """
-    with device_threads(_READ_THREADS, encoder.device) as readers:
+    n_readers = 1 if encoder.device == "cpu" else _READ_THREADS
+    with device_threads(n_readers, encoder.device) as readers:
         loader = ImageLoader(images, encoder, writer.schema.views, readers)
         is_unlabelled = images.split.values == UNLABELLED
         batches = (
@@ -65,81 +66,44 @@ def load_batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: in
 
 
 class ImageLoader:
-    """Loads batches of an images store; called by one thread.
+    """Loads batches of an images store, file by file; called by one thread.
 
     Args:
         views: names of the augmented copies of each image; empty for the images themselves.
-        readers: threads that read for a GPU.
+        readers: threads that read the files of a batch.
     """
 
     def __init__(self, images: xr.Dataset, encoder: Encoder, views: Sequence[str], readers: ThreadPoolExecutor):
         self._images, self._preprocessor, self._readers = images, encoder.preprocessor, readers
         self._views = [VIEWS[view] for view in views] or [lambda image: image]
-        self._upload, self._read = HostToDevice(encoder.device), make_reader(images)
-        self._chunk_size, self._is_gpu = chunk_size(images), encoder.device != "cpu"
+        self._copies, self._file_size = DeviceCopies(encoder.device), chunk_size(images)
+        self._read_file = lru_cache(_CACHED_FILES)(self._read_file_uncached)
 
     def __call__(self, rows: slice) -> LoadedBatch:
         """Load rows and start their upload."""
-        tensors = self._read_in_parallel(rows) if self._is_gpu else self._read_serially(rows)
-        metadata = self._preprocessor.metadata(self._images, rows)
-        return self._upload(tensors, {name: torch.from_numpy(values) for name, values in metadata.items()})
+        image, n_bands = self._images.image, len(self._preprocessor.input_bands.band_indices)
+        example = np.empty((rows.stop - rows.start, n_bands, *image.shape[2:]), image.dtype)  # only for its shape
+        dtype = torch.from_numpy(example).dtype
+        tensors = [self._copies.empty(view(example).shape, dtype) for view in self._views]
 
-    def _read_serially(self, rows: slice) -> list[torch.Tensor]:
-        selected = self._preprocessor.select_bands(self._read(rows))
-        return [torch.from_numpy(np.ascontiguousarray(view(selected))) for view in self._views]
-
-    def _read_in_parallel(self, rows: slice) -> list[torch.Tensor]:
-        """Read chunks in parallel, each directly into the memory that the GPU copies from."""
-        image = self._images.image
-        n_bands = len(self._preprocessor.input_bands.band_indices)
-        batch_shape = (rows.stop - rows.start, n_bands, *image.shape[2:])
-        dtype = torch.from_numpy(np.empty(0, image.dtype)).dtype
-        shapes = [view(np.broadcast_to(np.empty(()), batch_shape)).shape for view in self._views]
-        tensors = [self._upload.empty(shape, dtype) for shape in shapes]
-
-        def fill(chunk: slice) -> None:
-            selected = self._preprocessor.select_bands(self._read(chunk))
+        def fill(number: int) -> None:
+            """Copy a file's rows directly into the memory that a GPU copies from."""
+            start = number * self._file_size
+            first, last = max(rows.start, start), min(rows.stop, start + self._file_size)
+            selected = self._preprocessor.select_bands(self._read_file(number)[first - start : last - start])
             for view, tensor in zip(self._views, tensors, strict=True):
-                tensor.numpy()[chunk.start - rows.start : chunk.stop - rows.start] = view(selected)
+                tensor.numpy()[first - rows.start : last - rows.start] = view(selected)
 
-        list(self._readers.map(fill, chunk_slices(rows, self._chunk_size)))
-        return tensors
+        list(self._readers.map(fill, range(rows.start // self._file_size, -(-rows.stop // self._file_size))))
+        metadata = self._preprocessor.metadata(self._images, rows)
+        return LoadedBatch(
+            [self._copies.upload(tensor) for tensor in tensors],
+            {name: self._copies.upload(torch.from_numpy(values)) for name, values in metadata.items()},
+            self._copies.event(),
+        )
 
-
-def chunk_size(images: xr.Dataset) -> int:
-    """Return the number of images per file of an images store."""
-    return images.image.encoding.get("preferred_chunks", {}).get("sample", 1)
-
-
-def chunk_slices(rows: slice, size: int) -> list[slice]:
-    """Split rows at the edges of files.
-
-    Rows that begin within a file stay together, since the reader caches the file.
-    """
-    if rows.start % size:
-        return [rows]
-    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
-
-
-def make_reader(images: xr.Dataset) -> Callable[[slice], np.ndarray]:
-    """Return a function from rows to their images, (sample, band, y, x).
-
-    Rows that begin or end within a file are read with all rows of their files, which are cached, since several
-    batches may be in one file. Several threads may call the function, if at most one at a time passes such rows.
-    """
-    size = chunk_size(images)
-    cached, cached_start = np.empty((0,)), 0
-
-    def read(rows: slice) -> np.ndarray:
-        nonlocal cached, cached_start
-        if rows.start % size == rows.stop % size == 0:
-            return images.image[rows].values
-        if not cached_start <= rows.start <= rows.stop <= cached_start + len(cached):
-            cached_start = rows.start // size * size
-            cached = images.image[cached_start : -(-rows.stop // size) * size].values
-        return cached[rows.start - cached_start : rows.stop - cached_start]
-
-    return read
+    def _read_file_uncached(self, number: int) -> np.ndarray:
+        return self._images.image[number * self._file_size : (number + 1) * self._file_size].values
 
 
 def batch_slices(rows: slice, batch: int, is_separate: np.ndarray) -> Iterator[slice]:
@@ -164,18 +128,8 @@ def _prefetch(batches: Iterator, thread: ThreadPoolExecutor) -> Iterator:
         yield batch
 
 
-# Copies between host and device
-
-
-def device_threads(n_threads: int, device: str) -> ThreadPoolExecutor:
-    """Make threads that use this device; by default a new thread uses the first GPU."""
-    if device == "cpu":
-        return ThreadPoolExecutor(n_threads)
-    return ThreadPoolExecutor(n_threads, initializer=torch.cuda.set_device, initargs=(device,))
-
-
-class HostToDevice:
-    """Copies batches to the device; called by one thread.
+class DeviceCopies:
+    """Copies in one direction between host and device, in a stream of their own; on a CPU nothing waits.
 
     Args:
         device: `cpu`, or one GPU such as `cuda:1`.
@@ -186,48 +140,18 @@ class HostToDevice:
         self._stream = torch.cuda.Stream(device) if device != "cpu" else None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Allocate host memory that a GPU copies from directly."""
+        """Allocate host memory that a GPU copies from and into without waiting."""
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
 
-    def __call__(self, images: Sequence[torch.Tensor], metadata: Mapping[str, torch.Tensor]) -> LoadedBatch:
-        """Start the copies."""
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Start to copy a tensor to the device; wait for the next `event` before use."""
         if self._stream is None:
-            return LoadedBatch(list(images), dict(metadata), None)
+            return tensor
         with torch.cuda.stream(self._stream):
-            on_device = [image.pin_memory().to(self._device, non_blocking=True) for image in images]
-            metadata_on_device = {
-                name: values.pin_memory().to(self._device, non_blocking=True) for name, values in metadata.items()
-            }
-            return LoadedBatch(on_device, metadata_on_device, self._stream.record_event())
-
-
-def wait_for_upload(batch: LoadedBatch) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Make the GPU's stream, not the CPU, wait for a batch; return its images and metadata."""
-    if batch.uploaded is not None:
-        stream = torch.cuda.current_stream(batch.images[0].device)
-        stream.wait_event(batch.uploaded)
-        for tensor in [*batch.images, *batch.metadata.values()]:
-            tensor.record_stream(stream)  # allocated by another stream, which must not reuse the memory yet
-    return batch.images, batch.metadata
-
-
-class DeviceToHost:
-    """Copies features from the device into memory that `empty` allocated.
-
-    Args:
-        device: `cpu`, or one GPU such as `cuda:1`.
-    """
-
-    def __init__(self, device: str):
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device != "cpu" else None
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Allocate host memory that a GPU copies into without waiting."""
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
+            return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def copy(self, target: torch.Tensor, values: torch.Tensor) -> None:
-        """Start a copy; `target` is filled once the next `event` has passed."""
+        """Start a copy from the device; `target` is filled once the next `event` has passed."""
         if self._stream is None:
             target.copy_(values)
             return
@@ -241,3 +165,13 @@ class DeviceToHost:
     def event(self) -> torch.cuda.Event | None:
         """Return an event that passes when all copies started so far are done; None if copies are immediate."""
         return self._stream.record_event() if self._stream is not None else None
+
+
+def wait_for_upload(batch: LoadedBatch) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Make the GPU's stream, not the CPU, wait for a batch; return its images and metadata."""
+    if batch.uploaded is not None:
+        stream = torch.cuda.current_stream(batch.images[0].device)
+        stream.wait_event(batch.uploaded)
+        for tensor in [*batch.images, *batch.metadata.values()]:
+            tensor.record_stream(stream)  # allocated by another stream, which must not reuse the memory yet
+    return batch.images, batch.metadata

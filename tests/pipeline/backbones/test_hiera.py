@@ -60,37 +60,15 @@ def test_hiera_variants_have_configurations_of_four_stages(variant):
     assert variant.rpartition("_")[2][0] == HIERA[variant].weights.repo.rpartition("-hiera-")[2][0]
 
 
-def without_bias(file):
-    return {"model": {k: v for k, v in file["model"].items() if not k.endswith("blocks.3.norm1.bias")}}
-
-
 @pytest.mark.parametrize(
-    ("damage", "names"),
+    ("name", "mentions"),
     [
-        (lambda file: {"state": torch.zeros(1)}, ["image_encoder.trunk.", "state"]),
-        (
-            lambda file: {"model": {"sam_mask_decoder.x": torch.zeros(1)}},
-            ["image_encoder.trunk.", "sam_mask_decoder.x"],
-        ),
-        (without_bias, ["blocks.3.norm1.bias"]),
-        (
-            lambda file: {"model": {**file["model"], "image_encoder.trunk.blocks.99.w": torch.zeros(1)}},
-            ["blocks.99.w"],
-        ),
-        (lambda file: {"model": {**file["model"], "image_encoder.trunk.pos_embed": torch.zeros(1)}}, ["pos_embed"]),
+        ("sam_mask_decoder.x", ["image_encoder.trunk.", "sam_mask_decoder.x"]),
+        ("image_encoder.trunk.x", ["pos_embed"]),
     ],
 )
-def test_hiera_checkpoint_of_another_layout_is_refused_by_name(damage, names, weights_dir, images, make_encoder):
-    path = weights_dir / HIERA[TINY].weights_file
-    torch.save(damage(torch.load(path, weights_only=True)), path)
-    with raises(UserError, *names, path=path):
-        make_encoder(images, "hiera", TINY, 96, weights_dir)
-
-
-def test_hiera_random_weights_follow_the_seed(images, make_encoder):
-    image = images.image[:1].values
-    first, repeated, other = (
-        make_encoder(images, "hiera", TINY, 64, seed=seed)(image).levels[0] for seed in (0, 0, 1)
-    )
-    assert np.array_equal(first, repeated)
-    assert not np.array_equal(first, other)
+def test_hiera_checkpoint_of_another_layout_is_refused_by_name(name, mentions, tmp_path, images, make_encoder):
+    path = tmp_path / HIERA[TINY].weights_file
+    torch.save({"model": {name: torch.zeros(1)}}, path)
+    with raises(UserError, *mentions, path=path):
+        make_encoder(images, "hiera", TINY, 96, tmp_path)

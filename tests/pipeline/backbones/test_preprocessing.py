@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from pipeline.backbones import get_spec, preprocessing
 from pipeline.backbones.base import MissingBandsError
@@ -38,27 +37,11 @@ def network_input(preprocessor, images, rows=slice(0, 1)):
     return preprocessor(torch.from_numpy(preprocessor.select_bands(images.image[rows].values)))
 
 
-def test_preprocessor_of_csmask_scales_and_normalises(make_preprocessor):
-    preprocessor, images = make_preprocessor("sample-landuse-seg", CSMASK)
-    # DN / 10000, then the network's own statistics, by hand for one pixel of B02, B08 and B12.
-    for position, band, mean, std in [
-        (0, "blue", 0.27552253, 0.24488002),
-        (3, "nir", 0.33431220, 0.23213787),
-        (5, "swir22", 0.15826508, 0.12604216),
-    ]:
-        value = float(images.image[0, images.band.values.tolist().index(band), 40, 50]) / 10000
-        actual = network_input(preprocessor, images)[0, position, 40, 50]
-        assert actual == pytest.approx((value - mean) / std, abs=1e-6)
-    assert network_input(preprocessor, images).shape == (1, 6, 128, 128)
-
-
 # Mean, standard deviation, the first band at the middle, and the last near the upper left corner.
 GOLDEN = [
     ("sample-landuse", CSMASK, [-0.421, 0.3531, -0.5885, 0.0138]),
-    ("sample-landuse", LITE0, [-0.2282, 0.1175, -0.4187, -0.0677]),
     ("sample-trees", LITE0, [0.198, 0.2256, 0.4214, -0.0673]),
     ("sample-landuse-seg", HIERA, [-0.4763, 0.5108, -1.2293, -0.0512]),
-    ("sample-trees", HIERA, [0.6573, 0.4449, 0.9187, 0.2335]),
     ("sample-landuse-seg", PRITHVI, [-0.3408, 0.3916, 0.0517, -0.9877]),
     ("sample-landuse-seg", PRITHVI_600, [-0.3408, 0.3916, 0.0517, -0.9877]),
     ("sample-landuse-seg", DOFA, [-0.6609, 0.8705, -1.7009, -1.4974]),
@@ -129,11 +112,6 @@ def test_metadata_is_latitude_first_and_days_from_0(make_preprocessor):
     assert metadata["time"].tolist() == [[[2017.0, 46.0]]] * 2  # 16 February is the 47th day
 
 
-def test_metadata_of_a_backbone_that_takes_none_is_empty(make_preprocessor):
-    preprocessor, images = make_preprocessor("sample-landuse-seg", HIERA)
-    assert preprocessor.metadata(images, slice(0, 1)) == {}
-
-
 @pytest.mark.parametrize(("missing", "available"), [(("lat", "lon"), ("time",)), (("time",), ("location",))])
 def test_metadata_that_is_unknown_is_not_invented(image_dataset, open_images, missing, available):
     dataset = dataclasses.replace(image_dataset("sample-landuse-seg"), **dict.fromkeys(missing))
@@ -143,8 +121,8 @@ def test_metadata_that_is_unknown_is_not_invented(image_dataset, open_images, mi
     assert tuple(preprocessor.metadata(images, slice(0, 1))) == available
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "float32", "float16"])
-def test_preprocessor_with_dataset_normalisation_adds_up_in_float64(images_path, monkeypatch, dtype):
+@pytest.mark.parametrize("dtype", ["uint16", "float16"])
+def test_preprocessor_with_dataset_normalisation_adds_up_in_float64(images_path, dtype):
     """A band that hardly changes shows a loss of precision."""
     images = image_store.open_images(images_path("sample-landuse-seg")).isel(sample=slice(0, 20)).load()
     values = images.image.values.astype(dtype)
@@ -152,7 +130,7 @@ def test_preprocessor_with_dataset_normalisation_adds_up_in_float64(images_path,
     values[0, 1, :64] += 1
     images["image"] = images.image.dims, values
     images["split"] = "sample", np.array(["train"] * 15 + ["test"] * 5)
-    monkeypatch.setattr(preprocessing, "_READ_BATCH", 4)
+    images.image.encoding["preferred_chunks"] = {"sample": 4}
     preprocessor = preprocessing.make_preprocessor(images, "dofa", DOFA, get_spec(DOFA))
     exact = values[:15, list(preprocessor.input_bands.band_indices)].astype(np.float64) / 10_000
     np.testing.assert_allclose(preprocessor.mean, exact.mean(axis=(0, 2, 3)), rtol=1e-8)
@@ -166,19 +144,18 @@ def test_preprocessor_with_dataset_normalisation_needs_training_samples(images_p
         preprocessing.make_preprocessor(images, "dofa", DOFA, get_spec(DOFA))
 
 
-@pytest.mark.parametrize(("height", "width", "side"), [
-    (256, 256, 224), (128, 128, 224), (16, 16, 224), (64, 64, 65), (97, 97, 31), (300, 300, 32), (224, 224, 224),
-    (40, 70, 50), (1, 1, 8), (9, 9, 1),
-])  # fmt: skip
-def test_resize_bilinear_equals_torchs_antialiased_resize(height, width, side):
-    values = torch.rand(3, 2, height, width, generator=torch.Generator().manual_seed(0))
-    expected = functional.interpolate(values.double(), size=(side, side), mode="bilinear", antialias=True)
-    actual = preprocessing.resize_bilinear(values, side)
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6)
+def test_preprocessor_with_dataset_normalisation_reads_each_file_of_the_training_split_once(images_path, monkeypatch):
+    images = image_store.open_images(images_path("sample-landuse-seg"))
+    images.image.encoding["preferred_chunks"] = {"sample": 10}
+    train, read = np.flatnonzero(images.split.values == "train"), []
+    getitem = type(images.image).__getitem__
 
+    def count(array, key):
+        if isinstance(key, slice):
+            read.extend(range(*key.indices(len(array))))
+        return getitem(array, key)
 
-def test_resize_bilinear_does_not_depend_on_the_batch():
-    values = torch.rand(9, 3, 60, 60, generator=torch.Generator().manual_seed(0))
-    together = preprocessing.resize_bilinear(values, 50)[4:5]
-    torch.testing.assert_close(together, preprocessing.resize_bilinear(values[4:5], 50), rtol=0, atol=1e-6)
+    monkeypatch.setattr(type(images.image), "__getitem__", count)
+    preprocessing.make_preprocessor(images, "dofa", DOFA, get_spec(DOFA))
+    assert len(read) == len(set(read))
+    assert set(train) <= set(read)

@@ -10,7 +10,7 @@ from cache.errors import StoreError
 from cache.schema import LevelSchema, StoreSchema
 from pipeline.extraction import buffer
 from pipeline.extraction.buffer import ShardBuffer, cast_with_stats
-from pipeline.extraction.loader import DeviceToHost
+from pipeline.extraction.loader import DeviceCopies
 from tests.errors import raises
 
 LEVEL = "level0/features"
@@ -35,7 +35,7 @@ def make_schema(dtype="float16", levels=(LEVEL_SCHEMA,), pooled=None):
 
 
 def make_buffer(dtype="float16"):
-    return ShardBuffer(make_schema(dtype), DeviceToHost("cpu"))
+    return ShardBuffer(make_schema(dtype), DeviceCopies("cpu"))
 
 
 def cast_by_writer(values: torch.Tensor):
@@ -136,7 +136,7 @@ def test_shard_buffer_in_blocks_equals_one_cast(monkeypatch, maps, memory_format
         shard_buffer.collect(N_SAMPLES)
 
 
-class SlowDownload(DeviceToHost):
+class SlowDownload(DeviceCopies):
     """Allocates memory only once two threads ask for it."""
 
     def __init__(self, device):
@@ -168,7 +168,7 @@ def test_shard_buffer_leaves_pooled_vectors_of_a_gpu_in_float32(nonfinite):
     if nonfinite is not None:
         vectors[3, 2] = nonfinite
     schema = make_schema(levels=(), pooled={"mean": 5})
-    shard_buffer = ShardBuffer(schema, DeviceToHost("cpu"))
+    shard_buffer = ShardBuffer(schema, DeviceCopies("cpu"))
     shard_buffer.put(ROWS, "pooled/mean", vectors.bfloat16().as_subclass(FakeGpuTensor))
     if nonfinite is not None:
         with raises(StoreError, key="pooled/mean", value=1):

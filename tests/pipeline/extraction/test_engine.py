@@ -20,8 +20,8 @@ EXTRACT = ExtractConfig(
     dtype="float16", codec="none", precision="float32", compiled=False, batch=10, shard=16, keep_levels=False,
     views=("identity",),
 )  # fmt: skip
-BACKBONE = BackboneConfig("efficientnet", "lite0", "random", 64)
-N_SAMPLES = 72
+BACKBONE = BackboneConfig("efficientnet", "lite0", "random", 32)
+N_SAMPLES = 40
 
 
 class CountingEncoder:
@@ -49,18 +49,21 @@ class CountingEncoder:
 
 class SlowEncoder(CountingEncoder):
     def forward(self, batch, metadata):
-        time.sleep(0.3)
+        time.sleep(0.05)
         return super().forward(batch, metadata)
 
 
 @pytest.fixture
 def images(images_path):
-    return image_store.open_images(images_path("sample-landuse-seg"))
+    """40 real tiles whose store states eight images per file."""
+    images = image_store.open_images(images_path("sample-landuse-seg")).isel(sample=slice(0, N_SAMPLES))
+    images.image.encoding["preferred_chunks"] = {"sample": 8}
+    return images
 
 
 @pytest.fixture
 def encoder(images, make_encoder):
-    return make_encoder(images, "efficientnet", "lite0", 64)
+    return make_encoder(images, "efficientnet", "lite0", 32)
 
 
 @pytest.fixture
@@ -73,7 +76,7 @@ def extract_to(images, encoder, tmp_path):
         provenance = engine.provenance(
             images, "lite0", BACKBONE, spec, encoder.preprocessor, {"weights": "random"}, config, "cpu"
         )
-        schema = engine.make_schema(images, spec, pyramid, 64, config)
+        schema = engine.make_schema(images, spec, pyramid, 32, config)
         scratch = engine.working_dir(tmp_path / name / "scratch", provenance, config)
         writer = Writer(scratch, schema, tmp_path / name / "store.zarr", provenance)
         try:
@@ -96,7 +99,7 @@ def set_threads():
 def test_extract_writes_every_sample_to_its_own_row(extract_to, images, encoder, tmp_path):
     extract_to("a")
     features = FeatureStore(tmp_path / "a/store.zarr")
-    for row in (0, 15, 16, 40, 71):
+    for row in (0, 15, 16, 39):
         alone = encoder(images.image[row : row + 1].values)
         np.testing.assert_allclose(
             features.read("level3/features", [row]),
@@ -111,53 +114,39 @@ def test_extract_writes_every_sample_to_its_own_row(extract_to, images, encoder,
     assert features.split.tolist() == images.split.values.tolist()
 
 
-def test_extract_interrupted_resumes_at_the_first_missing_shard(extract_to, set_threads, tmp_path):
-    set_threads(2)
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_extract_interrupted_resumes_with_the_same_bytes(extract_to, set_threads, tmp_path, n_threads):
+    """Two threads encode two batches in parallel, one each; with one, the last batch before the end is certain."""
+    set_threads(3 - n_threads)
     digest, n_images = extract_to("a")
-    assert n_images == N_SAMPLES
-    set_threads(1)  # one batch at a time, so that the last one is certain
+    assert (n_images, torch.get_num_threads()) == (N_SAMPLES, 3 - n_threads)
+    set_threads(n_threads)
     with pytest.raises(KeyboardInterrupt):
-        extract_to("b", limit=40)
-    set_threads(2)
+        extract_to("b", limit=26)
     assert not (tmp_path / "b/store.zarr").exists()
     resumed_digest, n_images = extract_to("b")
     assert resumed_digest == digest
-    assert n_images == N_SAMPLES - 32  # two shards of 16 were finished
+    if n_threads == 1:
+        assert n_images == N_SAMPLES - 16  # one shard was finished
+    else:
+        assert n_images < N_SAMPLES
 
 
-def test_extract_interrupted_during_two_parallel_batches_writes_the_same_bytes(extract_to, set_threads):
-    set_threads(2)
-    digest, _ = extract_to("a")
-    with pytest.raises(KeyboardInterrupt):
-        extract_to("b", limit=40)
-    resumed_digest, n_images = extract_to("b")
-    assert resumed_digest == digest
-    assert n_images < N_SAMPLES
-
-
-def test_extract_with_one_or_two_threads_writes_the_same_bytes(extract_to, set_threads):
-    """Two threads encode two batches in parallel, one each."""
-    digests = set()
-    for n_threads in (1, 2):
-        set_threads(n_threads)
-        digests.add(extract_to(str(n_threads))[0])
-        assert torch.get_num_threads() == n_threads
-    assert len(digests) == 1
-
-
-def test_working_dir_of_other_inputs_is_new_and_deletes_the_old(extract_to, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        extract_to("a", limit=40)
-    _, n_images = extract_to("a", config=dataclasses.replace(EXTRACT, dtype="float32"))
-    assert n_images == N_SAMPLES
-    assert list((tmp_path / "a/scratch").iterdir()) == []
+def test_working_dir_of_other_inputs_is_new_and_deletes_the_old(tmp_path):
+    first = engine.working_dir(tmp_path, {"backbone": "a"}, EXTRACT)
+    first.mkdir()
+    assert engine.working_dir(tmp_path, {"backbone": "a"}, EXTRACT) == first
+    assert first.exists()
+    second = engine.working_dir(tmp_path, {"backbone": "a"}, dataclasses.replace(EXTRACT, dtype="float32"))
+    assert second != first
+    assert not first.exists()
 
 
 def test_make_schema_of_a_classification_set_has_levels_only_with_keep_levels(images_path, encoder):
     images, spec = image_store.open_images(images_path("sample-landuse")), get_spec(BACKBONE)
     pyramid = encoder(images.image[:1].values)
-    assert engine.make_schema(images, spec, pyramid, 64, EXTRACT).levels == ()
-    schema = engine.make_schema(images, spec, pyramid, 64, dataclasses.replace(EXTRACT, keep_levels=True))
+    assert engine.make_schema(images, spec, pyramid, 32, EXTRACT).levels == ()
+    schema = engine.make_schema(images, spec, pyramid, 32, dataclasses.replace(EXTRACT, keep_levels=True))
     assert [level.stride for level in schema.levels] == [4, 8, 16, 32]
 
 
@@ -211,12 +200,14 @@ def test_extract_on_a_full_disk_raises_the_disks_error(extract_to, monkeypatch):
 def test_extract_with_an_unreadable_image_ends_while_batches_wait(images, encoder, tmp_path, monkeypatch):
     """The last batch of a shard still waits when the reader fails; nothing may wait for it forever."""
 
-    def read(rows):
-        if rows.start >= 32:  # the first row of a shard
-            raise OSError("unreadable")
-        return images.image[rows].values
+    read_file = engine.loader.ImageLoader._read_file_uncached
 
-    schema = engine.make_schema(images, get_spec(BACKBONE), encoder(images.image[:1].values), 64, EXTRACT)
+    def read(image_loader, number):
+        if number >= 4:  # the first file of a shard
+            raise OSError("unreadable")
+        return read_file(image_loader, number)
+
+    schema = engine.make_schema(images, get_spec(BACKBONE), encoder(images.image[:1].values), 32, EXTRACT)
     writer, errors = Writer(tmp_path / "scratch", schema, tmp_path / "store.zarr", {}), []
 
     def extract():
@@ -225,7 +216,7 @@ def test_extract_with_an_unreadable_image_ends_while_batches_wait(images, encode
         except OSError as error:
             errors.append(error)
 
-    monkeypatch.setattr(engine.loader, "make_reader", lambda _: read)
+    monkeypatch.setattr(engine.loader.ImageLoader, "_read_file_uncached", read)
     thread = threading.Thread(target=extract, daemon=True)
     thread.start()
     thread.join(60)

@@ -73,11 +73,6 @@ def test_gpu_extraction_by_two_processes_gives_the_features_of_one(extract):
     assert relative_difference(extract("single")[0], extract("shared", n_processes=2)[0]) < 1e-5
 
 
-def test_gpu_extraction_finds_a_batch_size(extract):
-    chosen, fixed = extract("chosen", batch=0, shard=32)[0], extract("fixed", batch=32, shard=32)[0]
-    assert relative_difference(fixed, chosen) < 1e-4
-
-
 def test_find_batch_size_with_less_gpu_memory_is_smaller(gpu, images_path, make_encoder, monkeypatch):
     images = image_store.open_images(images_path("sample-landuse-seg"))
     cpu_encoder = make_encoder(images, "efficientnet", "lite0", 64)

@@ -23,6 +23,7 @@ EXTRACT = ExtractConfig(
     views=("identity",),
 )  # fmt: skip
 CSMASK = BackboneConfig("efficientnet", "csmask_b4", "pretrained", 64)
+LITE0 = BackboneConfig("efficientnet", "lite0", "random", 32)
 THIS_PROCESS = ComputeConfig("cpu", workers=0, scheduler="")
 
 
@@ -90,7 +91,7 @@ def test_launch_with_two_workers_one_killed_writes_the_bytes_of_one_process(make
 
 
 def test_launch_in_bfloat16_stores_the_difference_to_float32(make_job):
-    job = replace(make_job("lower"), extract=replace(EXTRACT, precision="bfloat16", shard=16))
+    job = replace(make_job("lower"), extract=replace(EXTRACT, precision="bfloat16", shard=16), backbone=LITE0)
     attributes = launch.launch(job, THIS_PROCESS)
     verify(job.final)
     stored = FeatureStore(job.final).attributes
