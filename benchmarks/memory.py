@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory
 
-Each epoch runs in a separate process that imports only the cache. Both stores are larger than what may stay mapped:
-a tenth of the machine's memory (`ours`), or 256 MiB (`mapped_256_mib`). The control (`kept`) keeps a part of every
-batch, so its memory must grow. Peaks are VmHWM, which starts at zero in each process.
+Each epoch runs in a separate process that imports only the cache. Both stores are larger than what may stay mapped, a
+tenth of the machine's memory. The control (`kept`) keeps a part of every batch, so its memory must grow. Peaks are
+VmHWM, which starts at zero in each process.
 """
 
 import json
@@ -20,7 +20,7 @@ import sys
 from cache.loader import FeatureDataset, shuffled_batches
 from cache.reader import FeatureStore
 
-features = FeatureStore(sys.argv[1], max_mapped_bytes=int(sys.argv[3]) or None)
+features = FeatureStore(sys.argv[1])
 dataset = FeatureDataset({level: [(features, f"{level}/features")] for level in features.levels})
 copies = []
 for index, batch in dataset.stream(shuffled_batches(dataset.rows, 64, seed=0)):
@@ -29,32 +29,26 @@ for index, batch in dataset.stream(shuffled_batches(dataset.rows, 64, seed=0)):
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) / 1024)
 """
-MAPPED_BYTES = 256 << 20
 
 
-def peak_megabytes(path: str, case: str, max_mapped_bytes: int) -> float:
-    """Return the peak resident memory of a process that reads one epoch; 0 mapped bytes for the default."""
-    command = [sys.executable, "-c", EPOCH, path, case, str(max_mapped_bytes)]
+def peak_megabytes(path: str, case: str) -> float:
+    """Return the peak resident memory of a process that reads one epoch."""
+    command = [sys.executable, "-c", EPOCH, path, case]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> None:
     large = feature_store("sample-trees", "lite0", 224, 8)
     stores = {
-        "ours": (large, repeat_store(large, 4), 0),
-        "mapped_256_mib": (feature_store("sample-trees", "lite0", 224, 2), large, MAPPED_BYTES),
+        "ours": (large, repeat_store(large, 4)),
+        "kept": (feature_store("sample-trees", "lite0", 224, 2), large),
     }
-    stores["kept"] = stores["mapped_256_mib"]
-    peaks = {
-        case: [peak_megabytes(str(store.location), case, max_mapped_bytes) for store in (small, large)]
-        for case, (small, large, max_mapped_bytes) in stores.items()
-    }
+    peaks = {case: [peak_megabytes(str(store.location), case) for store in pair] for case, pair in stores.items()}
     print(json.dumps({
         "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "samples": {case: [len(small.sample), len(large.sample)] for case, (small, large, _) in stores.items()},
+        "samples": {case: [len(small.sample), len(large.sample)] for case, (small, large) in stores.items()},
         "peak_megabytes": {case: [round(peak) for peak in pair] for case, pair in peaks.items()},
         "rss_growth": round(peaks["ours"][1] / peaks["ours"][0], 3),
-        "rss_growth_mapped_256_mib": round(peaks["mapped_256_mib"][1] / peaks["mapped_256_mib"][0], 3),
         "rss_growth_kept": round(peaks["kept"][1] / peaks["kept"][0], 3),
     }))  # fmt: skip
 

@@ -30,7 +30,6 @@ ROUNDS_OF_SIMILAR = 15  # the median of few rounds is uncertain where two reader
 SECONDS = 1.0  # of a round, so that a slow reader reads fewer batches
 MIN_BATCHES = 2
 BUILT_IN = ("memmap", "pread", "memory")
-MAPPED_BYTES = 256 << 20
 
 
 def samples_per_second(reader: Reader, order: list[np.ndarray]) -> float:
@@ -91,10 +90,6 @@ def measure_warm(features: FeatureStore) -> dict[str, dict]:
             readers |= make_readers(FeatureStore(features.location))
             rounds = ROUNDS_OF_SIMILAR if peer == "memmap" else ROUNDS
             rates[peer] = measure_rates(readers, features, partial(_warm_up, features, peer), rounds=rounds)
-    limited = {"ours_mapped_256_mib": _our_reader(FeatureStore(features.location, max_mapped_bytes=MAPPED_BYTES))}
-    rates["mapped"] = measure_rates(
-        limited | peers.memmap_readers(features), features, partial(_warm_up, features, "memmap")
-    )
     return rates
 
 
@@ -191,7 +186,6 @@ def main() -> None:
         "samples_per_second": {peer: medians(rates) for peer, rates in warm.items()},
         "cold_samples_per_second": medians(cold), "fused_samples_per_second": medians(fused),
         "vs_memmap": against("memmap"), "vs_pread": against("pread"), "vs_memory": against("memory"),
-        "mapped_256_mib_vs_memmap": ratio(warm["mapped"], "ours_mapped_256_mib", "memmap"),
         "vs_zarr_python": against("zarr"),
         "vs_tensorstore": against("tensorstore"), "vs_litdata": against("litdata"),
         "vs_webdataset": against("webdataset"),

@@ -1,13 +1,14 @@
 """Durable writes, folders that are published in one step, and locks between processes."""
 
 import asyncio
-import fcntl
 import os
 import shutil
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 # A disk flushes many files concurrently in the time that it needs for one.
 _CONCURRENT_FLUSHES = 16
@@ -16,20 +17,23 @@ _MAX_BUFFERS_PER_WRITE = os.sysconf("SC_IOV_MAX")
 
 def sync_file(path: Path) -> None:
     """Flush one file to the disk."""
-    _sync(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:
     """Flush a folder's list of names to the disk."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    sync_file(path)
 
 
 def sync_tree(path: Path, durable: Container[str] = ()) -> None:
-    """Flush every file below `path`, and then every folder from the deepest to `path`.
+    """Flush every file below `path` that is not `durable` already, and then every folder from the deepest.
 
     Args:
-        durable: paths relative to `path` of files to skip because they are on the disk already, as `write_file`
-            leaves them.
+        durable: paths relative to `path` of files that `write_file` wrote.
     """
     folders = list(os.walk(path, topdown=False))
     files = (os.path.join(folder, name) for folder, _, names in folders for name in names)
@@ -118,47 +122,18 @@ def _drain_zarr_writes() -> None:
     sync(drain())
 
 
-@contextmanager
-def file_lock(path: Path) -> Iterator[bool]:
-    """Wait for a lock and hold it during the block; the death of the process releases it.
-
-    Yields:
-        True if the lock is held, False if its folder does not exist (any more).
-    """
-    descriptor = try_lock(path, wait=True)
-    try:
-        yield descriptor is not None
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def try_lock(path: Path, wait: bool = False) -> int | None:
-    """Lock a file between processes.
+def lock_file(path: Path, wait: bool = True) -> FileLock | None:
+    """Lock a file between processes; `release` or the death of the process unlocks it.
 
     Args:
         wait: wait while another process holds the lock.
 
     Returns:
-        A file descriptor that holds the lock until it is closed, also by the death of the process. None if another
-        process holds the lock, or if the folder of `path` does not exist or was deleted meanwhile.
+        None if another process holds the lock, or if the folder of `path` does not exist (any more).
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    except FileNotFoundError:
+    if not path.parent.is_dir():  # FileLock would create it
         return None
-    with suppress(FileNotFoundError, BlockingIOError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        # Another process may have deleted the folder, and with it the file, between `open` and `flock`.
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-    os.close(descriptor)
-    return None
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return FileLock(path, thread_local=False, blocking=wait).acquire().lock
+    except (Timeout, FileNotFoundError):
+        return None

@@ -18,19 +18,15 @@ from cache.atomic import write_file
 from cache.errors import StoreError
 
 NAME = "SHA256SUMS"
-_REPAIR_HINT = "Delete the store and extract it again, or copy it again from its source."
 
 
 def fingerprint(*parts: object) -> str:
-    """SHA-256 of values that a result depends on, as hexadecimal text.
-
-    The values are written as canonical JSON: keys sorted, no spaces. Equal values give equal fingerprints in every
-    process and on every machine.
+    """SHA-256 of values that a result depends on, as hexadecimal text, the same in every process.
 
     Args:
         parts: JSON values, dataclass instances (as dictionaries of their fields), paths (as POSIX text), tuples (as
             lists), sets (as sorted lists), bytes (as their SHA-256) and NumPy scalars and arrays, nested as deep as
-            needed. The order of the parts matters.
+            needed. The order of the parts matters, that of keys does not.
 
     Raises:
         TypeError: a value of another type, whose text could differ from run to run.
@@ -56,30 +52,18 @@ def _as_json(value: object) -> object:
 
 
 def write(store: Path, digests: Mapping[str, str]) -> None:
-    """Write the list of all files below `store`.
-
-    Args:
-        digests: SHA-256 by path in the store of files that need no second reading.
-    """
+    """Write the list of all files below `store`; `digests` has the SHA-256 by path of files to read no more."""
     all_digests = {file: digests.get(file) or digest(store / file) for file in files(store)}
     write_file(store / NAME, [_format(all_digests).encode()])
 
 
 def content_digest(attributes: Mapping, shards: Mapping[str, str]) -> str:
-    """Return the SHA-256 of a store's content.
-
-    Args:
-        attributes: of the root group.
-        shards: SHA-256 of each shard file by path in the store.
-    """
+    """Return the SHA-256 of a store's root attributes, and of its shard files' SHA-256 by path."""
     return fingerprint(attributes, shards)
 
 
 def check(store: Path) -> dict[str, str]:
-    """Compare every file of a store with the list.
-
-    Returns:
-        SHA-256 of every file, by path in the store.
+    """Compare every file of a store with the list; return the SHA-256 of every file by path in the store.
 
     Raises:
         StoreError: the first file by name that is damaged, missing or not listed; `value` is its path in the store.
@@ -91,19 +75,13 @@ def check(store: Path) -> dict[str, str]:
         actual = dict(zip(existing, pool.map(lambda file: digest(store / file), existing), strict=True))
     for file in sorted({*existing, *listed}):
         if file not in actual:
-            raise StoreError(
-                f"{file} is listed in {NAME} but is not in {store}. {_REPAIR_HINT}", value=file, path=store
-            )
+            raise _error(store, file, f"is listed in {NAME} but does not exist")
         if file not in listed:
-            raise StoreError(f"{file} of {store} is not listed in {NAME}. {_REPAIR_HINT}", value=file, path=store)
+            raise _error(store, file, f"is not listed in {NAME}")
         if actual[file] != listed[file]:
-            raise StoreError(
-                f"{file} of {store} is damaged: its SHA-256 is not the one in {NAME}. {_REPAIR_HINT}",
-                value=file,
-                path=store,
-            )
+            raise _error(store, file, f"is damaged: its SHA-256 is not the one in {NAME}")
     if text != _format(actual):
-        raise StoreError(f"{store / NAME} is damaged. {_REPAIR_HINT}", value=NAME, path=store)
+        raise _error(store, NAME, "is damaged")
     return actual
 
 
@@ -133,11 +111,12 @@ def _read(store: Path) -> str:
     try:
         return (store / NAME).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
-        raise StoreError(
-            f"{store / NAME} is missing or damaged, so no file of {store} can be checked. {_REPAIR_HINT}",
-            value=NAME,
-            path=store,
-        ) from None
+        raise _error(store, NAME, "is missing or damaged, so no file can be checked") from None
+
+
+def _error(store: Path, file: str, fault: str) -> StoreError:
+    remedy = "Delete the store and extract it again, or copy it again from its source."
+    return StoreError(f"{file} of {store} {fault}. {remedy}", value=file, path=store)
 
 
 def _parse(text: str) -> dict[str, str]:

@@ -14,9 +14,9 @@ from cache.reader import FeatureStore, check_aligned
 
 # One batch is used while the next is read; a third would evict the others from the CPU's cache.
 _N_BUFFERS = 2
-# After a batch that had to be read from the disk, so many more batches are requested ahead of time.
-_PREFETCH_BATCHES = 16
 _ROWS_PER_READ = 256
+
+Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 
 
 class FeatureDataset:
@@ -40,6 +40,7 @@ class FeatureDataset:
         shapes, dtypes: of one sample, by field.
         rows: indices of the samples to read, int64 (sample,).
         in_memory: whether the rows are in memory.
+        total_bytes: of all rows in memory.
 
     Raises:
         StoreError: stores are not aligned, or arrays cannot be concatenated.
@@ -51,7 +52,7 @@ class FeatureDataset:
         rows: np.ndarray | None = None,
         view: str | None = None,
         budget: int = 0,
-        empty: Callable[[tuple[int, ...], np.dtype], np.ndarray] = np.empty,
+        empty: Empty = np.empty,
     ):
         self._arguments = (fields, rows, view, budget, empty)
         self._fields = {name: list(members) for name, members in fields.items()}
@@ -61,12 +62,11 @@ class FeatureDataset:
                 key="fields",
                 value=dict(fields),
             )
-        members = [member for members in self._fields.values() for member in members]
-        self.stores = list({id(store): store for store, _ in members}.values())
+        self.stores = list({id(store): store for members in self._fields.values() for store, _ in members}.values())
         check_aligned(self.stores)
         self.shapes, self.dtypes = {}, {}
-        for name, field_members in self._fields.items():
-            self.shapes[name], self.dtypes[name] = _concatenated(name, field_members)
+        for name, members in self._fields.items():
+            self.shapes[name], self.dtypes[name] = _concatenated(name, members)
         n_samples = len(self.stores[0].sample)
         self.rows = self.stores[0].validate_index(np.arange(n_samples) if rows is None else rows)
         self._position_of_sample = np.full(n_samples, -1)
@@ -74,20 +74,11 @@ class FeatureDataset:
         self._view, self._empty = view, empty
         self._pool: ThreadPoolExecutor | None = None
         self._pool_process: int | None = None
-        self._memory = None
+        row_bytes = sum(int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+        self.total_bytes, self.in_memory = len(self.rows) * row_bytes, False
         if self.total_bytes <= budget:
             self._memory = self._read_all()
-
-    @property
-    def in_memory(self) -> bool:
-        return self._memory is not None
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all rows in memory."""
-        return sum(
-            len(self.rows) * int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()
-        )
+            self.in_memory = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -119,13 +110,15 @@ class FeatureDataset:
         Raises:
             StoreError: a sample is not in `rows`, or a file is missing or damaged.
         """
-        out = self._allocate(len(index), np.empty) if out is None else out
+        out = self.allocate(len(index), np.empty) if out is None else out
         self._fill(out, np.asarray(index))
         return {name: values[: len(index)] for name, values in out.items()}
 
-    def allocate(self, count: int) -> dict[str, np.ndarray]:
-        """Return memory for `count` samples, allocated by `empty`."""
-        return self._allocate(count, self._empty)
+    def allocate(self, count: int, empty: Empty | None = None) -> dict[str, np.ndarray]:
+        """Return memory for `count` samples, allocated by `empty`, or that of the dataset."""
+        return {
+            name: (empty or self._empty)((count, *shape), self.dtypes[name]) for name, shape in self.shapes.items()
+        }
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Yield (index, batch) for every index array of `order`; a thread reads ahead.
@@ -152,58 +145,38 @@ class FeatureDataset:
 
     def _read_ahead(self, order, free: queue.SimpleQueue, ready: queue.SimpleQueue, stop: threading.Event) -> None:
         try:
-            upcoming = (np.asarray(index) for index in order)
-            index, prefetches_left, failure = next(upcoming, None), 0, None
-            while index is not None:
-                try:
-                    next_index = next(upcoming, None)
-                except BaseException as error:  # raised after the current batch, which `order` did yield
-                    next_index, failure = None, error
+            for index in map(np.asarray, order):
                 buffer = free.get()
                 if stop.is_set():
                     return
                 if buffer is None or any(len(out) < len(index) for out in buffer.values()):
-                    buffer = self._allocate(len(index), self._empty)
-                if prefetches_left and next_index is not None:
-                    self._prefetch(next_index)
-                # A prefetched batch is in the page cache, but the batch after it may not be: hence a count instead of
-                # a flag.
-                prefetches_left = _PREFETCH_BATCHES if self._fill(buffer, index) else max(0, prefetches_left - 1)
+                    buffer = self.allocate(len(index))
+                self._fill(buffer, index)
                 ready.put((index, buffer))
-                index = next_index
-            ready.put(failure)
+            ready.put(None)
         except BaseException as error:
             ready.put(error)
 
-    def _fill(self, out: Mapping[str, np.ndarray], index: np.ndarray) -> bool:
-        """Read samples to memory; returns whether the disk had to be read."""
+    def _fill(self, out: Mapping[str, np.ndarray], index: np.ndarray) -> None:
         positions = self.positions(index)
-        if self._memory is not None:
+        if self.in_memory:
             for name, values in self._memory.items():
                 np.take(values, positions, axis=0, out=out[name][: len(index)], mode="clip")
-            return False
-        return gather(self._requests(index, out), self._threads())
-
-    def _requests(self, index: np.ndarray, out: Mapping[str, np.ndarray]) -> list[ReadRequest]:
-        """Rows and destination of every array; arrays of one field go to adjacent channels."""
+            return
         requests = []
         for name, members in self._fields.items():
-            start = 0
+            start = 0  # arrays of one field go to adjacent channels
             for store, array_name in members:
                 array = store.array(array_name)
                 target = out[name][: len(index), start : start + array.shape[0]]
-                requests.append((array, store.row_index(index, self._view).tolist(), target))
+                requests.append(ReadRequest(array, store.row_index(index, self._view).tolist(), target))
                 start += array.shape[0]
-        return requests
-
-    def _prefetch(self, index: np.ndarray) -> None:
-        for members in self._fields.values():
-            for store, array_name in members:
-                array = store.array(array_name)
-                array.prefetch(array.locate(store.row_index(index, self._view).tolist()))
+        if self._pool_process != os.getpid():  # a forked DataLoader worker creates its own pool
+            self._pool, self._pool_process = ThreadPoolExecutor(READ_THREADS), os.getpid()
+        gather(requests, self._pool)
 
     def _read_all(self) -> dict[str, np.ndarray]:
-        memory = self._allocate(len(self.rows), np.empty)
+        memory = self.allocate(len(self.rows), np.empty)
         for start in range(0, len(self.rows), _ROWS_PER_READ):
             part = slice(start, start + _ROWS_PER_READ)
             self._fill({name: out[part] for name, out in memory.items()}, self.rows[part])
@@ -222,15 +195,6 @@ class FeatureDataset:
                 f"Sample {sample} is not one of the rows of this FeatureDataset.", key="index", value=sample
             )
         return positions
-
-    def _allocate(self, count: int, empty: Callable) -> dict[str, np.ndarray]:
-        return {name: empty((count, *shape), self.dtypes[name]) for name, shape in self.shapes.items()}
-
-    def _threads(self) -> ThreadPoolExecutor:
-        """The pool of this process; a forked DataLoader worker creates another."""
-        if self._pool is None or self._pool_process != os.getpid():
-            self._pool, self._pool_process = ThreadPoolExecutor(READ_THREADS), os.getpid()
-        return self._pool
 
 
 def _concatenated(name: str, members: Sequence[tuple[FeatureStore, str]]) -> tuple[tuple[int, ...], np.dtype]:

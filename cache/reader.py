@@ -1,19 +1,34 @@
 """Read a finished feature store."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import fsspec.core
 import numpy as np
 import zarr
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.cached import SimpleCacheFileSystem
 from zarr.abc.store import Store
+from zarr.storage import FsspecStore
 
 from cache import checksums
-from cache.arrays import READ_THREADS, AnyArray, DequantizedArray, LocalArray, MmapPool, gather, is_mappable
+from cache.arrays import (
+    READ_THREADS,
+    AnyArray,
+    DequantizedArray,
+    LocalArray,
+    OpenPath,
+    ReadRequest,
+    RemoteArray,
+    gather,
+    has_row_layout,
+)
 from cache.errors import StoreError
-from cache.remote import RemoteArray, open_store
 from cache.schema import CONTRACT, level_array, pooled_array, scale_array
 
 _ROWS_PER_READ = 256
@@ -24,10 +39,9 @@ class FeatureStore:
 
     Args:
         location: a folder; an address for fsspec, such as `s3://bucket/store.zarr`; or a Zarr store object.
+            Remote files are copied to a temporary folder when they are first read.
         options: for fsspec, when `location` is an address.
         verify: compare every file with its checksum first; for local stores only.
-        max_mapped_bytes: bytes of a local store that may stay mapped into memory; None for a tenth of the machine's
-            memory. A store that fits is read fastest once its pages are mapped.
 
     Attributes:
         location: the folder as a Path, else as given.
@@ -42,26 +56,16 @@ class FeatureStore:
         StoreError: there is no store, its writer did not finish, it has another contract, or it has no features.
     """
 
-    def __init__(
-        self,
-        location: str | Path | Store,
-        options: Mapping | None = None,
-        verify: bool = False,
-        max_mapped_bytes: int | None = None,
-    ):
-        self._arguments = (location, options, False, max_mapped_bytes)
+    def __init__(self, location: str | Path | Store, options: Mapping | None = None, verify: bool = False):
+        self._arguments, self._folder = (location, options), None
+        is_local = not isinstance(location, Store) and "://" not in str(location)
+        self.location = Path(location) if is_local else location
+        if is_local and not (self.location / "zarr.json").exists():
+            raise self._error(f"There is no feature store at {location}: no writer has published one there.")
         try:
-            if isinstance(location, Store) or "://" in str(location):
-                self.location, self._files = location, None
-                self.root = zarr.open_group(open_store(location, options), mode="r")
-            else:
-                folder = self.location = Path(location)
-                if not (folder / "zarr.json").exists():
-                    raise self._error(f"There is no feature store at {location}: no writer has published one there.")
-                self._files = MmapPool(str(folder), max_mapped_bytes)
-                self.root = zarr.open_group(folder, mode="r")
-        except StoreError:
-            raise
+            if is_local:
+                self._folder = OpenPath(str(location))
+            self.root: zarr.Group = zarr.open_group(_with_cache(location, options), mode="r")
         except Exception as error:  # each file system fails in its own way
             raise self._error(
                 f"{location} cannot be opened as a Zarr store: {type(error).__name__}: {error}"
@@ -69,7 +73,7 @@ class FeatureStore:
         self.attributes = dict(self.root.attrs)
         self._check_attributes()
         if verify:
-            if not self._files:
+            if not is_local:
                 raise self._error(f"{location} is not a local folder. Copy it to one to verify its checksums.")
             checksums.check(self.location)
         self._read_names()
@@ -103,16 +107,13 @@ class FeatureStore:
         Raises:
             StoreError: the store has no such split, or the fraction is out of range.
         """
-        if split is not None and split not in self.split:
-            splits = sorted(set(self.split.tolist()))
-            raise self._error(
-                f"{self.location} has no split '{split}'; it has {splits}.", key="split", value=split, allowed=splits
-            )
-        rows = np.arange(len(self.sample)) if split is None else np.flatnonzero(self.split == split)
+        if split is not None:
+            self._check_name("split", split, sorted(set(self.split.tolist())))
         if not 0 < fraction <= 1:
             raise self._error(
                 f"fraction is {fraction}; it must be above 0 and at most 1.", key="fraction", value=fraction
             )
+        rows = np.arange(len(self.sample)) if split is None else np.flatnonzero(self.split == split)
         if fraction == 1:
             return rows
         keys = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in self.sample[rows].tolist()]
@@ -150,7 +151,7 @@ class FeatureStore:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for start in range(0, len(rows), _ROWS_PER_READ):
                 part = slice(start, start + _ROWS_PER_READ)
-                gather([(array, rows[part].tolist(), out[part])], pool)
+                gather([ReadRequest(array, rows[part].tolist(), out[part])], pool)
         return out
 
     def array(self, name: str) -> AnyArray:
@@ -160,6 +161,7 @@ class FeatureStore:
             StoreError: the store has no such array.
         """
         if name not in self._arrays:
+            self._check_name("name", name, self.level_arrays + self.pooled_arrays)
             self._arrays[name] = self._open(name)
         return self._arrays[name]
 
@@ -172,13 +174,7 @@ class FeatureStore:
         index = self.validate_index(index)
         if view is None:
             return index * max(1, len(self.view))
-        if view not in self.view:
-            raise self._error(
-                f"{self.location} has no view '{view}'; it has {', '.join(self.view) or 'none'}.",
-                key="view",
-                value=view,
-                allowed=self.view,
-            )
+        self._check_name("view", view, self.view)
         return index * len(self.view) + self.view.index(view)
 
     def validate_index(self, index: np.ndarray) -> np.ndarray:
@@ -197,33 +193,21 @@ class FeatureStore:
             )
         index = index.astype(np.int64, copy=False)
         if index.size and (index.min() < 0 or index.max() >= len(self.sample)):
+            limits = int(index.min()), int(index.max())
             raise self._error(
-                f"{self.location} has samples 0 to {len(self.sample) - 1}; the index has {index.min()} to "
-                f"{index.max()}.",
+                f"{self.location} has samples 0 to {len(self.sample) - 1}; the index has {limits[0]} to {limits[1]}.",
                 key="index",
-                value=(int(index.min()), int(index.max())),
+                value=limits,
             )
         return index
 
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation of a level's channels over the training split.
-
-        Args:
-            level: name of the level, such as `level0`.
-
-        Returns:
-            Two arrays, float64 (channel,).
+        """Return mean and standard deviation, float64 (channel,), of a level over the training split.
 
         Raises:
             StoreError: the store has no such level.
         """
-        if level not in self.levels:
-            raise self._error(
-                f"{self.location} has no level '{level}'; it has {', '.join(self.levels) or 'none'}.",
-                key="level",
-                value=level,
-                allowed=self.levels,
-            )
+        self._check_name("level", level, self.levels)
         mean, std = (np.asarray(self.root[level][name][:]) for name in ("mean", "std"))
         return mean, std
 
@@ -260,27 +244,52 @@ class FeatureStore:
         self._arrays: dict[str, AnyArray] = {}
 
     def _open(self, name: str) -> AnyArray:
-        names = self.level_arrays + self.pooled_arrays
+        n_leading = 2 if self.view else 1
+
+        def rows(path: str) -> LocalArray | RemoteArray:
+            stored = self.root[path]
+            if self._folder and has_row_layout(stored):
+                return LocalArray(stored, self._folder, n_leading)
+            return RemoteArray(stored, n_leading)
+
+        if self.root[name].dtype != np.int8:
+            return rows(name)
+        return DequantizedArray(rows(name), rows(scale_array(name)), self.attributes["dtype"])
+
+    def _check_name(self, key: str, name: str, names: Sequence[str]) -> None:
         if name not in names:
             raise self._error(
-                f"{self.location} has no array '{name}'; it has {', '.join(names)}.",
-                key="name",
+                f"{self.location} has no {key} '{name}'; it has {', '.join(names) or 'none'}.",
+                key=key,
                 value=name,
                 allowed=names,
             )
-        array = self.root[name]
-        scale = self.root[scale_array(name)] if array.dtype == np.int8 else None
-        use_mmap = self._files and all(is_mappable(stored) for stored in (array, scale) if stored is not None)
-        n_leading = 2 if self.view else 1
-
-        def rows(stored: zarr.Array) -> LocalArray | RemoteArray:
-            return LocalArray(stored, self._files, n_leading) if use_mmap else RemoteArray(stored, n_leading)
-
-        return rows(array) if scale is None else DequantizedArray(rows(array), rows(scale), self.attributes["dtype"])
 
     def _error(self, message: str, **fields) -> StoreError:
         path = self.location if isinstance(self.location, (str, Path)) else None
         return StoreError(message, path=path, **fields)
+
+
+class _FileCache(SimpleCacheFileSystem):
+    """fsspec's cache of whole files, which cannot read ranges that count from the end by itself."""
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_) -> bytes:
+        with self.open(path) as file:
+            selected = range(file.seek(0, os.SEEK_END))[start:end]
+            file.seek(selected.start)
+            return file.read(len(selected))
+
+
+def _with_cache(location: str | Path | Store, options: Mapping | None) -> Any:
+    """Copy whole files on first use: DVC's file system, and some web servers, return no byte ranges."""
+    if isinstance(location, str) and "://" in location:
+        files, path = fsspec.core.url_to_fs(location, **(options or {}))
+    elif isinstance(location, FsspecStore) and isinstance(location.fs, AsyncFileSystemWrapper):
+        files, path = location.fs.sync_fs, location.path
+    else:
+        return location
+    cached = AsyncFileSystemWrapper(_FileCache(fs=files), asynchronous=True)
+    return FsspecStore(cached, read_only=True, path=path)
 
 
 def check_aligned(stores: Sequence[FeatureStore]) -> None:
@@ -293,20 +302,18 @@ def check_aligned(stores: Sequence[FeatureStore]) -> None:
     for store in stores[1:]:
         for key in ("sample", "split", "view"):
             a, b = np.asarray(getattr(first, key)), np.asarray(getattr(store, key))
-            if len(a) != len(b):
-                raise StoreError(
-                    f"{first.location} has {len(a)} {key}s, {store.location} has {len(b)}. Extract both again from "
-                    "one images store.",
-                    key=key,
-                    value=len(b),
-                    allowed=[len(a)],
-                )
-            if (a != b).any():
+            if np.array_equal(a, b):
+                continue
+            value: int | str = len(b)
+            expected: int | str = len(a)
+            difference = f"differ in their number of {key}s"
+            if len(a) == len(b):
                 row = int(np.argmax(a != b))
-                raise StoreError(
-                    f"{first.location} and {store.location} differ in '{key}' at row {row}: '{a[row]}' and "
-                    f"'{b[row]}'. Extract both again from one images store.",
-                    key=key,
-                    value=str(b[row]),
-                    allowed=[str(a[row])],
-                )
+                difference, value, expected = f"differ in '{key}' at row {row}", str(b[row]), str(a[row])
+            raise StoreError(
+                f"{first.location} and {store.location} {difference}: {expected} and {value}. Extract both again "
+                "from one images store.",
+                key=key,
+                value=value,
+                allowed=[expected],
+            )

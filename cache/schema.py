@@ -20,11 +20,7 @@ CHUNK_KEYS = {"name": "default", "separator": "."}
 
 
 def level_array(level: int | str) -> str:
-    """Return the path in a store of the features of a level.
-
-    Args:
-        level: number of the level, 0 the finest, or its name, such as `level0`.
-    """
+    """Return the path in a store of the features of a level, given its number, 0 the finest, or its name."""
     return f"{level}/features" if isinstance(level, str) else f"level{level}/features"
 
 
@@ -93,13 +89,13 @@ class StoreSchema:
     views: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for key in ("sample", "views"):
+        for key in ("sample", "split", "views"):
             names = getattr(self, key)
-            if len(set(names)) < len(names):
-                duplicate = next(name for number, name in enumerate(names) if name in names[:number])
-                raise StoreError(
-                    f"{key} has '{duplicate}' more than once; names must differ.", key=key, value=duplicate
-                )
+            if "" in names:
+                raise StoreError(f"{key} has an empty entry; give each one a name.", key=key, value="")
+            if key != "split" and len(set(names)) < len(names):
+                name = next(name for number, name in enumerate(names) if name in names[:number])
+                raise StoreError(f"{key} has '{name}' more than once; names must differ.", key=key, value=name)
         if not self.sample or len(self.split) != len(self.sample):
             raise StoreError(
                 f"There are {len(self.sample)} samples and {len(self.split)} splits. Give at least one sample, and a "
@@ -107,11 +103,6 @@ class StoreSchema:
                 key="split",
                 value=len(self.split),
             )
-        for key in ("sample", "split"):
-            if "" in getattr(self, key):
-                raise StoreError(
-                    f"An entry of {key} is empty; give each sample a name and a split.", key=key, value=""
-                )
         if self.dtype not in DTYPES:
             raise StoreError(
                 f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.",
@@ -119,20 +110,15 @@ class StoreSchema:
                 value=self.dtype,
                 allowed=DTYPES,
             )
-        sizes = {"shard_size": self.shard_size, **{pooled_array(name): size for name, size in self.pooled.items()}}
-        for index, level in enumerate(self.levels):
-            sizes[level_array(index)] = min(level.channels, level.height, level.width)
-        for key, size in sizes.items():
-            if size < 1:
-                raise StoreError(f"{key} has the size {size}; sizes must be at least 1.", key=key, value=size)
+        for key, shape in {"shard_size": (self.shard_size,), **self.shapes()}.items():
+            if min(shape) < 1:
+                raise StoreError(f"{key} has the size {min(shape)}; at least 1.", key=key, value=min(shape))
 
     @property
     def n_shards(self) -> int:
-        """Number of shards."""
         return -(-len(self.sample) // self.shard_size)
 
     def rows(self, shard: int) -> slice:
-        """Return the samples of a shard."""
         return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.sample)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -144,10 +130,6 @@ class StoreSchema:
         }
         return shapes | {pooled_array(name): (*views, channels) for name, channels in self.pooled.items()}
 
-    def array_names(self) -> list[str]:
-        """Return the paths of the arrays that a writer takes."""
-        return list(self.shapes())
-
 
 def create_store(path: Path, schema: StoreSchema) -> None:
     """Create the groups and the empty arrays of a store."""
@@ -155,7 +137,7 @@ def create_store(path: Path, schema: StoreSchema) -> None:
     import zarr
 
     root = zarr.open_group(path, mode="w", zarr_format=3)
-    root.attrs.update({"contract": CONTRACT, "dtype": schema.dtype, "codec": schema.codec.label})
+    root.attrs.update({"contract": CONTRACT, "dtype": schema.dtype, "codec": schema.codec.name})
     for name in ("sample", "split"):
         put_array(root, name, np.array(getattr(schema, name), dtype=object), ("sample",))
     view = ("view",) if schema.views else ()

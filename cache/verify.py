@@ -42,7 +42,7 @@ def verify(path: Path) -> str:
             return f"{path}: empty and whole ({len(digests)} files): {reason}"
         features = FeatureStore(path)
         dtype = features.attributes["dtype"]
-        codec = parse_codec(features.attributes["codec"], dtype)
+        codec = parse_codec(features.attributes["codec"])
         for level in features.levels:
             _check_level(features, level, codec)
         for name in features.pooled:
@@ -57,19 +57,23 @@ def verify(path: Path) -> str:
         ) from None
 
 
+def _check(features: FeatureStore, key: str, actual: object, expected: object) -> None:
+    if actual != expected:
+        raise StoreError(
+            f"{key} of {features.location} is {actual}; the contract requires {expected}. Extract it again.",
+            key=key,
+            value=actual,
+            allowed=[expected],
+            path=features.location,
+        )
+
+
 def _check_level(features: FeatureStore, level: str, codec: Codec) -> None:
     dtype, name = features.attributes["dtype"], level_array(level)
     _check_array(features, name, ("channel", "y", "x"), codec.stored_dtype(dtype))
     compressor = codec.compressor()
     expected = () if compressor is None else (_with_typesize(compressor, dtype),)
-    if features.root[name].compressors != expected:
-        raise StoreError(
-            f"{name} is compressed in another way than codec '{codec.label}', which the attributes state.",
-            key=name,
-            value=features.root[name].compressors,
-            allowed=expected,
-            path=features.location,
-        )
+    _check(features, name, features.root[name].compressors, expected)
     if codec.has_scale:
         _check_array(features, scale_array(name), ("channel",), "float32")
     channels, height, width = features.array(name).shape
@@ -80,62 +84,27 @@ def _check_level(features: FeatureStore, level: str, codec: Codec) -> None:
         ("x", width, "x"),
     ):
         array = features.root[f"{level}/{array_name}"]
-        if array.shape != (length,) or array.dtype != "float64" or array.metadata.dimension_names != (dim,):
-            raise StoreError(
-                f"{level}/{array_name} is {array.dtype} {array.shape}; the contract requires float64 ({length},).",
-                key=f"{level}/{array_name}",
-                value=array.shape,
-                allowed=[(length,)],
-                path=features.location,
-            )
-    if (stated := features.root[level].attrs["channels"]) != channels:
-        raise StoreError(
-            f"{level} has {channels} channels, and its attribute 'channels' is {stated}.",
-            key=f"{level}.channels",
-            value=stated,
-            allowed=[channels],
-            path=features.location,
-        )
+        actual = array.shape, str(array.dtype), array.metadata.dimension_names
+        _check(features, f"{level}/{array_name}", actual, ((length,), "float64", (dim,)))
+    _check(features, f"{level}.channels", features.root[level].attrs["channels"], channels)
     features.array(name).check()
 
 
 def _check_array(features: FeatureStore, name: str, dims: tuple[str, ...], dtype: str) -> None:
     """Check dimensions, dtype and length of an array with a row for every sample."""
-    array, n_views = features.root[name], len(features.view)
-    expected = ("sample", *(["view"] if n_views else []), *dims)
-    if array.metadata.dimension_names != expected or array.dtype != dtype:
-        raise StoreError(
-            f"{name} is {array.dtype} {array.metadata.dimension_names}; the contract requires {dtype} {expected}.",
-            key=name,
-            value=(str(array.dtype), array.metadata.dimension_names),
-            allowed=[(dtype, expected)],
-            path=features.location,
-        )
-    leading = (len(features.sample), *([n_views] if n_views else []))
-    if array.shape[: len(leading)] != leading or len(features.split) != len(features.sample):
-        raise StoreError(
-            f"{name} has the shape {array.shape}; the store has {leading} samples (and views).",
-            key=name,
-            value=array.shape[: len(leading)],
-            allowed=[leading],
-            path=features.location,
-        )
+    array, views = features.root[name], ["view"] if features.view else []
+    actual = str(array.dtype), array.metadata.dimension_names
+    _check(features, name, actual, (dtype, ("sample", *views, *dims)))
+    leading = (len(features.sample), *([len(features.view)] if views else []))
+    _check(features, name, array.shape[: len(leading)], leading)
+    _check(features, "split", len(features.split), len(features.sample))
 
 
 def _check_content(features: FeatureStore, digests: dict[str, str]) -> None:
-    attributes = dict(features.attributes)
+    attributes = {key: value for key, value in features.attributes.items() if key not in _NOT_CONTENT}
     expected = attributes.pop("content_sha256")
-    for name in _NOT_CONTENT:
-        attributes.pop(name, None)
     shards = {file: digest for file, digest in digests.items() if _SHARD_FILE.match(file)}
-    if (actual := checksums.content_digest(attributes, shards)) != expected:
-        raise StoreError(
-            f"The attributes or shards of {features.location} do not match its content_sha256. Extract it again.",
-            key="content_sha256",
-            value=expected,
-            allowed=[actual],
-            path=features.location,
-        )
+    _check(features, "content_sha256", expected, checksums.content_digest(attributes, shards))
 
 
 def _with_typesize(compressor: BloscCodec, dtype: str) -> BloscCodec:

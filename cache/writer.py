@@ -13,6 +13,7 @@ a fingerprint of everything that the content depends on.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -25,8 +26,8 @@ import numpy as np
 import zarr
 
 from cache import checksums, codecs
-from cache.atomic import atomic_dir, file_lock, publish, sync_folder, try_lock, write_file
-from cache.codecs import NONE, CastArray, cast_array, dequantize
+from cache.atomic import atomic_dir, lock_file, publish, sync_folder, write_file
+from cache.codecs import NONE, CastArray, CastStats, cast_array, check_cast, dequantize
 from cache.errors import StoreError
 from cache.running_stats import RunningStats, block_slices
 from cache.schema import (
@@ -70,14 +71,17 @@ class Writer:
         self.scratch, self.schema, self.final = Path(scratch), schema, Path(final)
         self._store, self._records = self.scratch / "store.zarr", self.scratch / "shards"
         self._provenance = {**provenance, "fingerprint": checksums.fingerprint(schema, provenance)}
-        is_locked = False
-        while not is_locked:  # a writer that finishes may delete the folder at this moment
+        lock = None
+        while lock is None:  # a writer that finishes may delete the folder at this moment
             self._records.mkdir(parents=True, exist_ok=True)
-            with file_lock(self.scratch / "lock") as is_locked:
-                if is_locked and self.published() is None:
-                    self._create()
-                elif is_locked:
-                    self._remove_scratch()
+            lock = lock_file(self.scratch / "lock")
+        try:
+            if self.published() is None:
+                self._create()
+            else:
+                self._remove_scratch()
+        finally:
+            lock.release()
 
     def published(self) -> str | None:
         """Return the content digest of the finished store, or None if it or one of its files is missing."""
@@ -108,11 +112,11 @@ class Writer:
                     if self._is_released:
                         self.release()  # a shard locked while another thread called `release`
                         return
-                    lock = try_lock(self._records / f"{shard}.lock")
+                    lock = lock_file(self._records / f"{shard}.lock", wait=False)
                     if lock is None:
                         continue
                     if self._record(shard).exists() or not self._store.exists():
-                        os.close(lock)
+                        lock.release()
                         continue
                     self._claimed[shard] = lock
                     yield shard
@@ -127,7 +131,7 @@ class Writer:
         """Unlock the shards that are not being written, and end `claim_shards`."""
         self._is_released = True
         while self._claimed:
-            os.close(self._claimed.popitem()[1])
+            self._claimed.popitem()[1].release()
 
     __del__ = release
 
@@ -135,7 +139,7 @@ class Writer:
         self,
         shard: int,
         values: Mapping[str, np.ndarray],
-        cast_errors: Mapping[str, tuple[float, float]] | None = None,
+        cast_stats: Mapping[str, CastStats] | None = None,
     ) -> None:
         """Write one whole shard of every array, flush it to the disk, and record it.
 
@@ -143,20 +147,19 @@ class Writer:
             shard: number of the shard.
             values: float arrays (sample of the shard, …) by array path; `StoreSchema.shapes` has the shape of one
                 sample.
-            cast_errors: for arrays that the caller already cast to the store's dtype, the sums of squares of the
-                cast's differences and of the values before it (`codecs.check_cast`), by array path.
+            cast_stats: of arrays that the caller already cast to the store's dtype, by array path.
 
         Raises:
             StoreError: no such shard, an array is missing or has another shape, or the dtype cannot hold its values.
         """
         lock = self._claimed.pop(shard, None)
         try:
-            self._write(shard, values, cast_errors or {})
+            self._write(shard, values, cast_stats or {})
         finally:
             if lock is not None:
-                os.close(lock)
+                lock.release()
 
-    def _write(self, shard: int, values: Mapping[str, np.ndarray], cast_errors: Mapping) -> None:
+    def _write(self, shard: int, values: Mapping[str, np.ndarray], cast_stats: Mapping) -> None:
         if not 0 <= shard < self.schema.n_shards:
             raise StoreError(
                 f"There is no shard {shard}; there are 0 to {self.schema.n_shards - 1}.",
@@ -180,7 +183,8 @@ class Writer:
             for name, array in values.items():
                 codec = self.schema.codec if is_level_array(name) else NONE
                 cast = cast_array(np.asarray(array), name, self.schema.dtype, codec, pool)
-                errors[name] = cast_errors.get(name) or [cast.squared_error, cast.sum_of_squares]
+                if array_stats := cast.stats or cast_stats.get(name):
+                    errors[name] = check_cast(array_stats, name, self.schema.dtype)
                 # The disk writes this array while the CPU casts the next.
                 files[name] = disk.submit(self._persist, shard, name, cast.stored, pool)
                 if cast.scale is not None:
@@ -211,9 +215,12 @@ class Writer:
         Raises:
             StoreError: shards are missing.
         """
-        with file_lock(self.scratch / "lock") as is_locked:
-            if is_locked and self._store.exists():
-                return self._finish(measurements or {})
+        if lock := lock_file(self.scratch / "lock"):
+            try:
+                if self._store.exists():
+                    return self._finish(measurements or {})
+            finally:
+                lock.release()
         if (digest := self.published()) is None:
             raise StoreError(
                 f"{self.scratch} was deleted before its store was published at {self.final}. Run again.",
@@ -261,7 +268,7 @@ class Writer:
             **self._provenance,
             "contract": CONTRACT,
             "dtype": self.schema.dtype,
-            "codec": self.schema.codec.label,
+            "codec": self.schema.codec.name,
         }
         content = checksums.content_digest(attributes, digests)
         extra = {"measurements": dict(measurements)} if measurements else {}
@@ -321,7 +328,7 @@ class Writer:
             for name, values in record["training_stats"].items():
                 parts = [stats.get(name), RunningStats.from_json(values) if values else None]
                 stats[name] = RunningStats.merge(part for part in parts if part)
-                errors.setdefault(name, []).append(record["cast_errors"][name])
+                errors.setdefault(name, []).append(record["cast_errors"].get(name, {}))
         return digests, stats, errors
 
     def _describe_level(self, group: zarr.Group, training: RunningStats | None, errors: list) -> None:
@@ -332,8 +339,10 @@ class Writer:
             if key in group:
                 del group[key]
             put_array(group, key, values, ("channel",))
-        squared_error, sum_of_squares = np.array(errors).sum(axis=0)
-        group.attrs["relative_error"] = float(np.sqrt(squared_error / sum_of_squares)) if sum_of_squares else 0.0
+        squared_error, sum_of_squares = (
+            sum(shard.get(key, 0.0) for shard in errors) for key in ("squared_error", "sum_of_squares")
+        )
+        group.attrs["relative_error"] = math.sqrt(squared_error / sum_of_squares) if sum_of_squares else 0.0
 
     def _record(self, shard: int) -> Path:
         return self._records / f"{shard}.json"

@@ -255,7 +255,7 @@ class ExtractConfig:
     dtype: Literal["float16", "float32"]
     """Type of the stored features."""
     codec: str
-    """Compression: none, lz4, zstd, bitround<mantissa bits> or int8 (cache/README.md)."""
+    """Compression: none, lz4, zstd or int8 (cache/README.md)."""
     precision: Literal["float32", "bfloat16", "float16"]
     """Precision of the forward pass."""
     compiled: bool
@@ -271,8 +271,8 @@ class ExtractConfig:
 
     @field_validator("codec")
     @classmethod
-    def _check_codec(cls, codec: str, info: ValidationInfo) -> str:
-        codecs.parse_codec(codec, info.data.get("dtype", "float32"))
+    def _check_codec(cls, codec: str) -> str:
+        codecs.parse_codec(codec)
         return codec
 
 

@@ -164,7 +164,7 @@ def make_schema(
         pooled={name: vector.shape[1] for name, vector in pyramid.pooled.items()},
         dtype=extract.dtype,
         shard_size=extract.shard,
-        codec=codecs.parse_codec(extract.codec, extract.dtype),
+        codec=codecs.parse_codec(extract.codec),
         views=extract.views if len(extract.views) > 1 else (),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from cache.codecs import quantize
 from cache.schema import StoreSchema
 from pipeline.backbones.base import FeaturePyramid
 from pipeline.backbones.encoder import Encoder
@@ -173,7 +174,7 @@ def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, des
     minutes = n_remaining * max(1, len(schema.views)) / result.images_per_second / 60
     existing_folder = next(path for path in (folder, *folder.parents) if path.exists())
     free_bytes = shutil.disk_usage(existing_folder).free
-    codec = "" if schema.codec.name == "none" else f" as {schema.codec.label}"
+    codec = "" if schema.codec.name == "none" else f" as {schema.codec.name}"
     line = (
         f"{description}: {n_samples} samples at {result.images_per_second:.1f} images/s take this process about "
         f"{minutes:.1f} min and {needed_bytes / 1e9:.2f} GB{codec}; {free_bytes / 1e9:.1f} GB are free"
@@ -182,7 +183,7 @@ def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, des
         raise UserError(
             f"The disk is too small. {line} at {existing_folder}. Free some space, or choose an extract.codec.",
             key="extract.codec",
-            value=schema.codec.label,
+            value=schema.codec.name,
             path=existing_folder,
         )
     return line
@@ -196,7 +197,7 @@ def _compression_ratio(schema: StoreSchema, pyramid: FeaturePyramid) -> float:
     for level in pyramid.levels:
         limit = np.finfo(schema.dtype).max  # larger values are refused when they are stored
         clipped = np.clip(level[:_DRY_RUN_IMAGES], -limit, limit).astype(schema.dtype, order="C")
-        stored, scale = schema.codec.quantize(clipped)
+        stored, scale = quantize(clipped) if schema.codec.has_scale else (clipped, None)
         n_before += stored.size * np.dtype(schema.dtype).itemsize
         n_after += sum(len(schema.codec.compress(sample)) for sample in stored)
         n_after += 0 if scale is None else scale.nbytes

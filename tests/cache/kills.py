@@ -19,7 +19,7 @@ from small_store import file_bytes, small_schema, write_store
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 
-SCHEMA = small_schema(samples=60, shard_size=4)
+SCHEMA = small_schema(samples=20, shard_size=4)
 
 
 def fork(work, *arguments) -> int:
@@ -41,7 +41,7 @@ def watch(final: Path, digest: str, stop: Path) -> None:
         time.sleep(0.005)  # leaves the CPU to the writers
         try:
             features = FeatureStore(final)
-            values = features.read("level0/features", np.arange(60))
+            values = features.read("level0/features", np.arange(20))
         except (StoreError, FileNotFoundError):
             continue
         n_opened += 1

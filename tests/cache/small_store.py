@@ -17,7 +17,7 @@ def small_schema(dtype="float16", samples=N_SAMPLES, shard_size=64, codec="none"
         pooled={"mean_level0": 5, "mean_level1": 7},
         dtype=dtype,
         shard_size=shard_size,
-        codec=parse_codec(codec, dtype),
+        codec=parse_codec(codec),
         views=views,
     )
 

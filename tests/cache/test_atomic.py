@@ -1,7 +1,6 @@
 """Folders that appear whole or not at all, and locks between processes."""
 
 import asyncio
-import os
 import shutil
 import time
 
@@ -9,7 +8,7 @@ import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
-from cache.atomic import atomic_dir, file_lock, try_lock
+from cache.atomic import atomic_dir, lock_file
 from tests.errors import raises
 
 
@@ -20,7 +19,7 @@ class FirstChunkFailsStore(LocalStore):
         if key.endswith("c/0"):
             raise OSError(28, "No space left on device")
         if "/c/" in key:
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.1)
         await super().set(key, value)
 
 
@@ -33,17 +32,18 @@ def test_atomic_dir_with_a_failed_zarr_write_leaves_nothing(tmp_path):
     with raises(OSError, errno=28):
         fill()
     assert list(tmp_path.iterdir()) == []
-    time.sleep(0.6)
+    time.sleep(0.2)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_locks_of_a_deleted_folder_are_not_given(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    lock = try_lock(folder / "lock")
-    assert try_lock(folder / "lock") is None
-    shutil.rmtree(folder)
-    assert try_lock(folder / "lock") is None
-    with file_lock(folder / "lock") as is_locked:
-        assert not is_locked
-    os.close(lock)
+def test_lock_file_is_exclusive_and_refused_in_a_deleted_folder(tmp_path):
+    path = tmp_path / "folder/lock"
+    assert lock_file(path) is None
+    path.parent.mkdir()
+    lock = lock_file(path)
+    assert lock_file(path, wait=False) is None
+    lock.release()
+    lock = lock_file(path)
+    shutil.rmtree(path.parent)
+    assert lock_file(path) is None
+    lock.release()

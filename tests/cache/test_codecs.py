@@ -1,8 +1,7 @@
-"""Errors and sizes of each codec on real maps: Sentinel-2 bands."""
+"""Errors and sizes of each codec on smooth maps around zero, as features are."""
 
 import numpy as np
 import pytest
-import zarr
 from small_store import write_store
 
 from cache.codecs import parse_codec
@@ -13,10 +12,9 @@ from tests.errors import raises
 
 
 @pytest.fixture(scope="module")
-def maps(image_dataset):
-    """(sample, band, y, x) float32, around zero as features are."""
-    image = image_dataset("sample-landuse-seg").image[:40].astype("float32")
-    return (image - image.mean((0, 2, 3), keepdims=True)) / image.std((0, 2, 3), keepdims=True)
+def maps():
+    """(sample, channel, y, x) float32."""
+    return np.random.default_rng(0).normal(size=(20, 13, 32, 32)).cumsum(3).astype("float32")
 
 
 @pytest.fixture
@@ -25,16 +23,13 @@ def stored(maps, tmp_path):
 
     def store(codec, dtype="float16", values=maps):
         schema = StoreSchema(
-            sample=tuple(f"s{i}" for i in range(len(values))), split=("train",) * len(values), pooled={},
-            shard_size=16, levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse_codec(codec, dtype),
-            dtype=dtype,
+            sample=tuple(f"s{i}" for i in range(len(values))), split=("train",) * len(values), pooled={}, dtype=dtype,
+            shard_size=16, levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse_codec(codec),
         )  # fmt: skip
         folder = tmp_path / f"{codec}-{dtype}"
-
-        def make_values(schema, shard, seed):
-            return {"level0/features": values[schema.rows(shard)]}
-
-        write_store(folder, schema, make_values=make_values)
+        write_store(
+            folder, schema, make_values=lambda schema, shard, _: {"level0/features": values[schema.rows(shard)]}
+        )
         features = FeatureStore(folder / "store.zarr")
         size = sum(file.stat().st_size for file in (folder / "store.zarr/level0/features").iterdir())
         return features, size
@@ -42,27 +37,18 @@ def stored(maps, tmp_path):
     return store
 
 
-def test_relative_error_is_the_error_of_what_is_read(stored, maps):
-    stated = {}
-    for codec in ("none", "zstd", "bitround8", "bitround4", "int8"):
-        features, _ = stored(codec)
+def test_codecs_state_the_error_of_what_is_read_and_save_space(stored, maps):
+    error, size = {}, {}
+    for codec in ("none", "lz4", "zstd", "int8"):
+        features, size[codec] = stored(codec)
         actual = features.read("level0/features", np.arange(len(maps))).astype("float64")
         measured = np.sqrt(np.square(actual - maps).sum() / np.square(maps.astype("float64")).sum())
-        stated[codec] = features.root["level0"].attrs["relative_error"]
-        assert stated[codec] == pytest.approx(measured, rel=0.03)
-    assert 0 < stated["none"] == stated["zstd"] < stated["bitround8"] < stated["bitround4"]
-    assert stated["none"] < 2**-11
-    assert stated["bitround8"] < 2**-9
-    assert stated["bitround4"] < 2**-5
-    assert stated["int8"] < 0.02
-    exact, _ = stored("zstd", "float32")
-    assert exact.root["level0"].attrs["relative_error"] == 0
-
-
-def test_lossy_codecs_save_space(stored):
-    size = {codec: stored(codec)[1] for codec in ("none", "lz4", "zstd", "bitround4", "int8")}
-    assert size["bitround4"] < size["zstd"] <= size["lz4"] < size["none"]
+        error[codec] = features.root["level0"].attrs["relative_error"]
+        assert error[codec] == pytest.approx(measured, rel=0.03)
+    assert 0 < error["none"] == error["lz4"] == error["zstd"] < 2**-11 < error["int8"] < 0.02
+    assert size["zstd"] <= size["lz4"] < size["none"]
     assert size["int8"] < 0.51 * size["none"]
+    assert stored("zstd", "float32")[0].root["level0"].attrs["relative_error"] == 0
 
 
 def test_int8_scale_is_per_map_and_channel(stored, maps):
@@ -84,7 +70,7 @@ def test_int8_refuses_nonfinite_values(stored, maps, nonfinite):
         stored("int8", "float32", values)
 
 
-@pytest.mark.parametrize("codec", ["none", "lz4", "zstd", "bitround4"])
+@pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_nonfinite_values_pass_through_other_codecs(stored, maps, codec):
     values = maps[:20].copy()
     values[3, 1, 2, :4] = np.nan, np.inf, -np.inf, 65504
@@ -116,20 +102,6 @@ def test_int8_at_both_ends_of_the_range(stored):
     assert (np.sign(actual) * np.sign(values) >= 0).all()
 
 
-def test_zarr_metadata_has_the_compressor(stored):
-    features, _ = stored("lz4")
-    assert zarr.open_group(features.location)["level0/features"].compressors[0].cname.value == "lz4"
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "mentions"),
-    [
-        ("gzip", "float16", ["gzip", "none", "lz4", "zstd", "bitround", "int8"]),
-        ("bitround", "float16", ["'bitround'"]),
-        ("bitround11", "float16", ["bitround11", "float16", "10"]),
-        ("bitround0", "float32", ["bitround0", "float32", "23"]),
-    ],
-)
-def test_parse_codec_of_an_unknown_name_states_what_there_is(name, dtype, mentions):
-    with raises(ValueError, *mentions):
-        parse_codec(name, dtype)
+def test_parse_codec_of_an_unknown_name_states_what_there_is():
+    with raises(ValueError, "gzip", "none", "lz4", "zstd", "int8"):
+        parse_codec("gzip")
