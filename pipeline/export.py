@@ -38,11 +38,8 @@ MAX_BATCH = 1 << 16
 N_COMPARED = 16
 # Chips per batch when files are scored and timed, and number of timed batches.
 BATCH, N_TIMED_BATCHES = 16, 5
-# Keys of student.json that are written to exported files.
-EXPORTED_KEYS = (
-    "dataset", "task", "classes", "ignore", "bands", "units", "gsd", "size", "architecture", "variant", "weights",
-    "teacher", "parameters", "input_size",
-)  # fmt: skip
+# Keys of student.json that are not written to exported files: the graph contains their values.
+NOT_EXPORTED_KEYS = ("mean", "std")
 
 
 # Export
@@ -154,7 +151,9 @@ def write_onnx(program: torch.export.ExportedProgram, metadata: Mapping, path: P
 def onnx_metadata(metadata: Mapping) -> dict[str, str]:
     """Return the properties of an ONNX file: all metadata as JSON, and the main entries as readable text."""
     return {
-        METADATA_KEY: json.dumps({key: metadata[key] for key in EXPORTED_KEYS if key in metadata}, sort_keys=True),
+        METADATA_KEY: json.dumps(
+            {key: value for key, value in metadata.items() if key not in NOT_EXPORTED_KEYS}, sort_keys=True
+        ),
         "bands": ", ".join(band["common_name"] for band in metadata["bands"]),
         "units": metadata["units"],
         "classes": ", ".join(metadata["classes"]),

@@ -201,27 +201,16 @@ def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: st
         weights: `pretrained` or `random`, of the initial network.
         teacher: name of the teacher model, or None.
     """
-    task = images.attrs["task"]
+    task, bands = images.attrs["task"], []
+    for band in image_bands(images):
+        wavelength = float(band.wavelength) if band.is_optical else None
+        bands.append({"name": band.name, "common_name": band.common_name, "wavelength": wavelength})
     return {
-        "dataset": dataset,
-        "task": task,
-        "classes": list(images.attrs["classes"]),
-        "ignore": get_task(task).ignore_value,
-        "bands": [
-            {
-                "name": band.name,
-                "common_name": band.common_name,
-                "wavelength": float(band.wavelength) if band.is_optical else None,
-            }
-            for band in image_bands(images)
-        ],
-        "units": images.attrs["units"],
-        "gsd": float(images.attrs["gsd"]),
-        "size": [images.sizes["y"], images.sizes["x"]],
-        "variant": variant,
-        "weights": weights,
-        "teacher": teacher,
-    }
+        "dataset": dataset, "task": task, "classes": list(images.attrs["classes"]),
+        "ignore": get_task(task).ignore_value, "bands": bands, "units": images.attrs["units"],
+        "gsd": float(images.attrs["gsd"]), "size": [images.sizes["y"], images.sizes["x"]],
+        "variant": variant, "weights": weights, "teacher": teacher,
+    }  # fmt: skip
 
 
 def save_student(folder: Path, student: Student, metadata: Mapping) -> None:

@@ -133,18 +133,12 @@ def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
     n_valid = int(pixel_counts[0, :NODATA].sum())
     n_per_class = pixel_counts[:, 1] if is_multilabel else pixel_counts[0, : len(class_names)]
     metadata = {
-        "skipped": None,
-        "scene": scene.name,
-        "size": [scene.height, scene.width],
-        "model": job.predictor.name,
-        "model_sha256": job.predictor.digest,
-        "task": signature.task.type,
-        "classes": list(class_names),
+        "skipped": None, "scene": scene.name, "size": [scene.height, scene.width], "model": job.predictor.name,
+        "model_sha256": job.predictor.digest, "task": signature.task.type, "classes": list(class_names),
         "class_shares": [round(float(count) / n_valid, 6) if n_valid else None for count in n_per_class],
         "nodata_share": round(1 - n_valid / (scene.height * scene.width), 6),
-        "tile": list(signature.size),
-        "overlap": [job.y_tiles.overlap, job.x_tiles.overlap],
-    }
+        "tile": list(signature.size), "overlap": [job.y_tiles.overlap, job.x_tiles.overlap],
+    }  # fmt: skip
     (folder / "map.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
     return metadata
 

@@ -29,18 +29,18 @@ from tests.pipeline.mapping.conftest import write_raster
 # An export takes seconds: one process makes the exports that all tests share.
 pytestmark = pytest.mark.xdist_group("export")
 
-# The network of the default student, whose export takes most of a minute (`make run` does it), and one of few layers.
-MOBILENET, SMALL = "mobilenetv3_small_050", "test_efficientnet"
+# A network of few layers: the export of the default student takes most of a minute (`make run` does it).
+NETWORK = "test_efficientnet"
 # Side of the chips and of the student's input: chips of segmentation are shrunk inside the graph, others enlarged.
 SIDES = {"classification": (16, 32), "segmentation": (48, 32)}
 BAND_NAMES = [band.common_name for band in SENTINEL2]
 
 
-def create_student(images, input_size, network) -> Student:
+def create_student(images, input_size) -> Student:
     """A student with random weights whose BatchNorm statistics are those of the chips."""
     chips = images.image[:16].values.astype(np.float32)
     mean, std = chips.mean(axis=(0, 2, 3)), chips.std(axis=(0, 2, 3))
-    spec = StudentSpec(network, chips.shape[1], len(images.attrs["classes"]), images.attrs["task"], input_size)
+    spec = StudentSpec(NETWORK, chips.shape[1], len(images.attrs["classes"]), images.attrs["task"], input_size)
     torch.manual_seed(0)
     student = Student(spec, mean, std).train()
     with torch.no_grad():
@@ -54,34 +54,26 @@ def exported(tmp_path_factory):
     """Function from a task to a student's folder, the images, and the description of its export."""
     exports = {}
 
-    def export_student(task, network=SMALL):
-        if (task, network) not in exports:
+    def export_student(task):
+        if task not in exports:
             folder, (side, input_size) = tmp_path_factory.mktemp(task), SIDES[task]
             image_writer.write(make_images(task, side), folder / "scratch", folder / "images.zarr")
             images = image_store.open_images(folder / "images.zarr")
             metadata = student_metadata(images, task, "supervised", "random", None)
-            save_student(folder, create_student(images, input_size, network), metadata)
+            save_student(folder, create_student(images, input_size), metadata)
             student, metadata = load_student(folder)
             (folder / "export").mkdir()
             int8 = task == "classification"
             description = export.write_exports(student, metadata, images, folder / "export", int8=int8, max_chips=16)
-            exports[task, network] = folder, images, description
-        return exports[task, network]
+            exports[task] = folder, images, description
+        return exports[task]
 
     return export_student
 
 
-@pytest.mark.parametrize(
-    ("task", "network"),
-    [
-        ("classification", SMALL),
-        ("segmentation", SMALL),
-        pytest.param("classification", MOBILENET, marks=pytest.mark.slow),
-        pytest.param("segmentation", MOBILENET, marks=pytest.mark.slow),
-    ],
-)
-def test_write_exports_files_predict_what_the_student_predicts(exported, task, network):
-    folder, images, description = exported(task, network)
+@pytest.mark.parametrize("task", SIDES)
+def test_write_exports_files_predict_what_the_student_predicts(exported, task):
+    folder, images, description = exported(task)
     student, _ = load_student(folder)
     chips = images.image[:7].values.astype(np.float32)  # of training: the export was checked with others
     with torch.inference_mode():

@@ -8,7 +8,6 @@ from pipeline.distillation.losses import (
     Projectors,
     feature_loss,
     logit_kl,
-    nearest_level,
 )
 
 
@@ -21,12 +20,6 @@ def test_feature_loss_equal_features_give_zero_and_samples_are_independent():
     assert (losses[[0, 1, 3]] < 1e-6).all()
     smooth_l1 = functional.smooth_l1_loss(prediction[2], target[2])
     torch.testing.assert_close(losses[2], COSINE_WEIGHT * torch.tensor(2.0) + SMOOTH_L1_WEIGHT * smooth_l1)
-
-
-def test_feature_loss_of_vectors_is_one_location():
-    prediction, target = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    expected = torch.tensor([COSINE_WEIGHT + SMOOTH_L1_WEIGHT * 0.5])
-    torch.testing.assert_close(feature_loss(prediction, target), expected)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
@@ -47,11 +40,6 @@ def test_logit_kl_multilabel_is_the_mean_over_bernoulli_classes():
     kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     torch.testing.assert_close(logit_kl(student, teacher, 2.0, is_multilabel=True), 4 * kl.mean())
     assert logit_kl(teacher, teacher, 2.0, is_multilabel=True).abs() < 1e-6
-
-
-def test_nearest_level_picks_the_most_similar_size():
-    assert [nearest_level([32, 16, 8, 4], (side, side)) for side in (37, 16, 9, 2)] == [0, 1, 2, 3]
-    assert nearest_level([32, 16, 8, 4], ()) is None
 
 
 def test_projectors_return_the_target_shapes():

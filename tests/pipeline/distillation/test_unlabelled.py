@@ -1,32 +1,20 @@
 """Unlabelled images: heads and probes ignore them, and distilled students learn from them."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from cache.reader import FeatureStore
 from pipeline.composition import probes
 from pipeline.composition import search as composition
-from pipeline.config import BackboneConfig, CompositionConfig, ComputeConfig, ExtractConfig
-from pipeline.data import image_store, image_writer
+from pipeline.config import CompositionConfig
 from pipeline.data.image_store import UNLABELLED
 from pipeline.distillation import train
-from pipeline.extraction import launch
-from pipeline.tasks import NO_CLASS, Classification, get_task
+from pipeline.tasks import NO_CLASS, Classification
 from pipeline.training import protocol, task_data
 from pipeline.training.loop import HParams
-from tests.pipeline.data.sources.custom.custom_data import (
-    UNLABELLED_CORNERS,
-    prepare,
-    tile_dataset,
-    with_options,
-    with_unlabelled,
-    write_windows,
-)
 from tests.pipeline.distillation.conftest import HEADS
 from tests.pipeline.distillation.test_train import create_student, with_steps
 
@@ -71,40 +59,6 @@ def test_unlabelled_images_teach_distilled_students_only(make_dataset, monkeypat
     )
     assert any(not torch.equal(tensor, without[name]) for name, tensor in with_unlabelled_rows.items())
     assert all(torch.isfinite(tensor.float()).all() for tensor in only.values())
-
-
-def test_unlabelled_images_change_no_stored_image_and_no_feature(raw_folder, tiles, tmp_path):
-    """Inputs are normalised by the training split: unlabelled chips must not count."""
-    shutil.copytree(tiles, tmp_path / "files")
-    write_windows(raw_folder, tmp_path / "files", UNLABELLED_CORNERS)
-    dataset = with_options(tile_dataset(tmp_path / "files"), display=[0, 0.3])
-    extract = ExtractConfig("float16", "none", "float32", False, 16, 64, False, ("identity",))
-    backbone = BackboneConfig("band_statistics", "mean_std", "none", 32, normalisation="dataset")
-    written, images, features = [], [], []
-    for name, changed in (("plain", dataset), ("wide", with_unlabelled(dataset))):
-        folder = tmp_path / name
-        folder.mkdir()
-        path = folder / "mine.zarr"
-        written.append(image_writer.write(prepare(changed, folder), folder / "scratch", path, workers=1))
-        (folder / "source.json").write_text('{"weights": "none"}')
-        job = launch.ExtractionJob("raw", backbone, extract, "cpu", path, folder, folder / "s", folder / "raw.zarr")
-        launch.launch(job, ComputeConfig("cpu", 0, ""))
-        images.append(image_store.open_images(path))
-        features.append(FeatureStore(folder / "raw.zarr"))
-    plain, wide = images
-    count, unlabelled = len(plain.sample), slice(len(plain.sample), None)
-    assert written[1].counts == {**written[0].counts, UNLABELLED: 24}
-    for name in plain.variables:
-        if "sample" in plain[name].dims:
-            np.testing.assert_array_equal(plain[name], wide[name][:count], err_msg=name)
-    assert set(wide.split.values[unlabelled].tolist()) == {UNLABELLED}
-    missing = get_task("segmentation").missing_label(len(wide.attrs["classes"]), (wide.sizes["y"], wide.sizes["x"]))
-    assert (wide.label[unlabelled].values == missing).all()
-    assert (wide.image[unlabelled].values != 0).any(axis=(1, 2, 3)).all()
-    assert any("val or test" in note for note in wide.attrs["notes"]), "some windows overlap labelled tiles"
-    for name in features[0].pooled_arrays + features[0].level_arrays:
-        np.testing.assert_array_equal(*(store.read(name, np.arange(count)) for store in features))
-        assert features[1].read(name, features[1].rows(UNLABELLED)).any()
 
 
 def test_no_class_is_refused_by_everything_that_counts_classes():

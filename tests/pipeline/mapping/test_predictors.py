@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +10,12 @@ import rasterio
 import torch
 
 from cache.reader import FeatureStore
-from pipeline.backbones import get_spec
-from pipeline.backbones.preprocessing import make_preprocessor
 from pipeline.config import BackboneConfig
 from pipeline.data import image_writer
 from pipeline.data.image_store import open_images
 from pipeline.errors import UserError
 from pipeline.finetuning.model import EnsembleMember
 from pipeline.heads import checkpoint
-from pipeline.mapping import torch_predictors
 from pipeline.mapping.predict_scene import predict_scene
 from pipeline.mapping.predictors import METADATA_KEY, load_onnx_student, parse_signature
 from pipeline.mapping.scene import match_scene_bands, open_scene
@@ -114,21 +110,6 @@ def test_load_ensemble_needs_only_the_bands_of_its_backbones(ensemble, tmp_path)
     logits = model.predict_logits(chip[None, [1, 2, 3]].astype(np.float32), chip_metadata(images, [0]))[0]
     with rasterio.open(tmp_path / "map/class.tif") as file:
         assert (file.read(1) == logits.argmax(axis=0)).mean() > 0.99
-
-
-def test_metadata_tensors_equal_those_of_extraction(trained_ensemble):
-    images, rows = open_images(trained_ensemble[1] / "images.zarr"), slice(0, 3)
-    preprocessor = dataclasses.replace(
-        make_preprocessor(images, "raw", BACKBONES["raw"], get_spec(BACKBONES["raw"])),
-        metadata_keys=("location", "time"),
-    )
-    encoder = SimpleNamespace(preprocessor=preprocessor, device="cpu")
-    actual = torch_predictors._metadata_tensors(encoder, chip_metadata(images, rows))
-    expected = preprocessor.metadata(images, rows)
-    assert set(actual) == set(expected) == {"location", "time"}
-    for name, values in expected.items():
-        np.testing.assert_array_equal(actual[name].numpy(), values)
-    assert actual["time"][0, 0].tolist() == [2017, 46]  # 16 February, from 0
 
 
 @pytest.mark.parametrize("change", [{"input_size": 96}, {"normalisation": "dataset"}])
