@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: run paper test lint clean
 
 run: .venv/ready
-	python -m stages.repro
+	dvc repro
 
 paper: .venv/ready
 	python -m stages.profile --name paper
@@ -40,5 +40,4 @@ RARE = .*/tests?/|transformers/models/|diffusers/pipelines/|torch/(testing|_indu
 	touch $@
 
 clean:
-	rm -rf .venv data results/runs results/tune results/compose results/distill results/export results/map \
-	  results/cost.csv results/rates.csv results/report
+	rm -rf .venv data results/[!m]* results/map

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
+from filelock import FileLock, Timeout
+
 from cache.errors import StoreError
 from pipeline.errors import UserError
 
@@ -24,15 +25,18 @@ IMAGES = Path("data/images")
 FEATURES = Path("data/features")
 MANIFESTS = Path("data/manifests")
 MODELS = Path("data/models")
+SELECTED = Path("data/selected")
 SCRATCH = Path("data/scratch")
 TUNING = Path("results/tune")
 RUNS = Path("results/runs")
+HEADS = Path("results/heads")
 COMPOSITION = Path("results/compose")
+SELECTED_TUNING = Path("results/tune_selected")
+SELECTED_RUNS = Path("results/train_selected")
 DISTILLATION = Path("results/distill")
 EXPORTS = Path("results/export")
 MAPS = Path("results/map")
-COST = Path("results/cost.csv")
-RATES = Path("results/rates.csv")
+COSTS = Path("results/cost")
 FINETUNING = Path("results/finetune")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
@@ -102,18 +106,19 @@ def _disk_full_message(error: OSError) -> str:
 def exclusive(name: str):
     """Lock a stage's arguments against other processes; wait while another process holds the lock.
 
-    A killed `dvc repro` may leave its stage running, and the next one must not write the same files. Processes that
-    inherit this one's open files (`subprocess.run(..., close_fds=False)`) hold the lock too.
+    A killed `dvc repro` may leave its stage running, and the next one must not write the same files.
     """
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    with open(SCRATCH / f"{name}.lock", "w") as lock:
-        os.set_inheritable(lock.fileno(), True)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that runs {name}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(SCRATCH / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that runs {name}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def read_json(path: Path) -> dict:
@@ -130,6 +135,12 @@ def require(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"There is no {path}; an earlier stage writes it. Run: dvc repro", path=path)
     return path
+
+
+def feature_stores(resolved: Mapping) -> dict[Path, str]:
+    """Return the feature stores of a resolved model, with the content digests that they must have."""
+    folder = FEATURES / resolved["dataset"]
+    return {folder / f"{member['backbone']}.zarr": member["content_sha256"] for member in resolved["members"]}
 
 
 def write_json(path: Path, content) -> None:

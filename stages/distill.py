@@ -9,19 +9,7 @@ import pandas as pd
 from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.backbones import get_spec
-from stages.cli import (
-    DISTILLATION,
-    FEATURES,
-    IMAGES,
-    MODELS,
-    RUNS,
-    SCRATCH,
-    TUNING,
-    WEIGHTS,
-    read_json,
-    run,
-    write_json,
-)
+from stages.cli import DISTILLATION, IMAGES, SCRATCH, WEIGHTS, feature_stores, read_json, run, write_json
 
 
 def distill(dataset: str, student: str) -> None:
@@ -33,27 +21,26 @@ def distill(dataset: str, student: str) -> None:
     params = config.load()
     params.dataset(dataset)
     params.student(student)
-    # torch takes 3 s to import; an unknown name is refused without it
-    from pipeline.distillation.teacher import choose_teacher
-
-    tuned = {model: read_json(TUNING / dataset / f"{model}.json") for model in params.grid.models}
-    teacher, skipped = choose_teacher(params, dataset, tuned)
+    choice = read_json(DISTILLATION / dataset / "teacher/teacher.json")
+    teacher, skipped = choice["teacher"], choice["skipped"]
     with atomic_dir(SCRATCH / f"distill-{dataset}-{student}", DISTILLATION / dataset / student) as folder:
         metadata = {"dataset": dataset, "student": student, "teacher": teacher, "skipped": skipped}
         runs = pd.DataFrame(columns=["dataset", "model"])
         if skipped:
             print(f"{dataset} {student}: skipped: {skipped}")
         else:
-            details, runs = _train_variants(params, dataset, student, teacher, folder)
+            details, runs = _train_variants(params, student, choice["model"], folder)
             metadata |= details
         write_json(folder / "metadata.json", metadata)
         runs.to_csv(folder / "runs.csv", index=False)
 
 
-def _train_variants(
-    params: config.Params, dataset: str, name: str, teacher: str, folder: Path
-) -> tuple[dict, pd.DataFrame]:
+def _train_variants(params: config.Params, name: str, teacher: dict, folder: Path) -> tuple[dict, pd.DataFrame]:
     """Train all variants of a student. Write best/ and a folder per variant.
+
+    Args:
+        name: of the student.
+        teacher: the resolved model of the teacher.
 
     Returns:
         Metadata of the variants, and one row per run.
@@ -74,16 +61,13 @@ def _train_variants(
     from pipeline.distillation.train import DistillationSetup
     from pipeline.heads import checkpoint
 
-    resolved, images_path = read_json(MODELS / dataset / f"{teacher}.json"), IMAGES / f"{dataset}.zarr"
+    dataset = teacher["dataset"]
+    images_path = IMAGES / f"{dataset}.zarr"
     device, student = resolve_device(params.compute.device), params.student(name)
     images = AugmentedImages.load(images_path, params.heads.max_feature_gb)
-    stores = {
-        FEATURES / dataset / f"{member['backbone']}.zarr": member["content_sha256"] for member in resolved["members"]
-    }
-    head = checkpoint.load(RUNS / dataset / teacher / "head.pt", device)
-    setup = DistillationSetup(
-        images, CachedTeacher(stores, images_path, head, images.rows("train", UNLABELLED)), params.distill, device
-    )
+    head = checkpoint.load(DISTILLATION / dataset / "teacher/head.pt", device)
+    cached = CachedTeacher(feature_stores(teacher), images_path, head, images.rows("train", UNLABELLED))
+    setup = DistillationSetup(images, cached, params.distill, device)
     spec, initial_state = make_spec(images.images, student), None
     if student.weights != "random":
         backbone = params.backbone(student.weights)
@@ -93,7 +77,7 @@ def _train_variants(
         )
     create_student = partial(make_student, spec, images.mean, images.std, initial_state)
     weights = "random" if initial_state is None else "pretrained"
-    cache_key = [asdict(student), resolved, images.images.attrs["content_sha256"], device]
+    cache_key = [asdict(student), teacher, images.images.attrs["content_sha256"], device]
     tables, variants = [], {}
     for variant in params.distill.variants:
         study_path = SCRATCH / "studies" / f"distill-{dataset}-{name}-{variant}.json"
@@ -105,7 +89,7 @@ def _train_variants(
         result.predicted.to_parquet(folder / variant / "predictions.parquet")
         variants[variant] = {**search_result, "seed": result.best_index}
         if variant == "distilled":
-            details = student_metadata(images.images, dataset, variant, weights, teacher)
+            details = student_metadata(images.images, dataset, variant, weights, teacher["model"])
             save_student(folder / "best", result.group[result.best_index], details)
         study_path.unlink(missing_ok=True)
     return {"weights": weights, "variants": variants}, pd.concat(tables, ignore_index=True)

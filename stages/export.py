@@ -12,10 +12,7 @@ EVAL_IMAGES = 512
 
 
 def export(student: str, dataset: str | None, int8: bool) -> None:
-    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json with their scores.
-
-    `cost` measures the throughput of the grid's students, while nothing else runs; this stage measures others.
-    """
+    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json with their scores and rates."""
     if dataset:
         config.load().dataset(dataset)  # an unknown name is not a missing result
     folder = DISTILLATION / dataset / student / "best" if dataset else Path(student)
@@ -33,13 +30,13 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
     images = image_store.open_images(IMAGES / f"{metadata['dataset']}.zarr")
     with atomic_dir(SCRATCH / "-".join(["export", *final.resolve().parts[1:]])[-200:], final) as scratch:
         summary = export.write_exports(model, metadata, images, scratch, int8, EVAL_IMAGES)
-        summary["skipped"] = None
-        write_json(scratch / "export.json", summary)
-    throughputs = {} if dataset else export.measure_throughputs(model, final, images.image[: export.BATCH].values)
+        rates = export.measure_throughputs(model, scratch, images.image[: export.BATCH].values)
+        for name, entry in summary["files"].items():
+            entry["images_per_second"] = rates[name]
+        write_json(scratch / "export.json", {**summary, "skipped": None})
     for name, entry in summary["files"].items():
         score = f"{summary['metric']} {entry['score']:.4f} on {summary['chips']} validation chips"
-        rate = f", {throughputs[name]} images/s" if name in throughputs else ""
-        print(f"{name}: {entry['bytes'] / 1e6:.1f} MB{rate}, {score}")
+        print(f"{name}: {entry['bytes'] / 1e6:.1f} MB, {entry['images_per_second']} images/s, {score}")
 
 
 if __name__ == "__main__":

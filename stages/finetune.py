@@ -13,7 +13,7 @@ from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.data import image_store
 from pipeline.errors import UserError
-from stages.cli import FINETUNING, IMAGES, MODELS, RUNS, SCRATCH, WEIGHTS, read_json, run
+from stages.cli import FINETUNING, HEADS, IMAGES, MODELS, SCRATCH, WEIGHTS, read_json, run
 
 
 def finetune(dataset: str, model: str) -> None:
@@ -57,7 +57,7 @@ def _fine_tune(dataset: str, model: str, resolved: dict, params: config.Params, 
     from pipeline.finetuning.model import EnsembleMember, FineTunedEnsemble, memory_hint
     from pipeline.finetuning.train import FineTuneJob
 
-    settings, head = params.finetune, RUNS / dataset / model / "head.pt"
+    settings, head = params.finetune, HEADS / dataset / model / "head.pt"
     images, device = image_store.open_images(IMAGES / f"{dataset}.zarr"), resolve_device(params.compute.device)
     precision = settings.precision if settings.precision != "auto" else "bfloat16" if device == "cuda" else "float32"
     members = [EnsembleMember(name, params.backbone(name), WEIGHTS / name) for name in model.split("+")]

@@ -6,7 +6,7 @@ from pipeline.errors import UserError
 from pipeline.mapping.predict_scene import class_shares, predict_scene
 from pipeline.mapping.predictors import Predictor, load_onnx_student
 from pipeline.mapping.scene import open_scene
-from stages.cli import COMPOSITION, FEATURES, IMAGES, RUNS, WEIGHTS, run
+from stages.cli import FEATURES, HEADS, IMAGES, SELECTED_RUNS, WEIGHTS, run
 
 
 def map_scene(
@@ -41,8 +41,8 @@ def _load_predictor(onnx: str | None, student: str | None, dataset: str | None, 
     if student:
         return load_torch_student(Path(student), device)
     params.members(model)
-    # Models that the composition search selected are in its folder.
-    folder = next((folder for folder in (RUNS, COMPOSITION) if (folder / dataset / model).exists()), RUNS)
+    # Ensembles that the composition search selected have a folder of their own.
+    folder = next((folder for folder in (HEADS, SELECTED_RUNS) if (folder / dataset / model).exists()), HEADS)
     paths = EnsemblePaths(
         folder / dataset / model / "head.pt", IMAGES / f"{dataset}.zarr", FEATURES / dataset, WEIGHTS
     )

@@ -14,16 +14,16 @@ from pipeline.tasks import get_task
 from pipeline.training import predictions
 from stages.cli import (
     COMPOSITION,
-    COST,
+    COSTS,
     DISTILLATION,
     EXPORTS,
     FINETUNING,
     MAPS,
     METRICS,
-    RATES,
     REPORT,
     RUNS,
     SCRATCH,
+    SELECTED_RUNS,
     TUNING,
     read_json,
     require,
@@ -42,7 +42,7 @@ def make_report() -> None:
     students = [_read_student(dataset, student) for dataset in grid.datasets for student in grid.students]
     folders, skipped = _model_folders(grid)
     for dataset, result in compositions.items():
-        folders |= {(dataset, model): COMPOSITION / dataset / model for model in result.missing_from(grid.models)}
+        folders |= {(dataset, model): SELECTED_RUNS / dataset / model for model in result.missing_from(grid.models)}
     for student in students:
         variants = zip(student.models, student.distillation.get("variants", []), strict=True)
         folder = DISTILLATION / student.dataset / student.name
@@ -61,7 +61,9 @@ def make_report() -> None:
     )
     draws = _bootstrap_all(folders, runs)
     summary = summarize_runs(runs, draws)
-    costs = pd.read_csv(require(COST)) if students else pd.DataFrame()
+    costs = pd.DataFrame()
+    if students:
+        costs = pd.concat([pd.read_csv(require(COSTS / f"{dataset}.csv")) for dataset in grid.datasets])
     large = summary[summary.kind != ModelKind.STUDENT]
     comparisons = statements.key_comparisons(large, draws)
     pairs = statements.all_pairs(summary[summary.protocol == FROZEN], draws)
@@ -84,7 +86,7 @@ def make_report() -> None:
             aggregates=sections.aggregates(runs[runs.protocol == FROZEN]),
             composition=sections.composition(compositions, summary, folder),
             students=students_section,
-            exports=sections.exports(students, pd.read_csv(require(RATES))),
+            exports=sections.exports(students),
             maps=sections.maps(students, folder),
             finetuning=sections.finetuning(runs),
             skipped=skipped,

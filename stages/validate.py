@@ -9,7 +9,7 @@ from pipeline.backbones import get_spec
 from pipeline.config import HeadsConfig, Params
 from pipeline.data import sources
 from pipeline.errors import UserError
-from stages.cli import DISTILLATION, EXPORTS, FINETUNING, MAPS, run, write_json, write_text
+from stages.cli import EXPORTS, FINETUNING, MAPS, run, write_json, write_text
 
 
 def validate(schema: bool) -> None:
@@ -58,7 +58,15 @@ def _check_levels(levels: Sequence[int], name: str, layers: tuple[str, ...]) -> 
 
 
 def _check_networks(networks: Mapping[str, str]) -> None:
-    """Refuse networks of students that timm does not have."""
+    """Refuse students whose folder of results is another's, and networks that timm does not have."""
+    if "teacher" in networks:
+        raise UserError(
+            "A student cannot have the name 'teacher', because results/distill/<dataset>/teacher holds its teacher. "
+            "Choose another name under 'students' in params.yaml.",
+            key="grid.students",
+            value="teacher",
+            path=config.FILE,
+        )
     if not networks:
         return
     # timm takes 3 s to import; a grid without students needs none of it
@@ -79,7 +87,7 @@ def _check_networks(networks: Mapping[str, str]) -> None:
 
 def _write_grids(params: Params) -> None:
     datasets, students = list(params.grid.datasets), list(params.grid.students)
-    for folder in (DISTILLATION, EXPORTS, MAPS):
+    for folder in (EXPORTS, MAPS):
         write_json(folder / "grid.json", {"datasets": datasets, "students": students})
     write_json(FINETUNING / "grid.json", {"datasets": datasets, "models": list(params.grid.finetune)})
 

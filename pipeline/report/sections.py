@@ -218,13 +218,11 @@ def _cost_sentence(student: StudentResult, rows: pd.DataFrame) -> str:
     )
 
 
-def exports(results: Sequence[StudentResult], rates: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of exported files; `rates` has dataset, student, file, images_per_second."""
-    images_per_second = rates.set_index(["dataset", "student", "file"]).images_per_second
+def exports(results: Sequence[StudentResult]) -> pd.DataFrame:
+    """Return the table of exported files."""
     rows = []
     for student in results:
         for name, file in student.export.get("files", {}).items():
-            rate = images_per_second.get((student.dataset, student.name, name))
             score = f"{student.export['metric']} {file['score']:.3f} (n = {student.export['chips']})"
             difference = "largest difference from torch's logits, in their standard deviations"
             rows.append(
@@ -233,7 +231,7 @@ def exports(results: Sequence[StudentResult], rates: pd.DataFrame) -> pd.DataFra
                     "student": student.name,
                     "file": name,
                     "MB": f"{file['bytes'] / 1e6:.1f}",
-                    "images per second": "not measured" if rate is None else f"{rate:g}",
+                    "images per second": f"{file['images_per_second']:g}",
                     "validation score": score,
                     difference: f"{file['difference']:.1g}",
                 }

@@ -2,15 +2,19 @@
 
 import io
 import os
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import networkx
 import pytest
 import yaml
+from dvc.repo import Repo
 
 from cache.errors import InputError
 from tests.conftest import ROOT
@@ -61,12 +65,7 @@ class Job:
         self.folder = folder
         # Stages run with the Python of the tests, not with another one in PATH.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        author = {
-            "GIT_AUTHOR_NAME": "t",
-            "GIT_AUTHOR_EMAIL": "t@t",
-            "GIT_COMMITTER_NAME": "t",
-            "GIT_COMMITTER_EMAIL": "t@t",
-        }
+        author = {f"GIT_{role}_{key}": "t" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
         self.environment = {**os.environ, **author, "PATH": path, "PYTHONPATH": str(folder)}
 
     def run(self, *command: str, fails: bool = False) -> str:
@@ -111,11 +110,11 @@ class Job:
                 exit_error = error
         return output.getvalue(), exit_error
 
-    def start(self, *command: str) -> subprocess.Popen:
+    def start(self, *command: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
         """Start a command in its own process group, so that the whole group can be killed."""
         return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            command, cwd=self.folder, env=self.environment, start_new_session=True, stdout=subprocess.DEVNULL,
+            stderr=stderr,
         )  # fmt: skip
 
     def change(self, change: dict) -> None:
@@ -134,14 +133,20 @@ class Job:
         finally:
             path.write_text(original)
 
-    def results(self) -> dict[str, bytes]:
-        """Read every file of the results and the manifests."""
-        contents = {}
-        for name in ("results", "data/manifests"):
-            for path in sorted((self.folder / name).rglob("*")):
-                if path.is_file() and path.name != ".gitignore":
-                    contents[str(path.relative_to(self.folder))] = path.read_bytes()
-        return contents
+    def run_grid(self) -> None:
+        """Run all stages in this process, which takes a third of the time of `dvc repro`, and record them in DVC."""
+        with pytest.MonkeyPatch.context() as patched:
+            patched.chdir(self.folder)
+            with Repo() as repo:
+                commands = [stage.cmd for stage in networkx.dfs_postorder_nodes(repo.index.graph)]
+        for command in commands:
+            _, _, module, *arguments = shlex.split(command)
+            self.stage(module.removeprefix("stages."), *arguments)
+        self.run("dvc", "commit", "-q", "-f")
+
+    def planned(self, *targets: str) -> set[str]:
+        """Return the stages that DVC would run now, up to the targets."""
+        return set(re.findall(r"Running stage '([^']+)'", self.run("dvc", "repro", "--dry", *targets)))
 
 
 def clone(folder: Path, archive_folder: Path) -> Job:
@@ -164,7 +169,7 @@ def job(tmp_path_factory, weights_folder, raw_folder):
     """The small grid, run through to the report; tests leave params.yaml unchanged."""
     weights_folder("csmask_b4"), weights_folder("lite0"), raw_folder("osm_landuse"), raw_folder("neon_trees")
     small_grid = clone(tmp_path_factory.mktemp("job"), ROOT / "data/archives")
-    small_grid.run(sys.executable, "-m", "stages.repro")
+    small_grid.run_grid()
     small_grid.run("git", "add", "-A")
     small_grid.run("git", "commit", "-qm", "small grid")
     return small_grid

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.data import download
 from pipeline.data.sources import geobench, neon_trees, osm_landuse
-from stages import compose, extract, fetch, prepare, report, resolve, train, tune
+from stages import compose, cost, extract, fetch, prepare, report, resolve, train, tune
 from tests import geobench_files
 from tests.conftest import ROOT
 from tests.stages.conftest import merge
@@ -63,11 +63,14 @@ def steps(grid: dict):
         yield f"data/images/{name}.zarr", partial(prepare.prepare, name, False)
         for backbone in grid["backbones"]:
             yield f"data/manifests/{name}/{backbone}.json", partial(extract.extract, name, backbone)
+        yield f"results/compose/{name}", partial(compose.compose, name)
         yield f"data/models/{name}", partial(resolve.resolve, name)
         for model in grid["models"]:
-            yield f"results/tune/{name}/{model}.json", partial(tune.tune, name, model)
-            yield f"results/runs/{name}/{model}", partial(train.train, name, model)
-        yield f"results/compose/{name}", partial(compose.compose, name)
+            yield f"results/tune/{name}/{model}.json", partial(tune.tune, name, model, False)
+            yield f"results/runs/{name}/{model}", partial(train.train, name, model, False)
+        yield f"results/tune_selected/{name}.json", partial(tune.tune, name, None, True)
+        yield f"results/train_selected/{name}", partial(train.train, name, None, True)
+        yield f"results/cost/{name}.csv", partial(cost.cost, name)
     yield "results/report", report.make_report
 
 

@@ -16,10 +16,17 @@ def error_paragraph(output: str) -> str:
     return paragraphs[0]
 
 
+def test_repro_invalid_params_stops_before_any_other_stage(fresh_clone):
+    fresh_clone.change({"train": {"sedes": 3}})
+    paragraph = error_paragraph(fresh_clone.run("dvc", "repro", fails=True))
+    assert all(value in paragraph for value in ("params.yaml", "sedes", "seeds")), paragraph
+    assert {path.name for path in (fresh_clone.folder / "data").iterdir()} <= {"archives", "scratch"}
+    assert (fresh_clone.folder / "params.schema.json").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "mentions"),
     [
-        ({"train": {"sedes": 3}}, ["params.yaml", "sedes", "seeds"]),
         ({"trian": 1}, ["params.yaml", "trian", "grid", "datasets"]),
         ({"grid": {"datasets": ["m-eurosta"]}}, ["m-eurosta", "sample-landuse"]),
         ({"grid": {"backbones": ["hiera"]}}, ["hiera", "lite0"]),
@@ -28,12 +35,10 @@ def error_paragraph(output: str) -> str:
         ({"compose": {"best": 2}}, ["compose", "composition"]),
     ],
 )
-def test_repro_invalid_params_stops_before_any_other_stage(fresh_clone, change, mentions):
+def test_validate_unknown_name_lists_the_known_ones(fresh_clone, change, mentions):
     fresh_clone.change(change)
-    paragraph = error_paragraph(fresh_clone.run("dvc", "repro", fails=True))
-    assert all(value in paragraph for value in mentions), paragraph
-    assert {path.name for path in (fresh_clone.folder / "data").iterdir()} <= {"archives", "scratch"}
-    assert (fresh_clone.folder / "params.schema.json").exists()
+    error = fresh_clone.stage_error("validate")
+    assert all(value in str(error) for value in mentions), error
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,7 @@ def test_repro_invalid_params_stops_before_any_other_stage(fresh_clone, change, 
         ({"heads": {"levels": [-1, 4]}}, "heads.levels", 4, ["lite0"]),
         ({"heads": {"segmentation": "unet"}}, "heads.segmentation", "unet", ["upernet", "fcn"]),
         ({"heads": {"fusion": "sum"}}, "heads.fusion", "sum", ["concat", "average", "film", "dot"]),
+        ({"grid": {"students": ["teacher"]}, "students": {"teacher": {}}}, "grid.students", "teacher", []),
         (
             {"students": {"small": {"network": "mobilenetv3_smal_100"}}},
             "students.small.network",
@@ -65,6 +71,8 @@ def test_validate_value_that_only_networks_know_is_refused(job, change, key, val
         ("tune", ["--dataset", "sample-trees", "--model", "lite0+z"], "backbones", "z"),
         ("tune", ["--dataset", "x", "--model", "lite0"], "datasets", "x"),
         ("train", ["--dataset", "x", "--model", "lite0"], "datasets", "x"),
+        ("teacher", ["--dataset", "x"], "datasets", "x"),
+        ("cost", ["--dataset", "x"], "datasets", "x"),
         ("compose", ["--dataset", "x"], "datasets", "x"),
         ("resolve", ["--dataset", "x"], "datasets", "x"),
     ],

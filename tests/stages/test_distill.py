@@ -13,8 +13,9 @@ import torch
 from pipeline.data import image_store
 from pipeline.distillation.student import load_student
 from pipeline.tasks import get_task
-from tests.stages.conftest import Job
+from tests.stages.conftest import SMALL, Job
 
+DATASETS = SMALL["grid"]["datasets"]
 # Modules that run or build backbones.
 BACKBONE_MODULES = [
     "pipeline.backbones.encoder",
@@ -27,10 +28,12 @@ BACKBONE_MODULES = [
 @pytest.fixture
 def job_without_backbones(job, tmp_path) -> Job:
     """A copy of the job's folder with the inputs of distill only: no weights of any backbone."""
-    for name in ("params.yaml", "data/images", "data/features", "data/models", "results/tune", "results/runs"):
+    for name in ("params.yaml", "data/images", "data/features", "results/distill"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         source = job.folder / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copy(source, tmp_path / name)
+    for folder in (tmp_path / "results/distill").glob("*/small"):
+        shutil.rmtree(folder)
     copy = Job(tmp_path)
     copy.environment["PYTHONPATH"] = str(job.folder)
     return copy
@@ -76,16 +79,9 @@ def test_distill_saved_student_has_the_recorded_scores(job):
 
 
 def test_cost_has_every_model_that_is_not_skipped(job):
-    costs = pd.read_csv(job.folder / "results/cost.csv").set_index(["dataset", "model"])
-    rates = pd.read_csv(job.folder / "results/rates.csv").set_index(["dataset", "student", "file"]).images_per_second
-    files = {"torch", "student.onnx", "student.pt2", "student-int8.onnx"}
-    assert set(rates.index) == {
-        (name, "small", file) for name in ("sample-trees", "sample-landuse-seg") for file in files
-    }
-    assert (rates > 0).all()
-    seg = costs.loc["sample-landuse-seg"]
+    seg, trees = (pd.read_csv(job.folder / f"results/cost/{name}.csv").set_index("model") for name in DATASETS)
     assert set(seg.index) == {"small", "raw", "lite0", "csmask_b4+lite0"}
-    assert set(costs.loc["sample-trees"].index) == {"small", "raw", "lite0"}
+    assert set(trees.index) == {"small", "raw", "lite0"}
     assert (seg.chips_per_second > 0).all()
     assert seg.flops["small"] < seg.flops["lite0"] < seg.flops["csmask_b4+lite0"]
     assert 15e6 < seg.parameters["csmask_b4+lite0"] < 30e6
@@ -95,6 +91,9 @@ def test_cost_has_every_model_that_is_not_skipped(job):
 
 def test_distill_skipped_teacher_skips_the_student(job_without_backbones):
     with job_without_backbones.changed({"distill": {"teacher": "csmask_b4+lite0"}}):
+        teacher = {"teacher": None, "skipped": "csmask_b4+lite0 needs nir"}
+        folder = job_without_backbones.folder / "results/distill/sample-trees/teacher"
+        (folder / "teacher.json").write_text(json.dumps(teacher))
         job_without_backbones.stage("distill", *arguments())
     metadata = json.loads(
         (job_without_backbones.folder / "results/distill/sample-trees/small/metadata.json").read_text()
@@ -107,7 +106,7 @@ def test_distill_skipped_teacher_skips_the_student(job_without_backbones):
     ("damage", "file"),
     [
         (lambda folder: shutil.rmtree(folder / "data/features/sample-trees/lite0.zarr"), "lite0.zarr"),
-        (lambda folder: (folder / "results/runs/sample-trees/lite0/head.pt").unlink(), "head.pt"),
+        (lambda folder: (folder / "results/distill/sample-trees/teacher/head.pt").unlink(), "head.pt"),
         (
             lambda folder: shutil.copytree(
                 folder / "data/features/sample-landuse-seg/lite0.zarr",
@@ -118,8 +117,8 @@ def test_distill_skipped_teacher_skips_the_student(job_without_backbones):
         ),
         (
             lambda folder: shutil.copy(
-                folder / "results/runs/sample-landuse-seg/lite0/head.pt",
-                folder / "results/runs/sample-trees/lite0/head.pt",
+                folder / "results/distill/sample-landuse-seg/teacher/head.pt",
+                folder / "results/distill/sample-trees/teacher/head.pt",
             ),
             "lite0",
         ),
@@ -130,7 +129,9 @@ def test_distill_missing_or_foreign_input_is_refused(job_without_backbones, dama
     damage(job_without_backbones.folder)
     error = job_without_backbones.stage_error("distill", *arguments())
     assert file in str(error)
-    assert not (job_without_backbones.folder / "results/distill/sample-trees").exists(), "no half-written result"
+    assert not (job_without_backbones.folder / "results/distill/sample-trees/small").exists(), (
+        "no half-written result"
+    )
 
 
 def test_distill_unknown_student_is_refused(job_without_backbones):

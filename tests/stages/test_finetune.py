@@ -6,8 +6,6 @@ import shutil
 import pandas as pd
 import pytest
 
-from tests.stages.test_job import planned_stages
-
 FINETUNE_LITE0 = {
     "grid": {"finetune": ["lite0"]},
     "finetune": {"method": "lora", "steps": 2, "batch": 4, "val_checks": 1, "seeds": 2, "learning_rates": [0.001]},
@@ -15,9 +13,9 @@ FINETUNE_LITE0 = {
 
 
 def test_finetune_is_empty_by_default_and_runs_alone_if_named(job):
-    assert planned_stages(job) == []
+    assert job.planned() == set()
     with job.changed(FINETUNE_LITE0):
-        names = {name for name in planned_stages(job) if name != "validate"}
+        names = job.planned() - {"validate"}
     assert names == {"finetune@sample-landuse-seg-lite0", "finetune@sample-trees-lite0", "report"}
 
 
@@ -69,8 +67,8 @@ def test_finetune_backbone_that_cannot_be_trained_is_refused(job):
 
 
 def test_finetune_missing_foreign_or_damaged_head_is_refused(job):
-    head = job.folder / "results/runs/sample-trees/lite0/head.pt"
-    foreign_head = (job.folder / "results/runs/sample-landuse-seg/lite0/head.pt").read_bytes()
+    head = job.folder / "results/heads/sample-trees/lite0/head.pt"
+    foreign_head = (job.folder / "results/heads/sample-landuse-seg/lite0/head.pt").read_bytes()
     content = head.read_bytes()
     try:
         head.unlink()

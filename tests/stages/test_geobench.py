@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.backbones import get_spec
 from pipeline.backbones.base import match_bands
 from pipeline.data.sources import geobench
-from stages import compose, cost, distill, export, extract, fetch, prepare, report, resolve, train, tune
+from stages import compose, cost, distill, export, extract, fetch, prepare, report, resolve, teacher, train, tune
 from stages.plan import plan
 from tests.conftest import ROOT
 from tests.stages.conftest import merge
@@ -64,12 +64,15 @@ def test_stages_all_twelve_sets_reach_the_report(geobench_job, capsys):
         prepare.prepare(name, False)
         for backbone in SMALL["grid"]["backbones"]:
             extract.extract(name, backbone)
+        compose.compose(name)
         resolve.resolve(name)
         for model in SMALL["grid"]["models"]:
-            tune.tune(name, model)
-            train.train(name, model)
-        compose.compose(name)
+            tune.tune(name, model, False)
+            train.train(name, model, False)
+        tune.tune(name, None, True)
+        train.train(name, None, True)
     for name in DISTILLED_SETS:
+        teacher.teacher(name)
         distill.distill(name, "small")
         students = pd.read_csv(f"results/distill/{name}/small/runs.csv")
         assert students.model.tolist() == ["small (distilled)", "small (supervised)"]
@@ -77,8 +80,8 @@ def test_stages_all_twelve_sets_reach_the_report(geobench_job, capsys):
     # The small grid exports and maps students of other tasks (test_map.py). A report of students needs maps.
     with changed({"distill": {"datasets": DISTILLED_SETS[:1]}}):
         export.export("small", DISTILLED_SETS[0], False)
-        cost.cost()
-    assert set(pd.read_csv("results/cost.csv").model) == {"small", "raw"}
+        cost.cost(DISTILLED_SETS[0])
+    assert set(pd.read_csv(f"results/cost/{DISTILLED_SETS[0]}.csv").model) == {"small", "raw"}
     with changed({"grid": {"students": []}}):
         report.make_report()
     runs = pd.read_csv("results/report/runs.csv")
@@ -136,7 +139,7 @@ def test_profile_paper_plans_every_stage(fresh_clone):
 
 def test_profile_unknown_name_is_refused(fresh_clone):
     error = fresh_clone.stage_error("profile", "--name", "papre")
-    assert (error.value, error.allowed) == ("papre", ("paper",))
+    assert (error.value, error.allowed) == ("papre", ("paper", "samples"))
 
 
 def test_profile_paper_has_the_bands_of_table_2(params):

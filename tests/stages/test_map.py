@@ -17,6 +17,7 @@ def test_export_and_map_write_files_maps_and_report(job):
         assert set(files) == {"student.onnx", "student.pt2", "student-int8.onnx"}
         for name, entry in files.items():
             assert (results / f"export/{dataset}/small/{name}").stat().st_size == entry["bytes"]
+            assert entry["images_per_second"] > 0
         assert max(files[name]["difference"] for name in ("student.onnx", "student.pt2")) <= summary["tolerance"]
     scene = open_scene(job.folder / "scenes/sample-landuse-seg.yaml")
     for name in ("class", "confidence"):
@@ -68,7 +69,7 @@ def test_map_scene_without_the_bands_is_refused(job, tmp_path):
         ([*SCENE, *ONNX, "--student", "x"], ["--onnx", "--student", "--dataset", "--model"]),
         ([*SCENE, "--onnx", "x.onnx"], ["x.onnx"]),
         ([*SCENE, "--student", "x"], ["x"]),
-        ([*SCENE, "--dataset", "sample-landuse-seg", "--model", "raw+lite0"], ["results/runs", "raw+lite0"]),
+        ([*SCENE, "--dataset", "sample-landuse-seg", "--model", "raw+lite0"], ["results/heads", "raw+lite0"]),
         (["--scene", "nowhere.tif", *ONNX], ["nowhere.tif"]),
     ],
     ids=["no predictor", "two predictors", "no file", "no student", "no head", "no scene"],

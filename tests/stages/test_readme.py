@@ -14,7 +14,7 @@ def test_readme_notebook_section_runs(job):
 assert abs(2 * len(train) - int((tree.split == "train").sum())) <= 1
 assert len(images.sample) == len(lazy.sample) == len(tree.sample)
 assert fine.shape[-2:] == tree["level0"].features.shape[-2:]
-assert batch["level2"].shape[1] == sum(store.array("level2/features").shape[0] for store in (csmask, lite0))
+assert batch["level2"].shape[1] == sum(store.array("level2/features").shape[0] for store in (raw, lite0))
 assert next(iter(loader))["level2"].shape[0] == 16
 assert rgb.shape[:2] == (2, 3)
 assert (remote.read("level1/features", [0, 1]) == maps).all()

@@ -39,7 +39,7 @@ MODELS = {
     "b": Model("pretrained", 0.6, "runs/d/b", {}),
     "a_random": Model("random, seed 0", 0.5, "runs/d/a_random", {}),
     "a+b": Model("p+p", 0.9, "runs/d/a+b", HEAD),
-    "a+c": Model("p+p", 0.9, "compose/d/a+c", {}),
+    "a+c": Model("p+p", 0.9, "train_selected/d/a+c", {}),
     "b, fine-tuned": Model("pretrained", 1.0, "finetune/d/b", FINE_TUNED),
     "small (distilled)": Model("random", 0.85, "distill/d/small/distilled", {"protocol": "distilled"}),
     "small (supervised)": Model("random", 0.7, "distill/d/small/supervised", {"protocol": "supervised"}),
@@ -147,9 +147,10 @@ def write_student_records(folder):
          "chips_per_second": [10.0, 20.0, 20.0, 100.0]}
     )  # fmt: skip
     gpu = costs.assign(device="cuda", chips_per_second=[1000.0, 2000.0, 2000.0, 7777.0])
-    pd.concat([costs, gpu]).to_csv(folder / "cost.csv", index=False)
-    (folder / "rates.csv").write_text("dataset,student,file,images_per_second\nd,small,student.onnx,75.5\n")
-    file = {"bytes": 3_800_000, "score": 0.5, "difference": 4e-6}
+    (folder / "cost").mkdir()
+    pd.concat([costs, gpu]).to_csv(folder / "cost/d.csv", index=False)
+    (folder / "cost/e.csv").write_text("dataset,model\n")
+    file = {"bytes": 3_800_000, "score": 0.5, "difference": 4e-6, "images_per_second": 75.5}
     records = {
         "distill/{}/small/metadata.json": {"teacher": "a+b", "weights": "random",
                                            "variants": {"distilled": {}, "supervised": {}}},
