@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from pipeline.bands import Band
 from pipeline.data import image_writer
-from pipeline.data.image_store import ImageDataset, LazyImageDataset, Sample
+from pipeline.data.image_store import ImageDataset, LazyImageDataset, Sample, open_images
 from pipeline.errors import UserError
 from tests.errors import raises
 
@@ -56,7 +55,7 @@ def write(tmp_path, monkeypatch):
 def test_write_by_several_processes_or_from_memory_gives_the_same_store(tmp_path, write, task, workers):
     dataset = lazy_dataset(task)
     write(dataset, workers=workers)
-    images = xr.open_zarr(tmp_path / "store").load()
+    images = open_images(tmp_path / "store").load()
     samples = [read_sample(task, name) for name in NAMES]
     arrays = {key: np.array([getattr(sample, key) for sample in samples])
               for key in ("image", "label", "lat", "lon", "time")}  # fmt: skip
@@ -67,7 +66,7 @@ def test_write_by_several_processes_or_from_memory_gives_the_same_store(tmp_path
     info = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(ImageDataset)
             if hasattr(dataset, field.name)}  # fmt: skip
     write(ImageDataset(**info, **arrays))
-    assert xr.open_zarr(tmp_path / "store").attrs == images.attrs
+    assert open_images(tmp_path / "store").attrs == images.attrs
 
 
 def test_write_damaged_sample_is_refused_or_skipped(tmp_path, write):
@@ -78,7 +77,7 @@ def test_write_damaged_sample_is_refused_or_skipped(tmp_path, write):
     summary = write(damaged, workers=1, skip_bad=True)
     assert summary.skipped == {"s90": "s90.tif is damaged"}
     assert sum(summary.counts.values()) == 19
-    assert xr.open_zarr(tmp_path / "store").sizes["sample"] == 19
+    assert open_images(tmp_path / "store").sizes["sample"] == 19
 
 
 def read_before_disk_is_full(full_from: str, name: str) -> Sample:
@@ -115,7 +114,7 @@ def test_write_killed_worker_raises_and_writes_nothing(tmp_path, write):
 def test_write_uses_at_most_max_processes(tmp_path, write, monkeypatch):
     monkeypatch.setattr(image_writer, "MAX_PROCESSES", 1)
     write(lazy_dataset(read_sample=kill_worker), workers=300)
-    assert xr.open_zarr(tmp_path / "store").sizes["sample"] == 20
+    assert open_images(tmp_path / "store").sizes["sample"] == 20
 
 
 # Each spawned process runs the script's own lines before it does any work.
@@ -191,7 +190,7 @@ def wait_until(find, count: int):
 def test_write_chunk_has_at_most_chunk_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(image_writer, "CHUNK_BYTES", 5 * 128)
     image_writer.write(lazy_dataset(), tmp_path / "scratch", tmp_path / "store", workers=1)
-    assert xr.open_zarr(tmp_path / "store").image.encoding["chunks"] == (5, 2, 8, 8)
+    assert open_images(tmp_path / "store").image.encoding["chunks"] == (5, 2, 8, 8)
 
 
 def read_nan(name: str) -> Sample:

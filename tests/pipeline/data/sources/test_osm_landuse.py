@@ -1,5 +1,7 @@
 """The OSM land use source: chips, masks and their location in the scene."""
 
+import functools
+
 import geopandas
 import numpy as np
 import pytest
@@ -11,6 +13,14 @@ from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests.errors import raises
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cached_scene():
+    """Read the scene once: that takes longer than everything else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(osm_landuse, "read_scene", functools.cache(osm_landuse.read_scene))
+        yield
 
 
 def test_prepare_counts_of_chips_classes_and_labelled_pixels(image_dataset):
