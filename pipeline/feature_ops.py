@@ -8,18 +8,9 @@ from torch.nn import functional
 
 
 def resize(maps: torch.Tensor, size: Sequence[int], align_corners: bool = False) -> torch.Tensor:
-    """Resize maps bilinearly.
+    """Resize maps (batch, channel, y, x) bilinearly to a height and width, like `interpolate`.
 
-    On a CPU this is `torch.nn.functional.interpolate`. On a GPU it is two matrix products, because the gradient of
-    `interpolate` is not deterministic there, or slow.
-
-    Args:
-        maps: (batch, channel, y, x).
-        size: height and width of the result.
-        align_corners: as for `interpolate`: whether the centers of the corner pixels coincide, instead of the edges.
-
-    Returns:
-        (batch, channel, *size), the dtype of `maps`.
+    On a GPU by two matrix products, because the gradient of `interpolate` is not deterministic there, or slow.
     """
     if not maps.is_cuda:
         return functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
@@ -44,12 +35,7 @@ def bilinear_weights(old: int, new: int, device: torch.device, align_corners: bo
 
 
 def standardize_(values: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Subtract the mean and multiply by the scale of each channel, in place.
-
-    Args:
-        values: float32 (sample, channel, …).
-        mean, scale: float32 (channel,).
-    """
+    """Subtract the mean and multiply by the scale (channel,) of values (sample, channel, …), in place."""
     shape = (-1, *[1] * (values.ndim - 2))
     return values.sub_(mean.view(shape)).mul_(scale.view(shape))
 

@@ -152,20 +152,6 @@ class Task(ABC):
         counted = counted * weights[label * counted] if weights is not None else counted
         return losses.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp_min(1e-12)
 
-    def loss_grad(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
-        """Compute the gradient of the sum of `loss` with respect to the logits; their shape.
-
-        Softmax or sigmoid minus the target, divided by the number of elements or their weights (Bishop 2006, section
-        4.3.4).
-        """
-        label, counted = label.long(), None
-        if self.ignore_value is not None:
-            counted = label != self.ignore_value
-            label = label * counted
-        weight = self._element_weights(label, counted, logits)
-        grad = logits.softmax(dim=2).mul_(weight.unsqueeze(2))
-        return grad.scatter_add_(2, label.unsqueeze(2), weight.neg_().unsqueeze(2))
-
     def predict_labels(self, logits: "torch.Tensor", label: "torch.Tensor", dim: int) -> "torch.Tensor":
         """Return the predictions, int64; non-finite logits give a wrong prediction.
 
@@ -180,17 +166,6 @@ class Task(ABC):
             return predicted
         wrong = (label.long() + 1) % self.n_classes
         return predicted.where(logits.isfinite().all(dim=dim), wrong)
-
-    def _element_weights(
-        self, label: "torch.Tensor", counted: "torch.Tensor | None", logits: "torch.Tensor"
-    ) -> "torch.Tensor":
-        """Weight of each element in the mean loss of its head, (head, batch, …)."""
-        class_weights = self._weights_on(logits.device)
-        if counted is None and class_weights is None:
-            return logits.new_full(label.shape, 1 / label[0].numel())
-        weight = logits.new_ones(()) if class_weights is None else class_weights[label]
-        weight = weight if counted is None else weight * counted
-        return weight / weight.flatten(1).sum(dim=1).clamp_min(1e-12).view(-1, *[1] * (label.ndim - 1))
 
     def _weights_on(self, device: "torch.device") -> "torch.Tensor | None":
         return None if self.class_weights is None else _weights_tensor(self.class_weights, device)
@@ -266,9 +241,6 @@ class MultiLabel(Task):
 
         losses = functional.binary_cross_entropy_with_logits(logits, label.to(logits.dtype), reduction="none")
         return losses.flatten(1).mean(dim=1)
-
-    def loss_grad(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
-        return logits.sigmoid().sub_(label).div_(logits[0].numel())
 
     def predict_labels(self, logits: "torch.Tensor", label: "torch.Tensor", dim: int) -> "torch.Tensor":
         predicted = (logits > 0).long()

@@ -12,9 +12,7 @@ Heads are trained in groups: K heads, each with its own seed and hyperparameters
 - `is_stacked`: whether the first dimension of all parameters is the head. `parameter_heads()` then lists the
   parameters and whether weight decay applies to each. Else each independent group has one head;
 - `forward_heads(inputs, index)`: yields (slice of heads, logits (head, batch, class, …)). Head k gets the rows
-  `index[k]` of `inputs`; without `index` all heads get all rows;
-- `has_manual_backward`: whether `backward(inputs, index, loss_grad)` computes the gradients, at least in part without
-  autograd.
+  `index[k]` of `inputs`; without `index` all heads get all rows.
 """
 
 from collections.abc import Callable
@@ -52,13 +50,9 @@ HEADS = {
 
 
 def register_head(name: str, factory: Callable | str) -> None:
-    """Add a dense head; its settings are `heads.custom.<name>` of params.yaml.
+    """Add a dense head, a class or "module:class"; its settings are `heads.custom.<name>` of params.yaml.
 
-    Args:
-        factory: the class, or "module:class".
-
-    Raises:
-        ValueError: the name is taken.
+    A name that is taken raises ValueError.
     """
     if name in HEADS:
         raise ValueError(f"There is already a head called '{name}'.")
@@ -66,14 +60,11 @@ def register_head(name: str, factory: Callable | str) -> None:
 
 
 def get_head(name: str, is_dense: bool | None = None, key: str = "heads.segmentation") -> HeadType:
-    """Return a head of the registry.
+    """Return a head of the registry, or raise UserError.
 
     Args:
         is_dense: only among the dense heads (True) or the pooled ones (False).
         key: origin of the name, for the message.
-
-    Raises:
-        UserError: there is no such head.
     """
     names = [other for other, head in HEADS.items() if is_dense is None or head.is_dense == is_dense]
     if name not in names:

@@ -42,14 +42,7 @@ class TrainedHead:
         return self.model.split("+")
 
     def standardize(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | list[torch.Tensor]:
-        """Standardize features as in training; differentiable.
-
-        Args:
-            features: as for `logits`.
-
-        Returns:
-            Pooled features (batch, channel), or levels (batch, channel, y, x): the input of the network.
-        """
+        """Standardize features, as for `logits`, to the input of the network; differentiable."""
         values = [
             member[name].float() for member, names in zip(features, self.array_names, strict=True) for name in names
         ]
@@ -72,12 +65,7 @@ class TrainedHead:
 
 
 def select_head(config: HeadConfig, group: HeadGroup, index: int) -> HeadGroup:
-    """Copy one head of a trained group into a new group, on the CPU.
-
-    Args:
-        config: of the group.
-        index: of the head.
-    """
+    """Copy one head of a trained group into a new group, on the CPU."""
     if group.is_stacked:
         state = {name: values[index : index + 1] for name, values in group.state_dict().items()}
     else:
@@ -105,11 +93,7 @@ def save(path: Path, head: TrainedHead) -> None:
 
 
 def load(path: Path, device: str = "cpu") -> TrainedHead:
-    """Read a trained head; no code in the file is run.
-
-    Raises:
-        UserError: there is no such file, or it is not a head of this format.
-    """
+    """Read a trained head; no code in the file is run. A missing file or another format raises UserError."""
     if not Path(path).exists():
         raise UserError(f"There is no trained head at {path}. Train it with: dvc repro train", path=path)
     try:

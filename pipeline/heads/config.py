@@ -42,24 +42,12 @@ class HeadConfig:
     precision: str = "float32"
 
     def create_group(self, seeds: Sequence[int]) -> HeadGroup:
-        """Create untrained heads, one per seed.
-
-        Raises:
-            UserError: there is no such head or fusion.
-        """
+        """Create untrained heads, one per seed; an unknown head or fusion raises UserError."""
         if get_head(self.head, key="heads").is_dense:
             return HeadList(self._create_dense, self.output_size, seeds, self.precision)
         widths, fusion = [sum(shape[0] for shape in member) for member in self.shapes], get_fusion(self.fusion)
-        if self.fusion == "concat" or len(widths) == 1:
-            return StackedLinear(widths, self.n_classes, seeds)
-        return StackedLinear(
-            widths,
-            self.n_classes,
-            seeds,
-            partial(fusion.fuse, dim=2),
-            fusion.projection_shapes(widths),
-            fusion.fused_width(widths),
-        )
+        is_concatenated = self.fusion == "concat" or len(widths) == 1
+        return StackedLinear(widths, self.n_classes, seeds, None if is_concatenated else fusion)
 
     def _create_dense(self) -> FusedHead:
         network = get_head(self.head).load()
@@ -75,14 +63,7 @@ def head_options(settings: HeadSettings) -> dict[str, object]:
 
 
 def describe_head(config: HeadConfig, array_names: Sequence[Sequence[str]], has_class_weights: bool) -> str:
-    """Describe a head and its inputs.
-
-    For example "upernet of 16 channels, concat, level0, level1, balanced class weights".
-
-    Args:
-        array_names: names of each backbone's arrays that the head reads.
-        has_class_weights: whether the loss has class weights.
-    """
+    """Describe a head and its inputs, such as "upernet of 16 channels, concat, level0, balanced class weights"."""
     arrays = [layer_name(name) for names in array_names for name in names]
     options = dict(config.options)
     channels = options.pop("channels", None)

@@ -11,12 +11,7 @@ from pipeline.feature_ops import resize
 class Fcn(nn.Module):
     """Classify the cells of every level by a 1x1 convolution, and sum the logits on the finest grid.
 
-    It is linear in the features: the same as one 1x1 convolution on all levels, resized and concatenated. Resizing
-    the logits instead needs less memory.
-
-    Args:
-        channels_in: channels of every level, finest first.
-        n_classes: number of classes.
+    The same as one 1x1 convolution on all levels, resized and concatenated, but needs less memory.
     """
 
     def __init__(self, channels_in: Sequence[int], n_classes: int):

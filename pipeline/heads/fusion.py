@@ -1,14 +1,13 @@
 """Fusion of the backbones' feature pyramids inside a head.
 
-Levels are matched between pyramids, resized to the finest grid, and combined by a method of `FUSIONS`. Concatenation
-is the method of the paper (arXiv 2506.20174); the others are the ablation of its later version. In these a learned
-projection maps the other backbones to the channels of the first.
-
-A new method is one class and one line in `FUSIONS`, or, from outside the package, one call of `register_fusion`.
+Levels are matched between pyramids, resized to the finest grid, and combined by a method of `FUSIONS`. The paper
+concatenates (arXiv 2506.20174); the other methods, which first project the other backbones to the channels of the
+first, are the ablation of its later version. A new method is one class and one call of `register_fusion`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import islice
 from math import log2, prod
 
 import torch
@@ -27,11 +26,7 @@ class Fusion(ABC):
     """A method that combines features of the same grid; it has no parameters."""
 
     def projection_shapes(self, widths: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the channels in and out of the projections of all backbones but the first.
-
-        Args:
-            widths: channels of every backbone.
-        """
+        """Return the channels in and out of the projections of all backbones but the first."""
         return [(width, widths[0]) for width in widths[1:]]
 
     def fused_width(self, widths: Sequence[int]) -> int:
@@ -78,10 +73,7 @@ class DotFusion(Fusion):
     """Product of the backbones, channel by channel (Kim et al., ICLR 2017)."""
 
     def fuse(self, first: torch.Tensor, projected: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-        product = first
-        for features in projected:
-            product = product * features
-        return product
+        return prod(projected, start=first)
 
 
 FUSIONS: dict[str, type[Fusion]] = {
@@ -93,22 +85,14 @@ FUSIONS: dict[str, type[Fusion]] = {
 
 
 def register_fusion(name: str, fusion: type[Fusion]) -> None:
-    """Add a fusion method, chosen by `heads.fusion`.
-
-    Raises:
-        ValueError: the name is taken.
-    """
+    """Add a fusion method, chosen by `heads.fusion`; a name that is taken raises ValueError."""
     if name in FUSIONS:
         raise ValueError(f"There is already a fusion called '{name}'.")
     FUSIONS[name] = fusion
 
 
 def get_fusion(name: str) -> Fusion:
-    """Return a fusion method by its name.
-
-    Raises:
-        UserError: there is no such method.
-    """
+    """Return a fusion method by its name, or raise UserError."""
     if name not in FUSIONS:
         raise UserError(
             f"heads.fusion is '{name}'. Choose one of: {', '.join(FUSIONS)}.",
@@ -150,15 +134,7 @@ def match_levels(shapes: Sequence[Sequence[LevelShape]]) -> list[list[int]]:
 
 
 class LevelFusion(nn.Module):
-    """Fuse one level (batch, channel, y, x) of every backbone to one map of the finest grid.
-
-    Args:
-        method: a name of `FUSIONS`.
-        widths: channels of every backbone's level.
-
-    Attributes:
-        channels: of the fused map.
-    """
+    """Fuse one level (batch, channel, y, x) of every backbone to a map of the finest grid, of `channels` channels."""
 
     def __init__(self, method: str, widths: Sequence[int]):
         super().__init__()
@@ -167,24 +143,21 @@ class LevelFusion(nn.Module):
         self.channels = self.fusion.fused_width(widths)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        first, *rest_levels = resize_to_finest(levels)
-        if not rest_levels:
+        first, *others = resize_to_finest(levels)
+        if not others:
             return first
         if self.projections:
-            rest_levels = [project(level) for project, level in zip(self.projections, rest_levels, strict=True)]
-        return self.fusion.fuse(first, rest_levels, dim=1)
+            others = [project(level) for project, level in zip(self.projections, others, strict=True)]
+        return self.fusion.fuse(first, others, dim=1)
 
 
 class PyramidFusion(nn.Module):
-    """Fuse the pyramids of several backbones to one.
+    """Fuse the pyramids of several backbones to one, whose levels have `channels` channels.
 
     Args:
         shapes: shapes of each backbone's levels, finest first.
         method: a name of `FUSIONS`.
         neck: whether four levels of one grid, as a vision transformer's, are first resampled to a pyramid.
-
-    Attributes:
-        channels: of the fused levels.
     """
 
     def __init__(self, shapes: Sequence[Sequence[LevelShape]], method: str = "concat", neck: bool = True):
@@ -195,7 +168,7 @@ class PyramidFusion(nn.Module):
         for index, levels in enumerate(shapes):
             if neck and len(levels) == TRANSFORMER_LEVELS and len({level[1:] for level in levels}) == 1:
                 self.necks[str(index)] = LearnedPyramid([level[0] for level in levels])
-                levels = _pyramid_shapes(self.necks[str(index)].channels, *levels[0][1:])
+                levels = self.necks[str(index)].shapes(*levels[0][1:])
             pyramids.append(levels)
         self.matches = match_levels(pyramids)
         self.fusions = nn.ModuleList(
@@ -206,11 +179,10 @@ class PyramidFusion(nn.Module):
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Fuse the levels of all backbones, one backbone after the other, to one pyramid, finest first."""
-        pyramids, start = [], 0
-        for index, count in enumerate(self.n_levels):
-            pyramid = list(levels[start : start + count])
-            pyramids.append(self.necks[str(index)](pyramid) if str(index) in self.necks else pyramid)
-            start += count
+        remaining = iter(levels)
+        pyramids = [list(islice(remaining, count)) for count in self.n_levels]
+        for index, neck in self.necks.items():
+            pyramids[int(index)] = neck(pyramids[int(index)])
         return [
             fusion([pyramid[index] for pyramid, index in zip(pyramids, match, strict=True)])
             for fusion, match in zip(self.fusions, self.matches, strict=True)
@@ -218,12 +190,7 @@ class PyramidFusion(nn.Module):
 
 
 class FusedHead(nn.Module):
-    """A head on the fused pyramid of several backbones.
-
-    Args:
-        fusion: fuses the pyramids.
-        make_head: from the channels of the fused levels to a head.
-    """
+    """A head on the fused pyramid of several backbones; `make_head` takes the channels of the fused levels."""
 
     def __init__(self, fusion: PyramidFusion, make_head: Callable[[Sequence[int]], nn.Module]):
         super().__init__()
@@ -262,13 +229,15 @@ class LearnedPyramid(nn.Module):
         self.fpn3 = nn.Sequential(nn.Identity())
         self.fpn4 = nn.Sequential(nn.MaxPool2d(2, 2))
 
+    def shapes(self, height: int, width: int) -> list[LevelShape]:
+        """Return the shapes of the resampled levels for a grid of `height` and `width`."""
+        scales = (4, 2, 1, 0.5)
+        return [
+            (count, int(height * scale), int(width * scale))
+            for count, scale in zip(self.channels, scales, strict=True)
+        ]
+
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Resample levels (batch, channel, y, x) of one grid to a pyramid, finest first."""
         resamplers = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         return [resample(level) for resample, level in zip(resamplers, levels, strict=True)]
-
-
-def _pyramid_shapes(channels: Sequence[int], height: int, width: int) -> list[LevelShape]:
-    """Shapes of the levels that `LearnedPyramid` returns for a grid of `height` and `width`."""
-    scales = (4, 2, 1, 0.5)
-    return [(count, int(height * scale), int(width * scale)) for count, scale in zip(channels, scales, strict=True)]

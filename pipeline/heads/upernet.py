@@ -17,22 +17,15 @@ POOL_SCALES = (1, 2, 3, 6)
 
 
 def _conv_norm_relu(channels_in: int, channels_out: int, kernel_size: int) -> nn.Sequential:
-    layers = {
-        "conv": nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2, bias=False),
-        "norm": nn.BatchNorm2d(channels_out),
-        "act": nn.ReLU(),
-    }
     block = nn.Sequential()
-    for name, layer in layers.items():
-        block.add_module(name, layer)
+    block.add_module("conv", nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2, bias=False))
+    block.add_module("norm", nn.BatchNorm2d(channels_out))
+    block.add_module("act", nn.ReLU())
     return block
 
 
 class _AveragePool(nn.Module):
-    """`nn.AdaptiveAvgPool2d(scale)`; on a GPU as two matrix products, whose gradient is deterministic.
-
-    On a CPU the products take five times as long.
-    """
+    """`nn.AdaptiveAvgPool2d(scale)`; on a GPU as two matrix products, whose gradient is deterministic."""
 
     def __init__(self, scale: int):
         super().__init__()
@@ -58,12 +51,7 @@ def _pool_weights(side: int, scale: int, device: torch.device) -> torch.Tensor:
 
 
 class UPerNetDecoder(nn.Module):
-    """Pool the deepest level at several scales, and merge the levels top-down to one map.
-
-    Args:
-        channels_in: channels of every level, finest first.
-        channels: of the merged map.
-    """
+    """Pool the deepest level at several scales, and merge the levels top-down to one map of `channels` channels."""
 
     def __init__(self, channels_in: Sequence[int], channels: int):
         super().__init__()
@@ -90,13 +78,7 @@ class UPerNetDecoder(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """The decoder with a 1x1 classifier.
-
-    Args:
-        channels_in: channels of every level, finest first.
-        n_classes: number of classes.
-        channels: width of the decoder.
-    """
+    """The decoder, `channels` wide, with a 1x1 classifier; `channels_in` are of every level, finest first."""
 
     def __init__(self, channels_in: Sequence[int], n_classes: int, channels: int):
         super().__init__()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipeline.heads.config import HeadGroup
 from pipeline.tasks import Task
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
-from pipeline.training.optim import FusedAdamW, StackedAdamW, warm_cosine
+from pipeline.training.optim import BETAS, EPSILON, StackedAdamW, parameter_groups, warm_cosine
 from pipeline.training.parallel import GraphedStep, cuda_streams, deterministic_cudnn, parallel_map
 from pipeline.training.predictions import evaluate_groups, evaluate_in_memory, select_rows
 
@@ -58,12 +58,6 @@ class TrainSchedule:
 class HeadTrainer:
     """Train one independent group: heads that are stacked, or a single one.
 
-    Args:
-        group: of heads (pipeline/heads).
-        hparams: of each head.
-        task: defines the loss and the score.
-        schedule: of the training.
-
     Attributes:
         lr_factor: from a step to the factor of the learning rate.
         steps: steps so far.
@@ -74,17 +68,22 @@ class HeadTrainer:
 
     def __init__(self, group: HeadGroup, hparams: Sequence[HParams], task: Task, schedule: TrainSchedule):
         self.group, self.task, self.schedule, self.hparams = group, task, schedule, list(hparams)
-        learning_rates = [head.learning_rate for head in hparams]
-        weight_decays = [head.weight_decay for head in hparams]
-        self.optimizer = (
-            StackedAdamW(group.parameter_heads(), learning_rates, weight_decays)
-            if group.is_stacked
-            else FusedAdamW(group, learning_rates[0], weight_decays[0])
-        )
+        self.optimizer = self._create_optimizer()
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["initial_lr"] = parameter_group["lr"]
         self.lr_factor, self.steps = warm_cosine(schedule.steps), 0
         self.best_scores = np.full(len(hparams), -np.inf)
         self.checks_since_best = np.zeros(len(hparams), dtype=int)
         self.best_state: dict[str, torch.Tensor] = {}
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        if self.group.is_stacked:
+            rates, decays = zip(*((head.learning_rate, head.weight_decay) for head in self.hparams), strict=True)
+            return StackedAdamW(self.group.parameter_heads(), rates, decays)
+        (hparams,) = self.hparams
+        groups = parameter_groups(self.group, hparams.learning_rate, hparams.weight_decay)
+        is_cuda = groups[0]["params"][0].is_cuda
+        return torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=is_cuda)
 
     @property
     def is_done(self) -> bool:
@@ -108,12 +107,14 @@ class HeadTrainer:
     ) -> None:
         """Update the parameters once, with the learning rates times `lr_factor`; does not count the step."""
         self.optimizer.zero_grad()
-        if self.group.has_manual_backward:
-            self.group.backward(inputs, index, lambda logits, heads: self.task.loss_grad(logits, label[heads]))
-        else:
-            for heads, logits in self.group.forward_heads(inputs, index):
-                self.task.loss(logits, label[heads]).sum().backward()
-        self.optimizer.step(lr_factor)
+        for heads, logits in self.group.forward_heads(inputs, index):
+            self.task.loss(logits, label[heads]).sum().backward()
+        self.scale_learning_rates(lr_factor)
+        self.optimizer.step()
+
+    def scale_learning_rates(self, lr_factor: float | torch.Tensor) -> None:
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = parameter_group["initial_lr"] * lr_factor
 
     def is_check_due(self) -> bool:
         """Whether the validation split is to be evaluated after this step."""
@@ -273,7 +274,8 @@ def _run_graphed(trainer: HeadTrainer, step: GraphedStep, validation: SplitData 
             batch = trainer.schedule.batch
             trainer.record_validation(evaluate_in_memory(trainer.group, validation, trainer.task, batch))
         yield 1
-    trainer.optimizer.zero_grad()  # the gradients are in the graph's memory
+    trainer.optimizer.zero_grad()  # gradients and learning rates are in the graph's memory
+    trainer.scale_learning_rates(1.0)
 
 
 def _train_streamed(

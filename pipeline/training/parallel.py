@@ -25,38 +25,32 @@ LARGE_INPUT_VALUES = 1 << 23
 def parallel_map(data: SplitData, group: HeadGroup) -> Iterator[Callable]:
     """Provide a `map` over independent groups of heads.
 
-    On a CPU every group has one core: small convolutions and products scale badly to two cores. This is faster
-    than training the groups sequentially on all cores, and much faster on a busy machine, where torch's threads spin
-    while they wait for each other. A head's result depends neither on the other heads nor on the number of cores.
-
-    On a GPU, features in memory are evaluated by a few dense heads at once, each on its own stream.
-
-    Stacked heads on a GPU or with large inputs are one product that occupies the device: a plain `map`.
+    On a CPU every group has one core: small convolutions and products scale badly to two cores, and torch's threads
+    spin while they wait for each other. A head's result does not depend on other heads or on the number of cores.
+    On a GPU, features in memory are evaluated by a few dense heads at once, each on its own stream. Stacked heads on
+    a GPU or with large inputs are one product that occupies the device: a plain `map`.
     """
+    device = data.label.device
     is_large = isinstance(data.inputs, torch.Tensor) and data.inputs.numel() > LARGE_INPUT_VALUES
-    is_gpu = data.label.device.type != "cpu"
-    if group.is_stacked and (is_gpu or is_large):
+    if group.is_stacked and (device.type != "cpu" or is_large):
         yield map
-        return
-    if is_gpu and isinstance(data.inputs, StreamedFeatures):  # batches arrive on one stream, which all groups share
+    elif device.type == "cpu":
+        with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    elif isinstance(data.inputs, StreamedFeatures):  # batches arrive on one stream, which all groups share
         with deterministic_cudnn():
             yield map
-        return
-    if is_gpu:
-        torch.cuda.synchronize(data.label.device)  # the streams of other threads read what this one has written
+    else:
+        torch.cuda.synchronize(device)  # the streams of other threads read what this one has written
         free_streams = queue.SimpleQueue()
-        for stream in cuda_streams(data.label.device):
+        for stream in cuda_streams(device):
             free_streams.put(stream)
         with (
             deterministic_cudnn(),
             ThreadPoolExecutor(N_STREAMS, initializer=lambda: torch.cuda.set_stream(free_streams.get())) as pool,
         ):
             yield pool.map
-        torch.cuda.synchronize(data.label.device)
-        return
-    n_cores = torch.get_num_threads()
-    with ThreadPoolExecutor(n_cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield pool.map
+        torch.cuda.synchronize(device)
 
 
 def deterministic_cudnn() -> AbstractContextManager:
@@ -69,10 +63,7 @@ def deterministic_cudnn() -> AbstractContextManager:
 
 @lru_cache
 def cuda_streams(device: torch.device) -> list[torch.cuda.Stream]:
-    """Return a GPU's streams for heads.
-
-    They are always the same, because memory freed on a stream is reused on that stream.
-    """
+    """Return a GPU's streams for heads: always the same, because memory freed on a stream is reused on it."""
     return [torch.cuda.Stream(device) for _ in range(N_STREAMS)]
 
 
@@ -80,15 +71,13 @@ class GraphedStep:
     """The training steps of one head trainer, on the CUDA stream that is current at each call.
 
     The first step runs without a graph, so that everything allocated once exists. The second is recorded; it and all
-    later ones are replays. A graph records addresses, not values: what changes from step to step is read from device
-    memory.
+    later ones are replays. A graph records addresses, so what changes from step to step is read from device memory.
 
     Args:
         update: one step, from rows (head, batch) and the factor of the learning rate, a scalar on the device.
         orders: rows of all steps, (step, head, batch), on the device.
         lr_factors: factors of the learning rate of all steps.
-        pool: memory pool (torch.cuda.graph_pool_handle) shared by the graphs of one stream, which run one after the
-            other.
+        pool: memory pool (torch.cuda.graph_pool_handle), shared by the graphs of one stream.
     """
 
     def __init__(

@@ -3,7 +3,6 @@ import torch
 
 from pipeline.heads.config import HeadConfig
 from pipeline.heads.linear import StackedLinear
-from pipeline.tasks import Classification, MultiLabel
 
 
 def last_layer(group, head, inputs):
@@ -29,24 +28,6 @@ def test_stacked_linear_is_k_linear_layers_in_values_and_gradients(n_samples, in
     assert not torch.equal(group.weights[0][0], group.weights[0][1])
 
 
-@pytest.mark.parametrize(
-    "task",
-    [Classification(4), Classification(4, (0.2, 1.0, 4.0, 0.0)), MultiLabel(4)],
-    ids=["classification", "weighted", "multilabel"],
-)
-@pytest.mark.parametrize("has_own_rows", [True, False], ids=["own rows", "shared rows"])
-def test_backward_of_stacked_linear_is_autograds(task, has_own_rows):
-    inputs, group = torch.randn(30, 6), StackedLinear([6], 4, seeds=(0, 1, 2))
-    label = torch.randint(2, (3, 8, 4)) if task.is_multilabel else torch.randint(4, (3, 8))
-    index = torch.randint(30, (3, 8)) if has_own_rows else None
-    rows = inputs if has_own_rows else inputs[:8]
-    ((_, logits),) = group.forward_heads(rows, index)
-    expected = torch.autograd.grad(task.loss(logits, label).sum(), list(group.parameters()))
-    group.backward(rows, index, lambda logits, heads: task.loss_grad(logits, label[heads]))
-    for parameter, grad in zip(group.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, grad)
-
-
 def test_stacked_linear_of_a_seed_starts_as_torchs_linear():
     group = StackedLinear([6], 3, seeds=(4, 5))
     torch.manual_seed(5)
@@ -57,7 +38,6 @@ def test_stacked_linear_of_a_seed_starts_as_torchs_linear():
 def test_stacked_linear_with_fusion_is_the_formula(method):
     inputs, index, widths = torch.randn(9, 7), torch.tensor([[0, 3, 5], [8, 8, 1]]), [4, 3]
     group = HeadConfig("linear", method, (((4,),), ((3,),)), 2).create_group((0, 1))
-    assert not group.has_manual_backward
     ((_, logits),) = group.forward_heads(inputs, index)
     for head in (0, 1):
         first, second = inputs[index[head]].split(widths, 1)
