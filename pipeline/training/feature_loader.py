@@ -4,8 +4,7 @@ The paper's composition concatenates the backbones' features along channels (arX
 channel is first standardized by the training split, else one backbone's scale would dominate. Levels of different
 grids are combined inside the head (pipeline/heads/fusion.py), so that each is in memory on its own grid.
 
-Features that fit a memory budget are read once and stay on the device. Others are streamed from the disk through
-reused memory (pinned for a GPU). Both have the same interface.
+Larger features than a memory budget are streamed from the disk through reused memory (pinned for a GPU).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from cache.running_stats import RunningStats
 from cache.schema import level_array, pooled_array
 from pipeline.feature_ops import channels_last, standardize_
 
-ROWS_PER_READ = 256
 STAT_ROWS_PER_READ = 4096
 # A channel whose standard deviation is below this share of its mean is a dead unit; it is set to zero.
 DEAD_CHANNEL_RATIO = 1e-5
@@ -49,8 +47,7 @@ def select_pooled(
         tokens: `mean`, `cls` or `both`, for backbones with class tokens; others have means only.
         levels: only of these levels, 0 the finest, -1 the deepest; empty for all.
 
-    Raises:
-        StoreError: a backbone does not have such a level.
+    A level that a backbone does not have raises StoreError.
     """
     return [
         [(store, pooled_array(name)) for name in _select_pooled_names(store.pooled, depth, tokens, levels)]
@@ -59,14 +56,9 @@ def select_pooled(
 
 
 def select_levels(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) -> list[list[StoreArray]]:
-    """Select the levels of each backbone that a dense head reads, finest first.
+    """Select the levels of each backbone that a dense head reads, finest first; arguments as for `select_pooled`.
 
-    Args:
-        stores: of the backbones.
-        levels: as for `select_pooled`.
-
-    Raises:
-        StoreError: a store has no levels, or not one of `levels`.
+    A store without levels, or without one of `levels`, raises StoreError.
     """
     for store in stores:
         if not store.levels:
@@ -107,20 +99,14 @@ def _select_names(names: Sequence[str], levels: Sequence[int]) -> list[str]:
 
 
 def channel_stats(array: StoreArray, train_rows: np.ndarray) -> ChannelStats:
-    """Compute an array's channel mean and standard deviation over the training rows.
+    """Compute an array's channel mean and standard deviation over the training rows, float64 (channel,).
 
-    Returns:
-        Both float64 (channel,).
-
-    Raises:
-        StoreError: pooled features have non-finite values.
+    Non-finite pooled features raise StoreError.
     """
     store, name = array
     if name in store.level_arrays:  # the writer has computed them from the same rows
         return store.statistics(store.levels[store.level_arrays.index(name)])
-    parts = [
-        train_rows[start : start + STAT_ROWS_PER_READ] for start in range(0, len(train_rows), STAT_ROWS_PER_READ)
-    ]
+    parts = np.array_split(train_rows, range(STAT_ROWS_PER_READ, len(train_rows), STAT_ROWS_PER_READ))
     mean = sum(store.read(name, part).sum(axis=0, dtype=np.float64) for part in parts) / len(train_rows)
     squares = sum(((store.read(name, part).astype(np.float64) - mean) ** 2).sum(axis=0) for part in parts)
     if not np.isfinite(squares).all():
@@ -137,11 +123,7 @@ def to_mean_scale(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def read_standardized(array: StoreArray, rows: np.ndarray, stats: ChannelStats) -> torch.Tensor:
-    """Read rows of an array and standardize them, float32 (row, channel, …).
-
-    Raises:
-        StoreError: non-finite values; extraction does not store any.
-    """
+    """Read rows of an array and standardize them, float32 (row, channel, …); StoreError if they are non-finite."""
     store, name = array
     values = torch.from_numpy(store.read(name, rows)).float()
     values = standardize_(values, *map(torch.from_numpy, to_mean_scale(*stats)))
@@ -150,31 +132,8 @@ def read_standardized(array: StoreArray, rows: np.ndarray, stats: ChannelStats) 
     return values
 
 
-def read_pooled(
-    stores: Sequence[FeatureStore],
-    depth: str,
-    tokens: str,
-    rows: np.ndarray,
-    train_rows: np.ndarray,
-    levels: Sequence[int] = (),
-) -> torch.Tensor:
-    """Read the concatenated pooled features of several backbones, standardized, float32 (row, channel).
-
-    Args:
-        stores: of the backbones, aligned.
-        depth, tokens, levels: as for `select_pooled`.
-        train_rows: rows whose mean and standard deviation standardize every channel.
-    """
-    arrays = [array for member in select_pooled(stores, depth, tokens, levels) for array in member]
-    return torch.cat([read_standardized(array, rows, channel_stats(array, train_rows)) for array in arrays], dim=1)
-
-
 def read_finite(store: FeatureStore, name: str, rows: np.ndarray) -> np.ndarray:
-    """Read rows of an array as stored, float32 (row, channel, …).
-
-    Raises:
-        StoreError: non-finite values.
-    """
+    """Read rows of an array as stored, float32 (row, channel, …); StoreError if they are non-finite."""
     values = store.read(name, rows).astype(np.float32)
     if not np.isfinite(values).all():
         raise nonfinite_error(store, name)
@@ -203,12 +162,8 @@ class FeatureLoader:
     """A `cache.loader.FeatureDataset` as tensors on a device.
 
     Args:
-        fields, rows, view: as for `FeatureDataset`.
+        fields, rows, view, budget: as for `FeatureDataset`.
         device: `cpu` or `cuda`.
-        budget: bytes; rows that fit are read once and stay on the device.
-
-    Attributes:
-        in_memory: whether they stay there.
     """
 
     def __init__(
@@ -219,20 +174,11 @@ class FeatureLoader:
         device: str = "cpu",
         budget: int = 0,
     ):
-        self._is_cuda = torch.device(device).type == "cuda"
-        self._dataset = FeatureDataset(fields, rows, view, empty=_pinned if self._is_cuda else np.empty)
-        self._device = device
-        self._tensors = self._read_all() if self._dataset.total_bytes <= budget else None
-
-    @property
-    def in_memory(self) -> bool:
-        return self._tensors is not None
+        self._device, self._is_cuda = device, torch.device(device).type == "cuda"
+        self._dataset = FeatureDataset(fields, rows, view, budget, _pinned if self._is_cuda else np.empty)
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
         """Yield (index, batch) for every index array of `order`; a batch is valid until the next is requested."""
-        return self._from_disk(order) if self._tensors is None else self._from_device(order)
-
-    def _from_disk(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
         for index, batch in self._dataset.stream(order):
             tensors = {
                 name: torch.from_numpy(values).to(self._device, non_blocking=True) for name, values in batch.items()
@@ -241,27 +187,6 @@ class FeatureLoader:
             yield index, tensors
             if copied:  # the next batch overwrites the pinned memory
                 copied.synchronize()
-
-    def _from_device(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-        out = {}
-        for index in order:
-            positions = torch.from_numpy(self._dataset.positions(index)).to(self._device)
-            for name, values in self._tensors.items():
-                if name not in out or len(out[name]) < len(index):
-                    out[name] = values.new_empty((len(index), *values.shape[1:]))
-                torch.index_select(values, 0, positions, out=out[name][: len(index)])
-            yield index, {name: values[: len(index)] for name, values in out.items()}
-
-    def _read_all(self) -> dict[str, torch.Tensor]:
-        dataset, tensors, start = self._dataset, {}, 0
-        order = (dataset.rows[first : first + ROWS_PER_READ] for first in range(0, len(dataset), ROWS_PER_READ))
-        for index, batch in self._from_disk(order):
-            for name, values in batch.items():
-                if name not in tensors:
-                    tensors[name] = values.new_empty((len(dataset), *values.shape[1:]))
-                tensors[name][start : start + len(index)] = values
-            start += len(index)
-        return tensors
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -279,9 +204,6 @@ class StreamedFeatures:
         rows: rows of the split.
         device: where batches are moved.
         is_pooled: whether the arrays are pooled features, which are concatenated; else they are levels.
-
-    Attributes:
-        shapes: of one sample of each array.
     """
 
     def __init__(
@@ -292,13 +214,13 @@ class StreamedFeatures:
         device: str,
         is_pooled: bool,
     ):
-        fields = {f"{index:03d}": [array] for index, array in enumerate(arrays)}
-        self._loader, self._rows, self._is_pooled = FeatureLoader(fields, rows, device=device), rows, is_pooled
+        self._arrays, self._rows, self._is_pooled = list(arrays), rows, is_pooled
+        self._names = [str(index) for index in range(len(arrays))]
+        fields = {name: [array] for name, array in zip(self._names, arrays, strict=True)}
+        self._loader = FeatureLoader(fields, rows, device=device)
         self._mean_scale = [
             [torch.from_numpy(values).to(device) for values in to_mean_scale(*array_stats)] for array_stats in stats
         ]
-        self._arrays = list(arrays)
-        self.shapes = [tuple(store.array(name).shape) for store, name in arrays]
         self._rotations: Sequence[torch.Tensor] = ()
 
     def __len__(self) -> int:
@@ -311,28 +233,23 @@ class StreamedFeatures:
         return rotated
 
     def batches(self, order: Iterable[torch.Tensor]) -> Iterator[torch.Tensor | list[torch.Tensor]]:
-        """Yield a batch for every array of positions in the split.
+        """Yield pooled features (batch, channel), or levels, for every array of positions in the split.
 
-        Returns:
-            Pooled features (batch, channel), or levels (batch, channel, y, x).
-
-        Raises:
-            StoreError: after the last batch, if there were non-finite values.
+        After the last batch, StoreError is raised if there were non-finite values.
         """
-        is_finite: dict[int, torch.Tensor] = {}  # read at the end only: reading it synchronizes a GPU
+        is_finite = [torch.tensor(True)] * len(self._arrays)  # read at the end only: reading it synchronizes a GPU
         for _, batch in self._loader.stream(self._rows[index.numpy()] for index in order):
             parts = [
-                standardize_(batch[name].to(torch.float32, copy=True), *self._mean_scale[index])
-                for index, name in enumerate(sorted(batch))
+                standardize_(batch[name].to(torch.float32, copy=True), *mean_scale)
+                for name, mean_scale in zip(self._names, self._mean_scale, strict=True)
             ]
-            for index, part in enumerate(parts):
-                is_finite[index] = part.isfinite().all() & is_finite.get(index, True)
+            is_finite = [part.isfinite().all() & finite for part, finite in zip(parts, is_finite, strict=True)]
             if self._rotations:
                 parts = [part @ rotation for part, rotation in zip(parts, self._rotations, strict=True)]
             yield torch.cat(parts, dim=1) if self._is_pooled else [channels_last(part) for part in parts]
-        for index, finite in is_finite.items():
+        for array, finite in zip(self._arrays, is_finite, strict=True):
             if not finite:
-                raise nonfinite_error(*self._arrays[index])
+                raise nonfinite_error(*array)
 
 
 @dataclass(frozen=True)

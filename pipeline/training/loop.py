@@ -1,9 +1,8 @@
 """The training loop: K heads with their own hyperparameters, in one pass over the features.
 
 Each head has its own initialisation, optimizer state and early stopping, and, where the features are in memory, its
-own order of samples. The heads share the features, which are read and moved once, and the number of steps. Features
-streamed from the disk come in one order for all heads. A head trained among K has the same result as one trained
-alone, up to floating-point rounding.
+own order of samples. Features streamed from the disk come in one order for all heads. A head trained among K has the
+same result as one trained alone, up to floating-point rounding.
 """
 
 import sys
@@ -23,6 +22,7 @@ from pipeline.training.predictions import evaluate_groups, evaluate_in_memory, s
 
 # Seed of the order of streamed samples.
 STREAMED_SEED = 0
+Inputs = torch.Tensor | list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,10 @@ class TrainSchedule:
     val_checks: int = 10
 
 
-# One independent group of heads
-
-
 class HeadTrainer:
     """Train one independent group: heads that are stacked, or a single one.
 
     Attributes:
-        lr_factor: from a step to the factor of the learning rate.
-        steps: steps so far.
         best_scores: best validation score of each head.
         checks_since_best: validation checks of each head since then.
         best_state: state of each head at its best check; empty before the first.
@@ -68,22 +63,13 @@ class HeadTrainer:
 
     def __init__(self, group: HeadGroup, hparams: Sequence[HParams], task: Task, schedule: TrainSchedule):
         self.group, self.task, self.schedule, self.hparams = group, task, schedule, list(hparams)
-        self.optimizer = self._create_optimizer()
+        self.optimizer = create_optimizer(group, hparams)
         for parameter_group in self.optimizer.param_groups:
             parameter_group["initial_lr"] = parameter_group["lr"]
         self.lr_factor, self.steps = warm_cosine(schedule.steps), 0
         self.best_scores = np.full(len(hparams), -np.inf)
         self.checks_since_best = np.zeros(len(hparams), dtype=int)
         self.best_state: dict[str, torch.Tensor] = {}
-
-    def _create_optimizer(self) -> torch.optim.Optimizer:
-        if self.group.is_stacked:
-            rates, decays = zip(*((head.learning_rate, head.weight_decay) for head in self.hparams), strict=True)
-            return StackedAdamW(self.group.parameter_heads(), rates, decays)
-        (hparams,) = self.hparams
-        groups = parameter_groups(self.group, hparams.learning_rate, hparams.weight_decay)
-        is_cuda = groups[0]["params"][0].is_cuda
-        return torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=is_cuda)
 
     @property
     def is_done(self) -> bool:
@@ -92,18 +78,13 @@ class HeadTrainer:
         has_stopped = patience > 0 and bool((self.checks_since_best >= patience).all())
         return has_stopped or self.steps >= self.schedule.steps
 
-    def step(self, inputs, index: torch.Tensor | None, label: torch.Tensor) -> None:
-        """Take the next step of every head.
-
-        Args:
-            inputs, index: as for the group's `forward_heads`.
-            label: of these rows, (head, batch, …).
-        """
+    def step(self, inputs: Inputs, index: torch.Tensor | None, label: torch.Tensor) -> None:
+        """Take the next step; `inputs` and `index` as for `forward_heads`, and their labels (head, batch, …)."""
         self.update(inputs, index, label, self.lr_factor(self.steps))
         self.steps += 1
 
     def update(
-        self, inputs, index: torch.Tensor | None, label: torch.Tensor, lr_factor: float | torch.Tensor
+        self, inputs: Inputs, index: torch.Tensor | None, label: torch.Tensor, lr_factor: float | torch.Tensor
     ) -> None:
         """Update the parameters once, with the learning rates times `lr_factor`; does not count the step."""
         self.optimizer.zero_grad()
@@ -120,6 +101,11 @@ class HeadTrainer:
         """Whether the validation split is to be evaluated after this step."""
         interval = max(1, self.schedule.steps // self.schedule.val_checks)
         return self.steps % interval == 0 or self.steps == self.schedule.steps
+
+    def validate_if_due(self, validation: SplitData | None) -> None:
+        """Evaluate features in memory after this step, if it is time."""
+        if validation and self.is_check_due():
+            self.record_validation(evaluate_in_memory(self.group, validation, self.task, self.schedule.batch))
 
     def record_validation(self, counts: np.ndarray) -> None:
         """Record validation counts (head, sample, entry), and the state of every head that is at its best.
@@ -138,12 +124,9 @@ class HeadTrainer:
     def _copy_state(self, is_best: np.ndarray) -> None:
         """Copy the state of some heads, bool (head,), to `best_state`."""
         for name, values in self.group.state_dict().items():
-            if not self.group.is_stacked:
-                if is_best[0]:
-                    self.best_state[name] = values.clone()
-            elif name not in self.best_state:
+            if name not in self.best_state or is_best.all():
                 self.best_state[name] = values.clone()
-            else:
+            elif self.group.is_stacked:
                 heads = torch.from_numpy(np.flatnonzero(is_best)).to(values.device)
                 self.best_state[name][heads] = values[heads]
 
@@ -151,9 +134,6 @@ class HeadTrainer:
         """Set every head to its state at its best check."""
         if self.best_state:
             self.group.load_state_dict(self.best_state)
-
-
-# All heads
 
 
 def fit(
@@ -169,7 +149,7 @@ def fit(
     Args:
         make_group: from seeds to a group of heads (pipeline/heads).
         data: the training split.
-        validation: the validation split, for `schedule.patience`.
+        validation: the validation split, if the schedule has patience.
     """
     group = make_group([head.seed for head in hparams]).to(data.label.device).train()
     trainers, start = [], 0
@@ -191,11 +171,20 @@ def fit(
     return group.eval()
 
 
+def create_optimizer(group: HeadGroup, hparams: Sequence[HParams]) -> torch.optim.Optimizer:
+    """Return AdamW for an independent group."""
+    rates, decays = [head.learning_rate for head in hparams], [head.weight_decay for head in hparams]
+    if group.is_stacked:
+        return StackedAdamW(group.parameter_heads(), rates, decays)
+    groups = parameter_groups(group, rates[0], decays[0])
+    is_cuda = groups[0]["params"][0].is_cuda
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=is_cuda)
+
+
 def batch_order(n_samples: int, schedule: TrainSchedule, seed: int) -> torch.Tensor:
     """Return the rows of every batch, int64 (step, batch).
 
-    Every epoch has a new order; samples that do not fill a batch start the next one. So all batches have one size:
-    the batches of K heads can be stacked, and BatchNorm never gets a single sample.
+    Every epoch has a new order; samples that do not fill a batch start the next one, so all batches have one size.
     """
     generator, total = torch.Generator().manual_seed(seed), schedule.steps * schedule.batch
     epochs = [torch.randperm(n_samples, generator=generator) for _ in range(-(-total // n_samples))]
@@ -208,8 +197,7 @@ def _train_in_memory(
     """Train a group on the CPU, every head with its own order of samples."""
     for index in _orders(trainer, data, schedule):
         trainer.step(*_batch(trainer, data, index))
-        if validation and trainer.is_check_due():
-            trainer.record_validation(evaluate_in_memory(trainer.group, validation, trainer.task, schedule.batch))
+        trainer.validate_if_due(validation)
         if trainer.is_done:
             return
 
@@ -270,9 +258,7 @@ def _run_graphed(trainer: HeadTrainer, step: GraphedStep, validation: SplitData 
     while not trainer.is_done:
         step()
         trainer.steps += 1
-        if validation and trainer.is_check_due():
-            batch = trainer.schedule.batch
-            trainer.record_validation(evaluate_in_memory(trainer.group, validation, trainer.task, batch))
+        trainer.validate_if_due(validation)
         yield 1
     trainer.optimizer.zero_grad()  # gradients and learning rates are in the graph's memory
     trainer.scale_learning_rates(1.0)
@@ -310,8 +296,9 @@ def _orders(trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule) -> t
 
 def _batch(
     trainer: HeadTrainer, data: SplitData, index: torch.Tensor
-) -> tuple[torch.Tensor | list[torch.Tensor] | StreamedFeatures, torch.Tensor | None, torch.Tensor]:
+) -> tuple[Inputs, torch.Tensor | None, torch.Tensor]:
     """Arguments of `HeadTrainer.step` for rows (head, batch), or (1, batch), which all heads share."""
+    assert not isinstance(data.inputs, StreamedFeatures)
     n_heads = len(trainer.hparams)
     if len(index) == n_heads > 1:
         return data.inputs, index, data.label[index]

@@ -1,7 +1,5 @@
 """Evaluate trained heads, and write tables of predictions.
 
-Evaluation: counts per sample, logits, and divergence.
-
 Tables have every seed on every test sample, so that every figure can be recomputed. For classification and
 multi-label tasks a row has the prediction, the label and the probabilities. For segmentation it has the confusion
 matrix of the mask: enough for its scores and their resampling, at a thousandth of the size.
@@ -25,9 +23,6 @@ SEARCH_KEYS = "search.learning_rate, search.weight_decay"
 STACKED_BATCH = 4096
 
 
-# Evaluation
-
-
 def evaluate(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
     """Count hits and errors of every head and sample, int64 (head, sample, entry) (pipeline/tasks.py)."""
     return np.concatenate(evaluate_groups(group.independent_heads(), data, task, batch))
@@ -47,11 +42,11 @@ def evaluate_groups(groups: Sequence[HeadGroup], data: SplitData, task: Task, ba
 
 def evaluate_in_memory(group: HeadGroup, data: SplitData, task: Task, batch: int) -> np.ndarray:
     """Count hits and errors of a group on features in memory, int64 (head, sample, entry)."""
-    size, parts = STACKED_BATCH if group.is_stacked else batch, []
-    for start in range(0, len(data.label), size):
-        rows = slice(start, start + size)
-        parts.append(_count(group, select_rows(data.inputs, rows), data.label[rows], task))
-    return np.concatenate(parts, axis=1)
+    size = STACKED_BATCH if group.is_stacked else batch
+    rows = [slice(start, start + size) for start in range(0, len(data.label), size)]
+    return np.concatenate(
+        [_count(group, select_rows(data.inputs, part), data.label[part], task) for part in rows], axis=1
+    )
 
 
 @torch.no_grad()
@@ -94,9 +89,6 @@ def _count(group: HeadGroup, inputs, label: torch.Tensor, task: Task) -> np.ndar
     return np.stack([task.counts(labels, actual) for labels in predicted])
 
 
-# Tables of predictions
-
-
 def prediction_table(
     samples: Sequence[str], label: np.ndarray, logits: np.ndarray, task: Task, search_keys: str = SEARCH_KEYS
 ) -> pd.DataFrame:
@@ -105,39 +97,28 @@ def prediction_table(
     Args:
         samples: names of the samples.
         label: (sample,), or, multi-label, (sample, class).
-        logits: (seed, sample, class).
-        search_keys: as for `divergence_message`.
-
-    Raises:
-        UserError: some logits are non-finite.
+        logits: (seed, sample, class); UserError if some are non-finite.
+        search_keys: as for `divergence_error`.
     """
     if diverged := [seed for seed, values in enumerate(logits) if not np.isfinite(values).all()]:
         raise divergence_error(diverged, len(logits), search_keys)
     logits = logits.astype(np.float64)
     predicted = task.predict(logits, axis=2)
     probability = task.probabilities(logits, axis=2).astype(np.float32)
+    n_seeds = len(logits)
     return pd.DataFrame(
-        [
-            {
-                "seed": seed,
-                "sample": samples[index],
-                "label": label[index],
-                "predicted": predicted[seed, index],
-                "probability": probability[seed, index],
-            }
-            for seed in range(len(logits))
-            for index in range(len(samples))
-        ]
+        {
+            "seed": np.arange(n_seeds).repeat(len(samples)),
+            "sample": list(samples) * n_seeds,
+            "label": list(label) * n_seeds,
+            "predicted": list(predicted.reshape(-1, *predicted.shape[2:])),
+            "probability": list(probability.reshape(-1, probability.shape[2])),
+        }
     )
 
 
 def divergence_error(seeds: Sequence[int], n_seeds: int, search_keys: str = SEARCH_KEYS) -> UserError:
-    """Return the error for trainings that ended with non-finite values.
-
-    Args:
-        seeds: seeds that diverged, of `n_seeds`.
-        search_keys: keys of params.yaml that bound learning rate and weight decay.
-    """
+    """Return the error for seeds that ended with non-finite values; `search_keys` bound their hyperparameters."""
     return UserError(
         f"The training diverged with {len(seeds)} of {n_seeds} seeds ({', '.join(map(str, seeds))}), at the learning "
         f"rate and weight decay of the best validation score. Set smaller upper bounds: {search_keys}.",
@@ -147,12 +128,7 @@ def divergence_error(seeds: Sequence[int], n_seeds: int, search_keys: str = SEAR
 
 
 def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
-    """Return one row per seed and sample: seed, sample, counts (a flattened confusion matrix).
-
-    Args:
-        samples: names of the samples.
-        counts: (seed, sample, entry); see pipeline/tasks.py.
-    """
+    """Return one row per seed and sample: seed, sample, counts; from counts (seed, sample, entry)."""
     return pd.DataFrame(
         [
             {"seed": seed, "sample": name, "counts": row}
@@ -163,17 +139,10 @@ def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
 
 
 def counts_from_table(table: pd.DataFrame, task: Task) -> tuple[list[str], np.ndarray]:
-    """Compute the counts of a table of predictions.
-
-    Returns:
-        Names of the samples, sorted, and their counts (seed, sample, entry); see pipeline/tasks.py.
-    """
+    """Return the names of a table's samples, sorted, and their counts (seed, sample, entry)."""
     table = table.sort_values(["seed", "sample"], kind="stable")
     n_seeds = table.seed.nunique()
     samples = table["sample"].iloc[: len(table) // n_seeds].tolist()
-    if "counts" in table:
-        counts = np.stack(table.counts)
-    else:
-        predicted, label = (np.stack(table[name]) for name in ("predicted", "label"))
-        counts = task.counts(predicted, label)
+    has_counts = "counts" in table
+    counts = np.stack(table.counts) if has_counts else task.counts(np.stack(table.predicted), np.stack(table.label))
     return samples, counts.reshape(n_seeds, len(samples), -1)

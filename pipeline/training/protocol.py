@@ -24,7 +24,6 @@ from pipeline.errors import UserError
 from pipeline.heads.checkpoint import TrainedHead, select_head
 from pipeline.heads.config import HeadGroup, describe_head
 from pipeline.training import predictions, task_data
-from pipeline.training.feature_loader import SplitData
 from pipeline.training.loop import HParams, fit
 from pipeline.training.predictions import diverged_heads, evaluate, predict_logits
 from pipeline.training.task_data import TaskData
@@ -35,9 +34,6 @@ PROTOCOL = "frozen"
 SEARCHED = ("learning_rate", "weight_decay")
 
 Score = Callable[[Sequence[HParams]], Sequence[float] | np.ndarray]
-
-
-# Protocol
 
 
 @dataclass(frozen=True)
@@ -60,15 +56,11 @@ class ProtocolResult:
 def tune(
     data: TaskData, config: SearchConfig, name: str, study_path: Path | None = None, cache_key: object = None
 ) -> dict:
-    """Search learning rate and weight decay on the validation split.
+    """Search learning rate and weight decay on the validation split; arguments and result as for `search`.
 
     Args:
         data: with the splits `train` and `val`.
         name: printed with the progress.
-        study_path, cache_key: as for `search`.
-
-    Returns:
-        As `search`.
     """
 
     def score(hparams: Sequence[HParams]) -> np.ndarray:
@@ -90,8 +82,7 @@ def train_and_test(
         best_hparams: learning rate and weight decay.
         metadata: further columns of the runs, such as dataset and model.
 
-    Raises:
-        UserError: heads diverged.
+    Heads that diverged raise UserError.
     """
     group = train_heads(data, [HParams(**best_hparams, seed=seed) for seed in range(n_seeds)])
     if (is_diverged := diverged_heads(group)).any():
@@ -125,17 +116,17 @@ def train_and_test(
 
 
 def train_heads(data: TaskData, hparams: Sequence[HParams]) -> HeadGroup:
-    """Train one head per hyperparameters; return the group.
+    """Train one head per hyperparameters; linear heads in the principal axes of their inputs, then rotated back."""
 
-    Linear heads are trained in the principal axes of their inputs, and rotated back.
-    """
-
-    def rotated(split: SplitData) -> SplitData:
-        return replace(split, inputs=task_data.rotate(split.inputs, data.rotations)) if data.rotations else split
-
-    validation = rotated(data.splits["val"]) if data.schedule.patience else None
-    train = rotated(data.splits["train"])
-    group = fit(data.head_config.create_group, train, data.task, hparams, data.schedule, validation)
+    needed = ("train", "val") if data.schedule.patience else ("train",)
+    splits = {name: data.splits[name] for name in needed}
+    if data.rotations:
+        splits = {
+            name: replace(split, inputs=task_data.rotate(split.inputs, data.rotations))
+            for name, split in splits.items()
+        }
+    create_group = data.head_config.create_group
+    group = fit(create_group, splits["train"], data.task, hparams, data.schedule, splits.get("val"))
     if data.rotations:
         task_data.rotate_back(group, data.rotations)
     return group
@@ -152,12 +143,7 @@ def score_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
 
 
 def trained_head(data: TaskData, model: str, group: HeadGroup, index: int) -> TrainedHead:
-    """Return one head of a trained group, ready to be saved (pipeline/heads/checkpoint.py).
-
-    Args:
-        model: name of the model.
-        index: of the head.
-    """
+    """Return one head of a trained group, ready to be saved (pipeline/heads/checkpoint.py)."""
     return TrainedHead(
         model,
         data.task.type.value,
@@ -167,9 +153,6 @@ def trained_head(data: TaskData, model: str, group: HeadGroup, index: int) -> Tr
         tuple((torch.from_numpy(mean), torch.from_numpy(scale)) for mean, scale in data.mean_scale),
         select_head(data.head_config, group, index),
     )
-
-
-# Search
 
 
 def search(score: Score, config: SearchConfig, study_path: Path | None = None, cache_key: object = None) -> dict:
@@ -187,9 +170,7 @@ def search(score: Score, config: SearchConfig, study_path: Path | None = None, c
 
     Returns:
         `best` (learning rate and weight decay), `score` (their validation score) and `trials` (all of them).
-
-    Raises:
-        UserError: every trial diverged.
+        UserError if every trial diverged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     bounds = {name: getattr(config, name) for name in SEARCHED}
@@ -202,11 +183,10 @@ def search(score: Score, config: SearchConfig, study_path: Path | None = None, c
         proposed = _propose(trials, space, min(config.trials_per_round, remaining), config)
         # Every trial has the same seed, so that trials differ in their hyperparameters only.
         scores = score([HParams(**values, seed=config.seed) for values in proposed])
-        # A diverged head gets the lowest score, because TPE does not accept NaN.
-        trials += [
-            {**values, **({"score": float(value)} if np.isfinite(value) else {"score": 0.0, "diverged": True})}
-            for values, value in zip(proposed, scores, strict=True)
-        ]
+        for values, value in zip(proposed, scores, strict=True):
+            # A diverged head gets the lowest score, because TPE does not accept NaN.
+            result = {"score": float(value)} if np.isfinite(value) else {"score": 0.0, "diverged": True}
+            trials.append(values | result)
         if study_path:
             study_path.parent.mkdir(parents=True, exist_ok=True)
             write_file(study_path, [json.dumps({"key": key, "trials": trials}).encode()])
@@ -240,17 +220,14 @@ def _best_trial(trials: Sequence[dict]) -> dict:
             key="learning_rate, weight_decay",
             value=[(rates[0], rates[-1]), (decays[0], decays[-1])],
         )
+
+    def score_and_decay(trial: dict) -> tuple[float, float]:
+        rate = trial["learning_rate"] * trial["weight_decay"]
+        # AdamW multiplies weights by 1 - rate: above 1 their sign changes at every step; above 2 they grow.
+        return trial["score"], min(rate, 2 - rate)
+
     # Ties, of which a small validation split has many: the strongest weight decay wins.
-    return max(
-        finite,
-        key=lambda trial: (trial["score"], _decay_strength(trial["learning_rate"] * trial["weight_decay"])),
-    )
-
-
-def _decay_strength(rate: float) -> float:
-    """Return how strongly AdamW shrinks weights; `rate` is learning rate times weight decay."""
-    # Above 1 the sign of a weight changes at every step; above 2 the weight grows.
-    return rate if rate < 1 else 2 - rate
+    return max(finite, key=score_and_decay)
 
 
 def _load_trials(study_path: Path | None, key: str) -> list[dict]:

@@ -1,10 +1,9 @@
 """Data of a task: a dataset's labels and a model's features, aligned, standardized and split.
 
-Linear heads are trained in the principal axes of pooled features. AdamW scales every weight separately, which
-converges slowly if channels are correlated, as a backbone's are. In the principal axes of the training split they are
-not. Each array is rotated separately, so that the cost grows with its width and not with the number of backbones. A
-rotation changes neither the functions that a linear head can represent nor its sum of squared weights. A trained head
-is rotated back and reads features as they are stored; only axes of almost no variance are lost (`MIN_VARIANCE`).
+Linear heads are trained in the principal axes of pooled features, because AdamW scales every weight separately, which
+converges slowly if channels are correlated, as a backbone's are. Each array is rotated separately, so that the cost
+grows with its width only. A rotation changes neither the functions that a linear head can represent nor its sum of
+squared weights. A trained head is rotated back; only axes of almost no variance are lost (`MIN_VARIANCE`).
 
 Adam in an eigenbasis is from SOAP (Vyas et al. 2024, arXiv 2409.11321), which uses the basis of the gradients.
 """
@@ -48,9 +47,6 @@ MASKS_PER_READ = 64
 MIN_VARIANCE = 1e-5
 
 
-# Loading
-
-
 @dataclass(frozen=True)
 class TaskData:
     """Features and labels of a dataset for a model, and the configuration of its heads.
@@ -81,18 +77,16 @@ def load(
 ) -> TaskData:
     """Load the splits of a dataset and of a model's features.
 
-    The feature stores of the backbones are checked to belong together. If the splits need more memory than
-    `heads.max_feature_gb`, their features are streamed from the disk.
+    If the splits need more memory than `heads.max_feature_gb`, their features are streamed from the disk.
 
     Args:
-        stores: feature stores of the backbones, and the content digests that they must have; None for no check.
-        images_path: the images store that the features were extracted from.
+        stores, images_path: as for `open_aligned`.
         heads: the heads' configuration.
         splits: names of the splits to load; `val` is added if early stopping needs it.
         device: `cpu` or `cuda`.
 
     Raises:
-        StoreError: stores differ in their samples, were extracted from other images, or are not those resolved.
+        StoreError: as `open_aligned`, or there is no such level, or features are non-finite.
         UserError: a parameter does not fit the task, or a split of masks has no labelled pixel.
     """
     members, images = open_aligned(stores, images_path)
@@ -119,22 +113,18 @@ def load(
         rotations = [rotation.to(device) for rotation in principal_axes(arrays, stats, rows["train"])]
     # Linear heads are trained on a rotated copy of the training split.
     n_rows = sum(len(rows[split]) for split in split_names) + (len(rows["train"]) if rotations else 0)
-    feature_bytes = 4 * n_rows * sum(prod(_shape(array)) for array in arrays)
-    is_streamed = feature_bytes > heads.max_feature_gb * 1e9
+    shapes = tuple(tuple(tuple(store.array(name).shape) for store, name in member) for member in arrays_of_member)
+    feature_bytes = 4 * n_rows * sum(prod(shape) for shape in chain(*shapes))
+    read = StreamedFeatures if feature_bytes > heads.max_feature_gb * 1e9 else _read_inputs
     label_dtype = np.uint8 if task.is_dense else np.int64
     split_data = {}
     for split in split_names:
-        inputs = (
-            StreamedFeatures(arrays, stats, rows[split], device, is_pooled=not task.is_dense)
-            if is_streamed
-            else _read_inputs(arrays, stats, rows[split], device, task.is_dense)
-        )
+        inputs = read(arrays, stats, rows[split], device, is_pooled=not task.is_dense)
         label = torch.from_numpy(images.label[rows[split]].values.astype(label_dtype))
         split_data[split] = SplitData(inputs, label.to(device), members[0].sample[rows[split]].tolist())
 
     if heads.class_weights == "balanced":
         task = replace(task, class_weights=balanced_weights(images.label[rows["train"]].values, task))
-    shapes = tuple(tuple(_shape(array) for array in member) for member in arrays_of_member)
     return TaskData(
         split_data,
         task,
@@ -152,6 +142,7 @@ def open_aligned(stores: Mapping[Path, str | None], images_path: Path) -> tuple[
 
     Args:
         stores: feature stores, and the content digests that they must have; None for no check.
+        images_path: the images store that the features were extracted from.
 
     Raises:
         StoreError: stores differ in their samples, were extracted from other images, or are not those resolved.
@@ -165,30 +156,19 @@ def open_aligned(stores: Mapping[Path, str | None], images_path: Path) -> tuple[
     members = [FeatureStore(path) for path in stores]
     check_aligned(members)
     images = image_store.open_images(images_path)
-    for (path, expected), member in zip(stores.items(), members, strict=True):
-        attributes = member.attributes
-        if expected and attributes["content_sha256"] != expected:
-            raise StoreError(
-                f"{path} is not the store that was resolved for this model. Run: dvc repro",
-                key="content_sha256",
-                value=attributes["content_sha256"],
-                allowed=[expected],
-                path=path,
-            )
-        if attributes["images_sha256"] != images.attrs["content_sha256"]:
-            raise StoreError(
-                f"{path} was extracted from other images than {images_path}. Run: dvc repro",
-                key="images_sha256",
-                value=attributes["images_sha256"],
-                allowed=[images.attrs["content_sha256"]],
-                path=path,
-            )
+    for (path, resolved), member in zip(stores.items(), members, strict=True):
+        checks = {
+            "content_sha256": (resolved, "is not the store that was resolved for this model"),
+            "images_sha256": (images.attrs["content_sha256"], f"was extracted from other images than {images_path}"),
+        }
+        for key, (expected, mistake) in checks.items():
+            digest = member.attributes[key]
+            if expected and digest != expected:
+                message = f"{path} {mistake}. Run: dvc repro"
+                raise StoreError(message, key=key, value=digest, allowed=[expected], path=path)
         if member.sample.tolist() != images.sample.values.tolist():
-            raise StoreError(
-                f"{path} has its samples in another order than {images_path}. Run: dvc repro",
-                key="sample",
-                path=path,
-            )
+            message = f"{path} has its samples in another order than {images_path}. Run: dvc repro"
+            raise StoreError(message, key="sample", path=path)
     return members, images
 
 
@@ -217,11 +197,8 @@ def _check_labelled(images: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
     """Refuse a split of masks without a labelled pixel: its score would be 0 for any prediction."""
     for split, index in rows.items():
         # Lazy: the first masks nearly always have a label.
-        batches = (
-            images.label[index[start : start + MASKS_PER_READ]].values
-            for start in range(0, len(index), MASKS_PER_READ)
-        )
-        if not any((masks != IGNORE).any() for masks in batches):
+        batches = (index[start : start + MASKS_PER_READ] for start in range(0, len(index), MASKS_PER_READ))
+        if not any((images.label[batch].values != IGNORE).any() for batch in batches):
             raise UserError(
                 f"The split {split} has {len(index)} masks without a labelled pixel: all values are {IGNORE}, which "
                 "is ignored. Change the dataset's splits, seed or block in params.yaml, or add labels.",
@@ -231,18 +208,11 @@ def _check_labelled(images: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
 
 
 def _read_inputs(
-    arrays: Iterable[StoreArray], stats: Iterable[ChannelStats], rows: np.ndarray, device: str, is_dense: bool
+    arrays: Iterable[StoreArray], stats: Iterable[ChannelStats], rows: np.ndarray, device: str, is_pooled: bool
 ) -> torch.Tensor | list[torch.Tensor]:
-    values = (
-        feature_loader.read_standardized(array, rows, array_stats).to(device)
-        for array, array_stats in zip(arrays, stats, strict=True)
-    )
-    return [channels_last(level) for level in values] if is_dense else torch.cat(list(values), dim=1)
-
-
-def _shape(array: StoreArray) -> tuple[int, ...]:
-    store, name = array
-    return tuple(store.array(name).shape)
+    pairs = zip(arrays, stats, strict=True)
+    values = (read_standardized(array, rows, array_stats).to(device) for array, array_stats in pairs)
+    return torch.cat(list(values), dim=1) if is_pooled else [channels_last(level) for level in values]
 
 
 def head_config(
@@ -252,14 +222,17 @@ def head_config(
     if not task.is_dense:
         return HeadConfig(head_name, heads.fusion, shapes, task.n_classes)
     automatic = "bfloat16" if device.startswith("cuda") else "float32"
-    precision = automatic if heads.precision == "auto" else heads.precision
     settings = heads.settings(head_name)
-    neck = getattr(settings, "neck", False)
-    options = head_options(settings)
-    return HeadConfig(head_name, heads.fusion, shapes, task.n_classes, mask_size, options, neck, precision)
-
-
-# Principal axes
+    return HeadConfig(
+        head_name,
+        heads.fusion,
+        shapes,
+        task.n_classes,
+        output_size=mask_size,
+        options=head_options(settings),
+        neck=getattr(settings, "neck", False),
+        precision=automatic if heads.precision == "auto" else heads.precision,
+    )
 
 
 def principal_axes(
@@ -272,17 +245,14 @@ def principal_axes(
     Returns:
         A matrix per array, float32 (channel, axis); an axis of less than `MIN_VARIANCE` is a column of zeros.
     """
+    parts = np.array_split(train_rows, range(STAT_ROWS_PER_READ, len(train_rows), STAT_ROWS_PER_READ))
+    rotations = []
     with threadpool_limits(1):
-        return [_axes(array, array_stats, train_rows) for array, array_stats in zip(arrays, stats, strict=True)]
-
-
-def _axes(array: StoreArray, stats: ChannelStats, train_rows: np.ndarray) -> torch.Tensor:
-    parts = (
-        train_rows[start : start + STAT_ROWS_PER_READ] for start in range(0, len(train_rows), STAT_ROWS_PER_READ)
-    )
-    values = (read_standardized(array, rows, stats).numpy().astype(np.float64) for rows in parts)
-    variance, axes = np.linalg.eigh(sum(part.T @ part for part in values) / len(train_rows))
-    return torch.from_numpy(axes * (variance > MIN_VARIANCE)).float()
+        for array, array_stats in zip(arrays, stats, strict=True):
+            values = (read_standardized(array, rows, array_stats).numpy().astype(np.float64) for rows in parts)
+            variance, axes = np.linalg.eigh(sum(part.T @ part for part in values) / len(train_rows))
+            rotations.append(torch.from_numpy(axes * (variance > MIN_VARIANCE)).float())
+    return rotations
 
 
 def rotate(
