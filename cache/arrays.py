@@ -204,9 +204,8 @@ class LocalArray:
             raise StoreError(
                 f"{path} is missing from {self._folder.path}, or that store was replaced while it was read. "
                 f"{VERIFY_HINT}",
-                value=path,
-                path=self._folder.path,
-            ) from None
+                value=path, path=self._folder.path,
+            ) from None  # fmt: skip
         plain_size = self._rows_in_file(number) * self._row_bytes
         if self._is_sharded:
             plain_size += index_size(self._rows_per_file)

@@ -186,17 +186,15 @@ def check_cast(stats: CastStats, name: str, dtype: str) -> dict[str, float]:
         raise StoreError(
             f"{n_too_large} values of {name} are too large for {dtype} (up to {stats.max_too_large.max():.4g}, limit "
             f"{np.finfo(dtype).max:.5g}). {remedy}",
-            key="extract.dtype",
-            value=dtype,
-        )
+            key="extract.dtype", value=dtype,
+        )  # fmt: skip
     n_subnormal, n_nonzero = stats.n_subnormal.sum(), stats.n_nonzero.sum()
     if n_subnormal > _MAX_SUBNORMAL_FRACTION * n_nonzero:
         raise StoreError(
             f"Most values of {name} ({n_subnormal / n_nonzero:.0%}) are below the smallest normal {dtype} "
             f"({np.finfo(dtype).tiny:.2g}) and would lose digits. {remedy}",
-            key="extract.dtype",
-            value=dtype,
-        )
+            key="extract.dtype", value=dtype,
+        )  # fmt: skip
     return {key: float(getattr(stats, key).sum(dtype=np.float64)) for key in ("squared_error", "sum_of_squares")}
 
 
@@ -233,9 +231,8 @@ def cast_array(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Ex
     except ValueError as error:
         raise StoreError(
             f"{name} has {error}. Store this backbone with extract.codec: none.",
-            key="extract.codec",
-            value=codec.name,
-        ) from None
+            key="extract.codec", value=codec.name,
+        ) from None  # fmt: skip
     cast.stats = CastStats(*map(np.concatenate, zip(*stats, strict=True)))
     return cast
 

@@ -59,9 +59,8 @@ class FeatureDataset:
         if not self._fields or not all(self._fields.values()):
             raise StoreError(
                 f"A FeatureDataset needs fields, each with at least one (store, array) pair; given {dict(fields)}.",
-                key="fields",
-                value=dict(fields),
-            )
+                key="fields", value=dict(fields),
+            )  # fmt: skip
         self.stores = list({id(store): store for members in self._fields.values() for store, _ in members}.values())
         check_aligned(self.stores)
         self.shapes, self.dtypes = {}, {}
@@ -208,9 +207,8 @@ def _concatenated(name: str, members: Sequence[tuple[FeatureStore, str]]) -> tup
         raise StoreError(
             f"The arrays of '{name}' cannot be concatenated along channels: {', '.join(descriptions)}. Use a field "
             "for each.",
-            key=f"fields.{name}",
-            value=[array.shape for array in arrays],
-        )
+            key=f"fields.{name}", value=[array.shape for array in arrays],
+        )  # fmt: skip
     return (sum(array.shape[0] for array in arrays), *arrays[0].shape[1:]), arrays[0].dtype
 
 

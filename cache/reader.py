@@ -144,10 +144,8 @@ class FeatureStore:
         if out.shape != shape or out.dtype != array.dtype or not (len(out) == 0 or out[0].flags.c_contiguous):
             raise self._error(
                 f"out must be {shape} {array.dtype} with contiguous rows for {name}; it is {out.shape} {out.dtype}.",
-                key="out",
-                value=(out.shape, str(out.dtype)),
-                allowed=[(shape, str(array.dtype))],
-            )
+                key="out", value=(out.shape, str(out.dtype)), allowed=[(shape, str(array.dtype))],
+            )  # fmt: skip
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for start in range(0, len(rows), _ROWS_PER_READ):
                 part = slice(start, start + _ROWS_PER_READ)
@@ -188,17 +186,15 @@ class FeatureStore:
             raise self._error(
                 f"Samples are selected by a list of integers; this is {index.ndim}-dimensional {index.dtype}. "
                 "Convert a mask with np.flatnonzero.",
-                key="index",
-                value=str(index.dtype),
-            )
+                key="index", value=str(index.dtype),
+            )  # fmt: skip
         index = index.astype(np.int64, copy=False)
         if index.size and (index.min() < 0 or index.max() >= len(self.sample)):
             limits = int(index.min()), int(index.max())
             raise self._error(
                 f"{self.location} has samples 0 to {len(self.sample) - 1}; the index has {limits[0]} to {limits[1]}.",
-                key="index",
-                value=limits,
-            )
+                key="index", value=limits,
+            )  # fmt: skip
         return index
 
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
@@ -220,10 +216,8 @@ class FeatureStore:
             raise self._error(
                 f"{self.location} has contract {contract}; this version reads contract {CONTRACT}. Extract it again, "
                 "or read it with the version that wrote it.",
-                key="contract",
-                value=contract,
-                allowed=[CONTRACT],
-            )
+                key="contract", value=contract, allowed=[CONTRACT],
+            )  # fmt: skip
         if reason := self.attributes.get("skipped"):
             raise self._error(f"{self.location} has no features: {reason}", key="skipped", value=reason)
 
@@ -260,10 +254,8 @@ class FeatureStore:
         if name not in names:
             raise self._error(
                 f"{self.location} has no {key} '{name}'; it has {', '.join(names) or 'none'}.",
-                key=key,
-                value=name,
-                allowed=names,
-            )
+                key=key, value=name, allowed=names,
+            )  # fmt: skip
 
     def _error(self, message: str, **fields) -> StoreError:
         path = self.location if isinstance(self.location, (str, Path)) else None
@@ -313,7 +305,5 @@ def check_aligned(stores: Sequence[FeatureStore]) -> None:
             raise StoreError(
                 f"{first.location} and {store.location} {difference}: {expected} and {value}. Extract both again "
                 "from one images store.",
-                key=key,
-                value=value,
-                allowed=[expected],
-            )
+                key=key, value=value, allowed=[expected],
+            )  # fmt: skip

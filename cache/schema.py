@@ -100,16 +100,13 @@ class StoreSchema:
             raise StoreError(
                 f"There are {len(self.sample)} samples and {len(self.split)} splits. Give at least one sample, and a "
                 "split for each.",
-                key="split",
-                value=len(self.split),
-            )
+                key="split", value=len(self.split),
+            )  # fmt: skip
         if self.dtype not in DTYPES:
             raise StoreError(
                 f"dtype is '{self.dtype}'; features are stored as {' or '.join(DTYPES)}.",
-                key="dtype",
-                value=self.dtype,
-                allowed=DTYPES,
-            )
+                key="dtype", value=self.dtype, allowed=DTYPES,
+            )  # fmt: skip
         for key, shape in {"shard_size": (self.shard_size,), **self.shapes()}.items():
             if min(shape) < 1:
                 raise StoreError(f"{key} has the size {min(shape)}; at least 1.", key=key, value=min(shape))

@@ -41,9 +41,8 @@ def principal_components(
         raise StoreError(
             f"n_components is {n_components}; {shape[0]} channels in {n_cells} cells of split '{split}' allow 1 to "
             f"{min(n_cells, shape[0])}.",
-            key="n_components",
-            value=n_components,
-        )
+            key="n_components", value=n_components,
+        )  # fmt: skip
     # scikit-learn takes 1.7 s to import.
     from sklearn.decomposition import IncrementalPCA
 

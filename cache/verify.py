@@ -61,11 +61,8 @@ def _check(features: FeatureStore, key: str, actual: object, expected: object) -
     if actual != expected:
         raise StoreError(
             f"{key} of {features.location} is {actual}; the contract requires {expected}. Extract it again.",
-            key=key,
-            value=actual,
-            allowed=[expected],
-            path=features.location,
-        )
+            key=key, value=actual, allowed=[expected], path=features.location,
+        )  # fmt: skip
 
 
 def _check_level(features: FeatureStore, level: str, codec: Codec) -> None:

@@ -163,21 +163,16 @@ class Writer:
         if not 0 <= shard < self.schema.n_shards:
             raise StoreError(
                 f"There is no shard {shard}; there are 0 to {self.schema.n_shards - 1}.",
-                key="shard",
-                value=shard,
-                path=self.scratch,
-            )
+                key="shard", value=shard, path=self.scratch,
+            )  # fmt: skip
         rows = self.schema.rows(shard)
         expected = {name: (rows.stop - rows.start, *shape) for name, shape in self.schema.shapes().items()}
         actual = {name: np.shape(array) for name, array in values.items()}
         if actual != expected:
             raise StoreError(
                 f"Shard {shard} has the arrays {actual}; the schema requires {expected}.",
-                key="values",
-                value=actual,
-                allowed=expected.items(),
-                path=self.scratch,
-            )
+                key="values", value=actual, allowed=expected.items(), path=self.scratch,
+            )  # fmt: skip
         with ThreadPoolExecutor(_CPU_THREADS) as pool, ThreadPoolExecutor(_DISK_THREADS) as disk:
             files, errors, stats = {}, {}, {}
             for name, array in values.items():
@@ -244,19 +239,15 @@ class Writer:
             raise StoreError(
                 f"{self.scratch} contains an unfinished store with another schema or provenance. Delete that folder, "
                 "or write to a folder named after everything that the content depends on.",
-                key="fingerprint",
-                value=fingerprint,
-                path=self.scratch,
-            )
+                key="fingerprint", value=fingerprint, path=self.scratch,
+            )  # fmt: skip
 
     def _finish(self, measurements: Mapping) -> str:
         if pending := self.pending_shards():
             raise StoreError(
                 f"Shards {pending[:5]} of {self.scratch} are not written yet.",
-                key="shards",
-                value=pending,
-                path=self.scratch,
-            )
+                key="shards", value=pending, path=self.scratch,
+            )  # fmt: skip
         digests, stats, errors = self._merge_records()
         for leftover in [*self._store.rglob("*.partial"), self._store / checksums.NAME]:
             leftover.unlink(missing_ok=True)

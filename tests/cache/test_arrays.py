@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from small_store import N_SAMPLES, all_values, small_schema, write_store
+from small_store import all_values, small_schema, write_store
 
 from cache import arrays
 from cache.errors import StoreError
@@ -61,8 +61,9 @@ def test_read_with_a_lossless_codec_returns_every_value(tmp_path, dtype, codec):
     assert actual.tobytes() == maps.tobytes()
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("length", [0, 3, 1000])
+@pytest.mark.parametrize(
+    ("codec", "length"), [("none", 0), ("none", 1000), ("zstd", 3), ("zstd", 1000), ("int8", 1000)]
+)
 def test_read_from_a_truncated_file_names_it(tmp_path, codec, length):
     write_store(tmp_path, small_schema(codec=codec))
     file = tmp_path / "store.zarr/level0/features/c.1.0.0.0"
@@ -91,11 +92,11 @@ def test_read_on_a_system_without_rwf_nowait_gives_the_same(tmp_path, monkeypatc
 
 
 def test_read_from_more_files_than_may_be_open_closes_some(tmp_path, monkeypatch):
-    write_store(tmp_path, small_schema(shard_size=2))
+    write_store(tmp_path, small_schema(samples=40, shard_size=2))
     features = FeatureStore(tmp_path / "store.zarr")
     monkeypatch.setattr(arrays, "max_open_files", lambda: 6)
-    order = np.random.default_rng(0).permutation(N_SAMPLES)
-    expected = all_values(small_schema(shard_size=2), "level0/features").astype("float16")[order]
+    order = np.random.default_rng(0).permutation(40)
+    expected = all_values(small_schema(samples=40, shard_size=2), "level0/features").astype("float16")[order]
     np.testing.assert_array_equal(features.read("level0/features", order), expected)
     assert 1 <= len(features.array("level0/features")._files) <= 6
 

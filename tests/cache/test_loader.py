@@ -17,17 +17,17 @@ from tests.errors import raises
 BUDGETS = pytest.mark.parametrize("budget", [0, 1 << 30], ids=["disk", "memory"])
 
 
-@pytest.fixture(params=["none", "zstd"])
-def stores(request, tmp_path):
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def stores(request, tmp_path_factory):
     """Two stores of the same samples, the second with one level, and their concatenated first levels."""
-    first = small_schema(codec=request.param)
-    write_store(tmp_path / "a", first)
+    folder, first = tmp_path_factory.mktemp("stores"), small_schema(codec=request.param)
+    write_store(folder / "a", first)
     second = replace(first, levels=first.levels[:1], pooled={"mean": 3})
-    write_store(tmp_path / "b", second, seed=1)
+    write_store(folder / "b", second, seed=1)
     concatenated = np.concatenate(
         [all_values(first, "level0/features"), all_values(second, "level0/features", seed=1)], axis=1
     )
-    a, b = (FeatureStore(tmp_path / name / "store.zarr") for name in "ab")
+    a, b = (FeatureStore(folder / name / "store.zarr") for name in "ab")
     return a, b, concatenated.astype("float16")
 
 

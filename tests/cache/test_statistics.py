@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
-from small_store import all_values, small_schema, write_store
+from small_store import small_schema, write_store
 
 from cache import statistics
 from cache.errors import StoreError
@@ -95,11 +95,3 @@ def test_principal_components_equal_scikit_learn(tmp_path, monkeypatch, values_p
     assert reduced.shape == (2, 3, 8, 8)
     assert reduced.dtype == np.float32
     np.testing.assert_allclose(reduced[1, :, 4, 6], pca.transform(maps[1:, :, 4, 6].astype("float64"))[0], rtol=1e-5)
-
-
-def test_training_statistics_are_over_all_views(tmp_path):
-    schema = small_schema(views=("identity", "flip_x"))
-    write_store(tmp_path, schema)
-    features = FeatureStore(tmp_path / "store.zarr")
-    training = all_values(schema, "level0/features").astype("float16")[features.rows("train")].astype("float64")
-    np.testing.assert_allclose(features.statistics("level0")[0], training.mean(axis=(0, 1, 3, 4)), atol=1e-13)

@@ -153,7 +153,6 @@ def test_verify_refuses_a_store_without_a_required_array(tmp_path, path):
     [
         {"codec": "zstd"},
         {"dtype": "float64"},
-        {"content_sha256": "0" * 64},
         {"backbone": "another"},
         {"contract": "2"},
     ],
