@@ -119,15 +119,16 @@ def measure_rates(readers: dict[str, Reader], features: FeatureStore, prepare: C
     """Return the rates of every reader in all rounds, which alternate, each with another random order of samples.
 
     Args:
-        prepare: called before each round.
+        prepare: called before each round, and if `cold` before each reader.
         cold: read `COLD_BATCHES` instead of batches for `SECONDS`.
     """
     rows, n_batches = np.arange(len(features.sample)), dict.fromkeys(readers, COLD_BATCHES if cold else 2)
     rates: dict[str, list[float]] = {name: [] for name in readers}
     for number in range(-2, rounds):  # two rounds to warm up, and to find how many batches a reader can read in time
         order = [index for index in shuffled_batches(rows, BATCH, seed=0, epoch=number + 2) if len(index) == BATCH]
-        for name, reader in readers.items():
-            prepare()
+        for position, (name, reader) in enumerate(readers.items()):
+            if cold or position == 0:
+                prepare()
             rate = samples_per_second(reader, order[: 1 + n_batches[name]])
             if number >= 0:
                 rates[name].append(rate)

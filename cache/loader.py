@@ -96,28 +96,18 @@ class FeatureDataset:
     def __reduce__(self):
         return FeatureDataset, self._arguments
 
-    def get(self, index: np.ndarray, out: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
-        """Return the samples `index` of the stores, in that order.
-
-        Args:
-            index: indices of samples (sample,), all in `rows`.
-            out: result of `allocate` for at least as many samples, filled from its start; None for new memory.
-
-        Returns:
-            (sample, channel, …) by field.
+    def get(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Return samples of the stores, (sample, channel, …) by field, in the order of `index`.
 
         Raises:
             StoreError: a sample is not in `rows`, or a file is missing or damaged.
         """
-        out = self.allocate(len(index), np.empty) if out is None else out
-        self._fill(out, np.asarray(index))
-        return {name: values[: len(index)] for name, values in out.items()}
+        batch = self._allocate(len(index), np.empty)
+        self._fill(batch, np.asarray(index))
+        return batch
 
-    def allocate(self, count: int, empty: Empty | None = None) -> dict[str, np.ndarray]:
-        """Return memory for `count` samples, allocated by `empty`, or that of the dataset."""
-        return {
-            name: (empty or self._empty)((count, *shape), self.dtypes[name]) for name, shape in self.shapes.items()
-        }
+    def _allocate(self, count: int, empty: Empty) -> dict[str, np.ndarray]:
+        return {name: empty((count, *shape), self.dtypes[name]) for name, shape in self.shapes.items()}
 
     def stream(self, order: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Yield (index, batch) for every index array of `order`; a thread reads ahead.
@@ -149,7 +139,7 @@ class FeatureDataset:
                 if stop.is_set():
                     return
                 if buffer is None or any(len(out) < len(index) for out in buffer.values()):
-                    buffer = self.allocate(len(index))
+                    buffer = self._allocate(len(index), self._empty)
                 self._fill(buffer, index)
                 ready.put((index, buffer))
             ready.put(None)
@@ -157,7 +147,7 @@ class FeatureDataset:
             ready.put(error)
 
     def _fill(self, out: Mapping[str, np.ndarray], index: np.ndarray) -> None:
-        positions = self.positions(index)
+        positions = self._positions(index)
         if self.in_memory:
             for name, values in self._memory.items():
                 np.take(values, positions, axis=0, out=out[name][: len(index)], mode="clip")
@@ -175,18 +165,14 @@ class FeatureDataset:
         gather(requests, self._pool)
 
     def _read_all(self) -> dict[str, np.ndarray]:
-        memory = self.allocate(len(self.rows), np.empty)
+        memory = self._allocate(len(self.rows), np.empty)
         for start in range(0, len(self.rows), _ROWS_PER_READ):
             part = slice(start, start + _ROWS_PER_READ)
             self._fill({name: out[part] for name, out in memory.items()}, self.rows[part])
         return memory
 
-    def positions(self, index: np.ndarray) -> np.ndarray:
-        """Return the positions in `rows` of samples of the stores, int64 (sample,).
-
-        Raises:
-            StoreError: a sample is not in `rows`.
-        """
+    def _positions(self, index: np.ndarray) -> np.ndarray:
+        """Return the positions in `rows` of samples of the stores, int64 (sample,)."""
         positions = self._position_of_sample[self.stores[0].validate_index(index)]
         if len(positions) and positions.min() < 0:
             sample = int(index[np.argmin(positions)])

@@ -120,32 +120,22 @@ class FeatureStore:
         order = sorted(range(len(rows)), key=keys.__getitem__)
         return np.sort(rows[order[: max(1, round(fraction * len(rows)))]])
 
-    def read(
-        self, name: str, index: np.ndarray, view: str | None = None, out: np.ndarray | None = None
-    ) -> np.ndarray:
+    def read(self, name: str, index: np.ndarray, view: str | None = None) -> np.ndarray:
         """Read samples of an array.
 
         Args:
             name: path of the array, such as `level0/features`.
             index: indices of samples (sample,), in any order.
             view: name of the augmented copy; None for the first.
-            out: destination, of the result's shape and dtype, each row contiguous; None for a new array.
 
         Returns:
             (sample, …) in the order of `index`, in the dtype that was written; int8 is dequantized.
 
         Raises:
-            StoreError: no such array, sample or view, `out` does not fit, or a file is missing or damaged.
+            StoreError: no such array, sample or view, or a file is missing or damaged.
         """
-        array = self.array(name)
-        rows = self.row_index(index, view)
-        shape = (len(rows), *array.shape)
-        out = np.empty(shape, array.dtype) if out is None else out
-        if out.shape != shape or out.dtype != array.dtype or not (len(out) == 0 or out[0].flags.c_contiguous):
-            raise self._error(
-                f"out must be {shape} {array.dtype} with contiguous rows for {name}; it is {out.shape} {out.dtype}.",
-                key="out", value=(out.shape, str(out.dtype)), allowed=[(shape, str(array.dtype))],
-            )  # fmt: skip
+        array, rows = self.array(name), self.row_index(index, view)
+        out = np.empty((len(rows), *array.shape), array.dtype)
         with ThreadPoolExecutor(READ_THREADS) as pool:
             for start in range(0, len(rows), _ROWS_PER_READ):
                 part = slice(start, start + _ROWS_PER_READ)

@@ -65,15 +65,10 @@ class RunningStats:
 
 
 def mean_std_from_sums(count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation from sums of values and of squares.
+    """Return mean and standard deviation from a count and float64 sums of values and of squares, per channel.
 
-    Only for values whose mean is not large compared with their spread, such as pixels of images: the difference of
-    two large numbers would lose digits. `RunningStats` has no such limit.
-
-    Args:
-        count: number of values per channel.
-        total: sums of the values, float64 (channel,).
-        squares: sums of the squared values, float64 (channel,).
+    Only for values whose mean is not large compared with their spread, such as pixels: the difference of two large
+    numbers would lose digits. `RunningStats` has no such limit.
     """
     mean = total / count
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))

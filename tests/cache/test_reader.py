@@ -5,14 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small_store import all_values, small_schema, write_store
+from small_store import small_schema, write_store
 
 from cache.errors import StoreError
 from cache.reader import FeatureStore, check_aligned
 from cache.schema import CONTRACT
 from tests.errors import raises
-
-INDEX = np.array([149, 0, 64, 63, 7, 149])
 
 
 @pytest.fixture(scope="module")
@@ -28,30 +26,6 @@ def features_with_views(tmp_path_factory):
     folder = tmp_path_factory.mktemp("views")
     write_store(folder, small_schema(views=("identity", "flip_x")))
     return FeatureStore(folder / "store.zarr")
-
-
-def test_read_with_out_fills_that_memory_only(features):
-    memory = np.zeros((6, 12, 8, 8), "float16")
-    assert features.read("level0/features", INDEX, out=memory[:, 4:9]) is not None
-    expected = all_values(small_schema(), "level0/features").astype("float16")[INDEX]
-    np.testing.assert_array_equal(memory[:, 4:9], expected)
-    assert not memory[:, :4].any()
-    assert not memory[:, 9:].any()
-
-
-@pytest.mark.parametrize(
-    "out",
-    [
-        np.empty((6, 5, 8, 8), "float32"),
-        np.empty((6, 6, 8, 8), "float16"),
-        np.empty((5, 5, 8, 8), "float16"),
-        np.empty((6, 8, 8, 5), "float16").transpose(0, 3, 1, 2),
-    ],
-    ids=["dtype", "channels", "rows", "not contiguous"],
-)
-def test_read_with_out_that_does_not_fit_is_refused(features, out):
-    with raises(StoreError, key="out", value=(out.shape, str(out.dtype)), allowed=[((6, 5, 8, 8), "float16")]):
-        features.read("level0/features", INDEX, out=out)
 
 
 def test_levels_are_in_the_order_of_their_numbers(tmp_path):
