@@ -167,11 +167,11 @@ def pretrained_state(
     blank = [0.0] * len(known_bands)
     network = Student(replace(spec, n_bands=len(known_bands)), blank, blank).network
     expected, stored = network.state_dict(), read_checkpoint(path)
-    if backbone.family == "efficientnet":
+    if backbone.family == "efficientnet" and hasattr(network, "blocks"):
         # segmentation_models_pytorch takes seconds to import; a student without such weights needs none of it
         from pipeline.backbones.efficientnet import timm_name
 
-        stages = [len(stage) for stage in getattr(network, "blocks", ())]
+        stages = [len(stage) for stage in network.blocks]
         stored = {timm_name(key, stages): tensor for key, tensor in stored.items()}
     tensors = {
         key: stored[key] for key, tensor in expected.items() if key in stored and stored[key].shape == tensor.shape
