@@ -36,7 +36,7 @@ def test_report_has_the_runs_of_every_dataset_and_model(job):
     assert scores[TREES].keys() == {"raw", "lite0", "raw+lite0", "small (distilled)", "small (supervised)"}
     page = (job.folder / "results/report/index.html").read_text()
     assert all(name in page for name in ("csmask_b4", "nir", "swir16", "swir22")), "bands that sample-trees lacks"
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert not re.search(r"(src|href)=\"http", page)
 
 

@@ -1,6 +1,7 @@
 """The stages export and map on the small grid, and the command map: results and errors."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -26,10 +27,24 @@ def test_export_and_map_write_files_maps_and_report(job):
             assert tuple(file.transform)[:6] == scene.transform
             assert file.crs == rasterio.CRS.from_wkt(scene.crs)
             assert (file.read(1) != 255).all()
-    assert "scenes/sample-trees.yaml" in (results / "map/sample-trees/small/map.json").read_text()
+    assert sorted(path.name for path in (results / "map/sample-trees/small").glob("*.tif")) == [
+        "class.tif",
+        "confidence.tif",
+    ]
     page = (results / "report/index.html").read_text()
     assert all(name in page for name in ("student.onnx", "student.pt2", "student-int8.onnx"))
-    assert page.count("Map of the scene of sample-landuse-seg") == 1
+    assert all(
+        page.count(f"Map of the scene of {dataset}") == 1 for dataset in ("sample-landuse-seg", "sample-trees")
+    )
+
+
+def test_map_dataset_without_a_scene_is_skipped(job, tmp_path):
+    scene, folder = job.folder / "scenes/sample-trees.yaml", job.folder / "results/map/sample-trees/small"
+    scene.rename(tmp_path / scene.name), shutil.copytree(folder, tmp_path / "map")
+    job.stage("map_dataset", "--dataset", "sample-trees", "--student", "small")
+    assert "scenes/sample-trees.yaml" in json.loads((folder / "map.json").read_text())["skipped"]
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "map", folder), (tmp_path / scene.name).rename(scene)
 
 
 @pytest.mark.slow
@@ -52,12 +67,7 @@ ONNX = ["--onnx", "results/export/sample-landuse-seg/small/student.onnx"]
 
 
 def test_map_scene_without_the_bands_is_refused(job, tmp_path):
-    (job.folder / "data/raw/sample-trees-seg").symlink_to("sample-trees")
-    try:
-        scene = ["--scene", "scenes/sample-trees-seg.yaml"]
-        error = job.stage_error("map", *scene, *ONNX, "--out", str(tmp_path / "map"))
-    finally:
-        (job.folder / "data/raw/sample-trees-seg").unlink()
+    error = job.stage_error("map", "--scene", "scenes/sample-trees.yaml", *ONNX, "--out", str(tmp_path / "map"))
     assert all(value in str(error) for value in ("coastal", "red", "0.665", "green")), error
     assert not (tmp_path / "map").exists()
 
