@@ -1,5 +1,7 @@
 """Small stores of synthetic features with known information about the classes."""
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,8 @@ from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
 from pipeline.bands import Band
-from pipeline.data.image_store import ImageDataset
+from pipeline.data import image_writer
+from pipeline.data.image_store import ImageDataset, open_images
 from pipeline.tasks import IGNORE
 from tests.pipeline.data.sources.custom import custom_data
 
@@ -18,10 +21,11 @@ def noise(seed, *shape):
     return np.random.default_rng(seed).normal(size=(COUNT, *shape)).astype(np.float32)
 
 
-@pytest.fixture
-def task_images(open_images):
+@pytest.fixture(scope="session")
+def task_images(tmp_path_factory):
     """Function from a task's name to an opened images store; half of the samples are train."""
 
+    @lru_cache
     def make(task):
         generator = np.random.default_rng(0)
         split = ["train", "val", "train", "test"] * (COUNT // 4)
@@ -32,19 +36,20 @@ def task_images(open_images):
             "segmentation": np.where(generator.random(mask.shape) < 0.3, IGNORE, mask),
         }[task]
         classes = ["a", "b", "c", "d"][: {"classification": 4, "multilabel": 2, "segmentation": 3}[task]]
-        return open_images(
-            ImageDataset(
-                image=np.zeros((COUNT, 1, SIDE, SIDE), np.uint8), label=label,
-                sample=[f"s{i:03d}" for i in range(COUNT)], split=split, bands=[Band("red", "red", 0.665, 1.0)],
-                classes=classes, task=task, units="uint8", gsd=1.0, licence="none", source="made",
-            )
+        folder = tmp_path_factory.mktemp(task)
+        dataset = ImageDataset(
+            image=np.zeros((COUNT, 1, SIDE, SIDE), np.uint8), label=label,
+            sample=[f"s{i:03d}" for i in range(COUNT)], split=split, bands=[Band("red", "red", 0.665, 1.0)],
+            classes=classes, task=task, units="uint8", gsd=1.0, licence="none", source="made",
         )  # fmt: skip
+        image_writer.write(dataset, folder / "scratch", folder / "images.zarr")
+        return open_images(folder / "images.zarr")
 
     return make
 
 
-@pytest.fixture
-def feature_store(tmp_path):
+@pytest.fixture(scope="session")
+def feature_store(tmp_path_factory):
     """Function from a name, arrays by name, and images, to a feature store of their samples."""
 
     def write(name, arrays, images):
@@ -60,16 +65,17 @@ def feature_store(tmp_path):
             shard_size=64,
         )
         provenance = {"images_sha256": images.attrs["content_sha256"]}
-        writer = Writer(tmp_path / f"scratch-{name}", schema, tmp_path / f"{name}.zarr", provenance)
+        folder = tmp_path_factory.mktemp("features")
+        writer = Writer(folder / "scratch", schema, folder / f"{name}.zarr", provenance)
         for shard in writer.pending_shards():
             writer.write(shard, {key: values[schema.rows(shard)] for key, values in arrays.items()})
         writer.finish()
-        return FeatureStore(tmp_path / f"{name}.zarr")
+        return FeatureStore(folder / f"{name}.zarr")
 
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def informative_chips(task_images, feature_store):
     """Feature stores by name, and their images of four classes.
 
@@ -86,7 +92,7 @@ def informative_chips(task_images, feature_store):
     return {name: feature_store(name, arrays, images) for name, arrays in stores.items()}, images
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def informative_masks(task_images, feature_store):
     """Feature stores by name, and their images.
 
