@@ -268,6 +268,7 @@ def rotate(
 @torch.no_grad()
 def rotate_back(group: StackedLinear, rotations: Sequence[torch.Tensor]) -> None:
     """Change heads trained on rotated inputs so that they give the same logits on the inputs themselves."""
-    (weight,) = group.weights  # (head, class, channel)
-    parts = weight.split([len(rotation) for rotation in rotations], dim=2)
-    weight.copy_(torch.cat([part @ rotation.T for part, rotation in zip(parts, rotations, strict=True)], dim=2))
+    (weights,) = group.weights  # (head, class, channel)
+    for weight in weights:  # one by one: a head's rounding must not depend on the number of heads
+        parts = weight.split([len(rotation) for rotation in rotations], dim=1)
+        weight.copy_(torch.cat([part @ rotation.T for part, rotation in zip(parts, rotations, strict=True)], dim=1))
