@@ -7,6 +7,8 @@ import pytest
 
 from tests.stages.conftest import Job
 
+STUDENT = {"network": "test_resnet", "weights": "random", "chip_size": 32, "mask_size": 32}
+
 
 def error_paragraph(output: str) -> str:
     """Return the one line that starts with "error: "."""
@@ -47,7 +49,7 @@ def test_validate_unknown_name_lists_the_known_ones(fresh_clone, change, mention
         ({"heads": {"levels": [-1, 4]}}, "heads.levels", 4, ["lite0"]),
         ({"heads": {"segmentation": "unet"}}, "heads.segmentation", "unet", ["upernet", "fcn"]),
         ({"heads": {"fusion": "sum"}}, "heads.fusion", "sum", ["concat", "average", "film", "dot"]),
-        ({"grid": {"students": ["teacher"]}, "students": {"teacher": {}}}, "grid.students", "teacher", []),
+        ({"grid": {"students": ["teacher"]}, "students": {"teacher": STUDENT}}, "grid.students", "teacher", []),
         (
             {"students": {"small": {"network": "mobilenetv3_smal_100"}}},
             "students.small.network",
