@@ -20,7 +20,8 @@ from numpy.typing import DTypeLike
 
 from pipeline.errors import UserError
 
-if TYPE_CHECKING:  # torch takes 3 s to import; the processes that write images need none
+if TYPE_CHECKING:  # torch takes 3 s to import; the processes that write images and the report need none
+    import pandas as pd
     import torch
 
 # Mask value of a pixel without a label. It is also the value of all elements of a missing multi-hot label.
@@ -366,3 +367,13 @@ def micro_f1(counts: np.ndarray, n_classes: int) -> np.ndarray:
     """Compute the micro F1 in [0, 1], (…), from summed multi-label counts (…, 3 * n_classes)."""
     tp, fp, fn = np.moveaxis(counts.reshape(*counts.shape[:-1], 3, n_classes).sum(axis=-1), -1, 0)
     return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
+
+
+def counts_from_table(table: "pd.DataFrame", task: Task) -> tuple[list[str], np.ndarray]:
+    """Return the sample names, sorted, and counts (seed, sample, entry) of a table of test predictions."""
+    table = table.sort_values(["seed", "sample"], kind="stable")
+    n_seeds = table.seed.nunique()
+    samples = table["sample"].iloc[: len(table) // n_seeds].tolist()
+    has_counts = "counts" in table
+    counts = np.stack(table.counts) if has_counts else task.counts(np.stack(table.predicted), np.stack(table.label))
+    return samples, counts.reshape(n_seeds, len(samples), -1)

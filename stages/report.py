@@ -10,8 +10,7 @@ from pipeline.composition import CompositionResult
 from pipeline.errors import UserError
 from pipeline.report import figures, page, sections, statements
 from pipeline.report.significance import FROZEN, Draws, ModelKind, bootstrap, summarize_runs
-from pipeline.tasks import get_task
-from pipeline.training import predictions
+from pipeline.tasks import counts_from_table, get_task
 from stages.cli import (
     COMPOSITION,
     COSTS,
@@ -135,7 +134,7 @@ def _bootstrap_all(folders: Folders, runs: pd.DataFrame) -> Draws:
     for number, ((dataset, model), folder) in enumerate(folders.items()):
         first_run = runs[(runs.dataset == dataset) & (runs.model == model)].iloc[0]
         task = get_task(first_run.task)(int(first_run.classes))
-        samples, counts = predictions.counts_from_table(pd.read_parquet(folder / "predictions.parquet"), task)
+        samples, counts = counts_from_table(pd.read_parquet(folder / "predictions.parquet"), task)
         if samples != tested_samples.setdefault(dataset, samples):
             raise UserError(
                 f"{folder} was tested on other samples than the other models of {dataset}. Run: dvc repro",

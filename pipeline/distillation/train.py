@@ -20,7 +20,7 @@ from pipeline.distillation import losses
 from pipeline.distillation.losses import Projectors
 from pipeline.distillation.student import Student
 from pipeline.distillation.teacher import CachedTeacher
-from pipeline.tasks import Task
+from pipeline.tasks import Task, counts_from_table
 from pipeline.training import predictions
 from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import BETAS, EPSILON, parameter_groups, warm_cosine
@@ -106,7 +106,7 @@ def train_variant(
     else:
         label = setup.images.label_tensor(rows).numpy()
         table = predictions.prediction_table(samples, label, outputs, task, SEARCH_KEYS)
-    _, counts = predictions.counts_from_table(table, task)
+    _, counts = counts_from_table(table, task)
     test_scores = task.score(counts.sum(axis=1))
     runs = [
         {**metadata, "protocol": PROTOCOLS.get(variant, variant), "task": task.type.value, "seed": seed,

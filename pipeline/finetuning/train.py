@@ -24,7 +24,7 @@ from pipeline.config import FineTuneConfig
 from pipeline.data.augmentation import AugmentedImages
 from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.heads.config import describe_head
-from pipeline.tasks import Task
+from pipeline.tasks import Task, counts_from_table
 from pipeline.training import predictions
 from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import BETAS, EPSILON, warm_cosine
@@ -138,7 +138,7 @@ def run_fine_tuning(create_model: CreateModel, job: FineTuneJob, metadata: Mappi
     else:
         label = images.label(test_rows).astype(np.int64)
         table = predictions.prediction_table(samples, label, np.stack(outputs), task, SEARCH_KEYS)
-    _, counts = predictions.counts_from_table(table, task)
+    _, counts = counts_from_table(table, task)
     return FineTuneResult(pd.DataFrame(rows).assign(score=task.score(counts.sum(axis=1))), table, best_tensors)
 
 

@@ -136,13 +136,3 @@ def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
             for name, row in zip(samples, rows, strict=True)
         ]
     )
-
-
-def counts_from_table(table: pd.DataFrame, task: Task) -> tuple[list[str], np.ndarray]:
-    """Return the names of a table's samples, sorted, and their counts (seed, sample, entry)."""
-    table = table.sort_values(["seed", "sample"], kind="stable")
-    n_seeds = table.seed.nunique()
-    samples = table["sample"].iloc[: len(table) // n_seeds].tolist()
-    has_counts = "counts" in table
-    counts = np.stack(table.counts) if has_counts else task.counts(np.stack(table.predicted), np.stack(table.label))
-    return samples, counts.reshape(n_seeds, len(samples), -1)

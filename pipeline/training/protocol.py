@@ -23,6 +23,7 @@ from pipeline.config import SearchConfig
 from pipeline.errors import UserError
 from pipeline.heads.checkpoint import TrainedHead, select_head
 from pipeline.heads.config import HeadGroup, describe_head
+from pipeline.tasks import counts_from_table
 from pipeline.training import predictions, task_data
 from pipeline.training.loop import HParams, fit
 from pipeline.training.predictions import diverged_heads, evaluate, predict_logits
@@ -94,7 +95,7 @@ def train_and_test(
     else:
         logits = predict_logits(group, test.inputs)
         predicted = predictions.prediction_table(test.sample, test.label.cpu().numpy(), logits, task)
-    _, counts = predictions.counts_from_table(predicted, task)
+    _, counts = counts_from_table(predicted, task)
     test_scores = task.score(counts.sum(axis=1))
     runs = [
         {

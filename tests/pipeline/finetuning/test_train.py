@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from pipeline.finetuning import train
-from pipeline.training import predictions, task_data
+from pipeline.tasks import counts_from_table
 from pipeline.training import protocol as frozen_protocol
+from pipeline.training import task_data
 from pipeline.training.loop import HParams
 from tests.conftest import ROOT
 from tests.pipeline.finetuning.conftest import CONFIG, HEADS
@@ -80,7 +81,7 @@ def test_run_fine_tuning_scores_can_be_recomputed_from_predictions_and_tensors(
     frozen = frozen_model(task, model_name)
     job = make_job(frozen, steps=1, val_checks=1, method="lora")
     result = train.run_fine_tuning(lambda seed: frozen.trainable(seed, method="lora"), job, METADATA, tmp_path)
-    samples, counts = predictions.counts_from_table(result.predicted, job.task)
+    samples, counts = counts_from_table(result.predicted, job.task)
     assert samples == sorted(frozen.data.splits["test"].sample)
     assert result.runs.score[0] == job.task.score(counts[0].sum(axis=0))
     assert result.runs.protocol[0] == "fine-tuned (lora)"

@@ -8,18 +8,17 @@ from sklearn.metrics import accuracy_score
 
 from pipeline.config import HeadsConfig, LinearHeadConfig, SearchConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
-from pipeline.tasks import IGNORE, Classification, Segmentation
-from pipeline.training import predictions, protocol, task_data
+from pipeline.tasks import IGNORE, Classification, Segmentation, counts_from_table
+from pipeline.training import protocol, task_data
 from pipeline.training.feature_loader import StreamedFeatures
-from pipeline.training.loop import HParams
 from tests.errors import raises
 
 HEADS = HeadsConfig(
-    LinearHeadConfig("all", "mean", steps=100, batch=20), UPerNetHeadConfig(channels=4, steps=10, batch=4)
+    LinearHeadConfig("all", "mean", steps=60, batch=20), UPerNetHeadConfig(channels=4, steps=4, batch=4)
 )
 SEARCH = SearchConfig(trials=4, trials_per_round=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
 METADATA = {"dataset": "d", "model": "m", "weights": "none"}
-BEST = {"learning_rate": 0.01, "weight_decay": 0.01}
+BEST = {"learning_rate": 0.05, "weight_decay": 0.01}
 
 
 def load(stores_and_images, names, splits=("train", "val", "test"), heads=HEADS):
@@ -55,16 +54,27 @@ def set_diverging(monkeypatch):
     return set_heads
 
 
-def test_protocol_of_chips_scores_as_sklearn_on_the_test_split(informative_chips, capsys):
+def test_tune_prints_a_line_a_round(informative_chips, capsys):
     tuned = protocol.tune(load(informative_chips, ["high", "low"], ("train", "val")), SEARCH, "d m")
     assert len(tuned["trials"]) == 4
     assert capsys.readouterr().out.count("d m: 2 trials") == 2
-    result = protocol.train_and_test(load(informative_chips, ["high", "low"]), tuned["best"], 3, METADATA)
+
+
+@pytest.mark.parametrize("max_feature_gb", [4.0, 0.0], ids=["in memory", "streamed"])
+def test_train_and_test_of_chips_scores_as_sklearn_on_the_test_split(informative_chips, max_feature_gb):
+    data = load(informative_chips, ["high", "low"], heads=dataclasses.replace(HEADS, max_feature_gb=max_feature_gb))
+    assert isinstance(data.splits["test"].inputs, StreamedFeatures) == (max_feature_gb == 0)
+    result = protocol.train_and_test(data, BEST, 3, METADATA)
     assert len(result.runs) == 3
-    assert set(result.runs.protocol) == {"frozen"}
-    row = result.runs.iloc[0].to_dict()
-    assert row.items() >= {**METADATA, **tuned["best"], "metric": "accuracy", "n_test": 30}.items()
-    assert row["task"] == "classification"
+    expected = {
+        **METADATA,
+        **BEST,
+        "protocol": "frozen",
+        "metric": "accuracy",
+        "n_test": 30,
+        "task": "classification",
+    }
+    assert result.runs.iloc[0].to_dict().items() >= expected.items()
     images = informative_chips[1]
     is_test = images.split.values == "test"
     for seed, table in result.predicted.groupby("seed"):
@@ -75,34 +85,19 @@ def test_protocol_of_chips_scores_as_sklearn_on_the_test_split(informative_chips
         np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
         assert (probabilities.argmax(1) == table.predicted).all()
     assert result.runs.score.mean() > 0.9
-
-
-def test_train_and_test_predictions_have_the_counts_of_the_evaluation(informative_chips):
-    """Predictions and counts are computed by different code."""
-    data = load(informative_chips, ["high", "none"])
-    group = protocol.train_heads(data, [HParams(0.05, 0.01, seed) for seed in range(3)])
-    result = protocol.train_and_test(data, {"learning_rate": 0.05, "weight_decay": 0.01}, 3, METADATA)
+    # Predictions and counts are computed by different code.
     _, counts = predictions.counts_from_table(result.predicted, Classification(4))
-    np.testing.assert_array_equal(counts, protocol.count_split(data, group, "test"))
+    np.testing.assert_array_equal(counts, protocol.count_split(data, result.group, "test"))
 
 
 def test_train_and_test_of_masks_has_confusion_matrices(informative_masks):
     data = load(informative_masks, ["fine", "coarse"])
     result = protocol.train_and_test(data, BEST, 2, METADATA)
-    samples, counts = predictions.counts_from_table(result.predicted, Segmentation(3))
+    samples, counts = counts_from_table(result.predicted, Segmentation(3))
     assert samples == data.splits["test"].sample
     assert counts.sum() == 2 * (data.splits["test"].label != IGNORE).sum()
     assert Segmentation(3).score(counts.sum(1)).tolist() == result.runs.score.tolist()
     assert not any(math.isnan(value) for value in result.runs.val_score)
-
-
-def test_train_and_test_of_streamed_features_scores_as_sklearn(informative_chips):
-    data = load(informative_chips, ["high", "low"], heads=dataclasses.replace(HEADS, max_feature_gb=0.0))
-    assert isinstance(data.splits["test"].inputs, StreamedFeatures)
-    result = protocol.train_and_test(data, {"learning_rate": 0.05, "weight_decay": 0.01}, 2, METADATA)
-    for seed, table in result.predicted.groupby("seed"):
-        assert result.runs.score[seed] == pytest.approx(accuracy_score(table.label, table.predicted))
-    assert result.runs.score.mean() > 0.9
 
 
 def test_tune_with_extreme_bounds_chooses_a_finite_trial(informative_chips):
