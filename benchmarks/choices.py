@@ -188,9 +188,7 @@ def parallel_readers() -> float:
 
     with ThreadPoolExecutor(4) as readers:
         image_loader = loader.ImageLoader(images, encoder, (), readers)
-        return ratio(
-            lambda: [image_loader._read_in_parallel(batch) for batch in batches], read_with_one_thread, ROUNDS
-        )
+        return ratio(lambda: [image_loader(batch) for batch in batches], read_with_one_thread, ROUNDS)
 
 
 def stats_by_image() -> float:
