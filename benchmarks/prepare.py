@@ -13,7 +13,6 @@ files in the page cache. `rss_growth` is the peak memory of preparing 1600 sampl
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import tempfile
@@ -53,12 +52,10 @@ def _write_files(root: Path, name: str, n_samples: int) -> Path:
 
     for folder in root.glob("*_v1.0"):
         shutil.rmtree(folder)
-    generator = np.random.default_rng(0)
-    scene = generator.integers(0, 5000, (13, 768, 768), np.uint16)
-    photo = generator.integers(0, 255, (3, 768, 768), np.uint8)
-    mask = generator.integers(0, 7, (768, 768), np.uint8)
+    draw = np.random.default_rng(0).integers
+    scene, photo = draw(0, 5000, (13, 768, 768), np.uint16), draw(0, 255, (3, 768, 768), np.uint8)
     counts = (n_samples - n_samples // 2, n_samples // 4, n_samples // 4)
-    return geobench_files.write(name, root, scene, photo, mask, counts)
+    return geobench_files.write(name, root, scene, photo, draw(0, 7, (768, 768), np.uint8), counts)
 
 
 def _measure(root: Path, name: str, files: Path, n_samples: int) -> dict[str, float]:
@@ -68,11 +65,9 @@ def _measure(root: Path, name: str, files: Path, n_samples: int) -> dict[str, fl
         "prepare": partial(_prepare, root, name, 1),
         "prepare_all_cores": partial(_prepare, root, name, len(os.sched_getaffinity(0))),
     }
-    times: dict[str, list[float]] = {case: [] for case in cases}
-    for _ in range(ROUNDS + 1):  # the first round loads the files into the page cache
-        for case, work in cases.items():
-            times[case].append(_in_process(partial(seconds, work)))
-    medians = {case: statistics.median(values[1:]) for case, values in times.items()}
+    # The first round loads the files into the page cache.
+    rounds = [{case: _in_process(partial(seconds, cases[case])) for case in cases} for _ in range(ROUNDS + 1)]
+    medians = {case: statistics.median(times[case] for times in rounds[1:]) for case in cases}
     ratios = {f"{case}_vs_h5py": round(medians["h5py"] / medians[case], 3) for case in cases if case != "h5py"}
     return ratios | {"h5py_samples_per_second": round(n_samples / medians["h5py"])}
 
@@ -103,9 +98,10 @@ def _prepare(root: Path, name: str, workers: int) -> None:
     image_writer.write(_open(root, name), root / "scratch", root / "store.zarr", workers)
 
 
-def _peak_memory(root: Path) -> float:
+def _peak_memory(root: Path) -> int:
     _prepare(root, "m-bigearthnet", 1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status["VmHWM"].split()[0])  # ru_maxrss includes the memory of the parent
 
 
 if __name__ == "__main__":
