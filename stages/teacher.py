@@ -4,6 +4,7 @@ import shutil
 
 from cache.atomic import atomic_dir
 from pipeline import config
+from pipeline.distillation import choose_teacher
 from stages.cli import DISTILLATION, HEADS, MODELS, SCRATCH, TUNING, WEIGHTS, read_json, require, run, write_json
 
 
@@ -15,9 +16,6 @@ def teacher(dataset: str) -> None:
     """
     params = config.load()
     params.dataset(dataset)
-    # torch takes 3 s to import; an unknown name is refused without it
-    from pipeline.distillation.teacher import choose_teacher
-
     tuned = {model: read_json(TUNING / dataset / f"{model}.json") for model in params.grid.models}
     name, skipped = choose_teacher(params, dataset, tuned)
     starts = {params.student(student).weights for student in params.grid.students} - {"random"}

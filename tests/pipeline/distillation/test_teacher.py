@@ -9,7 +9,8 @@ import torch
 from cache.errors import StoreError
 from pipeline.data.augmentation import VIEWS
 from pipeline.data.image_store import UNLABELLED
-from pipeline.distillation.teacher import CachedTeacher, choose_teacher
+from pipeline.distillation import choose_teacher
+from pipeline.distillation.teacher import CachedTeacher
 from pipeline.errors import UserError
 from pipeline.heads import checkpoint
 from pipeline.tasks import IGNORE
