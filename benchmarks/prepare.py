@@ -100,7 +100,7 @@ def _prepare(root: Path, name: str, workers: int) -> None:
 
 def _peak_memory(root: Path) -> int:
     _prepare(root, "m-bigearthnet", 1)
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0])  # ru_maxrss includes the memory of the parent
 
 
