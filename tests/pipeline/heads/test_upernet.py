@@ -1,7 +1,9 @@
 import pytest
 import torch
 from terratorch.models.decoders.upernet_decoder import UperNetDecoder
+from terratorch.models.necks import LearnedInterpolateToPyramidal
 
+from pipeline.heads.fusion import LearnedPyramid
 from pipeline.heads.upernet import UPerNetDecoder, _pool_weights
 
 
@@ -24,3 +26,17 @@ def test_pool_weights_give_torchs_adaptive_average_pool(side, scale):
     maps, weights = torch.randn(2, 3, side, side), _pool_weights(side, scale, torch.device("cpu"))
     expected = torch.nn.functional.adaptive_avg_pool2d(maps, scale)
     torch.testing.assert_close(weights @ maps @ weights.t(), expected)
+
+
+def test_learned_pyramid_with_terratorchs_weights_has_its_output():
+    torch.manual_seed(0)
+    widths = [8, 8, 8, 8]
+    reference, network = LearnedInterpolateToPyramidal(widths), LearnedPyramid(widths)
+    network.load_state_dict(reference.state_dict(), strict=True)
+    levels = [torch.randn(2, 8, 14, 14) for _ in widths]
+    for training in (True, False):
+        expected = reference.train(training)(list(levels))
+        for actual, level in zip(network.train(training)(levels), expected, strict=True):
+            torch.testing.assert_close(actual, level)
+    assert network.channels == reference.process_channel_list(widths)
+    assert [level.shape[-1] for level in expected] == [56, 28, 14, 7]

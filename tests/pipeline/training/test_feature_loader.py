@@ -21,46 +21,28 @@ def stores(tmp_path):
     """Stores of two backbones of different scale and grid, of the same 40 samples."""
     stores, generator = [], np.random.default_rng(0)
     for name, scale, side in (("a", 1000.0, 8), ("b", 0.01, 4)):
-        schema = StoreSchema(
-            sample=tuple(f"s{i}" for i in range(40)),
-            split=("train",) * 30 + ("test",) * 10,
-            levels=(LevelSchema(3, side, side, 4, "x"), LevelSchema(2, side // 2, side // 2, 8, "y")),
-            pooled={"mean_level0": 3, "mean_level1": 2},
-            dtype="float32",
-            shard_size=16,
-        )
+        levels = (LevelSchema(3, side, side, 4, "x"), LevelSchema(2, side // 2, side // 2, 8, "y"))
+        samples, split = tuple(f"s{i}" for i in range(40)), ("train",) * 30 + ("test",) * 10
+        schema = StoreSchema(samples, split, levels, {"mean_level0": 3, "mean_level1": 2}, "float32", 64)
         writer = Writer(tmp_path / f"scratch-{name}", schema, tmp_path / f"{name}.zarr", {})
-        for shard in writer.pending_shards():
-            count = schema.rows(shard).stop - schema.rows(shard).start
-            levels = {
-                f"level{i}/features": (level.channels, level.height, level.width)
-                for i, level in enumerate(schema.levels)
-            }
-            shapes = levels | {"pooled/mean_level0": (3,), "pooled/mean_level1": (2,)}
-            values = {key: scale * (5 + generator.normal(size=(count, *shape))) for key, shape in shapes.items()}
-            values["level0/features"][:, 1] = scale  # a dead channel
-            writer.write(shard, values)
+        values = {key: scale * (5 + generator.normal(size=(40, *shape))) for key, shape in schema.shapes().items()}
+        values["level0/features"][:, 1] = scale  # a dead channel
+        writer.write(0, values)
         writer.finish()
         stores.append(FeatureStore(tmp_path / f"{name}.zarr"))
     return stores
 
 
-def test_read_pooled_standardizes_each_backbone_by_its_training_split(stores):
-    train, test = np.arange(30), np.arange(30, 40)
-    pooled = feature_loader.read_pooled(stores, "all", "mean", train, train)
-    assert pooled.shape == (30, 10)
-    torch.testing.assert_close(pooled.mean(0), torch.zeros(10), atol=1e-5, rtol=0)
-    torch.testing.assert_close(pooled.std(0, unbiased=False), torch.ones(10), atol=1e-4, rtol=0)
+def read(array, rows, train_rows):
+    return feature_loader.read_standardized(array, rows, feature_loader.channel_stats(array, train_rows))
+
+
+def test_read_standardized_of_pooled_uses_the_training_split(stores):
+    train, test, array = np.arange(30), np.arange(30, 40), (stores[0], "pooled/mean_level0")
     stored = stores[0].read("pooled/mean_level0", np.arange(40))
-    expected = (stored[30:] - stored[:30].mean(0)) / stored[:30].std(0)
-    actual = feature_loader.read_pooled(stores, "all", "mean", test, train)[:, :3]
-    np.testing.assert_allclose(actual, expected, atol=1e-4)
-
-
-def test_read_pooled_of_last_has_each_backbones_deepest_vector(stores):
-    rows = np.arange(30)
-    pooled_all, last = (feature_loader.read_pooled(stores, depth, "mean", rows, rows) for depth in ("all", "last"))
-    torch.testing.assert_close(last, pooled_all[:, [3, 4, 8, 9]])
+    for rows in (train, test):
+        expected = (stored[rows] - stored[:30].mean(0)) / stored[:30].std(0)
+        np.testing.assert_allclose(read(array, rows, train), expected, atol=1e-4)
 
 
 def test_read_standardized_of_levels_has_each_backbones_grid(stores):
@@ -68,10 +50,36 @@ def test_read_standardized_of_levels_has_each_backbones_grid(stores):
     assert [[name for _, name in member] for member in arrays] == [["level0/features", "level1/features"]] * 2
     rows = np.arange(30)
     for (array, _), side in zip(arrays, (8, 4), strict=True):
-        level = feature_loader.read_standardized(array, rows, feature_loader.channel_stats(array, rows))
+        level = read(array, rows, rows)
         assert level.shape == (30, 3, side, side)
         torch.testing.assert_close(level[:, [0, 2]].mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
         assert (level[:, 1] == 0).all(), "a dead channel"
+
+
+def test_read_standardized_of_a_store_with_views_is_the_identity_view(tmp_path):
+    samples = tuple(f"s{i}" for i in range(20))
+    levels, views = (LevelSchema(3, 4, 4, 4, "x"),), ("identity", "flip_x")
+    schema = StoreSchema(samples, ("train",) * 20, levels, {"mean_level0": 3}, "float32", 32, views=views)
+    writer = Writer(tmp_path / "scratch", schema, tmp_path / "v.zarr", {})
+    values = {key: np.random.default_rng(0).normal(size=(20, *shape)) for key, shape in schema.shapes().items()}
+    writer.write(0, values)
+    writer.finish()
+    store, rows = FeatureStore(tmp_path / "v.zarr"), np.arange(20)
+    mean, std = (stats[:, None, None] for stats in store.statistics("level0"))  # of all views
+    level = values["level0/features"][:, 0]
+    np.testing.assert_allclose(read((store, "level0/features"), rows, rows), (level - mean) / std, atol=1e-5)
+    vector = values["pooled/mean_level0"][:, 0]
+    pooled = read((store, "pooled/mean_level0"), rows, rows)
+    np.testing.assert_allclose(pooled, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
+
+
+def test_read_standardized_of_a_damaged_store_with_nan_is_refused(stores):
+    path = next((stores[0].location / "pooled/mean_level1").glob("c.0.*"))
+    values = np.frombuffer(path.read_bytes(), "<f4").copy()
+    values[5] = np.nan
+    path.write_bytes(values.tobytes())
+    with raises(StoreError, "cache.verify", key="pooled/mean_level1", path=stores[0].location):
+        read((FeatureStore(stores[0].location), "pooled/mean_level1"), np.arange(30), np.arange(30))
 
 
 def test_select_of_some_levels(stores):
@@ -79,36 +87,8 @@ def test_select_of_some_levels(stores):
     assert names == [["level1/features"]] * 2
     names = [[name for _, name in member] for member in feature_loader.select_pooled(stores, "all", "mean", (0,))]
     assert names == [["pooled/mean_level0"]] * 2
-
-
-def test_select_levels_of_a_level_that_is_not_there_is_refused(stores):
     with raises(StoreError, "level0", "level1", key="heads.levels", value=2, allowed=range(-2, 2)):
         feature_loader.select_levels(stores, (0, 2))
-
-
-def test_inputs_of_a_store_with_views_are_the_identity_view(tmp_path):
-    schema = StoreSchema(
-        sample=tuple(f"s{i}" for i in range(20)),
-        split=("train",) * 20,
-        levels=(LevelSchema(3, 4, 4, 4, "x"),),
-        pooled={"mean_level0": 3},
-        dtype="float32",
-        shard_size=8,
-        views=("identity", "flip_x"),
-    )
-    writer = Writer(tmp_path / "scratch", schema, tmp_path / "v.zarr", {})
-    values = {key: np.random.default_rng(0).normal(size=(20, *shape)) for key, shape in schema.shapes().items()}
-    for shard in writer.claim_shards():
-        writer.write(shard, {key: array[schema.rows(shard)] for key, array in values.items()})
-    writer.finish()
-    store, rows = FeatureStore(tmp_path / "v.zarr"), np.arange(20)
-    [[array]] = feature_loader.select_levels([store])
-    level = feature_loader.read_standardized(array, rows, feature_loader.channel_stats(array, rows))
-    mean, std = (stats[:, None, None] for stats in store.statistics("level0"))
-    np.testing.assert_allclose(level, (values["level0/features"][:, 0] - mean) / std, atol=1e-5)
-    vector = values["pooled/mean_level0"][:, 0]
-    pooled = feature_loader.read_pooled([store], "all", "mean", rows, rows)
-    np.testing.assert_allclose(pooled, (vector - vector.mean(0)) / vector.std(0), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -134,16 +114,6 @@ def test_to_mean_scale_of_a_dead_channel_is_zero(std):
     assert scale.tolist() == [0, 0.5]
 
 
-def test_read_pooled_of_a_damaged_store_with_nan_is_refused(stores):
-    path = next((stores[0].location / "pooled/mean_level1").glob("c.0.*"))
-    values = np.frombuffer(path.read_bytes(), "<f4").copy()
-    values[5] = np.nan
-    path.write_bytes(values.tobytes())
-    rows = np.arange(30)
-    with raises(StoreError, "cache.verify", key="pooled/mean_level1", path=stores[0].location):
-        feature_loader.read_pooled([FeatureStore(stores[0].location)], "all", "mean", rows, rows)
-
-
 @pytest.mark.parametrize("device_name", ["cpu", "auto"])
 @pytest.mark.parametrize("budget", [0, 1 << 30])
 def test_feature_loader_epoch_has_every_training_sample_once(tmp_path, device_name, budget):
@@ -153,7 +123,6 @@ def test_feature_loader_epoch_has_every_training_sample_once(tmp_path, device_na
     expected = all_values(small_schema(), "level0/features").astype("float16")
     train_rows = store.rows("train")
     loader = FeatureLoader({"x": [(store, "level0/features")]}, train_rows, device=device, budget=budget)
-    assert loader.in_memory == bool(budget)
     rows = []
     for index, batch in loader.stream(shuffled_batches(train_rows, 16, seed=0)):
         assert batch["x"].device.type == device

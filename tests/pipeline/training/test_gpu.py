@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.heads.dense import HeadList
 from pipeline.heads.linear import StackedLinear
-from pipeline.heads.upernet import UPerNet
 from pipeline.tasks import Classification, Segmentation
 from pipeline.training import loop
 from pipeline.training.feature_loader import SplitData
@@ -29,17 +27,17 @@ def fit_heads(gpu, points, maps):
     return fit
 
 
-def relative_distance(actual, expected, head):
-    """Distance between the parameters of a head in two groups, relative to their norm."""
-    actual, expected = head_weights(actual, head).cpu(), head_weights(expected, head).cpu()
-    return (actual - expected).norm() / expected.norm()
+def assert_equal_heads(actual, expected):
+    """Compare the parameters of every head, relative to their norm."""
+    for head in range(len(HPARAMS)):
+        weights, expected_weights = head_weights(actual, head).cpu(), head_weights(expected, head).cpu()
+        assert (weights - expected_weights).norm() / expected_weights.norm() < 0.03
 
 
 @pytest.mark.parametrize("head", ["linear", "upernet"])
 def test_fit_on_a_gpu_has_the_cpus_numbers(fit_heads, head):
     cpu, cuda = (fit_heads(head, HPARAMS, device, steps=10) for device in ("cpu", "cuda"))
-    for index in range(len(HPARAMS)):
-        assert relative_distance(cuda, cpu, index) < 0.03
+    assert_equal_heads(cuda, cpu)
 
 
 @pytest.mark.parametrize(("head", "tolerance"), [("linear", 1e-4), ("upernet", 1e-7)])
@@ -64,32 +62,23 @@ def test_fit_on_a_gpu_in_bfloat16_is_near_float32(fit_heads):
     assert 0 < torch.linalg.norm(lower - full) / torch.linalg.norm(full) < 0.2
 
 
-def test_fit_on_a_gpu_of_linear_heads_that_stop_has_the_cpus_numbers(gpu, points):
+def test_fit_on_a_gpu_of_linear_heads_that_stop_has_the_cpus_numbers(fit_heads, points):
     """Validation labels are random."""
-
-    def fit(device: str) -> torch.nn.Module:
-        inputs, label = points
-        noise = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(1))]
+    inputs, label = points
+    noise = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(1))]
+    schedule, groups = TrainSchedule(200, batch=32, patience=1, val_checks=20), {}
+    for device in ("cpu", "cuda"):
         data, validation = (SplitData(inputs.to(device), values.to(device)) for values in (label, noise))
-        schedule = TrainSchedule(200, batch=32, patience=1, val_checks=20)
         make_group = partial(StackedLinear, [12], 3)
-        return loop.fit(make_group, data, Classification(3), HPARAMS, schedule, validation)
-
-    cuda, cpu = fit(gpu), fit("cpu")
-    for index in range(len(HPARAMS)):
-        assert relative_distance(cuda, cpu, index) < 0.03
-    assert all(parameter.grad is None for parameter in cuda.parameters())
+        groups[device] = loop.fit(make_group, data, Classification(3), HPARAMS, schedule, validation)
+    assert_equal_heads(groups["cuda"], groups["cpu"])
+    assert all(parameter.grad is None for parameter in groups["cuda"].parameters())
 
 
-def test_fit_on_a_gpu_with_class_weights_has_the_cpus_numbers(gpu, maps):
-    def fit(device: str) -> torch.nn.Module:
-        data = SplitData([level.to(device) for level in maps[0]], maps[1].to(device))
-        make_group = partial(HeadList, lambda: UPerNet([4] * 4, 2, 8), (32, 32))
-        return loop.fit(make_group, data, Segmentation(2, (1.0, 20.0)), HPARAMS, TrainSchedule(10, batch=4))
-
-    cuda, cpu = fit(gpu), fit("cpu")
-    for index in range(len(HPARAMS)):
-        assert relative_distance(cuda, cpu, index) < 0.03
+def test_fit_on_a_gpu_with_class_weights_has_the_cpus_numbers(fit_heads):
+    task = Segmentation(2, (1.0, 20.0))
+    cuda, cpu = (fit_heads("upernet", HPARAMS, device, steps=10, task=task) for device in ("cuda", "cpu"))
+    assert_equal_heads(cuda, cpu)
 
 
 def test_fit_on_a_gpu_releases_the_memory_of_its_graphs(fit_heads):

@@ -14,6 +14,7 @@ from pipeline.training.loop import HeadTrainer, HParams, TrainSchedule
 from pipeline.training.optim import warm_cosine
 from pipeline.training.predictions import evaluate
 
+CLASSIFICATION, SEGMENTATION = Classification(3), Segmentation(2)
 HPARAMS = [HParams(1e-2, 1e-4, 0), HParams(1e-3, 1e-1, 1), HParams(3e-2, 1e-6, 2)]
 
 
@@ -26,18 +27,17 @@ def two_cores():
     torch.set_num_threads(n_threads)
 
 
-def fit_linear(inputs, label, hparams, steps=60, task=None, **options):
-    task = task or Classification(3)
+def fit_linear(inputs, label, hparams, steps=60, task=CLASSIFICATION, **options):
     make_group = partial(StackedLinear, [inputs.shape[1]], task.n_classes)
     return loop.fit(make_group, SplitData(inputs, label), task, hparams, TrainSchedule(steps, batch=32), **options)
 
 
-def fit_upernet(levels, label, hparams, steps=20, precision="float32", patience=0, **options):
+def fit_upernet(levels, label, hparams, steps=10, precision="float32", patience=0, task=SEGMENTATION, **options):
     def make_group(seeds):
         return HeadList(lambda: UPerNet([4] * 4, 2, 8), (32, 32), seeds, precision)
 
     schedule = TrainSchedule(steps, batch=4, patience=patience, val_checks=5)
-    return loop.fit(make_group, SplitData(levels, label), Segmentation(2), hparams, schedule, **options)
+    return loop.fit(make_group, SplitData(levels, label), task, hparams, schedule, **options)
 
 
 def head_weights(group, head):
@@ -59,7 +59,7 @@ def test_fit_of_linear_heads_learns_a_linear_rule(points):
 
 
 def test_fit_of_upernet_learns_and_ignores_unlabelled_pixels(maps):
-    group = fit_upernet(*maps, [HParams(1e-2, 1e-4, 0)], steps=100)
+    group = fit_upernet(*maps, [HParams(1e-2, 1e-4, 0)], steps=60)
     counts = evaluate(group, SplitData(*maps), Segmentation(2), 8)
     assert counts.sum() == (maps[1] != IGNORE).sum()
     assert Segmentation(2).score(counts.sum(1))[0] > 0.75
@@ -125,16 +125,12 @@ def test_fit_with_strong_decay_predicts_class_frequencies(points):
     torch.testing.assert_close(probability, frequency, atol=0.05, rtol=0)
 
 
-def test_fit_of_multilabel_beats_predicting_every_class(image_dataset):
-    """Real labels: the land-use classes in each tile, from the bands' means."""
-    tiles = image_dataset("sample-landuse-seg", task="multilabel")
-    inputs = torch.from_numpy(tiles.image.mean(axis=(2, 3), dtype=np.float64)).float()
-    inputs = (inputs - inputs.mean(0)) / inputs.std(0)
-    label, task = torch.from_numpy(tiles.label.astype(np.int64)), MultiLabel(7)
-    group = fit_linear(inputs, label, HPARAMS, 400, task)
-    scores = task.score(evaluate(group, SplitData(inputs, label), task, 16).sum(1))
-    every_class = task.counts(np.ones_like(label.numpy()), label.numpy())
-    assert scores.max() > task.score(every_class.sum(0))
+def test_fit_of_multilabel_heads_learns_a_linear_rule(points):
+    inputs, _ = points
+    label = (inputs[:, :2] > 0).long()
+    group = fit_linear(inputs, label, HPARAMS, 200, MultiLabel(2))
+    scores = MultiLabel(2).score(evaluate(group, SplitData(inputs, label), MultiLabel(2), 64).sum(1))
+    assert scores.max() > 0.95
 
 
 def test_batch_order_has_every_sample_once_per_epoch():
@@ -149,19 +145,15 @@ def test_head_trainer_stops_each_head_by_its_own_patience_at_its_best(points):
     schedule, task = TrainSchedule(200, 32, patience=3, val_checks=20), Classification(3)
     all_hparams = [HParams(3e-1, 1e-6, 0), HParams(1e-5, 1e-6, 1), HParams(1e-2, 1e-6, 2)]
     group = StackedLinear([12], 3, [hparams.seed for hparams in all_hparams])
-    trainer = HeadTrainer(group, all_hparams, task, schedule)
+    trainer, stopped_at = HeadTrainer(group, all_hparams, task, schedule), np.zeros(3, dtype=int)
     orders = torch.stack([loop.batch_order(300, schedule, hparams.seed) for hparams in all_hparams], dim=1)
-    stopped_at = np.zeros(3, dtype=int)
     for index in orders:
         trainer.step(inputs, index, label[index])
-        if trainer.is_check_due():
-            before = {name: values.clone() for name, values in trainer.best_state.items()}
-            trainer.record_validation(evaluate(group, noise, task, 64))
-            for head in np.flatnonzero(stopped_at):  # still trained with the others, but no longer recorded
-                for name, values in trainer.best_state.items():
-                    assert torch.equal(values[head], before[name][head])
-            has_stopped = trainer.checks_since_best >= 3
-            stopped_at = np.where(has_stopped & (stopped_at == 0), trainer.steps, stopped_at)
+        before = {name: values.clone() for name, values in trainer.best_state.items()}
+        trainer.validate_if_due(noise)
+        for head in np.flatnonzero(stopped_at):  # still trained with the others, but no longer recorded
+            assert all(torch.equal(values[head], before[name][head]) for name, values in trainer.best_state.items())
+        stopped_at = np.where((trainer.checks_since_best >= 3) & (stopped_at == 0), trainer.steps, stopped_at)
         if trainer.is_done:
             break
     assert len(set(stopped_at)) > 1
@@ -175,14 +167,14 @@ def test_head_trainer_stops_each_head_by_its_own_patience_at_its_best(points):
 def test_fit_of_a_dense_head_with_patience_ends_at_its_best_check(maps):
     """With inverted validation labels the score is best before training."""
     inverted = SplitData([level[:6] for level in maps[0]], 1 - maps[1][:6].clamp(max=1))
-    best = fit_upernet(*maps, HPARAMS[:1], steps=40, patience=1, validation=inverted)
-    last = fit_upernet(*maps, HPARAMS[:1], steps=40)
+    best = fit_upernet(*maps, HPARAMS[:1], steps=30, patience=1, validation=inverted)
+    last = fit_upernet(*maps, HPARAMS[:1], steps=30)
     assert mean_iou(best, inverted)[0] > mean_iou(last, inverted)[0]
 
 
 def test_fit_in_bfloat16_has_float32_parameters_and_a_similar_score(maps):
-    group = fit_upernet(*maps, HPARAMS[:1], steps=100, precision="bfloat16")
+    group = fit_upernet(*maps, HPARAMS[:1], steps=30, precision="bfloat16")
     assert {parameter.dtype for parameter in group.parameters()} == {torch.float32}
-    full = fit_upernet(*maps, HPARAMS[:1], steps=100)
+    full = fit_upernet(*maps, HPARAMS[:1], steps=30)
     assert not torch.equal(head_weights(group, 0), head_weights(full, 0))
     assert mean_iou(group, SplitData(*maps))[0] == pytest.approx(mean_iou(full, SplitData(*maps))[0], abs=0.05)

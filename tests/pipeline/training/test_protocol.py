@@ -66,14 +66,7 @@ def test_train_and_test_of_chips_scores_as_sklearn_on_the_test_split(informative
     assert isinstance(data.splits["test"].inputs, StreamedFeatures) == (max_feature_gb == 0)
     result = protocol.train_and_test(data, BEST, 3, METADATA)
     assert len(result.runs) == 3
-    expected = {
-        **METADATA,
-        **BEST,
-        "protocol": "frozen",
-        "metric": "accuracy",
-        "n_test": 30,
-        "task": "classification",
-    }
+    expected = METADATA | BEST | {"protocol": "frozen", "metric": "accuracy", "n_test": 30, "task": "classification"}
     assert result.runs.iloc[0].to_dict().items() >= expected.items()
     images = informative_chips[1]
     is_test = images.split.values == "test"
@@ -86,7 +79,7 @@ def test_train_and_test_of_chips_scores_as_sklearn_on_the_test_split(informative
         assert (probabilities.argmax(1) == table.predicted).all()
     assert result.runs.score.mean() > 0.9
     # Predictions and counts are computed by different code.
-    _, counts = predictions.counts_from_table(result.predicted, Classification(4))
+    _, counts = counts_from_table(result.predicted, Classification(4))
     np.testing.assert_array_equal(counts, protocol.count_split(data, result.group, "test"))
 
 

@@ -39,7 +39,9 @@ def make_stores(task_images, feature_store):
         maps = (label[:, None] if label.ndim == 3 else label[:, :, None, None].expand(-1, -1, 16, 16)) % IGNORE
         paths = {}
         for name, sides in GRIDS.items():
-            levels = [torch.nn.functional.adaptive_avg_pool2d(maps.float().repeat(1, 4, 1, 1), side) for side in sides]
+            levels = [
+                torch.nn.functional.adaptive_avg_pool2d(maps.float().repeat(1, 4, 1, 1), side) for side in sides
+            ]
             levels = [level + torch.randn(level.shape, generator=generator) for level in levels]
             arrays = {f"level{index}/features": level.numpy() for index, level in enumerate(levels)}
             arrays |= {f"pooled/mean_level{index}": level.mean((2, 3)).numpy() for index, level in enumerate(levels)}
@@ -72,7 +74,11 @@ def test_load_streamed_and_in_memory_have_the_same_counts(make_stores, task):
 def test_fit_of_streamed_features_has_one_order_for_all_seeds(make_stores):
     """In memory two seeds differ in the order of samples; streamed, with one start, they are equal."""
     data = load(make_stores, "multilabel", max_feature_gb=0.0)
-    hparams, schedule, train = [HParams(1e-2, 0.0, seed) for seed in (0, 1)], TrainSchedule(60, 32), data.splits["train"]
+    hparams, schedule, train = (
+        [HParams(1e-2, 0.0, seed) for seed in (0, 1)],
+        TrainSchedule(60, 32),
+        data.splits["train"],
+    )
     first_batches = [loop.batch_order(len(train.label), schedule, seed)[0].tolist() for seed in (0, 1)]
     assert first_batches[0] != first_batches[1]
     create_group = data.head_config.create_group
