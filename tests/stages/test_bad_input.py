@@ -141,7 +141,7 @@ exit ${{status:-0}}
         ("6m", "fetch", "archives", "sample-trees"),
         ("8m", "prepare", "archives raw", "sample-trees.zarr"),
         # Enough for the arrays, but not for their files; less would be refused before the extraction starts.
-        ("1320k", "extract --backbone lite0", "archives raw images weights", "lite0.zarr"),
+        ("336k", "extract --backbone lite0", "archives raw images weights", "lite0.zarr"),
     ],
 )
 def test_stage_full_disk_leaves_no_unfinished_result(job: Job, size, stage, inputs, unfinished):
