@@ -34,13 +34,9 @@ Reader = Callable[[list[np.ndarray]], Iterator]
 
 
 def our_reader(features: FeatureStore) -> Reader:
-    """The loader's stream, of a store that is opened again, so that no pages stay mapped."""
-
-    def stream(order):
-        store = FeatureStore(features.location)
-        return FeatureDataset({level: [(store, level_array(level))] for level in store.levels}).stream(order)
-
-    return stream
+    """The loader's stream, of a store that is opened again, so that no pages are mapped yet."""
+    store = FeatureStore(features.location)
+    return FeatureDataset({level: [(store, level_array(level))] for level in store.levels}).stream
 
 
 def memmap_readers(features: FeatureStore) -> dict[str, Reader]:
@@ -56,13 +52,12 @@ def memmap_readers(features: FeatureStore) -> dict[str, Reader]:
                 file[start : start + 512] = read_levels(features, start, start + 512)[level]
             file.flush()
             partial.rename(path)
-        maps.append(path)
+        maps.append(np.load(path, mmap_mode="r"))
+    buffers = [np.empty((BATCH, *level_map.shape[1:]), level_map.dtype) for level_map in maps]
 
     def memmap(order):
-        opened = [np.load(path, mmap_mode="r") for path in maps]
-        buffers = [np.empty((BATCH, *level_map.shape[1:]), level_map.dtype) for level_map in opened]
         for index in order:
-            for level_map, buffer in zip(opened, buffers, strict=True):
+            for level_map, buffer in zip(maps, buffers, strict=True):
                 # mode="raise" would read into a temporary buffer first, at half the speed.
                 np.take(level_map, index, axis=0, out=buffer, mode="clip")
             yield buffers
@@ -116,7 +111,7 @@ def samples_per_second(reader: Reader, order: list[np.ndarray]) -> float:
 
 
 def measure_rates(readers: dict[str, Reader], features: FeatureStore, prepare: Callable, rounds: int, cold=False):
-    """Return the rates of every reader in all rounds, which alternate, each with another random order of samples.
+    """Return the rates of every reader in alternating rounds, each with another order of samples.
 
     Args:
         prepare: called before each round, and if `cold` before each reader.
@@ -160,11 +155,16 @@ def main() -> None:
     rates = {
         name: measure_rates(group, features, warm, ROUNDS.get(name, OTHER_ROUNDS)) for name, group in readers.items()
     }
-    rates["cold_memmap"] = measure_rates(readers["memmap"], features, drop_cache, OTHER_ROUNDS, cold=True)
+    del readers  # mapped pages stay in the page cache
+    cold_readers = {
+        "ours": lambda order: our_reader(features)(order),
+        "memmap": lambda order: memmap_readers(features)["memmap"](order),
+    }
+    rates["cold_memmap"] = measure_rates(cold_readers, features, drop_cache, OTHER_ROUNDS, cold=True)
     ratios = {}
     for peer, group in rates.items():
         rounds = zip(group["ours"], *(values for name, values in group.items() if name != "ours"), strict=True)
-        ratios[f"vs_{peer}"] = round(statistics.median(ours / max(peers) for ours, *peers in rounds), 3)
+        ratios[f"vs_{peer}"] = round(statistics.median(rate / max(peers) for rate, *peers in rounds), 3)
     medians = {
         peer: {name: round(statistics.median(values)) for name, values in group.items()}
         for peer, group in rates.items()

@@ -25,7 +25,7 @@ def ratio(tested: Callable[[], object], reference: Callable[[], object], rounds:
 
 
 def save_results(name: str, figures: Mapping) -> None:
-    """Write figures to benchmarks/results/<name>.json, with the number of CPUs and the commit, and print them."""
+    """Write figures to benchmarks/results/<name>.json with the CPU count and the commit; print them."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
     record = {**figures, "commit": commit.strip() or None, "cpus": len(os.sched_getaffinity(0))}
     text = json.dumps(record, indent=2, sort_keys=True)

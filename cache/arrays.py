@@ -30,17 +30,17 @@ from cache.schema import CHUNK_KEYS
 VERIFY_HINT = "Check the store with: python -m cache.verify PATH"
 READ_THREADS = 4
 _CORES = os.cpu_count() or 1
-# Mapped bytes of all files, the process's libraries included, above which an array releases its pages.
+# Bytes of a store that may stay mapped.
 MAX_MAPPED_BYTES = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // 10
-# Arrays that are read at the same time, such as four levels of eight stores, share the files that may be open.
-_ARRAYS = 32
+# Stores that are read at the same time share the files that may be open.
+_STORES = 8
 # Bytes of a batch per reading thread: with fewer, a thread costs more than it saves.
 _BYTES_PER_THREAD = 1 << 20
 
 
 @cache
 def max_open_files() -> int:
-    """Return how many files an array may hold open, after raising the soft limit of the process to the hard one.
+    """Return how many files a store may hold open; raises the process's soft limit to the hard one.
 
     The usual soft limit of 1,024 exists for programs that call `select`. A mapped file uses two descriptors.
     """
@@ -48,7 +48,7 @@ def max_open_files() -> int:
     limit = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    return max(1, limit // 2 // _ARRAYS)
+    return max(1, limit // 2 // _STORES)
 
 
 def _mapped_bytes() -> int:
@@ -98,6 +98,35 @@ class MmapFile(OpenPath):
         self.index: np.ndarray | None = None
 
 
+class StoreFolder(OpenPath):
+    """The folder of a store, opened once: a store that replaces it meanwhile is noticed.
+
+    Attributes:
+        files: open shard files by their path in the store; emptied when there are too many.
+    """
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self.files: dict[str, MmapFile] = {}
+        # Mapped bytes that remain after a release, such as those of other stores.
+        self._baseline_bytes = _mapped_bytes()
+
+    def open(self, path: str) -> MmapFile:
+        """Open and map the file at `path` in the store; FileNotFoundError if it does not exist."""
+        if len(self.files) >= max_open_files():
+            self.files.clear()
+        self.files[path] = file = MmapFile(path, self)
+        return file
+
+    def release_excess(self) -> None:
+        """Release mapped pages if there are more than allowed."""
+        if _mapped_bytes() - self._baseline_bytes > MAX_MAPPED_BYTES:
+            for file in list(self.files.values()):
+                if file.map:
+                    file.map.madvise(mmap.MADV_DONTNEED)
+            self._baseline_bytes = _mapped_bytes()
+
+
 class RowLocation(NamedTuple):
     """Where a row is stored, in bytes."""
 
@@ -111,14 +140,14 @@ class LocalArray:
 
     Args:
         array: the Zarr array.
-        folder: the store's folder, opened once: a store that replaces it meanwhile is noticed.
+        folder: the store's folder.
         n_leading: number of leading axes that count rows: 1, or 2 in a store with views.
 
     Attributes:
         shape, dtype: of one row.
     """
 
-    def __init__(self, array: zarr.Array, folder: OpenPath, n_leading: int):
+    def __init__(self, array: zarr.Array, folder: StoreFolder, n_leading: int):
         codec, file_shape = array.metadata.codecs[0], array.shards or array.chunks
         self._is_sharded = isinstance(codec, ShardingCodec)
         self._is_compressed = self._is_sharded and len(codec.codecs) > 1
@@ -126,7 +155,6 @@ class LocalArray:
         self._rows_per_file, self._n_rows = prod(file_shape[:n_leading]), prod(array.shape[:n_leading])
         self.shape, self.dtype = array.shape[n_leading:], array.dtype
         self._row_bytes = prod(self.shape) * self.dtype.itemsize
-        self._files: dict[int, MmapFile] = {}
 
     def locate(self, rows: Sequence[int]) -> list[RowLocation]:
         """Return the location of each row, opening files as needed.
@@ -134,12 +162,11 @@ class LocalArray:
         Raises:
             StoreError: a file is missing or damaged, or a row was never written.
         """
-        if _mapped_bytes() > MAX_MAPPED_BYTES:
-            for file in list(self._files.values()):
-                file.map.madvise(mmap.MADV_DONTNEED)
-        locations = []
+        self._folder.release_excess()
+        locations, files = [], self._folder.files
         for number, row in [divmod(row, self._rows_per_file) for row in rows]:
-            file = self._files.get(number) or self._open(number)
+            path = f"{self._path}/c.{number}{self._suffix}"
+            file = files.get(path) or self._open(path, number)
             start, length = (row * self._row_bytes, self._row_bytes)
             if file.index is not None:
                 start, length = file.index[row].tolist()
@@ -189,17 +216,17 @@ class LocalArray:
         self.locate(range(self._n_rows))
         plain_offsets = np.arange(self._rows_per_file, dtype="<u8") * self._row_bytes
         for number in range(-(-self._n_rows // self._rows_per_file) if self._is_sharded else 0):
-            file, n_rows = self._open(number), self._rows_in_file(number)
+            file = self._open(f"{self._path}/c.{number}{self._suffix}", number)
+            n_rows = self._rows_in_file(number)
             index = self._read_index(file)[:n_rows]
             if (index[:, 0] == EMPTY).any():
                 raise self._damaged(file.path, "rows were never written")
             if not self._is_compressed and not np.array_equal(index[:, 0], plain_offsets[:n_rows]):
                 raise self._damaged(file.path, "its rows are not in order without gaps")
 
-    def _open(self, number: int) -> MmapFile:
-        path = f"{self._path}/c.{number}{self._suffix}"
+    def _open(self, path: str, number: int) -> MmapFile:
         try:
-            file = MmapFile(path, self._folder)
+            file = self._folder.open(path)
         except FileNotFoundError:
             raise StoreError(
                 f"{path} is missing from {self._folder.path}, or that store was replaced while it was read. "
@@ -212,9 +239,6 @@ class LocalArray:
         # The contract fixes the offsets of rows: reading the index of every file would make a cold start slow.
         if self._is_compressed or len(file.content) != plain_size:
             file.index = self._read_index(file)
-        if len(self._files) >= max_open_files():
-            self._files.clear()
-        self._files[number] = file
         return file
 
     def _rows_in_file(self, number: int) -> int:

@@ -52,7 +52,7 @@ def _as_json(value: object) -> object:
 
 
 def write(store: Path, digests: Mapping[str, str]) -> None:
-    """Write the list of all files below `store`; `digests` has the SHA-256 by path of files to read no more."""
+    """Write the list of all files below `store`; `digests` has SHA-256s that are known, by path."""
     all_digests = {file: digests.get(file) or digest(store / file) for file in files(store)}
     write_file(store / NAME, [_format(all_digests).encode()])
 

@@ -22,9 +22,9 @@ from cache.arrays import (
     AnyArray,
     DequantizedArray,
     LocalArray,
-    OpenPath,
     ReadRequest,
     RemoteArray,
+    StoreFolder,
     gather,
     has_row_layout,
 )
@@ -64,7 +64,7 @@ class FeatureStore:
             raise self._error(f"There is no feature store at {location}: no writer has published one there.")
         try:
             if is_local:
-                self._folder = OpenPath(str(location))
+                self._folder = StoreFolder(str(location))
             self.root: zarr.Group = zarr.open_group(_with_cache(location, options), mode="r")
         except Exception as error:  # each file system fails in its own way
             raise self._error(

@@ -65,7 +65,7 @@ class RunningStats:
 
 
 def mean_std_from_sums(count: int, total: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation from a count and float64 sums of values and of squares, per channel.
+    """Return mean and standard deviation per channel from a count and float64 sums of values and squares.
 
     Only for values whose mean is not large compared with their spread, such as pixels: the difference of two large
     numbers would lose digits. `RunningStats` has no such limit.

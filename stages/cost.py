@@ -8,7 +8,7 @@ from stages.cli import COSTS, DISTILLATION, FEATURES, IMAGES, MODELS, WEIGHTS, r
 
 
 def cost(dataset: str) -> None:
-    """Write results/cost/<dataset>.csv, one row per model and device; empty if the dataset has no students."""
+    """Write results/cost/<dataset>.csv, a row per model and device; empty without students."""
     params = config.load()
     params.dataset(dataset)
     has_students = params.grid.students and params.distill.applies_to(dataset)

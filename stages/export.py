@@ -12,7 +12,7 @@ EVAL_IMAGES = 512
 
 
 def export(student: str, dataset: str | None, int8: bool) -> None:
-    """Write student.onnx, student.pt2, on request student-int8.onnx, and export.json with their scores and rates."""
+    """Write student.onnx, student.pt2, student-int8.onnx on request, and export.json with their scores."""
     if dataset:
         config.load().dataset(dataset)  # an unknown name is not a missing result
     folder = DISTILLATION / dataset / student / "best" if dataset else Path(student)

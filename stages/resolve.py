@@ -1,4 +1,4 @@
-"""resolve: list what heads are trained on: the feature stores of every model, and the settings of its head."""
+"""resolve: list the feature stores of every model, and the settings of its head."""
 
 from dataclasses import asdict
 
@@ -12,9 +12,10 @@ from stages.cli import COMPOSITION, IMAGES, MANIFESTS, MODELS, SCRATCH, SELECTED
 
 
 def resolve(dataset: str) -> None:
-    """Write data/models/<dataset>/<model>.json for every model of the grid, and data/selected/<dataset>.json.
+    """Write data/models/<dataset>/<model>.json and data/selected/<dataset>.json.
 
-    The latter lists the ensembles that the composition search selected and the grid lacks. The stages that train
+    The first is of every model of the grid. The second lists the ensembles that the composition search selected and
+    the grid lacks. The stages that train
     heads depend on these files: they hold what decides a head's inputs and settings, and nothing else of params.yaml.
     """
     params = config.load()

@@ -124,7 +124,7 @@ class FeaturePyramid:
 
 @dataclass(frozen=True)
 class InputBands:
-    """Bands of a dataset that are the input of a backbone, in the network's order, and the input size in pixels.
+    """Bands of a dataset that a backbone takes, in the network's order, and its input size in pixels.
 
     Attributes:
         input_names: the network's names of its input bands.

@@ -64,11 +64,11 @@ def load_strict(
         "unexpected": result.unexpected_keys,
     }
     if any(names.values()):
-        problems = "; ".join(f"{problem}: {_some(found)}" for problem, found in names.items() if found)
+        problems = "; ".join(f"{problem}: {_first_names(listed)}" for problem, listed in names.items() if listed)
         raise UserError(
             f"{path} does not fit the network ({problems}). It is the file of another model, or it is damaged.",
             path=path,
-            value=[name for found in names.values() for name in found],
+            value=[name for listed in names.values() for name in listed],
         )
 
 
@@ -82,7 +82,7 @@ def strip_prefix(tensors: Mapping, prefix: str, path: Path) -> dict:
     if not selected:
         names = [str(name) for name in tensors]
         raise UserError(
-            f"{path} contains no tensors named {prefix}… but {_some(names)}. It is the file of another model.",
+            f"{path} contains no tensors named {prefix}… but {_first_names(names)}. It is the file of another model.",
             path=path,
             value=names,
             allowed=(prefix,),
@@ -115,7 +115,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     """Return `a, b, c, d and 2 more`."""
     suffix = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     return ", ".join(names[:_MAX_NAMES]) + suffix

@@ -49,7 +49,7 @@ class ShardBuffer:
             self._copy(self._stats, name, slice(start, start + len(low)), stats)
 
     def collect(self, n_rows: int) -> tuple[dict[str, np.ndarray], dict[str, CastStats]]:
-        """Return the first rows of every array, and the statistics of their casts, as `Writer.write` takes them.
+        """Return the first rows of every array and the statistics of their casts, for `Writer.write`.
 
         Raises:
             StoreError: NaN or infinite values.

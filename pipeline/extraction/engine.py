@@ -147,7 +147,7 @@ def _wait_all(futures: Sequence[Future]) -> list:
 def make_schema(
     images: xr.Dataset, spec: BackboneSpec, pyramid: FeaturePyramid, input_size: int, extract: ExtractConfig
 ) -> StoreSchema:
-    """Make the schema of a feature store: pooled vectors, and levels for a dense task or with `extract.keep_levels`.
+    """Make a store's schema: pooled vectors; levels for a dense task or with `extract.keep_levels`.
 
     Args:
         pyramid: features of any images, for the shapes.

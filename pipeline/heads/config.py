@@ -63,7 +63,7 @@ def head_options(settings: HeadSettings) -> dict[str, object]:
 
 
 def describe_head(config: HeadConfig, array_names: Sequence[Sequence[str]], has_class_weights: bool) -> str:
-    """Describe a head and its inputs, such as "upernet of 16 channels, concat, level0, balanced class weights"."""
+    """Describe a head and its inputs, such as "upernet of 16 channels, concat, level0"."""
     arrays = [layer_name(name) for names in array_names for name in names]
     options = dict(config.options)
     channels = options.pop("channels", None)

@@ -134,7 +134,7 @@ def match_levels(shapes: Sequence[Sequence[LevelShape]]) -> list[list[int]]:
 
 
 class LevelFusion(nn.Module):
-    """Fuse one level (batch, channel, y, x) of every backbone to a map of the finest grid, of `channels` channels."""
+    """Fuse one level (batch, channel, y, x) of every backbone to a map of the finest grid."""
 
     def __init__(self, method: str, widths: Sequence[int]):
         super().__init__()
@@ -143,12 +143,12 @@ class LevelFusion(nn.Module):
         self.channels = self.fusion.fused_width(widths)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        first, *others = resize_to_finest(levels)
-        if not others:
+        first, *features = resize_to_finest(levels)
+        if not features:
             return first
         if self.projections:
-            others = [project(level) for project, level in zip(self.projections, others, strict=True)]
-        return self.fusion.fuse(first, others, dim=1)
+            features = [project(level) for project, level in zip(self.projections, features, strict=True)]
+        return self.fusion.fuse(first, features, dim=1)
 
 
 class PyramidFusion(nn.Module):
@@ -190,7 +190,7 @@ class PyramidFusion(nn.Module):
 
 
 class FusedHead(nn.Module):
-    """A head on the fused pyramid of several backbones; `make_head` takes the channels of the fused levels."""
+    """A head on the fused pyramid of backbones; `make_head` takes the channels of the fused levels."""
 
     def __init__(self, fusion: PyramidFusion, make_head: Callable[[Sequence[int]], nn.Module]):
         super().__init__()

@@ -62,7 +62,7 @@ class StackedLinear(nn.Module):
         yield slice(None), self._linear(-1, rows)
 
     def _linear(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Apply a layer of each head to its own rows (head, batch, channel), or to shared ones (batch, channel)."""
+        """Apply a layer of each head to its own rows (head, batch, channel) or shared ones (batch, channel)."""
         weight, bias = self.weights[layer], self.biases[layer]
         if rows.ndim == 2:
             outputs = functional.linear(rows, weight.flatten(0, 1), bias.flatten())

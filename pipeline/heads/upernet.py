@@ -51,7 +51,7 @@ def _pool_weights(side: int, scale: int, device: torch.device) -> torch.Tensor:
 
 
 class UPerNetDecoder(nn.Module):
-    """Pool the deepest level at several scales, and merge the levels top-down to one map of `channels` channels."""
+    """Pool the deepest level at several scales and merge the levels top-down to one map."""
 
     def __init__(self, channels_in: Sequence[int], channels: int):
         super().__init__()

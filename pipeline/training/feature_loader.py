@@ -56,7 +56,7 @@ def select_pooled(
 
 
 def select_levels(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) -> list[list[StoreArray]]:
-    """Select the levels of each backbone that a dense head reads, finest first; arguments as for `select_pooled`.
+    """Select the levels that a dense head reads, finest first; arguments as for `select_pooled`.
 
     A store without levels, or without one of `levels`, raises StoreError.
     """
@@ -123,7 +123,7 @@ def to_mean_scale(mean: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def read_standardized(array: StoreArray, rows: np.ndarray, stats: ChannelStats) -> torch.Tensor:
-    """Read rows of an array and standardize them, float32 (row, channel, …); StoreError if they are non-finite."""
+    """Read and standardize rows of an array, float32 (row, channel, …); StoreError if non-finite."""
     store, name = array
     values = torch.from_numpy(store.read(name, rows)).float()
     values = standardize_(values, *map(torch.from_numpy, to_mean_scale(*stats)))

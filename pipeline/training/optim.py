@@ -11,7 +11,7 @@ WARM_UP = 0.1
 
 
 class StackedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter, ICLR 2019) for parameters (head, …); each head has its own hyperparameters.
+    """AdamW (Loshchilov & Hutter, ICLR 2019) for parameters (head, …), with hyperparameters per head.
 
     Args:
         parameters: each (head, …), and whether weight decay applies to it.

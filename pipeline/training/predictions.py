@@ -118,7 +118,7 @@ def prediction_table(
 
 
 def divergence_error(seeds: Sequence[int], n_seeds: int, search_keys: str = SEARCH_KEYS) -> UserError:
-    """Return the error for seeds that ended with non-finite values; `search_keys` bound their hyperparameters."""
+    """Return the error for seeds that ended non-finite; `search_keys` bound their hyperparameters."""
     return UserError(
         f"The training diverged with {len(seeds)} of {n_seeds} seeds ({', '.join(map(str, seeds))}), at the learning "
         f"rate and weight decay of the best validation score. Set smaller upper bounds: {search_keys}.",

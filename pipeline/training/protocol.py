@@ -117,7 +117,7 @@ def train_and_test(
 
 
 def train_heads(data: TaskData, hparams: Sequence[HParams]) -> HeadGroup:
-    """Train one head per hyperparameters; linear heads in the principal axes of their inputs, then rotated back."""
+    """Train a head per hyperparameters; linear ones in the principal axes of their inputs."""
 
     needed = ("train", "val") if data.schedule.patience else ("train",)
     splits = {name: data.splits[name] for name in needed}

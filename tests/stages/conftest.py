@@ -135,7 +135,7 @@ class Job:
             path.write_text(original)
 
     def run_grid(self) -> None:
-        """Run all stages in this process, which takes a third of the time of `dvc repro`, and record them in DVC."""
+        """Run all stages in this process, in a third of the time of `dvc repro`, and record them."""
         with pytest.MonkeyPatch.context() as patched:
             patched.chdir(self.folder)
             with Repo() as repo:

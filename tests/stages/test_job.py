@@ -145,7 +145,7 @@ def contents(*folders) -> dict[str, bytes]:
 
 
 def test_plan_after_training_other_seeds_has_only_the_report(job):
-    """The heads of two seeds do not depend on a third, so neither teachers nor students change unless it is best."""
+    """A third seed changes no head of the first two, and so no teacher, unless it is the best."""
     outputs = ("results/runs", "results/heads", "results/train_selected", "results/distill")
     before = {name: contents(job.folder / name) for name in outputs}
     for name in outputs[:3]:

@@ -116,7 +116,7 @@ def test_extract_writes_every_sample_to_its_own_row(extract_to, images, encoder,
 
 @pytest.mark.parametrize("n_threads", [1, 2])
 def test_extract_interrupted_resumes_with_the_same_bytes(extract_to, set_threads, tmp_path, n_threads):
-    """Two threads encode two batches in parallel, one each; with one, the last batch before the end is certain."""
+    """Two threads encode a batch each; with one thread, the last batch before the end is certain."""
     set_threads(3 - n_threads)
     digest, n_images = extract_to("a")
     assert (n_images, torch.get_num_threads()) == (N_SAMPLES, 3 - n_threads)

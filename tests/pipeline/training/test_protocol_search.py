@@ -13,7 +13,7 @@ CONFIG = SearchConfig(trials=16, trials_per_round=4, seed=0, learning_rate=(1e-4
 
 
 class PeakedScore:
-    """Best at a learning rate of 0.01; records the rounds, and fails after `n_rounds`, as if it were killed."""
+    """Best at a learning rate of 0.01; records the rounds, and fails after `n_rounds`."""
 
     def __init__(self, n_rounds=math.inf):
         self.rounds, self.n_rounds = [], n_rounds

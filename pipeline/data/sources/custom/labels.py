@@ -295,7 +295,7 @@ def _open(path: str) -> rasterio.DatasetReader:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Rows of a CSV file: `path`, `label` (class index, or zeros and ones), and optionally `split` and `time`."""
+    """Rows of a CSV file: `path`, `label` (class index, or zeros and ones); `split` and `time` optional."""
 
     frame: pd.DataFrame
     classes: tuple[str, ...]

@@ -16,7 +16,7 @@ NAMES = ("a.tif", "b.tif", "more/b.tif")
 
 @pytest.fixture
 def read(tmp_path):
-    """Function from the text of a table, the images' names, and options, to what is read; no image is opened."""
+    """Function from a table's text, the images' names and options to what is read; opens no image."""
 
     def read(text: str | bytes, names=NAMES[:2], is_multilabel=False, **options) -> LabelTable:
         table = tmp_path / "labels.csv"
