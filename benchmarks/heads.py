@@ -8,11 +8,12 @@ Needs the stores of `make run`, and params.yaml. No time includes imports.
 - `linear_vs_single`, `upernet_vs_single`: seconds of the search and the seeds divided by those of one head, both from
   the stores on disk to test scores, medians of rounds. `linear` covers all classification cells of the grid, and its
   single head is plain torch (nn.Linear, autograd, fused AdamW) on one core or all, whichever is faster; that of
-  `upernet` is our code. `…_training_vs_single` is the same without reading the stores, which both do once.
+  `upernet` is our code, on one core. `…_training_vs_single` is the same without reading the stores.
 - `vs_terratorch`: seconds of 26 runs of terratorch divided by ours: one extraction, the search and the seeds, on
-  `lite0` and `sample-trees`. terratorch has its usual configuration: frozen backbone in the training loop, its own data
-  module (GeoTIFFs in folders of classes), task and trainer. Three of its runs are timed. Both train for 200 steps,
-  terratorch in whole epochs; fewer than in params.yaml, which favours terratorch: our extraction takes as long anyway.
+  `lite0` and `sample-trees`. terratorch has its usual configuration: frozen backbone in the training loop, its own
+  data module (GeoTIFFs in folders of classes), task and trainer. Three of its runs are timed. Both train for 200
+  steps, terratorch in whole epochs: fewer than in params.yaml, which favours terratorch, since our extraction takes as
+  long for any number of steps.
 """
 
 import argparse
@@ -186,7 +187,7 @@ def write_tiffs(images: xr.Dataset, folder: Path) -> None:
 
 
 class FrozenBackbone(torch.nn.Module):
-    """A network as a backbone of terratorch; always in evaluation mode, else its BatchNorm would be updated."""
+    """A backbone of terratorch, always in evaluation mode, else its BatchNorm would be updated."""
 
     out_channels = (24, 40, 112, 320)  # of lite0
 

@@ -7,13 +7,11 @@ tenth of the machine's memory. The control (`kept`) keeps a part of every batch,
 VmHWM, which starts at zero in each process.
 """
 
-import json
-import os
-import platform
 import subprocess
 import sys
 
 from benchmarks.features import feature_store, repeat_store
+from benchmarks.timing import save_results
 
 EPOCH = """
 import sys
@@ -44,13 +42,15 @@ def main() -> None:
         "kept": (feature_store("sample-trees", "lite0", 224, 2), large),
     }
     peaks = {case: [peak_megabytes(str(store.location), case) for store in pair] for case, pair in stores.items()}
-    print(json.dumps({
-        "machine": f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}",
-        "samples": {case: [len(small.sample), len(large.sample)] for case, (small, large) in stores.items()},
-        "peak_megabytes": {case: [round(peak) for peak in pair] for case, pair in peaks.items()},
-        "rss_growth": round(peaks["ours"][1] / peaks["ours"][0], 3),
-        "rss_growth_kept": round(peaks["kept"][1] / peaks["kept"][0], 3),
-    }))  # fmt: skip
+    save_results(
+        "memory",
+        {
+            "samples": {case: [len(small.sample), len(large.sample)] for case, (small, large) in stores.items()},
+            "peak_megabytes": {case: [round(peak) for peak in pair] for case, pair in peaks.items()},
+            "rss_growth": round(peaks["ours"][1] / peaks["ours"][0], 3),
+            "rss_growth_kept": round(peaks["kept"][1] / peaks["kept"][0], 3),
+        },
+    )
 
 
 if __name__ == "__main__":
