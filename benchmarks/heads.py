@@ -12,8 +12,8 @@ Needs the stores of `make run`, and params.yaml. No time includes imports.
 - `vs_terratorch`: seconds of 26 runs of terratorch divided by ours: one extraction, the search and the seeds, on
   `lite0` and `sample-trees`. terratorch has its usual configuration: frozen backbone in the training loop, its own
   data module (GeoTIFFs in folders of classes), task and trainer. Three of its runs are timed. Both train for 200
-  steps, terratorch in whole epochs: fewer than in params.yaml, which favours terratorch, since our extraction takes as
-  long for any number of steps.
+  steps, terratorch in whole epochs: fewer than in params.yaml, which favours terratorch, since our extraction takes
+  as long for any number of steps.
 """
 
 import argparse
