@@ -1,5 +1,6 @@
 """Estimate the disk space and time of a grid before it runs; networks are timed on this machine."""
 
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -171,6 +172,7 @@ class _Timer:
         if (name, n_bands) not in self._outputs:
             print(f"timing {name}: {n_bands} bands, {side} x {side} px", flush=True)
             untrained = replace(backbone, weights="none" if backbone.weights == "none" else "random", hub=None)
+            gc.collect()  # Prithvi's last network refers to itself, and would stay in memory beside the next
             network = create_backbone(untrained, spec, input_bands, Path()).to(self.device)
             images = torch.zeros(BATCH_IMAGES[self.device], n_bands, side, side, device=self.device)
             with torch.inference_mode():
