@@ -11,6 +11,7 @@ import mmap
 import os
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -102,28 +103,29 @@ class StoreFolder(OpenPath):
     """The folder of a store, opened once: a store that replaces it meanwhile is noticed.
 
     Attributes:
-        files: open shard files by their path in the store; emptied when there are too many.
+        files: open shard files, by path of the array and number of the file; emptied when there are too many.
     """
 
     def __init__(self, path: str):
         super().__init__(path)
-        self.files: dict[str, MmapFile] = {}
+        self.files: dict[str, dict[int, MmapFile]] = defaultdict(dict)
         # Mapped bytes that remain after a release, such as those of other stores.
         self._baseline_bytes = _mapped_bytes()
 
     def open(self, path: str) -> MmapFile:
-        """Open and map the file at `path` in the store; FileNotFoundError if it does not exist."""
-        if len(self.files) >= max_open_files():
-            self.files.clear()
-        self.files[path] = file = MmapFile(path, self)
-        return file
+        """Open and map the file at `path` in the store, for `files`; FileNotFoundError if it does not exist."""
+        if sum(map(len, self.files.values())) >= max_open_files():
+            for files in self.files.values():
+                files.clear()
+        return MmapFile(path, self)
 
     def release_excess(self) -> None:
         """Release mapped pages if there are more than allowed."""
         if _mapped_bytes() - self._baseline_bytes > MAX_MAPPED_BYTES:
-            for file in list(self.files.values()):
-                if file.map:
-                    file.map.madvise(mmap.MADV_DONTNEED)
+            for files in list(self.files.values()):
+                for file in list(files.values()):
+                    if file.map:
+                        file.map.madvise(mmap.MADV_DONTNEED)
             self._baseline_bytes = _mapped_bytes()
 
 
@@ -151,6 +153,7 @@ class LocalArray:
         codec, file_shape = array.metadata.codecs[0], array.shards or array.chunks
         self._is_sharded = isinstance(codec, ShardingCodec)
         self._is_compressed = self._is_sharded and len(codec.codecs) > 1
+        self._files = folder.files[array.path]
         self._folder, self._path, self._suffix = folder, array.path, ".0" * (array.ndim - 1)
         self._rows_per_file, self._n_rows = prod(file_shape[:n_leading]), prod(array.shape[:n_leading])
         self.shape, self.dtype = array.shape[n_leading:], array.dtype
@@ -163,10 +166,9 @@ class LocalArray:
             StoreError: a file is missing or damaged, or a row was never written.
         """
         self._folder.release_excess()
-        locations, files = [], self._folder.files
+        locations = []
         for number, row in [divmod(row, self._rows_per_file) for row in rows]:
-            path = f"{self._path}/c.{number}{self._suffix}"
-            file = files.get(path) or self._open(path, number)
+            file = self._files.get(number) or self._open(number)
             start, length = (row * self._row_bytes, self._row_bytes)
             if file.index is not None:
                 start, length = file.index[row].tolist()
@@ -216,15 +218,15 @@ class LocalArray:
         self.locate(range(self._n_rows))
         plain_offsets = np.arange(self._rows_per_file, dtype="<u8") * self._row_bytes
         for number in range(-(-self._n_rows // self._rows_per_file) if self._is_sharded else 0):
-            file = self._open(f"{self._path}/c.{number}{self._suffix}", number)
-            n_rows = self._rows_in_file(number)
+            file, n_rows = self._open(number), self._rows_in_file(number)
             index = self._read_index(file)[:n_rows]
             if (index[:, 0] == EMPTY).any():
                 raise self._damaged(file.path, "rows were never written")
             if not self._is_compressed and not np.array_equal(index[:, 0], plain_offsets[:n_rows]):
                 raise self._damaged(file.path, "its rows are not in order without gaps")
 
-    def _open(self, path: str, number: int) -> MmapFile:
+    def _open(self, number: int) -> MmapFile:
+        path = f"{self._path}/c.{number}{self._suffix}"
         try:
             file = self._folder.open(path)
         except FileNotFoundError:
@@ -239,6 +241,7 @@ class LocalArray:
         # The contract fixes the offsets of rows: reading the index of every file would make a cold start slow.
         if self._is_compressed or len(file.content) != plain_size:
             file.index = self._read_index(file)
+        self._files[number] = file  # only now: another thread may read it at once
         return file
 
     def _rows_in_file(self, number: int) -> int:

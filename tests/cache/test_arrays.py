@@ -98,7 +98,7 @@ def test_read_from_more_files_than_may_be_open_closes_some(tmp_path, monkeypatch
     order = np.random.default_rng(0).permutation(40)
     expected = all_values(small_schema(samples=40, shard_size=2), "level0/features").astype("float16")[order]
     np.testing.assert_array_equal(features.read("level0/features", order), expected)
-    assert 1 <= len(features._folder.files) <= 6
+    assert 1 <= sum(map(len, features._folder.files.values())) <= 6
 
 
 def test_read_beyond_max_mapped_bytes_releases_pages(tmp_path, monkeypatch):
