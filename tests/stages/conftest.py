@@ -26,6 +26,7 @@ SMALL = {
         "models": ["raw", "lite0", "csmask_b4+lite0"],
     },
     "datasets": {"sample-trees": {"chip": 128}},
+    "composition": {"top_k": 2},
     "heads": {"linear": {"steps": 20}, "upernet": {"steps": 4, "channels": 4}},
     "search": {"trials": 2, "trials_per_round": 1},
     "train": {"seeds": 2},
