@@ -82,7 +82,7 @@ def test_load_sections_are_read_only(params):
 
 
 def test_composition_backbones_random_controls_only_if_named(params, load_changed):
-    assert params.composition_backbones() == ["raw", "csmask_b4", "lite0"]
+    assert params.composition_backbones() == ["raw", "lite0", "lite2"]
     changed = load_changed(nested("composition.backbones", ["lite0", "lite0_random"]))
     assert changed.composition_backbones() == ["lite0", "lite0_random"]
 
@@ -296,7 +296,7 @@ def test_load_absent_or_invalid_file_is_refused(tmp_path):
         (lambda c: c["grid"]["students"].append("tiny"), "students", "tiny"),
         (lambda c: c["grid"]["models"].append("lite0+hiera"), "backbones", "hiera"),
         (lambda c: c["grid"]["models"].append("lite0+lite0"), "grid.models", "lite0+lite0"),
-        (lambda c: c["grid"]["models"].append("lite0+csmask_b4"), "grid.models", "lite0+csmask_b4"),
+        (lambda c: c["grid"]["models"].append("lite2+lite0"), "grid.models", "lite2+lite0"),
         (lambda c: c["grid"]["backbones"].remove("lite0"), "grid.models", "lite0"),
         (lambda c: c["grid"]["finetune"].append("hiera_200m"), "grid.finetune", "hiera_200m"),
         (lambda c: c["grid"]["finetune"].append("raw+lite0"), "grid.finetune", "raw+lite0"),
