@@ -27,6 +27,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import rasterio
@@ -189,7 +190,7 @@ def write_tiffs(images: xr.Dataset, folder: Path) -> None:
 class FrozenBackbone(torch.nn.Module):
     """A backbone of terratorch, always in evaluation mode, else its BatchNorm would be updated."""
 
-    out_channels = (24, 40, 112, 320)  # of lite0
+    out_channels: ClassVar = [24, 40, 112, 320]  # of lite0
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()

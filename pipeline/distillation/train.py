@@ -23,7 +23,7 @@ from pipeline.distillation.teacher import CachedTeacher
 from pipeline.tasks import Task, counts_from_table
 from pipeline.training import predictions
 from pipeline.training.loop import HParams, TrainSchedule, batch_order
-from pipeline.training.optim import BETAS, EPSILON, parameter_groups, warm_cosine
+from pipeline.training.optim import NetworkAdamW, warm_cosine
 from pipeline.training.protocol import ProtocolResult, search
 from pipeline.training.task_data import task_from_store
 
@@ -172,16 +172,14 @@ def train(
     """
     student = student.to(setup.device).to(memory_format=torch.channels_last).train()
     modules = torch.nn.ModuleList([student, *([projectors.to(setup.device)] if projectors else [])])
-    groups = parameter_groups(modules, hparams.learning_rate, hparams.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(setup.schedule.steps))
+    optimizer = NetworkAdamW(modules, hparams.learning_rate, hparams.weight_decay)
+    lr_factor = warm_cosine(setup.schedule.steps)
     rows, generator = setup.training_rows(variant), np.random.default_rng(hparams.seed)
-    for positions in batch_order(len(rows), setup.schedule, hparams.seed).numpy():
+    for step, positions in enumerate(batch_order(len(rows), setup.schedule, hparams.seed).numpy()):
         views = draw_views(setup, len(positions), generator)
         optimizer.zero_grad()
         _loss(student, projectors, setup, variant, rows[positions], views).backward()
-        optimizer.step()
-        scheduler.step()
+        optimizer.step(lr_factor(step))
     return student.eval()
 
 

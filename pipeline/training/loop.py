@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pipeline.heads.config import HeadGroup
 from pipeline.tasks import Task
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
-from pipeline.training.optim import BETAS, EPSILON, StackedAdamW, parameter_groups, warm_cosine
+from pipeline.training.optim import NetworkAdamW, StackedAdamW, warm_cosine
 from pipeline.training.parallel import GraphedStep, cuda_streams, deterministic_cudnn, parallel_map
 from pipeline.training.predictions import evaluate_groups, evaluate_in_memory, select_rows
 
@@ -63,9 +63,12 @@ class HeadTrainer:
 
     def __init__(self, group: HeadGroup, hparams: Sequence[HParams], task: Task, schedule: TrainSchedule):
         self.group, self.task, self.schedule, self.hparams = group, task, schedule, list(hparams)
-        self.optimizer = create_optimizer(group, hparams)
-        for parameter_group in self.optimizer.param_groups:
-            parameter_group["initial_lr"] = parameter_group["lr"]
+        rates, decays = [head.learning_rate for head in hparams], [head.weight_decay for head in hparams]
+        self.optimizer = (
+            StackedAdamW(group.parameter_heads(), rates, decays)
+            if group.is_stacked
+            else NetworkAdamW(group, rates[0], decays[0])
+        )
         self.lr_factor, self.steps = warm_cosine(schedule.steps), 0
         self.best_scores = np.full(len(hparams), -np.inf)
         self.checks_since_best = np.zeros(len(hparams), dtype=int)
@@ -90,12 +93,7 @@ class HeadTrainer:
         self.optimizer.zero_grad()
         for heads, logits in self.group.forward_heads(inputs, index):
             self.task.loss(logits, label[heads]).sum().backward()
-        self.scale_learning_rates(lr_factor)
-        self.optimizer.step()
-
-    def scale_learning_rates(self, lr_factor: float | torch.Tensor) -> None:
-        for parameter_group in self.optimizer.param_groups:
-            parameter_group["lr"] = parameter_group["initial_lr"] * lr_factor
+        self.optimizer.step(lr_factor)
 
     def is_check_due(self) -> bool:
         """Whether the validation split is to be evaluated after this step."""
@@ -169,16 +167,6 @@ def fit(
     for trainer in trainers:
         trainer.restore_best()
     return group.eval()
-
-
-def create_optimizer(group: HeadGroup, hparams: Sequence[HParams]) -> torch.optim.Optimizer:
-    """Return AdamW for an independent group."""
-    rates, decays = [head.learning_rate for head in hparams], [head.weight_decay for head in hparams]
-    if group.is_stacked:
-        return StackedAdamW(group.parameter_heads(), rates, decays)
-    groups = parameter_groups(group, rates[0], decays[0])
-    is_cuda = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, fused=True, capturable=is_cuda)
 
 
 def batch_order(n_samples: int, schedule: TrainSchedule, seed: int) -> torch.Tensor:
@@ -260,8 +248,7 @@ def _run_graphed(trainer: HeadTrainer, step: GraphedStep, validation: SplitData 
         trainer.steps += 1
         trainer.validate_if_due(validation)
         yield 1
-    trainer.optimizer.zero_grad()  # gradients and learning rates are in the graph's memory
-    trainer.scale_learning_rates(1.0)
+    trainer.optimizer.zero_grad()  # the gradients are in the graph's memory
 
 
 def _train_streamed(
