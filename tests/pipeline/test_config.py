@@ -81,10 +81,12 @@ def test_load_sections_are_read_only(params):
         params.train.seeds = 3
 
 
-def test_composition_backbones_random_controls_only_if_named(params, load_changed):
+def test_composition_backbones_random_controls_only_if_named(params):
+    with_control = dataclasses.replace(params.grid, backbones=(*params.grid.backbones, "lite0_random"))
+    params = dataclasses.replace(params, grid=with_control)
     assert params.composition_backbones() == ["raw", "lite0", "lite2"]
-    changed = load_changed(nested("composition.backbones", ["lite0", "lite0_random"]))
-    assert changed.composition_backbones() == ["lite0", "lite0_random"]
+    named = dataclasses.replace(params.composition, backbones=("lite0", "lite0_random"))
+    assert dataclasses.replace(params, composition=named).composition_backbones() == ["lite0", "lite0_random"]
 
 
 def test_variants_always_include_supervised(params):
