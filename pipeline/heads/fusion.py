@@ -94,12 +94,8 @@ def register_fusion(name: str, fusion: type[Fusion]) -> None:
 def get_fusion(name: str) -> Fusion:
     """Return a fusion method by its name, or raise UserError."""
     if name not in FUSIONS:
-        raise UserError(
-            f"heads.fusion is '{name}'. Choose one of: {', '.join(FUSIONS)}.",
-            key="heads.fusion",
-            value=name,
-            allowed=FUSIONS,
-        )
+        message = f"heads.fusion is '{name}'. Choose one of: {', '.join(FUSIONS)}."
+        raise UserError(message, key="heads.fusion", value=name, allowed=FUSIONS)
     return FUSIONS[name]()
 
 
@@ -207,12 +203,6 @@ class LearnedPyramid(nn.Module):
 
     The same network and parameter names as `LearnedInterpolateToPyramidal` of terratorch 1.2; a test compares the
     outputs. It is a copy because terratorch takes 6 to 10 s to import.
-
-    Args:
-        channels: of the four levels.
-
-    Attributes:
-        channels: of the four resampled levels.
     """
 
     def __init__(self, channels: Sequence[int]):
@@ -231,11 +221,8 @@ class LearnedPyramid(nn.Module):
 
     def shapes(self, height: int, width: int) -> list[LevelShape]:
         """Return the shapes of the resampled levels for a grid of `height` and `width`."""
-        scales = (4, 2, 1, 0.5)
-        return [
-            (count, int(height * scale), int(width * scale))
-            for count, scale in zip(self.channels, scales, strict=True)
-        ]
+        scales = zip(self.channels, (4, 2, 1, 0.5), strict=True)
+        return [(count, int(height * scale), int(width * scale)) for count, scale in scales]
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Resample levels (batch, channel, y, x) of one grid to a pyramid, finest first."""

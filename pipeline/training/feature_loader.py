@@ -33,9 +33,6 @@ StoreArray = tuple[FeatureStore, str]
 ChannelStats = tuple[np.ndarray, np.ndarray]
 
 
-# Selection of arrays
-
-
 def select_pooled(
     stores: Sequence[FeatureStore], depth: str, tokens: str, levels: Sequence[int] = ()
 ) -> list[list[StoreArray]]:
@@ -85,17 +82,12 @@ def _select_names(names: Sequence[str], levels: Sequence[int]) -> list[str]:
     """Select the names of some levels, in the order of the levels; empty `levels` for all."""
     if invalid := [level for level in levels if not -len(names) <= level < len(names)]:
         choice = f"from 0 (finest) to {len(names) - 1}, or count from -1, the deepest" if len(names) > 1 else "0"
+        message = f"heads.levels has level {invalid[0]}, but a backbone of this model has {len(names)}: "
+        allowed = range(-len(names), len(names))
         raise StoreError(
-            f"heads.levels has level {invalid[0]}, but a backbone of this model has {len(names)}: "
-            f"{', '.join(names)}. Choose {choice}.",
-            key="heads.levels",
-            value=invalid[0],
-            allowed=range(-len(names), len(names)),
+            f"{message}{', '.join(names)}. Choose {choice}.", key="heads.levels", value=invalid[0], allowed=allowed
         )
     return [names[index] for index in sorted({level % len(names) for level in levels})] if levels else list(names)
-
-
-# Standardization
 
 
 def channel_stats(array: StoreArray, train_rows: np.ndarray) -> ChannelStats:
@@ -142,20 +134,13 @@ def read_finite(store: FeatureStore, name: str, rows: np.ndarray) -> np.ndarray:
 
 def nonfinite_error(store: FeatureStore, name: str) -> StoreError:
     """Return the error for an array with non-finite values."""
-    return StoreError(
-        f"{store.location}: {name} has non-finite values (NaN or Inf). {VERIFY_HINT}; if it is undamaged, extract in "
-        "float32.",
-        key=name,
-        path=_local_path(store),
-    )
+    message = f"{store.location}: {name} has non-finite values (NaN or Inf). {VERIFY_HINT}"
+    return StoreError(f"{message}; if it is undamaged, extract in float32.", key=name, path=_local_path(store))
 
 
 def _local_path(store: FeatureStore) -> Path | None:
     """Folder of a store; None for one at a remote address."""
     return store.location if isinstance(store.location, Path) else None
-
-
-# Batches and splits
 
 
 class FeatureLoader:

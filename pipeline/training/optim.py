@@ -12,7 +12,7 @@ WARM_UP = 0.1
 
 
 class StackedAdamW:
-    """AdamW (Loshchilov & Hutter, ICLR 2019) for parameters (head, …); each head has its own hyperparameters.
+    """AdamW (Loshchilov & Hutter, ICLR 2019) for several heads, each with its own hyperparameters.
 
     Args:
         parameters: each (head, …), and whether weight decay applies to it.
@@ -52,9 +52,9 @@ class StackedAdamW:
 
 
 class NetworkAdamW:
-    """AdamW for one network, by torch's function: its class imports torch's compiler, which takes 1.5 s a process.
+    """AdamW for one network: weights decay, biases and normalization do not.
 
-    Weights decay; biases and normalization do not.
+    It calls torch's function, because torch's class imports torch's compiler, which takes 1.5 s a process.
     """
 
     def __init__(self, network: torch.nn.Module, learning_rate: float, weight_decay: float):

@@ -45,7 +45,7 @@ class ProtocolResult:
         runs: one row per seed.
         predicted: one row per seed and test sample (pipeline/training/predictions.py).
         group: the trained models of all seeds: a group of heads, or a list of students.
-        best_index: index of the model with the best validation score.
+        best_index: of the model with the best validation score.
     """
 
     runs: pd.DataFrame

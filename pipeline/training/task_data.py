@@ -149,10 +149,8 @@ def open_aligned(stores: Mapping[Path, str | None], images_path: Path) -> tuple[
     """
     for path in stores:
         if not Path(path).exists():
-            raise StoreError(
-                f"There is no feature store at {path}. Run: dvc repro extract@{path.parent.name}-{path.stem}",
-                path=path,
-            )
+            stage = f"extract@{path.parent.name}-{path.stem}"
+            raise StoreError(f"There is no feature store at {path}. Run: dvc repro {stage}", path=path)
     members = [FeatureStore(path) for path in stores]
     check_aligned(members)
     images = image_store.open_images(images_path)
@@ -180,13 +178,8 @@ def task_from_store(images: xr.Dataset) -> Task:
 def balanced_weights(label: np.ndarray, task: Task) -> tuple[float, ...]:
     """Return a weight per class, inverse to its frequency in the training labels; 1 for absent classes."""
     if task.is_multilabel:
-        raise UserError(
-            "heads.class_weights is 'balanced', which is for one class per sample or pixel; this dataset is "
-            "multi-label. Set it to 'none'.",
-            key="heads.class_weights",
-            value="balanced",
-            allowed=["none"],
-        )
+        message = "heads.class_weights is 'balanced', but this dataset is multi-label. Set it to 'none'."
+        raise UserError(message, key="heads.class_weights", value="balanced", allowed=["none"])
     count = task.class_frequencies(label)
     is_present = count > 0
     weights = np.where(is_present, count.sum() / (is_present.sum() * np.maximum(count, 1)), 1.0)
@@ -200,8 +193,8 @@ def _check_labelled(images: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
         batches = (index[start : start + MASKS_PER_READ] for start in range(0, len(index), MASKS_PER_READ))
         if not any((images.label[batch].values != IGNORE).any() for batch in batches):
             raise UserError(
-                f"The split {split} has {len(index)} masks without a labelled pixel: all values are {IGNORE}, which "
-                "is ignored. Change the dataset's splits, seed or block in params.yaml, or add labels.",
+                f"No mask of the split {split} has a labelled pixel: all values are {IGNORE}, which is ignored. "
+                "Change the dataset's splits, seed or block in params.yaml, or add labels.",
                 key="split",
                 value=split,
             )
