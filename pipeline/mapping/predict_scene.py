@@ -33,8 +33,9 @@ from pipeline.mapping.tiling import COG_TILE, NODATA, MappingJob, output_blocks,
 # Overlap of neighbouring tiles as a fraction of a tile. The resolution of models with one prediction
 # per chip is the stride of their tiles.
 DENSE_OVERLAP, CHIP_OVERLAP = 0.25, 0.5
-# GDAL's own default is a fraction of the machine's memory.
-GDAL_CACHE_MB = 32
+# GDAL's own default is a fraction of the machine's memory. rasterio takes bytes: with 32 of them a window of 13 JPEG
+# 2000 files took 51 s instead of .8 s.
+GDAL_CACHE_BYTES = 32 * 2**20
 
 
 def plan_mapping(scene: Scene, predictor: Predictor) -> MappingJob:
@@ -68,7 +69,7 @@ def predict_scene(scene: Scene, predictor: Predictor, folder: Path) -> dict:
     for stale_folder in set(partial.glob("*")) - {block_folder}:  # of another scene, model or version of the code
         shutil.rmtree(stale_folder, ignore_errors=True)
     block_folder.mkdir(parents=True, exist_ok=True)
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB):
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES):
         _predict_missing_blocks(job, block_folder)
         with atomic_dir(partial / "map", folder) as map_folder:
             metadata = _publish(job, block_folder, map_folder)
