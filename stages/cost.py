@@ -30,7 +30,7 @@ def _costs(params: config.Params, dataset: str) -> pd.DataFrame:
 
 
 def _load_students(params: config.Params, dataset: str, device: str) -> dict:
-    # as above
+    # torch takes 3 s to import; a dataset without students needs none of it
     from pipeline import cost as costs
     from pipeline.distillation.student import load_student
 
@@ -47,7 +47,7 @@ def _load_models(params: config.Params, images: xr.Dataset, dataset: str, device
     So a change of the training measures nothing again. Models with random weights are excluded: they cost as much as
     the same networks with trained weights.
     """
-    # as above
+    # torch takes 3 s to import; a dataset without students needs none of it
     from pipeline import cost as costs
     from pipeline.training import protocol, task_data
 

@@ -15,8 +15,8 @@ def resolve(dataset: str) -> None:
     """Write data/models/<dataset>/<model>.json and data/selected/<dataset>.json.
 
     The first is of every model of the grid. The second lists the ensembles that the composition search selected and
-    the grid lacks. The stages that train
-    heads depend on these files: they hold what decides a head's inputs and settings, and nothing else of params.yaml.
+    the grid lacks. The stages that train heads depend on these files: they hold what decides a head's inputs and
+    settings, and nothing else of params.yaml.
     """
     params = config.load()
     params.dataset(dataset)

@@ -132,6 +132,18 @@ def test_plan_after_a_model_is_added_tunes_it_alone(job):
     assert planned == {f"tune@{dataset}-raw+lite0" for dataset in DATASETS}
 
 
+def test_plan_after_new_features_of_a_backbone_in_no_model_reads_its_weights_again(job):
+    """A student may start from the weights of such a backbone."""
+    manifest = job.folder / f"data/manifests/{TREES}/csmask_b4.json"
+    text = manifest.read_text()
+    manifest.unlink()  # DVC links it to its cache
+    manifest.write_text(text + " ")
+    planned = job.planned("teacher")
+    manifest.write_text(text)
+    assert f"teacher@{TREES}" in planned
+    assert f"teacher@{SEGMENTATION}" not in planned
+
+
 def test_plan_after_a_backbones_change_extracts_it_alone(job):
     with job.changed({"backbones": {"lite0": {"input_size": 96}}}):
         extracted = {name for name in job.planned("extract") if name.startswith("extract")}
