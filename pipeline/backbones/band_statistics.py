@@ -15,12 +15,9 @@ from pipeline.config import BackboneConfig
 
 
 class CellStatistics(torch.nn.Module):
-    """Mean and standard deviation of each band, over cells and over the chip.
+    """Mean and standard deviation of each band of images (batch, band, y, x), over cells and over the chip.
 
-    It takes images (batch, band, y, x).
-
-    Args:
-        strides: sides of the cells of each level, in pixels.
+    Cells of a level are squares of `strides[level]` pixels.
     """
 
     def __init__(self, strides: tuple[int, ...]):
@@ -35,7 +32,6 @@ class CellStatistics(torch.nn.Module):
 def create_network(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
 ) -> CellStatistics:
-    """Build the module; see `FamilyModule`. Nothing is loaded."""
     return CellStatistics(spec.strides)
 
 

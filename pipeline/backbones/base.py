@@ -1,8 +1,8 @@
 """Backbones: specification, input bands, feature pyramids, and the registry of families.
 
 A backbone is one network with its weights and its preprocessing. Networks that share code are a family, such as
-`hiera`. To add a family inside this package, write one module with `create_network` and add an entry to
-pipeline/backbones/catalog.py. From outside, call `register_family`.
+`hiera`. To add a family inside this package, write one module with `create_network`, and add it to `FAMILIES` in
+catalog.py and its variants to catalog.yaml. From outside, call `register_family`.
 
 torch is not imported here: stages that skip a backbone, or only fetch its weights, need its specification alone.
 """
@@ -69,9 +69,6 @@ class BackboneSpec:
         return Path(self.weights.file).name if self.weights else None
 
 
-# Feature pyramids
-
-
 @dataclass(frozen=True)
 class FeaturePyramid:
     """Features of one batch.
@@ -94,21 +91,16 @@ class FeaturePyramid:
     def from_tokens(cls, outputs: "Sequence[torch.Tensor]") -> "FeaturePyramid":
         """Make a pyramid of a vision transformer's outputs: maps, means, and class tokens `cls_level<i>`.
 
-        Args:
-            outputs: tensors (batch, token, channel). The patches are a square grid in reading order; if there is one
-                more token, it is the class token and comes first.
-
-        Raises:
-            ValueError: the tokens are neither a square grid nor a square grid and a class token.
+        The outputs are (batch, token, channel): patches of a square grid in reading order, which one class token may
+        precede. Raises ValueError for any other number of tokens.
         """
         n_tokens = outputs[0].shape[1]
         side = int(n_tokens**0.5)
         n_class_tokens = n_tokens - side * side
         if n_class_tokens not in (0, 1):
             raise ValueError(f"{n_tokens} tokens are neither a square grid nor one with a class token")
-        pyramid = cls.from_maps(
-            [tokens[:, n_class_tokens:].transpose(1, 2).unflatten(2, (side, side)) for tokens in outputs]
-        )
+        patches = [tokens[:, n_class_tokens:].transpose(1, 2).unflatten(2, (side, side)) for tokens in outputs]
+        pyramid = cls.from_maps(patches)
         if n_class_tokens:
             pyramid.pooled.update({f"cls_level{index}": tokens[:, 0] for index, tokens in enumerate(outputs)})
         return pyramid
@@ -117,9 +109,6 @@ class FeaturePyramid:
         """Return all tensors by the names of their arrays in a feature store, levels first."""
         levels = {level_array(index): level for index, level in enumerate(self.levels)}
         return levels | {pooled_array(name): vector for name, vector in self.pooled.items()}
-
-
-# Input bands
 
 
 @dataclass(frozen=True)
@@ -145,16 +134,11 @@ class MissingBandsError(UserError):
 def match_bands(
     name: str, spec: BackboneSpec, image_bands: Sequence[Band], input_size: int, requested: Sequence[str | float] = ()
 ) -> InputBands:
-    """Match a backbone's input bands to the images' bands.
+    """Match the input bands of the backbone `name` to the images' bands.
 
-    Every required band must be present; an absent optional band is dropped; a network that takes any bands gets all
-    optical ones.
-
-    Args:
-        name: the backbone's name, for messages.
-        image_bands: the images' bands, in order.
-        requested: bands from params.yaml that replace the backbone's own, by name or wavelength. They are assigned to
-            the network's inputs by name if it has all of them, else in order.
+    An absent optional band is dropped; a network that takes any bands gets all optical ones. Bands `requested` in
+    params.yaml, by name or wavelength, replace the backbone's own. They are assigned to the network's inputs by name
+    if it has all of them, else in order.
 
     Raises:
         MissingBandsError: a required or requested band is absent.
@@ -172,12 +156,8 @@ def match_bands(
     pairs = list(zip(input_names, indices, strict=True))
     if missing := [str(input_name) for input_name, index in pairs if index is None and input_name in required]:
         available = [band.common_name for band in image_bands]
-        raise MissingBandsError(
-            f"{name} needs the bands {', '.join(missing)}; these images have {', '.join(available)}.",
-            key=f"backbones.{name}.bands",
-            value=missing,
-            allowed=available,
-        )
+        message = f"{name} needs the bands {', '.join(missing)}; these images have {', '.join(available)}."
+        raise MissingBandsError(message, key=f"backbones.{name}.bands", value=missing, allowed=available)
     matches = [(str(input_name), index) for input_name, index in pairs if index is not None]
     if spec.bands:
         matches.sort(key=lambda match: spec.bands.index(match[0]))
@@ -214,10 +194,8 @@ def _order_custom_bands(
     raise UserError(
         f"{name} takes the bands {', '.join(spec.bands)}{'' if spec.required is None else ' or some of them'}; its "
         f"bands in params.yaml are {', '.join(map(str, requested))}. Name as many bands as it takes.",
-        key=f"backbones.{name}.bands",
-        value=requested,
-        allowed=spec.bands,
-    )
+        key=f"backbones.{name}.bands", value=requested, allowed=spec.bands,
+    )  # fmt: skip
 
 
 def match_images(images: "xr.Dataset", name: str, backbone: BackboneConfig, spec: BackboneSpec) -> InputBands:
@@ -233,21 +211,15 @@ def match_images(images: "xr.Dataset", name: str, backbone: BackboneConfig, spec
         raise MissingBandsError(
             f"{name} needs reflectance, and these images are 8-bit RGB photographs ('{units}'). Set its "
             "normalisation to dataset to use them as they are.",
-            key=f"backbones.{name}.normalisation",
-            value=backbone.normalisation,
-            allowed=("dataset",),
-        )
+            key=f"backbones.{name}.normalisation", value=backbone.normalisation, allowed=("dataset",),
+        )  # fmt: skip
     if spec.input_units == "display" and not is_display and not images.attrs.get("display"):
         raise UserError(
             f"{name} needs RGB images, and these images are in '{units}' without a declared stretch. Set 'display' "
             "(the reflectances shown as black and white) in the dataset's source.",
-            key="display",
-            value=images.attrs.get("display"),
-        )
+            key="display", value=images.attrs.get("display"),
+        )  # fmt: skip
     return input_bands
-
-
-# Registry
 
 
 class FamilyModule(Protocol):
@@ -264,8 +236,6 @@ class FamilyModule(Protocol):
 
         Args:
             backbone: with `variant` and `weights` (`pretrained`, `random` or `none`); torch's generator is seeded.
-            spec: from the family's table, or from params.yaml.
-            input_bands: the bands and the size of the images.
             weights_dir: folder with the file `spec.weights_file`, if the weights are pretrained.
         """
 
@@ -293,48 +263,40 @@ _FAMILIES: dict[str, BackboneFamily] = {}
 def register_family(name: str, family: BackboneFamily) -> None:
     """Make a family available to params.yaml under `name`, in this process and those that it forks.
 
-    Raises:
-        ValueError: the name belongs to another family.
+    Raises ValueError: the name belongs to another family.
     """
     if _FAMILIES.setdefault(name, family) is not family:
         raise ValueError(f"There is a backbone family '{name}' already: {_FAMILIES[name].module}")
 
 
 def get_family(name: str) -> BackboneFamily:
-    """Return a registered family.
-
-    Raises:
-        UserError: unknown name.
-    """
+    """Return a registered family; UserError for an unknown name."""
     if name not in _FAMILIES:
-        raise UserError(
-            f"Unknown backbone family '{name}'. Known families: {', '.join(_FAMILIES)}.",
-            key="family",
-            value=name,
-            allowed=_FAMILIES,
-        )
+        message = f"Unknown backbone family '{name}'. Known families: {', '.join(_FAMILIES)}."
+        raise UserError(message, key="family", value=name, allowed=_FAMILIES)
     return _FAMILIES[name]
 
 
 def get_spec(backbone: BackboneConfig) -> BackboneSpec:
     """Return the specification of a backbone that params.yaml names.
 
-    Raises:
-        UserError: unknown family or variant, or keys of params.yaml that do not fit it.
+    Raises UserError: unknown family or variant, or keys of params.yaml that do not fit it.
     """
     family = get_family(backbone.family)
     if family.spec_from_config:
         spec = family.spec_from_config(backbone)
     elif backbone.variant in family.variants:
-        spec = _catalog_spec(family.variants[backbone.variant], backbone)
+        spec = family.variants[backbone.variant]
+        for key in ("input_units", "layers", "options"):
+            if value := getattr(backbone, key):
+                message = f"Family '{backbone.family}' defines its own {key}; remove {key} from params.yaml."
+                raise UserError(message, key=key, value=value)
+        if backbone.hub:
+            spec = dataclasses.replace(spec, weights=backbone.hub)
     else:
-        raise UserError(
-            f"Unknown variant '{backbone.variant}' of family '{backbone.family}'. Known variants: "
-            f"{', '.join(family.variants)}.",
-            key="variant",
-            value=backbone.variant,
-            allowed=family.variants,
-        )
+        variants = ", ".join(family.variants)
+        message = f"Unknown variant '{backbone.variant}' of family '{backbone.family}'. Known variants: {variants}."
+        raise UserError(message, key="variant", value=backbone.variant, allowed=family.variants)
     _check_spec(spec, backbone, family)
     return spec
 
@@ -352,22 +314,11 @@ def create_backbone(
     return network.eval().requires_grad_(False)
 
 
-def _catalog_spec(spec: BackboneSpec, backbone: BackboneConfig) -> BackboneSpec:
-    for key in ("input_units", "layers", "options"):
-        if value := getattr(backbone, key):
-            message = f"Family '{backbone.family}' defines its own {key}; remove {key} from params.yaml."
-            raise UserError(message, key=key, value=value)
-    if backbone.hub:
-        return dataclasses.replace(spec, weights=backbone.hub)
-    return spec
-
-
 def _check_spec(spec: BackboneSpec, backbone: BackboneConfig, family: BackboneFamily) -> None:
     def refuse(key: str, problem: str, allowed: tuple[str, ...] | None = None) -> None:
         value, choices = getattr(backbone, key), f" Set it to {' or '.join(allowed)}." if allowed else ""
-        raise UserError(
-            f"{backbone.variant} has {key}: {value}; {problem}.{choices}", key=key, value=value, allowed=allowed
-        )
+        message = f"{backbone.variant} has {key}: {value}; {problem}.{choices}"
+        raise UserError(message, key=key, value=value, allowed=allowed)
 
     multiple = max(spec.strides, default=1)
     if backbone.input_size % multiple:

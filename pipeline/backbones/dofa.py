@@ -7,67 +7,37 @@ with the dataset's statistics.
 
 from pathlib import Path
 
-import torch
 from terratorch.models.backbones.dofa_vit import resize_pos_embed
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-from pipeline.backbones.base import BackboneSpec, FeaturePyramid, InputBands
+from pipeline.backbones.base import BackboneSpec, InputBands
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint
+from pipeline.backbones.encoder import PyramidNetwork, compute_in_float32
 from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
 
 PATCH_SIZE = 16
 
 
-class Dofa(torch.nn.Module):
-    """DOFA with the wavelengths of its bands.
-
-    Args:
-        wrapper: terratorch's backbone around torchgeo's network.
-    """
-
-    def __init__(self, wrapper: torch.nn.Module):
-        super().__init__()
-        self.wrapper = wrapper
-        embed = wrapper.dofa_model.patch_embed
-        forward = embed.forward
-
-        def forward_in_float32(image, wavelengths):
-            # bfloat16 rounds the wavelengths of neighbouring bands to the same value.
-            with torch.autocast(image.device.type, enabled=False):
-                return forward(image.float(), wavelengths)
-
-        embed.forward = forward_in_float32
-
-    def forward(self, image: torch.Tensor) -> FeaturePyramid:
-        return FeaturePyramid.from_tokens(self.wrapper(image))
-
-
-def create_network(backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path) -> Dofa:
-    """Build the network for images of `input_bands.input_size` pixels; see `FamilyModule`.
-
-    Raises:
-        UserError: a band without a wavelength, or weights that do not fit.
-    """
-    wrapper = TERRATORCH_BACKBONE_REGISTRY.build(
-        backbone.variant,
-        model_bands=[],  # the wavelengths are set below
-        pretrained=False,
-        out_indices=list(spec.layer_indices),
-        img_size=input_bands.input_size,
-    )
+def create_network(
+    backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
+) -> PyramidNetwork:
+    """Build the network for images of `input_bands.input_size` pixels; UserError for a band without a wavelength."""
     if None in input_bands.wavelengths:
         name = input_bands.input_names[input_bands.wavelengths.index(None)]
         raise UserError(
             f"DOFA needs the wavelength of every band, and '{name}' has none. Choose optical bands as the backbone's "
             "bands in params.yaml.",
-            key="bands",
-            value=name,
-        )
-    wrapper.wavelengths = list(input_bands.wavelengths)
+            key="bands", value=name,
+        )  # fmt: skip
+    wrapper = TERRATORCH_BACKBONE_REGISTRY.build(
+        backbone.variant, model_bands=[], pretrained=False, out_indices=list(spec.layer_indices),
+        img_size=input_bands.input_size,
+    )  # fmt: skip
+    wrapper.wavelengths, network = list(input_bands.wavelengths), wrapper.dofa_model
     if backbone.weights == "pretrained":
-        path = Path(weights_dir) / spec.weights_file
-        tensors, network = dict(read_checkpoint(path)), wrapper.dofa_model
+        path = weights_dir / spec.weights_file
+        tensors = dict(read_checkpoint(path))
         if "pos_embed" in tensors and tensors["pos_embed"].shape != network.pos_embed.shape:
             pretrained_side, side = int(tensors["pos_embed"].shape[1] ** 0.5), input_bands.input_size // PATCH_SIZE
             tensors["pos_embed"] = resize_pos_embed(
@@ -75,4 +45,5 @@ def create_network(backbone: BackboneConfig, spec: BackboneSpec, input_bands: In
             )
         # The file is of the masked autoencoder, which has neither the classifier nor the normalisation before it.
         load_strict(network, tensors, path, allow_missing=lambda name: name.startswith(("fc_norm.", "head.")))
-    return Dofa(wrapper)
+    compute_in_float32(network.patch_embed)  # its wavelengths
+    return PyramidNetwork(wrapper)

@@ -18,8 +18,9 @@ import torch
 from segmentation_models_pytorch.encoders import get_encoder
 from torch.nn import functional
 
-from pipeline.backbones.base import BackboneSpec, FeaturePyramid, InputBands
+from pipeline.backbones.base import BackboneSpec, InputBands
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint
+from pipeline.backbones.encoder import PyramidNetwork
 from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
 
@@ -34,28 +35,13 @@ _INNER_LAYERS = {
 }  # fmt: skip
 _FIRST_STAGE_LAYERS = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 
-# (network, images) → maps of four levels
-LevelFunction = Callable[[torch.nn.Module, torch.Tensor], Sequence[torch.Tensor]]
-
-
-class EfficientNetLevels(torch.nn.Module):
-    """An EfficientNet, from images (batch, band, y, x) to a pyramid of strides 4, 8, 16 and 32."""
-
-    def __init__(self, network: torch.nn.Module, level_function: LevelFunction):
-        super().__init__()
-        self.network, self.level_function = network, level_function
-
-    def forward(self, image: torch.Tensor) -> FeaturePyramid:
-        return FeaturePyramid.from_maps(self.level_function(self.network, image))
-
 
 def create_network(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
-) -> EfficientNetLevels:
-    """Build the network; see `FamilyModule`."""
-    network, level_function = make_csmask_b4() if backbone.variant == "csmask_b4" else make_lite(backbone.variant)
+) -> PyramidNetwork:
+    network, get_maps = _untrained_network(backbone.variant)
     if backbone.weights == "pretrained":
-        path = Path(weights_dir) / spec.weights_file
+        path = weights_dir / spec.weights_file
         if path.suffix == ".onnx":
             tensors = _read_onnx(path)
         else:
@@ -64,17 +50,14 @@ def create_network(
         load_strict(network, tensors, path, allow_missing=_is_unused)
     else:
         _calibrate_batchnorm(network.eval(), len(spec.bands), backbone.seed)
-    return EfficientNetLevels(network, level_function)
+    return PyramidNetwork(network, get_maps)
 
 
-def make_csmask_b4() -> tuple[torch.nn.Module, LevelFunction]:
-    """Build an untrained EfficientNet-B4 encoder for six bands."""
-    # The encoder's first two outputs are the image and the level of stride 2.
-    return get_encoder("efficientnet-b4", in_channels=6, depth=5, weights=None), lambda net, image: net(image)[2:]
-
-
-def make_lite(variant: str) -> tuple[torch.nn.Module, LevelFunction]:
-    """Build an untrained EfficientNet-Lite, `lite0` or `lite2`, for RGB images."""
+def _untrained_network(variant: str) -> tuple[torch.nn.Module, Callable]:
+    """Build a network, and return it with the function that computes its maps of strides 4, 8, 16 and 32."""
+    if variant == "csmask_b4":
+        network = get_encoder("efficientnet-b4", in_channels=6, depth=5, weights=None)
+        return network, lambda net, image: net(image)[2:]  # the first two are the image and the level of stride 2
     network = timm.create_model(f"tf_efficientnet_{variant}", pretrained=False)
     return network, lambda net, image: net.forward_intermediates(image, indices=[1, 2, 3, 4], intermediates_only=True)
 
@@ -108,9 +91,8 @@ def _read_onnx(path: Path) -> dict[str, torch.Tensor]:
     try:
         graph = onnx.load(path).graph
     except Exception as error:
-        raise UserError(
-            f"{path} is not a readable ONNX file ({error}). Delete it and fetch it again.", path=path
-        ) from None
+        message = f"{path} is not a readable ONNX file ({error}). Delete it and fetch it again."
+        raise UserError(message, path=path) from None
     prefix = "model.encoder."
     return {
         item.name.removeprefix(prefix): torch.from_numpy(onnx.numpy_helper.to_array(item).astype("float32"))
@@ -122,10 +104,8 @@ def _read_onnx(path: Path) -> dict[str, torch.Tensor]:
 def timm_name(name: str, stages: Sequence[int]) -> str:
     """Translate a tensor's name from efficientnet_lite_pytorch to timm's; unknown names stay as they are.
 
-    The checkpoint numbers blocks consecutively, timm within each stage.
-
-    Args:
-        stages: number of blocks of each of the network's stages.
+    The checkpoint numbers blocks consecutively, timm within each of the network's `stages`, given as their numbers of
+    blocks.
     """
     match = re.fullmatch(r"_blocks\.(\d+)\.(_\w+)\.(\w+)", name)
     if not match:

@@ -29,6 +29,34 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 _MAX_PARALLEL = 2
 
 
+class PyramidNetwork(torch.nn.Module):
+    """A network, from images (batch, band, y, x) to a pyramid.
+
+    `get_outputs(network, image, **metadata)` returns the outputs that become its levels: maps (batch, channel, y, x)
+    or tokens (batch, token, channel). By default it calls the network.
+    """
+
+    def __init__(self, network: torch.nn.Module, get_outputs: Callable = lambda network, image: network(image)):
+        super().__init__()
+        self.network, self.get_outputs = network, get_outputs
+
+    def forward(self, image: torch.Tensor, **metadata: torch.Tensor) -> FeaturePyramid:
+        outputs = self.get_outputs(self.network, image, **metadata)
+        is_tokens = outputs[0].ndim == 3
+        return FeaturePyramid.from_tokens(outputs) if is_tokens else FeaturePyramid.from_maps(outputs)
+
+
+def compute_in_float32(module: torch.nn.Module) -> None:
+    """Exclude a module from autocast: bfloat16 rounds neighbouring years, days or wavelengths to the same value."""
+    forward = module.forward
+
+    def forward_in_float32(values: torch.Tensor, *args, **kwargs):
+        with torch.autocast(values.device.type, enabled=False):
+            return forward(values.float(), *args, **kwargs)
+
+    module.forward = forward_in_float32
+
+
 class Encoder:
     """Encodes batches of one dataset's images with one frozen backbone.
 
@@ -40,17 +68,11 @@ class Encoder:
     """
 
     def __init__(
-        self,
-        preprocessor: Preprocessor,
-        network: torch.nn.Module,
-        device: str,
-        precision: str = "float32",
-        compiled: bool = False,
-        strides: Sequence[int] = (),
-    ):
+        self, preprocessor: Preprocessor, network: torch.nn.Module, device: str, precision: str = "float32",
+        compiled: bool = False, strides: Sequence[int] = (),
+    ):  # fmt: skip
         self.device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        self.preprocessor, self.strides = preprocessor, strides
-        self.precision = precision
+        self.preprocessor, self.precision, self.strides = preprocessor, precision, strides
         # Channels last is as fast on a CPU, and GPUs need it in low precision.
         self.network = convert_conv2d_weight_memory_format(network.to(self.device), torch.channels_last)
         self._compiled = compiled
@@ -69,8 +91,7 @@ class Encoder:
     def prepare(self, image: np.ndarray) -> torch.Tensor:
         """Make the network's input, float32 (batch, band, input_size, input_size), on the device.
 
-        Args:
-            image: (batch, band, y, x) in the images store's units.
+        `image` is (batch, band, y, x) in the images store's units.
         """
         return self.preprocessor(torch.from_numpy(self.preprocessor.select_bands(image)).to(self.device))
 
@@ -81,8 +102,7 @@ class Encoder:
             image: (batch, band, y, x) in the images store's units.
             metadata: `Preprocessor.metadata` of the same samples; None if unknown.
 
-        Raises:
-            UserError: the network returns other shapes than its spec states.
+        Raises UserError: the network returns other shapes than its spec states.
         """
         tensors = {name: torch.from_numpy(values).to(self.device) for name, values in (metadata or {}).items()}
         pyramid = self.forward(self.prepare(image), tensors)
@@ -97,11 +117,8 @@ class Encoder:
         # bfloat16 on CPUs that can, with errors of some percent.
         torch.set_float32_matmul_precision("highest")
         disable_tf32()
-        dtype = PRECISIONS[self.precision]
-        with (
-            torch.inference_mode(),
-            torch.autocast(torch.device(self.device).type, dtype=dtype, enabled=dtype is not None),
-        ):
+        dtype, device_type = PRECISIONS[self.precision], torch.device(self.device).type
+        with torch.inference_mode(), torch.autocast(device_type, dtype=dtype, enabled=dtype is not None):
             pyramid = self._forward(batch, **metadata)
         self._check_shapes(pyramid)
         return pyramid
@@ -116,19 +133,16 @@ class Encoder:
                 raise UserError(
                     f"The backbone returned a level of shape {shape} for an input of {side} px; expected {expected}. "
                     "Check the backbone's layers and input_size in params.yaml.",
-                    key="strides" if stride else "layers",
-                    value=shape,
-                )
+                    key="strides" if stride else "layers", value=shape,
+                )  # fmt: skip
 
 
 class ParallelEncoder:
     """Runs functions that encode, two at the same time on a CPU with several threads; a context manager.
 
     The threads of one forward pass wait for each other in every layer, and for the slowest when other work needs a
-    core. Parallel forward passes with fewer threads each do not.
-
-    Args:
-        encoder: is passed to the functions; parallel ones get clones that share its weights.
+    core. Parallel forward passes with fewer threads each do not. The functions get the encoder, or a clone of it that
+    shares its weights.
     """
 
     def __init__(self, encoder: Encoder):
@@ -165,8 +179,7 @@ class ParallelEncoder:
 def device_threads(n_threads: int, device: str, torch_threads: int | None = None) -> ThreadPoolExecutor:
     """Make threads that use this device; by default a new thread uses the first GPU.
 
-    Args:
-        torch_threads: threads of torch's operations on a CPU in each of them; None for as many as in this one.
+    On a CPU, torch's operations use `torch_threads` threads in each of them; by default as many as in this one.
     """
     if device == "cpu":
         n_inner = torch_threads or torch.get_num_threads()

@@ -9,36 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import sam2
-import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from pipeline.backbones.base import BackboneSpec, FeaturePyramid, InputBands
+from pipeline.backbones.base import BackboneSpec, InputBands
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
+from pipeline.backbones.encoder import PyramidNetwork
 from pipeline.config import BackboneConfig
-
-
-class HieraTrunk(torch.nn.Module):
-    """The trunk, from images (batch, 3, y, x) with sides that are multiples of 32 to a pyramid."""
-
-    def __init__(self, trunk: torch.nn.Module):
-        super().__init__()
-        self.trunk = trunk
-
-    def forward(self, image: torch.Tensor) -> FeaturePyramid:
-        return FeaturePyramid.from_maps(self.trunk(image))
 
 
 def create_network(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
-) -> HieraTrunk:
-    """Build the network; see `FamilyModule`."""
+) -> PyramidNetwork:
     config = OmegaConf.load(Path(sam2.__file__).parent / f"configs/sam2.1/{backbone.variant}.yaml")
     trunk = instantiate(config.model.image_encoder.trunk)
     if backbone.weights == "pretrained":
-        path = Path(weights_dir) / spec.weights_file
+        path = weights_dir / spec.weights_file
         checkpoint = read_checkpoint(path)
         model = checkpoint.get("model")
         tensors = model if isinstance(model, Mapping) else checkpoint
         load_strict(trunk, strip_prefix(tensors, "image_encoder.trunk.", path), path)
-    return HieraTrunk(trunk)
+    return PyramidNetwork(trunk)

@@ -13,19 +13,16 @@ from terratorch.models.backbones.prithvi_vit import checkpoint_filter_fn_vit
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 from torch.nn import functional
 
-from pipeline.backbones.base import BackboneSpec, FeaturePyramid, InputBands
+from pipeline.backbones.base import BackboneSpec, InputBands
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint, strip_prefix
+from pipeline.backbones.encoder import PyramidNetwork, compute_in_float32
 from pipeline.config import BackboneConfig
 
 # terratorch's names of the bands.
 HLS_BANDS = {
-    "blue": HLSBands.BLUE,
-    "green": HLSBands.GREEN,
-    "red": HLSBands.RED,
-    "nir08": HLSBands.NIR_NARROW,
-    "swir16": HLSBands.SWIR_1,
-    "swir22": HLSBands.SWIR_2,
-}
+    "blue": HLSBands.BLUE, "green": HLSBands.GREEN, "red": HLSBands.RED, "nir08": HLSBands.NIR_NARROW,
+    "swir16": HLSBands.SWIR_1, "swir22": HLSBands.SWIR_2,
+}  # fmt: skip
 
 
 class PatchConv3d(torch.nn.Conv3d):
@@ -48,50 +45,25 @@ class PatchConv3d(torch.nn.Conv3d):
         return functional.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
-class Prithvi(torch.nn.Module):
-    """Prithvi, from images (batch, band, y, x) to a pyramid.
-
-    `location` (batch, 2) is latitude and longitude in degrees, `time` (batch, 1, 2) is year and day of the year from
-    0; None if unknown.
-    """
-
-    def __init__(self, network: torch.nn.Module):
-        super().__init__()
-        self.network = network
-        for name in ("temporal_embed_enc", "location_embed_enc"):
-            _compute_in_float32(getattr(network, name))
-        network.patch_embed.proj.__class__ = PatchConv3d  # keeps the weights and their names
-
-    def forward(
-        self, image: torch.Tensor, location: torch.Tensor | None = None, time: torch.Tensor | None = None
-    ) -> FeaturePyramid:
-        return FeaturePyramid.from_tokens(self.network(image, temporal_coords=time, location_coords=location))
-
-
 def create_network(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
-) -> Prithvi:
-    """Build the network; see `FamilyModule`."""
+) -> PyramidNetwork:
     bands = [HLS_BANDS[input_name] for input_name in input_bands.input_names]
     network = TERRATORCH_BACKBONE_REGISTRY.build(
         backbone.variant, pretrained=False, bands=bands, num_frames=1, out_indices=list(spec.layer_indices)
     )
     if backbone.weights == "pretrained":
-        path = Path(weights_dir) / spec.weights_file
+        path = weights_dir / spec.weights_file
         tensors = read_checkpoint(path)
         strip_prefix(tensors, "encoder.", path)  # checks that it is a Prithvi checkpoint; the filter strips, too
         # Drops the decoder, selects the columns of these bands, and keeps the fixed position embedding.
         pretrained_bands = [HLS_BANDS[band] for band in spec.bands]
         load_strict(network, checkpoint_filter_fn_vit(tensors, network, pretrained_bands, bands), path)
-    return Prithvi(network)
+    compute_in_float32(network.temporal_embed_enc)  # the year and the day
+    compute_in_float32(network.location_embed_enc)
+    network.patch_embed.proj.__class__ = PatchConv3d  # keeps the weights and their names
+    return PyramidNetwork(network, _forward)
 
 
-def _compute_in_float32(module: torch.nn.Module) -> None:
-    """Exclude a module from autocast: bfloat16 rounds neighbouring years, or days, to the same value."""
-    forward = module.forward
-
-    def forward_in_float32(*args, **kwargs):
-        with torch.autocast(args[0].device.type, enabled=False):
-            return forward(*args, **kwargs)
-
-    module.forward = forward_in_float32
+def _forward(network: torch.nn.Module, image: torch.Tensor, location=None, time=None) -> list[torch.Tensor]:
+    return network(image, temporal_coords=time, location_coords=location)

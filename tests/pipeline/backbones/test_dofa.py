@@ -63,8 +63,8 @@ def test_dofa_features_equal_torchgeos_at_the_bands_wavelengths(official, images
 
 def test_dofa_wavelengths_stay_in_float32_under_autocast(images, dofa_encoder):
     encoder = dofa_encoder()
-    embed, batch = encoder.network.wrapper.dofa_model.patch_embed, encoder.prepare(images.image[:1].values)
-    wavelengths = torch.tensor(encoder.network.wrapper.wavelengths)
+    embed, batch = encoder.network.network.dofa_model.patch_embed, encoder.prepare(images.image[:1].values)
+    wavelengths = torch.tensor(encoder.network.network.wavelengths)
     with torch.inference_mode():
         expected = embed(batch, wavelengths)[0]
         with torch.autocast("cpu", torch.bfloat16):
@@ -73,7 +73,7 @@ def test_dofa_wavelengths_stay_in_float32_under_autocast(images, dofa_encoder):
 
 def test_dofa_at_another_size_resizes_the_position_embedding(official, images, dofa_encoder):
     encoder = dofa_encoder(size=32, bands=("B02",))
-    pos_embed = encoder.network.wrapper.dofa_model.pos_embed
+    pos_embed = encoder.network.network.dofa_model.pos_embed
     assert pos_embed.shape == (1, 5, 384)
     assert torch.equal(pos_embed[:, 0], official.pos_embed[:, 0])
     assert encoder(images.image[:1].values).levels[3].shape == (1, 384, 2, 2)
