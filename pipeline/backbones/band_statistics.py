@@ -15,10 +15,7 @@ from pipeline.config import BackboneConfig
 
 
 class CellStatistics(torch.nn.Module):
-    """Mean and standard deviation of each band of images (batch, band, y, x), over cells and over the chip.
-
-    Cells of a level are squares of `strides[level]` pixels.
-    """
+    """Mean and standard deviation of each band, over square cells of `strides` pixels and over the chip."""
 
     def __init__(self, strides: tuple[int, ...]):
         super().__init__()

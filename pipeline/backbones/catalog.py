@@ -1,4 +1,7 @@
-"""Catalog of backbones: catalog.yaml, and the families whose variants params.yaml describes. It imports no torch."""
+"""Catalog of backbones: catalog.yaml, and the families whose variants params.yaml describes.
+
+This module does not import torch. The networks are in one module per family, named by `FAMILIES`.
+"""
 
 import difflib
 from pathlib import Path

@@ -15,12 +15,9 @@ _MAX_NAMES = 4
 
 
 def read_checkpoint(path: Path) -> Mapping:
-    """Read a checkpoint: tensors, numbers, text and containers of these.
+    """Read tensors, numbers, text and containers of these from safetensors or one of torch's formats.
 
-    The format is safetensors or one of torch's.
-
-    Raises:
-        UserError: a damaged file, one that is not a checkpoint, or one that would run code.
+    Raises UserError: a damaged file, one that is not a checkpoint, or one that would run code.
     """
     try:
         if Path(path).suffix == ".safetensors":
@@ -37,19 +34,12 @@ def read_checkpoint(path: Path) -> Mapping:
 
 
 def load_strict(
-    network: torch.nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    path: Path,
+    network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path,
     allow_missing: Callable[[str], bool] = lambda name: False,
-) -> None:
-    """Load tensors into a network by name; every name and shape must fit.
+) -> None:  # fmt: skip
+    """Load tensors into a network by name; every name and shape must fit, unless it may be missing.
 
-    Args:
-        path: the file, for messages.
-        allow_missing: from the name of a tensor to whether it may be missing in the file.
-
-    Raises:
-        UserError: missing or unexpected names, other shapes, or integer or complex numbers.
+    Raises UserError: missing or unexpected names, other shapes, or integer or complex numbers.
     """
     try:
         # A network may override load_state_dict, ignore unknown names and return nothing: call torch's.
@@ -67,26 +57,19 @@ def load_strict(
         problems = "; ".join(f"{problem}: {_first_names(listed)}" for problem, listed in names.items() if listed)
         raise UserError(
             f"{path} does not fit the network ({problems}). It is the file of another model, or it is damaged.",
-            path=path,
-            value=[name for listed in names.values() for name in listed],
-        )
+            path=path, value=[name for listed in names.values() for name in listed],
+        )  # fmt: skip
 
 
 def strip_prefix(tensors: Mapping, prefix: str, path: Path) -> dict:
-    """Select the tensors whose names begin with `prefix`, and remove it from the names.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Select the tensors whose names begin with `prefix`, and remove it; UserError if there are none."""
     selected = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if str(name).startswith(prefix)}
     if not selected:
         names = [str(name) for name in tensors]
         raise UserError(
             f"{path} contains no tensors named {prefix}… but {_first_names(names)}. It is the file of another model.",
-            path=path,
-            value=names,
-            allowed=(prefix,),
-        )
+            path=path, value=names, allowed=(prefix,),
+        )  # fmt: skip
     return selected
 
 

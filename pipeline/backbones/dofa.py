@@ -22,7 +22,7 @@ PATCH_SIZE = 16
 def create_network(
     backbone: BackboneConfig, spec: BackboneSpec, input_bands: InputBands, weights_dir: Path
 ) -> PyramidNetwork:
-    """Build the network for images of `input_bands.input_size` pixels; UserError for a band without a wavelength."""
+    """Build the network for one size of images; UserError for a band without a wavelength."""
     if None in input_bands.wavelengths:
         name = input_bands.input_names[input_bands.wavelengths.index(None)]
         raise UserError(

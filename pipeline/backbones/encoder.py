@@ -47,7 +47,7 @@ class PyramidNetwork(torch.nn.Module):
 
 
 def compute_in_float32(module: torch.nn.Module) -> None:
-    """Exclude a module from autocast: bfloat16 rounds neighbouring years, days or wavelengths to the same value."""
+    """Exclude a module from autocast: bfloat16 rounds neighbouring years or wavelengths to one value."""
     forward = module.forward
 
     def forward_in_float32(values: torch.Tensor, *args, **kwargs):

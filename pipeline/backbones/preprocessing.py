@@ -57,8 +57,7 @@ class Preprocessor:
     def __call__(self, selected: torch.Tensor) -> torch.Tensor:
         """Make the network's input, float32 (batch, band, input_size, input_size), channels last.
 
-        Args:
-            selected: result of `select_bands`, as a tensor on the device that computes.
+        `selected` is the result of `select_bands`, as a tensor on the device that computes.
         """
         # In place after the first step: allocating memory costs more than the arithmetic.
         values = selected.to(torch.float32, copy=True).div_(self.scale)
@@ -77,11 +76,10 @@ class Preprocessor:
         return values.contiguous(memory_format=torch.channels_last)
 
     def metadata(self, images: xr.Dataset, rows: slice | np.ndarray) -> dict[str, np.ndarray]:
-        """Read location and time of samples, as Prithvi takes them.
+        """Read those of `metadata_keys` of samples, float32, as Prithvi takes them.
 
-        Returns:
-            float32 arrays of those in `metadata_keys`: `location` (sample, 2), latitude and longitude in degrees;
-            `time` (sample, 1, 2), year and day of the year from 0.
+        `location` (sample, 2) is latitude and longitude in degrees; `time` (sample, 1, 2) is year and day of the year
+        from 0.
         """
         arrays = {}
         if "location" in self.metadata_keys:
@@ -104,17 +102,10 @@ def chunk_size(images: xr.Dataset) -> int:
 
 
 def make_preprocessor(images: xr.Dataset, name: str, backbone: BackboneConfig, spec: BackboneSpec) -> Preprocessor:
-    """Make the preprocessing of a dataset's images for a backbone.
+    """Make the preprocessing of a dataset's images for the backbone `name`.
 
-    With `normalisation: dataset` this reads the training split.
-
-    Args:
-        images: an images store.
-        name: the backbone's name, for messages.
-
-    Raises:
-        MissingBandsError: the backbone cannot run on these images.
-        UserError: see `match_images`; or statistics of an empty training split.
+    With `normalisation: dataset` this reads the training split. Raises UserError if that is empty, and the errors of
+    `match_images`.
     """
     input_bands = match_images(images, name, backbone, spec)
     units = images.attrs["units"]
@@ -154,9 +145,8 @@ def _training_stats(images: xr.Dataset, preprocessor: Preprocessor) -> tuple[tup
         raise UserError(
             "normalisation: dataset needs training samples, and this dataset has none. Add samples to its split "
             "train, or set the backbone's normalisation to native.",
-            key="normalisation",
-            value="dataset",
-        )
+            key="normalisation", value="dataset",
+        )  # fmt: skip
     size, n_bands = chunk_size(images), len(preprocessor.input_bands.band_indices)
 
     def add_up(start: int) -> np.ndarray:

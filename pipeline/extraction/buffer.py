@@ -16,12 +16,7 @@ _CPU_BLOCK_VALUES, _GPU_BLOCK_VALUES = 2**18, 2**25
 
 
 class ShardBuffer:
-    """Memory of one shard of every array, reused for later shards; several threads may put rows into it.
-
-    Args:
-        schema: the store's.
-        download: copies features from the device.
-    """
+    """Memory of one shard of every array, reused for later shards; several threads may put rows into it."""
 
     def __init__(self, schema: StoreSchema, download: DeviceCopies):
         self._schema, self._download = schema, download
@@ -29,13 +24,7 @@ class ShardBuffer:
         self._stats: dict[str, torch.Tensor] = {}
 
     def put(self, rows: slice, name: str, values: torch.Tensor) -> None:
-        """Start to copy features into rows of the shard.
-
-        Args:
-            rows: rows within the shard.
-            name: path of the array in the store.
-            values: (sample, …), or (sample, view, …) for a store with views.
-        """
+        """Start to copy features of an array, (sample, …) or (sample, view, …), into rows of the shard."""
         if values.is_cuda and not is_level_array(name):
             # Pooled vectors are few bytes, and a cast launches dozens of kernels: `collect` casts them.
             self._copy(self._arrays, name, rows, values.float())
@@ -49,11 +38,7 @@ class ShardBuffer:
             self._copy(self._stats, name, slice(start, start + len(low)), stats)
 
     def collect(self, n_rows: int) -> tuple[dict[str, np.ndarray], dict[str, CastStats]]:
-        """Return the first rows of every array and the statistics of their casts, for `Writer.write`.
-
-        Raises:
-            StoreError: NaN or infinite values.
-        """
+        """Return the first rows of every array and their cast statistics; StoreError for NaN or infinity."""
         arrays, stats = {}, {}
         for name, memory in self._arrays.items():
             array, array_stats = memory[:n_rows], self._stats.get(name)
@@ -64,9 +49,8 @@ class ShardBuffer:
                 raise StoreError(
                     f"{n_nonfinite} values of {name} are NaN or infinite. Check the images; if extract.precision is "
                     "float16, set it to bfloat16 or float32.",
-                    key=name,
-                    value=n_nonfinite,
-                )
+                    key=name, value=n_nonfinite,
+                )  # fmt: skip
         return arrays, stats
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -85,14 +69,11 @@ class ShardBuffer:
 def cast_with_stats(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cast features (sample, channel, …), and measure the effect on each sample.
 
-    Returns:
-        The values in `dtype`, and the fields of `CastStats`, float64 (sample, field): one copy for all.
+    The second tensor has the fields of `CastStats`, float64 (sample, field): one copy for all.
     """
     low = values.to(dtype)
     # In the order of memory, so that nothing is copied.
-    is_channels_last = not values.is_contiguous()
-    original, result = (
-        (part.movedim(1, -1) if is_channels_last else part).flatten(1).float() for part in (values, low)
-    )
+    in_order = (values, low) if values.is_contiguous() else (values.movedim(1, -1), low.movedim(1, -1))
+    original, result = (part.flatten(1).float() for part in in_order)
     stats = measure_cast(original, result, str(dtype).removeprefix("torch."), torch)
     return low, torch.stack([field.double() for field in stats], dim=1)

@@ -31,14 +31,13 @@ from pipeline import bands
 from pipeline.backbones import base, preprocessing
 from pipeline.backbones import encoder as backbone_encoder
 from pipeline.backbones.base import BackboneSpec, FeaturePyramid
-from pipeline.backbones.encoder import Encoder, ParallelEncoder, device_threads
+from pipeline.backbones.encoder import Encoder
 from pipeline.backbones.preprocessing import Preprocessor
 from pipeline.config import BackboneConfig, ExtractConfig
 from pipeline.data import augmentation
 from pipeline.data.download import file_sha256
 from pipeline.extraction import buffer, estimate, loader
 from pipeline.extraction.buffer import ShardBuffer
-from pipeline.extraction.loader import DeviceCopies, LoadedBatch, wait_for_upload
 from pipeline.tasks import get_task
 
 # Modules whose code affects the bytes of a store. The family's module is in the digest of the weights' folder.
@@ -54,10 +53,8 @@ _SHARDS, _SMALL_SHARDS, _SMALL_BYTES = 2, 4, 2**26
 def working_dir(folder: Path, provenance: Mapping, extract: ExtractConfig, clear: bool = True) -> Path:
     """Return the subfolder of one unfinished extraction, named by the fingerprint of its inputs and code.
 
-    The same inputs resume there after a kill; other inputs or other code start a new folder.
-
-    Args:
-        clear: delete unfinished extractions of other inputs from `folder`.
+    The same inputs resume there after a kill; other inputs or other code start a new folder. `clear` deletes the
+    unfinished extractions of others from `folder`.
     """
     code = [file_sha256(Path(file)) for file in (__file__, *(module.__file__ for module in _CODE))]
     path = folder / fingerprint(provenance, extract, code)[:16]
@@ -70,19 +67,16 @@ def working_dir(folder: Path, provenance: Mapping, extract: ExtractConfig, clear
 def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) -> None:
     """Encode every sample of the shards that no other process claims, and write them.
 
-    Args:
-        images: an images store.
-        writer: of the feature store; it may have shards of an earlier run. It is complete at the end.
-        batch: images per forward pass.
+    The writer may have shards of an earlier run. It is complete at the end. A forward pass takes `batch` images.
     """
-    schema, download = writer.schema, DeviceCopies(encoder.device)
+    schema, download = writer.schema, loader.DeviceCopies(encoder.device)
     free_buffers: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
     for _ in range(_n_buffers(schema, encoder.device)):
         free_buffers.put(ShardBuffer(schema, download))
 
-    def encode(encoder: Encoder, loaded: LoadedBatch, shard_buffer: ShardBuffer, rows: slice):
+    def encode(encoder: Encoder, loaded: loader.LoadedBatch, shard_buffer: ShardBuffer, rows: slice):
         """Encode a batch into rows of the shard; returns the event of its copies."""
-        images, metadata = wait_for_upload(loaded)
+        images, metadata = loader.wait_for_upload(loaded)
         views = [encoder.forward(encoder.preprocessor(image), metadata).arrays() for image in images]
         for name in schema.shapes():
             values = torch.stack([arrays[name] for arrays in views], dim=1) if schema.views else views[0][name]
@@ -105,8 +99,8 @@ def extract(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: int) ->
     n_finished = sum(n_rows) - sum(n_rows[shard] for shard in writer.pending_shards())
     with (
         tqdm(total=sum(n_rows), initial=n_finished, unit="image", mininterval=2, file=sys.stderr) as progress,
-        device_threads(1, encoder.device) as disk_thread,
-        ParallelEncoder(encoder) as parallel,
+        backbone_encoder.device_threads(1, encoder.device) as disk_thread,
+        backbone_encoder.ParallelEncoder(encoder) as parallel,
         ExitStack() as stack,
     ):
         writes, encoded, shard_buffer = deque(), [], None
@@ -149,8 +143,7 @@ def make_schema(
 ) -> StoreSchema:
     """Make a store's schema: pooled vectors; levels for a dense task or with `extract.keep_levels`.
 
-    Args:
-        pyramid: features of any images, for the shapes.
+    `pyramid`, the features of any images, gives the shapes.
     """
     has_levels = extract.keep_levels or get_task(images.attrs["task"]).is_dense
     levels = []
@@ -170,20 +163,12 @@ def make_schema(
 
 
 def provenance(
-    images: xr.Dataset,
-    name: str,
-    backbone: BackboneConfig,
-    spec: BackboneSpec,
-    preprocessor: Preprocessor,
-    weights: Mapping,
-    extract: ExtractConfig,
-    device: str,
-) -> dict:
+    images: xr.Dataset, name: str, backbone: BackboneConfig, spec: BackboneSpec, preprocessor: Preprocessor,
+    weights: Mapping, extract: ExtractConfig, device: str,
+) -> dict:  # fmt: skip
     """Return the attributes of a feature store: everything that determines its content; no timestamp.
 
-    Args:
-        name: the backbone's name in params.yaml.
-        weights: source.json of the weights' folder.
+    `name` is the backbone's in params.yaml, `weights` the source.json of the weights' folder.
     """
     input_bands, image_bands = preprocessor.input_bands, images.band.values.tolist()
     return {

@@ -45,12 +45,8 @@ class DryRunResult:
 def dry_run(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
     """Encode the first images; if the precision is lower than float32, compare a few with float32.
 
-    Args:
-        batch: images per forward pass.
-
-    Raises:
-        UserError: non-finite features, features that differ too much from float32, or a network that does not take
-            these images.
+    Raises UserError: non-finite features, features that differ too much from float32, or a network that does not take
+    these images.
     """
     rows = slice(0, min(batch if encoder.device != "cpu" else _DRY_RUN_IMAGES, len(images.sample)))
     image, metadata = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
@@ -63,9 +59,8 @@ def dry_run(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
         hint = "" if encoder.precision == "float32" else ", or set extract.precision to float32"
         raise UserError(
             f"Features in {encoder.precision} are NaN or infinite. Check the images{hint}.",
-            key="extract.precision",
-            value=encoder.precision,
-        )
+            key="extract.precision", value=encoder.precision,
+        )  # fmt: skip
     errors = {}
     if encoder.precision != "float32":
         few = slice(0, _DRY_RUN_IMAGES)
@@ -78,10 +73,8 @@ def dry_run(images: xr.Dataset, encoder: Encoder, batch: int) -> DryRunResult:
         raise UserError(
             f"Features in {encoder.precision} differ from float32 by {largest:.0%} on {encoder.device}; rounding "
             "does not explain that, so an operation computes wrongly. Set extract.precision to float32.",
-            key="extract.precision",
-            value=encoder.precision,
-            allowed=("float32",),
-        )
+            key="extract.precision", value=encoder.precision, allowed=("float32",),
+        )  # fmt: skip
     return DryRunResult(pyramid, images_per_second, errors)
 
 
@@ -94,9 +87,8 @@ def translate_errors(encoder: Encoder, n_images: int):
         raise UserError(
             f"{encoder.device} has not enough memory for {n_images} images at a time. Set extract.batch to a lower "
             "number, or end other programs that use it.",
-            key="extract.batch",
-            value=n_images,
-        ) from None
+            key="extract.batch", value=n_images,
+        ) from None  # fmt: skip
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         input_bands = encoder.preprocessor.input_bands
         names = ", ".join(map(str, input_bands.input_names))
@@ -104,9 +96,8 @@ def translate_errors(encoder: Encoder, n_images: int):
             f"The network does not take {len(input_bands.input_names)} bands ({names}) of {input_bands.input_size} "
             f"px: {str(error).strip().splitlines()[0]}. Check the backbone's bands, input_size and options in "
             "params.yaml.",
-            key="bands",
-            value=input_bands.input_names,
-        ) from error
+            key="bands", value=input_bands.input_names,
+        ) from error  # fmt: skip
 
 
 def find_batch_size(images: xr.Dataset, encoder: Encoder, maximum: int, n_views: int = 1) -> int:
@@ -114,13 +105,9 @@ def find_batch_size(images: xr.Dataset, encoder: Encoder, maximum: int, n_views:
 
     The floating-point rounding of the features depends on it. On a GPU the limit is its total memory minus the
     network, even if other processes use some of it, so that all workers on GPUs of one kind choose the same.
+    `n_views` copies of each image are in memory together.
 
-    Args:
-        maximum: the largest batch size to return.
-        n_views: copies of each image that are in memory together.
-
-    Raises:
-        UserError: a network that does not take these images, or too little memory for one.
+    Raises UserError: a network that does not take these images, or too little memory for one.
     """
     if encoder.device == "cpu":
         return min(_CPU_BATCH, maximum)
@@ -144,8 +131,7 @@ def _largest_power_of_two(maximum: int, budget: float, measure_bytes: Callable[[
 def _forward_bytes(images: xr.Dataset, encoder: Encoder, batch: int, n_views: int) -> int:
     """Measure the GPU memory of a batch.
 
-    It is the larger of one view's forward pass with the other views' features, and all features before and after they
-    are stacked.
+    It is the larger of one view's forward pass with the other views' features, and all features with their stack.
     """
     rows = np.zeros(batch, int)
     image, metadata = images.image[rows].values, encoder.preprocessor.metadata(images, rows)
@@ -161,12 +147,7 @@ def _forward_bytes(images: xr.Dataset, encoder: Encoder, batch: int, n_views: in
 def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, description: str) -> str:
     """Describe in one line the time and disk space of an extraction, or of its remaining shards.
 
-    Args:
-        folder: where its workers write the store; finished shards in it count.
-        description: dataset and backbone, at the start of the line.
-
-    Raises:
-        UserError: the disk of `folder` is too small.
+    Raises UserError: the disk of `folder`, where its workers write the store, is too small.
     """
     n_samples = len(schema.sample)
     n_remaining = max(0, n_samples - len(list(folder.glob("shards/*.json"))) * schema.shard_size)
@@ -182,10 +163,8 @@ def format_estimate(schema: StoreSchema, result: DryRunResult, folder: Path, des
     if needed_bytes > free_bytes:
         raise UserError(
             f"The disk is too small. {line} at {existing_folder}. Free some space, or choose an extract.codec.",
-            key="extract.codec",
-            value=schema.codec.name,
-            path=existing_folder,
-        )
+            key="extract.codec", value=schema.codec.name, path=existing_folder,
+        )  # fmt: skip
     return line
 
 

@@ -61,20 +61,15 @@ class ExtractionJob:
 def launch(job: ExtractionJob, compute: ComputeConfig) -> dict:
     """Run an extraction in the processes that `compute` configures.
 
-    Returns:
-        The store's attributes, with its content digest.
-
-    Raises:
-        UserError: the workers' device is ambiguous, or too many workers die in a row.
+    Returns the store's attributes, with its content digest. Raises UserError: the workers' device is ambiguous, or
+    too many workers die in a row.
     """
     if compute.scheduler and job.device == "auto":
         raise UserError(
             "compute.device is 'auto', but the workers of a scheduler may have different devices. Set it to cuda or "
             "cpu.",
-            key="compute.device",
-            value=job.device,
-            allowed=("cuda", "cpu"),
-        )
+            key="compute.device", value=job.device, allowed=("cuda", "cpu"),
+        )  # fmt: skip
     if not compute.scheduler:
         # More threads than cores would wait for each other.
         n_threads = max(1, job.n_threads // max(1, compute.workers))
@@ -101,9 +96,8 @@ def _wait_for_workers(client, job: ExtractionJob) -> dict:
             raise UserError(
                 f"{_MAX_DEATHS} workers in a row died without finishing a shard. Read their logs; if memory "
                 "ran out, set extract.batch or extract.shard lower.",
-                key="extract.shard",
-                value=job.extract.shard,
-            )
+                key="extract.shard", value=job.extract.shard,
+            )  # fmt: skip
         for address in workers.keys() - tasks:
             rank = _free_rank(workers[address]["host"], tasks, workers)
             # pure=False: every call is a new task, although all have the same arguments.
@@ -124,14 +118,11 @@ def _free_rank(host: str, tasks: Mapping[str, tuple], workers: Mapping[str, Mapp
 
 
 def extract_shards(job: ExtractionJob, rank: int = 0, clear: bool = False) -> dict:
-    """Claim and extract shards until none is left, and finish the store.
+    """Claim and extract shards until none is left, finish the store, and return what `launch` returns.
 
     Args:
         rank: number of the worker on its machine; selects its GPU.
         clear: delete what extractions of other inputs left in `job.scratch`.
-
-    Returns:
-        The store's attributes, with its content digest.
     """
     with _COMPUTE_LOCK:
         torch.set_num_threads(job.n_threads)  # Dask sets one

@@ -48,9 +48,6 @@ def load_batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: in
     A batch never spans two shards: floating-point rounding of features depends on the other samples of the batch, and
     a resumed run, or one of many workers, must write the same bytes. Nor does a batch mix labelled and unlabelled
     samples, so that the features of labelled ones do not depend on whether there are unlabelled ones.
-
-    Args:
-        batch: images per forward pass.
     """
     n_readers = 1 if encoder.device == "cpu" else _READ_THREADS
     with device_threads(n_readers, encoder.device) as readers:
@@ -68,9 +65,7 @@ def load_batches(images: xr.Dataset, encoder: Encoder, writer: Writer, batch: in
 class ImageLoader:
     """Loads batches of an images store, file by file; called by one thread.
 
-    Args:
-        views: names of the augmented copies of each image; empty for the images themselves.
-        readers: threads that read the files of a batch.
+    `views` are names of augmented copies of each image; if empty, the images themselves are loaded.
     """
 
     def __init__(self, images: xr.Dataset, encoder: Encoder, views: Sequence[str], readers: ThreadPoolExecutor):
@@ -107,12 +102,7 @@ class ImageLoader:
 
 
 def batch_slices(rows: slice, batch: int, is_separate: np.ndarray) -> Iterator[slice]:
-    """Split a shard's rows into batches that do not mix samples of both values of `is_separate`.
-
-    Args:
-        batch: samples per batch.
-        is_separate: bool, of all samples of the store.
-    """
+    """Split a shard's rows into batches that do not mix both values of `is_separate`, of all samples."""
     edges = np.flatnonzero(np.diff(is_separate[rows])) + rows.start + 1
     for first, last in pairwise([rows.start, *edges.tolist(), rows.stop]):
         for start in range(first, last, batch):
@@ -129,11 +119,7 @@ def _prefetch(batches: Iterator, thread: ThreadPoolExecutor) -> Iterator:
 
 
 class DeviceCopies:
-    """Copies in one direction between host and device, in a stream of their own; on a CPU nothing waits.
-
-    Args:
-        device: `cpu`, or one GPU such as `cuda:1`.
-    """
+    """Copies in one direction between host and device, in a stream of their own; on a CPU nothing waits."""
 
     def __init__(self, device: str):
         self._device = device
