@@ -2,21 +2,29 @@
 
 import argparse
 import errno
+import inspect
 import json
 import logging
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from cache.atomic import atomic_dir
 from cache.errors import StoreError
+from pipeline import config
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # torch takes 3 s to import; a skipped dataset needs none of it
+    from pipeline.finetuning.train import FineTuneResult
+    from pipeline.training.protocol import ProtocolResult
+    from pipeline.training.task_data import TaskData
 
 RAW = Path("data/raw")
 ARCHIVES = Path("data/archives")
@@ -41,40 +49,31 @@ FINETUNING = Path("results/finetune")
 REPORT = Path("results/report")
 METRICS = Path("results/metrics.json")
 
-# Longest name of a lock file, in characters.
-MAX_LOCK_NAME = 200
+# A table of runs without a run.
+NO_RUNS = "dataset,model\n"
+# Longest name of a file in SCRATCH, in characters, without its suffix.
+MAX_NAME = 200
 
 
-def run(
-    stage: Callable,
-    *names: str,
-    exactly_one: bool = False,
-    flags: Mapping[str, str] = MappingProxyType({}),
-    options: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Run a stage with its command-line arguments.
+def run(stage: Callable, exactly_one: Sequence[str] = ()) -> None:
+    """Run a stage with its command-line arguments, one option per parameter of its function.
 
-    A known failure prints one paragraph and exits with status 1.
+    A `str` is required, a `str | None` optional, and a `bool` a switch. A known failure prints one paragraph, and the
+    exit status is 1.
 
     Args:
-        stage: the function to call with the arguments by name.
-        names: required arguments.
-        exactly_one: whether exactly one of `names` is required, instead of all.
-        flags: optional switches, with their help.
-        options: optional arguments, with their help; None if absent.
+        exactly_one: optional parameters of which the user must give one and no other.
     """
     parser = argparse.ArgumentParser(prog=f"python -m stages.{Path(sys.argv[0]).stem}", description=stage.__doc__)
-    required = parser.add_mutually_exclusive_group(required=True) if exactly_one else parser
-    for name in names:
-        required.add_argument(f"--{name}", **({} if exactly_one else {"required": True}))
-    for flag, text in flags.items():
-        parser.add_argument(f"--{flag.replace('_', '-')}", action="store_true", help=text)
-    for name, text in options.items():
-        parser.add_argument(f"--{name}", help=text)
+    group = parser.add_mutually_exclusive_group(required=True) if exactly_one else parser
+    for name, parameter in inspect.signature(stage).parameters.items():
+        is_switch, is_required = parameter.annotation is bool, parameter.annotation is str
+        settings = {"action": "store_true"} if is_switch else {"required": is_required}
+        (group if name in exactly_one else parser).add_argument(f"--{name.replace('_', '-')}", **settings)
     arguments = vars(parser.parse_args())
-    values = [arguments[name] for name in (*names, *options) if arguments[name]]
+    values = [value for value in arguments.values() if isinstance(value, str)]
     try:
-        with exclusive("-".join([stage.__name__, *values]).replace(os.sep, "_")[-MAX_LOCK_NAME:]):
+        with exclusive("-".join([stage.__name__, *values]).replace(os.sep, "_")[-MAX_NAME:]):
             stage(**arguments)
     except (UserError, StoreError) as error:
         sys.exit(_printable(f"error: {error}"))
@@ -121,26 +120,67 @@ def exclusive(name: str):
         lock.release()
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON file of an earlier stage; UserError if it does not exist."""
-    return json.loads(require(path).read_text())
+def load_params(dataset: str) -> config.Params:
+    """Read params.yaml; UserError if it does not describe the dataset."""
+    params = config.load()
+    params.dataset(dataset)
+    return params
 
 
-def require(path: Path) -> Path:
-    """Return the path if it exists.
+def load_task_data(params: config.Params, resolved: Mapping, splits: Sequence[str]) -> tuple["TaskData", str]:
+    """Load features and labels of a resolved model; return them and the device that they are on."""
+    # torch takes 3 s to import; a skipped model needs none of it
+    from pipeline.device import resolve_device
+    from pipeline.training import task_data
 
-    Raises:
-        UserError: no earlier stage has written it.
-    """
-    if not path.exists():
-        raise UserError(f"There is no {path}; an earlier stage writes it. Run: dvc repro", path=path)
-    return path
+    device = resolve_device(params.compute.device)
+    stores, images = feature_stores(resolved), images_path(resolved["dataset"])
+    return task_data.load(stores, images, params.heads, splits, device), device
+
+
+def images_path(dataset: str) -> Path:
+    return IMAGES / f"{dataset}.zarr"
 
 
 def feature_stores(resolved: Mapping) -> dict[Path, str]:
     """Return the feature stores of a resolved model, with the content digests that they must have."""
     folder = FEATURES / resolved["dataset"]
     return {folder / f"{member['backbone']}.zarr": member["content_sha256"] for member in resolved["members"]}
+
+
+def weights_of(resolved: Mapping) -> str:
+    """Describe the weights of a resolved model, as in runs.csv."""
+    return "+".join(str(member["weights"]) for member in resolved["members"])
+
+
+def require(path: Path) -> Path:
+    """Return the path if it exists; UserError if no earlier stage has written it."""
+    if not path.exists():
+        raise UserError(f"There is no {path}; an earlier stage writes it. Run: dvc repro", path=path)
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of an earlier stage; UserError if it does not exist."""
+    return json.loads(require(path).read_text())
+
+
+def publish_folder(final: Path) -> AbstractContextManager[Path]:
+    """Write a folder of results: it gets its name when it is complete."""
+    return atomic_dir(SCRATCH / "-".join(final.resolve().parts[1:])[-MAX_NAME:], final)
+
+
+def publish_skipped(final: Path, file: str, reason: str) -> None:
+    """Write a folder with one JSON file, which states why there are no results, and print the reason."""
+    with publish_folder(final) as folder:
+        write_json(folder / file, {"skipped": reason})
+    print(f"skipped: {reason}")
+
+
+def write_runs(folder: Path, result: "ProtocolResult | FineTuneResult") -> None:
+    """Write the scores of every run, and the predictions of the test samples."""
+    result.runs.to_csv(folder / "runs.csv", index=False)
+    result.predicted.to_parquet(folder / "predictions.parquet")
 
 
 def write_json(path: Path, content) -> None:

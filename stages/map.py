@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from pipeline import config
 from pipeline.errors import UserError
 from pipeline.mapping.predict_scene import class_shares, predict_scene
 from pipeline.mapping.predictors import Predictor, load_onnx_student
 from pipeline.mapping.scene import open_scene
-from stages.cli import FEATURES, HEADS, IMAGES, SELECTED_RUNS, WEIGHTS, run
+from stages import cli
 
 
 def map_scene(
@@ -23,16 +24,13 @@ def map_scene(
     predictors = [bool(onnx), bool(student), bool(dataset and model)]
     if sum(predictors) != 1 or bool(dataset) != bool(model):
         raise UserError("Choose one predictor: --onnx FILE, or --student FOLDER, or both --dataset and --model.")
-    metadata = predict_scene(open_scene(Path(scene)), _load_predictor(onnx, student, dataset, model), Path(out))
+    predictor = load_onnx_student(Path(onnx)) if onnx else _load_torch_predictor(student, dataset, model)
+    metadata = predict_scene(open_scene(Path(scene)), predictor, Path(out))
     print(f"{scene}: {class_shares(metadata)}\n{Path(out) / 'class.tif'}")
 
 
-def _load_predictor(onnx: str | None, student: str | None, dataset: str | None, model: str | None) -> Predictor:
-    """Load the predictor that the arguments name."""
-    if onnx:
-        return load_onnx_student(Path(onnx))
+def _load_torch_predictor(student: str | None, dataset: str, model: str) -> Predictor:
     # torch takes 3 s to import; a map by onnxruntime needs none of it
-    from pipeline import config
     from pipeline.device import resolve_device
     from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble, load_torch_student
 
@@ -42,20 +40,11 @@ def _load_predictor(onnx: str | None, student: str | None, dataset: str | None, 
         return load_torch_student(Path(student), device)
     params.members(model)
     # Ensembles that the composition search selected have a folder of their own.
-    folder = next((folder for folder in (HEADS, SELECTED_RUNS) if (folder / dataset / model).exists()), HEADS)
-    paths = EnsemblePaths(
-        folder / dataset / model / "head.pt", IMAGES / f"{dataset}.zarr", FEATURES / dataset, WEIGHTS
-    )
+    heads = next((path for path in (cli.HEADS, cli.SELECTED_RUNS) if (path / dataset / model).exists()), cli.HEADS)
+    head = heads / dataset / model / "head.pt"
+    paths = EnsemblePaths(head, cli.images_path(dataset), cli.FEATURES / dataset, cli.WEIGHTS)
     return load_ensemble(params, paths, device)
 
 
 if __name__ == "__main__":
-    run(
-        map_scene, "scene", "out",
-        options={
-            "onnx": "file of an exported student",
-            "student": "folder of a trained student",
-            "dataset": "dataset on which --model was trained",
-            "model": "backbones joined by +, as in params.yaml's grid",
-        },
-    )  # fmt: skip
+    cli.run(map_scene)

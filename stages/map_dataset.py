@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from cache.atomic import atomic_dir
-from stages.cli import EXPORTS, MAPS, SCRATCH, read_json, run, write_json
+from stages import cli
 
 SCENES = Path("scenes")
 
@@ -13,23 +12,22 @@ def map_dataset(dataset: str, student: str) -> None:
 
     Without that file, or without a student, only map.json is written, with the reason.
     """
-    scene, final, exported = SCENES / f"{dataset}.yaml", MAPS / dataset / student, EXPORTS / dataset / student
-    reason = read_json(exported / "export.json")["skipped"]
+    scene, exported = SCENES / f"{dataset}.yaml", cli.EXPORTS / dataset / student
+    reason = cli.read_json(exported / "export.json")["skipped"]
     if not scene.exists():
         reason = f"There is no {scene}."
     if reason:
-        with atomic_dir(SCRATCH / f"map-{dataset}-{student}", final) as folder:
-            write_json(folder / "map.json", {"skipped": reason})
-        print(f"skipped: {reason}")
+        cli.publish_skipped(cli.MAPS / dataset / student, "map.json", reason)
         return
     # rasterio and onnxruntime take 1 s to import; a dataset without a scene needs neither
     from pipeline.mapping.predict_scene import class_shares, predict_scene
     from pipeline.mapping.predictors import load_onnx_student
     from pipeline.mapping.scene import open_scene
 
-    metadata = predict_scene(open_scene(scene), load_onnx_student(exported / "student.onnx"), final)
+    predictor = load_onnx_student(exported / "student.onnx")
+    metadata = predict_scene(open_scene(scene), predictor, cli.MAPS / dataset / student)
     print(f"{dataset} {student}: {class_shares(metadata)}")
 
 
 if __name__ == "__main__":
-    run(map_dataset, "dataset", "student")
+    cli.run(map_dataset)

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import config
 from pipeline.data.image_store import image_bands, open_images
 from pipeline.data.sources import DatasetSize, get_source
-from stages.cli import IMAGES, run
+from stages import cli
 
 
 def plan() -> None:
@@ -16,9 +16,13 @@ def plan() -> None:
           f"{len(params.grid.models)} models. Networks are timed one by one.", flush=True)  # fmt: skip
     sizes, unknown, download_bytes = {}, [], 0.0
     for name in params.grid.datasets:
-        section, images_path = params.dataset(name), IMAGES / f"{name}.zarr"
-        if images_path.exists():
-            sizes[name] = _prepared_size(images_path)
+        section = params.dataset(name)
+        if cli.images_path(name).exists():
+            images = open_images(cli.images_path(name))
+            sizes[name] = DatasetSize(
+                images.sizes["sample"], tuple(image_bands(images)), images.attrs["task"],
+                len(images.attrs["classes"]), images.image.shape[-2:], bytes_per_image=0,
+            )  # fmt: skip
         elif estimate := get_source(section.source).estimate_size(section, params):
             sizes[name], to_download = estimate
             download_bytes += to_download
@@ -44,15 +48,5 @@ def plan() -> None:
         print("The disk is too small: free some space, choose an extract.codec or use fewer datasets.")
 
 
-def _prepared_size(images_path: Path) -> DatasetSize:
-    """Return the size of a dataset that is prepared already."""
-    images = open_images(images_path)
-    height, width = images.image.shape[-2:]
-    return DatasetSize(
-        images.sizes["sample"], tuple(image_bands(images)), images.attrs["task"], len(images.attrs["classes"]),
-        (height, width), bytes_per_image=0,
-    )  # fmt: skip
-
-
 if __name__ == "__main__":
-    run(plan)
+    cli.run(plan)

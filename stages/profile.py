@@ -8,32 +8,31 @@ from ruamel.yaml import YAML
 from pipeline import config
 from pipeline.data import sources
 from pipeline.errors import UserError
-from stages.cli import run, write_text
+from stages import cli
 
 PROFILES, PARAMS = Path("profiles"), Path(config.FILE)
 
 
 def profile(name: str) -> None:
     """Write the changes of profiles/<name>.yaml to params.yaml if the result is valid."""
-    path, yaml = PROFILES / f"{name}.yaml", YAML()
+    path, yaml, text = PROFILES / f"{name}.yaml", YAML(), io.StringIO()
     if not path.exists():
         names = sorted(file.stem for file in PROFILES.glob("*.yaml"))
-        raise UserError(
-            f"There is no profile '{name}'. Profiles: {', '.join(names)}.", key="name", value=name, allowed=names
-        )
-    yaml.width, text = 120, io.StringIO()
+        message = f"There is no profile '{name}'. Profiles: {', '.join(names)}."
+        raise UserError(message, key="name", value=name, allowed=names)
+    yaml.width = 120
     yaml.indent(mapping=2, sequence=4, offset=2)
-    content = yaml.load(PARAMS.read_text())
+    previous = PARAMS.read_text()
+    content = yaml.load(previous)
     merge(content, yaml.load(path.read_text()))
     yaml.dump(content, text)
-    previous = PARAMS.read_text()
-    write_text(PARAMS, text.getvalue())
+    cli.write_text(PARAMS, text.getvalue())
     try:
         params = config.load()
         for dataset in params.grid.datasets:
             sources.validate(dataset, params.dataset(dataset))
     except UserError:
-        write_text(PARAMS, previous)
+        cli.write_text(PARAMS, previous)
         raise
     print(f"{PARAMS} now has profile '{name}'; `git checkout {PARAMS}` restores it.")
 
@@ -48,4 +47,4 @@ def merge(content: dict, change: dict) -> None:
 
 
 if __name__ == "__main__":
-    run(profile, "name")
+    cli.run(profile)

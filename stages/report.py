@@ -4,31 +4,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.composition import CompositionResult
 from pipeline.errors import UserError
-from pipeline.report import figures, page, sections, statements
+from pipeline.report import figures, sections, statements
 from pipeline.report.significance import FROZEN, Draws, ModelKind, bootstrap, summarize_runs
 from pipeline.tasks import counts_from_table, get_task
-from stages.cli import (
-    COMPOSITION,
-    COSTS,
-    DISTILLATION,
-    EXPORTS,
-    FINETUNING,
-    MAPS,
-    METRICS,
-    REPORT,
-    RUNS,
-    SCRATCH,
-    SELECTED_RUNS,
-    TUNING,
-    read_json,
-    require,
-    run,
-    write_json,
-)
+from stages import cli
 
 # Result folders by dataset and model.
 Folders = dict[tuple[str, str], Path]
@@ -37,66 +19,52 @@ Folders = dict[tuple[str, str], Path]
 def make_report() -> None:
     """Write results/report and results/metrics.json from the runs of the grid; other runs are ignored."""
     grid = config.load().grid
-    compositions = {dataset: CompositionResult.read(COMPOSITION / dataset) for dataset in grid.datasets}
+    compositions = {dataset: CompositionResult.read(cli.COMPOSITION / dataset) for dataset in grid.datasets}
     students = [_read_student(dataset, student) for dataset in grid.datasets for student in grid.students]
     folders, skipped = _model_folders(grid)
     for dataset, result in compositions.items():
-        folders |= {(dataset, model): SELECTED_RUNS / dataset / model for model in result.missing_from(grid.models)}
+        selected = result.missing_from(grid.models)
+        folders |= {(dataset, model): cli.SELECTED_RUNS / dataset / model for model in selected}
     for student in students:
-        variants = zip(student.models, student.distillation.get("variants", []), strict=True)
-        folder = DISTILLATION / student.dataset / student.name
-        folders |= {(student.dataset, model): folder / variant for model, variant in variants}
+        folder = cli.DISTILLATION / student.dataset / student.name
+        folders |= {(student.dataset, model): folder / variant for variant, model in student.models.items()}
     if not folders:
-        raise UserError(
-            "Every model of grid.models is skipped: "
-            + " ".join(skipped)
-            + " Add a model that the datasets' bands allow.",
-            key="grid.models",
-            value=grid.models,
-        )
-    runs = pd.concat(
-        [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()],
-        ignore_index=True,
-    )
+        reasons = " ".join(skipped)
+        message = f"Every model of grid.models is skipped: {reasons} Add a model that the datasets' bands allow."
+        raise UserError(message, key="grid.models", value=grid.models)
+    tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
+    runs, costs = pd.concat(tables, ignore_index=True), pd.DataFrame()
     draws = _bootstrap_all(folders, runs)
     summary = summarize_runs(runs, draws)
-    costs = pd.DataFrame()
     if students:
-        costs = pd.concat([pd.read_csv(require(COSTS / f"{dataset}.csv")) for dataset in grid.datasets])
+        costs = pd.concat([pd.read_csv(cli.require(cli.COSTS / f"{dataset}.csv")) for dataset in grid.datasets])
     large = summary[summary.kind != ModelKind.STUDENT]
     comparisons = statements.key_comparisons(large, draws)
     pairs = statements.all_pairs(summary[summary.protocol == FROZEN], draws)
-    scores = page.display_table(summary)
+    scores = sections.display_table(summary)
 
-    with atomic_dir(SCRATCH / "report", REPORT) as folder:
+    with cli.publish_folder(cli.REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
         pairs.to_csv(folder / "pairs.csv", index=False)
-        (folder / "summary.md").write_text(page.markdown_table(scores))
+        (folder / "summary.md").write_text(sections.markdown_table(scores))
         figures.draw_boxplots(runs, large, folder / "boxplots.png")
         students_section = sections.students(students, summary, draws, costs, folder)
-        html = page.render(
+        html = sections.render(
             "report.html.j2",
-            scores=scores,
-            boxplots=folder / "boxplots.png",
-            comparisons=comparisons,
-            pairs=pairs,
+            scores=scores, boxplots=folder / "boxplots.png", comparisons=comparisons, pairs=pairs,
             multiplicity_note=statements.multiplicity_note(pairs),
             aggregates=sections.aggregates(runs[runs.protocol == FROZEN]),
             composition=sections.composition(compositions, summary, folder),
-            students=students_section,
-            exports=sections.exports(students),
-            maps=sections.maps(students, folder),
-            finetuning=sections.finetuning(runs),
-            skipped=skipped,
-            settings=sections.settings(summary),
-        )
+            students=students_section, exports=sections.exports(students), maps=sections.maps(students, folder),
+            finetuning=sections.finetuning(runs), skipped=skipped, settings=sections.settings(summary),
+        )  # fmt: skip
         (folder / "index.html").write_text(html)
         sentences = [*comparisons, *students_section["sentences"]]
         (folder / "findings.md").write_text("".join(f"- {sentence}\n" for sentence in sentences))
-    write_json(METRICS, _metrics(summary))
-    print(page.markdown_table(scores), *sentences, *skipped, sep="\n")
-    print(f"\nReport: {REPORT / 'index.html'}")
+    cli.write_json(cli.METRICS, _metrics(summary))
+    print(sections.markdown_table(scores), *sentences, *skipped, sep="\n")
+    print(f"\nReport: {cli.REPORT / 'index.html'}")
 
 
 def _model_folders(grid: config.GridConfig) -> tuple[Folders, list[str]]:
@@ -104,42 +72,34 @@ def _model_folders(grid: config.GridConfig) -> tuple[Folders, list[str]]:
     folders, skipped = {}, []
     for dataset in grid.datasets:
         for model in grid.models:
-            if reason := read_json(TUNING / dataset / f"{model}.json")["skipped"]:
+            if reason := cli.read_json(cli.TUNING / dataset / f"{model}.json")["skipped"]:
                 skipped.append(f"{dataset}, {model}: {reason}")
                 continue
-            folders[dataset, model] = RUNS / dataset / model
+            folders[dataset, model] = cli.RUNS / dataset / model
             if model in grid.finetune:
-                folders[dataset, model + statements.FINE_TUNED_SUFFIX] = FINETUNING / dataset / model
+                folders[dataset, model + statements.FINE_TUNED_SUFFIX] = cli.FINETUNING / dataset / model
     return folders, skipped
 
 
 def _read_student(dataset: str, name: str) -> sections.StudentResult:
+    map_folder = cli.MAPS / dataset / name
+    distillation = cli.read_json(cli.DISTILLATION / dataset / name / "metadata.json")
+    export = cli.read_json(cli.EXPORTS / dataset / name / "export.json")
     return sections.StudentResult(
-        dataset=dataset,
-        name=name,
-        distillation=read_json(DISTILLATION / dataset / name / "metadata.json"),
-        export=read_json(EXPORTS / dataset / name / "export.json"),
-        map=read_json(MAPS / dataset / name / "map.json"),
-        map_folder=MAPS / dataset / name,
+        dataset, name, distillation, export, cli.read_json(map_folder / "map.json"), map_folder
     )
 
 
 def _bootstrap_all(folders: Folders, runs: pd.DataFrame) -> Draws:
-    """Return the bootstrap samples of every (dataset, model).
-
-    Raises:
-        UserError: models of one dataset were tested on different samples.
-    """
+    """Bootstrap every model; UserError if models of one dataset were tested on different samples."""
     draws, tested_samples = {}, {}
     for number, ((dataset, model), folder) in enumerate(folders.items()):
         first_run = runs[(runs.dataset == dataset) & (runs.model == model)].iloc[0]
         task = get_task(first_run.task)(int(first_run.classes))
         samples, counts = counts_from_table(pd.read_parquet(folder / "predictions.parquet"), task)
         if samples != tested_samples.setdefault(dataset, samples):
-            raise UserError(
-                f"{folder} was tested on other samples than the other models of {dataset}. Run: dvc repro",
-                path=folder,
-            )
+            message = f"{folder} was tested on other samples than the other models of {dataset}. Run: dvc repro"
+            raise UserError(message, path=folder)
         draws[dataset, model] = bootstrap(task, counts, stream=number)
     return draws
 
@@ -154,4 +114,4 @@ def _metrics(summary: pd.DataFrame) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    run(make_report)
+    cli.run(make_report)

@@ -4,11 +4,10 @@ from dataclasses import asdict
 
 import zarr
 
-from cache.atomic import atomic_dir
 from pipeline import config
 from pipeline.composition import CompositionResult
 from pipeline.tasks import get_task
-from stages.cli import COMPOSITION, IMAGES, MANIFESTS, MODELS, SCRATCH, SELECTED, read_json, run, write_json
+from stages import cli
 
 
 def resolve(dataset: str) -> None:
@@ -18,36 +17,27 @@ def resolve(dataset: str) -> None:
     the grid lacks. The stages that train heads depend on these files: they hold what decides a head's inputs and
     settings, and nothing else of params.yaml.
     """
-    params = config.load()
-    params.dataset(dataset)
-    is_dense = get_task(zarr.open_group(IMAGES / f"{dataset}.zarr", mode="r").attrs["task"]).is_dense
+    params = cli.load_params(dataset)
+    is_dense = get_task(zarr.open_group(cli.images_path(dataset), mode="r").attrs["task"]).is_dense
     head = _head_settings(params.heads, is_dense)
-    with atomic_dir(SCRATCH / f"models-{dataset}", MODELS / dataset) as folder:
+    with cli.publish_folder(cli.MODELS / dataset) as folder:
         for model in params.grid.models:
-            write_json(folder / f"{model}.json", _resolve(dataset, model, params.members(model), head))
-    selected = CompositionResult.read(COMPOSITION / dataset).missing_from(params.grid.models)
-    write_json(SELECTED / f"{dataset}.json", [_resolve(dataset, name, name.split("+"), head) for name in selected])
+            cli.write_json(folder / f"{model}.json", _resolve(dataset, model, params.members(model), head))
+    selected = CompositionResult.read(cli.COMPOSITION / dataset).missing_from(params.grid.models)
+    models = [_resolve(dataset, name, name.split("+"), head) for name in selected]
+    cli.write_json(cli.SELECTED / f"{dataset}.json", models)
 
 
 def _resolve(dataset: str, model: str, backbones: list[str], head: dict) -> dict:
     """Describe a model: why it is skipped, its backbones with the digests of their features, and its head."""
-    manifests = {name: read_json(MANIFESTS / dataset / f"{name}.json") for name in backbones}
-    reasons = [manifest["skipped"] for manifest in manifests.values() if manifest["skipped"]]
-    members = [
-        {
-            "backbone": name,
-            "content_sha256": manifest.get("content_sha256"),
-            "weights": manifest.get("weights", {}).get("weights"),
-        }
-        for name, manifest in manifests.items()
-    ]
-    return {
-        "dataset": dataset,
-        "model": model,
-        "skipped": " ".join(reasons) or None,
-        "members": members,
-        "head": head,
-    }
+    members, reasons = [], []
+    for name in backbones:
+        manifest = cli.read_json(cli.MANIFESTS / dataset / f"{name}.json")
+        digest, weights = manifest.get("content_sha256"), manifest.get("weights", {}).get("weights")
+        members.append({"backbone": name, "content_sha256": digest, "weights": weights})
+        reasons += [manifest["skipped"]] if manifest["skipped"] else []
+    skipped = " ".join(reasons) or None
+    return {"dataset": dataset, "model": model, "skipped": skipped, "members": members, "head": head}
 
 
 def _head_settings(heads: config.HeadsConfig, is_dense: bool) -> dict:
@@ -59,4 +49,4 @@ def _head_settings(heads: config.HeadsConfig, is_dense: bool) -> dict:
 
 
 if __name__ == "__main__":
-    run(resolve, "dataset")
+    cli.run(resolve)

@@ -2,10 +2,8 @@
 
 import shutil
 
-from cache.atomic import atomic_dir
-from pipeline import config
 from pipeline.distillation import choose_teacher
-from stages.cli import DISTILLATION, HEADS, MODELS, SCRATCH, TUNING, WEIGHTS, read_json, require, run, write_json
+from stages import cli
 
 
 def teacher(dataset: str) -> None:
@@ -14,20 +12,20 @@ def teacher(dataset: str) -> None:
     Students depend on this folder, so they are trained again only if their teacher or its head changes. teacher.json
     also records the weights that students start from.
     """
-    params = config.load()
-    params.dataset(dataset)
-    tuned = {model: read_json(TUNING / dataset / f"{model}.json") for model in params.grid.models}
+    params = cli.load_params(dataset)
+    tuned = {model: cli.read_json(cli.TUNING / dataset / f"{model}.json") for model in params.grid.models}
     name, skipped = choose_teacher(params, dataset, tuned)
-    starts = {params.student(student).weights for student in params.grid.students} - {"random"}
     content: dict[str, object] = {"teacher": name, "skipped": skipped}
-    with atomic_dir(SCRATCH / f"teacher-{dataset}", DISTILLATION / dataset / "teacher") as folder:
+    with cli.publish_folder(cli.DISTILLATION / dataset / "teacher") as folder:
         if name:
-            content["model"] = read_json(MODELS / dataset / f"{name}.json")
-            sources = {start: read_json(WEIGHTS / start / "source.json") for start in sorted(starts)}
-            content["initial_weights"] = sources
-            shutil.copy(require(HEADS / dataset / name / "head.pt"), folder)
-        write_json(folder / "teacher.json", content)
+            starts = sorted({params.student(student).weights for student in params.grid.students} - {"random"})
+            content["model"] = cli.read_json(cli.MODELS / dataset / f"{name}.json")
+            content["initial_weights"] = {
+                start: cli.read_json(cli.WEIGHTS / start / "source.json") for start in starts
+            }
+            shutil.copy(cli.require(cli.HEADS / dataset / name / "head.pt"), folder)
+        cli.write_json(folder / "teacher.json", content)
 
 
 if __name__ == "__main__":
-    run(teacher, "dataset")
+    cli.run(teacher)

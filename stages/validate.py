@@ -1,60 +1,56 @@
 """validate: check params.yaml before any other stage runs."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import config
 from pipeline.backbones import get_spec
-from pipeline.config import HeadsConfig, Params
 from pipeline.data import sources
 from pipeline.errors import UserError
-from stages.cli import EXPORTS, FINETUNING, MAPS, run, write_json, write_text
+from stages import cli
 
 
 def validate(schema: bool) -> None:
     """Check every key, name and value of params.yaml.
 
-    Write params.schema.json, and a grid.json with the requested names to each folder of results that may stay empty.
-    The folders must exist, because later stages depend on them as a whole.
+    Write params.schema.json (with --schema only that), and a grid.json with the requested names to each folder of
+    results that may stay empty. The folders must exist, because later stages depend on them as a whole.
     """
-    write_text(Path(config.SCHEMA_FILE), config.json_schema())
+    cli.write_text(Path(config.SCHEMA_FILE), config.json_schema())
     if schema:
         return
     params = config.load()
     for name, dataset in params.datasets.items():
         sources.validate(name, dataset)
-    _check_heads(params.heads)
-    specs = {name: get_spec(backbone) for name, backbone in params.backbones.items()}
-    for name in dict.fromkeys(name for model in params.grid.models for name in params.members(model)):
-        if params.backbone(name).weights != "none":  # a baseline without weights has pooled features only
-            _check_levels(params.heads.levels, name, specs[name].layers)
-    _check_networks({name: params.student(name).network for name in params.grid.students})
-    _write_grids(params)
-
-
-def _check_heads(heads: HeadsConfig) -> None:
-    """Refuse heads and fusions that are not registered, and heads without settings."""
     # torch takes 3 s to import; a mistake in params.yaml is reported before that
     from pipeline.heads import get_head
     from pipeline.heads.fusion import get_fusion
 
-    get_head(heads.segmentation, is_dense=True)
+    heads = params.heads
+    get_head(heads.segmentation)
     heads.settings(heads.segmentation)
     get_fusion(heads.fusion)
+    specs = {name: get_spec(backbone) for name, backbone in params.backbones.items()}
+    for name in dict.fromkeys(name for model in params.grid.models for name in params.members(model)):
+        if params.backbone(name).weights != "none":  # a baseline without weights has pooled features only
+            _check_levels(heads, name, specs[name].layers)
+    _check_networks({name: params.student(name).network for name in params.grid.students})
+    datasets, students = list(params.grid.datasets), list(params.grid.students)
+    for folder in (cli.EXPORTS, cli.MAPS):
+        cli.write_json(folder / "grid.json", {"datasets": datasets, "students": students})
+    cli.write_json(cli.FINETUNING / "grid.json", {"datasets": datasets, "models": list(params.grid.finetune)})
 
 
-def _check_levels(levels: Sequence[int], name: str, layers: tuple[str, ...]) -> None:
-    for level in levels:
-        if not -len(layers) <= level < len(layers):
+def _check_levels(heads: config.HeadsConfig, name: str, layers: tuple[str, ...]) -> None:
+    allowed = range(-len(layers), len(layers))
+    for level in heads.levels:
+        if level not in allowed:
             raise UserError(
                 f"heads.levels has level {level}, but {name} has {len(layers)} levels. Choose from 0 (finest) to "
                 f"{len(layers) - 1}, or count from -1, the deepest; or remove {name} from grid.models.",
-                key="heads.levels",
-                value=level,
-                allowed=range(-len(layers), len(layers)),
-                path=config.FILE,
-            )
+                key="heads.levels", value=level, allowed=allowed, path=config.FILE,
+            )  # fmt: skip
 
 
 def _check_networks(networks: Mapping[str, str]) -> None:
@@ -63,10 +59,8 @@ def _check_networks(networks: Mapping[str, str]) -> None:
         raise UserError(
             "A student cannot have the name 'teacher', because results/distill/<dataset>/teacher holds its teacher. "
             "Choose another name under 'students' in params.yaml.",
-            key="grid.students",
-            value="teacher",
-            path=config.FILE,
-        )
+            key="grid.students", value="teacher", path=config.FILE,
+        )  # fmt: skip
     if not networks:
         return
     # timm takes 3 s to import; a grid without students needs none of it
@@ -78,19 +72,9 @@ def _check_networks(networks: Mapping[str, str]) -> None:
             raise UserError(
                 f"students.{name}.network is '{network}', which timm does not have. Similar networks: "
                 f"{', '.join(similar) or 'none'}. Choose one that timm.list_models() lists.",
-                key=f"students.{name}.network",
-                value=network,
-                allowed=similar,
-                path=config.FILE,
-            )
-
-
-def _write_grids(params: Params) -> None:
-    datasets, students = list(params.grid.datasets), list(params.grid.students)
-    for folder in (EXPORTS, MAPS):
-        write_json(folder / "grid.json", {"datasets": datasets, "students": students})
-    write_json(FINETUNING / "grid.json", {"datasets": datasets, "models": list(params.grid.finetune)})
+                key=f"students.{name}.network", value=network, allowed=similar, path=config.FILE,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
-    run(validate, flags={"schema": f"only write the JSON schema of params.yaml to {config.SCHEMA_FILE}"})
+    cli.run(validate)

@@ -1,16 +1,17 @@
-"""Data of the sections of the report page; the text is in the templates. Cells of tables are text."""
+"""The report page: the data of its sections; the text is in the templates. Cells of tables are text."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pandas as pd
 
 from pipeline.composition import CompositionResult
 from pipeline.report import figures, significance
-from pipeline.report.page import format_intervals, format_number, format_scores
 from pipeline.report.significance import FROZEN, Draws
 from pipeline.report.statements import cka_gain_relation, distillation_sentence
 from pipeline.tasks import get_task
@@ -23,11 +24,8 @@ class StudentResult:
     """Records of one student on one dataset.
 
     Attributes:
-        dataset, name: of the dataset and of the student.
-        distillation: content of its metadata.json.
-        export: content of its export.json.
-        map: content of its map.json.
-        map_folder: folder of its map.json, class.tif and confidence.tif.
+        distillation, export, map: content of its metadata.json, export.json and map.json.
+        map_folder: folder of its class.tif and confidence.tif.
     """
 
     dataset: str
@@ -39,13 +37,64 @@ class StudentResult:
 
     @property
     def teacher(self) -> str:
-        """Name of its teacher, a frozen model."""
         return self.distillation["teacher"]
 
     @property
-    def models(self) -> list[str]:
-        """Names of the trained networks, such as `small (distilled)`; empty if the student is skipped."""
-        return [f"{self.name} ({variant})" for variant in self.distillation.get("variants", [])]
+    def models(self) -> dict[str, str]:
+        """Trained networks by variant, such as `small (distilled)`; empty if the student is skipped."""
+        return {variant: f"{self.name} ({variant})" for variant in self.distillation.get("variants", [])}
+
+
+def render(template: str, **context: object) -> str:
+    """Render a template to self-contained HTML; every text is escaped, and a missing variable is an error.
+
+    Args:
+        template: `report.html.j2`, or that of one section, such as `students.html.j2`.
+        context: tables are data frames whose cells are text; figures are paths of PNG files, which are embedded.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["base64"] = lambda path: base64.b64encode(Path(path).read_bytes()).decode()
+    return environment.get_template(template).render(context)
+
+
+def display_table(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `significance.summarize_runs` as readers see it; every cell is text."""
+    return pd.DataFrame(
+        {
+            "dataset": summary.dataset,
+            "model": summary.model,
+            "kind": summary.kind,
+            "metric": summary.metric,
+            "test score, mean ± std over seeds": format_scores(summary),
+            "95 % interval": format_intervals(summary),
+            "test samples": summary.n_test.astype(str),
+            "protocol": summary.protocol,
+        }
+    )
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """Format a table of text in Markdown, as the README shows it."""
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in table.to_numpy().tolist())
+    return f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}\n{rows}"
+
+
+def format_number(value: float, specification: str) -> str:
+    """Format a number; a non-finite one is unknown."""
+    return format(value, specification) if np.isfinite(value) else "–"
+
+
+def format_scores(summary: pd.DataFrame) -> list[str]:
+    """Format mean and standard deviation over seeds of every row; one run has no deviation."""
+    return [f"{row.mean:.3f} ± {format_number(row.std, '.3f')}" for row in summary.itertuples()]
+
+
+def format_intervals(table: pd.DataFrame) -> list[str]:
+    """Format the bounds `low` and `high` of every row."""
+    return [f"{low:.3f}–{high:.3f}" for low, high in zip(table.low, table.high, strict=True)]
 
 
 def aggregates(runs: pd.DataFrame) -> list[dict]:
@@ -75,17 +124,7 @@ def settings(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def composition(compositions: Mapping[str, CompositionResult], summary: pd.DataFrame, folder: Path) -> dict:
-    """Return the composition search, and write its figures to `folder`.
-
-    Args:
-        compositions: result of the search by dataset.
-        summary: of all runs; only those of the frozen protocol are shown.
-        folder: of the figures.
-
-    Returns:
-        searches: one per dataset; correlation, cka_figure and gain_figure: the similarity of the backbones, None if
-        there is none.
-    """
+    """Return the composition searches by dataset, and write the figures of similarities to `folder`."""
     section: dict[str, Any] = {"searches": [], "correlation": None, "cka_figure": None, "gain_figure": None}
     for dataset, result in compositions.items():
         tested = summary[(summary.dataset == dataset) & (summary.protocol == FROZEN)]
@@ -133,17 +172,10 @@ def _ensemble_table(subsets: pd.DataFrame, tested: pd.DataFrame) -> pd.DataFrame
 def students(
     results: Sequence[StudentResult], summary: pd.DataFrame, draws: Draws, costs: pd.DataFrame, folder: Path
 ) -> dict:
-    """Return the distilled students, and write their figure to `folder`.
+    """Return a sentence and a table of each distilled student, and write their figure to `folder`.
 
     Args:
-        results: of every student and dataset.
-        summary: of all runs; see `significance.summarize_runs`.
-        draws: bootstrap samples of all models.
         costs: as `cost.benchmark` returns them, with the dataset.
-        folder: of the figure.
-
-    Returns:
-        sentences: one per student; figure; tables: one per student that is not skipped.
     """
     section: dict[str, Any] = {"sentences": [], "tables": [], "figure": folder / "students.png"}
     rows_of_students = []
@@ -155,24 +187,21 @@ def students(
         rows_of_students.append(rows)
         sentence = distillation_sentence(student.dataset, student.name, student.teacher, draws)
         section["sentences"].append(sentence + _cost_sentence(student, rows))
-        weights = student.distillation["weights"]
-        table = {"dataset": student.dataset, "name": student.name, "weights": weights, "models": _student_table(rows)}
-        section["tables"].append(table)
+        labels = {"dataset": student.dataset, "name": student.name, "weights": student.distillation["weights"]}
+        section["tables"].append({**labels, "models": _student_table(rows)})
     if rows_of_students:
         figures.draw_score_against_cost(pd.concat(rows_of_students, ignore_index=True), section["figure"])
     return section
 
 
 def _student_rows(student: StudentResult, summary: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Select the rows of the teacher, its members and the student's variants, with their costs.
+    """Select the rows of the teacher, its members and the student's variants, with their CPU costs.
 
-    Returns:
-        Columns of the summary and of the CPU costs, and: display_name, role (teacher, member or student), model (name
-        in the costs), gpu_chips_per_second.
+    Further columns: display_name, role (teacher, member or student), model (as in the costs), gpu_chips_per_second.
     """
     roles = {student.teacher: "teacher"}
     roles |= {name: "member" for name in student.teacher.split("+") if name != student.teacher}
-    roles |= dict.fromkeys(student.models, "student")
+    roles |= dict.fromkeys(student.models.values(), "student")
     rows = summary[summary.dataset == student.dataset].set_index("model")
     rows = rows.loc[[name for name in roles if name in rows.index]].reset_index(names="display_name")
     rows["role"] = rows.display_name.map(roles)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.report import figures, page, sections
+from pipeline.report import figures, sections
 from stages import report
 from tests.conftest import ROOT
 from tests.errors import raises
@@ -98,7 +98,7 @@ def test_report_composition_section_shows_probe_and_test_scores(results, html, s
 def test_composition_section_greedy_selection_of_masks_mentions_pixels(summary, compositions, tmp_path, task):
     result = dataclasses.replace(compositions["d"], cka=pd.DataFrame())  # no figures
     data = sections.composition({"d": result}, summary.assign(task=task), tmp_path)
-    html = page.render("composition.html.j2", composition=data)
+    html = sections.render("composition.html.j2", composition=data)
     caption = next(caption for caption in html.split("<caption>") if "greedy" in caption).split("</caption>")[0]
     assert "heads.levels" in caption
     assert ("pixels" in caption) == (task == "segmentation")
@@ -159,12 +159,12 @@ def test_report_finetuning_section_and_settings_state_how_models_were_trained(ht
 
 def test_render_sections_without_results_are_empty(tmp_path):
     no_students = sections.students([], pd.DataFrame(), {}, pd.DataFrame(), tmp_path)
-    assert page.render("students.html.j2", students=no_students).strip() == ""
-    assert page.render("exports.html.j2", exports=pd.DataFrame(), maps=[]).strip() == ""
-    assert page.render("finetuning.html.j2", finetuning=pd.DataFrame()).strip() == ""
-    assert "nothing to aggregate" in page.render("aggregates.html.j2", aggregates=[])
+    assert sections.render("students.html.j2", students=no_students).strip() == ""
+    assert sections.render("exports.html.j2", exports=pd.DataFrame(), maps=[]).strip() == ""
+    assert sections.render("finetuning.html.j2", finetuning=pd.DataFrame()).strip() == ""
+    assert "nothing to aggregate" in sections.render("aggregates.html.j2", aggregates=[])
     with pytest.raises(jinja2.UndefinedError):
-        page.render("aggregates.html.j2")
+        sections.render("aggregates.html.j2")
 
 
 def test_report_models_tested_on_other_samples_are_refused(results):
