@@ -6,24 +6,17 @@ unpickle nested objects.
 """
 
 import collections
-import datetime
 import io
 import pickle
 import re
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 
 from pipeline.errors import UserError
 
-# Every name of these packages becomes a `StubObject`; the packages are never imported.
-STUBBED_PACKAGES = ("geobench", "ccb")
-_STUBBED_CLASSES = {("affine", "Affine"), ("rasterio.crs", "CRS"), ("rasterio._crs", "_CRS")}
-_STANDARD_CLASSES = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    **{("datetime", name): getattr(datetime, name) for name in ("date", "datetime", "time", "timedelta", "timezone")},
-}
+# Every name of these packages becomes a `StubObject`; they are never imported. The reader uses none of their objects.
+STUBBED_PACKAGES = ("geobench", "ccb", "affine", "rasterio", "datetime")
 _NUMERIC_DTYPE = re.compile(r"[<>|=]?[biuf?][1248]?")
 # In texts some of these bytes are letters, so the count is an upper bound.
 _TUPLE_OPCODES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.FROZENSET)
@@ -31,20 +24,13 @@ MAX_TUPLES = 20_000
 
 
 class StubObject:
-    """Placeholder for an object of another package.
+    """Placeholder without content for an object of another package."""
 
-    Attributes:
-        args: arguments of its constructor.
-        state: state set after construction: attributes by name, or what its class pickles.
-    """
-
-    def __new__(cls, *args):
-        stub = super().__new__(cls)
-        stub.args, stub.state = args, None
-        return stub
+    def __new__(cls, *_):
+        return super().__new__(cls)
 
     def __setstate__(self, state):
-        self.state = state
+        pass
 
 
 class _NumericDtype:
@@ -91,52 +77,44 @@ def _array_from_buffer(data, dtype, shape, order):
     return array
 
 
-_NUMPY: dict[tuple[str, str], Callable] = {("numpy", "dtype"): _NumericDtype, ("numpy", "ndarray"): _NumericArray}
+_ALLOWED: dict[tuple[str, str], Callable] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("numpy", "dtype"): _NumericDtype,
+    ("numpy", "ndarray"): _NumericArray,
+}
 for _core in ("numpy.core", "numpy._core"):  # of numpy 1 and 2
-    _NUMPY[_core + ".multiarray", "scalar"] = _make_scalar
-    _NUMPY[_core + ".multiarray", "_reconstruct"] = _NumericArray
-    _NUMPY[_core + ".numeric", "_frombuffer"] = _array_from_buffer
-_ALLOWED = {**_STANDARD_CLASSES, **_NUMPY}
+    _ALLOWED[_core + ".multiarray", "scalar"] = _make_scalar
+    _ALLOWED[_core + ".multiarray", "_reconstruct"] = _NumericArray
+    _ALLOWED[_core + ".numeric", "_frombuffer"] = _array_from_buffer
 
 
 class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if allowed := _ALLOWED.get((module, name)):
             return allowed
-        if module.split(".")[0] in STUBBED_PACKAGES or (module, name) in _STUBBED_CLASSES:
-            return _stub_class(name)
+        if module.split(".")[0] in STUBBED_PACKAGES:
+            return StubObject
         full_name = f"{module}.{name}"
         # Escape control characters, which could reach the terminal.
         shown = full_name if full_name.isprintable() and len(full_name) < 200 else f"{full_name!r:.200}"
-        raise UserError(
-            f"it names {shown}, which does not belong in such a file and may be an attack", value=full_name
-        )
-
-
-@cache
-def _stub_class(name: str) -> type:
-    return type(name, (StubObject,), {})
+        message = f"it names {shown}, which does not belong in such a file and may be an attack"
+        raise UserError(message, value=full_name)
 
 
 def loads(data: bytes):
     """Unpickle data with `StubObject`s in place of objects of other packages. Nothing in the pickle runs.
 
-    Raises:
-        UserError: the pickle names anything else, or is damaged.
+    Raises UserError: the pickle names anything else, or is damaged.
     """
     # CPython recurses into nested tuples without a limit and would crash; the count limits the nesting.
     if sum(data.count(opcode) for opcode in _TUPLE_OPCODES) > MAX_TUPLES:
-        raise UserError(
-            f"The attribute 'pickle' is refused: it has more than {MAX_TUPLES} tuples. Nothing in it was run.",
-            key="pickle",
-        )
+        message = f"The attribute 'pickle' is refused: it has more than {MAX_TUPLES} tuples. Nothing in it was run."
+        raise UserError(message, key="pickle")
     try:
         return _SafeUnpickler(io.BytesIO(data)).load()
     except UserError as error:
-        raise UserError(
-            f"The attribute 'pickle' is refused: {error}. Nothing in it was run.", key="pickle", value=error.value
-        ) from None
+        message = f"The attribute 'pickle' is refused: {error}. Nothing in it was run."
+        raise UserError(message, key="pickle", value=error.value) from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(
-            f"The attribute 'pickle' is not a readable pickle ({type(error).__name__}: {error}).", key="pickle"
-        ) from None
+        message = f"The attribute 'pickle' is not a readable pickle ({type(error).__name__}: {error})."
+        raise UserError(message, key="pickle") from None

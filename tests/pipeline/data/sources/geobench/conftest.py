@@ -16,6 +16,16 @@ def dataset_config(name: str, **options) -> DatasetConfig:
     return DatasetConfig("geobench", options={"set": name, **options})
 
 
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
 @pytest.fixture
 def open_set(tmp_path):
     """Function from the folder of the sets, a set's name and options to the set's samples."""

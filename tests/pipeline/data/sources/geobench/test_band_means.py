@@ -1,6 +1,7 @@
 """The check of band means detects bands in another order, and accepts the released order."""
 
 import dataclasses
+import json
 
 import h5py
 import numpy as np
@@ -8,49 +9,59 @@ import pytest
 
 from pipeline.data import image_writer
 from pipeline.data.sources import geobench
-from pipeline.data.sources.geobench.partitions import BandMeanCheck
+from pipeline.data.sources.geobench import partitions
 from pipeline.errors import UserError
-from tests import geobench_files
 from tests.errors import raises
 
 
-def test_band_check_files_with_bands_in_another_order_are_refused(copy_set, open_set, tmp_path, monkeypatch):
-    root, folder = copy_set("m-eurosat")
+@pytest.fixture
+def open_full_set(copy_set, open_set, monkeypatch):
+    """Function from a set's name, its published statistics and options to 14 images, as if they were the full set."""
 
-    def open_full_set(published_stats):
-        spec = geobench.SETS["m-eurosat"]
-        spec = dataclasses.replace(spec, split_sizes=(6, 4, 4), published_stats=published_stats)
-        monkeypatch.setitem(geobench.SETS, "m-eurosat", spec)
-        return open_set(root, "m-eurosat")
+    def prepare(name: str, published_stats=(), **options):
+        if name not in roots:
+            roots[name], _ = copy_set(name)
+        spec = dataclasses.replace(geobench.SETS[name], split_sizes=(6, 4, 4), published_stats=dict(published_stats))
+        monkeypatch.setitem(geobench.SETS, name, spec)
+        return open_set(roots[name], name, **options)
 
-    images = open_full_set({})
+    roots: dict = {}
+    return prepare
+
+
+def band_stats(images):
+    """Means and standard deviations, (band,), of the pixels that the writer uses."""
     pixels = np.stack([images.read_sample(sample).image for sample in images.sample])[:, :, ::4, ::4].astype(float)
-    stats = zip(pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3)), strict=True)
-    published = dict(zip(geobench_files.S2, stats, strict=True))
-    image_writer.write(open_full_set(published), tmp_path / "scratch", tmp_path / "store")
-    for path in folder.glob("*.hdf5"):  # a copy that has other bands under these keys
+    return pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
+
+
+def test_write_files_with_bands_in_another_order_are_refused(open_full_set, tmp_path):
+    images = open_full_set("m-eurosat")
+    stats = zip(*map(np.ndarray.tolist, band_stats(images)), strict=True)
+    published = dict(zip(geobench.SETS["m-eurosat"].released_bands, stats, strict=True))
+    image_writer.write(open_full_set("m-eurosat", published), tmp_path / "scratch", tmp_path / "store")
+    for path in images.read_sample.folder.glob("*.hdf5"):  # a copy that has other bands under these keys
         with h5py.File(path, "r+") as file:
             file.move("08 - NIR", "moved")
             file.move("12 - SWIR", "08 - NIR")
             file.move("03 - Green", "12 - SWIR")
             file.move("moved", "03 - Green")
     with raises(UserError, "m-eurosat", "check_means", key="03 - Green"):
-        image_writer.write(open_full_set(published), tmp_path / "scratch", tmp_path / "permuted")
-    unchecked = open_set(root, "m-eurosat", check_means=False)
-    image_writer.write(unchecked, tmp_path / "scratch", tmp_path / "permuted")
+        image_writer.write(open_full_set("m-eurosat", published), tmp_path / "scratch", tmp_path / "permuted")
+    assert open_full_set("m-eurosat", published, check_means=False).check_band_means is None
     # Without published statistics, band_stats.json of the files themselves is used.
     with raises(UserError, "m-eurosat", "check_means"):
-        image_writer.write(open_full_set({}), tmp_path / "scratch", tmp_path / "third")
+        images.check_band_means(band_stats(images)[0])
 
 
-def test_band_check_8_bit_images_are_compared_in_the_stored_units(copy_set, open_set, tmp_path, monkeypatch):
-    root, _ = copy_set("m-chesapeake-landcover")
-    spec = dataclasses.replace(geobench.SETS["m-chesapeake-landcover"], split_sizes=(6, 4, 4))
-    monkeypatch.setitem(geobench.SETS, spec.name, spec)
-    for options in ({}, {"keep_released_metadata": True}):
-        images = open_set(root, spec.name, **options)
-        assert images.check_band_means.published["Red"][0] > (0 if options else 1)
-        image_writer.write(images, tmp_path / "scratch", tmp_path / str(len(options)))
+@pytest.mark.parametrize("options", [{}, {"keep_released_metadata": True}])
+def test_band_check_8_bit_images_are_compared_in_the_stored_units(open_full_set, options):
+    images = open_full_set("m-chesapeake-landcover", **options)
+    means, _ = band_stats(images)
+    assert (means > 1).all() == (not options)
+    images.check_band_means(means)
+    with raises(UserError, key="Blue"):
+        images.check_band_means(means * 255)
 
 
 def test_published_stats_of_eurosat_match_the_actual_bands():
@@ -72,10 +83,10 @@ def test_published_stats_of_eurosat_match_the_actual_bands():
         ("m-bigearthnet", "08 - NIR", "08A - Vegetation Red Edge"),
     ],
 )
-def test_band_check_swapped_bands_with_similar_means_are_refused(name, key_a, key_b):
+def test_band_check_swapped_bands_with_similar_means_are_refused(tmp_path, name, key_a, key_b):
     """The two means are within the tolerance of each other. A common shift of all bands is accepted."""
     published = geobench.SETS[name].published_stats
-    check = BandMeanCheck(name, published, min_separation=0.03)
+    check = partitions.make_mean_check(tmp_path, geobench.SETS[name], tuple(published), scale=1)
     means = {key: mean for key, (mean, _) in published.items()}
     for shift in (-0.15, 0, 0.15):
         check(np.array([mean + shift * published[key][1] for key, mean in means.items()]))
@@ -84,3 +95,17 @@ def test_band_check_swapped_bands_with_similar_means_are_refused(name, key_a, ke
         check(np.array(list(swapped.values())))
     assert info.value.key in (key_a, key_b)
     assert info.value.value == swapped[info.value.key]
+
+
+def test_band_check_incomplete_entries_of_band_stats_are_ignored_and_others_refused(tmp_path):
+    path, spec = tmp_path / "band_stats.json", geobench.SETS["m-cashew-plantation"]
+    path.write_text(json.dumps({"02": {"mean": 2.0, "std": 1.0}, "label": {"mean": None}, "01": {"std": 1.0}}))
+    check = partitions.make_mean_check(tmp_path, spec, ("01", "02"), scale=2)
+    check(np.array([99, 4]))
+    with raises(UserError, key="02", value=2):
+        check(np.array([99, 2]))
+    assert partitions.make_mean_check(tmp_path, spec, ("01",), scale=2) is None
+    for text in ("{", "[1]", '{"01": 3}'):
+        path.write_text(text)
+        with raises(UserError, path, path=path):
+            partitions.make_mean_check(tmp_path, spec, ("01",), scale=1)

@@ -11,9 +11,10 @@ import pytest
 from pipeline.config import DatasetConfig
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import geobench, validate
-from pipeline.data.sources.geobench import partitions, unpickler
+from pipeline.data.sources.geobench import partitions
 from pipeline.errors import UserError
 from tests.errors import raises
+from tests.pipeline.data.sources.geobench.conftest import Call
 
 BAND = "02 - Blue"
 
@@ -72,18 +73,8 @@ def create_band(*shape_and_dtype, **options):
     return replace_band(lambda file, other: file.create_dataset(BAND, *shape_and_dtype, **options))
 
 
-class Attack:
-    """Unpickles by creating a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def attack(path):
-    replace_label(Attack(path.parent.parent / "ran"))(path)
+    replace_label(Call(os.system, f"touch {path.parent.parent / 'ran'}"))(path)
 
 
 def doubled(depth):
@@ -97,12 +88,10 @@ def doubled(depth):
 # Damage of a sample, and the fields of the error; none where HDF5 itself refuses the file.
 DAMAGE = {
     "truncated": (truncate, {}),
-    "empty": (lambda path: path.write_bytes(b""), {}),
     "missing": (lambda path: path.unlink(), {}),
     "band missing": (change("11 - SWIR"), {"key": "11 - SWIR"}),
     "wrong shape": (change(BAND, np.zeros((32, 31), np.float32)), {"key": BAND, "value": (32, 31)}),
     "wrong shape, same size": (change(BAND, np.zeros((16, 64), np.float32)), {"key": BAND, "value": (16, 64)}),
-    "structured band": (change(BAND, np.zeros((32, 32), [("a", "f4"), ("b", "f4")])), {"key": BAND}),
     "label out of range": (replace_label(17), {"key": "label", "value": 17, "allowed": range(17)}),
     "no label": (change(attribute=str(pickle.dumps({}))), {"key": "label", "value": None}),
     "attack": (attack, {"key": "pickle", "value": "posix.system"}),
@@ -112,21 +101,18 @@ DAMAGE = {
     "pickle is truncated": (change(attribute=str(pickle.dumps({"label": 1})[:-4])), {"key": "pickle"}),
     "link to another file": (link_band(lambda other: h5py.ExternalLink(other, "/band")), {"key": BAND}),
     "link within the file": (link_band(lambda other: h5py.SoftLink("/03 - Green")), {"key": BAND}),
-    "broken link": (link_band(lambda other: h5py.SoftLink("/nothing")), {"key": BAND}),
     "bytes of another file": (
         replace_band(lambda file, other: file.create_dataset(BAND, (32, 32), "f4", external=[(other, 0, 4096)])),
         {"key": BAND, "value": "external"},
     ),
     "virtual dataset": (replace_band(make_virtual), {"key": BAND, "value": "external"}),
     "never written": (create_band((32, 32), "f4"), {"key": BAND, "value": "not allocated"}),
-    "never written, other dtype": (create_band((32, 32), "f8"), {"key": BAND, "value": "not allocated"}),
     "larger than memory": (
         create_band((200_000, 200_000), "f4", chunks=(1000, 1000)), {"key": BAND, "value": (200_000, 200_000)}
     ),
     "empty dataset": (create_band(data=h5py.Empty("f4")), {"key": BAND, "value": None}),
     "group": (replace_band(lambda file, other: file.create_group(BAND)), {}),
     "texts": (create_band((32, 32), h5py.string_dtype()), {"key": BAND}),
-    "lists": (create_band((32, 32), h5py.vlen_dtype("i4")), {"key": BAND}),
     "arrays": (create_band((32, 32), np.dtype("(2,)f4")), {"key": BAND}),
     "fractional class": (replace_label(2.7), {"key": "label", "value": "2.7"}),
     "NaN class": (replace_label(np.float32("nan")), {"key": "label"}),
@@ -140,7 +126,7 @@ DAMAGE = {
     ),
 }  # fmt: skip
 # Damage that the first file reveals before a pixel is read.
-DAMAGED_HEADERS = ("truncated", "empty", "band missing", "link to another file", "group", "texts", "arrays")
+DAMAGED_HEADERS = ("truncated", "band missing", "texts")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -205,11 +191,8 @@ def test_reader_label_that_contradicts_the_json_file_is_refused(copy_set, open_s
 
 @pytest.mark.parametrize(
     ("dtype", "values"),
-    [
-        ("u1", [2, 255]), ("<i8", [-1, -(2**63), 2]), (">i4", [-1, 1 << 24]), ("f4", [-1.0, 0.5, 2.0]),
-        ("f8", [-1.0, 256.0]), ("?", []),
-    ],
-)  # fmt: skip
+    [("u1", [2]), ("<i8", [-1, -(2**63)]), (">i4", [1 << 24]), ("f4", [-1.0, 0.5, 256.0]), ("?", [])],
+)
 def test_reader_mask_with_an_invalid_value_is_refused(copy_set, open_set, dtype, values):
     root, folder = copy_set("m-pv4ger-seg")
     images = open_set(root, "m-pv4ger-seg")
@@ -256,31 +239,28 @@ def test_read_partition_repeated_sample_is_refused_or_dropped(copy_set, open_set
     assert any(f"id_0000 in {split}" in note for note in images.notes)
 
 
-PARTITION = {"train": ["id_0000"], "valid": ["id_0001"], "test": ["id_0002"]}
-SPLIT_NAMES = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test")
 
 
 @pytest.mark.parametrize(
     ("content", "fields"),
     [
-        (PARTITION | {"train": ["../../m-eurosat/id_0000"]}, {"key": "train", "value": "../../m-eurosat/id_0000"}),
-        (PARTITION | {"train": ["id_0000", 1]}, {"key": "train", "value": 1}),
-        (PARTITION | {"train": {"id_0000": 1}}, {"key": "train", "value": {"id_0000": 1}}),
-        (PARTITION | {"more": []}, {"value": [*SPLIT_NAMES, "more"], "allowed": SPLIT_NAMES}),
-        (["id_0000"], {"value": [], "allowed": SPLIT_NAMES}),
-        (7, {"value": [], "allowed": SPLIT_NAMES}),
+        ({"train": ["../id_0000"], "valid": [], "test": []}, {"key": "train", "value": "../id_0000"}),
+        ({"train": [], "valid": ["id_0000", 1], "test": []}, {"key": "valid", "value": 1}),
+        ({"train": {"id_0000": 1}, "valid": [], "test": []}, {"key": "train", "value": {"id_0000": 1}}),
+        ({split: [] for split in (*SPLITS, "more")}, {"value": [*SPLITS, "more"], "allowed": SPLITS}),
+        (["id_0000"], {"value": [], "allowed": SPLITS}),
         ('{"train": [], "train": ["id_0000"]}', {}),
         ("[" * 200_000, {}),
         ("{", {}),
-        ("\x00", {}),
     ],
-    ids=["path as name", "number as name", "no list", "unknown split", "list", "number", "twice", "deep", "{", "0"],
+    ids=["path as name", "number as name", "no list", "unknown split", "list", "repeated key", "deep", "{"],
 )
 def test_read_partition_with_another_structure_is_refused(tmp_path, content, fields):
     path = tmp_path / "default_partition.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with raises(UserError, path, path=path, **fields):
-        partitions.read_partition(path, skip_bad=False)
+        partitions.read_partition(tmp_path, "default", skip_bad=False)
 
 
 @pytest.mark.parametrize(
@@ -302,40 +282,21 @@ def test_read_labels_invalid_json_is_refused(tmp_path, name, file, entries, fiel
         partitions.read_labels(tmp_path, geobench.SETS[name])
 
 
-def test_read_published_stats_incomplete_entries_are_ignored_and_others_refused(tmp_path):
-    path, spec = tmp_path / "band_stats.json", geobench.SETS["m-cashew-plantation"]
-    complete = {"mean": 2.0, "std": 1.0}
-    path.write_text(json.dumps({"02": complete, "label": {"mean": None}, "01": {"std": 1.0}}))
-    assert partitions.read_published_stats(tmp_path, spec, ("01", "02"), 2) == {"01": None, "02": (4, 2)}
-    for text in ("{", "[1]", '{"01": 3}'):
-        path.write_text(text)
-        with raises(UserError, path, path=path):
-            partitions.read_published_stats(tmp_path, spec, ("01",), 1)
-
-
-def test_unpickler_texts_with_the_bytes_of_tuple_opcodes_are_read():
-    data = {"notes": ["t" * 9000, ("a", ("b", ("c",)))]}
-    assert unpickler.loads(pickle.dumps(data)) == data
-
-
 # Options
 
 
 @pytest.mark.parametrize(
     ("options", "mentions", "fields"),
     [
-        ({"set": "m-eurosta"}, ["m-bigearthnet"], {"key": "datasets.m.options.set", "value": "m-eurosta"}),
-        (
-            {"set": "m-so2sat", "bands": ["thermal"]},
-            ["m-so2sat", "sar_vh_real"],
-            {"key": "datasets.m.options.bands", "value": ["thermal"]},
-        ),
-        ({"set": "m-NeonTree", "ignore_nodata": True}, ["m-NeonTree"], {"key": "datasets.m.options.ignore_nodata"}),
-        ({"set": "m-so2sat", "as_labeled": True}, ["as_labeled"], {"key": "datasets.m.options.as_labeled"}),
-        ({}, ["set"], {"key": "datasets.m.options.set"}),
+        ({"set": "m-eurosta"}, ["m-bigearthnet"], {"key": "set", "value": "m-eurosta"}),
+        ({"set": "m-so2sat", "bands": ["thermal"]}, ["sar_vh_real"], {"key": "bands", "value": ["thermal"]}),
+        ({"set": "m-NeonTree", "ignore_nodata": True}, ["m-NeonTree"], {"key": "ignore_nodata"}),
+        ({"set": "m-so2sat", "as_labeled": True}, ["as_labeled"], {"key": "as_labeled"}),
+        ({}, ["set"], {"key": "set"}),
     ],
     ids=["unknown set", "unknown band", "no class no data", "unknown option", "no set"],
 )
 def test_validate_invalid_options_are_refused(options, mentions, fields):
+    fields["key"] = f"datasets.m.options.{fields['key']}"
     with raises(UserError, *mentions, **fields):
         validate("m", DatasetConfig("geobench", options=options))

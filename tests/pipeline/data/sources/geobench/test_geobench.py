@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 from h5py import h5d
 
-from pipeline.data import image_writer
 from pipeline.data.sources import geobench
 from pipeline.data.sources.geobench import download, reader
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
-from tests import geobench_files
 from tests.errors import raises
 
-ALL_SETS = (*geobench_files.CLASSIFICATION, *geobench_files.SEGMENTATION)
 RELEASED_BANDS = ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12"]
 ACTUAL_BANDS = {
     "m-eurosat": ["B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A"],
@@ -27,56 +24,49 @@ def count_splits(images) -> list[int]:
     return [images.split.count(split) for split in ("train", "val", "test")]
 
 
-@pytest.mark.parametrize("name", ALL_SETS)
+@pytest.mark.parametrize("name", geobench.SETS)
 def test_prepare_every_set_has_the_pixels_and_labels_of_its_files(geobench_root, open_set, name):
     spec, images = geobench.SETS[name], open_set(geobench_root, name)
-    assert (spec.image_size, len(spec.classes)) == (geobench_files.SIZE[name], geobench_files.CLASSES[name])
-    assert (images.task == "segmentation") == (name in geobench_files.SEGMENTATION)
     assert count_splits(images) == [6, 4, 4]
-    folder = download.local_folder(spec, geobench_root)
-    for name in (images.sample[0], images.sample[-1]):
-        sample = images.read_sample(name)
-        with h5py.File(folder / f"{name}.hdf5") as file:
-            keys = sorted(key for key in file if not key.startswith("label") and key != "Neon")
-            for band, key in enumerate(keys):
-                values = file[key][...].squeeze()
-                values = values.astype(np.float32) if values.dtype == np.float64 else values
-                values = np.rint(values * 255) if spec.divided_by_255 else values
-                repeats = spec.image_size // len(values)
-                np.testing.assert_array_equal(sample.image[band], values.repeat(repeats, 0).repeat(repeats, 1))
-            masks = [file[key][...] for key in file if key.startswith("label")]
-        if masks:
-            np.testing.assert_array_equal(sample.label, masks[0])
-        assert sample.image.shape == images.shape
+    sample = images.read_sample(images.sample[-1])
+    assert sample.image.shape == images.shape
+    with h5py.File(download.local_folder(spec, geobench_root) / f"{images.sample[-1]}.hdf5") as file:
+        values_of = {key: file[key][...].squeeze() for key in sorted(file) if key != "Neon"}
+    mask = next((values_of.pop(key) for key in list(values_of) if key.startswith("label")), sample.label)
+    np.testing.assert_array_equal(sample.label, mask)
+    for band, values in zip(sample.image, values_of.values(), strict=True):
+        values = np.rint(values * 255) if spec.divided_by_255 else values.astype(np.float32)
+        repeats = spec.image_size // len(values)
+        np.testing.assert_array_equal(band, values.repeat(repeats, 0).repeat(repeats, 1))
 
 
-def test_reader_images_divided_by_255_are_restored_exactly(copy_set, open_set):
-    name = "m-chesapeake-landcover"
-    root, folder = copy_set(name)
-    restored, released = open_set(root, name), open_set(root, name, keep_released_metadata=True)
+@pytest.fixture
+def open_restored_and_released(copy_set, open_set):
+    """Images of a set divided by 255, restored and as released, and the file of a sample."""
+    root, folder = copy_set("m-chesapeake-landcover")
+    options = ({}, {"keep_released_metadata": True})
+    return *(open_set(root, "m-chesapeake-landcover", **kwargs) for kwargs in options), folder / "id_0001.hdf5"
+
+
+def test_reader_images_divided_by_255_are_restored_exactly(open_restored_and_released):
+    restored, released, path = open_restored_and_released
     assert (restored.dtype, restored.units, released.dtype, released.units) == ("u1", "uint8", "f4", "display")
-    for sample in restored.sample[:3]:
-        actual, expected = restored.read_sample(sample).image, released.read_sample(sample).image
-        assert actual.max() > 200
-        # Networks receive the same float32 values.
-        np.testing.assert_array_equal(np.divide(actual, np.float32(255), dtype=np.float32), expected)
+    actual, expected = (images.read_sample("id_0000").image for images in (restored, released))
+    # Networks receive the same float32 values.
+    np.testing.assert_array_equal(np.divide(actual, np.float32(255), dtype=np.float32), expected)
     # All 8-bit values, divided by 255, multiplied by an inexact 1/255, in double precision, and with a negative zero.
     all_values = np.resize(np.arange(256, dtype=np.uint8), (256, 256))
     quotient = np.divide(all_values, 255, dtype=np.float32)
-    encoded = [quotient, all_values * np.float32(1 / 255), all_values / 255]
-    encoded.append(np.where(all_values == 0, np.float32(-0.0), quotient))
-    for values in encoded:
-        with h5py.File(folder / "id_0001.hdf5", "r+") as file:
+    negative_zero = np.where(all_values == 0, np.float32(-0.0), quotient)
+    for values in (quotient, all_values * np.float32(1 / 255), all_values / 255, negative_zero):
+        with h5py.File(path, "r+") as file:
             del file["Red"]
-            file.create_dataset("Red", data=values)
+            file["Red"] = values
         np.testing.assert_array_equal(restored.read_sample("id_0001").image[3], all_values)
 
 
-def test_reader_values_that_are_not_8_bit_divided_by_255_are_refused(copy_set, open_set, tmp_path):
-    name = "m-chesapeake-landcover"
-    root, folder = copy_set(name)
-    restored, released = open_set(root, name), open_set(root, name, keep_released_metadata=True)
-    path = folder / "id_0001.hdf5"
+def test_reader_values_that_are_not_8_bit_divided_by_255_are_refused(open_restored_and_released):
+    restored, released, path = open_restored_and_released
     for invalid in (np.nan, np.inf, -1 / 255, 256 / 255, 0.5004, 200):
         with h5py.File(path, "r+") as file:
             file["Green"][200, 100] = invalid
@@ -84,8 +74,6 @@ def test_reader_values_that_are_not_8_bit_divided_by_255_are_refused(copy_set, o
             restored.read_sample("id_0001")
         np.testing.assert_allclose(info.value.value, invalid, rtol=1e-5)
         np.testing.assert_equal(released.read_sample("id_0001").image[1, 200, 100], np.float32(invalid))
-    summary = image_writer.write(restored, tmp_path / "scratch", tmp_path / "store", skip_bad=True)
-    assert list(summary.skipped) == ["id_0001"]
 
 
 @pytest.mark.parametrize("name", ACTUAL_BANDS)
@@ -118,30 +106,27 @@ def test_labels_are_the_same_from_json_files_and_from_samples(copy_set, open_set
     assert {int(value) for label in labels for value in np.atleast_1d(label)} == {0, 1}
 
 
-def test_locations_and_dates_are_corrected_unless_released_metadata_is_kept(geobench_root, open_set):
-    forestnet = open_set(geobench_root, "m-forestnet")
-    first, second = (forestnet.read_sample(sample) for sample in forestnet.sample[:2])
-    assert (first.lat, first.lon) == pytest.approx((-1.5, 113.25))
-    assert np.isnat(first.time), "1 January stands for an annual composite"
-    assert second.time == np.datetime64("2014-06-02")
-    # In Germany the latitude is larger than the longitude, whatever the sample name states.
-    pv4ger = open_set(geobench_root, "m-pv4ger")
-    name = pv4ger.sample[1]
-    assert name.startswith("6.8")
-    sample = pv4ger.read_sample(name)
-    assert (sample.lat, sample.lon) == pytest.approx((51.201, 6.801))
-    released = open_set(geobench_root, "m-pv4ger", keep_released_metadata=True)
-    assert released.read_sample(name).lat == pytest.approx(6.801)
-    cattle = open_set(geobench_root, "m-nz-cattle")
-    sample = cattle.read_sample(cattle.sample[0])
-    assert (sample.lat, sample.lon) == pytest.approx((-38.1, 175.3))
-    assert np.isnat(sample.time)
-    released = open_set(geobench_root, "m-nz-cattle", keep_released_metadata=True)
-    assert released.read_sample(cattle.sample[0]).time == np.datetime64("2019-01-01")
-    cashew = open_set(geobench_root, "m-cashew-plantation")
-    sample = cashew.read_sample(cashew.sample[3])
-    assert sample.time == np.datetime64("2020-02-04")
-    assert np.isnan(sample.lat)
+@pytest.mark.parametrize(
+    ("name", "index", "location", "released_location", "date", "released_date"),
+    [
+        # 1 January stands for an annual composite.
+        ("m-forestnet", 0, (-1.5, 113.25), (-1.5, 113.25), "NaT", "2013-01-01"),
+        ("m-forestnet", 1, (-1.51, 113.26), (-1.51, 113.26), "2014-06-02", "2014-06-02"),
+        # In Germany the latitude is larger than the longitude, whatever the sample name states.
+        ("m-pv4ger", 0, (51.2, 6.8), (51.2, 6.8), "NaT", "NaT"),
+        ("m-pv4ger", 1, (51.201, 6.801), (6.801, 51.201), "NaT", "NaT"),
+        ("m-nz-cattle", 0, (-38.1, 175.3), (-38.1, 175.3), "NaT", "2019-01-01"),
+        ("m-cashew-plantation", 3, (np.nan, np.nan), (np.nan, np.nan), "2020-02-04", "2020-02-04"),
+    ],
+)
+def test_locations_and_dates_are_corrected_unless_released_metadata_is_kept(
+    geobench_root, open_set, name, index, location, released_location, date, released_date
+):
+    for keep, expected, day in ((False, location, date), (True, released_location, released_date)):
+        images = open_set(geobench_root, name, keep_released_metadata=keep)
+        sample = images.read_sample(images.sample[index])
+        assert (sample.lat, sample.lon) == pytest.approx(expected, nan_ok=True)
+        np.testing.assert_equal(sample.time, np.datetime64(day, "s"))
 
 
 @pytest.mark.parametrize(
@@ -149,9 +134,7 @@ def test_locations_and_dates_are_corrected_unless_released_metadata_is_kept(geob
 )
 def test_nodata_class_counts_unless_ignored(geobench_root, open_set, name, index):
     counted, ignored = (open_set(geobench_root, name, ignore_nodata=ignore) for ignore in (False, True))
-    with_class, without_class = (
-        np.stack([images.read_sample(sample).label for sample in images.sample]) for images in (counted, ignored)
-    )
+    with_class, without_class = (images.read_sample(images.sample[0]).label for images in (counted, ignored))
     assert (with_class == index).any()
     np.testing.assert_array_equal(np.where(with_class == index, IGNORE, with_class), without_class)
     assert counted.notes != ignored.notes
@@ -185,14 +168,14 @@ def test_reader_file_truncated_while_it_is_read_is_refused(copy_set, open_set, m
     root, folder = copy_set("m-so2sat")
     images = open_set(root, "m-so2sat")
     path = folder / "id_0003.hdf5"
-    keys_without_dates = reader.keys_without_dates
+    keys_without_dates = reader._keys_without_dates
 
     def truncate_after_opening(file, spec):
         keys = keys_without_dates(file, spec)
         os.truncate(path, h5d.open(file.id, keys["12 - SWIR"]).get_offset() + 100)
         return keys
 
-    monkeypatch.setattr(reader, "keys_without_dates", truncate_after_opening)
+    monkeypatch.setattr(reader, "_keys_without_dates", truncate_after_opening)
     with raises(UserError, path=path):
         images.read_sample("id_0003")
 
