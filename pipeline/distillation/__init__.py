@@ -13,11 +13,8 @@ def choose_teacher(params: Params, dataset: str, tuning: Mapping[str, Mapping]) 
 
     With `distill.teacher: best` it is the model with the best validation score among those that have a pretrained
     network. Models with random weights are no useful teachers, and a student of the band statistics baseline would be
-    larger than its teacher. Ties: the model with more members wins, then the first of the grid.
-
-    Args:
-        tuning: of every model of the grid, the result of the stage `tune`: `skipped` (a reason or None), and `score`
-            on validation if it is not skipped.
+    larger than its teacher. Ties: the model with more members wins, then the first of the grid. `tuning` is the
+    result of the stage `tune` for every model of the grid: `skipped` (a reason or None), and `score` on validation.
     """
     teacher, datasets = params.distill.teacher, params.distill.datasets
     if not params.distill.applies_to(dataset):

@@ -6,6 +6,7 @@ temperature, Hinton et al., Distilling the Knowledge in a Neural Network, 2015, 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -49,16 +50,18 @@ class Projectors(nn.Module):
     """One linear map from a student's levels to each of the teacher's arrays; used in training only.
 
     A teacher's map (channel, y, x) is predicted from the student's level of the most similar size, resized to the
-    teacher's. A teacher's pooled vector (channel,) is predicted from the spatial means of all the student's levels.
-
-    Args:
-        level_sizes: sides of the student's levels in pixels, finest first.
+    teacher's. A teacher's pooled vector (channel,) is predicted from the spatial means of all the student's levels,
+    whose sides in pixels are `level_sizes`, finest first.
     """
 
     def __init__(self, level_sizes: Sequence[int], channels: Sequence[int], target_shapes: Sequence[tuple[int, ...]]):
         super().__init__()
         self.target_shapes = list(target_shapes)
-        self.source_levels = [nearest_level(level_sizes, shape[1:]) for shape in target_shapes]
+        sizes = np.array(level_sizes)
+        self.source_levels = [  # None for a vector
+            int(np.maximum(sizes / shape[1], shape[1] / sizes).argmin()) if len(shape) > 1 else None
+            for shape in target_shapes
+        ]
         self.maps = nn.ModuleList(
             nn.Linear(sum(channels), shape[0]) if level is None else nn.Conv2d(channels[level], shape[0], 1)
             for shape, level in zip(target_shapes, self.source_levels, strict=True)
@@ -73,11 +76,3 @@ class Projectors(nn.Module):
                 source = functional.interpolate(source, size=shape[1:], mode="bilinear", antialias=True)
             predictions.append(project(source))
         return predictions
-
-
-def nearest_level(level_sizes: Sequence[int], target_size: Sequence[int]) -> int | None:
-    """Return the index of the level whose size is most similar to (y, x); None for a vector, ()."""
-    if not target_size:
-        return None
-    ratios = [max(side, target_size[0]) / min(side, target_size[0]) for side in level_sizes]
-    return ratios.index(min(ratios))

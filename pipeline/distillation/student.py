@@ -14,7 +14,7 @@ from torch.nn import functional
 from torchvision.ops import FeaturePyramidNetwork
 
 from cache.atomic import write_file
-from pipeline.backbones.base import BackboneSpec
+from pipeline.backbones import get_spec
 from pipeline.backbones.checkpoints import load_strict, read_checkpoint
 from pipeline.config import BackboneConfig, StudentConfig
 from pipeline.data.image_store import image_bands
@@ -42,15 +42,12 @@ class StudentSpec:
 
 
 class Student(nn.Module):
-    """Network from raw chips, float32 (batch, band, y, x), to float32 logits.
+    """Network from raw chips, float32 (batch, band, y, x) as in the images store, to float32 logits.
 
-    Chips are in the units and band order of the images store. Two steps are inside the network, so that an exported
-    graph takes raw chips: normalisation by each band's mean and standard deviation over the training split, and the
-    bilinear resize to the network's input size (antialiased when it shrinks).
-
-    For classification the logits are (batch, class), from the spatial means of all levels. For segmentation they are
-    (batch, class, y, x) of the chips' own size, from a feature pyramid network (Lin et al., CVPR 2017, arXiv
-    1612.03144). A network without such levels, or with an input smaller than its stride, is refused.
+    So that an exported graph takes raw chips, the network normalizes them by each band's `mean` and `std` over the
+    training split, and resizes them to its input size. Classification: logits (batch, class) from the spatial means
+    of all levels. Segmentation: logits (batch, class, y, x) of the chips' own size from a feature pyramid network
+    (Lin et al., CVPR 2017, arXiv 1612.03144). UserError if the network has no such levels or too small an input.
     """
 
     def __init__(self, spec: StudentSpec, mean: Sequence[float], std: Sequence[float]):
@@ -88,7 +85,7 @@ class Student(nn.Module):
 
 
 def _create_network(spec: StudentSpec) -> nn.Module:
-    """Create timm's network without its classifier; weights come from torch's global random generator."""
+    """Create timm's network without its classifier; weights are random."""
     name, size = spec.architecture, spec.input_size
 
     def refusal(reason: str, key: str = "students.network", value: object = name) -> UserError:
@@ -98,9 +95,8 @@ def _create_network(spec: StudentSpec) -> nn.Module:
     if not timm.is_model(name):
         raise refusal("timm has no such network. List its networks with `timm.list_models()`.")
     try:
-        network = timm.create_model(
-            name, features_only=True, in_chans=spec.n_bands, out_indices=tuple(range(-N_LEVELS, 0))
-        )
+        levels = tuple(range(-N_LEVELS, 0))
+        network = timm.create_model(name, features_only=True, in_chans=spec.n_bands, out_indices=levels)
         stride, channels = max(network.feature_info.reduction()), network.feature_info.channels()
         if size < stride:
             reason = f"the stride of its deepest level is {stride}. Set a larger chip_size or mask_size."
@@ -118,7 +114,7 @@ def _create_network(spec: StudentSpec) -> nn.Module:
 
 
 def make_spec(images: xr.Dataset, student: StudentConfig) -> StudentSpec:
-    """Return the spec of a student for the bands, classes and task of an images store."""
+    """Return the spec of a student for an images store."""
     task = images.attrs["task"]
     input_size = student.mask_size if get_task(task).is_dense else student.chip_size
     return StudentSpec(student.network, images.sizes["band"], len(images.attrs["classes"]), task, input_size)
@@ -137,26 +133,18 @@ def make_student(
 
 
 def pretrained_state(
-    name: str,
-    backbone: BackboneConfig,
-    backbone_spec: BackboneSpec,
-    weights_dir: Path,
-    spec: StudentSpec,
-    bands: Sequence[str],
+    name: str, backbone: BackboneConfig, weights_dir: Path, spec: StudentSpec, bands: Sequence[str]
 ) -> Tensors:
     """Read a backbone's weights as the initial tensors of a student's network, by name.
 
-    The input layer is adapted to the images' bands: a band that the backbone was trained on keeps its filters,
-    another band gets the mean of all filters. The filters are then scaled by the ratio of the numbers of bands, so
-    that the layer's outputs keep their magnitude.
+    The input layer is adapted to the images' bands (common names): a band that the backbone was trained on keeps its
+    filters, another band gets the mean of all filters. The filters are then scaled by the ratio of the numbers of
+    bands, so that the layer's outputs keep their magnitude.
 
-    Args:
-        bands: common names of the images' bands, in order.
-
-    Raises:
-        UserError: the file is absent or damaged, or has the tensors of another network.
+    Raises UserError if the file is absent or damaged, or has the tensors of another network.
     """
-    path = Path(weights_dir) / (backbone_spec.weights_file or "")
+    backbone_spec = get_spec(backbone)
+    path = weights_dir / (backbone_spec.weights_file or "")
     if not path.is_file() or path.suffix == ".onnx":
         raise UserError(
             f"A student cannot start from backbone '{name}': there is no weights file of a timm network at {path}. "
@@ -164,8 +152,7 @@ def pretrained_state(
             key="students.weights", value=name, path=path,
         )  # fmt: skip
     known_bands = backbone_spec.bands
-    blank = [0.0] * len(known_bands)
-    network = Student(replace(spec, n_bands=len(known_bands)), blank, blank).network
+    network = _create_network(replace(spec, n_bands=len(known_bands)))
     expected, stored = network.state_dict(), read_checkpoint(path)
     if backbone.family == "efficientnet" and hasattr(network, "blocks"):
         # segmentation_models_pytorch takes seconds to import; a student without such weights needs none of it
@@ -193,14 +180,7 @@ def pretrained_state(
 
 
 def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: str, teacher: str | None) -> dict:
-    """Return the metadata of a student that `save_student` needs.
-
-    Args:
-        images: the images store `dataset` on which it was trained.
-        variant: a key of `VARIANTS`, such as `distilled`.
-        weights: `pretrained` or `random`, of the initial network.
-        teacher: name of the teacher model, or None.
-    """
+    """Return the metadata of a student trained on an images store, for `save_student`."""
     task, bands = images.attrs["task"], []
     for band in image_bands(images):
         wavelength = float(band.wavelength) if band.is_optical else None
@@ -214,7 +194,7 @@ def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: st
 
 
 def save_student(folder: Path, student: Student, metadata: Mapping) -> None:
-    """Write a student's tensors (student.pt) and then its metadata (student.json) to a folder."""
+    """Write a student's tensors and then its metadata to a folder."""
     buffer = BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in student.state_dict().items()}, buffer)
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,10 +211,9 @@ def save_student(folder: Path, student: Student, metadata: Mapping) -> None:
 
 
 def load_student(folder: Path) -> tuple[Student, dict]:
-    """Load a saved student, on the CPU in evaluation mode, and its metadata (student.json).
+    """Load a saved student, on the CPU in evaluation mode, and its metadata.
 
-    Raises:
-        UserError: a file is absent or damaged, or the two files do not match.
+    Raises UserError if a file is absent or damaged, or the two files do not match.
     """
     metadata_path, tensors_path = folder / METADATA_FILE, folder / TENSORS_FILE
     for path in (metadata_path, tensors_path):

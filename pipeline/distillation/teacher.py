@@ -28,14 +28,12 @@ class CachedTeacher:
 
     Args:
         stores: feature stores of the members and their expected content digests; None for no check.
-        images_path: the images store from which the features were extracted.
         head: trained on these members, in this order; another head is refused.
         rows: indices of the samples whose logits are needed, (sample,).
 
     Attributes:
         views: names of the views with cached features; `identity` is always among them.
         arrays: (index of the member, name of the array in its store) of every feature array; maps come first.
-        n_maps: number of arrays that are maps.
         shapes: shape of each array, (channel, y, x) or (channel,).
     """
 
@@ -103,10 +101,7 @@ class CachedTeacher:
 
     @torch.inference_mode()
     def _compute_logits(self, rows: np.ndarray) -> np.ndarray:
-        """Compute the head's logits of all rows and views, float16 (sample, view, class, …).
-
-        They are memory-mapped from a temporary file, because logits of segmentation can exceed the memory.
-        """
+        """Compute the logits of all rows and views, float16 (sample, view, class, …); they can exceed the memory."""
         stored, device = np.empty(0, np.float16), self.head.mean_scale[0][0].device
         for copy, view in enumerate(self.views):
             for start in range(0, len(rows), HEAD_BATCH):

@@ -6,7 +6,7 @@ Each seed reads the test split once.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import starmap
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ CreateStudent = Callable[[int], Student]
 
 @dataclass(frozen=True)
 class DistillationSetup:
-    """Images, teacher and configuration (section `distill`) that all students of a dataset share."""
+    """What all students of a dataset share."""
 
     images: AugmentedImages
     teacher: CachedTeacher
@@ -64,26 +64,18 @@ class DistillationSetup:
 
 
 def train_variant(
-    create_student: CreateStudent,
-    setup: DistillationSetup,
-    variant: str,
-    metadata: Mapping,
-    study_path: Path,
+    create_student: CreateStudent, setup: DistillationSetup, variant: str, metadata: Mapping, study_path: Path,
     cache_key: object,
-) -> tuple[dict, ProtocolResult]:
+) -> tuple[dict, ProtocolResult]:  # fmt: skip
     """Search hyperparameters on validation, train the seeds, and score each once on the test split.
 
     Args:
         create_student: from a seed to a student before training.
-        variant: a key of `VARIANTS`; selects the losses.
         metadata: further columns of each run: `dataset`, `model` and others.
         study_path, cache_key: as for `search`.
 
     Returns:
-        The result of `search`; and the students of all seeds. A student's index is its seed.
-
-    Raises:
-        UserError: students diverged.
+        The result of `search`; and the students, by seed. UserError if some diverged.
     """
     name, task, config = f"{metadata['dataset']} {metadata['model']}", setup.task, setup.config
 
@@ -127,16 +119,18 @@ def _train_students(
     create_student: CreateStudent, setup: DistillationSetup, variant: str, hparams: Sequence[HParams]
 ) -> list[Student]:
     """Train one student for each entry of `hparams`; on a CPU in parallel, one core each."""
-    has_projectors, arguments = "features" in VARIANTS[variant], []
+    has_projectors = "features" in VARIANTS[variant]
     # Created one after the other, because torch's random generator belongs to the whole process.
-    for entry in hparams:
-        student = create_student(entry.seed)
-        projectors = make_projectors(student, setup, entry.seed) if has_projectors else None
-        arguments.append((student, projectors, setup, variant, entry))
+    students = [create_student(entry.seed) for entry in hparams]
+    projectors = [
+        make_projectors(student, setup, entry.seed) if has_projectors else None
+        for student, entry in zip(students, hparams, strict=True)
+    ]
+    arguments = (students, projectors, repeat(setup), repeat(variant), hparams)
     if setup.device != "cpu":
-        return list(starmap(train, arguments))
+        return list(map(train, *arguments))
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(lambda student_arguments: train(*student_arguments), arguments))
+        return list(pool.map(train, *arguments))
 
 
 def _scores(students: Sequence[Student], setup: DistillationSetup, split: str) -> np.ndarray:
@@ -155,7 +149,7 @@ def _scores(students: Sequence[Student], setup: DistillationSetup, split: str) -
 
 
 def make_projectors(student: Student, setup: DistillationSetup, seed: int) -> Projectors:
-    """Create projectors from a student's levels to the teacher's arrays, with random weights from a seed."""
+    """Create projectors from a student's levels to the teacher's arrays."""
     level_sizes = [-(-student.spec.input_size // stride) for stride in student.strides]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -177,18 +171,17 @@ def train(
     rows, generator = setup.training_rows(variant), np.random.default_rng(hparams.seed)
     for step, positions in enumerate(batch_order(len(rows), setup.schedule, hparams.seed).numpy()):
         views = draw_views(setup, len(positions), generator)
-        optimizer.zero_grad()
+        modules.zero_grad()
         _loss(student, projectors, setup, variant, rows[positions], views).backward()
         optimizer.step(lr_factor(step))
     return student.eval()
 
 
 def draw_views(setup: DistillationSetup, count: int, generator: np.random.Generator) -> list[str]:
-    """Draw a view for each of `count` chips.
+    """Draw a view for each of `count` chips, from those with cached features if there are others than `identity`.
 
-    Views are drawn from those with cached features, if there are others than `identity`. Otherwise they are drawn
-    from all views. If the teacher has feature maps, about half of the chips then stay upright, because maps are
-    cached for upright chips only.
+    Otherwise they are drawn from all views. If the teacher has feature maps, about half of the chips then stay
+    upright, because maps are cached for upright chips only.
     """
     cached = [view for view in setup.teacher.views if view in setup.images.views]
     if len(cached) > 1:
@@ -199,13 +192,9 @@ def draw_views(setup: DistillationSetup, count: int, generator: np.random.Genera
 
 
 def _loss(
-    student: Student,
-    projectors: Projectors | None,
-    setup: DistillationSetup,
-    variant: str,
-    rows: np.ndarray,
+    student: Student, projectors: Projectors | None, setup: DistillationSetup, variant: str, rows: np.ndarray,
     views: list[str],
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Compute the weighted sum of a variant's losses on a batch."""
     images, teacher, config, device = setup.images, setup.teacher, setup.config, setup.device
     chips = images.image_tensor(rows, views).to(device)
@@ -231,10 +220,7 @@ def _loss(
 def _feature_loss(
     predictions: list[torch.Tensor], targets: list[torch.Tensor], has_maps: torch.Tensor, teacher: CachedTeacher
 ) -> torch.Tensor:
-    """Average the feature loss over the teacher's arrays of each member, and then over the members.
-
-    Samples without `has_maps`, bool (batch,), do not count for maps.
-    """
+    """Average the feature loss over the arrays of each member, then over members; for maps, where `has_maps`."""
     member_losses: dict[int, list[torch.Tensor]] = {}
     for index, ((member, _), prediction, target) in enumerate(zip(teacher.arrays, predictions, targets, strict=True)):
         sample_losses = losses.feature_loss(prediction, target)
@@ -246,10 +232,7 @@ def _feature_loss(
 
 @torch.inference_mode()
 def predict(student: Student, setup: DistillationSetup, split: str) -> np.ndarray:
-    """Predict the upright chips of a split: logits, float32 (sample, class).
-
-    For segmentation: counts, int64 (sample, entry), see pipeline/tasks.py.
-    """
+    """Predict the upright chips of a split: logits (sample, class); segmentation: counts, int64 (sample, entry)."""
     rows, task, batches = setup.images.rows(split), setup.task, []
     for start in range(0, len(rows), PREDICTION_BATCH):
         batch = rows[start : start + PREDICTION_BATCH]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.config import FineTuneConfig
 from pipeline.errors import UserError
 
 _MODULE_LISTS = (nn.ModuleList, nn.Sequential)
@@ -43,42 +44,55 @@ def layer_index(network: nn.Module) -> dict[str, int]:
 def layer_lr_scale(network: nn.Module, layer_decay: float) -> dict[str, float]:
     """Return the factor on the head's learning rate for each parameter, by name.
 
-    Layer-wise decay (Clark et al., ELECTRA, ICLR 2020; as in Bao et al., BEiT, ICLR 2022): `layer_decay` for the last
-    block, its square for the block before, and so on to the stem.
+    It is `layer_decay` for the last block, its square for the block before, and so on to the stem (Clark et al.,
+    ELECTRA, ICLR 2020; as in Bao et al., BEiT, ICLR 2022).
     """
     n_blocks = len(blocks(network))
     return {name: layer_decay ** (n_blocks + 1 - index) for name, index in layer_index(network).items()}
 
 
-def unfreeze(network: nn.Module, n_last_blocks: int, name: str) -> None:
-    """Make the last blocks of the frozen backbone `name` trainable; with 0, all parameters."""
-    n_blocks = len(blocks(network))
+def make_trainable(network: nn.Module, name: str, config: FineTuneConfig, seed: int) -> None:
+    """Make the parameters of the frozen backbone `name` trainable that `config` selects.
+
+    Raises UserError if the network lacks the blocks or the layers that `finetune.method` names.
+    """
+    if next(network.parameters(), None) is None:
+        return
+    if config.checkpointing:  # Chen et al., arXiv 1604.06174
+        for block in blocks(network):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if config.method == "lora":
+        _add_lora(network, config.rank, seed, name)
+        return
+    n_blocks, n_last_blocks, indices = len(blocks(network)), config.n_last_blocks, layer_index(network)
     if n_last_blocks > n_blocks:
         allowed = [f"last{n_blocks}"] * bool(n_blocks) + ["all", "lora"]
         raise UserError(
-            f"finetune.method is 'last{n_last_blocks}', and {name} has {n_blocks} blocks. Choose one of: "
+            f"finetune.method is '{config.method}', and {name} has {n_blocks} blocks. Choose one of: "
             f"{', '.join(allowed)}, or fewer blocks.",
-            key="finetune.method", value=f"last{n_last_blocks}", allowed=allowed,
+            key="finetune.method", value=config.method, allowed=allowed,
         )  # fmt: skip
-    indices = layer_index(network)
     for parameter_name, parameter in network.named_parameters():
         is_chosen = not n_last_blocks or indices[parameter_name] > n_blocks - n_last_blocks
         parameter.requires_grad_(parameter.is_floating_point() and is_chosen)
 
 
-def enable_checkpointing(network: nn.Module) -> None:
-    """Recompute the activations inside each block in the backward pass (Chen et al., arXiv 1604.06174)."""
-    for block in blocks(network):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def _add_lora(network: nn.Module, rank: int, seed: int, name: str) -> None:
+    """Insert low-rank adapters (Hu et al., LoRA, ICLR 2022), which start at zero and change no output.
 
-
-def add_lora(network: nn.Module, rank: int, seed: int, name: str) -> None:
-    """Insert low-rank adapters (Hu et al., LoRA, ICLR 2022) into the frozen backbone `name`, with peft.
-
-    The adapters start at zero, so the outputs of the network do not change.
+    In transformers they adapt the linear layers of attention, as in the paper. In networks without attention they
+    adapt the ungrouped 1x1 convolutions, which have most of the weights.
     """
-    targets = lora_targets(network)
-    if not targets:
+    in_blocks = {id(module) for block in blocks(network) for module in block.modules()}
+    attention, pointwise = [], []
+    for module_name, module in network.named_modules():
+        if id(module) not in in_blocks:
+            continue
+        if isinstance(module, nn.Linear) and set(_ATTENTION_NAMES) & set(module_name.split(".")):
+            attention.append(module_name)
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
+            pointwise.append(module_name)
+    if not (targets := attention or pointwise):
         raise UserError(
             f"{name} has no layers for LoRA: its blocks have no linear layers of attention and no 1x1 convolutions. "
             "Set finetune.method to all or last<n>.",
@@ -89,24 +103,6 @@ def add_lora(network: nn.Module, rank: int, seed: int, name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), network)
-
-
-def lora_targets(network: nn.Module) -> list[str]:
-    """Return the names of the layers that LoRA adapts.
-
-    In transformers these are the linear layers of attention, as in the paper. In networks without attention they are
-    the ungrouped 1x1 convolutions, which have most of the weights.
-    """
-    in_blocks = {id(module) for block in blocks(network) for module in block.modules()}
-    attention, pointwise = [], []
-    for name, module in network.named_modules():
-        if id(module) not in in_blocks:
-            continue
-        if isinstance(module, nn.Linear) and set(_ATTENTION_NAMES) & set(name.split(".")):
-            attention.append(name)
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1:
-            pointwise.append(name)
-    return attention or pointwise
 
 
 def _children_with_parameters(module: nn.Module) -> list[nn.Module]:

@@ -24,7 +24,7 @@ from pipeline.tasks import get_task
 
 @dataclass(frozen=True)
 class EnsembleMember:
-    """One backbone of a model: its name in params.yaml, its configuration, and the folder of its weights."""
+    """One backbone of a model; `name` is its key in params.yaml."""
 
     name: str
     backbone: BackboneConfig
@@ -32,61 +32,42 @@ class EnsembleMember:
 
 
 class TrainableBackbone(nn.Module):
-    """Wrapper that allows gradients inside `Encoder`, which runs in inference mode.
-
-    The backbone is thus called by `Encoder`, with the same inputs as in extraction.
-    """
+    """Wrapper that allows gradients inside `Encoder`, which runs in inference mode."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network, self.gradients_enabled = network, False
 
     def forward(self, image: torch.Tensor, **metadata: torch.Tensor) -> FeaturePyramid:
-        """Compute features, with gradients if `gradients_enabled`."""
         with torch.inference_mode(False), torch.set_grad_enabled(self.gradients_enabled):
             return self.network(image, **metadata)
 
 
 class FineTunedEnsemble(nn.Module):
-    """Backbones and their head, some of whose parameters are trained.
+    """Backbones, in the order of their head, and the head; some of the parameters are trained.
 
     The model is always in evaluation mode. BatchNorm keeps the statistics of the pretrained weights: the head was
     trained on features computed with them, and with statistics of small batches the first step would start from
     another model than the frozen one. The scales and shifts of BatchNorm are trained like other weights. There is no
-    dropout, as in the training of the head. The standardisation of features is that of the frozen model and is not
-    trained.
+    dropout, as in the training of the head. Features are standardized as in the frozen model. `seed` is that of LoRA
+    adapters.
 
-    Args:
-        images: the images store.
-        members: backbones of the model, in the order of the head.
-        head_path: file of the frozen model's trained head.
-        config: the section `finetune` of params.yaml.
-        seed: of LoRA adapters.
-        device, precision: of the backbones, as for `Encoder`.
-
-    Raises:
-        UserError: the head was trained for other images or backbones, or no parameter can be trained.
+    Raises UserError if the head was trained for other images or backbones, or no parameter can be trained.
     """
 
     def __init__(
-        self,
-        images: xr.Dataset,
-        members: Sequence[EnsembleMember],
-        head_path: Path,
-        config: FineTuneConfig,
-        seed: int,
-        device: str,
-        precision: str,
-    ):
+        self, images: xr.Dataset, members: Sequence[EnsembleMember], head_path: Path, config: FineTuneConfig,
+        seed: int, device: str, precision: str,
+    ):  # fmt: skip
         super().__init__()
         self.trained_head = checkpoint.load(head_path, device)
-        check_head_matches_data(self.trained_head, head_path, [member.name for member in members], images)
+        _check_head_matches_data(self.trained_head, head_path, [member.name for member in members], images)
         self.encoders = []
         for member in members:
             spec = get_spec(member.backbone)
             preprocessor = preprocessing.make_preprocessor(images, member.name, member.backbone, spec)
             network = create_backbone(member.backbone, spec, preprocessor.input_bands, member.weights_dir)
-            _make_trainable(network, member.name, config, seed)
+            layers.make_trainable(network, member.name, config, seed)
             self.encoders.append(
                 Encoder(preprocessor, TrainableBackbone(network), device, precision, strides=spec.strides)
             )
@@ -108,9 +89,8 @@ class FineTunedEnsemble(nn.Module):
     def forward(self, image: np.ndarray, rows: np.ndarray) -> torch.Tensor:
         """Compute logits (batch, class), or (batch, class, y, x) for segmentation.
 
-        Args:
-            image: (batch, band, y, x) in the units of the images store.
-            rows: indices of these samples in the store, for backbones that use location and time.
+        The image is (batch, band, y, x) in the units of the images store; `rows` are the indices of these samples,
+        for backbones that use location and time.
         """
         return self.trained_head.logits(self.features(image, rows))
 
@@ -130,7 +110,6 @@ class FineTunedEnsemble(nn.Module):
 
     @torch.no_grad()
     def load_trainable(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy tensors, by name, into the parameters that are trained."""
         for name, parameter in self.trainable_parameters().items():
             parameter.copy_(tensors[name])
 
@@ -160,24 +139,12 @@ class FineTunedEnsemble(nn.Module):
         """Freeze parameters that no logit depends on, such as a network's own classifier."""
         with torch.enable_grad():
             features = self.features(image, np.arange(len(image)))
-            check_head_matches_features(self.trained_head, features)
+            _check_head_matches_features(self.trained_head, features)
             parameters = list(self.trainable_parameters().values())
             logits = self.trained_head.logits(features)
             gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
-
-
-def _make_trainable(network: nn.Module, name: str, config: FineTuneConfig, seed: int) -> None:
-    """Make the parameters that `config` selects trainable."""
-    if next(network.parameters(), None) is None:
-        return
-    if config.checkpointing:
-        layers.enable_checkpointing(network)
-    if config.method == "lora":
-        layers.add_lora(network, config.rank, seed, name)
-    else:
-        layers.unfreeze(network, config.n_last_blocks, name)
 
 
 @contextmanager
@@ -197,7 +164,7 @@ def memory_hint() -> Iterator[None]:
         ) from None
 
 
-def check_head_matches_data(head: TrainedHead, head_path: Path, backbones: Sequence[str], images: xr.Dataset) -> None:
+def _check_head_matches_data(head: TrainedHead, path: Path, backbones: Sequence[str], images: xr.Dataset) -> None:
     """Refuse a head that was trained for another model, task, classes or mask size."""
     task, classes = images.attrs["task"], images.attrs["classes"]
     checks: dict[str, tuple] = {
@@ -210,17 +177,16 @@ def check_head_matches_data(head: TrainedHead, head_path: Path, backbones: Seque
     for name, (actual, expected) in checks.items():
         if actual != expected:
             raise UserError(
-                f"The {name} of the head in {head_path} is {actual}; {expected} is needed. The head was trained on "
+                f"The {name} of the head in {path} is {actual}; {expected} is needed. The head was trained on "
                 "another dataset or model. Run: dvc repro train",
-                key=name, value=actual, allowed=[expected], path=head_path,
+                key=name, value=actual, allowed=[expected], path=path,
             )  # fmt: skip
 
 
-def check_head_matches_features(head: TrainedHead, features: Sequence[Mapping[str, torch.Tensor]]) -> None:
+def _check_head_matches_features(head: TrainedHead, features: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Refuse features whose arrays or shapes differ from those that the head was trained on."""
-    for name, array_names, shapes, arrays in zip(
-        head.backbones, head.array_names, head.config.shapes, features, strict=True
-    ):
+    columns = zip(head.backbones, head.array_names, head.config.shapes, features, strict=True)
+    for name, array_names, shapes, arrays in columns:
         for array_name, shape in zip(array_names, map(tuple, shapes), strict=True):
             actual = tuple(arrays[array_name].shape[1:]) if array_name in arrays else None
             if actual != shape:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import xarray as xr
 from tqdm import tqdm
 
 from cache.atomic import sync_file, sync_folder
@@ -38,8 +37,6 @@ CreateModel = Callable[[int], FineTunedEnsemble]
 
 @dataclass(frozen=True)
 class FineTuneJob:
-    """The data, the task and the configuration of a fine-tuning."""
-
     images: AugmentedImages
     task: Task
     config: FineTuneConfig
@@ -47,18 +44,11 @@ class FineTuneJob:
 
 @dataclass
 class TrainState:
-    """Progress of a run.
-
-    Attributes:
-        step: number of finished steps.
-        frozen_score: score of the frozen model on validation.
-        best_score, best_step: best score on validation so far and its step. Ties: the latest wins.
-        best_tensors: the trainable parameters at that step, by name, on the CPU.
-    """
+    """Progress of a run: finished steps, scores on validation, and the trainable parameters of the best step."""
 
     step: int = 0
     frozen_score: float = 0.0
-    best_score: float = -1.0
+    best_score: float = -1.0  # ties: the latest step wins
     best_step: int = 0
     best_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     finished: bool = False
@@ -69,13 +59,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class FineTuneResult:
-    """Fine-tuned seeds and their test scores, with the tensors of the best seed only: they are large.
+    """Fine-tuned seeds and their test scores.
 
-    Attributes:
-        runs: one row per seed, with the columns of the frozen protocol and `frozen_val_score`, `best_step` and
-            `trained_parameters`.
-        predicted: one row per seed and test sample (pipeline/training/predictions.py).
-        best_tensors: the trainable parameters, by name, of the seed that is best on validation.
+    `runs` has a row per seed, `predicted` a row per seed and test sample (pipeline/training/predictions.py);
+    `best_tensors` are the trainable parameters of the seed that is best on validation.
     """
 
     runs: pd.DataFrame
@@ -88,7 +75,6 @@ def run_fine_tuning(create_model: CreateModel, job: FineTuneJob, metadata: Mappi
 
     Args:
         create_model: from a seed to a model that is equal to the frozen one.
-        job: images, task and configuration.
         metadata: further columns of each run: `dataset`, `model` and others.
         folder: of checkpoints; a run with a finished checkpoint is not repeated.
     """
@@ -113,11 +99,11 @@ def run_fine_tuning(create_model: CreateModel, job: FineTuneJob, metadata: Mappi
     rows, outputs, best_score, best_tensors = [], [], -1.0, {}
     for seed in range(config.seeds):
         model, state = train_seed(rate, seed)
-        outputs.append(
-            count_predictions(model, job, "test")
-            if task.is_dense
-            else torch.cat([logits.float().cpu() for logits, _ in predict_batches(model, job, "test")]).numpy()
-        )
+        if task.is_dense:
+            outputs.append(count_predictions(model, job, "test"))
+        else:
+            logits = [logits.float().cpu() for logits, _ in predict_batches(model, job, "test")]
+            outputs.append(torch.cat(logits).numpy())
         head = model.trained_head
         rows.append(
             {**metadata, "protocol": config.protocol,
@@ -142,12 +128,12 @@ def run_fine_tuning(create_model: CreateModel, job: FineTuneJob, metadata: Mappi
     return FineTuneResult(pd.DataFrame(rows).assign(score=task.score(counts.sum(axis=1))), table, best_tensors)
 
 
-def make_task(images: xr.Dataset, augmented_images: AugmentedImages, class_weights: str) -> Task:
-    """Return the task of an images store, with class weights (`none` or `balanced`) as for frozen heads."""
-    task = task_from_store(images)
+def make_task(images: AugmentedImages, class_weights: str) -> Task:
+    """Return the task of images, with class weights (`none` or `balanced`) as for frozen heads."""
+    task = task_from_store(images.images)
     if class_weights == "none":
         return task
-    return replace(task, class_weights=balanced_weights(augmented_images.label(augmented_images.rows("train")), task))
+    return replace(task, class_weights=balanced_weights(images.label(images.rows("train")), task))
 
 
 def checkpoint_folder(folder: Path, cache_key: object) -> Path:
@@ -200,12 +186,9 @@ def train(model: FineTunedEnsemble, job: FineTuneJob, hparams: HParams, checkpoi
 
 
 def train_step(
-    model: FineTunedEnsemble,
-    optimizer: torch.optim.Optimizer,
-    job: FineTuneJob,
-    rows: np.ndarray,
+    model: FineTunedEnsemble, optimizer: torch.optim.Optimizer, job: FineTuneJob, rows: np.ndarray,
     generator: np.random.Generator | None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Take one step on samples, whose views `generator` draws; return the loss before it, a scalar."""
     image, label = job.images.batch(rows, generator)
     optimizer.zero_grad(set_to_none=True)

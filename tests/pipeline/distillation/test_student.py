@@ -88,7 +88,7 @@ def test_student_unusable_network_is_refused(changes, mentions, fields):
 
 
 def lite0_state(weights_dir, spec=LITE0_STUDENT, bands=RGB):
-    return pretrained_state("lite0", LITE0, get_spec(LITE0), weights_dir, spec, bands)
+    return pretrained_state("lite0", LITE0, weights_dir, spec, bands)
 
 
 def lite0_student(state) -> Student:

@@ -45,6 +45,7 @@ BACKBONES = {
     "hiera": BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64),
     "raw": BackboneConfig("band_statistics", "mean_std", "none", 32),
 }
+METADATA = {"dataset": "d", "model": "m", "weights": "random, seed 0"}
 N_PER_SPLIT, SIDE, N_CLASSES = 8, 16, 3
 
 
@@ -68,15 +69,7 @@ def make_images(task: str, side: int = SIDE) -> image_store.ImageDataset:
 
 @dataclasses.dataclass
 class FrozenModel:
-    """Frozen backbones, their trained head, and the images that it was trained on.
-
-    Attributes:
-        images: the images store, opened; `images_path` is its folder.
-        members: the backbones.
-        head_path: file of the trained head; `head_group` are the heads in memory.
-        data: features and labels of the splits.
-        stores: feature stores, for `task_data.load`.
-    """
+    """Frozen backbones, their trained head (a file, and in memory), its images, features and feature stores."""
 
     images: xr.Dataset
     images_path: Path
@@ -91,16 +84,10 @@ class FrozenModel:
         config = dataclasses.replace(CONFIG, **changes)
         return FineTunedEnsemble(self.images, self.members, self.head_path, config, seed, "cpu", precision)
 
-
-@pytest.fixture
-def make_job(tmp_path):
-    """Function from a frozen model, and changes to `CONFIG`, to a fine-tuning job on its images."""
-
-    def make(model: FrozenModel, **changes) -> FineTuneJob:
-        images = AugmentedImages.copy_to_file(model.images, tmp_path / "images.npy")
-        return FineTuneJob(images, model.data.task, dataclasses.replace(CONFIG, **changes))
-
-    return make
+    def job(self, **changes) -> FineTuneJob:
+        """Return a fine-tuning job on its images."""
+        images = AugmentedImages.copy_to_file(self.images, self.head_path.with_name("images.npy"))
+        return FineTuneJob(images, self.data.task, dataclasses.replace(CONFIG, **changes))
 
 
 @pytest.fixture(autouse=True)

@@ -9,18 +9,16 @@ import torch
 from pipeline.finetuning import train
 from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.training.loop import HParams
-from tests.pipeline.finetuning.conftest import CONFIG
-
-METADATA = {"dataset": "d", "model": "m", "weights": "random, seed 0"}
+from tests.pipeline.finetuning.conftest import CONFIG, METADATA
 
 
 @pytest.mark.parametrize("model", ["lite0", "prithvi", "hiera"])
 @pytest.mark.parametrize(("method", "checkpointing"), [("all", True), ("lora", False)])
 def test_fine_tuning_on_gpu_starts_as_the_frozen_model_and_scores(
-    gpu, frozen_model, make_job, tmp_path, model, method, checkpointing
+    gpu, frozen_model, tmp_path, model, method, checkpointing
 ):
     frozen, changes = frozen_model("classification", model), {"method": method, "checkpointing": checkpointing}
-    config, job = dataclasses.replace(CONFIG, **changes), make_job(frozen, **changes)
+    config, job = dataclasses.replace(CONFIG, **changes), frozen.job(**changes)
 
     def create_model(seed: int) -> FineTunedEnsemble:
         return FineTunedEnsemble(frozen.images, frozen.members, frozen.head_path, config, seed, gpu, "bfloat16")
