@@ -66,15 +66,7 @@ SENTINEL2 = (
 
 
 def band_index(query: str | float, bands: Sequence[Band]) -> int | None:
-    """Find a band by its common name, its sensor's name or its wavelength.
-
-    Args:
-        query: a name, or a wavelength in micrometres, which finds the nearest band within
-            `WAVELENGTH_TOLERANCE_UM`.
-
-    Returns:
-        The band's index; None if there is no such band.
-    """
+    """Find a band by its common name, its sensor's name, or its wavelength in micrometres; None if absent."""
     for index, band in enumerate(bands):
         if query in (band.common_name, band.name):
             return index
@@ -88,8 +80,6 @@ def band_index(query: str | float, bands: Sequence[Band]) -> int | None:
 def full_scale(units: str) -> float:
     """Return the value that equals 1.0 in a unit; UserError for units that are not in `FULL_SCALE`."""
     if units not in FULL_SCALE:
-        raise UserError(
-            f"Unknown units '{units}'. Known units: {', '.join(FULL_SCALE)}. Correct the dataset's units.",
-            key="units", value=units, allowed=FULL_SCALE,
-        )  # fmt: skip
+        message = f"Unknown units '{units}'. Known units: {', '.join(FULL_SCALE)}. Correct the dataset's units."
+        raise UserError(message, key="units", value=units, allowed=FULL_SCALE)
     return FULL_SCALE[units]

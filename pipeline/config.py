@@ -13,19 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -37,12 +27,8 @@ SCHEMA_FILE = "params.schema.json"
 T = TypeVar("T")
 # Names of sources, families and units in earlier versions. They are refused with the new name.
 RENAMED_VALUES = {
-    "own": "custom",
-    "landuse": "osm_landuse",
-    "trees": "neon_trees",
-    "raw": "band_statistics",
-    "unit": "any",
-}
+    "own": "custom", "landuse": "osm_landuse", "trees": "neon_trees", "raw": "band_statistics", "unit": "any",
+}  # fmt: skip
 
 RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -107,7 +93,7 @@ UniqueNames = Annotated[tuple[str, ...], _Unique, Field(json_schema_extra={"uniq
 SomeNames = Annotated[tuple[str, ...], _Unique, Field(min_length=1, json_schema_extra={"uniqueItems": True})]
 Name = Annotated[str, Field(pattern=_NAME)]
 BandReference = Annotated[
-    object, AfterValidator(_check_band_reference), WithJsonSchema({"type": ["string", "number"]})
+    object, AfterValidator(_check_band_reference), pydantic.WithJsonSchema({"type": ["string", "number"]})
 ]
 TaskName = Literal["classification", "multilabel", "segmentation"]
 # The same names as VIEWS in pipeline/data/augmentation.py, a layer above (a test compares them).
@@ -164,7 +150,7 @@ class SplitFractions:
     test: PositiveFloat
     """Fraction for testing."""
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _check_sum(self):
         if abs(self.train + self.val + self.test - 1) > 1e-6:
             raise ValueError("train, val and test must sum to 1")
@@ -189,9 +175,9 @@ class DatasetConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the source, declared in its file."""
 
-    @field_validator("block")
+    @pydantic.field_validator("block")
     @classmethod
-    def _check_block(cls, block: int, info: ValidationInfo) -> int:
+    def _check_block(cls, block: int, info: pydantic.ValidationInfo) -> int:
         chip = info.data.get("chip", 0)
         if chip and block % chip:
             raise ValueError(f"it must be a multiple of chip ({chip}), or a chip would lie in two blocks")
@@ -269,7 +255,7 @@ class ExtractConfig:
     views: Annotated[tuple[ViewName, ...], AfterValidator(_check_views)]
     """Augmented copies of each image to encode. The first is `identity`, on which heads are trained."""
 
-    @field_validator("codec")
+    @pydantic.field_validator("codec")
     @classmethod
     def _check_codec(cls, codec: str) -> str:
         codecs.parse_codec(codec)
@@ -348,7 +334,7 @@ class HeadsConfig:
     custom: dict[Name, CustomHeadConfig] = field(default_factory=dict)
     """Settings of further heads, by their name in the registry of pipeline/heads."""
 
-    @field_validator("custom")
+    @pydantic.field_validator("custom")
     @classmethod
     def _has_other_names(cls, custom: dict[str, CustomHeadConfig]) -> dict[str, CustomHeadConfig]:
         if reserved := sorted({"linear", "upernet", "fcn"} & set(custom)):
@@ -356,14 +342,10 @@ class HeadsConfig:
         return custom
 
     def settings(self, head: str) -> HeadSettings:
-        """Return the settings of a head by its name.
-
-        Raises:
-            UserError: params.yaml has no settings for it.
-        """
-        settings: dict[str, HeadSettings] = {
-            "linear": self.linear, "upernet": self.upernet, "fcn": self.fcn, **self.custom,
-        }  # fmt: skip
+        """Return the settings of a head by its name; UserError if params.yaml has none."""
+        settings: dict[str, HeadSettings] = dict(
+            linear=self.linear, upernet=self.upernet, fcn=self.fcn, **self.custom
+        )
         if head not in settings:
             raise UserError(
                 f"{FILE}: there are no settings for the head '{head}', only for: {', '.join(settings)}. "
@@ -549,15 +531,12 @@ class Params:
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
 
     def dataset(self, name: str) -> DatasetConfig:
-        """Return a dataset's section; UserError if there is none."""
         return _described(self.datasets, name, "dataset", "datasets")
 
     def backbone(self, name: str) -> BackboneConfig:
-        """Return a backbone's section; UserError if there is none."""
         return _described(self.backbones, name, "backbone", "backbones")
 
     def student(self, name: str) -> StudentConfig:
-        """Return a student's section; UserError if there is none."""
         return _described(self.students, name, "student", "students")
 
     def composition_backbones(self) -> list[str]:
@@ -566,11 +545,7 @@ class Params:
         return list(self.composition.backbones) or trained
 
     def members(self, model: str) -> list[str]:
-        """Return the backbone names of a model such as `csmask_b4+lite0`.
-
-        Raises:
-            UserError: a backbone that is not described, or one named twice.
-        """
+        """Return the backbones of a model such as `a+b`; UserError if one is not described, or named twice."""
         names = model.split("+")
         for name in names:
             self.backbone(name)
@@ -580,12 +555,7 @@ class Params:
 
 
 def load(path: Path | str = FILE) -> Params:
-    """Read and check params.yaml.
-
-    Raises:
-        UserError: unreadable file, unknown or missing key, wrong type, value out of bounds, or a reference to
-            something that is not described.
-    """
+    """Read and check params.yaml; UserError for every mistake, also in references between sections."""
     if not Path(path).exists():
         raise UserError(f"There is no {path} here. Run from the root of the repository.", path=path)
     params = parse(Params, read_yaml(path), path=path)
@@ -605,10 +575,7 @@ def parse(model: type[T], raw: object, section: str = "", path: Path | str | Non
     """Turn plain YAML data into a dataclass, strictly: no unknown keys, no conversion between types.
 
     Args:
-        model: a dataclass, nested ones included.
-        raw: mappings, lists, numbers and text, as PyYAML returns them.
         section: dotted key of `raw` in its file, for messages, such as `datasets.x.options`.
-        path: the file, for messages.
 
     Raises:
         UserError: the first mistakes, with key, value and what is allowed.
@@ -624,7 +591,7 @@ def parse(model: type[T], raw: object, section: str = "", path: Path | str | Non
     try:
         # JSON, since pydantic's strict mode for Python objects would refuse lists for tuples.
         return TypeAdapter(model).validate_json(text, strict=True, extra="forbid")
-    except ValidationError as error:
+    except pydantic.ValidationError as error:
         raise validation_error(error, model, section, path) from None
 
 
@@ -645,11 +612,7 @@ def _described(table: Mapping[str, T], name: str, noun: str, section: str) -> T:
 
 
 def _check_references(params: Params, path: Path | str) -> None:
-    """Check every name that refers to another section.
-
-    Raises:
-        UserError: the key, the name, and the names that may be used.
-    """
+    """Check every name that refers to another section."""
     grid = params.grid
     for name in (*grid.datasets, *params.distill.datasets):
         params.dataset(name)

@@ -6,10 +6,7 @@ from pipeline.errors import UserError
 
 
 def resolve_device(requested: str) -> str:
-    """Return `cpu` or `cuda` for the parameter `compute.device`; on a GPU, disable TF32 convolutions.
-
-    Args:
-        requested: `auto`, `cpu` or `cuda`.
+    """Return `cpu` or `cuda` for `compute.device`; on a GPU, disable TF32 convolutions.
 
     Raises:
         UserError: `cuda` is requested and torch finds no GPU.
@@ -19,10 +16,8 @@ def resolve_device(requested: str) -> str:
         raise UserError(
             "compute.device is 'cuda', but torch finds no CUDA device. Set compute.device to 'auto' or 'cpu', or run "
             "on a machine where `nvidia-smi` lists a GPU.",
-            key="compute.device",
-            value=requested,
-            allowed=("auto", "cpu"),
-        )
+            key="compute.device", value=requested, allowed=("auto", "cpu"),
+        )  # fmt: skip
     if not available or requested == "cpu":
         return "cpu"
     disable_tf32()

@@ -48,20 +48,15 @@ def validation_error(error: ValidationError, model: type, section: str, path: Pa
     """Translate pydantic's errors into one message; its fields are those of the first mistake.
 
     Args:
-        error: raised by the validation of `model`.
-        model: the dataclass.
-        section: dotted key of the dataclass in its file; empty for the whole file.
-        path: the file, or None.
+        section: dotted key of `model` in its file; empty for the whole file.
     """
     details = error.errors(include_url=False)
     mistakes = [_mistake(detail, TypeAdapter(model).json_schema(), section) for detail in details[:MAX_MISTAKES]]
     text = " ".join(map(str, mistakes))
     if len(details) > MAX_MISTAKES:
         text += f" There are {len(details) - MAX_MISTAKES} more mistakes."
-    first = mistakes[0]
-    return UserError(
-        f"{path}: {text}" if path else text, key=first.key, value=first.value, allowed=first.allowed, path=path
-    )
+    text, first = f"{path}: {text}" if path else text, mistakes[0]
+    return UserError(text, key=first.key, value=first.value, allowed=first.allowed, path=path)
 
 
 def _mistake(detail: Mapping, schema: Mapping, section: str) -> UserError:
@@ -74,9 +69,8 @@ def _mistake(detail: Mapping, schema: Mapping, section: str) -> UserError:
             return UserError(f"{key} is missing.", key=key, allowed=known_keys)
         if new_key := _renamed(key):
             return UserError(f"{key} is now called {new_key}. Rename it.", key=key, value=value, allowed=[new_key])
-        message = (
-            f"{key} is an unknown key. Known keys: {', '.join(known_keys)}.{similar_name(location[-1], known_keys)}"
-        )
+        similar = similar_name(location[-1], known_keys)
+        message = f"{key} is an unknown key. Known keys: {', '.join(known_keys)}.{similar}"
         return UserError(message, key=key, value=value, allowed=known_keys)
     if "[key]" in location:
         message = f"{key}: invalid name '{value}': use letters, digits, '_' and '-' (DVC reads '.' as nesting)."
@@ -87,15 +81,13 @@ def _mistake(detail: Mapping, schema: Mapping, section: str) -> UserError:
     problem = str(context.get("error") or detail["msg"][0].lower() + detail["msg"][1:])
     names = f" Allowed: {', '.join(map(str, allowed))}.{similar_name(value, allowed)}" if allowed else ""
     meaning = f" Meaning: {target['description'].rstrip('.')}." if "description" in target and not allowed else ""
-    return UserError(
-        f"{key or 'the file'} is {value!r}; {problem}.{names}{meaning}", key=key, value=value, allowed=allowed
-    )
+    message = f"{key or 'the file'} is {value!r}; {problem}.{names}{meaning}"
+    return UserError(message, key=key, value=value, allowed=allowed)
 
 
 def _renamed(key: str) -> str | None:
     """Return the present name of a key of an earlier version."""
-    names = (new for old, new in RENAMED_KEYS.items() if fnmatchcase(key, old))
-    new_key = next(names, None)
+    new_key = next((new for old, new in RENAMED_KEYS.items() if fnmatchcase(key, old)), None)
     return new_key and new_key.replace("*", key.split(".")[1] if "." in key else "")
 
 
@@ -115,11 +107,8 @@ def subschema(schema: Mapping, location: Sequence) -> Mapping:
     node: Mapping = schema
     for part in (None, *location):
         if part is not None:
-            children = (
-                node.get("properties", {}).get(part),
-                node.get("items"),
-                *node.get("patternProperties", {}).values(),
-            )
+            patterns = node.get("patternProperties", {}).values()
+            children = (node.get("properties", {}).get(part), node.get("items"), *patterns)
             node = next((child for child in children if child), {})
         if "anyOf" in node:  # an optional value
             node = {**node["anyOf"][0], **node}

@@ -50,13 +50,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Size and time of one item of a stage.
+    """Disk space and time of one item of a stage, such as `dataset x model`.
 
     Attributes:
-        stage: names of the stages.
-        item: such as `dataset x model`.
         images: number of images that are read, encoded or trained on.
-        gigabytes: disk space.
         hours: None if unknown.
     """
 
@@ -71,12 +68,9 @@ def plan(params: Params, sizes: Mapping[str, DatasetSize], device: str) -> list[
     """Estimate prepare, extract, the heads and the students of datasets; print each timed network."""
     timer, estimates = _Timer(params, device), []
     for name, size in sizes.items():
-        hours = None
-        if size.images_per_second:
-            hours = size.n_samples / size.images_per_second / 3600 / len(os.sched_getaffinity(0))
-        estimates.append(
-            Estimate("prepare", name, size.n_samples, size.n_samples * size.bytes_per_image / 1e9, hours)
-        )
+        rate = size.images_per_second and size.images_per_second * len(os.sched_getaffinity(0))
+        hours, gigabytes = size.n_samples / rate / 3600 if rate else None, size.n_samples * size.bytes_per_image / 1e9
+        estimates.append(Estimate("prepare", name, size.n_samples, gigabytes, hours))
         outputs = {backbone: timer.backbone(backbone, size) for backbone in params.grid.backbones}
         estimates += [_estimate_extract(params, name, size, *item) for item in outputs.items()]
         heads = []
@@ -124,16 +118,16 @@ def _estimate_heads(
     """Estimate the search and the final training of a model's heads."""
     head, shapes = "linear", tuple(output.pooled for output in outputs)
     if get_task(size.task).is_dense:
-        head, levels = params.heads.segmentation, params.heads.levels
-        shapes = tuple(
-            tuple(output.levels[index] for index in sorted(level % len(output.levels) for level in levels))
-            or output.levels
-            for output in outputs
-        )
+        head, shapes = params.heads.segmentation, tuple(_used_levels(params, output.levels) for output in outputs)
     settings = params.heads.settings(head)
     n_steps = (params.search.trials + params.train.seeds) * settings.steps
     hours = n_steps * timer.head_step(head, item, size, shapes) / 3600
     return Estimate("tune, train", item, n_steps * settings.batch, 0.0, hours)
+
+
+def _used_levels(params: Params, levels: Shapes) -> Shapes:
+    indices = {level % len(levels) for level in params.heads.levels}
+    return tuple(levels[index] for index in sorted(indices)) or levels
 
 
 def _estimate_student(params: Params, timer: "_Timer", name: str, size: DatasetSize, student: str) -> Estimate:
@@ -177,8 +171,8 @@ class _Timer:
             images = torch.zeros(BATCH_IMAGES[self.device], n_bands, side, side, device=self.device)
             with torch.inference_mode():
                 pyramid, seconds = self._time(lambda: network(images))
-            levels, pooled = (tuple(tuple(values.shape[1:]) for values in part)
-                              for part in (pyramid.levels, pyramid.pooled.values()))  # fmt: skip
+            levels = tuple(tuple(level.shape[1:]) for level in pyramid.levels)
+            pooled = tuple(tuple(vector.shape[1:]) for vector in pyramid.pooled.values())
             self._outputs[name, n_bands] = Output(levels, pooled, seconds / len(images))
         return self._outputs[name, n_bands]
 

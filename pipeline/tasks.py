@@ -46,16 +46,12 @@ class Task(ABC):
     """A task on a dataset. Class attributes and class methods do not depend on the number of classes.
 
     Attributes:
-        n_classes: number of classes.
         class_weights: weights of the classes in the loss; None for equal weights.
-        type: its name.
-        metric: name of its metric.
         is_dense: whether it predicts every pixel, from feature pyramids; else a chip, from pooled vectors.
         is_multilabel: whether a sample can have several classes, or none.
         ignore_value: label value that does not count in loss and score; None if every value counts.
         missing_value: value of the label of a sample without one (split `unlabelled`).
-        label_dims: dimensions of the stored labels.
-        label_dtype: dtype of the stored labels.
+        label_dims, label_dtype: dimensions and dtype of the stored labels.
     """
 
     n_classes: int
@@ -121,11 +117,24 @@ class Task(ABC):
 
     def counts(self, predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
         """Count every sample's hits and errors, int64 (sample, entry); see the top of this file."""
-        return confusion_counts(predicted, label, self.n_classes, self.ignore_value)
+        n_samples, n_cells = len(label), self.n_classes**2
+        label = label.reshape(n_samples, -1)
+        # Every sample has one more cell, for the ignored elements, which is dropped at the end.
+        first_cell = np.arange(n_samples)[:, None] * (n_cells + 1)
+        cell = first_cell + predicted.reshape(n_samples, -1) + label.astype(np.int64) * self.n_classes
+        if self.ignore_value is not None:
+            np.copyto(cell, first_cell + n_cells, where=label == self.ignore_value)
+        counts = np.bincount(cell.ravel(), minlength=n_samples * (n_cells + 1))
+        return counts.reshape(n_samples, -1)[:, :n_cells]
 
     @abstractmethod
     def score(self, counts: np.ndarray) -> np.ndarray:
         """Compute the metric in [0, 1], (…), from summed counts (…, entry)."""
+
+    def _confusion(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the confusion matrix (…, class, class) and its diagonal, the true positives."""
+        confusion = counts.reshape(*counts.shape[:-1], self.n_classes, self.n_classes)
+        return confusion, np.diagonal(confusion, axis1=-2, axis2=-1)
 
     # Training, with torch
 
@@ -142,7 +151,7 @@ class Task(ABC):
         from torch.nn import functional  # torch takes 3 s to import; the processes that write images need none
 
         label = label.long()
-        weights = self._weights_on(logits.device)
+        weights = None if self.class_weights is None else _weights_tensor(self.class_weights, logits.device)
         ignore_index = -100 if self.ignore_value is None else self.ignore_value
         losses = functional.cross_entropy(
             logits.flatten(0, 1), label.flatten(0, 1), weights, ignore_index=ignore_index, reduction="none"
@@ -168,9 +177,6 @@ class Task(ABC):
         wrong = (label.long() + 1) % self.n_classes
         return predicted.where(logits.isfinite().all(dim=dim), wrong)
 
-    def _weights_on(self, device: "torch.device") -> "torch.Tensor | None":
-        return None if self.class_weights is None else _weights_tensor(self.class_weights, device)
-
 
 class Classification(Task):
     """One class per chip."""
@@ -193,7 +199,8 @@ class Classification(Task):
         return np.atleast_1d(label).astype(np.int64)
 
     def score(self, counts: np.ndarray) -> np.ndarray:
-        return accuracy(counts, self.n_classes)
+        confusion, true_positives = self._confusion(counts)
+        return true_positives.sum(axis=-1) / np.maximum(confusion.sum(axis=(-2, -1)), 1)
 
 
 class MultiLabel(Task):
@@ -232,10 +239,14 @@ class MultiLabel(Task):
         return 1 / (1 + np.exp(-logits))
 
     def counts(self, predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
-        return multilabel_counts(predicted, label)
+        """Count true positives, false positives and false negatives, (sample, 3 * class)."""
+        counts = predicted & label, predicted & ~label & 1, label & ~predicted & 1
+        return np.stack(counts, axis=1).reshape(len(label), -1).astype(np.int64)
 
     def score(self, counts: np.ndarray) -> np.ndarray:
-        return micro_f1(counts, self.n_classes)
+        counts = counts.reshape(*counts.shape[:-1], 3, self.n_classes).sum(axis=-1)
+        true_positives, false_positives, false_negatives = np.moveaxis(counts, -1, 0)
+        return 2 * true_positives / np.maximum(2 * true_positives + false_positives + false_negatives, 1)
 
     def loss(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
         from torch.nn import functional  # torch takes 3 s to import; the processes that write images need none
@@ -264,7 +275,6 @@ class Segmentation(Task):
 
     @classmethod
     def label_from_mask(cls, mask: np.ndarray, n_classes: int) -> np.ndarray | np.int64:
-        """Return the mask."""
         return mask
 
     @classmethod
@@ -272,28 +282,22 @@ class Segmentation(Task):
         return np.unique(label[label != IGNORE]).astype(np.int64)
 
     def score(self, counts: np.ndarray) -> np.ndarray:
-        return mean_iou(counts, self.n_classes)
+        """Compute the mean over the classes that occur in the labels or in the predictions."""
+        confusion, true_positives = self._confusion(counts)
+        union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - true_positives
+        n_occurring = np.maximum((union > 0).sum(axis=-1), 1)
+        return (true_positives / np.maximum(union, 1)).sum(axis=-1) / n_occurring
 
 
 TASKS: dict[str, type[Task]] = {task.type.value: task for task in (Classification, MultiLabel, Segmentation)}
 
 
 def get_task(name: str, key: str = "task") -> type[Task]:
-    """Return the class of a task.
-
-    Args:
-        name: such as `segmentation`.
-        key: origin of the name, such as `datasets.trees.task`, for the message.
-
-    Raises:
-        UserError: there is no such task.
-    """
-    try:
-        return TASKS[name]
-    except KeyError:
-        raise UserError(
-            f"{key} is '{name}'. Choose one of: {', '.join(TASKS)}.", key=key, value=name, allowed=TASKS
-        ) from None
+    """Return the class of a task; UserError with the key of the name's origin if there is none."""
+    if name not in TASKS:
+        message = f"{key} is '{name}'. Choose one of: {', '.join(TASKS)}."
+        raise UserError(message, key=key, value=name, allowed=TASKS)
+    return TASKS[name]
 
 
 @lru_cache
@@ -303,70 +307,6 @@ def _weights_tensor(weights: tuple[float, ...], device: "torch.device") -> "torc
 
     with torch.inference_mode(False):  # else weights first used in inference could not be trained with
         return torch.tensor(weights, device=device)
-
-
-# Counts and scores
-
-
-def confusion_counts(
-    predicted: np.ndarray, label: np.ndarray, n_classes: int, ignore_value: int | None = None
-) -> np.ndarray:
-    """Count the confusion matrix of every sample.
-
-    Args:
-        predicted: class index (sample,) or (sample, y, x).
-        label: class index of the same shape; elements equal to `ignore_value` do not count.
-
-    Returns:
-        int64 (sample, n_classes * n_classes), actual class first.
-    """
-    n_samples, n_cells = len(label), n_classes * n_classes
-    # Every sample has one more cell, for the ignored elements, which is dropped at the end.
-    cell = np.arange(n_samples)[:, None] * (n_cells + 1) + predicted.reshape(n_samples, -1)
-    cell += label.reshape(n_samples, -1).astype(np.int64) * n_classes
-    if ignore_value is not None:
-        ignored_cell = np.broadcast_to(np.arange(1, n_samples + 1)[:, None] * (n_cells + 1) - 1, cell.shape)
-        np.copyto(cell, ignored_cell, where=label.reshape(n_samples, -1) == ignore_value)
-    counts = np.bincount(cell.ravel(), minlength=n_samples * (n_cells + 1))
-    return counts.reshape(n_samples, -1)[:, :n_cells]
-
-
-def multilabel_counts(predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Count true positives, false positives and false negatives of every sample and class.
-
-    Args:
-        predicted, label: multi-hot (sample, class).
-
-    Returns:
-        int64 (sample, 3 * class): all true positives, then all false positives, then all false negatives.
-    """
-    tp, fp, fn = predicted & label, predicted & ~label & 1, label & ~predicted & 1
-    return np.stack([tp, fp, fn], axis=1).reshape(len(label), -1).astype(np.int64)
-
-
-def accuracy(counts: np.ndarray, n_classes: int) -> np.ndarray:
-    """Compute the accuracy in [0, 1], (…), from summed confusion counts (…, n_classes * n_classes)."""
-    confusion = counts.reshape(*counts.shape[:-1], n_classes, n_classes)
-    tp = np.diagonal(confusion, axis1=-2, axis2=-1)
-    return tp.sum(axis=-1) / np.maximum(confusion.sum(axis=(-2, -1)), 1)
-
-
-def mean_iou(counts: np.ndarray, n_classes: int) -> np.ndarray:
-    """Compute the mean IoU in [0, 1], (…), from summed confusion counts (…, n_classes * n_classes).
-
-    The mean is over the classes that occur in the labels or in the predictions.
-    """
-    confusion = counts.reshape(*counts.shape[:-1], n_classes, n_classes)
-    tp = np.diagonal(confusion, axis1=-2, axis2=-1)
-    union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - tp
-    occurs = union > 0
-    return (tp / np.maximum(union, 1)).sum(axis=-1) / np.maximum(occurs.sum(axis=-1), 1)
-
-
-def micro_f1(counts: np.ndarray, n_classes: int) -> np.ndarray:
-    """Compute the micro F1 in [0, 1], (…), from summed multi-label counts (…, 3 * n_classes)."""
-    tp, fp, fn = np.moveaxis(counts.reshape(*counts.shape[:-1], 3, n_classes).sum(axis=-1), -1, 0)
-    return 2 * tp / np.maximum(2 * tp + fp + fn, 1)
 
 
 def counts_from_table(table: "pd.DataFrame", task: Task) -> tuple[list[str], np.ndarray]:

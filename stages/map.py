@@ -32,7 +32,7 @@ def map_scene(
 def _load_torch_predictor(student: str | None, dataset: str, model: str) -> Predictor:
     # torch takes 3 s to import; a map by onnxruntime needs none of it
     from pipeline.device import resolve_device
-    from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble, load_torch_student
+    from pipeline.mapping.torch_predictors import load_ensemble, load_torch_student
 
     params = config.load()
     device = resolve_device(params.compute.device)
@@ -41,9 +41,10 @@ def _load_torch_predictor(student: str | None, dataset: str, model: str) -> Pred
     params.members(model)
     # Ensembles that the composition search selected have a folder of their own.
     heads = next((path for path in (cli.HEADS, cli.SELECTED_RUNS) if (path / dataset / model).exists()), cli.HEADS)
-    head = heads / dataset / model / "head.pt"
-    paths = EnsemblePaths(head, cli.images_path(dataset), cli.FEATURES / dataset, cli.WEIGHTS)
-    return load_ensemble(params, paths, device)
+    return load_ensemble(
+        params, device, head_path=heads / dataset / model / "head.pt", images_path=cli.images_path(dataset),
+        features_dir=cli.FEATURES / dataset, weights_dir=cli.WEIGHTS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

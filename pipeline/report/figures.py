@@ -54,12 +54,7 @@ def draw_boxplots(runs: pd.DataFrame, summary: pd.DataFrame, path: Path) -> None
 
 
 def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
-    """Draw the linear CKA of every two backbones, one row of panels per dataset and one panel per level.
-
-    Args:
-        cka: columns dataset, level, backbone_a, backbone_b, cka.
-        path: of the PNG file.
-    """
+    """Draw the linear CKA of every two backbones, one row of panels per dataset and one panel per level."""
     datasets = list(cka.dataset.unique())
     levels = ["all", *[level for level in cka.level.unique() if level != "all"]]
     side = 0.55 * cka.backbone_a.nunique() + 0.9
@@ -86,12 +81,7 @@ def draw_cka_matrices(cka: pd.DataFrame, path: Path) -> None:
 
 
 def draw_gain_against_cka(pairs: pd.DataFrame, path: Path) -> None:
-    """Draw the gain of every ensemble of two backbones against the similarity of the two.
-
-    Args:
-        pairs: columns dataset, model, cka, gain.
-        path: of the PNG file.
-    """
+    """Draw the gain of every ensemble of two backbones against the similarity of the two."""
     figure, panel = plt.subplots(figsize=(7.5, 4.4))
     panel.axhline(0, color="0.6", linewidth=1)
     for number, (dataset, table) in enumerate(pairs.groupby("dataset", sort=False)):
@@ -112,11 +102,7 @@ def draw_gain_against_cka(pairs: pd.DataFrame, path: Path) -> None:
 def draw_score_against_cost(rows: pd.DataFrame, path: Path) -> None:
     """Draw test scores against operations per chip, one panel per dataset.
 
-    A line is the 95 % interval of the mean over test samples.
-
-    Args:
-        rows: columns dataset, display_name, role (student, teacher or member), mean, low, high, flops, metric.
-        path: of the PNG file.
+    A line is the 95 % interval of the mean over test samples. The rows are those of `sections.students`.
     """
     rows = rows.drop_duplicates(["dataset", "display_name"])
     datasets = list(rows.dataset.unique())
@@ -136,20 +122,17 @@ def draw_score_against_cost(rows: pd.DataFrame, path: Path) -> None:
         panel.margins(x=0.25, y=0.12)
         panel.grid(alpha=0.3)
     handles = [
-        plt.Line2D([], [], marker="o", linestyle="", color=colour, label=role)
-        for role, colour in ROLE_COLOURS.items()
+        plt.Line2D([], [], marker="o", ls="", color=colour, label=role) for role, colour in ROLE_COLOURS.items()
     ]
     title = "Students and frozen models: score and cost. Lines: 95 % interval over test samples"
     _save_with_legend(figure, handles, title, path)
 
 
 def draw_map(folder: Path, metadata: Mapping, title: str, path: Path) -> None:
-    """Draw a map and its confidence next to each other; for multi-label tasks, the first class.
+    """Draw the map of a folder and its confidence; for multi-label tasks, the first class.
 
     Args:
-        folder: with class.tif and confidence.tif.
-        metadata: content of its map.json.
-        path: of the PNG file.
+        metadata: content of the folder's map.json.
     """
     classes, confidence = (_read_downsampled(folder / f"{name}.tif") for name in ("class", "confidence"))
     names = metadata["classes"]

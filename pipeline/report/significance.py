@@ -69,11 +69,9 @@ class PairedDifference:
     """Score of one model minus that of another, with 95 % intervals.
 
     Attributes:
-        difference: of the scores.
         samples_interval: over test samples, with the seeds fixed.
         seeds_interval: over seeds, with the test samples fixed.
-        interval: over test samples and seeds; the verdict depends on it.
-        p_value: two-sided, over test samples and seeds.
+        interval: over test samples and seeds; the verdict depends on it, and the two-sided p-value.
     """
 
     difference: float
@@ -84,7 +82,6 @@ class PairedDifference:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the first model is better or worse."""
         low, high = self.interval
         if low > 0:
             return Verdict.BETTER
@@ -96,8 +93,6 @@ class GainRecovered:
     """How much of its teacher's gain over the supervised baseline a distilled student recovers.
 
     Attributes:
-        student_gain: distilled student minus supervised baseline.
-        teacher_gain: teacher minus supervised baseline.
         fraction: student gain divided by teacher gain; NaN unless the teacher is significantly better.
         interval: 95 % interval of the fraction over test samples and seeds.
     """
@@ -114,7 +109,6 @@ def bootstrap(task: Task, counts: np.ndarray, stream: int = 0) -> BootstrapSampl
     Every draw uses the same test samples for all seeds, and for all models of one test set.
 
     Args:
-        task: computes the score from the counts.
         counts: (seed, sample, entry), with the samples in the same order for all models; see pipeline/tasks.py.
         stream: number of the model. Different numbers make the resampling of the seeds independent.
 
@@ -211,9 +205,8 @@ def model_kind(model: str, weights: str, protocol: str) -> ModelKind:
 def summarize_runs(runs: pd.DataFrame, draws: Draws) -> pd.DataFrame:
     """Summarize the runs of each model on each dataset; see `protocol.train_and_test` for the runs.
 
-    Returns:
-        One row per dataset and model. Columns, among others: mean; std, over seeds (NaN for one run); low and high,
-        the 95 % bootstrap interval of the mean over test samples.
+    Columns, among others: mean; std, over seeds (NaN for one run); low and high, the 95 % bootstrap interval of the
+    mean over test samples.
     """
     runs = runs.assign(head=runs["head"].fillna("–") if "head" in runs else "–")  # students have none
     groups = runs.groupby(["dataset", "model"], sort=False)
@@ -237,11 +230,9 @@ def min_max_normalized(runs: pd.DataFrame) -> pd.Series:
 
 
 def aggregate_over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
-    """Compute the interquartile mean over the runs of every model that ran on all `datasets`.
+    """Compute the interquartile mean over the runs of every model that ran on all `datasets`, best first.
 
-    Returns:
-        One row per model, best first. Columns: model, iqm, low, high (95 % interval over seeds, resampled within each
-        dataset).
+    Columns: model, iqm, low, high (95 % interval over seeds, resampled within each dataset).
     """
     runs = runs.assign(normalized=min_max_normalized(runs))
     runs, rows = runs[runs.dataset.isin(datasets)], []

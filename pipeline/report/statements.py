@@ -8,17 +8,8 @@ import pandas as pd
 
 from pipeline.composition import CompositionResult
 from pipeline.composition.cka import correlation_with_gain
-from pipeline.report.significance import (
-    FROZEN,
-    SIGNIFICANCE_LEVEL,
-    Draws,
-    ModelKind,
-    PairedDifference,
-    Verdict,
-    gain_recovered,
-    holm_adjusted,
-    paired_difference,
-)
+from pipeline.report import significance
+from pipeline.report.significance import Draws, ModelKind, PairedDifference, Verdict, paired_difference
 
 # Appended to the name of a frozen model to name its fine-tuned version.
 FINE_TUNED_SUFFIX = ", fine-tuned"
@@ -34,10 +25,6 @@ def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
     Compared are ensembles with their best members, networks with the controls, and fine-tuned models with the frozen
     model, which is the only comparison of two protocols. The best member is the one with the best validation score,
     so the test split selects nothing.
-
-    Args:
-        summary: as `significance.summarize_runs` returns it.
-        draws: bootstrap samples of each (dataset, model).
     """
     sentences = []
     for (dataset, _), table in summary.groupby(["dataset", "protocol"], sort=False):
@@ -76,39 +63,33 @@ def _controls(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
 def _frozen_models(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:
     """Yield each fine-tuned model, the frozen one, and their protocols."""
     for model, protocol in table.protocol[table.kind == ModelKind.FINE_TUNED].items():
-        description = f"the frozen model; protocols: {protocol} and {FROZEN}"
+        description = f"the frozen model; protocols: {protocol} and {significance.FROZEN}"
         yield model, model.removesuffix(FINE_TUNED_SUFFIX), description
 
 
 def all_pairs(summary: pd.DataFrame, draws: Draws) -> pd.DataFrame:
-    """Compare every two models of one dataset and protocol.
+    """Compare every two models of one dataset and protocol, one row per pair.
 
-    Returns:
-        One row per pair. Columns: dataset, protocol, model_a, model_b, metric, difference (a minus b), its 95 %
-        intervals over test samples (samples_low, samples_high), over seeds (seeds_low, seeds_high) and over both
-        (low, high), p, p_holm (adjusted for all pairs of the dataset), verdict, sentence.
+    The difference is a minus b, with 95 % intervals over test samples, over seeds, and over both (low, high). p_holm
+    is adjusted for all pairs of the dataset.
     """
     rows = []
     for (dataset, protocol), table in summary.groupby(["dataset", "protocol"], sort=False):
         table = table.set_index("model")
         pairs = list(combinations(table.index, 2))
         results = [paired_difference(draws[dataset, a], draws[dataset, b]) for a, b in pairs]
-        adjusted = holm_adjusted(np.array([result.p_value for result in results]))
+        adjusted = significance.holm_adjusted(np.array([result.p_value for result in results]))
         for (model_a, model_b), result, p_holm in zip(pairs, results, adjusted, strict=True):
             sentence = _verdict_sentence(table.loc[model_a], model_a, model_b, result)
-            if result.verdict != Verdict.NOT_SIGNIFICANT and p_holm >= SIGNIFICANCE_LEVEL:
+            if result.verdict != Verdict.NOT_SIGNIFICANT and p_holm >= significance.SIGNIFICANCE_LEVEL:
                 sentence += f"; not significant after Holm's correction for {len(pairs)} pairs"
-            samples_low, samples_high = result.samples_interval
-            seeds_low, seeds_high = result.seeds_interval
-            low, high = result.interval
+            (samples_low, samples_high), (seeds_low, seeds_high) = result.samples_interval, result.seeds_interval
             rows.append(
-                {
-                    "dataset": dataset, "protocol": protocol, "model_a": model_a, "model_b": model_b,
-                    "metric": table.metric[model_a], "difference": result.difference,
-                    "samples_low": samples_low, "samples_high": samples_high, "seeds_low": seeds_low,
-                    "seeds_high": seeds_high, "low": low, "high": high, "p": result.p_value, "p_holm": p_holm,
-                    "verdict": result.verdict.value, "sentence": f"{sentence}.",
-                }
+                {"dataset": dataset, "protocol": protocol, "model_a": model_a, "model_b": model_b,
+                 "metric": table.metric[model_a], "difference": result.difference, "samples_low": samples_low,
+                 "samples_high": samples_high, "seeds_low": seeds_low, "seeds_high": seeds_high,
+                 "low": result.interval[0], "high": result.interval[1], "p": result.p_value, "p_holm": p_holm,
+                 "verdict": result.verdict.value, "sentence": f"{sentence}."}
             )  # fmt: skip
     return pd.DataFrame(rows, columns=PAIR_COLUMNS)
 
@@ -116,10 +97,11 @@ def all_pairs(summary: pd.DataFrame, draws: Draws) -> pd.DataFrame:
 def multiplicity_note(pairs: pd.DataFrame) -> str:
     """Explain how many of the pairs, as `all_pairs` returns them, may differ by chance."""
     significant = pairs[pairs.verdict != Verdict.NOT_SIGNIFICANT]
-    n_after_correction = int((significant.p_holm < SIGNIFICANCE_LEVEL).sum())
+    n_by_chance = significance.SIGNIFICANCE_LEVEL * len(pairs)
+    n_after_correction = int((significant.p_holm < significance.SIGNIFICANCE_LEVEL).sum())
     return (
         f"{len(pairs)} pairs are compared, each at the 95 % level. If no models differed, about "
-        f"{SIGNIFICANCE_LEVEL * len(pairs):.2g} pairs would differ by chance. {len(significant)} pairs differ "
+        f"{n_by_chance:.2g} pairs would differ by chance. {len(significant)} pairs differ "
         f"significantly, and {n_after_correction} of them still do after Holm's correction for all pairs of their "
         "dataset. A comparison that was not planned should be significant after the correction too."
     )
@@ -127,31 +109,23 @@ def multiplicity_note(pairs: pd.DataFrame) -> str:
 
 def distillation_sentence(dataset: str, student: str, teacher: str, draws: Draws) -> str:
     """Describe the gain by distillation, and what fraction of the teacher's gain it is."""
-    result = gain_recovered(
+    result = significance.gain_recovered(
         student=draws[dataset, f"{student} (distilled)"],
         baseline=draws[dataset, f"{student} (supervised)"],
         teacher=draws[dataset, teacher],
     )
-    verdict = result.student_gain.verdict
-    effect = (
-        "does not differ significantly from" if verdict == Verdict.NOT_SIGNIFICANT else f"is {verdict.value} than"
-    )
-    teacher_gain = _gain(result.teacher_gain)
-    if result.teacher_gain.verdict == Verdict.BETTER:
-        low, high = result.interval
-        recovery = (
-            f"It recovers {result.fraction:.0%} of the teacher's gain over the supervised baseline (95 % interval "
-            f"{low:.0%} to {high:.0%}); the teacher's gain is {teacher_gain}."
-        )
-    elif result.teacher_gain.verdict == Verdict.WORSE:
-        recovery = (
-            f"The teacher is worse than the supervised baseline ({teacher_gain}), so there is no gain to recover."
-        )
-    else:
-        recovery = (
-            f"The teacher does not differ significantly from the supervised baseline ({teacher_gain}), so the "
-            "fraction of its gain that the student recovers cannot be estimated."
-        )
+    verdict, effect = result.student_gain.verdict, "does not differ significantly from"
+    if verdict != Verdict.NOT_SIGNIFICANT:
+        effect = f"is {verdict.value} than"
+    teacher_gain, (low, high) = _gain(result.teacher_gain), result.interval
+    recovery = {
+        Verdict.BETTER: f"It recovers {result.fraction:.0%} of the teacher's gain over the supervised baseline (95 % "
+        f"interval {low:.0%} to {high:.0%}); the teacher's gain is {teacher_gain}.",
+        Verdict.WORSE: f"The teacher is worse than the supervised baseline ({teacher_gain}), so there is no gain to "
+        "recover.",
+        Verdict.NOT_SIGNIFICANT: f"The teacher does not differ significantly from the supervised baseline "
+        f"({teacher_gain}), so the fraction of its gain that the student recovers cannot be estimated.",
+    }[result.teacher_gain.verdict]
     return (
         f"{dataset}, student {student}, teacher {teacher}: The distilled student {effect} the supervised baseline: "
         f"{_gain(result.student_gain)}. {recovery}"
@@ -159,13 +133,10 @@ def distillation_sentence(dataset: str, student: str, teacher: str, draws: Draws
 
 
 def cka_gain_relation(compositions: Mapping[str, CompositionResult]) -> tuple[pd.DataFrame, str]:
-    """Test whether ensembles of dissimilar backbones gain more.
+    """Test whether ensembles of dissimilar backbones gain more; return the pairs and a sentence.
 
     Args:
         compositions: result of the composition search by dataset; at least one has ensembles.
-
-    Returns:
-        The ensembles of two backbones (columns of `subsets`, and dataset), and a sentence.
     """
     subsets = [result.subsets.assign(dataset=dataset) for dataset, result in compositions.items() if result.backbones]
     pairs = pd.concat(subsets, ignore_index=True).query("members == 2")
@@ -174,7 +145,7 @@ def cka_gain_relation(compositions: Mapping[str, CompositionResult]) -> tuple[pd
         correlation, p_value = correlation_with_gain(pairs.cka.to_numpy(), pairs.gain.to_numpy())
     except ValueError as error:
         return pairs, f"The correlation of CKA and gain over {sample} cannot be computed: {error}."
-    if p_value >= SIGNIFICANCE_LEVEL:
+    if p_value >= significance.SIGNIFICANCE_LEVEL:
         finding = "no significant correlation"
     else:
         finding = f"{'dissimilar' if correlation < 0 else 'similar'} backbones gain more"

@@ -8,7 +8,7 @@ from pipeline.feature_ops import bilinear_weights, resize, standardize_
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize(("old", "new"), [(4, 9), (9, 4), (1, 5), (7, 7), (3, 1)])
+@pytest.mark.parametrize(("old", "new"), [(4, 9), (9, 4), (1, 5), (3, 1)])
 def test_bilinear_weights_give_torchs_interpolate(old, new, align_corners):
     maps = torch.randn(2, 3, old, old)
     weights = bilinear_weights(old, new, maps.device, align_corners)

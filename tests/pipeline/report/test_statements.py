@@ -71,7 +71,7 @@ def test_multiplicity_note_counts_significant_pairs_and_those_expected_by_chance
 
 
 def test_all_pairs_not_significant_after_holm_states_so(grid, summary, monkeypatch):
-    monkeypatch.setattr(statements, "holm_adjusted", lambda p_values: np.ones(len(p_values)))
+    monkeypatch.setattr(statements.significance, "holm_adjusted", lambda p_values: np.ones(len(p_values)))
     pairs = statements.all_pairs(summary, grid[1]).set_index(["model_a", "model_b"])
     assert all(text in pairs.sentence["a", "b"] for text in ("Holm", "10 pairs"))
     assert "Holm" not in pairs.sentence["a", "a+b"]
