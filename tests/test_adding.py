@@ -78,7 +78,7 @@ def test_additions_without_registration_are_refused_with_the_known_names():
     with raises(UserError, key="family", value="averages", allowed=base._FAMILIES):
         base.get_spec(BackboneConfig("averages", "plain", "none", additions.SIDE))
     with raises(UserError, key="heads.segmentation", value="finest", allowed=("upernet", "fcn")):
-        heads.get_head("finest", is_dense=True)
+        heads.get_head("finest")
     with raises(UserError, key="heads.fusion", value="sum", allowed=fusion.FUSIONS):
         fusion.get_fusion("sum")
 

@@ -20,7 +20,6 @@ class CompositionResult:
     """Result of the composition search on one dataset; without backbones the tables are empty.
 
     Attributes:
-        backbones: the backbones that were probed.
         skipped: reasons why other backbones were skipped.
         probe: `logistic` or `knn`; None without backbones.
         subsets: one row per ensemble; see `search.rank_table`.

@@ -19,14 +19,7 @@ def linear_cka(features: Mapping[str, np.ndarray]) -> pd.DataFrame:
     1: the same features up to rotation and scale. 0: unrelated features; the unbiased estimate can be slightly below
     0. The biased estimate would be high for unrelated features if there are as many channels as samples, as here.
 
-    Args:
-        features: (sample, channel) by name.
-
-    Returns:
-        The similarities, float64 (name, name).
-
-    Raises:
-        ValueError: there are fewer than four samples.
+    From features (sample, channel) by name to similarities (name, name); ValueError for fewer than four samples.
 
     Sources: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, arXiv 1905.00414;
     the unbiased HSIC of Song et al., JMLR 13, 2012, as used for CKA by Nguyen, Raghu and Kornblith, ICLR 2021, arXiv
@@ -53,16 +46,11 @@ def linear_cka(features: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 
 def correlation_with_gain(cka: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
-    """Compute Spearman's rank correlation of CKA and gain over pairs, and its p-value.
+    """Compute Spearman's rank correlation of CKA and gain (pair,), and its p-value.
 
     The p-value is that of a two-sided permutation test, which assumes independent pairs. Pairs that share a backbone
-    or a dataset are not independent, so the p-value is too small if anything.
-
-    Args:
-        cka, gain: similarity and gain of every pair, (pair,).
-
-    Raises:
-        ValueError: there are fewer than four pairs, or all values of one quantity are equal.
+    or a dataset are not independent, so the p-value is too small if anything. Fewer than four pairs, or all values of
+    one quantity equal, raise ValueError.
     """
     if len(cka) < MIN_PAIRS or min(np.ptp(cka), np.ptp(gain)) == 0:
         raise ValueError(f"a rank correlation needs at least {MIN_PAIRS} pairs that differ; there are {len(cka)}")

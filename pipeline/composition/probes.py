@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
 
 from cache.reader import FeatureStore
-from cache.schema import layer_name, level_array, pooled_array
+from cache.schema import level_array, pooled_array
 from pipeline.composition.cka import linear_cka
 from pipeline.tasks import IGNORE, Task
 from pipeline.training import feature_loader
@@ -53,26 +53,15 @@ class Layer(NamedTuple):
     backbone: str
     array: str
 
-    @property
-    def name(self) -> str:
-        """Short name, such as `level2` or `mean_level3`."""
-        return layer_name(self.array)
-
 
 @dataclass(frozen=True)
 class ProbeSamples:
-    """Features of the same samples by several backbones.
-
-    Attributes:
-        features: features of each layer, float32 (sample, channel).
-        label: class index (sample,), or multi-hot (sample, class).
-    """
+    """Features (sample, channel), float32, of the same samples by several backbones, and their labels."""
 
     features: dict[Layer, np.ndarray]
     label: np.ndarray
 
     def concatenate(self, layers: Sequence[Layer]) -> np.ndarray:
-        """Concatenate layers along channels, (sample, channel)."""
         return np.concatenate([self.features[layer] for layer in layers], axis=1)
 
 
@@ -87,28 +76,25 @@ def chip_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, label: np
 
 
 def pixel_samples(stores: Mapping[str, FeatureStore], rows: np.ndarray, masks: np.ndarray, seed: int) -> ProbeSamples:
-    """Read all levels at random labelled pixels of each mask, about MAX_PIXELS in all.
+    """Read all levels at random labelled pixels of the masks (len(rows), y, x), about MAX_PIXELS in all.
 
     Levels are interpolated bilinearly between cells, as heads resize them.
-
-    Args:
-        stores: feature stores by backbone.
-        rows: rows of the samples in the stores.
-        masks: their masks, (len(rows), y, x).
-        seed: seed of the random pixels.
     """
     pixels, is_valid = _draw_pixels(masks, seed)
     features = {}
     for backbone, store in stores.items():
         for array in map(level_array, range(len(store.levels))):
-            batches = []
-            for start in range(0, len(rows), READ_SAMPLES):
-                batch = slice(start, start + READ_SAMPLES)
+            values = []
+            for batch in _batches(len(rows), READ_SAMPLES):
                 maps = torch.from_numpy(feature_loader.read_finite(store, array, rows[batch]))
-                batches.append(_interpolate(maps, pixels[batch], masks.shape[1:])[is_valid[batch]])
-            features[Layer(backbone, array)] = np.concatenate(batches)
+                values.append(_interpolate(maps, pixels[batch], masks.shape[1:])[is_valid[batch]])
+            features[Layer(backbone, array)] = np.concatenate(values)
     flat_masks = masks.reshape(len(masks), -1)
     return ProbeSamples(features, np.take_along_axis(flat_masks, pixels, axis=1)[is_valid].astype(np.int64))
+
+
+def _batches(n_rows: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
 def _draw_pixels(masks: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,17 +127,13 @@ class LinearProbe:
     bias: np.ndarray
 
     def logits(self, inputs: np.ndarray) -> np.ndarray:
-        """Compute logits (sample, class) from inputs (sample, channel)."""
         return inputs @ self.weight.T + self.bias
 
 
 def fit_logistic(task: Task, inputs: np.ndarray, label: np.ndarray) -> list[LinearProbe]:
     """Fit one logistic regression per penalty of `PENALTIES`, each starting where the one before ended.
 
-    Args:
-        task: for a multi-label task, every class has its own regression.
-        inputs: standardized features, float (sample, channel).
-        label: class index (sample,), or multi-hot (sample, class).
+    In a multi-label task every class has its own regression. `inputs` are standardized.
     """
     if not task.is_multilabel:
         return _fit_penalties(inputs, label, task.n_classes)
@@ -198,14 +180,7 @@ def predict_knn(inputs: np.ndarray, label: np.ndarray, queries: np.ndarray) -> n
 class Probe:
     """Fit probes on training samples and score them on validation samples.
 
-    Args:
-        train, val: samples of the two splits. Every channel is standardized by the training samples.
-        task: the task, with its number of classes.
-        method: `logistic` or `knn`.
-
-    Attributes:
-        layers: the layers of the samples.
-        scalers: the standardization of each layer.
+    Every channel is standardized by the training samples. `method` is `logistic` or `knn`.
     """
 
     def __init__(self, train: ProbeSamples, val: ProbeSamples, task: Task, method: str):
@@ -218,15 +193,10 @@ class Probe:
         return ProbeSamples(features, samples.label)
 
     def width(self, layer: Layer) -> int:
-        """Return the number of channels of a layer."""
         return self.scalers[layer].n_features_in_
 
     def fit(self, layers: Sequence[Layer]) -> tuple[float, LinearProbe | None]:
-        """Fit a probe on the concatenation of layers.
-
-        Returns:
-            Its validation score, and the probe if it is linear: the logistic regression with the best score.
-        """
+        """Fit a probe on concatenated layers; return its validation score, and its weights if logistic."""
         inputs, label = self._train.concatenate(layers), self._train.label
         val_inputs = self._val.concatenate(layers)
         if self.method == "knn":
@@ -246,12 +216,9 @@ class Probe:
 
 
 def mask_scores(
-    fitted: Mapping[tuple[str, ...], tuple[list[Layer], LinearProbe]],
-    probe: Probe,
-    stores: Mapping[str, FeatureStore],
-    rows: np.ndarray,
-    masks: np.ndarray,
-) -> dict[tuple[str, ...], float]:
+    fitted: Mapping[tuple[str, ...], tuple[list[Layer], LinearProbe]], probe: Probe,
+    stores: Mapping[str, FeatureStore], rows: np.ndarray, masks: np.ndarray,
+) -> dict[tuple[str, ...], float]:  # fmt: skip
     """Score linear probes by the mean IoU over whole masks; every level is read once for all of them.
 
     A linear probe and a bilinear resize commute. The logits of each level are therefore computed on its own grid,
@@ -259,14 +226,11 @@ def mask_scores(
 
     Args:
         fitted: by ensemble, its layers and its probe from `Probe.fit`.
-        stores: feature stores by backbone.
-        rows: rows of the samples in the stores.
-        masks: their masks, (len(rows), y, x).
+        rows, masks: of the samples, as for `pixel_samples`.
     """
     task, total_counts = probe.task, dict.fromkeys(fitted, 0)
     weights_of = {names: _split_by_layer(layers, linear, probe.scalers) for names, (layers, linear) in fitted.items()}
-    for start in range(0, len(rows), SCORE_SAMPLES):
-        batch = slice(start, start + SCORE_SAMPLES)
+    for batch in _batches(len(rows), SCORE_SAMPLES):
         maps = {
             layer: torch.from_numpy(stores[layer.backbone].read(layer.array, rows[batch]).astype(np.float32))
             for layer in probe.scalers

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ import xarray as xr
 from threadpoolctl import threadpool_limits
 
 from cache.reader import FeatureStore
+from cache.schema import layer_name
 from pipeline import config
 from pipeline.composition import CompositionResult, cka, probes
 from pipeline.composition.probes import Layer, Probe
@@ -29,27 +30,18 @@ Ensemble = tuple[str, ...]
 
 
 def search(
-    stores: Mapping[str, FeatureStore],
-    images: xr.Dataset,
-    heads: config.HeadsConfig,
-    composition: config.CompositionConfig,
-) -> CompositionResult:
-    """Probe every ensemble on the validation split and select the best.
+    stores: Mapping[str, FeatureStore], images: xr.Dataset,
+    heads: config.HeadsConfig, composition: config.CompositionConfig,
+) -> CompositionResult:  # fmt: skip
+    """Probe every ensemble on validation, select the best, and measure the backbones' similarity.
 
-    The similarity of the backbones is measured too. A probe reads the standardized features of an ensemble
-    concatenated, whatever `heads.fusion` is.
-
-    Args:
-        stores: aligned feature stores by backbone.
-        images: the images store that they were extracted from.
-        heads: selects the levels and pooled vectors that a head, and so the probe, reads.
-        composition: the probe, the number of ensembles to select, and whether to add layers greedily.
-
-    Raises:
-        UserError: a split has too few labels.
+    A probe reads the standardized features that a head would, concatenated, whatever `heads.fusion` is. `stores` are
+    aligned, by backbone, and `images` is their images store. A split of too few labels raises UserError.
     """
     task = task_from_store(images)
-    rows = _select_rows(next(iter(stores.values())), task)
+    store, max_samples = next(iter(stores.values())), probes.MAX_PIXELS if task.is_dense else probes.MAX_CHIPS
+    fraction = min(1.0, max_samples / len(store.rows("train")))
+    rows = {"train": store.rows("train", fraction), "val": store.rows("val")}
     label = {split: images.label[index].values for split, index in rows.items()}
     if task.is_dense:
         train, val = (
@@ -58,11 +50,10 @@ def search(
     else:
         train, val = (probes.chip_samples(stores, rows[split], label[split]) for split in rows)
     _check_enough_samples({"train": len(train.label), "val": len(val.label)}, task)
-    layers = {backbone: _head_layers(backbone, store, heads, task) for backbone, store in stores.items()}
-    ensembles = {
-        ensemble: [layer for backbone in ensemble for layer in layers[backbone]]
-        for ensemble in all_subsets(list(stores))
-    }
+    arrays = feature_loader.select_arrays(list(stores.values()), heads, task.is_dense)
+    layers = {name: [Layer(name, array) for _, array in member] for name, member in zip(stores, arrays, strict=True)}
+    subsets = chain.from_iterable(combinations(stores, size) for size in range(1, len(stores) + 1))
+    ensembles = {subset: list(chain.from_iterable(layers[name] for name in subset)) for subset in subsets}
 
     probe = Probe(train, val, task, "logistic" if task.is_dense else composition.probe)
     with _probe_pool() as pool:
@@ -75,24 +66,15 @@ def search(
 
     similarity = cka_table(probe, layers)
     widths = {backbone: sum(probe.width(layer) for layer in layers[backbone]) for backbone in stores}
-    subsets = rank_table(scores, similarity, widths)
+    ranked = rank_table(scores, similarity, widths)
     return CompositionResult(
         backbones=tuple(stores),
         probe=probe.method,
-        subsets=subsets,
+        subsets=ranked,
         cka=similarity,
         greedy=greedy_layers(probe, probe.layers if composition.greedy else []),
-        selected=tuple(subsets[subsets.members > 1].model.head(composition.top_k)),
+        selected=tuple(ranked[ranked.members > 1].model.head(composition.top_k)),
     )
-
-
-def _select_rows(store: FeatureStore, task: Task) -> dict[str, np.ndarray]:
-    """Select the rows of the validation split, and of the training split or a random part of it."""
-    max_samples = probes.MAX_PIXELS if task.is_dense else probes.MAX_CHIPS
-    return {
-        "train": store.rows("train", min(1.0, max_samples / len(store.rows("train")))),
-        "val": store.rows("val"),
-    }
 
 
 def _check_enough_samples(counts: Mapping[str, int], task: Task) -> None:
@@ -108,15 +90,6 @@ def _check_enough_samples(counts: Mapping[str, int], task: Task) -> None:
             )
 
 
-def _head_layers(backbone: str, store: FeatureStore, heads: config.HeadsConfig, task: Task) -> list[Layer]:
-    """List the layers that a head reads of a backbone: levels if the task is dense, else pooled vectors."""
-    if task.is_dense:
-        arrays = feature_loader.select_levels([store], heads.levels)[0]
-    else:
-        arrays = feature_loader.select_pooled([store], heads.linear.pooled, heads.linear.tokens, heads.levels)[0]
-    return [Layer(backbone, array) for _, array in arrays]
-
-
 @contextmanager
 def _probe_pool() -> Iterator[ThreadPoolExecutor]:
     """Provide a pool that fits one probe per CPU core.
@@ -128,25 +101,18 @@ def _probe_pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def all_subsets(backbones: Sequence[str]) -> list[Ensemble]:
-    """List all non-empty subsets of the backbones, the smallest first, each in the given order."""
-    return [subset for size in range(1, len(backbones) + 1) for subset in combinations(backbones, size)]
-
-
 def cka_table(probe: Probe, head_layers: Mapping[str, Sequence[Layer]]) -> pd.DataFrame:
-    """Compute the linear CKA of every two backbones.
+    """Compute the linear CKA of every two backbones: level, backbone_a, backbone_b, cka.
 
     Rows come level by level, the finest first. Classification datasets are compared by the mean vectors of the
     levels. Levels of a single backbone are omitted. The last rows, `all`, compare the concatenation of all layers
     that a head reads (`head_layers`, by backbone).
-
-    Returns:
-        Columns level, backbone_a, backbone_b, cka.
     """
     groups_of_level: dict[str, dict[str, Sequence[Layer]]] = {}
     for layer in probe.layers:
-        if not layer.name.startswith("cls_"):
-            groups_of_level.setdefault(layer.name.removeprefix("mean_"), {})[layer.backbone] = [layer]
+        name = layer_name(layer.array)
+        if not name.startswith("cls_"):
+            groups_of_level.setdefault(name.removeprefix("mean_"), {})[layer.backbone] = [layer]
     groups_of_level["all"] = dict(head_layers)
     rows = [
         {"level": level, "backbone_a": backbone_a, "backbone_b": backbone_b, "cka": value}
@@ -158,10 +124,9 @@ def cka_table(probe: Probe, head_layers: Mapping[str, Sequence[Layer]]) -> pd.Da
 
 
 def rank_table(scores: Mapping[Ensemble, float], similarity: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
-    """Rank the ensembles, the best first; on ties the one with fewer members is first.
+    """Rank the ensembles by validation score, the best first; on ties the one with fewer members is first.
 
     Args:
-        scores: validation scores of the probes.
         similarity: the result of `cka_table`.
         widths: number of channels of each backbone.
 
@@ -185,11 +150,7 @@ def rank_table(scores: Mapping[Ensemble, float], similarity: pd.DataFrame, width
 
 
 def greedy_layers(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
-    """Add the layer that raises the validation score most, until no layer raises it.
-
-    Returns:
-        One row per added layer, with columns backbone, layer, score.
-    """
+    """Add the layer that raises the score most until none does: backbone, layer, score of each step."""
     chosen: list[Layer] = []
     best_score, rows = -np.inf, []
     while remaining := [layer for layer in candidates if layer not in chosen]:
@@ -197,7 +158,7 @@ def greedy_layers(probe: Probe, candidates: Sequence[Layer]) -> pd.DataFrame:
             scores = [score for score, _ in pool.map(probe.fit, [[*chosen, layer] for layer in remaining])]
         if max(scores) <= best_score:
             break
-        best_score = max(scores)
-        chosen.append(remaining[int(np.argmax(scores))])
-        rows.append({"backbone": chosen[-1].backbone, "layer": chosen[-1].name, "score": best_score})
+        best_score, layer = max(scores), remaining[int(np.argmax(scores))]
+        chosen.append(layer)
+        rows.append({"backbone": layer.backbone, "layer": layer_name(layer.array), "score": best_score})
     return pd.DataFrame(rows, columns=["backbone", "layer", "score"])

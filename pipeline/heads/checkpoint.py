@@ -22,9 +22,7 @@ class TrainedHead:
     Attributes:
         model: name of the model; its backbones' names joined by `+`.
         task: name of the task (pipeline/tasks.py).
-        class_names: names of the classes.
         array_names: names of each backbone's arrays that the head reads, as in its feature store.
-        config: creates the network.
         mean_scale: for each of these arrays, the mean to subtract and the factor to multiply by, float32 (channel,).
         network: a group of one head (pipeline/heads), in evaluation mode.
     """
@@ -43,12 +41,10 @@ class TrainedHead:
 
     def standardize(self, features: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor | list[torch.Tensor]:
         """Standardize features, as for `logits`, to the input of the network; differentiable."""
-        values = [
-            member[name].float() for member, names in zip(features, self.array_names, strict=True) for name in names
-        ]
+        members = zip(features, self.array_names, strict=True)
+        arrays = [member[name].float().clone() for member, names in members for name in names]
         standardized = [
-            standardize_(array.clone(), *mean_scale)
-            for array, mean_scale in zip(values, self.mean_scale, strict=True)
+            standardize_(array, *mean_scale) for array, mean_scale in zip(arrays, self.mean_scale, strict=True)
         ]
         if self.network.is_stacked:
             return torch.cat(standardized, dim=1)
@@ -76,7 +72,6 @@ def select_head(config: HeadConfig, group: HeadGroup, index: int) -> HeadGroup:
 
 
 def save(path: Path, head: TrainedHead) -> None:
-    """Write a trained head to a file."""
     torch.save(
         {
             "format": FORMAT,

@@ -22,10 +22,9 @@ class HeadConfig:
     """A head on a model's features.
 
     Attributes:
-        head: a name of `pipeline.heads.HEADS`.
+        head: `linear`, or a name of `pipeline.heads.HEADS`.
         fusion: a name of `pipeline.heads.fusion.FUSIONS`.
         shapes: shapes of each backbone's arrays, (channel,) or (channel, y, x).
-        n_classes: number of classes.
         output_size: (y, x) of the masks; empty for pooled features.
         options: further arguments of the head's class.
         neck: whether a transformer's levels are first resampled to a pyramid.
@@ -43,15 +42,14 @@ class HeadConfig:
 
     def create_group(self, seeds: Sequence[int]) -> HeadGroup:
         """Create untrained heads, one per seed; an unknown head or fusion raises UserError."""
-        if get_head(self.head, key="heads").is_dense:
+        if self.head != "linear":
             return HeadList(self._create_dense, self.output_size, seeds, self.precision)
         widths, fusion = [sum(shape[0] for shape in member) for member in self.shapes], get_fusion(self.fusion)
         is_concatenated = self.fusion == "concat" or len(widths) == 1
         return StackedLinear(widths, self.n_classes, seeds, None if is_concatenated else fusion)
 
     def _create_dense(self) -> FusedHead:
-        network = get_head(self.head).load()
-        create = partial(network, n_classes=self.n_classes, **self.options)
+        create = partial(get_head(self.head), n_classes=self.n_classes, **self.options)
         return FusedHead(PyramidFusion(self.shapes, self.fusion, self.neck), create)
 
 
@@ -70,8 +68,8 @@ def describe_head(config: HeadConfig, array_names: Sequence[Sequence[str]], has_
     parts = [
         f"{config.head} of {channels} channels" if channels else config.head,
         *(f"{name} {value}" for name, value in options.items()),
-        *([config.fusion] if len(array_names) > 1 else []),
+        config.fusion if len(array_names) > 1 else "",
         *dict.fromkeys(arrays),
-        *(["balanced class weights"] if has_class_weights else []),
+        "balanced class weights" if has_class_weights else "",
     ]
-    return ", ".join(parts)
+    return ", ".join(filter(None, parts))

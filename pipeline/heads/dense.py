@@ -9,24 +9,20 @@ from pipeline.feature_ops import bilinear_weights
 
 
 class HeadList(nn.Module):
-    """A group of K networks, each initialised from its own seed.
+    """A group of K networks, each initialised from its own seed; `pipeline.heads` documents the interface.
 
     Args:
         make_head: makes a network from levels (batch, channel, y, x), finest first, to logits (batch, class, y, x).
         output_size: height and width of the masks, to which logits are resized.
-        seeds: one per head.
         precision: of the computation, float32 or bfloat16; parameters and logits are float32 either way.
     """
 
     is_stacked = False
 
     def __init__(
-        self,
-        make_head: Callable[[], nn.Module],
-        output_size: tuple[int, int],
-        seeds: Sequence[int],
+        self, make_head: Callable[[], nn.Module], output_size: tuple[int, ...], seeds: Sequence[int],
         precision: str = "float32",
-    ):
+    ):  # fmt: skip
         super().__init__()
         self.output_size, self.precision = output_size, precision
         self.heads = nn.ModuleList()
@@ -50,12 +46,7 @@ class HeadList(nn.Module):
         return groups
 
     def forward_heads(self, inputs: Sequence[torch.Tensor], index: torch.Tensor | None):
-        """Yield (slice of one head, logits (1, batch, class, y, x)) for each head, one at a time.
-
-        Args:
-            inputs: levels (sample, channel, y, x), finest first.
-            index: rows of each head, (head, batch); None for all rows.
-        """
+        """Yield (slice of one head, logits (1, batch, class, y, x)) for each head, from levels, finest first."""
         for position, head in enumerate(self.heads):
             levels = inputs if index is None else [level[index[position]] for level in inputs]
             with torch.autocast(levels[0].device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
@@ -64,8 +55,6 @@ class HeadList(nn.Module):
 
     def _resize(self, logits: torch.Tensor) -> torch.Tensor:
         """Resize to the masks' size; by products, a training step takes 0.8 of the time with `interpolate`."""
-        rows, columns = (
-            bilinear_weights(old, new, logits.device)
-            for old, new in zip(logits.shape[-2:], self.output_size, strict=True)
-        )
+        sizes = zip(logits.shape[-2:], self.output_size, strict=True)
+        rows, columns = (bilinear_weights(old, new, logits.device) for old, new in sizes)
         return rows @ (logits @ columns.t())

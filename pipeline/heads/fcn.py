@@ -19,7 +19,6 @@ class Fcn(nn.Module):
         self.scores = nn.ModuleList(nn.Conv2d(channels, n_classes, 1) for channels in channels_in)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map levels (batch, channel, y, x), finest first, to logits (batch, class, y, x) of the finest size."""
         total, *coarser = (score(level) for score, level in zip(self.scores, levels, strict=True))
         for logits in coarser:
             total = total + resize(logits, total.shape[-2:])

@@ -77,11 +77,8 @@ class DotFusion(Fusion):
 
 
 FUSIONS: dict[str, type[Fusion]] = {
-    "concat": ConcatFusion,
-    "average": AverageFusion,
-    "film": FilmFusion,
-    "dot": DotFusion,
-}
+    "concat": ConcatFusion, "average": AverageFusion, "film": FilmFusion, "dot": DotFusion,
+}  # fmt: skip
 
 
 def register_fusion(name: str, fusion: type[Fusion]) -> None:
@@ -110,9 +107,6 @@ def match_levels(shapes: Sequence[Sequence[LevelShape]]) -> list[list[int]]:
 
     Pyramids with as many levels as the longest are matched level by level. From a shorter one, each time
     the level of the most similar grid is used; among equal grids, the one at the most similar relative depth.
-
-    Args:
-        shapes: shapes of each pyramid's levels, finest first.
 
     Returns:
         For every fused level, finest first: the index of each pyramid's level.
@@ -150,10 +144,7 @@ class LevelFusion(nn.Module):
 class PyramidFusion(nn.Module):
     """Fuse the pyramids of several backbones to one, whose levels have `channels` channels.
 
-    Args:
-        shapes: shapes of each backbone's levels, finest first.
-        method: a name of `FUSIONS`.
-        neck: whether four levels of one grid, as a vision transformer's, are first resampled to a pyramid.
+    `neck` first resamples four levels of one grid, as a vision transformer's, to a pyramid.
     """
 
     def __init__(self, shapes: Sequence[Sequence[LevelShape]], method: str = "concat", neck: bool = True):
@@ -194,7 +185,6 @@ class FusedHead(nn.Module):
         self.head = make_head(fusion.channels)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map the levels of all backbones, one backbone after the other, to logits (batch, class, y, x)."""
         return self.head(self.fusion(levels))
 
 
@@ -220,11 +210,9 @@ class LearnedPyramid(nn.Module):
         self.fpn4 = nn.Sequential(nn.MaxPool2d(2, 2))
 
     def shapes(self, height: int, width: int) -> list[LevelShape]:
-        """Return the shapes of the resampled levels for a grid of `height` and `width`."""
         scales = zip(self.channels, (4, 2, 1, 0.5), strict=True)
         return [(count, int(height * scale), int(width * scale)) for count, scale in scales]
 
     def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Resample levels (batch, channel, y, x) of one grid to a pyramid, finest first."""
         resamplers = (self.fpn1, self.fpn2, self.fpn3, self.fpn4)
         return [resample(level) for resample, level in zip(resamplers, levels, strict=True)]

@@ -12,10 +12,10 @@ from pipeline.heads.fusion import Fusion
 class StackedLinear(nn.Module):
     """A group of K linear classifiers, each initialised from its own seed.
 
+    `pipeline.heads` documents the interface.
+
     Args:
         widths: channels of each backbone's pooled features; the inputs are these, concatenated.
-        n_classes: number of classes.
-        seeds: one per head.
         fusion: of the backbones' features; None classifies the concatenated inputs.
     """
 
@@ -25,7 +25,6 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.widths, self.fusion = list(widths), fusion
         projections = fusion.projection_shapes(widths) if fusion else []
-        self.n_projections = len(projections)
         shapes = [*projections, (fusion.fused_width(widths) if fusion else sum(widths), n_classes)]
         layers_of_heads = []
         for seed in seeds:
@@ -47,16 +46,11 @@ class StackedLinear(nn.Module):
         return [(weight, True) for weight in self.weights] + [(bias, False) for bias in self.biases]
 
     def forward_heads(self, inputs: torch.Tensor, index: torch.Tensor | None):
-        """Yield once: (all heads, logits (head, batch, class)).
-
-        Args:
-            inputs: (sample, channel).
-            index: rows of each head, (head, batch); None for all rows.
-        """
+        """Yield once: (all heads, logits (head, batch, class)), from inputs (sample, channel)."""
         rows = inputs if index is None else inputs.index_select(0, index.flatten()).view(*index.shape, -1)
         if self.fusion:
             first, *features = rows.expand(len(self), -1, -1).split(self.widths, dim=2)
-            if self.n_projections:
+            if len(self.weights) > 1:
                 features = [self._linear(layer, values) for layer, values in enumerate(features)]
             rows = self.fusion.fuse(first, features, dim=2)
         yield slice(None), self._linear(-1, rows)

@@ -64,7 +64,6 @@ class UPerNetDecoder(nn.Module):
         self.fpn_bottleneck = _conv_norm_relu(len(channels_in) * channels, channels, 3)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map levels (batch, channel, y, x), finest first, to a map (batch, channels, y, x)."""
         deepest = levels[-1]
         contexts = [resize(module(deepest), deepest.shape[-2:], align_corners=True) for module in self.psp_modules]
         maps = [lateral(level) for lateral, level in zip(self.lateral_convs, levels[:-1], strict=True)]
@@ -86,5 +85,4 @@ class UPerNet(nn.Module):
         self.classifier = nn.Conv2d(channels, n_classes, 1)
 
     def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Map levels (batch, channel, y, x), finest first, to logits (batch, class, y, x) of the finest size."""
         return self.classifier(self.decoder(levels))

@@ -21,6 +21,7 @@ from cache.loader import FeatureDataset
 from cache.reader import FeatureStore
 from cache.running_stats import RunningStats
 from cache.schema import level_array, pooled_array
+from pipeline.config import HeadsConfig
 from pipeline.feature_ops import channels_last, standardize_
 
 STAT_ROWS_PER_READ = 4096
@@ -33,38 +34,23 @@ StoreArray = tuple[FeatureStore, str]
 ChannelStats = tuple[np.ndarray, np.ndarray]
 
 
-def select_pooled(
-    stores: Sequence[FeatureStore], depth: str, tokens: str, levels: Sequence[int] = ()
-) -> list[list[StoreArray]]:
-    """Select the pooled features of each backbone that a linear head reads.
+def select_arrays(stores: Sequence[FeatureStore], heads: HeadsConfig, is_dense: bool) -> list[list[StoreArray]]:
+    """Select the arrays of each backbone that a head reads: levels, finest first, or pooled features.
 
-    Args:
-        stores: of the backbones.
-        depth: `last` selects each backbone's deepest pooled features, `all` selects all of them.
-        tokens: `mean`, `cls` or `both`, for backbones with class tokens; others have means only.
-        levels: only of these levels, 0 the finest, -1 the deepest; empty for all.
-
-    A level that a backbone does not have raises StoreError.
+    A store without levels for a dense head, or without one of `heads.levels`, raises StoreError.
     """
-    return [
-        [(store, pooled_array(name)) for name in _select_pooled_names(store.pooled, depth, tokens, levels)]
-        for store in stores
-    ]
-
-
-def select_levels(stores: Sequence[FeatureStore], levels: Sequence[int] = ()) -> list[list[StoreArray]]:
-    """Select the levels that a dense head reads, finest first; arguments as for `select_pooled`.
-
-    A store without levels, or without one of `levels`, raises StoreError.
-    """
+    if not is_dense:
+        return [
+            [(store, pooled_array(name)) for name in _select_pooled_names(store.pooled, heads)] for store in stores
+        ]
     for store in stores:
         if not store.levels:
             message = f"{store.location} has no levels, which a segmentation head needs. Extract it again."
             raise StoreError(message, key="levels", path=_local_path(store))
-    return [[(store, level_array(name)) for name in _select_names(store.levels, levels)] for store in stores]
+    return [[(store, level_array(name)) for name in _select_names(store.levels, heads.levels)] for store in stores]
 
 
-def _select_pooled_names(names: Sequence[str], depth: str, tokens: str, levels: Sequence[int]) -> list[str]:
+def _select_pooled_names(names: Sequence[str], heads: HeadsConfig) -> list[str]:
     """Select names of pooled features by token, then by depth or levels."""
     means = [name for name in names if not name.startswith("cls_")]
     class_tokens = [name for name in names if name.startswith("cls_")]
@@ -72,29 +58,25 @@ def _select_pooled_names(names: Sequence[str], depth: str, tokens: str, levels: 
         "mean": [means],
         "cls": [class_tokens or means],
         "both": [group for group in (means, class_tokens) if group],
-    }[tokens]
-    if levels:  # the band statistics baseline has one vector, which belongs to no level
-        groups = [_select_names(group, levels) if "_level" in group[0] else group for group in groups]
-    return [name for group in groups for name in (group[-1:] if depth == "last" else group)]
+    }[heads.linear.tokens]
+    if heads.levels:  # the band statistics baseline has one vector, which belongs to no level
+        groups = [_select_names(group, heads.levels) if "_level" in group[0] else group for group in groups]
+    return [name for group in groups for name in (group[-1:] if heads.linear.pooled == "last" else group)]
 
 
 def _select_names(names: Sequence[str], levels: Sequence[int]) -> list[str]:
-    """Select the names of some levels, in the order of the levels; empty `levels` for all."""
+    """Select the names of some levels, in order; empty `levels` for all."""
     if invalid := [level for level in levels if not -len(names) <= level < len(names)]:
-        choice = f"from 0 (finest) to {len(names) - 1}, or count from -1, the deepest" if len(names) > 1 else "0"
-        message = f"heads.levels has level {invalid[0]}, but a backbone of this model has {len(names)}: "
-        allowed = range(-len(names), len(names))
         raise StoreError(
-            f"{message}{', '.join(names)}. Choose {choice}.", key="heads.levels", value=invalid[0], allowed=allowed
-        )
+            f"heads.levels has level {invalid[0]}, but a backbone of this model has {len(names)}: {', '.join(names)}."
+            " Count from 0, the finest, or from -1, the deepest.",
+            key="heads.levels", value=invalid[0], allowed=range(-len(names), len(names)),
+        )  # fmt: skip
     return [names[index] for index in sorted({level % len(names) for level in levels})] if levels else list(names)
 
 
 def channel_stats(array: StoreArray, train_rows: np.ndarray) -> ChannelStats:
-    """Compute an array's channel mean and standard deviation over the training rows, float64 (channel,).
-
-    Non-finite pooled features raise StoreError.
-    """
+    """Compute an array's channel statistics over the training rows; StoreError if they are non-finite."""
     store, name = array
     if name in store.level_arrays:  # the writer has computed them from the same rows
         return store.statistics(store.levels[store.level_arrays.index(name)])
@@ -125,7 +107,7 @@ def read_standardized(array: StoreArray, rows: np.ndarray, stats: ChannelStats) 
 
 
 def read_finite(store: FeatureStore, name: str, rows: np.ndarray) -> np.ndarray:
-    """Read rows of an array as stored, float32 (row, channel, …); StoreError if they are non-finite."""
+    """Read rows of an array as stored, float32; StoreError if they are non-finite."""
     values = store.read(name, rows).astype(np.float32)
     if not np.isfinite(values).all():
         raise nonfinite_error(store, name)
@@ -133,32 +115,21 @@ def read_finite(store: FeatureStore, name: str, rows: np.ndarray) -> np.ndarray:
 
 
 def nonfinite_error(store: FeatureStore, name: str) -> StoreError:
-    """Return the error for an array with non-finite values."""
     message = f"{store.location}: {name} has non-finite values (NaN or Inf). {VERIFY_HINT}"
     return StoreError(f"{message}; if it is undamaged, extract in float32.", key=name, path=_local_path(store))
 
 
 def _local_path(store: FeatureStore) -> Path | None:
-    """Folder of a store; None for one at a remote address."""
     return store.location if isinstance(store.location, Path) else None
 
 
 class FeatureLoader:
-    """A `cache.loader.FeatureDataset` as tensors on a device.
-
-    Args:
-        fields, rows, view, budget: as for `FeatureDataset`.
-        device: `cpu` or `cuda`.
-    """
+    """A `cache.loader.FeatureDataset`, with its arguments, as tensors on a device (`cpu` or `cuda`)."""
 
     def __init__(
-        self,
-        fields: Mapping[str, Sequence[StoreArray]],
-        rows: np.ndarray | None = None,
-        view: str | None = None,
-        device: str = "cpu",
-        budget: int = 0,
-    ):
+        self, fields: Mapping[str, Sequence[StoreArray]], rows: np.ndarray | None = None,
+        view: str | None = None, device: str = "cpu", budget: int = 0,
+    ):  # fmt: skip
         self._device, self._is_cuda = device, torch.device(device).type == "cuda"
         self._dataset = FeatureDataset(fields, rows, view, budget, _pinned if self._is_cuda else np.empty)
 
@@ -183,26 +154,15 @@ def _pinned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 class StreamedFeatures:
     """Features of a split that are streamed from the disk and standardized batch by batch.
 
-    Args:
-        arrays: arrays of aligned stores.
-        stats: mean and standard deviation of each array.
-        rows: rows of the split.
-        device: where batches are moved.
-        is_pooled: whether the arrays are pooled features, which are concatenated; else they are levels.
+    Pooled features are concatenated; levels are not. `stats` are each array's over the training split.
     """
 
     def __init__(
         self,
-        arrays: Sequence[StoreArray],
-        stats: Sequence[ChannelStats],
-        rows: np.ndarray,
-        device: str,
-        is_pooled: bool,
-    ):
+        arrays: Sequence[StoreArray], stats: Sequence[ChannelStats], rows: np.ndarray, device: str, is_pooled: bool,
+    ):  # fmt: skip
         self._arrays, self._rows, self._is_pooled = list(arrays), rows, is_pooled
-        self._names = [str(index) for index in range(len(arrays))]
-        fields = {name: [array] for name, array in zip(self._names, arrays, strict=True)}
-        self._loader = FeatureLoader(fields, rows, device=device)
+        self._loader = FeatureLoader({str(index): [array] for index, array in enumerate(arrays)}, rows, device=device)
         self._mean_scale = [
             [torch.from_numpy(values).to(device) for values in to_mean_scale(*array_stats)] for array_stats in stats
         ]
@@ -212,7 +172,6 @@ class StreamedFeatures:
         return len(self._rows)
 
     def rotate(self, rotations: Sequence[torch.Tensor]) -> "StreamedFeatures":
-        """Return the same features, each array rotated by its matrix (channel, axis)."""
         rotated = copy(self)
         rotated._rotations = rotations
         return rotated
@@ -225,8 +184,8 @@ class StreamedFeatures:
         is_finite = [torch.tensor(True)] * len(self._arrays)  # read at the end only: reading it synchronizes a GPU
         for _, batch in self._loader.stream(self._rows[index.numpy()] for index in order):
             parts = [
-                standardize_(batch[name].to(torch.float32, copy=True), *mean_scale)
-                for name, mean_scale in zip(self._names, self._mean_scale, strict=True)
+                standardize_(values.to(torch.float32, copy=True), *mean_scale)
+                for values, mean_scale in zip(batch.values(), self._mean_scale, strict=True)
             ]
             is_finite = [part.isfinite().all() & finite for part, finite in zip(parts, is_finite, strict=True)]
             if self._rotations:
@@ -242,10 +201,10 @@ class SplitData:
     """Features and labels of one split.
 
     Attributes:
-        inputs: standardized pooled features (sample, channel), or a list of levels (sample, channel, y, x), finest
-            first; or either as a stream.
+        inputs: standardized pooled features (sample, channel), or levels (sample, channel, y, x), finest first; or
+            either as a stream.
         label: (sample,), (sample, class) or (sample, y, x), on the device that trains.
-        sample: names of the samples; may be empty if they are not needed.
+        sample: names of the samples; may be empty.
     """
 
     inputs: torch.Tensor | list[torch.Tensor] | StreamedFeatures

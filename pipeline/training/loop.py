@@ -23,6 +23,8 @@ from pipeline.training.predictions import evaluate_groups, evaluate_in_memory, s
 # Seed of the order of streamed samples.
 STREAMED_SEED = 0
 Inputs = torch.Tensor | list[torch.Tensor]
+# Arguments of `HeadTrainer.step`: inputs, rows (head, batch), and labels (head, batch, …).
+Batch = tuple[Inputs, torch.Tensor | None, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,10 @@ class HParams:
 
 @dataclass(frozen=True)
 class TrainSchedule:
-    """Length of the training and early stopping.
+    """Length of the training, and early stopping.
 
-    Attributes:
-        steps: number of updates.
-        batch: samples per update.
-        patience: validation checks without a better score after which a head stops; every head then ends with its
-            best state. 0 trains all steps and keeps the last state.
-        val_checks: number of validation checks.
+    With patience a head stops after so many validation checks without a better score and ends with its best state;
+    0 trains all steps and keeps the last state.
     """
 
     steps: int
@@ -53,13 +51,7 @@ class TrainSchedule:
 
 
 class HeadTrainer:
-    """Train one independent group: heads that are stacked, or a single one.
-
-    Attributes:
-        best_scores: best validation score of each head.
-        checks_since_best: validation checks of each head since then.
-        best_state: state of each head at its best check; empty before the first.
-    """
+    """Train one independent group: heads that are stacked, or a single one."""
 
     def __init__(self, group: HeadGroup, hparams: Sequence[HParams], task: Task, schedule: TrainSchedule):
         self.group, self.task, self.schedule, self.hparams = group, task, schedule, list(hparams)
@@ -76,7 +68,6 @@ class HeadTrainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether every head has stopped, or has taken all its steps."""
         patience = self.schedule.patience
         has_stopped = patience > 0 and bool((self.checks_since_best >= patience).all())
         return has_stopped or self.steps >= self.schedule.steps
@@ -86,22 +77,18 @@ class HeadTrainer:
         self.update(inputs, index, label, self.lr_factor(self.steps))
         self.steps += 1
 
-    def update(
-        self, inputs: Inputs, index: torch.Tensor | None, label: torch.Tensor, lr_factor: float | torch.Tensor
-    ) -> None:
+    def update(self, inputs: Inputs, index: torch.Tensor | None, label: torch.Tensor, lr_factor) -> None:
         """Update the parameters once, with the learning rates times `lr_factor`; does not count the step."""
-        self.optimizer.zero_grad()
+        self.group.zero_grad()
         for heads, logits in self.group.forward_heads(inputs, index):
             self.task.loss(logits, label[heads]).sum().backward()
         self.optimizer.step(lr_factor)
 
     def is_check_due(self) -> bool:
-        """Whether the validation split is to be evaluated after this step."""
         interval = max(1, self.schedule.steps // self.schedule.val_checks)
         return self.steps % interval == 0 or self.steps == self.schedule.steps
 
     def validate_if_due(self, validation: SplitData | None) -> None:
-        """Evaluate features in memory after this step, if it is time."""
         if validation and self.is_check_due():
             self.record_validation(evaluate_in_memory(self.group, validation, self.task, self.schedule.batch))
 
@@ -114,13 +101,9 @@ class HeadTrainer:
         is_active = self.checks_since_best < self.schedule.patience
         # Ties: the latest wins. On a small validation split many checks tie, and the first is the least trained.
         is_best, is_better = is_active & (scores >= self.best_scores), is_active & (scores > self.best_scores)
-        checks = np.where(is_better, 0, self.checks_since_best + 1)
-        self.checks_since_best = np.where(is_active, checks, self.checks_since_best)
-        self.best_scores = np.where(is_best, scores, self.best_scores)
-        self._copy_state(is_best)
-
-    def _copy_state(self, is_best: np.ndarray) -> None:
-        """Copy the state of some heads, bool (head,), to `best_state`."""
+        self.checks_since_best[is_active] += 1
+        self.checks_since_best[is_better] = 0
+        self.best_scores[is_best] = scores[is_best]
         for name, values in self.group.state_dict().items():
             if name not in self.best_state or is_best.all():
                 self.best_state[name] = values.clone()
@@ -129,7 +112,6 @@ class HeadTrainer:
                 self.best_state[name][heads] = values[heads]
 
     def restore_best(self) -> None:
-        """Set every head to its state at its best check."""
         if self.best_state:
             self.group.load_state_dict(self.best_state)
 
@@ -144,10 +126,7 @@ def fit(
 ) -> HeadGroup:
     """Train one head per hyperparameters with AdamW and a cosine schedule with warm-up; return the group.
 
-    Args:
-        make_group: from seeds to a group of heads (pipeline/heads).
-        data: the training split.
-        validation: the validation split, if the schedule has patience.
+    `make_group` creates heads from seeds; `validation` is needed if the schedule has patience.
     """
     group = make_group([head.seed for head in hparams]).to(data.label.device).train()
     trainers, start = [], 0
@@ -156,14 +135,13 @@ def fit(
         start += len(part)
     validation = validation if schedule.patience else None
     if isinstance(data.inputs, StreamedFeatures):
-        _train_streamed(trainers, data, schedule, validation)
+        _train_streamed(trainers, data, validation)
     elif data.label.is_cuda:
-        _train_on_gpu(trainers, data, schedule, validation)
+        _train_on_gpu(trainers, data, validation)
     else:
         with parallel_map(data, group) as map_parallel:
-            finished = map_parallel(lambda trainer: _train_in_memory(trainer, data, schedule, validation), trainers)
-            for _ in tqdm(finished, total=len(trainers), unit="group", mininterval=2, file=sys.stderr):
-                pass
+            finished = map_parallel(lambda trainer: _train_in_memory(trainer, data, validation), trainers)
+            list(tqdm(finished, total=len(trainers), unit="group", mininterval=2, file=sys.stderr))
     for trainer in trainers:
         trainer.restore_best()
     return group.eval()
@@ -179,33 +157,25 @@ def batch_order(n_samples: int, schedule: TrainSchedule, seed: int) -> torch.Ten
     return torch.cat(epochs)[:total].view(schedule.steps, schedule.batch)
 
 
-def _train_in_memory(
-    trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule, validation: SplitData | None
-) -> None:
+def _train_in_memory(trainer: HeadTrainer, data: SplitData, validation: SplitData | None) -> None:
     """Train a group on the CPU, every head with its own order of samples."""
-    for index in _orders(trainer, data, schedule):
+    for index in _orders(trainer, data):
         trainer.step(*_batch(trainer, data, index))
         trainer.validate_if_due(validation)
         if trainer.is_done:
             return
 
 
-def _train_on_gpu(
-    trainers: Sequence[HeadTrainer], data: SplitData, schedule: TrainSchedule, validation: SplitData | None
-) -> None:
+def _train_on_gpu(trainers: Sequence[HeadTrainer], data: SplitData, validation: SplitData | None) -> None:
     """Train all groups on a GPU: one step of each in alternation, on a few concurrent streams."""
     device = data.label.device
     streams = cuda_streams(device)
     pools = [torch.cuda.graph_pool_handle() for _ in streams]
-    steps = [
-        _graphed_step(trainer, data, schedule, pools[index % len(pools)]) for index, trainer in enumerate(trainers)
-    ]
-    active = [
-        (_run_graphed(trainer, step, validation), streams[index % len(streams)])
-        for index, (trainer, step) in enumerate(zip(trainers, steps, strict=True))
-    ]
+    steps = [_graphed_step(trainer, data, pools[index % len(pools)]) for index, trainer in enumerate(trainers)]
+    trainings = [_run_graphed(trainer, step, validation) for trainer, step in zip(trainers, steps, strict=True)]
+    active = [(training, streams[index % len(streams)]) for index, training in enumerate(trainings)]
     torch.cuda.synchronize(device)  # the other streams read what this one has written
-    bar = tqdm(total=schedule.steps * len(trainers), unit="step", mininterval=2, file=sys.stderr)
+    bar = tqdm(total=sum(len(step.orders) for step in steps), unit="step", mininterval=2, file=sys.stderr)
     try:
         with deterministic_cudnn(), bar as progress:
             active = _step_each(active, progress)
@@ -215,7 +185,7 @@ def _train_on_gpu(
                 active = _step_each(active, progress)
     finally:
         torch.cuda.synchronize(device)
-        del steps, active
+        del steps, trainings, active
         torch.cuda.empty_cache()  # release the memory of the graphs, which nothing else could use
 
 
@@ -231,14 +201,12 @@ def _step_each(active: Sequence[tuple[Iterator[int], torch.cuda.Stream]], progre
     return unfinished
 
 
-def _graphed_step(
-    trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule, pool: tuple[int, int] | None
-) -> GraphedStep:
+def _graphed_step(trainer: HeadTrainer, data: SplitData, pool: tuple[int, int] | None) -> GraphedStep:
     def update(index: torch.Tensor, lr_factor: torch.Tensor) -> None:
         trainer.update(*_batch(trainer, data, index), lr_factor)
 
-    lr_factors = [trainer.lr_factor(step) for step in range(schedule.steps)]
-    return GraphedStep(update, _orders(trainer, data, schedule), lr_factors, pool)
+    lr_factors = [trainer.lr_factor(step) for step in range(trainer.schedule.steps)]
+    return GraphedStep(update, _orders(trainer, data), lr_factors, pool)
 
 
 def _run_graphed(trainer: HeadTrainer, step: GraphedStep, validation: SplitData | None) -> Iterator[int]:
@@ -248,14 +216,13 @@ def _run_graphed(trainer: HeadTrainer, step: GraphedStep, validation: SplitData 
         trainer.steps += 1
         trainer.validate_if_due(validation)
         yield 1
-    trainer.optimizer.zero_grad()  # the gradients are in the graph's memory
+    trainer.group.zero_grad()  # the gradients are in the graph's memory
 
 
-def _train_streamed(
-    trainers: Sequence[HeadTrainer], data: SplitData, schedule: TrainSchedule, validation: SplitData | None
-) -> None:
+def _train_streamed(trainers: Sequence[HeadTrainer], data: SplitData, validation: SplitData | None) -> None:
     """Train all groups batch by batch; each batch is read and moved once."""
-    rows, device = batch_order(len(data.label), schedule, STREAMED_SEED), data.label.device
+    task, schedule, device = trainers[0].task, trainers[0].schedule, data.label.device
+    rows = batch_order(len(data.label), schedule, STREAMED_SEED)
     with parallel_map(data, trainers[0].group) as map_parallel:
         for index, inputs in zip(rows, data.inputs.batches(rows), strict=True):
             label, active = data.label[index.to(device)], [trainer for trainer in trainers if not trainer.is_done]
@@ -266,25 +233,23 @@ def _train_streamed(
             list(map_parallel(step, active))
             if validation and active[0].is_check_due():
                 groups = [trainer.group for trainer in active]
-                counts_of_group = evaluate_groups(groups, validation, active[0].task, schedule.batch)
+                counts_of_group = evaluate_groups(groups, validation, task, schedule.batch)
                 for trainer, counts in zip(active, counts_of_group, strict=True):
                     trainer.record_validation(counts)
             if all(trainer.is_done for trainer in trainers):
                 return
 
 
-def _orders(trainer: HeadTrainer, data: SplitData, schedule: TrainSchedule) -> torch.Tensor:
+def _orders(trainer: HeadTrainer, data: SplitData) -> torch.Tensor:
     """Rows of every step, (step, head, batch), on the device; (step, 1, batch) if all heads have one seed."""
     seeds = [head.seed for head in trainer.hparams]
     seeds = seeds[:1] if len(set(seeds)) == 1 else seeds
-    orders = [batch_order(len(data.label), schedule, seed) for seed in seeds]
+    orders = [batch_order(len(data.label), trainer.schedule, seed) for seed in seeds]
     return torch.stack(orders, dim=1).to(data.label.device)
 
 
-def _batch(
-    trainer: HeadTrainer, data: SplitData, index: torch.Tensor
-) -> tuple[Inputs, torch.Tensor | None, torch.Tensor]:
-    """Arguments of `HeadTrainer.step` for rows (head, batch), or (1, batch), which all heads share."""
+def _batch(trainer: HeadTrainer, data: SplitData, index: torch.Tensor) -> Batch:
+    """Select rows (head, batch), or (1, batch), which all heads share."""
     assert not isinstance(data.inputs, StreamedFeatures)
     n_heads = len(trainer.hparams)
     if len(index) == n_heads > 1:

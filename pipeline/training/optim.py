@@ -14,27 +14,19 @@ WARM_UP = 0.1
 class StackedAdamW:
     """AdamW (Loshchilov & Hutter, ICLR 2019) for several heads, each with its own hyperparameters.
 
-    Args:
-        parameters: each (head, …), and whether weight decay applies to it.
-        learning_rates, weight_decays: one per head.
+    `parameters` are each (head, …), and whether weight decay applies to it.
     """
 
     def __init__(
-        self,
-        parameters: Sequence[tuple[torch.Tensor, bool]],
-        learning_rates: Sequence[float],
-        weight_decays: Sequence[float],
-    ):
+        self, parameters: Sequence[tuple[torch.Tensor, bool]],
+        learning_rates: Sequence[float], weight_decays: Sequence[float],
+    ):  # fmt: skip
         self._parameters = [parameter for parameter, _ in parameters]
         self._moments = [(torch.zeros_like(parameter), torch.zeros_like(parameter)) for parameter, _ in parameters]
         self._rates, decays = (self._parameters[0].new_tensor(values) for values in (learning_rates, weight_decays))
         self._decays = [decays * has_decay for _, has_decay in parameters]
         # On the device: a CUDA graph repeats its increase.
         self._steps = self._rates.new_zeros((), dtype=torch.float64)
-
-    def zero_grad(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     @torch.no_grad()
     def step(self, lr_factor: float | torch.Tensor) -> None:
@@ -65,11 +57,6 @@ class NetworkAdamW:
         ]
         # Mean, mean square and number of steps of each parameter.
         self._states: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-    def zero_grad(self) -> None:
-        for parameters, _ in self._groups:
-            for parameter in parameters:
-                parameter.grad = None
 
     @torch.no_grad()
     def step(self, lr_factor: float | torch.Tensor) -> None:

@@ -76,18 +76,14 @@ class GraphedStep:
     Args:
         update: one step, from rows (head, batch) and the factor of the learning rate, a scalar on the device.
         orders: rows of all steps, (step, head, batch), on the device.
-        lr_factors: factors of the learning rate of all steps.
         pool: memory pool (torch.cuda.graph_pool_handle), shared by the graphs of one stream.
     """
 
     def __init__(
-        self,
-        update: Callable[[torch.Tensor, torch.Tensor], None],
-        orders: torch.Tensor,
-        lr_factors: Sequence[float],
-        pool: tuple[int, int] | None = None,
-    ):
-        self._update, self._orders, self._pool = update, orders, pool
+        self, update: Callable[[torch.Tensor, torch.Tensor], None], orders: torch.Tensor,
+        lr_factors: Sequence[float], pool: tuple[int, int] | None,
+    ):  # fmt: skip
+        self._update, self.orders, self._pool = update, orders, pool
         self._lr_factors = torch.tensor(lr_factors, dtype=torch.float32, device=orders.device)
         self._step = torch.zeros(1, dtype=torch.long, device=orders.device)
         self._has_started = False
@@ -104,8 +100,7 @@ class GraphedStep:
         self._graph.replay()
 
     def run_eagerly(self) -> None:
-        """Start the next step, kernel by kernel."""
-        index, lr_factor = (values.index_select(0, self._step)[0] for values in (self._orders, self._lr_factors))
+        index, lr_factor = (values.index_select(0, self._step)[0] for values in (self.orders, self._lr_factors))
         self._update(index, lr_factor)
         self._step += 1
 

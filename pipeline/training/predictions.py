@@ -44,14 +44,13 @@ def evaluate_in_memory(group: HeadGroup, data: SplitData, task: Task, batch: int
     """Count hits and errors of a group on features in memory, int64 (head, sample, entry)."""
     size = STACKED_BATCH if group.is_stacked else batch
     rows = [slice(start, start + size) for start in range(0, len(data.label), size)]
-    return np.concatenate(
-        [_count(group, select_rows(data.inputs, part), data.label[part], task) for part in rows], axis=1
-    )
+    counts = [_count(group, select_rows(data.inputs, part), data.label[part], task) for part in rows]
+    return np.concatenate(counts, axis=1)
 
 
 @torch.no_grad()
 def predict_logits(group: HeadGroup, inputs: torch.Tensor | StreamedFeatures) -> np.ndarray:
-    """Return the logits of every head on pooled features (sample, channel), float32 (head, sample, class)."""
+    """Return logits on pooled features, float32 (head, sample, class)."""
     rows = torch.arange(len(inputs)).split(STACKED_BATCH)
     batches = inputs.batches(rows) if isinstance(inputs, StreamedFeatures) else inputs.split(STACKED_BATCH)
     parts = [torch.cat([logits for _, logits in group.forward_heads(batch, None)]).float().cpu() for batch in batches]
@@ -70,10 +69,7 @@ def diverged_heads(group: HeadGroup) -> np.ndarray:
     return torch.cat(diverged).cpu().numpy()
 
 
-def select_rows(
-    inputs: torch.Tensor | list[torch.Tensor], index: torch.Tensor | slice
-) -> torch.Tensor | list[torch.Tensor]:
-    """Return some rows of pooled features or of every level."""
+def select_rows(inputs, index: torch.Tensor | slice) -> torch.Tensor | list[torch.Tensor]:
     return inputs[index] if isinstance(inputs, torch.Tensor) else [level[index] for level in inputs]
 
 
@@ -95,7 +91,6 @@ def prediction_table(
     """Return one row per seed and sample: seed, sample, label, predicted, probability.
 
     Args:
-        samples: names of the samples.
         label: (sample,), or, multi-label, (sample, class).
         logits: (seed, sample, class); UserError if some are non-finite.
         search_keys: as for `divergence_error`.
@@ -105,16 +100,22 @@ def prediction_table(
     logits = logits.astype(np.float64)
     predicted = task.predict(logits, axis=2)
     probability = task.probabilities(logits, axis=2).astype(np.float32)
-    n_seeds = len(logits)
-    return pd.DataFrame(
-        {
-            "seed": np.arange(n_seeds).repeat(len(samples)),
-            "sample": list(samples) * n_seeds,
-            "label": list(label) * n_seeds,
-            "predicted": list(predicted.reshape(-1, *predicted.shape[2:])),
-            "probability": list(probability.reshape(-1, probability.shape[2])),
-        }
-    )
+    columns = {
+        "label": list(label) * len(logits),
+        "predicted": list(predicted.reshape(-1, *predicted.shape[2:])),
+        "probability": list(probability.reshape(-1, probability.shape[2])),
+    }
+    return _table(samples, len(logits), columns)
+
+
+def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
+    """Return one row per seed and sample: seed, sample, counts; from counts (seed, sample, entry)."""
+    return _table(samples, len(counts), {"counts": list(counts.reshape(-1, counts.shape[2]))})
+
+
+def _table(samples: Sequence[str], n_seeds: int, columns: dict[str, list]) -> pd.DataFrame:
+    seeds = np.arange(n_seeds).repeat(len(samples))
+    return pd.DataFrame({"seed": seeds, "sample": list(samples) * n_seeds, **columns})
 
 
 def divergence_error(seeds: Sequence[int], n_seeds: int, search_keys: str = SEARCH_KEYS) -> UserError:
@@ -124,15 +125,4 @@ def divergence_error(seeds: Sequence[int], n_seeds: int, search_keys: str = SEAR
         f"rate and weight decay of the best validation score. Set smaller upper bounds: {search_keys}.",
         key=search_keys,
         value=[int(seed) for seed in seeds],
-    )
-
-
-def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
-    """Return one row per seed and sample: seed, sample, counts; from counts (seed, sample, entry)."""
-    return pd.DataFrame(
-        [
-            {"seed": seed, "sample": name, "counts": row}
-            for seed, rows in enumerate(counts)
-            for name, row in zip(samples, rows, strict=True)
-        ]
     )

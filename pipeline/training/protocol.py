@@ -16,6 +16,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import torch
+from optuna.distributions import FloatDistribution
 
 from cache.atomic import write_file
 from cache.checksums import fingerprint
@@ -45,7 +46,7 @@ class ProtocolResult:
         runs: one row per seed.
         predicted: one row per seed and test sample (pipeline/training/predictions.py).
         group: the trained models of all seeds: a group of heads, or a list of students.
-        best_index: of the model with the best validation score.
+        best_index: index of the model of the best validation score.
     """
 
     runs: pd.DataFrame
@@ -57,12 +58,7 @@ class ProtocolResult:
 def tune(
     data: TaskData, config: SearchConfig, name: str, study_path: Path | None = None, cache_key: object = None
 ) -> dict:
-    """Search learning rate and weight decay on the validation split; arguments and result as for `search`.
-
-    Args:
-        data: with the splits `train` and `val`.
-        name: printed with the progress.
-    """
+    """Search on the splits `train` and `val`; prints `name` with the progress, else as `search`."""
 
     def score(hparams: Sequence[HParams]) -> np.ndarray:
         group = train_heads(data, hparams)
@@ -78,12 +74,7 @@ def train_and_test(
 ) -> ProtocolResult:
     """Train a head per seed with the best hyperparameters, and score each once on the test split.
 
-    Args:
-        data: with the splits `train`, `val` and `test`.
-        best_hparams: learning rate and weight decay.
-        metadata: further columns of the runs, such as dataset and model.
-
-    Heads that diverged raise UserError.
+    `metadata` are further columns of the runs, such as dataset and model. Heads that diverged raise UserError.
     """
     group = train_heads(data, [HParams(**best_hparams, seed=seed) for seed in range(n_seeds)])
     if (is_diverged := diverged_heads(group)).any():
@@ -118,28 +109,22 @@ def train_and_test(
 
 def train_heads(data: TaskData, hparams: Sequence[HParams]) -> HeadGroup:
     """Train a head per hyperparameters; linear ones in the principal axes of their inputs."""
-
-    needed = ("train", "val") if data.schedule.patience else ("train",)
-    splits = {name: data.splits[name] for name in needed}
+    splits = [data.splits[name] for name in (("train", "val") if data.schedule.patience else ("train",))]
     if data.rotations:
-        splits = {
-            name: replace(split, inputs=task_data.rotate(split.inputs, data.rotations))
-            for name, split in splits.items()
-        }
-    create_group = data.head_config.create_group
-    group = fit(create_group, splits["train"], data.task, hparams, data.schedule, splits.get("val"))
+        splits = [replace(split, inputs=task_data.rotate(split.inputs, data.rotations)) for split in splits]
+    train, *validation = splits
+    group = fit(data.head_config.create_group, train, data.task, hparams, data.schedule, *validation)
     if data.rotations:
         task_data.rotate_back(group, data.rotations)
     return group
 
 
 def count_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
-    """Count hits and errors of every head on a split, int64 (head, sample, entry); see pipeline/tasks.py."""
+    """Count hits and errors of every head on a split, as `predictions.evaluate`."""
     return evaluate(group, data.splits[split], data.task, data.schedule.batch)
 
 
 def score_split(data: TaskData, group: HeadGroup, split: str) -> np.ndarray:
-    """Compute the score of every head on a split, (head,)."""
     return data.task.score(count_split(data, group, split).sum(axis=1))
 
 
@@ -159,13 +144,11 @@ def trained_head(data: TaskData, model: str, group: HeadGroup, index: int) -> Tr
 def search(score: Score, config: SearchConfig, study_path: Path | None = None, cache_key: object = None) -> dict:
     """Search for the hyperparameters of the best validation score.
 
-    Each round of trials is proposed, trained together, and reported to the sampler. A round depends only on the
-    rounds before it and the seed. A search that was killed is resumed after its last whole round, with the same
-    result.
+    A round depends only on the rounds before it and the seed, so a search that was killed is resumed after its last
+    whole round, with the same result.
 
     Args:
         score: returns the validation scores of heads trained with some hyperparameters; NaN for diverged heads.
-        config: number of trials and bounds.
         study_path: checkpoint of finished rounds, resumed if it exists; None for none.
         cache_key: all else that the scores depend on, as JSON values; a checkpoint of another key is ignored.
 
@@ -175,9 +158,7 @@ def search(score: Score, config: SearchConfig, study_path: Path | None = None, c
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     bounds = {name: getattr(config, name) for name in SEARCHED}
-    space = {
-        name: optuna.distributions.FloatDistribution(low, high, log=True) for name, (low, high) in bounds.items()
-    }
+    space = {name: FloatDistribution(low, high, log=True) for name, (low, high) in bounds.items()}
     key = fingerprint(config, cache_key, _code_digest())
     trials = _load_trials(study_path, key)
     while (remaining := config.trials - len(trials)) > 0:
@@ -211,8 +192,7 @@ def _propose(trials: Sequence[dict], space: dict, count: int, config: SearchConf
 
 
 def _best_trial(trials: Sequence[dict]) -> dict:
-    finite = [trial for trial in trials if "diverged" not in trial]
-    if not finite:
+    if not (finite := [trial for trial in trials if "diverged" not in trial]):
         rates, decays = (sorted(trial[name] for trial in trials) for name in SEARCHED)
         raise UserError(
             f"All {len(trials)} trials diverged, at learning rates from {rates[0]:.3g} to {rates[-1]:.3g} and weight "

@@ -30,14 +30,7 @@ from pipeline.heads.config import HeadConfig, head_options
 from pipeline.heads.linear import StackedLinear
 from pipeline.tasks import IGNORE, Task, get_task
 from pipeline.training import feature_loader
-from pipeline.training.feature_loader import (
-    STAT_ROWS_PER_READ,
-    ChannelStats,
-    SplitData,
-    StoreArray,
-    StreamedFeatures,
-    read_standardized,
-)
+from pipeline.training.feature_loader import ChannelStats, SplitData, StoreArray, StreamedFeatures, read_standardized
 from pipeline.training.loop import TrainSchedule
 
 # Masks that are read at once to find a labelled pixel.
@@ -52,14 +45,9 @@ class TaskData:
     """Features and labels of a dataset for a model, and the configuration of its heads.
 
     Attributes:
-        splits: the loaded splits, by name.
-        task: the task, with its number of classes and their weights.
-        class_names: names of the classes.
         array_names: names of each backbone's arrays that the heads read.
         mean_scale: for each of these arrays, `feature_loader.to_mean_scale`.
         rotations: principal axes of each array, in which linear heads are trained; empty for none.
-        head_config: configuration of the heads.
-        schedule: length of the training.
     """
 
     splits: dict[str, SplitData]
@@ -81,9 +69,7 @@ def load(
 
     Args:
         stores, images_path: as for `open_aligned`.
-        heads: the heads' configuration.
         splits: names of the splits to load; `val` is added if early stopping needs it.
-        device: `cpu` or `cuda`.
 
     Raises:
         StoreError: as `open_aligned`, or there is no such level, or features are non-finite.
@@ -92,7 +78,8 @@ def load(
     members, images = open_aligned(stores, images_path)
     task = task_from_store(images)
     head_name = heads.segmentation if task.is_dense else "linear"
-    get_head(head_name, is_dense=task.is_dense)
+    if task.is_dense:
+        get_head(head_name)
     settings = heads.settings(head_name)
     schedule = TrainSchedule(settings.steps, settings.batch, settings.patience, heads.val_checks)
     split_names = dict.fromkeys([*splits, *(["val"] if schedule.patience else [])])
@@ -100,11 +87,7 @@ def load(
     if task.is_dense:
         _check_labelled(images, rows)
 
-    arrays_of_member = (
-        feature_loader.select_levels(members, heads.levels)
-        if task.is_dense
-        else feature_loader.select_pooled(members, heads.linear.pooled, heads.linear.tokens, heads.levels)
-    )
+    arrays_of_member = feature_loader.select_arrays(members, heads, task.is_dense)
     arrays = list(chain(*arrays_of_member))
     stats = [feature_loader.channel_stats(array, rows["train"]) for array in arrays]
     rotations = []
@@ -116,11 +99,10 @@ def load(
     shapes = tuple(tuple(tuple(store.array(name).shape) for store, name in member) for member in arrays_of_member)
     feature_bytes = 4 * n_rows * sum(prod(shape) for shape in chain(*shapes))
     read = StreamedFeatures if feature_bytes > heads.max_feature_gb * 1e9 else _read_inputs
-    label_dtype = np.uint8 if task.is_dense else np.int64
     split_data = {}
     for split in split_names:
         inputs = read(arrays, stats, rows[split], device, is_pooled=not task.is_dense)
-        label = torch.from_numpy(images.label[rows[split]].values.astype(label_dtype))
+        label = torch.from_numpy(images.label[rows[split]].values.astype(np.uint8 if task.is_dense else np.int64))
         split_data[split] = SplitData(inputs, label.to(device), members[0].sample[rows[split]].tolist())
 
     if heads.class_weights == "balanced":
@@ -171,7 +153,6 @@ def open_aligned(stores: Mapping[Path, str | None], images_path: Path) -> tuple[
 
 
 def task_from_store(images: xr.Dataset) -> Task:
-    """Return the task of an images store, with its number of classes."""
     return get_task(images.attrs["task"])(len(images.attrs["classes"]))
 
 
@@ -190,7 +171,7 @@ def _check_labelled(images: xr.Dataset, rows: Mapping[str, np.ndarray]) -> None:
     """Refuse a split of masks without a labelled pixel: its score would be 0 for any prediction."""
     for split, index in rows.items():
         # Lazy: the first masks nearly always have a label.
-        batches = (index[start : start + MASKS_PER_READ] for start in range(0, len(index), MASKS_PER_READ))
+        batches = np.array_split(index, range(MASKS_PER_READ, len(index), MASKS_PER_READ))
         if not any((images.label[batch].values != IGNORE).any() for batch in batches):
             raise UserError(
                 f"No mask of the split {split} has a labelled pixel: all values are {IGNORE}, which is ignored. "
@@ -215,17 +196,9 @@ def head_config(
     if not task.is_dense:
         return HeadConfig(head_name, heads.fusion, shapes, task.n_classes)
     automatic = "bfloat16" if device.startswith("cuda") else "float32"
-    settings = heads.settings(head_name)
-    return HeadConfig(
-        head_name,
-        heads.fusion,
-        shapes,
-        task.n_classes,
-        output_size=mask_size,
-        options=head_options(settings),
-        neck=getattr(settings, "neck", False),
-        precision=automatic if heads.precision == "auto" else heads.precision,
-    )
+    precision, settings = automatic if heads.precision == "auto" else heads.precision, heads.settings(head_name)
+    options, neck = head_options(settings), getattr(settings, "neck", False)
+    return HeadConfig(head_name, heads.fusion, shapes, task.n_classes, mask_size, options, neck, precision)
 
 
 def principal_axes(
@@ -233,14 +206,12 @@ def principal_axes(
 ) -> list[torch.Tensor]:
     """Compute the principal axes of each array's standardized channels over the training rows.
 
-    BLAS has one thread, because floating-point rounding depends on the number of threads.
-
-    Returns:
-        A matrix per array, float32 (channel, axis); an axis of less than `MIN_VARIANCE` is a column of zeros.
+    A matrix per array, float32 (channel, axis); an axis of less variance than `MIN_VARIANCE` is a column of zeros.
     """
-    parts = np.array_split(train_rows, range(STAT_ROWS_PER_READ, len(train_rows), STAT_ROWS_PER_READ))
+    rows_per_read = feature_loader.STAT_ROWS_PER_READ
+    parts = np.array_split(train_rows, range(rows_per_read, len(train_rows), rows_per_read))
     rotations = []
-    with threadpool_limits(1):
+    with threadpool_limits(1):  # floating-point rounding depends on the number of threads of BLAS
         for array, array_stats in zip(arrays, stats, strict=True):
             values = (read_standardized(array, rows, array_stats).numpy().astype(np.float64) for rows in parts)
             variance, axes = np.linalg.eigh(sum(part.T @ part for part in values) / len(train_rows))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.composition import CompositionResult, probes
+from cache.schema import pooled_array
+from pipeline.composition import KEYS, TABLES, CompositionResult, probes
 from pipeline.composition.probes import Probe, mask_scores, pixel_samples
 from pipeline.composition.search import search
 from pipeline.config import CompositionConfig, HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
@@ -36,20 +37,17 @@ def test_search_finds_the_informative_ensemble_and_layers(informative_chips, tmp
     assert cka["level1", "high", "none"] < 0.2
     assert table.cka["none+copy"] == cka["all", "none", "copy"]
     assert table.channels["high+low"] == 10
-    first_layers = set(result.greedy.head(2)[["backbone", "layer"]].itertuples(index=False, name=None))
-    assert first_layers == {("high", "mean_level1"), ("low", "mean_level1")}
+    assert set(result.greedy.backbone.head(2)) == {"high", "low"}
+    assert set(result.greedy.layer.head(2)) == {"mean_level1"}
     assert result.greedy.score.is_monotonic_increasing
     assert len(result.greedy) < 8
 
     result = dataclasses.replace(result, skipped=("x needs the bands nir.",))
     result.write(tmp_path)
     copy = CompositionResult.read(tmp_path)
-    for field in dataclasses.fields(CompositionResult):
-        actual, expected = getattr(copy, field.name), getattr(result, field.name)
-        if isinstance(expected, pd.DataFrame):
-            pd.testing.assert_frame_equal(actual, expected)
-        else:
-            assert actual == expected
+    for table in TABLES:
+        pd.testing.assert_frame_equal(getattr(copy, table), getattr(result, table))
+    assert all(getattr(copy, key) == getattr(result, key) for key in KEYS)
 
 
 def test_search_knn_probe_of_the_deepest_vector(informative_chips):
@@ -66,7 +64,7 @@ def test_search_does_not_depend_on_the_test_split(informative_chips, feature_sto
     is_test = images.split.values == "test"
     changed_stores = {}
     for name, store in stores.items():
-        arrays = {f"pooled/{vector}": store.read(f"pooled/{vector}", np.arange(COUNT)) for vector in store.pooled}
+        arrays = {array: store.read(array, np.arange(COUNT)) for array in map(pooled_array, store.pooled)}
         for values in arrays.values():
             values[is_test] = 1e6
         changed_stores[name] = feature_store(f"{name}-changed", arrays, images)

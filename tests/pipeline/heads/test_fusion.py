@@ -32,9 +32,6 @@ def test_pyramid_fusion_of_pyramids_and_transformers_has_the_finest_grids():
     fusion = PyramidFusion([HIERA, PRITHVI], neck=True)
     assert sizes(fusion(random_levels(HIERA, PRITHVI))) == [(8, 56, 56), (12, 28, 28), (18, 14, 14), (20, 7, 7)]
     assert fusion.channels == [8, 12, 18, 20]
-    three = PyramidFusion([HIERA, PRITHVI, LARGE], neck=True)
-    expected = [(10, 64, 64), (16, 32, 32), (26, 16, 16), (28, 8, 8)]
-    assert sizes(three(random_levels(HIERA, PRITHVI, LARGE))) == expected
     plain = PyramidFusion([HIERA, PRITHVI, LARGE], neck=False)
     expected = [(22, 56, 56), (24, 28, 28), (26, 16, 16), (28, 16, 16)]
     assert sizes(plain(random_levels(HIERA, PRITHVI, LARGE))) == expected
@@ -43,8 +40,7 @@ def test_pyramid_fusion_of_pyramids_and_transformers_has_the_finest_grids():
 
 def test_pyramid_fusion_of_one_pyramid_returns_its_levels():
     levels = random_levels(HIERA)
-    for fused, level in zip(PyramidFusion([HIERA])(levels), levels, strict=True):
-        assert fused is level
+    assert all(fused is level for fused, level in zip(PyramidFusion([HIERA])(levels), levels, strict=True))
 
 
 def test_match_levels_of_fewer_levels_takes_the_nearest_grid_and_depth():

@@ -1,5 +1,7 @@
 """Scores recomputed from stored predictions, by scikit-learn."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,12 +34,8 @@ def test_prediction_table_gives_sklearns_scores_and_scipys_probabilities(generat
     table = write_and_read(predictions.prediction_table(NAMES, label, logits, task), tmp_path)
     samples, counts = counts_from_table(table, task)
     assert samples == sorted(NAMES)
-    expected = [
-        f1_score(label, values > 0, average="micro")
-        if task.is_multilabel
-        else accuracy_score(label, values.argmax(1))
-        for values in logits
-    ]
+    score = partial(f1_score, average="micro") if task.is_multilabel else accuracy_score
+    expected = [score(label, values > 0 if task.is_multilabel else values.argmax(1)) for values in logits]
     assert task.score(counts.sum(1)) == pytest.approx(expected)
     row = table[(table.seed == 1) & (table["sample"] == "s0")].iloc[0]
     probability = (expit if task.is_multilabel else softmax)(logits[1, 1].astype(float))

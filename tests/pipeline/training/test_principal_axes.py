@@ -27,17 +27,15 @@ def bands(tmp_path_factory):
 
     In the first, two channels differ by little (correlation above 0.999); in the second, two are equal.
     """
-    generator = np.random.default_rng(0)
+    generator, folder = np.random.default_rng(0), tmp_path_factory.mktemp("bands")
     base = generator.normal(size=(len(ROWS), 3))
     near = base[:, :1] + 0.04 * generator.choice([-1, 1], (len(ROWS), 1))
     values = {
         "pooled/mean_first": np.concatenate([base, near], axis=1),
         "pooled/mean_rest": np.concatenate([base @ generator.normal(size=(3, 4)), base[:, :1], base[:, :1]], axis=1),
     }
-    folder = tmp_path_factory.mktemp("bands")
     widths = {name.removeprefix("pooled/"): array.shape[1] for name, array in values.items()}
-    samples = tuple(f"{row:03d}" for row in ROWS)
-    schema = StoreSchema(samples, ("train",) * len(ROWS), (), widths, "float32", 1000)
+    schema = StoreSchema(tuple(map(str, ROWS)), ("train",) * len(ROWS), (), widths, "float32", 1000)
     writer = Writer(folder / "scratch", schema, folder / "bands.zarr", {})
     writer.write(0, {name: array.astype(np.float32) for name, array in values.items()})
     writer.finish()
@@ -71,8 +69,7 @@ def test_principal_axes_are_orthonormal_and_uncorrelated(inputs, rotations):
 
 def test_principal_axes_with_more_threads_have_the_same_bytes(bands, rotations):
     with threadpool_limits(2):
-        again = task_data.principal_axes(*bands, ROWS)
-    assert all(torch.equal(*pair) for pair in zip(rotations, again, strict=True))
+        assert all(map(torch.equal, rotations, task_data.principal_axes(*bands, ROWS)))
 
 
 def test_rotate_back_of_a_head_keeps_its_logits(inputs, rotations):

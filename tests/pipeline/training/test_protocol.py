@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -16,57 +17,49 @@ from tests.errors import raises
 HEADS = HeadsConfig(
     LinearHeadConfig("all", "mean", steps=60, batch=20), UPerNetHeadConfig(channels=4, steps=4, batch=4)
 )
-SEARCH = SearchConfig(trials=4, trials_per_round=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
+SHORT = SearchConfig(trials=4, trials_per_round=2, seed=0, learning_rate=(1e-2, 1e-1), weight_decay=(1e-3, 1e-1))
+LONG = SearchConfig(trials=16, trials_per_round=4, seed=0, learning_rate=(1e-4, 1e-1), weight_decay=(1e-6, 1e-1))
 METADATA = {"dataset": "d", "model": "m", "weights": "none"}
 BEST = {"learning_rate": 0.05, "weight_decay": 0.01}
 
 
-def load(stores_and_images, names, splits=("train", "val", "test"), heads=HEADS):
+def load(stores_and_images, names, splits=("train", "val", "test"), **changes):
     stores, images = stores_and_images
-    paths = {stores[name].location: None for name in names}
+    paths, heads = {stores[name].location: None for name in names}, dataclasses.replace(HEADS, **changes)
     return task_data.load(paths, Path(images.encoding["source"]), heads, splits, "cpu")
 
 
-@pytest.fixture(params=["chips", "masks"])
-def data(request, informative_chips, informative_masks):
-    """Data of one backbone, for a linear and a dense head."""
-    return load(informative_chips, ["high"]) if request.param == "chips" else load(informative_masks, ["fine"])
+class PeakedScore:
+    """Best at a learning rate of 0.01; records the rounds, and fails after `n_rounds`."""
+
+    def __init__(self, n_rounds=math.inf):
+        self.rounds, self.n_rounds = [], n_rounds
+
+    def __call__(self, all_hparams):
+        if len(self.rounds) >= self.n_rounds:
+            raise KeyboardInterrupt
+        self.rounds.append(all_hparams)
+        return [-((math.log10(hparams.learning_rate) + 2) ** 2) for hparams in all_hparams]
 
 
-@pytest.fixture
-def set_diverging(monkeypatch):
-    """Function after whose call the heads of these indices have NaN weights once they are trained."""
-
-    def set_heads(*heads):
-        def train(data, hparams):
-            group = train_heads(data, hparams)
-            if group.is_stacked:
-                for parameter in group.parameters():
-                    parameter.data[list(heads)] = math.nan
-            else:
-                for head in heads:
-                    next(group.heads[head].parameters()).data.fill_(math.nan)
-            return group
-
-        monkeypatch.setattr(protocol, "train_heads", train)
-
-    train_heads = protocol.train_heads
-    return set_heads
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Score and result of a search."""
+    score = PeakedScore()
+    return score, protocol.search(score, LONG)
 
 
-def test_tune_prints_a_line_a_round(informative_chips, capsys):
-    tuned = protocol.tune(load(informative_chips, ["high", "low"], ("train", "val")), SEARCH, "d m")
-    assert len(tuned["trials"]) == 4
-    assert capsys.readouterr().out.count("d m: 2 trials") == 2
+def decay_rate(hparams):
+    return hparams["learning_rate"] * hparams["weight_decay"]
 
 
 @pytest.mark.parametrize("max_feature_gb", [4.0, 0.0], ids=["in memory", "streamed"])
 def test_train_and_test_of_chips_scores_as_sklearn_on_the_test_split(informative_chips, max_feature_gb):
-    data = load(informative_chips, ["high", "low"], heads=dataclasses.replace(HEADS, max_feature_gb=max_feature_gb))
+    data = load(informative_chips, ["high", "low"], max_feature_gb=max_feature_gb)
     assert isinstance(data.splits["test"].inputs, StreamedFeatures) == (max_feature_gb == 0)
     result = protocol.train_and_test(data, BEST, 3, METADATA)
-    assert len(result.runs) == 3
-    expected = METADATA | BEST | {"protocol": "frozen", "metric": "accuracy", "n_test": 30, "task": "classification"}
+    expected = {"protocol": "frozen", "metric": "accuracy", "n_test": 30, "task": "classification"}
+    expected |= METADATA | BEST | {"head": "linear, concat, mean_level0, mean_level1"}
     assert result.runs.iloc[0].to_dict().items() >= expected.items()
     images = informative_chips[1]
     is_test = images.split.values == "test"
@@ -84,8 +77,10 @@ def test_train_and_test_of_chips_scores_as_sklearn_on_the_test_split(informative
 
 
 def test_train_and_test_of_masks_has_confusion_matrices(informative_masks):
-    data = load(informative_masks, ["fine", "coarse"])
+    changes = {"fusion": "average", "levels": (-1,), "class_weights": "balanced"}
+    data = load(informative_masks, ["fine", "coarse"], **changes)
     result = protocol.train_and_test(data, BEST, 2, METADATA)
+    assert set(result.runs["head"]) == {"upernet of 4 channels, average, level1, balanced class weights"}
     samples, counts = counts_from_table(result.predicted, Segmentation(3))
     assert samples == data.splits["test"].sample
     assert counts.sum() == 2 * (data.splits["test"].label != IGNORE).sum()
@@ -94,42 +89,83 @@ def test_train_and_test_of_masks_has_confusion_matrices(informative_masks):
 
 
 def test_tune_with_extreme_bounds_chooses_a_finite_trial(informative_chips):
-    data = load(informative_chips, ["high"], ("train", "val"))
-    config = dataclasses.replace(
-        SEARCH, trials=8, trials_per_round=8, learning_rate=(0.1, 1.0), weight_decay=(1.0, 300.0)
-    )
-    tuned = protocol.tune(data, config, "d m")
-    scores = {trial["learning_rate"] * trial["weight_decay"]: trial["score"] for trial in tuned["trials"]}
+    data = load(informative_chips, ["high"])
+    bounds = {"learning_rate": (0.1, 1.0), "weight_decay": (1.0, 300.0)}
+    tuned = protocol.tune(data, dataclasses.replace(SHORT, trials=8, trials_per_round=8, **bounds), "d m")
+    scores = {decay_rate(trial): trial["score"] for trial in tuned["trials"]}
     assert max(scores) > 20  # every step multiplies the weights by less than -19
     assert scores[max(scores)] == 0
-    result = protocol.train_and_test(load(informative_chips, ["high"]), tuned["best"], 2, METADATA)
+    result = protocol.train_and_test(data, tuned["best"], 2, METADATA)
+    assert set(result.runs["head"]) == {"linear, mean_level0, mean_level1"}
     assert np.isfinite(np.stack(result.predicted.probability)).all()
 
 
-def test_train_and_test_with_a_diverged_seed_is_refused(data, set_diverging):
-    set_diverging(1)
+@pytest.mark.parametrize("kind", ["chips", "masks"])
+def test_diverged_heads_are_not_chosen_and_diverged_seeds_are_refused(request, monkeypatch, capsys, kind):
+    data = load(request.getfixturevalue(f"informative_{kind}"), ["high" if kind == "chips" else "fine"])
+    train_heads, diverging = protocol.train_heads, [1]
+
+    def train_and_diverge(data, hparams):
+        group = train_heads(data, hparams)
+        for head in diverging:
+            weights = group.weights[0][head] if group.is_stacked else next(group.heads[head].parameters())
+            weights.data.fill_(math.nan)
+        return group
+
+    monkeypatch.setattr(protocol, "train_heads", train_and_diverge)
     with raises(UserError, "1 of 3", "search.learning_rate", value=[1]):
         protocol.train_and_test(data, BEST, 3, METADATA)
-
-
-def test_tune_does_not_choose_diverged_trials(data, set_diverging):
-    set_diverging(1)
-    tuned = protocol.tune(data, SEARCH, "d m")
+    tuned = protocol.tune(data, SHORT, "d m")
+    assert capsys.readouterr().out.count("d m: 2 trials") == 2, "a line of progress a round"
     assert [trial.get("diverged", False) for trial in tuned["trials"]] == [False, True] * 2
     assert tuned["best"]["learning_rate"] in {tuned["trials"][index]["learning_rate"] for index in (0, 2)}
-    set_diverging(0, 1)
+    diverging.append(0)
     with raises(UserError, "4", key="learning_rate, weight_decay"):
-        protocol.tune(data, SEARCH, "d m")
+        protocol.tune(data, SHORT, "d m")
 
 
-def test_train_and_test_describes_the_head(informative_chips, informative_masks):
-    def describe(data):
-        (head,) = set(protocol.train_and_test(data, BEST, 2, METADATA).runs["head"])
-        return head
+def test_search_finds_the_peak_within_bounds_with_one_seed(uninterrupted):
+    score, result = uninterrupted
+    assert [len(hparams) for hparams in score.rounds] == [4, 4, 4, 4]
+    assert 0.004 < result["best"]["learning_rate"] < 0.025
+    trials = [hparams for hparams_of_round in score.rounds for hparams in hparams_of_round]
+    assert all(1e-4 <= hparams.learning_rate <= 1e-1 for hparams in trials)
+    assert all(1e-6 <= hparams.weight_decay <= 1e-1 for hparams in trials)
+    assert {hparams.seed for hparams in trials} == {0}
+    assert len({hparams.learning_rate for hparams in trials}) == 16
+    scores = [trial["score"] for trial in result["trials"]]
+    assert result["score"] == max(scores)
+    assert sum(scores[8:]) > sum(scores[:8]), "the sampler learns from the first half"
 
-    assert describe(load(informative_chips, ["high", "low"])) == "linear, concat, mean_level0, mean_level1"
-    heads = dataclasses.replace(HEADS, fusion="average", levels=(-1,), class_weights="balanced")
-    fused = describe(load(informative_masks, ["fine", "coarse"], heads=heads))
-    assert fused == "upernet of 4 channels, average, level1, balanced class weights"
-    alone = describe(load(informative_masks, ["fine"], heads=heads))
-    assert alone == "upernet of 4 channels, level1, balanced class weights"
+
+@pytest.mark.parametrize("n_rounds", [1, 3])
+def test_search_killed_is_resumed_after_its_last_whole_round(tmp_path, uninterrupted, n_rounds):
+    before, after, study_path = PeakedScore(n_rounds), PeakedScore(), tmp_path / "studies/one.json"
+    with pytest.raises(KeyboardInterrupt):
+        protocol.search(before, LONG, study_path, cache_key="lite0")
+    assert len(json.loads(study_path.read_text())["trials"]) == 4 * n_rounds
+    score, result = uninterrupted
+    assert protocol.search(after, LONG, study_path, cache_key="lite0") == result
+    assert before.rounds + after.rounds == score.rounds
+    assert protocol.search(before, LONG, study_path, cache_key="lite0") == result, "no more trials are needed"
+
+
+def test_search_with_another_key_or_a_damaged_study_starts_again(tmp_path):
+    study_path, score = tmp_path / "one.json", PeakedScore()
+    result = protocol.search(score, LONG, study_path, cache_key="lite0")
+    protocol.search(score, LONG, study_path, cache_key="other features")
+    assert len(score.rounds) == 8
+    for n_rounds, content in ((12, study_path.read_bytes()[:40]), (16, b"\xff\xfe no text")):
+        study_path.write_bytes(content)
+        assert protocol.search(score, LONG, study_path, cache_key="lite0") == result
+        assert len(score.rounds) == n_rounds
+
+
+@pytest.mark.parametrize("weight_decay", [(1e-6, 1e-1), (1e-2, 100.0)])
+def test_search_with_ties_chooses_the_strongest_decay_that_does_not_grow(weight_decay):
+    """AdamW subtracts learning rate times weight decay of every weight; above 2 weights grow."""
+    config = dataclasses.replace(LONG, learning_rate=(1e-2, 1.0), weight_decay=weight_decay, trials=32)
+    result = protocol.search(lambda trials: [0.5] * len(trials), config)
+    rates = [decay_rate(trial) for trial in result["trials"]]
+    assert (max(rates) > 2) == (weight_decay[1] > 2)
+    assert abs(1 - decay_rate(result["best"])) == min(abs(1 - rate) for rate in rates)
