@@ -178,7 +178,7 @@ def _is_finite(value: object) -> bool:
 def check_band_means(
     set_name: str, published: Mapping[str, tuple[float, float] | None], min_separation: float, means: np.ndarray
 ) -> None:
-    """Raise UserError if a mean, of (band,), deviates from the published one, or if two bands seem to be swapped.
+    """Raise UserError if a mean, (band,), deviates from the published one, or if two bands seem swapped.
 
     Args:
         published: mean and standard deviation by key; None where nothing is published.

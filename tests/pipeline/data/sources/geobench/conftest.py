@@ -1,5 +1,6 @@
 """GEO-Bench's sets: as written by tests/geobench_files.py, or copies for a test to damage."""
 
+import collections
 import json
 import shutil
 
@@ -27,26 +28,32 @@ class Call:
 
 
 @pytest.fixture
-def open_set(tmp_path):
-    """Function from the folder of the sets, a set's name and options to the set's samples."""
+def roots(geobench_root):
+    """Folder of the sets by a set's name: of all sets, or of a copy of this set alone."""
+    return collections.defaultdict(lambda: geobench_root)
 
-    def prepare(root, name: str, **options) -> image_store.LazyImageDataset:
-        record = geobench.describe_files(geobench.SETS[name], "default", root)
+
+@pytest.fixture
+def copy_set(roots, tmp_path):
+    """Function that copies a set, for a test to damage, and returns the copy's folder."""
+
+    def copy(name: str):
+        folder = download.local_folder(geobench.SETS[name], roots[name])
+        copied = tmp_path / "copied" / folder.relative_to(roots[name])
+        roots[name] = tmp_path / "copied"
+        return shutil.copytree(folder, copied)
+
+    return copy
+
+
+@pytest.fixture
+def open_set(roots, tmp_path):
+    """Function from a set's name and options to its samples, in the copy if there is one."""
+
+    def prepare(name: str, **options) -> image_store.LazyImageDataset:
+        record = geobench.describe_files(geobench.SETS[name], "default", roots[name])
         (tmp_path / "source.json").write_text(json.dumps(record))
         validate(name, dataset_config(name, **options))
         return geobench.prepare(tmp_path, dataset_config(name, **options))
 
     return prepare
-
-
-@pytest.fixture
-def copy_set(geobench_root, tmp_path):
-    """Function from a set's name to the root and the folder of a copy of this set alone."""
-
-    def copy(name: str):
-        folder = download.local_folder(geobench.SETS[name], geobench_root)
-        root = tmp_path / "copied"
-        shutil.copytree(folder, root / folder.relative_to(geobench_root))
-        return root, root / folder.relative_to(geobench_root)
-
-    return copy

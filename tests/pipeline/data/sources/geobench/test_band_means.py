@@ -15,17 +15,14 @@ from tests.errors import raises
 
 
 @pytest.fixture
-def open_full_set(copy_set, open_set, monkeypatch):
+def open_full_set(open_set, monkeypatch):
     """Function from a set's name, its published statistics and options to 14 images, as if they were the full set."""
 
     def prepare(name: str, published_stats=(), **options):
-        if name not in roots:
-            roots[name], _ = copy_set(name)
-        spec = dataclasses.replace(geobench.SETS[name], split_sizes=(6, 4, 4), published_stats=dict(published_stats))
-        monkeypatch.setitem(geobench.SETS, name, spec)
-        return open_set(roots[name], name, **options)
+        changes = {"split_sizes": (6, 4, 4), "published_stats": dict(published_stats)}
+        monkeypatch.setitem(geobench.SETS, name, dataclasses.replace(geobench.SETS[name], **changes))
+        return open_set(name, **options)
 
-    roots: dict = {}
     return prepare
 
 
@@ -35,12 +32,13 @@ def band_stats(images):
     return pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
 
 
-def test_write_files_with_bands_in_another_order_are_refused(open_full_set, tmp_path):
+def test_write_files_with_bands_in_another_order_are_refused(copy_set, open_full_set, tmp_path):
+    folder = copy_set("m-eurosat")
     images = open_full_set("m-eurosat")
     stats = zip(*map(np.ndarray.tolist, band_stats(images)), strict=True)
     published = dict(zip(geobench.SETS["m-eurosat"].released_bands, stats, strict=True))
     image_writer.write(open_full_set("m-eurosat", published), tmp_path / "scratch", tmp_path / "store")
-    for path in images.read_sample.folder.glob("*.hdf5"):  # a copy that has other bands under these keys
+    for path in folder.glob("*.hdf5"):  # a copy that has other bands under these keys
         with h5py.File(path, "r+") as file:
             file.move("08 - NIR", "moved")
             file.move("12 - SWIR", "08 - NIR")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import DatasetConfig
-from pipeline.data import image_store, image_writer
+from pipeline.data import image_writer
 from pipeline.data.sources import geobench, validate
 from pipeline.data.sources.geobench import partitions
 from pipeline.errors import UserError
@@ -23,58 +23,41 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def change(key=None, values=None, attribute=None):
-    """Damage a sample: delete a key or replace its values, and replace the attribute 'pickle'."""
-
-    def damage(path):
-        with h5py.File(path, "r+", libver="latest") as file:
-            if key:
-                del file[key]
-            if values is not None:
-                file[key] = values
-            if attribute is not None:
-                file.attrs["pickle"] = attribute
-
-    return damage
+def replace(path, key, values):
+    """Replace the values of a band or mask in a file."""
+    with h5py.File(path, "r+") as file:
+        del file[key]
+        file[key] = values
 
 
-def replace_label(label):
-    """Damage a sample: replace the attribute by a pickle of `label`, or by the pickle `label`."""
-    return change(attribute=str(label if isinstance(label, bytes) else pickle.dumps({"label": label})))
+def band(*shape_and_dtype, **options):
+    """Damage: a new dataset in place of a band."""
+    return lambda file, other: file.create_dataset(BAND, *shape_and_dtype, **options)
 
 
-def replace_band(make):
-    """Damage a sample: create a band with `make(open file, path of another file without suffix)`."""
-
-    def damage(path):
-        other = path.parent.parent / "other"
-        with h5py.File(f"{other}.h5", "w") as file:
-            file["padding"] = np.zeros(1000)
-            file["band"] = np.full((32, 32), 7, np.float32)
-        other.write_bytes(b"SECRET!!" * 1024)
-        with h5py.File(path, "r+") as file:
-            del file[BAND]
-            make(file, str(other))
-
-    return damage
-
-
-def make_virtual(file, other):
+def virtual_band(file, other):
     layout = h5py.VirtualLayout((32, 32), np.float32)
-    layout[:] = h5py.VirtualSource(f"{other}.h5", "band", (32, 32))
+    layout[:] = h5py.VirtualSource(other, "band", (32, 32))
     file.create_virtual_dataset(BAND, layout)
 
 
-def link_band(link):
-    return replace_band(lambda file, other: file.__setitem__(BAND, link(f"{other}.h5")))
+def link(make):
+    """Damage: a link in place of a band, from the path of another file."""
+    return lambda file, other: file.__setitem__(BAND, make(other))
 
 
-def create_band(*shape_and_dtype, **options):
-    return replace_band(lambda file, other: file.create_dataset(BAND, *shape_and_dtype, **options))
+def attribute(value):
+    """Damage: another attribute 'pickle', a pickle of `value` if it is an object."""
+    text = value if isinstance(value, str | np.ndarray | np.bytes_) else str(pickle.dumps(value))
+    return lambda file, other: file.attrs.__setitem__("pickle", text)
 
 
-def attack(path):
-    replace_label(Call(os.system, f"touch {path.parent.parent / 'ran'}"))(path)
+def attack(file, other):
+    attribute(Call(os.system, f"touch {other}.ran"))(file, other)
+
+
+def label(value):
+    return attribute({"label": value})
 
 
 def doubled(depth):
@@ -85,108 +68,99 @@ def doubled(depth):
     return nested
 
 
-# Damage of a sample, and the fields of the error; none where HDF5 itself refuses the file.
-DAMAGE = {
-    "truncated": (truncate, {}),
-    "missing": (lambda path: path.unlink(), {}),
-    "band missing": (change("11 - SWIR"), {"key": "11 - SWIR"}),
-    "wrong shape": (change(BAND, np.zeros((32, 31), np.float32)), {"key": BAND, "value": (32, 31)}),
-    "wrong shape, same size": (change(BAND, np.zeros((16, 64), np.float32)), {"key": BAND, "value": (16, 64)}),
-    "label out of range": (replace_label(17), {"key": "label", "value": 17, "allowed": range(17)}),
-    "no label": (change(attribute=str(pickle.dumps({}))), {"key": "label", "value": None}),
-    "attack": (attack, {"key": "pickle", "value": "posix.system"}),
-    "attribute is code": (change(attribute="open('x')"), {"key": "pickle"}),
-    "attribute is an array": (change(attribute=np.zeros(3)), {"key": "pickle"}),
-    "attribute is truncated": (change(attribute=np.bytes_(b"b'x")), {"key": "pickle"}),
-    "pickle is truncated": (change(attribute=str(pickle.dumps({"label": 1})[:-4])), {"key": "pickle"}),
-    "link to another file": (link_band(lambda other: h5py.ExternalLink(other, "/band")), {"key": BAND}),
-    "link within the file": (link_band(lambda other: h5py.SoftLink("/03 - Green")), {"key": BAND}),
+# Functions that damage a file without the band, given the path of another file, and the fields of the error.
+DAMAGED_BANDS = {
+    "band missing": (lambda file, other: None, {"key": BAND}),
+    "wrong shape": (band(data=np.zeros((32, 31), np.float32)), {"key": BAND, "value": (32, 31)}),
+    "wrong shape, same size": (band(data=np.zeros((16, 64), np.float32)), {"key": BAND, "value": (16, 64)}),
+    "link to another file": (link(lambda other: h5py.ExternalLink(other, "/band")), {"key": BAND}),
+    "link within the file": (link(lambda other: h5py.SoftLink("/03 - Green")), {"key": BAND}),
     "bytes of another file": (
-        replace_band(lambda file, other: file.create_dataset(BAND, (32, 32), "f4", external=[(other, 0, 4096)])),
+        lambda file, other: file.create_dataset(BAND, (32, 32), "f4", external=[(other, 0, 4096)]),
         {"key": BAND, "value": "external"},
     ),
-    "virtual dataset": (replace_band(make_virtual), {"key": BAND, "value": "external"}),
-    "never written": (create_band((32, 32), "f4"), {"key": BAND, "value": "not allocated"}),
-    "larger than memory": (
-        create_band((200_000, 200_000), "f4", chunks=(1000, 1000)), {"key": BAND, "value": (200_000, 200_000)}
-    ),
-    "empty dataset": (create_band(data=h5py.Empty("f4")), {"key": BAND, "value": None}),
-    "group": (replace_band(lambda file, other: file.create_group(BAND)), {}),
-    "texts": (create_band((32, 32), h5py.string_dtype()), {"key": BAND}),
-    "arrays": (create_band((32, 32), np.dtype("(2,)f4")), {"key": BAND}),
-    "fractional class": (replace_label(2.7), {"key": "label", "value": "2.7"}),
-    "NaN class": (replace_label(np.float32("nan")), {"key": "label"}),
-    "class as text": (replace_label("3"), {"key": "label", "value": "'3'"}),
-    "class larger than int64": (replace_label(10**30), {"key": "label"}),
-    "list of 2**60 elements": (replace_label(doubled(60)), {"key": "label"}),
-    "deeply nested tuples": (replace_label(b"\x80\x04})" + b"\x85" * 300_000 + b"Ns."), {"key": "pickle"}),
-    "deeply nested sets": (replace_label(b"\x80\x04\x8f()" + b"\x85" * 300_000 + b"\x90."), {"key": "pickle"}),
-    "control characters": (
-        replace_label(b"cos\x1b[31m\nsystem\n."), {"key": "pickle", "value": "os\x1b[31m.system"}
-    ),
-}  # fmt: skip
-# Damage that the first file reveals before a pixel is read.
-DAMAGED_HEADERS = ("truncated", "band missing", "texts")
+    "virtual dataset": (virtual_band, {"key": BAND, "value": "external"}),
+    "never written": (band((32, 32), "f4"), {"key": BAND, "value": "not allocated"}),
+    "larger than memory": (band((200_000, 200_000), "f4", chunks=(1000, 1000)), {"value": (200_000, 200_000)}),
+    "empty dataset": (band(data=h5py.Empty("f4")), {"key": BAND, "value": None}),
+    "group": (lambda file, other: file.create_group(BAND), {}),
+    "texts": (band((32, 32), h5py.string_dtype()), {"key": BAND}),
+    "arrays": (band((32, 32), np.dtype("(2,)f4")), {"key": BAND}),
+}
+DAMAGED_ATTRIBUTES = {
+    "no label": (attribute({}), {"key": "label", "value": None}),
+    "label out of range": (label(17), {"key": "label", "value": 17, "allowed": range(17)}),
+    "fractional class": (label(2.7), {"key": "label", "value": "2.7"}),
+    "NaN class": (label(np.float32("nan")), {"key": "label"}),
+    "class as text": (label("3"), {"key": "label", "value": "'3'"}),
+    "class larger than int64": (label(10**30), {"key": "label"}),
+    "list of 2**60 elements": (label(doubled(60)), {"key": "label"}),
+    "attack": (attack, {"key": "pickle", "value": "posix.system"}),
+    "attribute is code": (attribute("open('x')"), {"key": "pickle"}),
+    "attribute is an array": (attribute(np.zeros(3)), {"key": "pickle"}),
+    "attribute is truncated": (attribute(np.bytes_(b"b'x")), {"key": "pickle"}),
+    "pickle is truncated": (attribute(str(pickle.dumps({"label": 1})[:-4])), {"key": "pickle"}),
+    "nested tuples": (attribute(str(b"\x80\x04})" + b"\x85" * 300_000 + b"Ns.")), {"key": "pickle"}),
+    "nested sets": (attribute(str(b"\x80\x04\x8f()" + b"\x85" * 300_000 + b"\x90.")), {"key": "pickle"}),
+    "control characters": (attribute(str(b"cos\x1b[31m\nsystem\n.")), {"value": "os\x1b[31m.system"}),
+}
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", DAMAGED_BANDS | DAMAGED_ATTRIBUTES)
 def test_reader_damaged_or_hostile_file_is_refused(copy_set, open_set, kind):
-    damage, fields = DAMAGE[kind]
-    root, folder = copy_set("m-so2sat")
-    path = folder / "id_0007.hdf5"
-    damage(path)
+    damage, fields = (DAMAGED_BANDS | DAMAGED_ATTRIBUTES)[kind]
+    path = copy_set("m-so2sat") / "id_0007.hdf5"
+    other = path.with_name("other")
+    with h5py.File(other, "w") as file:
+        file["band"] = np.full((32, 32), 7, np.float32)
+    with h5py.File(path, "r+", libver="latest") as file:
+        if kind in DAMAGED_BANDS:
+            del file[BAND]
+        damage(file, str(other))
     with raises(UserError, path, path=path, **fields) as info:
-        open_set(root, "m-so2sat").read_sample("id_0007")
+        open_set("m-so2sat").read_sample("id_0007")
     assert len(str(info.value)) < 1000
     assert str(info.value).isprintable()
-    assert not (folder.parent / "ran").exists()
+    assert not path.with_name("other.ran").exists()
 
 
-@pytest.mark.parametrize("kind", DAMAGED_HEADERS)
-def test_prepare_damaged_first_file_is_refused_or_skipped(copy_set, open_set, kind):
-    damage, fields = DAMAGE[kind]
-    root, folder = copy_set("m-so2sat")
-    damage(folder / "id_0000.hdf5")
-    with raises(UserError, path=folder / "id_0000.hdf5", **fields):
-        open_set(root, "m-so2sat")
-    assert open_set(root, "m-so2sat", skip_bad=True).dtype == np.float32
-
-
-def test_write_damaged_files_are_skipped(copy_set, open_set, tmp_path):
-    root, folder = copy_set("m-so2sat")
+def test_write_damaged_files_are_refused_or_skipped(copy_set, open_set, tmp_path):
+    folder = copy_set("m-so2sat")
     truncate(folder / "id_0000.hdf5")
-    attack(folder / "id_0003.hdf5")
-    change(BAND, np.full((32, 32), np.nan, np.float32))(folder / "id_0007.hdf5")
-    images = open_set(root, "m-so2sat", skip_bad=True)
-    with raises(UserError, "id_0000"):
-        image_writer.write(images, tmp_path / "scratch", tmp_path / "store")
-    assert not (tmp_path / "store").exists()
+    (folder / "id_0003.hdf5").unlink()
+    replace(folder / "id_0007.hdf5", BAND, np.full((32, 32), np.nan, np.float32))
+    with raises(UserError, path=folder / "id_0000.hdf5"):
+        open_set("m-so2sat")
+    images = open_set("m-so2sat", skip_bad=True)
+    assert images.dtype == np.float32
+    with raises(UserError, path=folder / "id_0003.hdf5"):
+        images.read_sample("id_0003")
     summary = image_writer.write(images, tmp_path / "scratch", tmp_path / "store", skip_bad=True)
     assert list(summary.skipped) == ["id_0000", "id_0003", "id_0007"]
     assert summary.counts == {"train": 4, "val": 3, "test": 4}
-    store = image_store.open_images(tmp_path / "store")
-    assert list(store.attrs["skipped"]) == list(summary.skipped)
-    assert store.sample.values[5] == "id_0008"
-    np.testing.assert_array_equal(store.image[5], images.read_sample("id_0008").image)
     for path in folder.glob("*.hdf5"):
         truncate(path)
     with raises(UserError, folder):
-        open_set(root, "m-so2sat", skip_bad=True)
+        open_set("m-so2sat", skip_bad=True)
+    for path in folder.glob("*.hdf5"):
+        path.unlink()
+    with raises(UserError, path=folder):
+        open_set("m-so2sat", skip_bad=True)
 
 
 def test_reader_label_that_contradicts_the_json_file_is_refused(copy_set, open_set):
-    root, folder = copy_set("m-pv4ger")
+    folder = copy_set("m-pv4ger")
     path = folder / "label_map.json"
     samples_of_class = json.loads(path.read_text())
     moved = samples_of_class["0"].pop()
     samples_of_class["1"].append(moved)
     path.write_text(json.dumps(samples_of_class))
     with raises(UserError, key="label", value=0, allowed=[1], path=folder / f"{moved}.hdf5"):
-        open_set(root, "m-pv4ger").read_sample(moved)
+        open_set("m-pv4ger").read_sample(moved)
     samples_of_class["0"].append(moved)
     path.write_text(json.dumps(samples_of_class))
     with raises(UserError, moved, value=moved, path=path):
-        open_set(root, "m-pv4ger")
+        open_set("m-pv4ger")
 
 
 @pytest.mark.parametrize(
@@ -194,29 +168,29 @@ def test_reader_label_that_contradicts_the_json_file_is_refused(copy_set, open_s
     [("u1", [2]), ("<i8", [-1, -(2**63)]), (">i4", [1 << 24]), ("f4", [-1.0, 0.5, 256.0]), ("?", [])],
 )
 def test_reader_mask_with_an_invalid_value_is_refused(copy_set, open_set, dtype, values):
-    root, folder = copy_set("m-pv4ger-seg")
-    images = open_set(root, "m-pv4ger-seg")
+    folder = copy_set("m-pv4ger-seg")
+    images = open_set("m-pv4ger-seg")
     name = images.sample[0]
     path = folder / f"{name}.hdf5"
     mask = np.zeros((320, 320), dtype)
     mask[:40, :40] = 1
-    change("label", mask)(path)
+    replace(path, "label", mask)
     np.testing.assert_array_equal(images.read_sample(name).label, mask)
     for value in values:
         mask[100, 200] = value
-        change("label", mask)(path)
+        replace(path, "label", mask)
         with raises(UserError, value, "m-pv4ger-seg", key="label", value=[value], allowed=[0, 1], path=path):
             images.read_sample(name)
 
 
 def test_reader_floats_in_a_set_of_integers_must_be_integers_in_range(copy_set, open_set):
-    root, folder = copy_set("m-eurosat")
-    images = open_set(root, "m-eurosat")
+    folder = copy_set("m-eurosat")
+    images = open_set("m-eurosat")
     path = folder / "id_0003.hdf5"
-    change(BAND, np.full((64, 64), 12.0, np.float32))(path)
+    replace(path, BAND, np.full((64, 64), 12.0, np.float32))
     np.testing.assert_array_equal(images.read_sample("id_0003").image[1], 12)
     for value in (0.12, 1e9, np.nan, np.inf):
-        change(BAND, np.full((64, 64), value, np.float32))(path)
+        replace(path, BAND, np.full((64, 64), value, np.float32))
         with raises(UserError, key=BAND, value="float32", allowed=["int16"], path=path):
             images.read_sample("id_0003")
 
@@ -226,14 +200,14 @@ def test_reader_floats_in_a_set_of_integers_must_be_integers_in_range(copy_set, 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_read_partition_repeated_sample_is_refused_or_dropped(copy_set, open_set, split):
-    root, folder = copy_set("m-so2sat")
+    folder = copy_set("m-so2sat")
     path = folder / "default_partition.json"
     partition = json.loads(path.read_text())
     partition[split].append("id_0000")
     path.write_text(json.dumps(partition))
     with raises(UserError, "train", split, key=split, value="id_0000", path=path):
-        open_set(root, "m-so2sat")
-    images = open_set(root, "m-so2sat", skip_bad=True)
+        open_set("m-so2sat")
+    images = open_set("m-so2sat", skip_bad=True)
     assert images.sample.count("id_0000") == 1
     assert images.split[images.sample.index("id_0000")] == "train"
     assert any(f"id_0000 in {split}" in note for note in images.notes)

@@ -32,7 +32,7 @@ WITH_METADATA = ("m-forestnet", "m-pv4ger", "m-pv4ger-seg", "m-nz-cattle", "m-ca
 def test_prepare_samples_equal_terratorchs_apart_from_its_faults(geobench_root, copy_set, tmp_path, name):
     folder = download.local_folder(geobench.SETS[name], geobench_root)
     if name == "m-eurosat":  # terratorch requires label_map.json, which some releases lack
-        _, folder = copy_set(name)
+        folder = copy_set(name)
         _write_label_map(folder)
     # terratorch stacks the bands, so it can only read bands of one size.
     arguments = {"bands": ("BLUE", "GREEN", "RED")} if name == "m-NeonTree" else {}
