@@ -1,6 +1,7 @@
 """Fixtures of real data: the pinned archives, downloaded once, and small stores made from them."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from pathlib import Path
@@ -71,6 +72,14 @@ def gpu() -> str:
 def params() -> config.Params:
     """The committed params.yaml."""
     return config.load(ROOT / "params.yaml")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cached_scene():
+    """Read the land use scene once: that takes more than a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(osm_landuse, "read_scene", functools.lru_cache(maxsize=1)(osm_landuse.read_scene))
+        yield
 
 
 @pytest.fixture(scope="session")

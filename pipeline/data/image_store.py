@@ -11,7 +11,6 @@ classes, units, ground sampling distance, licence, source, notes on corrections,
 the content, which identifies the images in everything computed from them.
 """
 
-import itertools
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.bands import FULL_SCALE, Band
+from pipeline.bands import Band
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ class LazyImageDataset(ImageDatasetInfo):
         read_sample: picklable function from a sample's name to the sample. It raises UserError for a damaged sample.
         shape, dtype: of every image, (band, y, x).
         check_band_means: takes the mean of each band over all samples (of every eighth pixel in y and x) and raises
-            UserError if they cannot belong to this dataset; None if no published means exist.
+            UserError if they cannot belong to this dataset.
     """
 
     read_sample: Callable[[str], Sample]
@@ -112,15 +111,8 @@ class LazyImageDataset(ImageDatasetInfo):
     check_band_means: Callable[[np.ndarray], None] | None = None
 
 
-# Reading
-
-
 def open_images(path: Path) -> "xr.Dataset":
-    """Open an images store as a lazy xarray dataset.
-
-    Raises:
-        UserError: it or one of its files is missing or truncated.
-    """
+    """Open an images store as a lazy xarray dataset; a missing or truncated file raises UserError."""
     path = Path(path)
     if not (path / "zarr.json").exists():
         raise UserError(f"There is no images store at {path}. Make it with: dvc repro prepare@{path.stem}", path=path)
@@ -159,50 +151,6 @@ def _check_chunk_files(array: Path, metadata: Mapping) -> None:
             raise UserError(
                 f"{path} {problem}. Delete {store} and make it again with: dvc repro prepare@{store.stem}",
                 key=array.name, value=actual, allowed=[size] if size else None, path=path,
-            )  # fmt: skip
-
-
-# Validation
-
-
-def validate_dataset(images: ImageDataset) -> None:
-    """Raise UserError if a sample lacks its image, label or coordinates, or the images have other bands."""
-    if images.image.ndim != 4 or images.image.shape[1] != len(images.bands):
-        raise UserError(
-            f"Images have the shape {images.image.shape}; it must be (sample, band, y, x) with {len(images.bands)} "
-            "bands.",
-            key="image", value=images.image.shape, allowed=[len(images.bands)],
-        )  # fmt: skip
-    _check_lengths(images, len(images.image), ("label", "sample", "split", "lat", "lon", "time"))
-
-
-def validate_info(info: ImageDatasetInfo) -> None:
-    """Raise UserError for a repeated name, an empty split, unknown units, or other lengths."""
-    for key, names in (("sample", info.sample), ("bands", [band.common_name for band in info.bands])):
-        if len(set(names)) != len(names):
-            repeated = next(a for a, b in itertools.pairwise(sorted(names)) if a == b)
-            raise UserError(f"'{repeated}' is twice in {key}; names must be unique.", key=key, value=repeated)
-    if empty := set(SPLITS) - set(info.split):
-        raise UserError(
-            f"The splits {', '.join(sorted(empty))} are empty. Use smaller blocks or more data, or a list of splits "
-            "that has all three.",
-            key="split", value=sorted(empty), allowed=SPLITS,
-        )  # fmt: skip
-    if info.units not in FULL_SCALE:
-        raise UserError(
-            f"Units '{info.units}' are not known. Known units: {', '.join(FULL_SCALE)}.",
-            key="units", value=info.units, allowed=FULL_SCALE,
-        )  # fmt: skip
-    _check_lengths(info, len(info.sample), ("crs", "transform"))
-
-
-def _check_lengths(info: ImageDatasetInfo, count: int, names: Sequence[str]) -> None:
-    for name in names:
-        values = getattr(info, name)
-        if values is not None and len(values) != count:
-            raise UserError(
-                f"There are {count} samples but {len(values)} values of '{name}'.",
-                key=name, value=len(values), allowed=[count],
             )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ The digest of the content is made of the chunks' digests.
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -25,16 +26,8 @@ from tqdm import tqdm
 
 from cache.atomic import atomic_dir
 from cache.schema import CHUNK_KEYS, consolidate_metadata, put_array
-from pipeline.data.image_store import (
-    SPLITS,
-    UNLABELLED,
-    ImageDataset,
-    ImageDatasetInfo,
-    LazyImageDataset,
-    Sample,
-    validate_dataset,
-    validate_info,
-)
+from pipeline.bands import FULL_SCALE
+from pipeline.data.image_store import SPLITS, UNLABELLED, ImageDataset, ImageDatasetInfo, LazyImageDataset, Sample
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE, get_task
 
@@ -67,11 +60,7 @@ class WriteSummary:
 
 
 class UnreadableSamples(Exception):
-    """Samples to skip, by name, with the reason."""
-
-    def __init__(self, reasons: dict[str, str]):
-        super().__init__(reasons)
-        self.reasons = reasons
+    """Samples to skip; its argument is their reasons by name."""
 
 
 def write(
@@ -84,34 +73,68 @@ def write(
         workers: processes that read and write a lazy dataset, at most `MAX_PROCESSES`; 0 for one per CPU.
         skip_bad: skip unreadable samples and list them in the store.
 
-    Raises:
-        UserError: shapes, names, splits or labels that do not fit together, or a sample that cannot be read.
+    Raises UserError for shapes, names, splits or labels that do not fit together, or a sample that cannot be read.
     """
     if isinstance(dataset, ImageDataset):
-        validate_dataset(dataset)
         dataset, workers = _as_lazy(dataset), 1
     skipped: dict[str, str] = {}
     while True:
-        validate_info(dataset)
+        _validate(dataset)
         try:
             with atomic_dir(scratch, final):
                 _write_store(dataset, scratch, workers or len(os.sched_getaffinity(0)), skip_bad, skipped)
             splits = (*SPLITS, *({UNLABELLED} & set(dataset.split)))
             return WriteSummary({split: list(dataset.split).count(split) for split in splits}, skipped)
         except UnreadableSamples as unreadable:  # a store has no gaps: it is written again without these samples
-            skipped |= unreadable.reasons
+            skipped |= unreadable.args[0]
             dataset = _without(dataset, skipped)
 
 
 def _as_lazy(images: ImageDataset) -> LazyImageDataset:
+    if images.image.ndim != 4 or images.image.shape[1] != len(images.bands):
+        raise UserError(
+            f"Images have the shape {images.image.shape}; it must be (sample, band, y, x) with {len(images.bands)} "
+            "bands.",
+            key="image", value=images.image.shape, allowed=[len(images.bands)],
+        )  # fmt: skip
+    arrays = {key: getattr(images, key) for key in ("image", "label", "lat", "lon", "time")}
+    _check_lengths(len(images.image), arrays | {"sample": images.sample, "split": images.split})
     index_of = {name: index for index, name in enumerate(images.sample)}
 
     def read_sample(name: str) -> Sample:
-        values = {key: getattr(images, key) for key in ("image", "label", "lat", "lon", "time")}
-        return Sample(**{key: array[index_of[name]] for key, array in values.items() if array is not None})
+        return Sample(**{key: array[index_of[name]] for key, array in arrays.items() if array is not None})
 
     info = {field.name: getattr(images, field.name) for field in dataclasses.fields(ImageDatasetInfo)}
     return LazyImageDataset(**info, read_sample=read_sample, shape=images.image.shape[1:], dtype=images.image.dtype)
+
+
+def _validate(info: ImageDatasetInfo) -> None:
+    """Refuse a repeated name, an empty split, unknown units, or arrays of other lengths."""
+    for key, names in (("sample", info.sample), ("bands", [band.common_name for band in info.bands])):
+        if len(set(names)) != len(names):
+            repeated = next(a for a, b in itertools.pairwise(sorted(names)) if a == b)
+            raise UserError(f"'{repeated}' is twice in {key}; names must be unique.", key=key, value=repeated)
+    if empty := set(SPLITS) - set(info.split):
+        raise UserError(
+            f"The splits {', '.join(sorted(empty))} are empty. Use smaller blocks or more data, or a list of splits "
+            "that has all three.",
+            key="split", value=sorted(empty), allowed=SPLITS,
+        )  # fmt: skip
+    if info.units not in FULL_SCALE:
+        raise UserError(
+            f"Units '{info.units}' are not known. Known units: {', '.join(FULL_SCALE)}.",
+            key="units", value=info.units, allowed=FULL_SCALE,
+        )  # fmt: skip
+    _check_lengths(len(info.sample), {"crs": info.crs, "transform": info.transform})
+
+
+def _check_lengths(count: int, arrays: Mapping[str, Any]) -> None:
+    for name, values in arrays.items():
+        if values is not None and len(values) != count:
+            raise UserError(
+                f"There are {count} samples but {len(values)} values of '{name}'.",
+                key=name, value=len(values), allowed=[count],
+            )  # fmt: skip
 
 
 def _without(dataset: LazyImageDataset, skipped: Mapping[str, str]) -> LazyImageDataset:
@@ -151,7 +174,12 @@ def _write_store(
         content.update(f"{name} {values.dtype} {values.shape}".encode())
         content.update("\0".join(values).encode() if values.dtype == object else values.tobytes())
         coordinates += [name] if name != "label" else []
-    attributes = _store_attributes(dataset, skipped)
+    attributes = {
+        "task": dataset.task, "classes": list(dataset.classes), "units": dataset.units,
+        "gsd": None if math.isnan(dataset.gsd) else dataset.gsd, "gsd_units": "metre",
+        "display": list(dataset.display) if dataset.display else None, "licence": dataset.licence,
+        "source": dataset.source, "notes": list(dataset.notes), "skipped": dict(sorted(skipped.items())),
+    }  # fmt: skip
     content.update(repr(sorted(attributes.items())).encode())
     group.attrs.update({**attributes, "content_sha256": content.hexdigest(), "coordinates": " ".join(coordinates)})
     consolidate_metadata(group)
@@ -172,21 +200,6 @@ def _create_arrays(group: "zarr.Group", dataset: LazyImageDataset, content) -> i
         )  # fmt: skip
         content.update(f"{name} {dtype} {(count, *sample_shape)} by {chunk}".encode())
     return chunk
-
-
-def _store_attributes(dataset: LazyImageDataset, skipped: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "task": dataset.task,
-        "classes": list(dataset.classes),
-        "units": dataset.units,
-        "gsd": None if math.isnan(dataset.gsd) else dataset.gsd,
-        "gsd_units": "metre",
-        "display": list(dataset.display) if dataset.display else None,
-        "licence": dataset.licence,
-        "source": dataset.source,
-        "notes": list(dataset.notes),
-        "skipped": dict(sorted(skipped.items())),
-    }
 
 
 def _small_arrays(
@@ -262,13 +275,10 @@ def _write_chunk(dataset: LazyImageDataset, scratch: Path, skip_bad: bool, rows:
             zarr.open_array(scratch / name, mode="r+")[rows] = values
     return ChunkRecord(
         digests=tuple(hashlib.sha256(values).hexdigest() for values in large_arrays.values()),
-        label=None if task.is_dense else label,
-        lat=lat,
-        lon=lon,
-        time=time,
+        label=None if task.is_dense else label, lat=lat, lon=lon, time=time,
         band_sums=image[:, :, ::MEAN_STRIDE, ::MEAN_STRIDE].mean(axis=(2, 3), dtype=np.float64).sum(axis=0),
         unreadable=unreadable,
-    )
+    )  # fmt: skip
 
 
 def _check_sample(sample: Sample, dataset: LazyImageDataset, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,11 @@ from pipeline.errors import UserError
 
 # Two chips overlap if they share more than this fraction of the smaller one; less is rounding at common edges.
 MIN_OVERLAP = 0.01
+# Random assignments tried, times the number of blocks: with ten thousand blocks, fewer than 20,000 suffice.
+DRAWS_TIMES_BLOCKS = 4_000_000
+MIN_DRAWS, MAX_DRAWS = 200, 20000
+# Indices of chips, their images, and their polygons, each (chip,).
+Polygons = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 # Chips
@@ -44,20 +49,17 @@ def fill_nodata(chip: np.ndarray, is_valid: np.ndarray) -> np.ndarray:
 # Spatial blocks
 
 
-def assign_blocks_to_splits(
-    class_areas: np.ndarray, splits: SplitFractions, seed: int, n_draws: int = 20000
-) -> np.ndarray:
+def assign_blocks_to_splits(class_areas: np.ndarray, splits: SplitFractions, seed: int) -> np.ndarray:
     """Return the index in `SPLITS` of every block, (block,); all splits have similar class shares.
 
-    The result is the best of `n_draws` random assignments: the one whose largest relative deviation of a class share
+    The result is the best of many random assignments: the one whose largest relative deviation of a class share
     from the requested fraction is smallest. It depends on labels only, never on the score of a model.
 
     Args:
         class_areas: area of each class in each block, (block, class), in any unit.
         splits: fractions of the blocks.
 
-    Raises:
-        UserError: too few blocks for three splits.
+    Raises UserError for too few blocks for three splits.
     """
     fractions = np.array([splits.train, splits.val, splits.test])
     n_blocks = len(class_areas)
@@ -69,17 +71,17 @@ def assign_blocks_to_splits(
             "images.",
             key="block", value=n_blocks,
         )  # fmt: skip
-    split_of_block = np.repeat(np.arange(3), sizes)
-    generator = np.random.default_rng(seed)
-    totals = np.maximum(class_areas.sum(axis=0), 1e-9)
-    best, best_deviation = split_of_block, np.inf
-    for _ in range(n_draws):
+    split_of_block, generator = np.repeat(np.arange(3), sizes), np.random.default_rng(seed)
+    draws = np.empty((np.clip(DRAWS_TIMES_BLOCKS // n_blocks, MIN_DRAWS, MAX_DRAWS), n_blocks), np.int8)
+    for draw in draws:
         generator.shuffle(split_of_block)
-        shares = np.stack([class_areas[split_of_block == split].sum(axis=0) for split in range(3)]) / totals
-        deviation = np.max(np.abs(shares - fractions[:, None]) / fractions[:, None])
-        if deviation < best_deviation:
-            best, best_deviation = split_of_block.copy(), deviation
-    return best
+        draw[:] = split_of_block
+    areas = class_areas.astype(float)
+    batches = np.array_split(draws, -(-draws.size // DRAWS_TIMES_BLOCKS))  # so that memory is bounded
+    split_areas = [np.stack([(batch == split) @ areas for split in range(3)], axis=1) for batch in batches]
+    shares = np.concatenate(split_areas) / np.maximum(areas.sum(axis=0), 1e-9)
+    deviation = (np.abs(shares - fractions[:, None]) / fractions[:, None]).max(axis=(1, 2))
+    return draws[deviation.argmin()]
 
 
 def merge_blocks(block_ids: Sequence[str], pairs: np.ndarray) -> np.ndarray:
@@ -95,19 +97,17 @@ def merge_blocks(block_ids: Sequence[str], pairs: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Location of a chip.
+    """Location of a chip, whose corner and size are in pixels of its image.
 
     Attributes:
         image: paths of its image, which identify it.
         crs: of the image, as WKT; empty if it states none.
-        transform: the image's affine coefficients; None if the image is not georeferenced.
-        row, column: upper left corner of the chip in pixels.
-        height, width: of the chip in pixels.
+        transform: from (column, row) to the CRS; None if the image is not georeferenced.
     """
 
     image: tuple[str, ...]
     crs: str
-    transform: tuple[float, ...] | None
+    transform: Affine | None
     row: int
     column: int
     height: int
@@ -118,10 +118,9 @@ class Footprint:
 
         A chip across the antimeridian has longitudes beyond ±180°, so that its corners form one polygon.
         """
-        bottom, right = self.row + self.height, self.column + self.width
-        corners = ((self.row, self.column), (self.row, right), (bottom, right), (bottom, self.column))
-        to_crs = Affine(*(self.transform or ()))
-        x, y = zip(*[to_crs @ (column, row) for row, column in corners], strict=True)
+        rows = self.row + self.height * np.array([0, 0, 1, 1])
+        columns = self.column + self.width * np.array([0, 1, 1, 0])
+        x, y = (self.transform or Affine.identity()) @ (columns, rows)
         if not self.crs:
             return np.stack([x, y], axis=1)
         lon, lat = map(np.asarray, to_latlon(self.crs).transform(x, y))
@@ -148,8 +147,7 @@ def overlaps_between(a: Sequence[Footprint], b: Sequence[Footprint]) -> np.ndarr
         polygons_a = _polygons(a, has_crs)
         polygons_b = polygons_a if b is a else _polygons(b, has_crs)
         # Chips on both sides of the antimeridian are compared after a shift by 360 degrees.
-        for shift in (0, 360, -360) if has_crs else (0,):
-            pairs.append(_intersecting(a, polygons_a, b, polygons_b, shift))
+        pairs += [_intersecting(polygons_a, polygons_b, shift) for shift in ((0, 360, -360) if has_crs else (0,))]
     return np.unique(np.concatenate(pairs), axis=0)
 
 
@@ -159,37 +157,31 @@ def to_latlon(crs: str) -> Transformer:
     return Transformer.from_crs(CRS.from_wkt(crs), "EPSG:4326", always_xy=True)
 
 
-def _polygons(footprints: Sequence[Footprint], has_crs: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the georeferenced chips with, or without, a CRS, and their polygons."""
+def _polygons(footprints: Sequence[Footprint], has_crs: bool) -> Polygons:
+    """Return the polygons of the georeferenced chips with, or without, a CRS."""
     indices = [
         index for index, chip in enumerate(footprints) if chip.transform is not None and bool(chip.crs) == has_crs
     ]
     # If all images without a CRS have the same transform, it does not locate them.
     if not indices or (not has_crs and len({footprints[index].transform for index in indices}) == 1):
-        return np.empty(0, int), np.empty(0, object)
-    return np.array(indices), shapely.polygons(np.stack([footprints[index].polygon_corners() for index in indices]))
+        return np.empty(0, int), np.empty(0, object), np.empty(0, object)
+    images = np.array([str(footprints[index].image) for index in indices])
+    shapes = shapely.polygons(np.stack([footprints[index].polygon_corners() for index in indices]))
+    return np.array(indices), images, shapes
 
 
-def _intersecting(
-    a: Sequence[Footprint],
-    polygons_a: tuple[np.ndarray, np.ndarray],
-    b: Sequence[Footprint],
-    polygons_b: tuple[np.ndarray, np.ndarray],
-    shift: int,
-) -> np.ndarray:
+def _intersecting(a: Polygons, b: Polygons, shift: int) -> np.ndarray:
     """Indices of overlapping chips, int (pair, 2), with b moved by `shift` degrees of longitude."""
-    (indices_a, shapes_a), (indices_b, shapes_b) = polygons_a, polygons_b
+    (indices_a, images_a, shapes_a), (indices_b, images_b, shapes_b) = a, b
     if shift and len(shapes_b):
         bounds = shapely.bounds(shapes_b)
         farthest = np.abs(shapely.bounds(shapes_a)).max(initial=0)
         crosses = (bounds[:, 2] >= 180) | (bounds[:, 0] <= -180) | (farthest >= 180)
-        indices_b = indices_b[crosses]
+        indices_b, images_b = indices_b[crosses], images_b[crosses]
         shapes_b = shapely.transform(shapes_b[crosses], lambda points: points + np.array((shift, 0)))
     if not len(indices_a) or not len(indices_b):
         return np.empty((0, 2), int)
     left, right = shapely.STRtree(shapes_b).query(shapes_a, predicate="intersects")
-    images_a = np.array([str(a[index].image) for index in indices_a])
-    images_b = np.array([str(b[index].image) for index in indices_b])
     different = images_a[left] != images_b[right]
     left, right = left[different], right[different]
     smaller = np.minimum(shapely.area(shapes_a[left]), shapely.area(shapes_b[right]))

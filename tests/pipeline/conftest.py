@@ -12,7 +12,6 @@ from pipeline.bands import Band
 from pipeline.data import image_writer
 from pipeline.data.image_store import ImageDataset, open_images
 from pipeline.tasks import IGNORE
-from tests.pipeline.data.sources.custom import custom_data
 
 COUNT, SIDE = 120, 16
 
@@ -109,11 +108,3 @@ def informative_masks(task_images, feature_store):
     for arrays in stores.values():
         arrays |= {f"pooled/mean_level{i}": arrays[f"level{i}/features"].mean((2, 3)) for i in range(2)}
     return {name: feature_store(name, arrays, images) for name, arrays in stores.items()}, images
-
-
-@pytest.fixture(scope="session")
-def tiles(raw_folder, tmp_path_factory):
-    """Folder of 48 tiles of the land use scene with masks, as custom data."""
-    folder = tmp_path_factory.mktemp("tiles")
-    custom_data.write_tiles(folder, raw_folder)
-    return folder

@@ -26,10 +26,6 @@ class DatasetSize:
     """Size of a dataset before it is prepared, as far as known.
 
     Attributes:
-        n_samples: number of images.
-        bands: of the images.
-        task: name of the task.
-        n_classes: number of classes.
         image_size: height and width in pixels.
         bytes_per_image: of one image and its mask in the store; 0 if the dataset is prepared already.
         images_per_second: that one process reads; None if unknown.
@@ -87,11 +83,7 @@ _MEMBERS = ("ARCHIVE", "REQUIRED_KEYS", "OPTIONAL_KEYS", "Options", "prepare", "
 
 
 def register(name: str, module: ModuleType) -> None:
-    """Add a source from outside this package, with its name in params.yaml.
-
-    Raises:
-        UserError: the name is taken, or the module lacks `prepare` or the way to its raw files.
-    """
+    """Add a source from outside this package, with its name in params.yaml."""
     if name in source_names():
         raise UserError(f"Source '{name}' exists already. Choose another name.", key="source", value=name)
     if "prepare" not in vars(module) or not {"ARCHIVE", "fetch"} & set(vars(module)):
@@ -125,12 +117,9 @@ def get_source(name: str) -> Source:
 
 
 def validate(name: str, dataset: DatasetConfig) -> None:
-    """Check a dataset's block of params.yaml against the keys and options of its source.
-
-    Raises:
-        UserError: no such source, a missing or unknown key, or options that do not fit together.
-    """
+    """Check a dataset's block of params.yaml against the keys and options of its source."""
     source = get_source(dataset.source)
+    allowed = (*source.REQUIRED_KEYS, *source.OPTIONAL_KEYS)
     for key in ("task", "chip", "block", "splits"):
         is_given = bool(getattr(dataset, key))
         if key in source.REQUIRED_KEYS and not is_given:
@@ -138,10 +127,10 @@ def validate(name: str, dataset: DatasetConfig) -> None:
                 f"datasets.{name} lacks: {key}. Source '{dataset.source}' needs {', '.join(source.REQUIRED_KEYS)}.",
                 key=f"datasets.{name}.{key}", allowed=source.REQUIRED_KEYS,
             )  # fmt: skip
-        if is_given and key not in (*source.REQUIRED_KEYS, *source.OPTIONAL_KEYS):
+        if is_given and key not in allowed:
             raise UserError(
                 f"datasets.{name} has {key}, which source '{dataset.source}' does not use. Remove it.",
-                key=f"datasets.{name}.{key}", allowed=(*source.REQUIRED_KEYS, *source.OPTIONAL_KEYS),
+                key=f"datasets.{name}.{key}", allowed=allowed,
             )  # fmt: skip
     parse_options(dataset, f"datasets.{name}")
 

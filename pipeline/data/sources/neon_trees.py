@@ -32,11 +32,7 @@ ARCHIVE = PinnedWheel(
 )
 REQUIRED_KEYS = ("task", "chip", "block", "splits")
 # The bands of a camera are broad; these are their usual nominal centres.
-BANDS = (
-    Band("R", "red", 0.665, 0.1),
-    Band("G", "green", 0.560, 0.1),
-    Band("B", "blue", 0.490, 0.1),
-)
+BANDS = (Band("R", "red", 0.665, 0.1), Band("G", "green", 0.560, 0.1), Band("B", "blue", 0.490, 0.1))
 CLASSES = ("background", "tree")
 # A chip is a tree if boxes cover at least this fraction of it, and background if they cover none of it.
 MIN_TREE_FRACTION = 0.2
@@ -90,15 +86,9 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
         label=label[selected],
         sample=[names[index] for index in selected],
         split=[SPLITS[split_of_block[block[index]]] for index in selected],
-        bands=BANDS,
-        classes=CLASSES,
-        task=dataset.task,
-        units="uint8",
-        gsd=0.1,
-        licence=ARCHIVE.licence,
-        source=ARCHIVE.source,
-        notes=notes,
-    )
+        bands=BANDS, classes=CLASSES, task=dataset.task, units="uint8", gsd=0.1, licence=ARCHIVE.licence,
+        source=ARCHIVE.source, notes=notes,
+    )  # fmt: skip
 
 
 def box_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -49,7 +49,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     """
     scene, transform, crs = read_scene(raw)
     mask = read_mask(raw, transform, scene.shape[1:])
-    block_index, areas = block_areas(mask, dataset.block)
+    block_index, areas = _block_areas(mask, dataset.block)
     split_of_block = assign_blocks_to_splits(areas, dataset.splits, dataset.seed)
 
     task, corners = get_task(dataset.task), chip_corners(mask.shape[0], mask.shape[1], dataset.chip)
@@ -77,19 +77,9 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
             SPLITS[split_of_block[block_index[row // dataset.block, column // dataset.block]]]
             for row, column in corners
         ],
-        bands=BANDS,
-        classes=classes,
-        task=dataset.task,
-        units="dn",
-        gsd=GSD,
-        licence=ARCHIVE.licence,
-        source=ARCHIVE.source,
-        display=DISPLAY,
-        lat=lat,
-        lon=lon,
-        time=np.full(len(corners), TIME),
-        notes=notes,
-    )
+        bands=BANDS, classes=classes, task=dataset.task, units="dn", gsd=GSD, licence=ARCHIVE.licence,
+        source=ARCHIVE.source, display=DISPLAY, lat=lat, lon=lon, time=np.full(len(corners), TIME), notes=notes,
+    )  # fmt: skip
 
 
 def read_scene(raw: Path) -> tuple[np.ndarray, rasterio.Affine, rasterio.crs.CRS]:
@@ -122,11 +112,8 @@ def read_mask(raw: Path, transform: rasterio.Affine, shape: tuple[int, int]) -> 
     return rasterize(shapes, out_shape=shape, transform=transform, fill=IGNORE, dtype="uint8")
 
 
-def block_areas(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index of every block, (row, column), and its pixels of each class, (block, class).
-
-    Blocks at the lower and right edge may be smaller.
-    """
+def _block_areas(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the index of every block, (row, column), and its pixels of each class, (block, class)."""
     rows, columns = -(-mask.shape[0] // block_size), -(-mask.shape[1] // block_size)
     block_index = np.arange(rows * columns).reshape(rows, columns)
     tiles = [

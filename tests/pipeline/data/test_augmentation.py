@@ -12,23 +12,27 @@ from pipeline.data.image_store import ImageDataset
 from pipeline.tasks import IGNORE, NO_CLASS
 
 COUNT, SIDE = 24, 16
-SPLIT = ["train", "val", "train", "test"]
+SPLIT = ["train", "val", "train", "test"] * (COUNT // 4)
+LABEL = np.arange(COUNT) % 3
 
 
-def pixels() -> tuple[np.ndarray, np.ndarray]:
-    """Images (sample, band, y, x) whose first band is 100 times the class, and masks (sample, y, x)."""
-    generator = np.random.default_rng(0)
-    mask = generator.integers(3, size=(COUNT, 4, 4)).repeat(4, axis=1).repeat(4, axis=2)
-    noise = generator.normal(size=(COUNT, 2, SIDE, SIDE))
+@pytest.fixture
+def image():
+    """Images (sample, band, y, x): the first band is 100 times the class of `mask`, the second one grows."""
+    noise = np.random.default_rng(1).normal(size=(COUNT, 2, SIDE, SIDE))
     offset = np.linspace(100, 200, COUNT)[:, None, None]
-    return (np.stack([100.0 * mask, offset + 0 * mask], axis=1) + noise).astype(np.float32), mask
+    return (np.stack([100.0 * mask(), offset + 0 * mask()], axis=1) + noise).astype(np.float32)
+
+
+def mask() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, size=(COUNT, 4, 4)).repeat(4, axis=1).repeat(4, axis=2)
 
 
 @pytest.fixture
 def write_images(open_images):
-    """From images, labels and splits to an opened images store."""
+    """From images, labels and splits to an opened images store; by default of three classes of chips."""
 
-    def write(image: np.ndarray, label: np.ndarray, task: str, split: list[str]):
+    def write(image, label=LABEL, task="classification", split=SPLIT):
         dataset = ImageDataset(
             image=image, label=label, sample=[f"s{i:03d}" for i in range(len(image))], split=split,
             bands=[Band("B1", "red", 0.665, 1.0), Band("B2", "nir", 0.8, 1.0)], classes=["a", "b", "c"], task=task,
@@ -40,11 +44,9 @@ def write_images(open_images):
 
 
 @pytest.fixture
-def masks(write_images):
+def masks(write_images, image):
     """An opened images store with masks, of which the left columns are not labelled."""
-    image, mask = pixels()
-    label = np.where(np.arange(SIDE) < 2, IGNORE, mask).astype(np.uint8)
-    return write_images(image, label, "segmentation", SPLIT * (COUNT // 4))
+    return write_images(image, np.where(np.arange(SIDE) < 2, IGNORE, mask()).astype(np.uint8), "segmentation")
 
 
 def load(images, max_gb: float = 1.0) -> AugmentedImages:
@@ -55,13 +57,9 @@ def test_views_of_a_square_are_eight_different_symmetries():
     image = np.arange(12).reshape(1, 3, 4)[..., :3]
     views = {name: transform(image) for name, transform in VIEWS.items()}
     assert len({values.tobytes() for values in map(np.ascontiguousarray, views.values())}) == 8
-    top_right = image[0, 0, 2]
     expected_corner = {"identity": (0, 2), "flip_x": (0, 0), "flip_y": (2, 2), "rot90": (0, 0), "rot180": (2, 0),
                        "rot270": (2, 2), "transpose": (2, 0), "antitranspose": (0, 2)}  # fmt: skip
-    for name, corner in expected_corner.items():
-        assert views[name][0][corner] == top_right, name
-    np.testing.assert_array_equal(views["rot90"][0], np.rot90(image[0]))
-    np.testing.assert_array_equal(views["transpose"][0], image[0].T)
+    assert {name: views[name][0][corner] for name, corner in expected_corner.items()} == dict.fromkeys(views, 2)
 
 
 def test_augmented_images_transform_masks_with_their_images(masks):
@@ -86,9 +84,8 @@ def test_augmented_images_outside_memory_equal_those_in_memory(masks, tmp_path, 
     assert (in_memory.mean, in_memory.std) == (other.mean, other.std)
 
 
-def test_augmented_images_tensors_are_float32_and_int64(write_images):
-    image = pixels()[0]
-    images = load(write_images(image.astype(np.uint16), np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+def test_augmented_images_tensors_are_float32_and_int64(write_images, image):
+    images = load(write_images(image.clip(0).astype(np.uint16)))
     rows, views = np.arange(3), ["rot90", "flip_x", "identity"]
     tensor, label = images.image_tensor(rows, views), images.label_tensor(rows, views)
     assert (tensor.dtype, label.dtype) == (torch.float32, torch.int64)
@@ -98,22 +95,20 @@ def test_augmented_images_tensors_are_float32_and_int64(write_images):
     assert images.image(rows).dtype == np.uint16
 
 
-def test_band_statistics_use_the_training_split_and_std_1_for_a_constant_band(write_images):
-    image = pixels()[0]
-    training = image[np.isin(SPLIT * (COUNT // 4), "train")].astype(np.float64)
-    images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+def test_band_statistics_use_the_training_split_and_std_1_for_a_constant_band(write_images, image):
+    training = image[np.isin(SPLIT, "train")].astype(np.float64)
+    images = load(write_images(image))
     np.testing.assert_allclose(images.mean, training.mean(axis=(0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(images.std, training.std(axis=(0, 2, 3)), rtol=1e-4)
     assert abs(images.mean[1] - image[:, 1].mean()) > 0.1, "the splits must differ for this test"
     image[:, 1] = 7000
-    images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+    images = load(write_images(image))
     assert images.std[1] == 1
     assert images.std[0] > 10
 
 
-def test_views_of_images_that_are_not_square_keep_their_shape(write_images):
-    image = pixels()[0][:, :, :8]
-    images = load(write_images(image, np.arange(COUNT) % 3, "classification", SPLIT * (COUNT // 4)))
+def test_views_of_images_that_are_not_square_keep_their_shape(write_images, image):
+    images = load(write_images(image[:, :, :8]))
     assert images.views == SHAPE_PRESERVING
     assert images.image(np.arange(4), images.views).shape == (4, 2, 8, SIDE)
 
@@ -133,10 +128,9 @@ def test_batch_draws_all_views_and_leaves_the_stored_images_unchanged(masks, tmp
     np.testing.assert_array_equal(label, masks.label.values[:8])
 
 
-def test_copy_to_file_excludes_unlabelled_samples(write_images, tmp_path):
-    label = np.arange(COUNT) % 3
-    label[-4:] = NO_CLASS
-    opened = write_images(pixels()[0], label, "classification", [*SPLIT * (COUNT // 4 - 1), *["unlabelled"] * 4])
+def test_copy_to_file_excludes_unlabelled_samples(write_images, image, tmp_path):
+    label = np.append(LABEL[:-4], [NO_CLASS] * 4)
+    opened = write_images(image, label, split=[*SPLIT[:-4], *["unlabelled"] * 4])
     images = AugmentedImages.copy_to_file(opened, tmp_path / "images.npy")
     assert len(images.sample) == len(images.split) == len(np.load(tmp_path / "images.npy")) == COUNT - 4
     assert len(load(opened).sample) == COUNT

@@ -1,9 +1,10 @@
-"""Writing of images stores by one process and by several."""
+"""Images stores: what they contain, what is refused, and writing by one process and by several."""
 
 import dataclasses
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from pipeline.bands import Band
 from pipeline.data import image_writer
-from pipeline.data.image_store import ImageDataset, LazyImageDataset, Sample, open_images
+from pipeline.data.image_store import ImageDataset, LazyImageDataset, Sample, open_images, parse_timestamp
 from pipeline.errors import UserError
 from tests.errors import raises
 
@@ -43,6 +44,14 @@ def lazy_dataset(task="classification", **changes) -> LazyImageDataset:
     return LazyImageDataset(**fields | changes)
 
 
+def in_memory(task="classification", **changes) -> ImageDataset:
+    samples, lazy = [read_sample(task, name) for name in NAMES], vars(lazy_dataset(task))
+    arrays = {key: np.array([getattr(sample, key) for sample in samples])
+              for key in ("image", "label", "lat", "lon", "time")}  # fmt: skip
+    info = {field.name: lazy[field.name] for field in dataclasses.fields(ImageDataset) if field.name in lazy}
+    return ImageDataset(**info | arrays | changes)
+
+
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Function that writes a dataset to tmp_path/store in chunks of 3 samples."""
@@ -53,36 +62,35 @@ def write(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("task", "workers"), [("classification", 1), ("segmentation", 2)])
 def test_write_by_several_processes_or_from_memory_gives_the_same_store(tmp_path, write, task, workers):
-    dataset = lazy_dataset(task)
+    dataset, expected = lazy_dataset(task), in_memory(task)
     write(dataset, workers=workers)
     images = open_images(tmp_path / "store").load()
-    samples = [read_sample(task, name) for name in NAMES]
-    arrays = {key: np.array([getattr(sample, key) for sample in samples])
-              for key in ("image", "label", "lat", "lon", "time")}  # fmt: skip
-    for key, values in arrays.items():
-        np.testing.assert_array_equal(images[key], values)
-    assert images.attrs["gsd"] is None
-    assert np.isnan(images.wavelength[1])
-    info = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(ImageDataset)
-            if hasattr(dataset, field.name)}  # fmt: skip
-    write(ImageDataset(**info, **arrays))
+    for key in ("image", "label", "sample", "split", "lat", "lon", "time"):
+        np.testing.assert_array_equal(images[key], getattr(expected, key))
+    assert images.image.dims == ("sample", "band", "y", "x")
+    assert images.label.dims == (("sample", "y", "x") if task == "segmentation" else ("sample",))
+    assert {"sample", "split", "band", "band_name", "wavelength", "lat", "lon", "time"} == set(images.coords)
+    assert (images.image.attrs["units"], images.attrs["task"], images.attrs["gsd"]) == ("uint8", task, None)
+    assert (images.band.values.tolist(), np.isnan(images.wavelength).values.tolist()) == (["red", "height"], [0, 1])
+    write(expected)
     assert open_images(tmp_path / "store").attrs == images.attrs
 
 
-def test_write_damaged_sample_is_refused_or_skipped(tmp_path, write):
-    damaged = lazy_dataset(sample=[*NAMES[:-1], "s90"])
-    with raises(UserError, path="s90.tif"):
-        write(damaged, workers=2)
-    assert list(tmp_path.iterdir()) == []
-    summary = write(damaged, workers=1, skip_bad=True)
-    assert summary.skipped == {"s90": "s90.tif is damaged"}
-    assert sum(summary.counts.values()) == 19
-    assert open_images(tmp_path / "store").sizes["sample"] == 19
+def test_content_digest_depends_on_pixels_and_units(tmp_path, write):
+    digests, image = set(), in_memory().image.copy()
+    image[0, 0, 0, 0] += 1
+    for changes in ({}, {"image": image}, {"units": "dn"}):
+        write(in_memory(**changes))
+        digests.add(open_images(tmp_path / "store").attrs["content_sha256"])
+    assert len(digests) == 3
 
 
-def read_before_disk_is_full(full_from: str, name: str) -> Sample:
+# Processes
+
+
+def read_before_disk_is_full(name: str) -> Sample:
     """Let the disk be full from a sample on."""
-    if name >= full_from:
+    if name >= "s18":
         import zarr.storage._local  # in the process that writes
 
         def refuse(*args, **options):
@@ -92,12 +100,6 @@ def read_before_disk_is_full(full_from: str, name: str) -> Sample:
     return read_sample("classification", name)
 
 
-def test_write_by_processes_on_a_full_disk_raises_and_leaves_nothing(tmp_path, write):
-    with raises(OSError, errno=errno.ENOSPC):
-        write(lazy_dataset(read_sample=partial(read_before_disk_is_full, "s18")), workers=2)
-    assert list(tmp_path.iterdir()) == []
-
-
 def kill_worker(name: str) -> Sample:
     """Kill the process if it is not the first one."""
     if multiprocessing.parent_process():
@@ -105,16 +107,33 @@ def kill_worker(name: str) -> Sample:
     return read_sample("classification", name)
 
 
-def test_write_killed_worker_raises_and_writes_nothing(tmp_path, write):
-    with raises(UserError, key="workers", value=2):
-        write(lazy_dataset(read_sample=kill_worker), workers=2)
+@pytest.mark.parametrize(
+    ("changes", "error", "fields"),
+    [
+        ({"sample": [*NAMES[:-1], "s90"]}, UserError, {"path": "s90.tif"}),
+        ({"read_sample": read_before_disk_is_full}, OSError, {"errno": errno.ENOSPC}),
+        ({"read_sample": kill_worker}, UserError, {"key": "workers", "value": 2}),
+    ],
+    ids=["damaged sample", "full disk", "killed worker"],
+)
+def test_write_failure_in_a_process_is_raised_and_leaves_nothing(tmp_path, write, changes, error, fields):
+    with raises(error, **fields):
+        write(lazy_dataset(**changes), workers=2)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_uses_at_most_max_processes(tmp_path, write, monkeypatch):
+def test_write_skips_damaged_samples_if_asked(tmp_path, write):
+    summary = write(lazy_dataset(sample=[*NAMES[:-1], "s90"]), workers=1, skip_bad=True)
+    assert summary.skipped == {"s90": "s90.tif is damaged"}
+    assert sum(summary.counts.values()) == 19
+    assert open_images(tmp_path / "store").sizes["sample"] == 19
+
+
+def test_write_uses_at_most_max_processes_and_chunk_bytes(tmp_path, write, monkeypatch):
     monkeypatch.setattr(image_writer, "MAX_PROCESSES", 1)
+    monkeypatch.setattr(image_writer, "CHUNK_BYTES", 2 * 128)
     write(lazy_dataset(read_sample=kill_worker), workers=300)
-    assert open_images(tmp_path / "store").sizes["sample"] == 20
+    assert open_images(tmp_path / "store").image.encoding["chunks"] == (2, 2, 8, 8)
 
 
 # Each spawned process runs the script's own lines before it does any work.
@@ -187,10 +206,7 @@ def wait_until(find, count: int):
     return None
 
 
-def test_write_chunk_has_at_most_chunk_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_writer, "CHUNK_BYTES", 5 * 128)
-    image_writer.write(lazy_dataset(), tmp_path / "scratch", tmp_path / "store", workers=1)
-    assert open_images(tmp_path / "store").image.encoding["chunks"] == (5, 2, 8, 8)
+# Refused datasets
 
 
 def read_nan(name: str) -> Sample:
@@ -201,23 +217,82 @@ def read_nan(name: str) -> Sample:
 
 
 @pytest.mark.parametrize(
-    ("changes", "mentions", "fields"),
+    ("dataset", "fields"),
     [
-        ({"shape": (2, 8, 9)}, ["s00"], {"key": "image", "value": (2, 8, 8), "allowed": [(2, 8, 9)]}),
-        ({"dtype": np.dtype("bool")}, ["s00"], {"key": "image", "value": "uint8", "allowed": ["bool"]}),
-        ({"read_sample": read_nan, "dtype": np.dtype("f4")}, [], {"key": "image", "value": "s05"}),
-        (
-            {"task": "segmentation", "read_sample": partial(read_sample, "classification")},
-            ["s00"],
-            {"key": "label", "value": (), "allowed": [(8, 8)]},
-        ),
-        ({"classes": ("x", "y")}, ["s02"], {"key": "label", "allowed": ("x", "y")}),
-        ({"split": ["train", "val", "test", "unlabelled"] * 5}, ["s03"], {"key": "split", "value": "unlabelled"}),
-        ({"sample": ["s01", *NAMES[1:]]}, [], {"key": "sample", "value": "s01"}),
-        ({"bands": (Band("a", "red"), Band("b", "red"))}, [], {"key": "bands", "value": "red"}),
+        (lazy_dataset(shape=(2, 8, 9)), {"key": "image", "value": (2, 8, 8), "allowed": [(2, 8, 9)]}),
+        (lazy_dataset(dtype=np.dtype("bool")), {"key": "image", "value": "uint8", "allowed": ["bool"]}),
+        (lazy_dataset(read_sample=read_nan, dtype=np.dtype("f4")), {"key": "image", "value": "s05"}),
+        (in_memory(task="segmentation", label=np.zeros(20)), {"key": "label", "value": (), "allowed": [(8, 8)]}),
+        (lazy_dataset(classes=("x", "y")), {"key": "label", "allowed": ("x", "y")}),
+        (lazy_dataset(split=["train", "val", "test", "unlabelled"] * 5), {"key": "split", "value": "unlabelled"}),
+        (lazy_dataset(split=["train"] * 20), {"key": "split", "value": ["test", "val"]}),
+        (lazy_dataset(sample=["s01", *NAMES[1:]]), {"key": "sample", "value": "s01"}),
+        (lazy_dataset(bands=(Band("a", "red"), Band("b", "red"))), {"key": "bands", "value": "red"}),
+        (lazy_dataset(units="photons"), {"key": "units", "value": "photons"}),
+        (lazy_dataset(crs=["x"] * 19), {"key": "crs", "value": 19, "allowed": [20]}),
+        (in_memory(label=np.zeros(19)), {"key": "label", "value": 19, "allowed": [20]}),
+        (in_memory(bands=(Band("a", "red"),)), {"key": "image", "value": (20, 2, 8, 8), "allowed": [1]}),
+        (in_memory(lat=np.full(20, 91)), {"key": "lat, lon"}),
     ],
 )
-def test_write_invalid_dataset_is_refused_and_writes_nothing(tmp_path, write, changes, mentions, fields):
-    with raises(UserError, *mentions, **fields):
-        write(lazy_dataset(**changes), workers=1)
+def test_write_invalid_dataset_is_refused_and_writes_nothing(tmp_path, write, dataset, fields):
+    with raises(UserError, **fields):
+        write(dataset, workers=1)
     assert list(tmp_path.iterdir()) == []
+
+
+# Damaged stores
+
+
+def test_open_images_missing_store_names_the_command(tmp_path):
+    with raises(UserError, "dvc repro prepare@m-eurosat", path=tmp_path / "m-eurosat.zarr"):
+        open_images(tmp_path / "m-eurosat.zarr")
+
+
+@pytest.mark.parametrize("name", ["image/c.1.0.0.0", "label/c.1.0.0"])
+def test_open_images_missing_or_truncated_file_is_refused(tmp_path, write, name):
+    """zarr would read zeros where a file is missing."""
+    write(lazy_dataset("segmentation"), workers=1)
+    file = tmp_path / "store" / name
+    size = file.stat().st_size
+    os.truncate(file, 10)
+    with raises(UserError, "dvc repro prepare@store", value=10, allowed=[size], path=file):
+        open_images(tmp_path / "store")
+    file.unlink()
+    with raises(UserError, value=None, path=file):
+        open_images(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["sample", "split", "band", "label", "lat", "lon", "time", "wavelength"])
+def test_open_images_missing_file_of_a_small_array_is_refused(tmp_path, write, name):
+    """Else all labels would be the first class, and all locations 0° N, 0° E."""
+    write(in_memory())
+    store = tmp_path / "store"
+    for remove in ((store / name / "c/0").unlink, partial(shutil.rmtree, store / name)):
+        remove()
+        with raises(UserError, "dvc repro prepare@store", key=name, path=store / name / "c/0"):
+            open_images(store)
+
+
+def test_open_images_array_of_zeros_has_its_file(tmp_path, write):
+    """zarr omits files of zeros by default; a missing file would then look the same."""
+    zeros = np.zeros(20, int)
+    write(in_memory(image=np.zeros((20, 2, 8, 8), np.uint8), label=zeros, lat=zeros, lon=zeros))
+    images = open_images(tmp_path / "store")
+    assert not any(images[name].values.any() for name in ("image", "label", "lat"))
+
+
+# Timestamps
+
+
+@pytest.mark.parametrize("text", ["2017-02-16T10:21:01Z", "2017-02-16 10:21:01+00:00", "2017-02-16T10:21:01"])
+def test_parse_timestamp_accepts_utc(text):
+    assert parse_timestamp(text, "time") == np.datetime64("2017-02-16T10:21:01", "s")
+    assert np.isnat(parse_timestamp("", "time"))
+
+
+@pytest.mark.parametrize("text", ["20170216", "today", "1487240461", "2017-02-16T10:21+01:00", "0001-01-01"])
+def test_parse_timestamp_other_formats_are_refused(text):
+    """numpy would read some of them as other times."""
+    with raises(UserError, key="options.time", value=text):
+        parse_timestamp(text, "options.time")

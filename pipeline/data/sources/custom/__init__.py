@@ -21,19 +21,10 @@ import numpy as np
 from pipeline.config import DatasetConfig, Params, parse
 from pipeline.data.download import file_sha256
 from pipeline.data.image_store import SPLITS, UNLABELLED, LazyImageDataset
-from pipeline.data.sources.custom.labels import MaskLabels, PolygonLabels, pair_masks, read_polygons, read_table
+from pipeline.data.sources.custom import labels, samples
 from pipeline.data.sources.custom.options import CustomOptions, check_band_means, validate_options
 from pipeline.data.sources.custom.rasters import find_files, open_image, sidecar_files
-from pipeline.data.sources.custom.samples import (
-    Chip,
-    CustomSampleReader,
-    assign_splits,
-    check_equal_sizes,
-    crop_chips,
-    read_all,
-    unlabelled_files,
-    unlabelled_samples,
-)
+from pipeline.data.sources.custom.samples import Chip, CustomSampleReader, read_all
 from pipeline.errors import UserError
 from pipeline.tasks import get_task
 
@@ -64,21 +55,17 @@ def fetch(dataset: DatasetConfig, params: Params) -> dict:
 
 
 def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
-    """Return the chips as a lazy dataset; unlabelled chips come last.
-
-    Raises:
-        UserError: files, labels or options that do not fit together.
-    """
+    """Return the chips as a lazy dataset; unlabelled chips come last."""
     options, notes = parse(CustomOptions, dataset.options, "options"), []
-    unlabelled_paths = unlabelled_files(options)  # checked before the labelled images, which may take long
+    unlabelled_paths = samples.unlabelled_files(options)  # checked before the labelled images, which may take long
     open_labelled = _read_table_chips if options.is_table else _crop_chips
     reader, classes = open_labelled(options, dataset, notes)
     class_areas = _usable_class_areas(reader, classes, options, dataset, notes)
-    split_of_chip = assign_splits(reader, class_areas, options.split, dataset, notes)
+    split_of_chip = samples.assign_splits(reader, class_areas, options.split, dataset, notes)
     _note_missing_classes(classes, class_areas, split_of_chip, notes)
     chips = {name: reader.chips[name] for name in split_of_chip}
     if unlabelled_paths:
-        chips |= unlabelled_samples(unlabelled_paths, options, reader, split_of_chip, notes)
+        chips |= samples.unlabelled_samples(unlabelled_paths, options, reader, split_of_chip, notes)
     reader = replace(reader, chips=chips)
     images = [chip.image for chip in chips.values()]
     dtypes = sorted({str(image.dtype) for image in images})
@@ -120,11 +107,7 @@ def _usable_class_areas(
     dataset: DatasetConfig,
     notes: list[str],
 ) -> dict[str, np.ndarray]:
-    """Return the class areas of the chips that can be used.
-
-    Raises:
-        UserError: only one class, or no usable chip.
-    """
+    """Return the class areas of the chips that can be used; one class, or no such chip, raises UserError."""
     task = get_task(dataset.task)
     class_areas = read_all(reader.chips, lambda name: reader.class_areas(reader.chips[name]), options, notes)
     if len(classes) < 2 and not task.is_multilabel:
@@ -169,11 +152,10 @@ def _read_table_chips(
             key="labels", value=options.labels,
         )  # fmt: skip
     _refuse_several(tables, options)
-    table = read_table(tables[0], images, options, task.is_multilabel)
-    notes += table.notes
-    rasters = read_all(table.frame.path, lambda path: open_image([Path(path)], options.bands), options, notes)
+    table, classes = labels.read_table(tables[0], images, options, task.is_multilabel, notes)
+    rasters = read_all(table.path, lambda path: open_image([Path(path)], options.bands), options, notes)
     chips: dict[str, Chip] = {}
-    for row in table.frame[table.frame.path.isin(rasters)].to_dict("records"):
+    for row in table[table.path.isin(rasters)].to_dict("records"):
         path = row["path"]
         name = str(Path(path).relative_to(folder).with_suffix(""))
         if name in chips:
@@ -184,14 +166,14 @@ def _read_table_chips(
         label = tuple(row["label"]) if task.is_multilabel else row["label"]
         chips[name] = Chip(rasters[path], 0, 0, label, row.get("time") or options.time, row.get("split", ""))
     if not dataset.chip:
-        check_equal_sizes(list(rasters.values()))
+        samples.check_equal_sizes(list(rasters.values()))
     elif any((image.height, image.width) != (dataset.chip, dataset.chip) for image in rasters.values()):
         notes.append(f"images resampled to {dataset.chip} px, bilinear")
-    if unlisted := {*map(str, images)} - {*table.frame.path}:
+    if unlisted := {*map(str, images)} - {*table.path}:
         notes.append(f"{len(unlisted)} of {len(images)} images have no row in the table and are skipped")
-    if "split" in table.frame and options.split != "column":
+    if "split" in table and options.split != "column":
         notes.append(f"the table's column split is not used, since split is {options.split}")
-    return CustomSampleReader(chips, dataset.chip, dataset.task, len(table.classes), 0, None), table.classes
+    return CustomSampleReader(chips, dataset.chip, dataset.task, len(classes), 0, None), classes
 
 
 def _crop_chips(
@@ -205,22 +187,23 @@ def _crop_chips(
             f"images ({options.images}) and labels ({options.labels}) both match {min(common)}.",
             key="labels", value=options.labels, path=min(common),
         )  # fmt: skip
-    read_mask: MaskLabels | PolygonLabels
+    read_mask: labels.ReadMask
     if label_paths[0].suffix.lower() in RASTER_SUFFIXES:
         if not options.classes:
             raise UserError(
                 "Masks contain class indices without names: list the classes, from the one of value 0.", key="classes"
             )
-        mask_of_image = pair_masks(image_paths, label_paths, options.skip_bad, notes)
+        mask_of_image = labels.pair_masks(image_paths, label_paths, options.skip_bad, notes)
         opened = read_all(mask_of_image, lambda path: open_image([Path(path)], options.bands), options, notes)
-        images, read_mask = list(opened.values()), MaskLabels(mask_of_image, options.classes, options.ignore)
+        images, classes = list(opened.values()), options.classes
+        read_mask = functools.partial(labels.read_mask, mask_of_image, len(classes), options.ignore)
     else:
         # Other files of a format, and metadata, have the name of the polygons.
         shapefiles = [path for path in label_paths if path.suffix.lower() == ".shp"]
         label_paths = [path for path in label_paths if not (shapefiles and path.name.lower().endswith(".shp.xml"))]
         _refuse_several(label_paths, options)
         images = [open_image(image_paths, options.bands)]
-        read_mask = read_polygons((shapefiles or label_paths)[0], images[0], options, notes)
+        read_mask, classes = labels.read_polygons((shapefiles or label_paths)[0], images[0], options, notes)
         if resampled := images[0].resampled_bands():
             notes.append(f"{', '.join(resampled)} resampled to the finest grid by nearest neighbour")
     chips: dict[str, Chip] = {}
@@ -228,14 +211,13 @@ def _crop_chips(
     for image in images:
         path = Path(image.paths[0]).relative_to(folder).with_suffix("")
         prefix = f"{path.name if has_unique_names else path}_" if len(images) > 1 else ""
-        chips |= crop_chips(image, prefix, dataset.chip, time=options.time)
+        chips |= samples.crop_chips(image, prefix, dataset.chip, time=options.time)
     if small := [image.name for image in images if min(image.height, image.width) < dataset.chip]:
         notes.append(f"{len(small)} images, such as {small[0]}, are smaller than a chip and are skipped")
     if not chips:
         raise UserError(
             f"No image has {dataset.chip} px on both sides. Use smaller chips.", key="chip", value=dataset.chip
         )
-    classes = read_mask.classes
     return CustomSampleReader(chips, dataset.chip, dataset.task, len(classes), options.purity, read_mask), classes
 
 

@@ -7,8 +7,7 @@ file has one row per image.
 import functools
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import geopandas
@@ -20,57 +19,29 @@ from rasterio.features import rasterize
 from rasterio.windows import Window
 
 from pipeline.data.image_store import parse_timestamp
+from pipeline.data.sources.custom import rasters
 from pipeline.data.sources.custom.options import CustomOptions, normalize_unicode, unique_class_names
-from pipeline.data.sources.custom.rasters import (
-    RasterImage,
-    corners,
-    has_token,
-    is_georeferenced,
-    translate_rasterio_errors,
-)
+from pipeline.data.sources.custom.rasters import RasterImage
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 
 POLYGON_TYPES = ("Polygon", "MultiPolygon")
 PARQUET_SUFFIXES = (".parquet", ".geoparquet")
 LABEL_SEPARATOR = "|"
+# Function from an image and a window of it to the classes of the pixels, uint8 (y, x) with `IGNORE`.
+ReadMask = Callable[[RasterImage, Window], np.ndarray]
 
 
 # Polygons
 
 
-@dataclass(frozen=True, eq=False)
-class PolygonLabels:
-    """Draws the mask of a window of a scene; the smaller of two overlapping polygons counts.
+def read_polygons(
+    path: Path, image: RasterImage, options: CustomOptions, notes: list[str]
+) -> tuple[ReadMask, tuple[str, ...]]:
+    """Read polygons of any format that geopandas reads; add notes on those that are not used.
 
-    Attributes:
-        geometry: polygons in the scene's CRS, the largest first.
-        class_index: of every polygon, int (polygon,).
-        classes: names of the classes.
-    """
-
-    geometry: geopandas.GeoSeries
-    class_index: np.ndarray
-    classes: tuple[str, ...]
-
-    def __call__(self, image: RasterImage, window: Window) -> np.ndarray:
-        """Draw the classes of a window's pixels, uint8 (y, x), with `IGNORE` outside all polygons."""
-        transform = image.affine @ rasterio.Affine.translation(window.col_off, window.row_off)
-        x, y = corners(transform, window.height, window.width)
-        near = np.sort(self.geometry.sindex.intersection((min(x), min(y), max(x), max(y))))
-        size = (window.height, window.width)
-        if not len(near):
-            return np.full(size, IGNORE, np.uint8)
-        shapes = zip(self.geometry.iloc[near], self.class_index[near].tolist(), strict=True)
-        return rasterize(shapes, out_shape=size, transform=transform, fill=IGNORE, dtype="uint8")
-
-
-def read_polygons(path: Path, image: RasterImage, options: CustomOptions, notes: list[str]) -> PolygonLabels:
-    """Read and check polygons of any format that geopandas reads; add notes on those that are not used.
-
-    Raises:
-        UserError: no such layer or column, no CRS, no polygon of a class, too many classes, or no polygon within the
-            scene.
+    Returns a function that draws them, and the classes. Raises UserError for a missing layer, column, CRS or class,
+    for too many classes, or if no polygon is within the scene.
     """
     column = options.label_column
     frame = _read_frame(path, options.layer)
@@ -119,7 +90,22 @@ def read_polygons(path: Path, image: RasterImage, options: CustomOptions, notes:
     notes.append("where polygons overlap the smaller one counts; outside all polygons there is no label")
     order = np.argsort(-geometry.area.to_numpy(), kind="stable")
     class_index = class_name.map(classes.index).to_numpy()
-    return PolygonLabels(geometry.iloc[order].reset_index(drop=True), class_index[order], tuple(classes))
+    geometry = geometry.iloc[order].reset_index(drop=True)
+    return functools.partial(_draw_polygons, geometry, class_index[order]), tuple(classes)
+
+
+def _draw_polygons(
+    geometry: geopandas.GeoSeries, class_index: np.ndarray, image: RasterImage, window: Window
+) -> np.ndarray:
+    """Draw the classes of a window's pixels; a later polygon counts, and `IGNORE` outside all of them."""
+    transform = image.transform @ rasterio.Affine.translation(window.col_off, window.row_off)
+    x, y = rasters.corners(transform, window.height, window.width)
+    near = np.sort(geometry.sindex.intersection((min(x), min(y), max(x), max(y))))
+    size = (window.height, window.width)
+    if not len(near):
+        return np.full(size, IGNORE, np.uint8)
+    shapes = zip(geometry.iloc[near], class_index[near].tolist(), strict=True)
+    return rasterize(shapes, out_shape=size, transform=transform, fill=IGNORE, dtype="uint8")
 
 
 def _read_frame(path: Path, layer: str) -> pd.DataFrame:
@@ -142,8 +128,8 @@ def _read_frame(path: Path, layer: str) -> pd.DataFrame:
 
 
 def _check_intersects(path: Path, bounds: np.ndarray, image: RasterImage) -> None:
-    """Raise UserError if the polygons' bounds, in the scene's CRS, and the scene's are disjoint."""
-    x, y = corners(image.affine, image.height, image.width)
+    """Refuse polygons whose bounds, in the scene's CRS, and the scene's are disjoint."""
+    x, y = rasters.corners(image.transform, image.height, image.width)
     (west, south, east, north), (left, low, right, high) = bounds, (min(x), min(y), max(x), max(y))
     if not (west < right and east > left and south < high and north > low):
         raise UserError(
@@ -165,53 +151,39 @@ def _class_names(values: pd.Series) -> pd.Series:
 # Masks
 
 
-@dataclass(frozen=True)
-class MaskLabels:
-    """Reads the mask of a window of an image.
+def read_mask(
+    mask_of_image: Mapping[str, str], n_classes: int, ignore: int | None, image: RasterImage, window: Window
+) -> np.ndarray:
+    """Read the classes of a window's pixels, uint8 (y, x) with `IGNORE`, from the mask of an image.
 
-    Attributes:
-        paths: path of the mask by that of its image.
-        classes: names of the classes, of the values 0, 1, ….
-        ignore: value that does not count, or None.
+    Raises UserError for a damaged mask, another grid than the image's, or a value that is not a class or `ignore`.
     """
-
-    paths: Mapping[str, str]
-    classes: tuple[str, ...]
-    ignore: int | None
-
-    def __call__(self, image: RasterImage, window: Window) -> np.ndarray:
-        """Read the classes of a window's pixels, uint8 (y, x) with `IGNORE`."""
-        path = self.paths[image.paths[0]]
-        with translate_rasterio_errors(path):
-            file = _open(path)
-            _check_same_grid(path, file, image)
-            mask = file.read(1, window=window)
-        ignored = np.zeros(mask.shape, bool) if self.ignore is None else mask == self.ignore
-        # Fractions and NaN are not classes either; a cast would turn them into one.
-        outside = ~np.isin(mask, np.arange(len(self.classes))) & ~ignored
-        if outside.any():
-            raise UserError(
-                f"{path} has the value {mask[outside][0]}; the classes are 0 to {len(self.classes) - 1}"
-                f"{'' if self.ignore is None else f', and {self.ignore} is ignored'}.",
-                key="classes", value=mask[outside][0], allowed=range(len(self.classes)), path=path,
-            )  # fmt: skip
-        return np.where(ignored, IGNORE, mask).astype(np.uint8)
+    path = mask_of_image[image.paths[0]]
+    with rasters.translate_rasterio_errors(path):
+        file = _open(path)
+        _check_same_grid(path, file, image)
+        mask = file.read(1, window=window)
+    ignored = np.zeros(mask.shape, bool) if ignore is None else mask == ignore
+    # Fractions and NaN are not classes either; a cast would turn them into one.
+    outside = ~np.isin(mask, np.arange(n_classes)) & ~ignored
+    if outside.any():
+        raise UserError(
+            f"{path} has the value {mask[outside][0]}; the classes are 0 to {n_classes - 1}"
+            f"{'' if ignore is None else f', and {ignore} is ignored'}.",
+            key="classes", value=mask[outside][0], allowed=range(n_classes), path=path,
+        )  # fmt: skip
+    return np.where(ignored, IGNORE, mask).astype(np.uint8)
 
 
 def pair_masks(images: Sequence[Path], masks: Sequence[Path], skip_bad: bool, notes: list[str]) -> dict[str, str]:
     """Find the mask of each image: the file of the same name, or the one whose name contains the image's.
 
     Among several, as where folders repeat names, it is the one whose folder has the name of the image's folder. If
-    some folder of masks has that name, masks in other folders belong to other images.
+    some folder of masks has that name, masks in other folders belong to other images. With `skip_bad`, an image
+    without a mask is skipped and noted.
 
-    Args:
-        skip_bad: skip images without a mask and add a note on each.
-
-    Returns:
-        Path of the mask by that of its image.
-
-    Raises:
-        UserError: an image without a mask, or with several, or a mask that fits several images.
+    Returns the path of the mask by that of its image. Raises UserError for an image without a mask, or with several,
+    or a mask that fits several images.
     """
     rule = "A mask has the name of its image, or one that contains it"
     image_of_mask: dict[Path, Path] = {}
@@ -254,7 +226,7 @@ def _masks_with_name(image: Path, masks: Sequence[Path]) -> list[Path]:
     """Return the masks whose name contains an image's name, as a whole token if there is such a mask."""
     containing = [path for path in masks if image.stem in path.stem]
     # tile_1_mask and tile_10_mask both contain tile_1; only the first has it as a whole token.
-    with_token = [path for path in containing if has_token(path.stem, image.stem)]
+    with_token = [path for path in containing if rasters.has_token(path.stem, image.stem)]
     return with_token or (containing if len(containing) == 1 else [])
 
 
@@ -265,7 +237,7 @@ def _common_trailing_parts(a: Path, b: Path) -> int:
 
 
 def _check_same_grid(path: str, file: rasterio.DatasetReader, image: RasterImage) -> None:
-    """Raise UserError if a mask is not on the grid of its image."""
+    """Refuse a mask that is not on the grid of its image."""
     if file.count != 1:
         raise UserError(
             f"{path} has {file.count} bands; a mask has one, of class indices.",
@@ -277,10 +249,10 @@ def _check_same_grid(path: str, file: rasterio.DatasetReader, image: RasterImage
             f"{path} has {size[0]} x {size[1]} px, and its image has {expected[0]} x {expected[1]} px.",
             key="size", value=size, allowed=[expected], path=path,
         )  # fmt: skip
-    if not is_georeferenced(file.transform, file.height) or not is_georeferenced(image.transform, image.height):
+    if not (rasters.is_georeferenced(file) and rasters.is_georeferenced(image)):
         return
-    to_image = ~image.affine @ file.transform
-    shift = np.abs(np.subtract(corners(to_image, *size), corners(rasterio.Affine.identity(), *size))).max()
+    file_corners = rasters.corners(~image.transform @ file.transform, *size)
+    shift = np.abs(np.subtract(file_corners, rasters.corners(rasterio.Affine.identity(), *size))).max()
     if (file.crs and image.crs and file.crs != CRS.from_wkt(image.crs)) or shift > 0.5:
         raise UserError(f"{path} does not cover the same area as its image {image.paths[0]}.", key="crs", path=path)
 
@@ -293,31 +265,24 @@ def _open(path: str) -> rasterio.DatasetReader:
 # CSV files
 
 
-@dataclass(frozen=True)
-class LabelTable:
-    """Rows of a CSV file: `path`, `label` (class index, or zeros and ones); `split` and `time` optional."""
-
-    frame: pd.DataFrame
-    classes: tuple[str, ...]
-    notes: list[str]
-
-
-def read_table(path: Path, images: Sequence[Path], options: CustomOptions, is_multilabel: bool) -> LabelTable:
+def read_table(
+    path: Path, images: Sequence[Path], options: CustomOptions, is_multilabel: bool, notes: list[str]
+) -> tuple[pd.DataFrame, tuple[str, ...]]:
     """Read a CSV file with the columns `file` and the label's, and, optionally, `split` and `time`.
 
     Args:
         images: all image files.
         is_multilabel: labels are class names joined by `|`.
 
-    Raises:
-        UserError: a column, file, time or class is missing or unknown, or a file is listed twice.
+    Returns the rows, with `path` and `label` (class index, or zeros and ones), and the classes. Raises UserError for
+    a missing or unknown column, file, time or class, and for a file listed twice.
     """
     column = options.label_column
     frame = _read_csv(path, ("file", column, *(("split",) if options.split == "column" else ())))
     images_by_name = _images_by_name(path, images)
     is_missing = ~frame.file.map(_file_key).isin(images_by_name)
     is_unlabelled = (frame[column] == "") & ~is_missing & (not is_multilabel)
-    is_bad, notes = is_missing | is_unlabelled, []
+    is_bad = is_missing | is_unlabelled
     missing_reason = f"there is no such image among {len(images)}, such as {images[0].name}"
     for is_skipped, key, reason in ((is_missing, "file", missing_reason), (is_unlabelled, column, "it has no label")):
         names = frame.file[is_skipped].tolist()
@@ -329,7 +294,7 @@ def read_table(path: Path, images: Sequence[Path], options: CustomOptions, is_mu
     frame["label"], classes = _labels(path, frame[column], options.classes, is_multilabel)
     for file, time in zip(frame.file, frame.get("time", [""] * len(frame)), strict=True):
         parse_timestamp(time, f"{path}: the time of {file}")
-    return LabelTable(frame, tuple(classes), notes)
+    return frame, tuple(classes)
 
 
 def _labels(

@@ -77,14 +77,7 @@ class CustomOptions:
 
 
 def validate_options(options: CustomOptions, dataset: DatasetConfig, key: str) -> None:
-    """Check that options fit together, before any file is opened.
-
-    Args:
-        key: of the dataset's block, such as `datasets.x`, for messages.
-
-    Raises:
-        UserError: the key, its value and what is allowed.
-    """
+    """Refuse options that do not fit together; `key` is that of the dataset's block, such as `datasets.x`."""
     if options.split == "column" and not options.is_table:
         raise UserError(
             f"{key}: split is column, which needs a CSV file as labels.",
@@ -108,11 +101,7 @@ def validate_options(options: CustomOptions, dataset: DatasetConfig, key: str) -
 
 
 def check_band_means(options: CustomOptions, means: np.ndarray) -> None:
-    """Check that the mean of each optical band over all samples, (band,), is possible in the stated units.
-
-    Raises:
-        UserError: a mean below 0 or far above the full scale.
-    """
+    """Refuse a mean of an optical band over all samples, (band,), that is impossible in the stated units."""
     full_scale = FULL_SCALE[options.units]
     for band, mean in zip(options.bands, means, strict=True):
         if band.is_optical and mean < MIN_MEAN_REFLECTANCE * full_scale:
@@ -133,13 +122,9 @@ def check_band_means(options: CustomOptions, means: np.ndarray) -> None:
 
 
 def unique_class_names(names: Iterable[str], origin: str) -> list[str]:
-    """Return names of classes, sorted.
+    """Return names of classes, sorted; `origin` is for the message, such as "The labels of labels.csv".
 
-    Args:
-        origin: of the names, for the message, such as "The labels of labels.csv".
-
-    Raises:
-        UserError: two names differ only in capitals, or are the same number, so that they are probably one class.
+    Raises UserError for names that differ only in capitals, or are the same number: they are probably one class.
     """
     by_normalized: dict[str, str] = {}
     for name in sorted(names):

@@ -37,18 +37,15 @@ class RasterImage:
 
     Attributes:
         paths: one file with all bands, or one file per band in the order of the bands.
-        height, width: in pixels.
-        transform: affine coefficients a to f; those of the identity if the file is not georeferenced.
+        transform: from (column, row) to the CRS; the identity if the file is not georeferenced.
         crs: as WKT; empty if the file states none.
         dtype: a dtype that represents the values of every band.
-        n_bands: number of bands.
-        may_have_nodata: whether some of its pixels may have no data.
     """
 
     paths: tuple[str, ...]
     height: int
     width: int
-    transform: tuple[float, ...]
+    transform: rasterio.Affine
     crs: str
     dtype: np.dtype
     n_bands: int
@@ -64,21 +61,14 @@ class RasterImage:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Read some or all bands of a window, or of the whole image resampled to `size` pixels.
 
-        Returns:
-            Pixels (band, y, x), and where (y, x) all of these bands are finite and not nodata.
-
-        Raises:
-            UserError: a file is damaged.
+        Returns pixels (band, y, x), and where (y, x) all of these bands are finite and not nodata. Raises UserError
+        for a damaged file.
         """
         pixels = self._read("read", window, size, bands, resampling=Resampling.bilinear)
         return pixels, self._read("read_masks", window, size, bands).all(axis=0) & isfinite_mask(pixels)
 
     def is_valid(self, window: Window) -> np.ndarray:
-        """Return where (y, x) all bands of a window are finite and not nodata; integers are not read for it.
-
-        Raises:
-            UserError: a file is damaged.
-        """
+        """Return where (y, x) all bands of a window are finite and not nodata; integers are not read for it."""
         if self.dtype.kind == "f":
             return self.read(window)[1]
         return np.asarray(self._read("read_masks", window).all(axis=0))
@@ -104,16 +94,11 @@ class RasterImage:
         """Names of the files that are resampled to the grid of the finest."""
         return [Path(path).name for path in self.paths if isinstance(_open_on_grid(path, self), WarpedVRT)]
 
-    @property
-    def affine(self) -> rasterio.Affine:
-        """The transform from (column, row) to the image's CRS."""
-        return rasterio.Affine(*self.transform)
-
     def latlon(self, row: float, column: float) -> tuple[float, float]:
         """Latitude and longitude of a point in pixels; NaN if the image states no CRS."""
         if not self.crs:
             return np.nan, np.nan
-        lon, lat = to_latlon(self.crs).transform(*self.affine @ (column, row))
+        lon, lat = to_latlon(self.crs).transform(*self.transform @ (column, row))
         return lat, (lon + 180) % 360 - 180 if abs(lon) > 180 else lon  # for grids from 0 to 360 degrees
 
 
@@ -129,9 +114,10 @@ def translate_rasterio_errors(path: str | Path):
         raise UserError(f"{path} cannot be read: {reason}", path=path) from None
 
 
-def is_georeferenced(transform: Sequence[float], height: int) -> bool:
-    """Whether a transform states a location, and does not only count pixels from a corner."""
-    return tuple(transform)[:6] not in ((1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), (1, 0, 0, 0, -1, height))
+def is_georeferenced(image: RasterImage | rasterio.DatasetReader) -> bool:
+    """Whether an image's transform states a location, and does not only count pixels from a corner."""
+    pixel_counts = ((1, 0, 0, 0, 1, 0), (1, 0, 0, 0, -1, 0), (1, 0, 0, 0, -1, image.height))
+    return tuple(image.transform)[:6] not in pixel_counts
 
 
 def isfinite_mask(image: np.ndarray) -> np.ndarray:
@@ -151,13 +137,13 @@ def _open_on_grid(path: str, grid: RasterImage) -> rasterio.DatasetReader | Warp
     file = rasterio.open(path)
     if (file.height, file.width) == (grid.height, grid.width) and (
         not (file.crs and grid.crs)
-        or (file.crs.to_wkt() == grid.crs and file.transform.almost_equals(grid.affine, 1e-6))
+        or (file.crs.to_wkt() == grid.crs and file.transform.almost_equals(grid.transform, 1e-6))
     ):
         return file
     # Outside a file without nodata value the VRT would return zeros, with no mask, unless it adds an alpha band.
     all_valid = file.mask_flag_enums[0] == [MaskFlags.all_valid]
     return WarpedVRT(
-        file, crs=grid.crs or None, transform=grid.affine, height=grid.height, width=grid.width,
+        file, crs=grid.crs or None, transform=grid.transform, height=grid.height, width=grid.width,
         resampling=Resampling.nearest, add_alpha=all_valid,
     )  # fmt: skip
 
@@ -166,11 +152,7 @@ def _open_on_grid(path: str, grid: RasterImage) -> rasterio.DatasetReader | Warp
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
-    """Find the files below a folder that match a pattern; of folders only geodatabases (.gdb).
-
-    Raises:
-        UserError: nothing matches.
-    """
+    """Find the files below a folder that match a pattern; of folders only geodatabases (.gdb)."""
     if Path(pattern).is_absolute():
         raise UserError(
             f"{pattern} is an absolute path; patterns are relative to the folder, {folder}.",
@@ -202,21 +184,15 @@ def sidecar_files(path: Path) -> list[Path]:
         return [path]
 
 
-def has_token(text: str, name: str) -> bool:
+def has_token(text: str, name: str, before: str = "(?<![0-9A-Za-z])") -> bool:
     """Whether a file name has another as a whole token: tile_1_mask has tile_1, and tile_10_mask does not."""
-    return re.search(rf"(?<![0-9A-Za-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
-
-
-def _has_suffix_token(text: str, name: str) -> bool:
-    """Whether a capitalized name ends a lower-case word: sceneB02 ends with B02, and sceneB8A not with B8."""
-    return name[0].isupper() and re.search(rf"(?<=[a-z]){re.escape(name)}(?![0-9A-Za-z])", text) is not None
+    return re.search(rf"{before}{re.escape(name)}(?![0-9A-Za-z])", text) is not None
 
 
 def open_image(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
     """Describe an image: one file with all bands, or one file per band with its name in the file name.
 
-    Raises:
-        UserError: a file cannot be read, has another number or order of bands, or covers another area.
+    Raises UserError for a file that cannot be read, has another number or order of bands, or covers another area.
     """
     paths = _match_band_files(paths, bands) if len(paths) > 1 else paths
     with contextlib.ExitStack() as stack:
@@ -234,7 +210,13 @@ def open_image(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
                     "band, each file has one band.",
                     key="bands", value=file.count, allowed=[expected], path=path,
                 )  # fmt: skip
-            _check_no_offset(file)
+            if any(file.offsets):  # a scale alone is accepted
+                raise UserError(
+                    f"{path} states an offset ({file.offsets[0]:g}) that is to be added to its scaled values, and "
+                    "only stored values are read. Write it with scale and offset applied (gdal_translate -unscale, "
+                    "then state the units of the result), or remove the tags if they are wrong.",
+                    key="offsets", value=file.offsets[0], path=path,
+                )  # fmt: skip
             _check_same_area(path, file, finest)
         if len(files) == 1:
             _check_band_order(paths[0], files[0].descriptions, bands)
@@ -250,7 +232,7 @@ def open_image(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
             paths=tuple(map(str, paths)),
             height=finest.height,
             width=finest.width,
-            transform=tuple(finest.transform)[:6],
+            transform=finest.transform,
             crs=finest.crs.to_wkt() if finest.crs else "",
             dtype=dtype,
             n_bands=len(bands),
@@ -259,15 +241,12 @@ def open_image(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
 
 
 def _match_band_files(paths: Sequence[Path], bands: Sequence[Band]) -> list[Path]:
-    """Return the file of each band.
-
-    Raises:
-        UserError: the name of a band is in no file's name, or in several.
-    """
+    """Return the file of each band, whose name must be in the name of exactly one file."""
     band_paths = []
     for band in bands:
         matches = [path for path in paths if has_token(path.stem, band.name)]
-        matches = matches or [path for path in paths if _has_suffix_token(path.stem, band.name)]
+        if not matches and band.name[0].isupper():  # a capitalized name may end a lower-case word, as in sceneB02
+            matches = [path for path in paths if has_token(path.stem, band.name, before="(?<=[a-z])")]
         if len(matches) != 1 or matches[0] in band_paths:
             names = [path.name for path in (matches or paths)]
             raise UserError(
@@ -282,7 +261,7 @@ def _match_band_files(paths: Sequence[Path], bands: Sequence[Band]) -> list[Path
 
 
 def _check_band_order(path: Path, descriptions: Sequence[str | None], bands: Sequence[Band]) -> None:
-    """Raise UserError if a file names the same bands as the options, in another order."""
+    """Refuse a file that names the same bands as the options, in another order."""
     file_names = [(name or "").strip().casefold() for name in descriptions]
     for attribute in ("name", "common_name"):
         expected = [getattr(band, attribute).casefold() for band in bands]
@@ -295,8 +274,8 @@ def _check_band_order(path: Path, descriptions: Sequence[str | None], bands: Seq
 
 
 def _check_same_area(path: Path, file: rasterio.DatasetReader, finest: rasterio.DatasetReader) -> None:
-    """Raise UserError if a band's file does not cover, within a pixel, the area of the finest file."""
-    if not is_georeferenced(file.transform, file.height) or not is_georeferenced(finest.transform, finest.height):
+    """Refuse a band's file that does not cover, within a pixel, the area of the finest file."""
+    if not (is_georeferenced(file) and is_georeferenced(finest)):
         return
     x, y = corners(finest.transform, finest.height, finest.width)
     if file.crs and finest.crs:
@@ -319,14 +298,3 @@ def _pixel_area(file: rasterio.DatasetReader) -> float:
         return area * file.crs.linear_units_factor[1] ** 2
     _, lat = file.transform @ (file.width / 2, file.height / 2)
     return area * METRES_PER_DEGREE**2 * math.cos(math.radians(lat))
-
-
-def _check_no_offset(file: rasterio.DatasetReader) -> None:
-    """Raise UserError if a file's values are its stored values plus an offset; a scale alone is accepted."""
-    if any(file.offsets):
-        raise UserError(
-            f"{file.name} states an offset ({file.offsets[0]:g}) that is to be added to its scaled values, and only "
-            "stored values are read. Write it with scale and offset applied (gdal_translate -unscale, then state the "
-            "units of the result), or remove the tags if they are wrong.",
-            key="offsets", value=file.offsets[0], path=file.name,
-        )  # fmt: skip

@@ -14,24 +14,13 @@ import rasterio
 from rasterio.windows import Window
 
 from pipeline.config import DatasetConfig
+from pipeline.data import splits
 from pipeline.data.image_store import SPLITS, Sample, parse_timestamp
+from pipeline.data.sources.custom.labels import ReadMask
 from pipeline.data.sources.custom.options import CustomOptions
 from pipeline.data.sources.custom.rasters import RasterImage, find_files, is_georeferenced, open_image
-from pipeline.data.splits import (
-    Footprint,
-    assign_blocks_to_splits,
-    chip_corners,
-    fill_nodata,
-    merge_blocks,
-    overlapping_pairs,
-    overlaps_between,
-)
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE, get_task
-
-# Random assignments tried, times the number of blocks: with ten thousand blocks, fewer than 20,000 suffice.
-DRAWS_TIMES_BLOCKS = 4_000_000
-MIN_DRAWS, MAX_DRAWS = 200, 20000
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -42,11 +31,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Chip:
-    """A window of an image, or the whole image.
+    """A window of an image, with its upper left corner in pixels, or the whole image.
 
     Attributes:
-        image: the image.
-        row, column: upper left corner in pixels.
         label: class index, or multi-hot vector, from a table; None if there is none.
         time: acquisition time in UTC as text; empty if unknown.
         split: from a table; empty if unknown.
@@ -66,19 +53,19 @@ def crop_chips(image: RasterImage, prefix: str, chip_size: int, **fields) -> dic
     """Return the chips of an image by name, with further fields of `Chip`."""
     return {
         f"{prefix}r{row:05d}c{column:05d}": Chip(image, row, column, **fields)
-        for row, column in chip_corners(image.height, image.width, chip_size).tolist()
+        for row, column in splits.chip_corners(image.height, image.width, chip_size).tolist()
     }
 
 
 def check_equal_sizes(images: Sequence[RasterImage]) -> None:
-    """Raise UserError if images that are not resampled differ in size."""
-    sizes = [(image.height, image.width) for image in images]
-    for image, size in zip(images, sizes, strict=True):
-        if size != sizes[0]:
+    """Refuse images of several sizes, which must be resampled."""
+    height, width = images[0].height, images[0].width
+    for image in images:
+        if (image.height, image.width) != (height, width):
             raise UserError(
-                f"{image.paths[0]} has {size[0]} x {size[1]} px, and {images[0].paths[0]} has {sizes[0][0]} x "
-                f"{sizes[0][1]} px. Give a chip, in pixels, to which all are resampled.",
-                key="chip", value=size, allowed=[sizes[0]], path=image.paths[0],
+                f"{image.paths[0]} has {image.height} x {image.width} px, and {images[0].paths[0]} has {height} x "
+                f"{width} px. Give a chip, in pixels, to which all are resampled.",
+                key="chip", value=(image.height, image.width), allowed=[(height, width)], path=image.paths[0],
             )  # fmt: skip
 
 
@@ -87,10 +74,7 @@ class CustomSampleReader:
     """Reads a sample by its name.
 
     Attributes:
-        chips: by name.
         chip_size: side of a chip in pixels; 0 for whole images as they are.
-        task: name of the task.
-        n_classes: number of classes.
         purity: fraction of a chip that its class must cover, for classification from masks.
         read_mask: reads the classes of a window's pixels; None if chips have labels from a table.
     """
@@ -100,7 +84,7 @@ class CustomSampleReader:
     task: str
     n_classes: int
     purity: float
-    read_mask: Callable[[RasterImage, Window], np.ndarray] | None
+    read_mask: ReadMask | None
 
     @property
     def crops_windows(self) -> bool:
@@ -113,25 +97,19 @@ class CustomSampleReader:
         task = get_task(self.task)
         return not (task.is_dense or task.is_multilabel)
 
-    def __call__(self, name: str, out: np.ndarray | None = None) -> Sample:
-        """Read a sample; `out` is not used.
-
-        Raises:
-            UserError: a file is damaged, or the chip has no valid pixel.
-        """
+    def __call__(self, name: str) -> Sample:
+        """Read a sample; a damaged file, or a chip without a valid pixel, raises UserError."""
         chip = self.chips[name]
         height, width = self._size(chip)
         lat, lon = chip.image.latlon(chip.row + height / 2, chip.column + width / 2)
-        time = parse_timestamp(chip.time, "the time")
-        pixels, is_valid = (
-            chip.image.read(self.window(chip)) if self.crops_windows else chip.image.read(size=self.chip_size)
-        )
+        window, size = (self.window(chip), 0) if self.crops_windows else (None, self.chip_size)
+        pixels, is_valid = chip.image.read(window, size)
         if not is_valid.any():
             raise UserError(
                 f"{chip.image.paths[0]}: chip {name} has no data; every pixel is nodata in some band.",
                 key=name, path=chip.image.paths[0],
             )  # fmt: skip
-        pixels = fill_nodata(pixels, is_valid)
+        pixels = splits.fill_nodata(pixels, is_valid)
         label: np.ndarray | np.int64
         if not chip.is_labelled:
             label = get_task(self.task).missing_label(self.n_classes, pixels.shape[1:])
@@ -139,7 +117,7 @@ class CustomSampleReader:
             label = get_task(self.task).label_from_mask(self._valid_mask(chip, is_valid), self.n_classes)
         else:
             label = np.array(chip.label)
-        return Sample(pixels, label, lat, lon, time)
+        return Sample(pixels, label, lat, lon, parse_timestamp(chip.time, "the time"))
 
     def window(self, chip: Chip) -> Window:
         """Return the window of a chip in its image."""
@@ -151,14 +129,13 @@ class CustomSampleReader:
             change = rasterio.Affine.scale(chip.image.width / self.chip_size, chip.image.height / self.chip_size)
         else:
             change = rasterio.Affine.translation(chip.column, chip.row)
-        return tuple(chip.image.affine @ change)[:6]
+        return tuple(chip.image.transform @ change)[:6]
 
-    def footprint(self, chip: Chip) -> Footprint:
+    def footprint(self, chip: Chip) -> splits.Footprint:
         """Return the location of a chip."""
         image = chip.image
-        is_located = bool(image.crs) or is_georeferenced(image.transform, image.height)
-        transform = image.transform if is_located else None
-        return Footprint(image.paths, image.crs, transform, chip.row, chip.column, *self._size(chip))
+        transform = image.transform if image.crs or is_georeferenced(image) else None
+        return splits.Footprint(image.paths, image.crs, transform, chip.row, chip.column, *self._size(chip))
 
     def class_areas(self, chip: Chip) -> np.ndarray:
         """Return the area of each class in a chip, (class,); zeros for a chip that cannot be used."""
@@ -186,11 +163,7 @@ class CustomSampleReader:
 def read_all(
     keys: Iterable[Key], read: Callable[[Key], Value], options: CustomOptions, notes: list[str]
 ) -> dict[Key, Value]:
-    """Read a value for every key; with `skip_bad`, skip keys that cannot be read and add a note on each.
-
-    Raises:
-        UserError: a key cannot be read and `skip_bad` is false, or none can be read.
-    """
+    """Read a value for every key; with `skip_bad`, skip and note keys that cannot be read, if one can."""
     values: dict[Key, Value] = {}
     last_error = None
     for key in keys:
@@ -216,25 +189,30 @@ def assign_splits(
     dataset: DatasetConfig,
     notes: list[str],
 ) -> dict[str, str]:
-    """Assign chips to splits; add a note if chips of different splits overlap.
+    """Return the split of every chip; add a note if chips of different splits overlap.
 
     Args:
         class_areas: of the chips that are used, (class,).
         rule: `blocks` assigns spatial blocks whole, and blocks with overlapping chips together; `random` assigns
             chips; `column` uses the split of each chip in the table.
 
-    Raises:
-        UserError: too few blocks, or a chip without a valid split.
+    Raises UserError for too few blocks, or a chip without a valid split.
     """
     names = list(class_areas)
     chips = [reader.chips[name] for name in names]
-    pairs = overlapping_pairs([reader.footprint(chip) for chip in chips])
+    pairs = splits.overlapping_pairs([reader.footprint(chip) for chip in chips])
     if rule == "column":
-        splits = np.array([_table_split(name, reader.chips[name].split) for name in names])
+        for name, chip in zip(names, chips, strict=True):
+            if chip.split not in SPLITS:
+                raise UserError(
+                    f"The split of {name} is '{chip.split}'; it must be one of {', '.join(SPLITS)}.",
+                    key="split", value=chip.split, allowed=SPLITS,
+                )  # fmt: skip
+        split_of_chip = np.array([chip.split for chip in chips])
     else:
         is_random = rule == "random"
         block_ids = names if is_random else [str(_block_id(chip, chips, dataset.block)) for chip in chips]
-        block = merge_blocks(block_ids, pairs[:0] if is_random else pairs)
+        block = splits.merge_blocks(block_ids, pairs[:0] if is_random else pairs)
         n_blocks = block.max() + 1
         if n_blocks < len(SPLITS) <= len(set(block_ids)):
             raise UserError(
@@ -245,22 +223,13 @@ def assign_splits(
             )  # fmt: skip
         block_areas = np.zeros((n_blocks, reader.n_classes))
         np.add.at(block_areas, block, np.stack(list(class_areas.values())))
-        n_draws = int(np.clip(DRAWS_TIMES_BLOCKS // n_blocks, MIN_DRAWS, MAX_DRAWS))
-        splits = np.array(SPLITS)[assign_blocks_to_splits(block_areas, dataset.splits, dataset.seed, n_draws)[block]]
-    across = pairs[splits[pairs[:, 0]] != splits[pairs[:, 1]]]
+        split_of_block = splits.assign_blocks_to_splits(block_areas, dataset.splits, dataset.seed)
+        split_of_chip = np.array(SPLITS)[split_of_block[block]]
+    across = pairs[split_of_chip[pairs[:, 0]] != split_of_chip[pairs[:, 1]]]
     if len(across):
         examples = " and ".join(names[index] for index in across[0])
         notes.append(f"{len(np.unique(across))} chips overlap with one of another split, such as {examples}")
-    return dict(zip(names, splits.tolist(), strict=True))
-
-
-def _table_split(name: str, split: str) -> str:
-    if split not in SPLITS:
-        raise UserError(
-            f"The split of {name} is '{split}'; it must be one of {', '.join(SPLITS)}.",
-            key="split", value=split, allowed=SPLITS,
-        )  # fmt: skip
-    return split
+    return dict(zip(names, split_of_chip.tolist(), strict=True))
 
 
 def _block_id(chip: Chip, chips: Sequence[Chip], block_size: int) -> tuple:
@@ -271,7 +240,7 @@ def _block_id(chip: Chip, chips: Sequence[Chip], block_size: int) -> tuple:
             return (image.paths,)
         return (image.paths, chip.row // block_size, chip.column // block_size)
     origin = next(other.image for other in chips if other.image.crs == image.crs)
-    column, row = ~origin.affine @ (image.affine @ (chip.column, chip.row))
+    column, row = ~origin.transform @ (image.transform @ (chip.column, chip.row))
     return (image.crs, math.floor(column / block_size + 1e-6), math.floor(row / block_size + 1e-6))
 
 
@@ -279,11 +248,7 @@ def _block_id(chip: Chip, chips: Sequence[Chip], block_size: int) -> tuple:
 
 
 def unlabelled_files(options: CustomOptions) -> list[Path]:
-    """Find the files that `unlabelled` matches; none if it is empty.
-
-    Raises:
-        UserError: nothing matches, or a file is also one of the images or labels.
-    """
+    """Find the files that `unlabelled` matches, none of which may be one of the images or labels."""
     if not options.unlabelled:
         return []
     folder = Path(options.folder)
@@ -307,18 +272,13 @@ def unlabelled_samples(
     split_of_chip: Mapping[str, str],
     notes: list[str],
 ) -> dict[str, Chip]:
-    """Make chips of the unlabelled images, as of the labelled ones.
+    """Make chips of the unlabelled images, as of the labelled ones, with names that no labelled chip has.
 
     Args:
-        paths: from `unlabelled_files`.
         reader: of the labelled chips.
         split_of_chip: split of every labelled chip that is used, by name.
 
-    Returns:
-        Chips by names that no labelled chip has.
-
-    Raises:
-        UserError: images that cannot be read, that differ from the labelled ones, or that have no chip.
+    Raises UserError for images that cannot be read, that differ from the labelled ones, or that have no chip.
     """
     labelled = [reader.chips[name] for name in split_of_chip]
     # A folder is an image if the labelled scene has a file per band.
@@ -354,7 +314,7 @@ def unlabelled_samples(
             key="unlabelled", value=options.unlabelled,
         )  # fmt: skip
     evaluated = [reader.footprint(reader.chips[name]) for name, split in split_of_chip.items() if split != "train"]
-    pairs = overlaps_between([reader.footprint(chip) for chip in chips.values()], evaluated)
+    pairs = splits.overlaps_between([reader.footprint(chip) for chip in chips.values()], evaluated)
     if count := len(np.unique(pairs[:, 0])):
         notes.append(
             f"{count} of {len(chips)} unlabelled chips overlap with val or test: students are trained on their "

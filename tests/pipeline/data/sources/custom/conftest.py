@@ -1,26 +1,43 @@
-"""Datasets that several tests only read."""
+"""Datasets that several tests only read, and a folder to change."""
+
+import shutil
 
 import pytest
 
-from pipeline.data.sources.custom import samples
-from tests.pipeline.data.sources.custom.custom_data import prepare, scene_dataset, tile_dataset
+from pipeline.data import splits
+from tests.pipeline.data.sources.custom import custom_data
 
 
 @pytest.fixture(scope="package", autouse=True)
 def few_draws():
-    """Try 200 random assignments of blocks to splits: 20,000 take a second for each dataset."""
+    """Try 200 random assignments of blocks to splits."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(samples, "MAX_DRAWS", samples.MIN_DRAWS)
+        monkeypatch.setattr(splits, "MAX_DRAWS", splits.MIN_DRAWS)
         yield
+
+
+@pytest.fixture(scope="package")
+def tiles(raw_folder, tmp_path_factory):
+    """Folder of 48 tiles of the land use scene in `images`, and of their masks in `masks`."""
+    folder = tmp_path_factory.mktemp("tiles")
+    corners = [(row, column) for row in range(0, 768, 128) for column in range(0, 1024, 128)]
+    custom_data.write_windows(raw_folder, folder, corners, "images", "masks")
+    return folder
+
+
+@pytest.fixture
+def folder(tiles, tmp_path):
+    """Copy of the tiles and masks, to be changed."""
+    return shutil.copytree(tiles, tmp_path / "tiles")
 
 
 @pytest.fixture(scope="package")
 def prepared_scene(few_draws, raw_folder, tmp_path_factory):
     """The scene with 13 files and polygons."""
-    return prepare(scene_dataset(raw_folder), tmp_path_factory.mktemp("scene"))
+    return custom_data.prepare(custom_data.scene_dataset(raw_folder), tmp_path_factory.mktemp("scene"))
 
 
 @pytest.fixture(scope="package")
 def prepared_tiles(few_draws, tiles, tmp_path_factory):
     """The tiles with masks."""
-    return prepare(tile_dataset(tiles), tmp_path_factory.mktemp("prepared"))
+    return custom_data.prepare(custom_data.tile_dataset(tiles), tmp_path_factory.mktemp("prepared"))

@@ -1,7 +1,6 @@
 """Custom datasets from the land use scene: tiles with masks or a table, polygons, unlabelled images."""
 
 import dataclasses
-import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import pandas as pd
 import rasterio
 import shapely
 from rasterio import Affine
-from rasterio.windows import Window
 
 from pipeline.bands import Band
 from pipeline.config import DatasetConfig, SplitFractions, parse
@@ -32,7 +30,6 @@ GRID = Affine(10, 0, 400000, 0, -10, 5800000)
 NODATA = 65535
 # Upper left corners of unlabelled windows: four next to the labelled tiles, two that overlap them and their blocks.
 UNLABELLED_CORNERS = [(0, 1024), (0, 1152), (0, 1280), (0, 1408), (192, 192), (448, 704)]
-read_scene = functools.cache(osm_landuse.read_scene)
 
 
 # Configurations
@@ -50,7 +47,7 @@ def scene_dataset(raw_folder, **changes) -> DatasetConfig:
 
 
 def tile_dataset(folder: Path, **changes) -> DatasetConfig:
-    """The tiles of `write_tiles` with their masks."""
+    """The tiles with their masks."""
     options = {
         "folder": str(folder), "images": "images/*.tif", "labels": "masks/*.tif", "units": "dn",
         "bands": BLUE_GREEN_RED, "classes": list(osm_landuse.CLASSES), "ignore": 255,
@@ -60,14 +57,17 @@ def tile_dataset(folder: Path, **changes) -> DatasetConfig:
     return DatasetConfig("custom", **keys, options=options)
 
 
-def table_dataset(tiles: Path, folder: Path, text: bytes | None = None, **changes) -> tuple[Path, DatasetConfig]:
-    """Copy the tiles and write a table of labels, or `text`; return the folder and the dataset."""
-    table_folder, options = write_table(tiles, folder)
-    if text is not None:
-        (table_folder / "labels.csv").write_bytes(text)
+def table_dataset(tiles: Path, folder: Path, columns=None, **changes) -> tuple[Path, DatasetConfig]:
+    """Copy the tiles and write a table of labels farm and forest; return the folder and the dataset."""
+    folder = folder / "table"
+    shutil.copytree(tiles / "images", folder / "images")
+    names = sorted(path.name for path in (folder / "images").iterdir())
+    frame = pd.DataFrame({"file": names, "label": ["farm", "forest"] * (len(names) // 2)})
+    frame.assign(**columns or {}).to_csv(folder / "labels.csv", index=False)
+    options = {"folder": str(folder), "labels": "labels.csv", "classes": [], "ignore": None}
     options |= changes.pop("options", {})
     keys = {"task": "classification", "chip": 0, "block": 128} | changes
-    return table_folder, tile_dataset(tiles, **keys, options=options)
+    return folder, tile_dataset(tiles, **keys, options=options)
 
 
 def scene_options(folder: Path, bands: Sequence[str], **options) -> dict:
@@ -93,11 +93,6 @@ def with_options(dataset: DatasetConfig, **options) -> DatasetConfig:
     return dataclasses.replace(dataset, options=dataset.options | options)
 
 
-def with_unlabelled(dataset: DatasetConfig) -> DatasetConfig:
-    """Copy a configuration with the unlabelled images of `write_windows`."""
-    return with_options(dataset, unlabelled="unlabelled/*.tif")
-
-
 def prepare(dataset: DatasetConfig, tmp_path: Path) -> LazyImageDataset:
     """Validate and prepare a dataset as the stage does."""
     validate("x", dataset)
@@ -111,8 +106,8 @@ def write_raster(path: Path, values: np.ndarray, transform: Affine, crs: str | N
     """Write values (band, y, x) as a GeoTIFF."""
     path.parent.mkdir(parents=True, exist_ok=True)
     keys = {"driver": "GTiff", "count": len(values), "height": values.shape[1], "width": values.shape[2]}
-    keys |= {"crs": crs} if crs else {}
-    with rasterio.open(path, "w", dtype=values.dtype, transform=transform, **keys, **profile) as file:
+    keys |= ({"crs": crs} if crs else {}) | profile
+    with rasterio.open(path, "w", dtype=values.dtype, transform=transform, **keys) as file:
         file.write(values)
 
 
@@ -126,38 +121,20 @@ def rewrite_raster(path: Path, change: Callable = lambda values: values, **profi
         file.write(values)
 
 
-def set_nodata(path: Path, rows: int, bands=slice(None)) -> None:
-    """Set the first rows of some bands of a raster to nodata, and declare it."""
+def set_nodata(path: Path, rows: int, bands=slice(None), value=NODATA, dtype="uint16") -> None:
+    """Set the first rows of some bands of a raster to nodata, and declare it, or to NaN."""
 
     def change(values):
-        values[bands, :rows] = NODATA
+        values = values.astype(dtype)
+        values[bands, :rows] = value
         return values
 
-    rewrite_raster(path, change, nodata=NODATA)
+    rewrite_raster(path, change, nodata=None if np.isnan(value) else value)
 
 
 def counting_values(height: int, width: int, offset: int = 0) -> np.ndarray:
     """Values (1, y, x), uint16, that count pixels up to 1000."""
     return (np.arange(height * width, dtype="uint16").reshape(1, height, width) % 1000) + offset
-
-
-def write_tiles(folder: Path, raw_folder) -> None:
-    """Write three bands of the scene as 48 GeoTIFFs of 128 px in `images`, and masks in `masks`."""
-    scene, transform, crs = read_scene(raw_folder("osm_landuse"))
-    mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])
-    for row in range(0, 768, 128):
-        for column in range(0, 1024, 128):
-            tile_transform = rasterio.windows.transform(Window(column, row, 128, 128), transform)
-            area = (slice(row, row + 128), slice(column, column + 128))
-            name = f"tile_{row:04d}_{column:04d}"
-            write_raster(folder / f"images/{name}.tif", scene[1:4][:, *area], tile_transform, crs)
-            write_raster(folder / f"masks/{name}_mask.tif", mask[None][:, *area], tile_transform, crs)
-
-
-def copy_tiles(tiles: Path, tmp_path: Path) -> Path:
-    """Copy the tiles and masks, to be changed."""
-    shutil.copytree(tiles, tmp_path / "tiles")
-    return tmp_path / "tiles"
 
 
 def write_tile_pairs(folder: Path, transforms: Sequence[Affine], crs: str | None) -> dict:
@@ -169,33 +146,13 @@ def write_tile_pairs(folder: Path, transforms: Sequence[Affine], crs: str | None
     return {"folder": str(folder), "bands": BLUE_GREEN_RED[:1]}
 
 
-def write_table(tiles: Path, tmp_path: Path, **columns) -> tuple[Path, dict]:
-    """Copy the tiles and write a table of labels farm and forest; return the folder and options."""
-    folder = tmp_path / "table"
-    shutil.copytree(tiles / "images", folder / "images")
-    names = sorted(path.name for path in (folder / "images").iterdir())
-    labels = [("farm", "forest")[index % 2] for index in range(len(names))]
-    frame = pd.DataFrame({"file": names, "label": labels})
-    frame.assign(**columns).to_csv(folder / "labels.csv", index=False)
-    return folder, {"folder": str(folder), "labels": "labels.csv", "classes": [], "ignore": None}
-
-
-def write_windows(
-    raw_folder,
-    folder: Path,
-    corners: Sequence[tuple[int, int]],
-    name: str = "unlabelled",
-    bands=slice(1, 4),
-    **profile,
-) -> None:
-    """Write windows of 128 px of the scene at corners (row, column) as GeoTIFFs in a subfolder."""
-    scene, transform, crs = read_scene(raw_folder("osm_landuse"))
-    (folder / name).mkdir(parents=True, exist_ok=True)
+def write_windows(raw_folder, folder, corners, name="unlabelled", masks="", bands=slice(1, 4), **profile) -> None:
+    """Write windows of 128 px of the scene, at corners (row, column), and, if named, their masks."""
+    scene, transform, crs = osm_landuse.read_scene(raw_folder("osm_landuse"))
+    mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])[None] if masks else None
     for row, column in corners:
-        values = scene[bands][:, row : row + 128, column : column + 128]
-        keys = {
-            "driver": "GTiff", "height": 128, "width": 128, "count": len(values), "dtype": values.dtype, "crs": crs,
-            "transform": rasterio.windows.transform(Window(column, row, 128, 128), transform), **profile,
-        }  # fmt: skip
-        with rasterio.open(folder / name / f"tile_{row:04d}_{column:04d}.tif", "w", **keys) as file:
-            file.write(values)
+        area, window = np.s_[:, row : row + 128, column : column + 128], transform @ Affine.translation(column, row)
+        file = f"tile_{row:04d}_{column:04d}"
+        write_raster(folder / f"{name}/{file}.tif", scene[bands][area], window, **{"crs": crs} | profile)
+        if masks:
+            write_raster(folder / f"{masks}/{file}_mask.tif", mask[area], window, crs)

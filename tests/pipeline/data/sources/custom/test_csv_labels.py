@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from pipeline.data.sources.custom.labels import LabelTable, read_table
+from pipeline.data.sources.custom.labels import read_table
 from pipeline.errors import UserError
 from tests.errors import raises
 from tests.pipeline.data.sources.custom.custom_data import make_options, prepare, table_dataset, with_options
@@ -18,11 +18,12 @@ NAMES = ("a.tif", "b.tif", "more/b.tif")
 def read(tmp_path):
     """Function from a table's text, the images' names and options to what is read; opens no image."""
 
-    def read(text: str | bytes, names=NAMES[:2], is_multilabel=False, **options) -> LabelTable:
+    def read(text: str | bytes, names=NAMES[:2], is_multilabel=False, notes=None, **options):
         table = tmp_path / "labels.csv"
         table.write_bytes(text if isinstance(text, bytes) else text.encode())
         images = [tmp_path / "images" / name for name in names]
-        return read_table(table, images, make_options(tmp_path, **{"classes": []} | options), is_multilabel)
+        parsed = make_options(tmp_path, **{"classes": []} | options)
+        return read_table(table, images, parsed, is_multilabel, [] if notes is None else notes)
 
     return read
 
@@ -50,60 +51,53 @@ def test_read_table_invalid_table_is_refused(read, tmp_path, text, fields):
         read(text)
 
 
-def test_read_table_unknown_class_is_refused(read):
+def test_read_table_unknown_class_or_time_in_another_format_is_refused(read):
     with raises(UserError, key="label", value="forest", allowed=["farm", "water"]):
         read("file,label\na.tif,forest\n", classes=["farm", "water"])
-
-
-def test_read_table_time_in_another_format_is_refused(read):
     with raises(UserError, "a.tif", value="16.2.2017"):
         read("file,label,time\na.tif,farm,16.2.2017\n")
 
 
 def test_read_table_strips_blanks_and_accepts_empty_rows_paths_and_accents(read, tmp_path):
     text = "file, label,label.1\n./images/a.tif, fore\u0302t ,x\n,,\nimages\\b.tif,330,x\n"
-    table = read(text)
-    assert table.classes == ("330", "for\u00eat")
-    assert table.frame.label.tolist() == [1, 0]
-    assert table.frame.path.tolist() == [str(tmp_path / "images" / name) for name in NAMES[:2]]
-    table = read("file,label\na.tif,farm | water\nb.tif,\n", is_multilabel=True)
-    assert (table.classes, table.frame.label.tolist()) == (("farm", "water"), [[1, 1], [0, 0]])
-
-
-def test_read_table_finds_files_in_either_form_of_accents(read):
+    rows, classes = read(text)
+    assert classes == ("330", "for\u00eat")
+    assert rows.label.tolist() == [1, 0]
+    assert rows.path.tolist() == [str(tmp_path / "images" / name) for name in NAMES[:2]]
+    rows, classes = read("file,label\na.tif,farm | water\nb.tif,\n", is_multilabel=True)
+    assert (classes, rows.label.tolist()) == (("farm", "water"), [[1, 1], [0, 0]])
     decomposed, composed = (unicodedata.normalize(form, "m\u00fchle.tif") for form in ("NFD", "NFC"))
-    assert len(read(f"file,label\n{composed},a\n", [decomposed]).frame) == 1
+    assert len(read(f"file,label\n{composed},a\n", [decomposed])[0]) == 1
 
 
 def test_read_table_alike_classes_are_refused_unless_listed(read, tmp_path):
     text = "file,label\na.tif,forest\nb.tif,Forest\n"
     with raises(UserError, "forest", "Forest", tmp_path / "labels.csv", key="classes"):
         read(text)
-    assert read(text, classes=["Forest", "forest"]).classes == ("Forest", "forest")
+    assert read(text, classes=["Forest", "forest"])[1] == ("Forest", "forest")
 
 
 def test_read_table_name_of_several_images_is_refused(read, tmp_path):
     paths = [str(tmp_path / "images" / name) for name in NAMES[1:]]
     with raises(UserError, key="file", value="b.tif", allowed=paths):
         read("file,label\nb.tif,a\n", NAMES)
-    assert read("file,label\nimages/b.tif,a\nimages/more/b.tif,b\n", NAMES).frame.path.tolist() == paths
+    assert read("file,label\nimages/b.tif,a\nimages/more/b.tif,b\n", NAMES)[0].path.tolist() == paths
 
 
 @pytest.mark.parametrize("row", ["c.tif,farm", "b.tif,"])
 def test_read_table_row_without_image_or_label_is_refused_or_skipped(read, row):
-    text, name = f"file,label\na.tif,forest\n{row}\n", row[:5]
+    text, name, notes = f"file,label\na.tif,forest\n{row}\n", row[:5], []
     with raises(UserError, value=name):
         read(text)
-    table = read(text, skip_bad=True)
-    assert len(table.frame) == 1
-    assert name in table.notes[0]
+    assert len(read(text, notes=notes, skip_bad=True)[0]) == 1
+    assert name in notes[0]
     with raises(UserError, value=name):
         read(f"file,label\n{row}\n", skip_bad=True)
 
 
 def test_prepare_images_that_differ_in_their_endings_are_refused(tiles, tmp_path):
-    text = b"file,label\ntile_0000_0000.tif,a\ntile_0000_0000.tiff,b\n"
-    folder, dataset = table_dataset(tiles, tmp_path, text, options={"images": "images/*"})
+    folder, dataset = table_dataset(tiles, tmp_path, options={"images": "images/*"})
+    (folder / "labels.csv").write_text("file,label\ntile_0000_0000.tif,a\ntile_0000_0000.tiff,b\n")
     first = folder / "images/tile_0000_0000.tif"
     shutil.copy(first, first.with_suffix(".tiff"))
     with raises(UserError, first, key="images", value="images/tile_0000_0000"):

@@ -7,18 +7,13 @@ import pytest
 from rasterio import Affine
 from rasterio.windows import Window
 
-from pipeline.data.sources.custom.labels import MaskLabels, pair_masks
+from pipeline.data.sources.custom import labels
+from pipeline.data.sources.custom.labels import pair_masks
 from pipeline.data.sources.custom.rasters import open_image
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests.errors import raises
-from tests.pipeline.data.sources.custom.custom_data import (
-    BLUE,
-    GRID,
-    counting_values,
-    rewrite_raster,
-    write_raster,
-)
+from tests.pipeline.data.sources.custom.custom_data import BLUE, GRID, counting_values, rewrite_raster, write_raster
 
 MASK = np.array([[[0, 1, 2, 3], [255, 255, 0, 1]]], "uint8").repeat(32, 1).repeat(16, 2)
 ELSEWHERE = Affine(10, 0, 0, 0, -10, 0)
@@ -34,24 +29,16 @@ def read_mask(tmp_path):
         write_raster(path, MASK, GRID)
         change(path)
         image = open_image([tmp_path / "image.tif"], [BLUE])
-        return MaskLabels({image.paths[0]: str(path)}, tuple("abcd"), ignore)(image, Window(0, 0, 64, 64))
+        return labels.read_mask({image.paths[0]: str(path)}, 4, ignore, image, Window(0, 0, 64, 64))
 
     return read
-
-
-def halves(mask):
-    return np.where(mask == 255, 255, 0.5).astype("float32")
-
-
-def nan_for_ignored(mask):
-    return np.where(mask == 255, np.nan, mask).astype("float32")
 
 
 @pytest.mark.parametrize(
     ("change", "fields"),
     [
-        (lambda path: rewrite_raster(path, halves), {"key": "classes", "value": 0.5, "allowed": range(4)}),
-        (lambda path: rewrite_raster(path, nan_for_ignored), {"key": "classes", "allowed": range(4)}),
+        (lambda path: rewrite_raster(path, lambda mask: mask + 0.5), {"key": "classes", "value": 0.5}),
+        (lambda path: rewrite_raster(path, lambda mask: mask + np.nan), {"key": "classes", "allowed": range(4)}),
         (lambda path: rewrite_raster(path, lambda mask: np.repeat(mask, 3, 0)), {"key": "bands", "value": 3}),
         (lambda path: rewrite_raster(path, lambda mask: mask[:, :32], height=32), {"key": "size", "value": (32, 64)}),
         (lambda path: rewrite_raster(path, transform=ELSEWHERE), {"key": "crs"}),
@@ -61,26 +48,22 @@ def nan_for_ignored(mask):
     ],
     ids=["fractions", "NaN", "three bands", "size", "location", "CRS", "location without CRS", "truncated"],
 )
-def test_mask_labels_invalid_mask_is_refused(read_mask, tmp_path, change, fields):
+def test_read_mask_invalid_mask_is_refused(read_mask, tmp_path, change, fields):
     with raises(UserError, **fields) as info:
         read_mask(change)
     assert info.value.path.name.startswith("mask")
 
 
 @pytest.mark.parametrize(("ignore", "dtype"), [(-1, "int16"), (65535, "uint16")])
-def test_mask_labels_ignored_value_outside_a_byte_is_ignored(read_mask, ignore, dtype):
-    def change(path):
-        rewrite_raster(path, lambda mask: np.where(mask == 255, ignore, mask.astype("int32")).astype(dtype))
-
-    np.testing.assert_array_equal(read_mask(change, ignore), MASK[0])
-    assert (read_mask() == IGNORE).any()
-
-
-def test_mask_labels_without_a_location_fit_an_image_with_one(read_mask):
+def test_read_mask_with_an_ignored_value_outside_a_byte_and_without_a_location(read_mask, ignore, dtype):
     """Masks often only count pixels from a corner."""
-    np.testing.assert_array_equal(
-        read_mask(lambda path: rewrite_raster(path, crs=None, transform=Affine(1, 0, 0, 0, -1, 64))), MASK[0]
-    )
+
+    def change(path):
+        mask = np.where(MASK == 255, ignore, MASK.astype("int32")).astype(dtype)
+        rewrite_raster(path, lambda _: mask, crs=None, transform=Affine(1, 0, 0, 0, -1, 64))
+
+    assert (MASK == IGNORE).any()
+    np.testing.assert_array_equal(read_mask(change, ignore), MASK[0])
 
 
 def paths(*names: str) -> list[Path]:
@@ -103,10 +86,7 @@ def test_pair_masks_by_folders_that_repeat_names():
     assert pair_masks(images, masks, False, []) == dict(zip(map(str, images), map(str, masks), strict=True))
     with raises(UserError, key="labels", value=2, allowed=[1]):
         pair_masks(images, [*masks, *paths("masks/c/a/t1.tif")], False, [])
-
-
-def test_pair_masks_in_a_folder_of_another_name_belong_to_other_images():
-    images = paths("images/a/t40.tif", "images/a/t41.tif")
+    images = paths("images/a/t40.tif", "images/a/t41.tif")  # a mask in a folder of another name is another image's
     with raises(UserError, key="labels", value=0, path=images[1]):
         pair_masks(images, paths("masks/a/t40_mask.tif", "masks/b/t41_mask.tif"), False, [])
 

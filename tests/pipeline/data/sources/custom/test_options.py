@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.sources import validate
-from pipeline.data.sources.custom.options import check_band_means, normalize_unicode, unique_class_names
+from pipeline.data.sources.custom.options import check_band_means, unique_class_names
 from pipeline.errors import UserError
 from tests.errors import raises
 from tests.pipeline.data.sources.custom.custom_data import BLUE_GREEN_RED, make_options, tile_dataset
@@ -62,9 +62,5 @@ def test_unique_class_names_alike_names_are_refused(a, b):
         unique_class_names([a, b, "other"], "The labels of labels.csv")
 
 
-def test_unique_class_names_are_sorted():
+def test_unique_class_names_of_long_numbers_are_all_kept():
     assert unique_class_names({"3301010101", "3301010100", "b"}, "") == ["3301010100", "3301010101", "b"]
-
-
-def test_normalize_unicode_composes_accents_and_strips_blanks():
-    assert normalize_unicode(" fore\u0302t ") == "for\u00eat"

@@ -13,17 +13,8 @@ from pipeline.data.sources.custom.rasters import open_image
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests.errors import raises
-from tests.pipeline.data.sources.custom.custom_data import (
-    BLUE,
-    BLUE_GREEN_RED,
-    GRID,
-    UTM,
-    counting_values,
-    make_options,
-    prepare,
-    scene_dataset,
-    write_raster,
-)
+from tests.pipeline.data.sources.custom import custom_data
+from tests.pipeline.data.sources.custom.custom_data import BLUE, BLUE_GREEN_RED, GRID, UTM, prepare, scene_dataset
 
 WEST, NORTH = GRID.c, GRID.f
 # Three columns of 20 px, and a smaller polygon in the first; the last four columns have no label.
@@ -42,7 +33,7 @@ EXPECTED[:, :20], EXPECTED[:, 20:40], EXPECTED[:, 40:60], EXPECTED[:10, :10] = 0
 @pytest.fixture
 def read(tmp_path):
     """Function from changed polygons, written to a file, to the mask, the classes and the notes."""
-    write_raster(tmp_path / "scene.tif", counting_values(64, 64), GRID)
+    custom_data.write_raster(tmp_path / "scene.tif", custom_data.counting_values(64, 64), GRID)
 
     def read(polygons=POLYGONS, name="land.geojson", **options):
         path, notes = tmp_path / name, []
@@ -50,8 +41,8 @@ def read(tmp_path):
             polygons.to_parquet(path) if name.endswith("parquet") else polygons.to_file(path)
         image = open_image([tmp_path / "scene.tif"], [BLUE])
         options = {"classes": [], "label_column": "fclass"} | options
-        labels = read_polygons(path, image, make_options(tmp_path, **options), notes)
-        return labels(image, Window(0, 0, 64, 64)), labels.classes, notes
+        read_mask, classes = read_polygons(path, image, custom_data.make_options(tmp_path, **options), notes)
+        return read_mask(image, Window(0, 0, 64, 64)), classes, notes
 
     return read
 
@@ -66,14 +57,8 @@ def swap_xy(frame):
         (POLYGONS.set_geometry(POLYGONS.translate(10000)), {"key": "labels"}),
         (swap_xy(POLYGONS.to_crs(4326)), {"key": "labels"}),
         (POLYGONS.set_geometry(POLYGONS.representative_point()), {"key": "labels"}),
-        (
-            POLYGONS.rename(columns={"fclass": "kind"}),
-            {"key": "label_column", "value": "fclass", "allowed": ["kind", "geometry"]},
-        ),
-        (
-            pd.concat([POLYGONS] * 64, ignore_index=True).assign(fclass=range(256)),
-            {"key": "label_column", "value": "fclass"},
-        ),
+        (POLYGONS.rename(columns={"fclass": "kind"}), {"key": "label_column", "allowed": ["kind", "geometry"]}),
+        (pd.concat([POLYGONS] * 64, ignore_index=True).assign(fclass=range(256)), {"key": "label_column"}),
     ],
     ids=["elsewhere", "x and y swapped", "points", "another column", "too many classes"],
 )

@@ -4,19 +4,10 @@ import pytest
 from rasterio import Affine
 
 from pipeline.data.image_store import SPLITS, UNLABELLED
-from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
 from tests.errors import raises
-from tests.pipeline.data.sources.custom.custom_data import (
-    UTM,
-    prepare,
-    read_scene,
-    tile_dataset,
-    with_options,
-    write_raster,
-    write_table,
-    write_tile_pairs,
-)
+from tests.pipeline.data.sources.custom import custom_data
+from tests.pipeline.data.sources.custom.custom_data import UTM, prepare, tile_dataset, write_tile_pairs
 
 
 def split_by_image(dataset) -> dict[str, str]:
@@ -41,8 +32,8 @@ def test_assign_splits_spatial_blocks_stay_whole(request, name):
 
 @pytest.mark.parametrize("angle", [30, 90])
 def test_assign_splits_blocks_of_rotated_images_have_their_size(tmp_path, angle):
-    rotated = Affine.translation(400000, 5800000) * Affine.rotation(angle) * Affine.scale(10, -10)
-    options = write_tile_pairs(tmp_path, [rotated * Affine.translation(64 * n, 0) for n in range(16)], UTM)
+    rotated = Affine.translation(400000, 5800000) @ Affine.rotation(angle) @ Affine.scale(10, -10)
+    options = write_tile_pairs(tmp_path, [rotated @ Affine.translation(64 * n, 0) for n in range(16)], UTM)
     splits = split_by_image(prepare(tile_dataset(tmp_path, block=128, options=options), tmp_path))
     for index in range(0, 16, 2):
         assert splits[f"t{index:02d}"] == splits[f"t{index + 1:02d}"]
@@ -51,41 +42,29 @@ def test_assign_splits_blocks_of_rotated_images_have_their_size(tmp_path, angle)
 # Overlap
 
 
-def write_scene_windows(raw_folder, folder, columns):
-    """Write two rows of windows of 128 px of the scene with masks, which begin at these columns."""
-    scene, transform, crs = read_scene(raw_folder("osm_landuse"))
-    mask = osm_landuse.read_mask(raw_folder("osm_landuse"), transform, scene.shape[1:])
-    for row in (256, 384):
-        for column in columns:
-            window, area = (
-                transform @ Affine.translation(column, row),
-                (slice(row, row + 128), slice(column, column + 128)),
-            )
-            for kind, values in (("images", scene[1:4]), ("masks", mask[None])):
-                write_raster(folder / kind / f"t{row:03d}_{column:04d}.tif", values[:, *area], window, crs)
-    return folder
-
-
 def test_assign_splits_overlapping_images_share_a_split(raw_folder, tmp_path):
     starts = list(range(0, 1400, 320))
-    columns = [start + offset for start in starts for offset in (0, 100)]
-    folder = write_scene_windows(raw_folder, tmp_path / "pairs", columns)
+    corners = [(row, start + offset) for row in (256, 384) for start in starts for offset in (0, 100)]
+    custom_data.write_windows(raw_folder, tmp_path, corners, "images", "masks")
     for seed in range(2):
-        dataset = prepare(tile_dataset(folder, chip=128, block=128, seed=seed), tmp_path)
+        dataset = prepare(tile_dataset(tmp_path, chip=128, block=128, seed=seed), tmp_path)
         splits = split_by_image(dataset)
-        pairs = [(f"t{row}_{start:04d}", f"t{row}_{start + 100:04d}") for row in (256, 384) for start in starts]
-        pairs = [pair for pair in pairs if set(pair) <= set(splits)]
+        names = [
+            (f"tile_{row:04d}_{column:04d}", f"tile_{row:04d}_{column + 100:04d}") for row, column in corners[::2]
+        ]
+        pairs = [pair for pair in names if set(pair) <= set(splits)]
         assert len(pairs) > 6
         assert all(splits[a] == splits[b] for a, b in pairs)
         assert not any("overlap" in note for note in dataset.notes if "polygons" not in note)
 
 
 def test_assign_splits_connected_images_are_refused_or_noted(raw_folder, tmp_path):
-    folder = write_scene_windows(raw_folder, tmp_path / "dense", range(0, 1400, 96))
+    corners = [(row, column) for row in (256, 384) for column in range(0, 1400, 96)]
+    custom_data.write_windows(raw_folder, tmp_path, corners, "images", "masks")
     with raises(UserError, key="split", allowed=("column", "random")) as info:
-        prepare(tile_dataset(folder, chip=128, block=128), tmp_path)
+        prepare(tile_dataset(tmp_path, chip=128, block=128), tmp_path)
     assert info.value.value in (1, 2)
-    dataset = prepare(tile_dataset(folder, chip=128, block=0, options={"split": "random"}), tmp_path)
+    dataset = prepare(tile_dataset(tmp_path, chip=128, block=0, options={"split": "random"}), tmp_path)
     assert any("overlap with one of another split, such as t" in note for note in dataset.notes)
 
 
@@ -126,10 +105,9 @@ def test_assign_splits_images_without_a_location_do_not_overlap(tmp_path, transf
 
 def test_assign_splits_unlabelled_in_a_table_is_not_a_split(tiles, tmp_path):
     """Rows of a table have labels: `blocks` ignores the column, and `column` refuses the name."""
-    _, options = write_table(tiles, tmp_path, split=UNLABELLED)
-    config = tile_dataset(tiles, task="classification", chip=0, block=128, options=options)
+    _, config = custom_data.table_dataset(tiles, tmp_path, {"split": UNLABELLED})
     dataset = prepare(config, tmp_path)
     assert UNLABELLED not in dataset.split
     assert dataset.read_sample("images/tile_0000_0128").label == 1
     with raises(UserError, key="split", value=UNLABELLED, allowed=SPLITS):
-        prepare(with_options(config, split="column"), tmp_path)
+        prepare(custom_data.with_options(config, split="column"), tmp_path)

@@ -1,7 +1,6 @@
 """Images without labels in custom data: from files to a store, and what is refused."""
 
 import dataclasses
-import shutil
 
 import numpy as np
 import pytest
@@ -20,18 +19,19 @@ from tests.pipeline.data.sources.custom.custom_data import (
     table_dataset,
     tile_dataset,
     with_options,
-    with_unlabelled,
-    write_table,
     write_windows,
 )
 
 
 @pytest.fixture
-def folder(raw_folder, tiles, tmp_path):
+def folder(raw_folder, folder):
     """The labelled tiles, and six unlabelled images in the folder `unlabelled`."""
-    shutil.copytree(tiles, tmp_path / "tiles")
-    write_windows(raw_folder, tmp_path / "tiles", UNLABELLED_CORNERS)
-    return tmp_path / "tiles"
+    write_windows(raw_folder, folder, UNLABELLED_CORNERS)
+    return folder
+
+
+def with_unlabelled(dataset):
+    return with_options(dataset, unlabelled="unlabelled/*.tif")
 
 
 def test_unlabelled_samples_are_named_by_file_and_read_where_they_lie(folder, tmp_path):
@@ -48,10 +48,10 @@ def test_unlabelled_samples_are_named_by_file_and_read_where_they_lie(folder, tm
 
 
 def test_unlabelled_samples_that_overlap_training_chips_are_not_noted(raw_folder, tiles, tmp_path):
-    folder, options = write_table(tiles, tmp_path, split=["train"] * 40 + ["val"] * 4 + ["test"] * 4)
+    columns = {"split": ["train"] * 40 + ["val"] * 4 + ["test"] * 4}
+    folder, config = table_dataset(tiles, tmp_path, columns, block=0, splits=None, options={"split": "column"})
     write_windows(raw_folder, folder, [(0, 0), (0, 128), (640, 0), (640, 512), (640, 896)])
-    keys = {"task": "classification", "chip": 0, "block": 0, "splits": None, "options": options | {"split": "column"}}
-    notes = prepare(with_unlabelled(tile_dataset(tiles, **keys)), tmp_path).notes
+    notes = prepare(with_unlabelled(config), tmp_path).notes
     assert [note[:7] for note in notes if "unlabelled" in note] == ["3 of 5 "]
 
 
@@ -69,11 +69,13 @@ def test_unlabelled_samples_damaged_or_with_nodata_are_skipped(raw_folder, folde
     assert "unlabelled/tile_0000_1024.tif_r00000c00000" not in dataset.sample
 
 
-def test_fetch_digest_includes_unlabelled_files(folder, params):
+def test_fetch_digest_depends_on_every_file_and_includes_unlabelled_ones(folder, params):
     config = tile_dataset(folder)
-    without, with_files = (custom.fetch(dataset, params) for dataset in (config, with_unlabelled(config)))
-    assert with_files["files"] == without["files"] + len(UNLABELLED_CORNERS)
-    assert without["content_sha256"] != with_files["content_sha256"]
+    before, with_files = (custom.fetch(dataset, params) for dataset in (config, with_unlabelled(config)))
+    assert (before["files"], with_files["files"]) == (96, 96 + len(UNLABELLED_CORNERS))
+    rewrite_raster(folder / "masks/tile_0000_0000_mask.tif", lambda values: values * 0)
+    digests = [files["content_sha256"] for files in (before, with_files, custom.fetch(config, params))]
+    assert len(set(digests)) == 3
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_unlabelled_samples_image_that_differs_is_refused(raw_folder, folder, tm
     corners, path = UNLABELLED_CORNERS[:1], folder / "invalid/tile_0000_1024.tif"
     changes = {"no CRS": {"crs": None}, "too small": {"height": 60, "width": 60}}.get(kind, {})
     bands = slice(1, 2) if kind == "one band" else slice(1, 4)
-    write_windows(raw_folder, folder, corners, "invalid", bands, **changes)
+    write_windows(raw_folder, folder, corners, "invalid", bands=bands, **changes)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:100])
     fields = fields if kind == "too small" else fields | {"path": path}
@@ -112,9 +114,9 @@ def test_unlabelled_samples_image_that_differs_is_refused(raw_folder, folder, tm
 
 
 def test_unlabelled_samples_need_a_time_if_all_labelled_images_have_one(raw_folder, tiles, tmp_path):
-    folder, options = write_table(tiles, tmp_path, time="2017-02-16")
+    folder, config = table_dataset(tiles, tmp_path, {"time": "2017-02-16"})
     write_windows(raw_folder, folder, UNLABELLED_CORNERS)
-    config = with_unlabelled(tile_dataset(tiles, task="classification", chip=0, block=128, options=options))
+    config = with_unlabelled(config)
     with raises(UserError, key="unlabelled", value="time"):
         prepare(config, tmp_path)
     dataset = prepare(with_options(config, time="2018-01-01"), tmp_path)
@@ -124,9 +126,9 @@ def test_unlabelled_samples_need_a_time_if_all_labelled_images_have_one(raw_fold
 
 def test_unlabelled_samples_of_another_size_need_a_chip(raw_folder, tiles, tmp_path):
     folder, config = table_dataset(tiles, tmp_path)
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS)
+    write_windows(raw_folder, folder, UNLABELLED_CORNERS[1:])
+    write_windows(raw_folder, folder, UNLABELLED_CORNERS[:1], height=100, width=100)
     config, path = with_unlabelled(config), folder / "unlabelled/tile_0000_1024.tif"
-    rewrite_raster(path, lambda values: values[:, :100, :100], height=100, width=100)
     with raises(UserError, key="chip", value=(100, 100), allowed=[(128, 128)], path=path):
         prepare(config, tmp_path)
     assert prepare(dataclasses.replace(config, chip=64), tmp_path).split.count(UNLABELLED) == 6
