@@ -195,7 +195,7 @@ def test_reader_floats_in_a_set_of_integers_must_be_integers_in_range(copy_set, 
             images.read_sample("id_0003")
 
 
-# Lists of samples, labels and statistics
+# Lists of samples and labels
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -213,47 +213,38 @@ def test_read_partition_repeated_sample_is_refused_or_dropped(copy_set, open_set
     assert any(f"id_0000 in {split}" in note for note in images.notes)
 
 
-SPLITS = ("train", "valid", "test")
+NO_SAMPLES = {"train": [], "valid": [], "test": []}
+SPLITS = tuple(NO_SAMPLES)
+PARTITION, MAP, STATS = "default_partition.json", "label_map.json", "label_stats.json"
 
 
 @pytest.mark.parametrize(
-    ("content", "fields"),
+    ("name", "content", "fields"),
     [
-        ({"train": ["../id_0000"], "valid": [], "test": []}, {"key": "train", "value": "../id_0000"}),
-        ({"train": [], "valid": ["id_0000", 1], "test": []}, {"key": "valid", "value": 1}),
-        ({"train": {"id_0000": 1}, "valid": [], "test": []}, {"key": "train", "value": {"id_0000": 1}}),
-        ({split: [] for split in (*SPLITS, "more")}, {"value": [*SPLITS, "more"], "allowed": SPLITS}),
-        (["id_0000"], {"value": [], "allowed": SPLITS}),
-        ('{"train": [], "train": ["id_0000"]}', {}),
-        ("[" * 200_000, {}),
-        ("{", {}),
+        (PARTITION, NO_SAMPLES | {"train": ["../id_0000"]}, {"key": "train", "value": "../id_0000"}),
+        (PARTITION, NO_SAMPLES | {"valid": ["id_0000", 1]}, {"key": "valid", "value": 1}),
+        (PARTITION, NO_SAMPLES | {"train": {"id_0000": 1}}, {"key": "train", "value": {"id_0000": 1}}),
+        (PARTITION, NO_SAMPLES | {"more": []}, {"value": [*SPLITS, "more"], "allowed": SPLITS}),
+        (PARTITION, ["id_0000"], {"value": [], "allowed": SPLITS}),
+        (PARTITION, '{"train": [], "train": ["id_0000"]}', {}),
+        (PARTITION, "[" * 200_000, {}),
+        (STATS, {"id_0000": [0.9] * 43}, {"key": "id_0000", "value": 0.9}),
+        (STATS, {"id_0000": "1" * 43}, {}),
+        (STATS, {"id_0000": [float("inf")]}, {"key": "id_0000", "allowed": (0, 1)}),
+        (MAP, {"00": []}, {"value": "00", "allowed": ("0", "1")}),
+        (MAP, {"9" * 99: []}, {"value": "9" * 99, "allowed": ("0", "1")}),
+        (MAP, {"0": [[1]]}, {"key": "0", "value": [1]}),
+        (MAP, "{", {}),
     ],
-    ids=["path as name", "number as name", "no list", "unknown split", "list", "repeated key", "deep", "{"],
 )
-def test_read_partition_with_another_structure_is_refused(tmp_path, content, fields):
-    path = tmp_path / "default_partition.json"
+def test_json_file_with_another_structure_is_refused(tmp_path, name, content, fields):
+    path = tmp_path / name
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with raises(UserError, path, path=path, **fields):
-        partitions.read_partition(tmp_path, "default", skip_bad=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "entries", "fields"),
-    [
-        ("m-bigearthnet", "label_stats.json", {"id_0000": [0.9] * 43}, {"key": "id_0000", "value": 0.9}),
-        ("m-bigearthnet", "label_stats.json", {"id_0000": "1" * 43}, {}),
-        ("m-bigearthnet", "label_stats.json", {"id_0000": [float("inf")]}, {"key": "id_0000", "allowed": (0, 1)}),
-        ("m-pv4ger", "label_map.json", {"00": []}, {"value": "00", "allowed": ("0", "1")}),
-        ("m-pv4ger", "label_map.json", {"9" * 99: []}, {"value": "9" * 99, "allowed": ("0", "1")}),
-        ("m-pv4ger", "label_map.json", {"0": [[1]]}, {"key": "0", "value": [1]}),
-    ],
-    ids=["fraction", "text", "infinity", "class twice", "large class", "list as name"],
-)
-def test_read_labels_invalid_json_is_refused(tmp_path, name, file, entries, fields):
-    path = tmp_path / file
-    path.write_text(json.dumps(entries))
-    with raises(UserError, path, path=path, **fields):
-        partitions.read_labels(tmp_path, geobench.SETS[name])
+        if name == PARTITION:
+            partitions.read_partition(tmp_path, "default", skip_bad=False)
+        else:
+            partitions.read_labels(tmp_path, geobench.SETS["m-bigearthnet" if name == STATS else "m-pv4ger"])
 
 
 # Options

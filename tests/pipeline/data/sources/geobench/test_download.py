@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from pipeline.data.sources import geobench
 from pipeline.data.sources.geobench import download
 from pipeline.errors import UserError
+from stages import fetch
 from tests.errors import raises
 from tests.pipeline.data.sources.geobench.conftest import dataset_config
 
@@ -88,6 +89,9 @@ def test_fetch_local_folder_needs_no_hub_and_is_not_copied(geobench_root, monkey
         params = dataclasses.replace(params, geobench_dir=str(root))
         record = geobench.fetch(dataset_config("m-eurosat"), params)
         assert record["folder"] == str(geobench_root / "classification_v1.0/m-eurosat")
+    with raises(UserError, "default", "0.01x_train", key="partition", value="0.1x") as info:
+        geobench.fetch(dataset_config("m-eurosat", partition="0.1x"), params)
+    assert {"0.01x_train", "default"} <= set(info.value.allowed)
     params = dataclasses.replace(params, geobench_dir=str(tmp_path))
     expected = tmp_path / "classification_v1.0/m-eurosat"
     with raises(UserError, "m-eurosat", expected, key="geobench_dir", value=str(tmp_path), path=expected):
@@ -142,11 +146,12 @@ def test_unpack_invalid_archive_leaves_no_files(tmp_path, members, damage):
     assert list((tmp_path / "sets").iterdir()) == []
 
 
-def test_fetch_unknown_partition_is_refused(geobench_root, params):
-    params = dataclasses.replace(params, geobench_dir=str(geobench_root))
-    with raises(UserError, "default", "0.01x_train", key="partition", value="0.1x") as info:
-        geobench.fetch(dataset_config("m-so2sat", partition="0.1x"), params)
-    assert {"0.01x_train", "default"} <= set(info.value.allowed)
+def test_fetch_digest_of_the_code_depends_on_the_catalog(tmp_path):
+    package = shutil.copytree(Path(geobench.__file__).parent, tmp_path / "geobench")
+    digest = fetch._code_digest(package / "__init__.py")
+    with open(package / "catalog.yaml", "a") as file:
+        file.write("# changed\n")
+    assert fetch._code_digest(package / "__init__.py") != digest
 
 
 def test_estimate_size_counts_local_samples_and_skips_unreadable_ones(geobench_root, params, tmp_path):

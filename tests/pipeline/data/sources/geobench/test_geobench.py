@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from h5py import h5d
 
-from pipeline.data.sources import geobench
-from pipeline.data.sources.geobench import download, reader
+from pipeline.data.sources.geobench import reader
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests.errors import raises
@@ -24,20 +23,12 @@ def count_splits(images) -> list[int]:
     return [images.split.count(split) for split in ("train", "val", "test")]
 
 
-@pytest.mark.parametrize("name", geobench.SETS)
-def test_prepare_every_set_has_the_pixels_and_labels_of_its_files(geobench_root, open_set, name):
-    spec, images = geobench.SETS[name], open_set(name)
-    assert count_splits(images) == [6, 4, 4]
-    sample = images.read_sample(images.sample[-1])
-    assert sample.image.shape == images.shape
-    with h5py.File(download.local_folder(spec, geobench_root) / f"{images.sample[-1]}.hdf5") as file:
-        values_of = {key: file[key][...].squeeze() for key in sorted(file) if key != "Neon"}
-    mask = next((values_of.pop(key) for key in list(values_of) if key.startswith("label")), sample.label)
-    np.testing.assert_array_equal(sample.label, mask)
-    for band, values in zip(sample.image, values_of.values(), strict=True):
-        values = np.rint(values * 255) if spec.divided_by_255 else values.astype(np.float32)
-        repeats = spec.image_size // len(values)
-        np.testing.assert_array_equal(band, values.repeat(repeats, 0).repeat(repeats, 1))
+def test_reader_canopy_height_is_repeated_to_the_size_of_the_photograph(geobench_root, open_set):
+    images = open_set("m-NeonTree")
+    image = images.read_sample(images.sample[-1]).image
+    with h5py.File(geobench_root / "segmentation_v1.0/m-NeonTree" / f"{images.sample[-1]}.hdf5") as file:
+        np.testing.assert_array_equal(image[0], file["Blue"])
+        np.testing.assert_array_equal(image[1], np.kron(file["Canopy Height Model"][..., 0], np.ones((10, 10))))
 
 
 @pytest.fixture
@@ -146,23 +137,6 @@ def test_partition_with_fewer_labels_has_fewer_training_samples(open_set):
     images = open_set("m-so2sat", partition="0.50x_train")
     assert count_splits(images) == [3, 4, 4]
     assert images.check_band_means is None, "a few samples are not the full set"
-
-
-@pytest.mark.parametrize(
-    "storage",
-    [{"chunks": (8, 8), "compression": "gzip"}, {"dtype": ">f4"}, {"dtype": "f8"}],
-    ids=["compressed", "big-endian", "double"],
-)
-def test_reader_pixels_do_not_depend_on_the_storage_in_the_file(copy_set, open_set, storage):
-    folder = copy_set("m-so2sat")
-    images = open_set("m-so2sat")
-    expected = images.read_sample("id_0003").image
-    with h5py.File(folder / "id_0003.hdf5", "r+") as file:
-        for key in ("02 - Blue", "12 - SWIR"):
-            values = file[key][()]
-            del file[key]
-            file.create_dataset(key, data=values, **storage)
-    np.testing.assert_array_equal(images.read_sample("id_0003").image, expected)
 
 
 def test_reader_file_truncated_while_it_is_read_is_refused(copy_set, open_set, monkeypatch):
