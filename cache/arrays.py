@@ -65,11 +65,7 @@ def _mapped_bytes() -> int:
 
 
 class OpenPath:
-    """An open file or folder, closed when the object is deleted.
-
-    Args:
-        path: relative to `folder`, if that is given.
-    """
+    """An open file or folder, by its path in `folder` if given; closed when the object is deleted."""
 
     def __init__(self, path: str, folder: "OpenPath | None" = None):
         self.path, self.descriptor = path, -1
@@ -84,11 +80,6 @@ class MmapFile(OpenPath):
     """An open, memory-mapped file of a folder.
 
     As with any memory map, a file that is truncated meanwhile kills the process; stores never change in place.
-
-    Attributes:
-        map: the memory map, None for an empty file.
-        content: the file's bytes, uint8 (byte,).
-        index: offset and length of the rows of a shard, uint64 (row, 2); None if they are in order without gaps.
     """
 
     def __init__(self, path: str, folder: OpenPath):
@@ -96,18 +87,16 @@ class MmapFile(OpenPath):
         is_empty = os.fstat(self.descriptor).st_size == 0
         self.map = None if is_empty else mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
         self.content = np.frombuffer(self.map or b"", np.uint8)
+        # Offset and length of the rows of a shard, uint64 (row, 2); None if they are in order without gaps.
         self.index: np.ndarray | None = None
 
 
 class StoreFolder(OpenPath):
-    """The folder of a store, opened once: a store that replaces it meanwhile is noticed.
-
-    Attributes:
-        files: open shard files, by path of the array and number of the file; emptied when there are too many.
-    """
+    """The folder of a store, opened once: a store that replaces it meanwhile is noticed."""
 
     def __init__(self, path: str):
         super().__init__(path)
+        # Open shard files, by path of the array and number of the file; emptied when there are too many.
         self.files: dict[str, dict[int, MmapFile]] = defaultdict(dict)
         # Mapped bytes that remain after a release, such as those of other stores.
         self._baseline_bytes = _mapped_bytes()
@@ -140,13 +129,7 @@ class RowLocation(NamedTuple):
 class LocalArray:
     """Rows of an array in a local folder, of a layout that `has_row_layout` accepts.
 
-    Args:
-        array: the Zarr array.
-        folder: the store's folder.
-        n_leading: number of leading axes that count rows: 1, or 2 in a store with views.
-
-    Attributes:
-        shape, dtype: of one row.
+    `n_leading` axes of the Zarr array count rows: 1, or 2 in a store with views. `shape` and `dtype` are of one row.
     """
 
     def __init__(self, array: zarr.Array, folder: StoreFolder, n_leading: int):
@@ -160,11 +143,7 @@ class LocalArray:
         self._row_bytes = prod(self.shape) * self.dtype.itemsize
 
     def locate(self, rows: Sequence[int]) -> list[RowLocation]:
-        """Return the location of each row, opening files as needed.
-
-        Raises:
-            StoreError: a file is missing or damaged, or a row was never written.
-        """
+        """Locate rows; StoreError if a file is missing or damaged, or a row was never written."""
         self._folder.release_excess()
         locations = []
         for number, row in [divmod(row, self._rows_per_file) for row in rows]:
@@ -193,11 +172,7 @@ class LocalArray:
                 os.posix_fadvise(file.descriptor, start, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, locations: Sequence[RowLocation], out: np.ndarray) -> None:
-        """Copy rows to `out` (row, …), each row of which is contiguous.
-
-        Raises:
-            StoreError: a chunk cannot be decompressed.
-        """
+        """Copy rows to `out` (row, …), whose rows are contiguous; StoreError if a chunk is damaged."""
         target = out.reshape(len(locations), -1, copy=False).view(np.uint8)
         rows = [file.content[start : start + length] for file, start, length in locations]
         if not self._is_compressed:
@@ -210,11 +185,7 @@ class LocalArray:
                 raise self._damaged(location.file.path, "a chunk cannot be decompressed") from None
 
     def check(self) -> None:
-        """Check that every row exists, at the offset that the contract and the index of its file state.
-
-        Raises:
-            StoreError: names the first file with an error.
-        """
+        """Check that every row exists, at the offset that the contract and the index of its file state."""
         self.locate(range(self._n_rows))
         plain_offsets = np.arange(self._rows_per_file, dtype="<u8") * self._row_bytes
         for number in range(-(-self._n_rows // self._rows_per_file) if self._is_sharded else 0):
@@ -281,7 +252,6 @@ class RemoteArray:
         self.shape, self.dtype = array.shape[n_leading:], array.dtype
 
     def locate(self, rows: Sequence[int]) -> Sequence[int]:
-        """Return the rows themselves."""
         return rows
 
     def is_cached(self, row: int) -> bool:
@@ -289,7 +259,6 @@ class RemoteArray:
         return True
 
     def read(self, rows: Sequence[int], out: np.ndarray) -> None:
-        """Read rows to `out` (row, …)."""
         samples, views = np.divmod(np.asarray(rows), self._n_views)
         for view in np.unique(views):
             is_view = views == view
@@ -298,32 +267,22 @@ class RemoteArray:
 
 
 class DequantizedArray:
-    """Rows of an int8 array times their scale, as floats.
-
-    Args:
-        quantized: int8 rows (channel, y, x).
-        scale: float32 rows (channel,).
-        dtype: of the rows that are read.
-    """
+    """Rows of an int8 array (channel, y, x) times their float32 scale (channel,), as `dtype`."""
 
     def __init__(self, quantized: LocalArray | RemoteArray, scale: LocalArray | RemoteArray, dtype: str):
         self._quantized, self._scale = quantized, scale
         self.shape, self.dtype = quantized.shape, np.dtype(dtype)
 
     def locate(self, rows: Sequence[int]) -> list[tuple]:
-        """Return the locations of the int8 values and of the scale of each row."""
         return list(zip(self._quantized.locate(rows), self._scale.locate(rows), strict=True))
 
     def is_cached(self, location: tuple) -> bool:
-        """Return whether the int8 values of a row are in the page cache."""
         return self._quantized.is_cached(location[0])
 
     def prefetch(self, locations: Sequence[tuple]) -> None:
-        """Ask the system to load rows into the page cache."""
         self._quantized.prefetch([quantized for quantized, _ in locations])
 
     def read(self, locations: Sequence[tuple], out: np.ndarray) -> None:
-        """Read rows to `out` (row, channel, y, x)."""
         quantized = np.empty((1, *self._quantized.shape), np.int8)
         scale = np.empty((1, *self._scale.shape), np.float32)
         for (quantized_location, scale_location), target in zip(locations, out, strict=True):
@@ -332,7 +291,6 @@ class DequantizedArray:
             dequantize(quantized[0], scale[0], target)
 
     def check(self) -> None:
-        """Check both arrays, as `LocalArray.check` does."""
         self._quantized.check()
         self._scale.check()
 
@@ -363,12 +321,7 @@ class ReadRequest(NamedTuple):
 
 
 def gather(requests: Sequence[ReadRequest], pool: ThreadPoolExecutor) -> None:
-    """Read rows of several arrays in parallel.
-
-    Args:
-        requests: all for the same number of rows.
-        pool: of `READ_THREADS` threads.
-    """
+    """Read equally many rows of several arrays in parallel, by a pool of `READ_THREADS` threads."""
     # One thread locates all rows: two would wait for the lock longer than locating takes.
     located = [(request, request.array.locate(request.rows)) for request in requests]
     # Looking up all rows in the page cache would take as long as reading them.

@@ -29,30 +29,10 @@ def sync_folder(path: Path) -> None:
     sync_file(path)
 
 
-def sync_tree(path: Path, durable: Container[str] = ()) -> None:
-    """Flush every file below `path` that is not `durable` already, and then every folder from the deepest.
-
-    Args:
-        durable: paths relative to `path` of files that `write_file` wrote.
-    """
-    folders = list(os.walk(path, topdown=False))
-    files = (os.path.join(folder, name) for folder, _, names in folders for name in names)
-    with ThreadPoolExecutor(_CONCURRENT_FLUSHES) as pool:
-        list(pool.map(sync_file, (file for file in files if os.path.relpath(file, path) not in durable)))
-    for folder, _, _ in folders:
-        sync_folder(Path(folder))
-
-
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file so that it is complete and on the disk as soon as it has its name.
 
-    The caller flushes the folder (`sync_folder`).
-
-    Args:
-        parts: the file's bytes, in order.
-
-    Raises:
-        OSError: the file cannot be written; `filename` is set, also when the disk is full.
+    The caller flushes the folder (`sync_folder`). An OSError has its `filename` set, also when the disk is full.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -84,9 +64,14 @@ def publish(scratch: Path, final: Path, durable: Container[str] = ()) -> None:
     Both must lie on one file system. A kill leaves the old folder, no folder, or the new one, never a part of one.
 
     Args:
-        durable: files that need no flush, as for `sync_tree`.
+        durable: paths relative to `scratch` of files that `write_file` wrote, which need no flush.
     """
-    sync_tree(scratch, durable)
+    folders = list(os.walk(scratch, topdown=False))  # the deepest first
+    files = (os.path.join(folder, name) for folder, _, names in folders for name in names)
+    with ThreadPoolExecutor(_CONCURRENT_FLUSHES) as pool:
+        list(pool.map(sync_file, (file for file in files if os.path.relpath(file, scratch) not in durable)))
+    for folder, _, _ in folders:
+        sync_folder(Path(folder))
     final.parent.mkdir(parents=True, exist_ok=True)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -125,11 +110,7 @@ def _drain_zarr_writes() -> None:
 def lock_file(path: Path, wait: bool = True) -> FileLock | None:
     """Lock a file between processes; `release` or the death of the process unlocks it.
 
-    Args:
-        wait: wait while another process holds the lock.
-
-    Returns:
-        None if another process holds the lock, or if the folder of `path` does not exist (any more).
+    Returns None if the folder of `path` does not exist (any more) or, without `wait`, if the file is locked.
     """
     if not path.parent.is_dir():  # FileLock would create it
         return None

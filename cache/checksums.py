@@ -23,13 +23,9 @@ NAME = "SHA256SUMS"
 def fingerprint(*parts: object) -> str:
     """SHA-256 of values that a result depends on, as hexadecimal text, the same in every process.
 
-    Args:
-        parts: JSON values, dataclass instances (as dictionaries of their fields), paths (as POSIX text), tuples (as
-            lists), sets (as sorted lists), bytes (as their SHA-256) and NumPy scalars and arrays, nested as deep as
-            needed. The order of the parts matters, that of keys does not.
-
-    Raises:
-        TypeError: a value of another type, whose text could differ from run to run.
+    The parts are JSON values, dataclass instances (as dictionaries of their fields), paths (as POSIX text), tuples
+    (as lists), sets (as sorted lists), bytes (as their SHA-256) and NumPy scalars and arrays, nested as deep as
+    needed. Their order matters, that of keys does not. Raises TypeError for other types, whose text differs by run.
     """
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=_as_json)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -57,20 +53,13 @@ def write(store: Path, digests: Mapping[str, str]) -> None:
     write_file(store / NAME, [_format(all_digests).encode()])
 
 
-def content_digest(attributes: Mapping, shards: Mapping[str, str]) -> str:
-    """Return the SHA-256 of a store's root attributes, and of its shard files' SHA-256 by path."""
-    return fingerprint(attributes, shards)
-
-
 def check(store: Path) -> dict[str, str]:
     """Compare every file of a store with the list; return the SHA-256 of every file by path in the store.
 
-    Raises:
-        StoreError: the first file by name that is damaged, missing or not listed; `value` is its path in the store.
+    Raises StoreError for the first file by name that is damaged, missing or not listed; `value` is its path.
     """
     text = _read(store)
-    listed = _parse(text)
-    existing = files(store)
+    listed, existing = _parse(text), files(store)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         actual = dict(zip(existing, pool.map(lambda file: digest(store / file), existing), strict=True))
     for file in sorted({*existing, *listed}):

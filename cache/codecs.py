@@ -11,7 +11,6 @@ Shard files: the Zarr v3 sharding format. zarr-python writes the same bytes, whi
 Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
-from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from types import ModuleType
@@ -40,16 +39,9 @@ _CHECKSUM_BYTES = 4
 _INDEX_ENTRY_BYTES = 16
 
 
-# Codecs
-
-
 @dataclass(frozen=True)
 class Codec:
-    """Storage format of a level.
-
-    Attributes:
-        name: `none`, `lz4`, `zstd` or `int8`.
-    """
+    """Storage format of a level: `none`, `lz4`, `zstd` or `int8`."""
 
     name: str
 
@@ -62,13 +54,15 @@ class Codec:
         """Return the dtype on disk of features that are read as `dtype`."""
         return "int8" if self.has_scale else dtype
 
-    def compressor(self) -> "BloscCodec | None":
-        """Return the compressor for the metadata of a Zarr array."""
+    def compressor(self, dtype: str) -> "BloscCodec | None":
+        """Return the compressor of values of `dtype`, for the metadata of a Zarr array."""
+        if self.name not in _COMPRESSORS:
+            return None
         # zarr takes 0.25 s to import, and reading params.yaml needs only the names of codecs.
         from zarr.codecs import BloscCodec
 
-        is_compressed = self.name in _COMPRESSORS
-        return BloscCodec(cname=self.name, clevel=COMPRESSION_LEVEL, shuffle="shuffle") if is_compressed else None
+        typesize = np.dtype(dtype).itemsize
+        return BloscCodec(cname=self.name, clevel=COMPRESSION_LEVEL, shuffle="shuffle", typesize=typesize)
 
     def compress(self, chunk: np.ndarray) -> bytes | memoryview:
         """Return the bytes of one chunk, which is in C order."""
@@ -94,8 +88,7 @@ def parse_codec(name: str) -> Codec:
 def quantize(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return int8 values and their float32 scale (…, channel) of floats (…, channel, y, x).
 
-    Raises:
-        ValueError: NaN or infinite values.
+    Raises ValueError for NaN or infinite values.
     """
     if not np.isfinite(values).all():
         raise ValueError("NaN or infinite values, which int8 cannot hold")
@@ -140,9 +133,7 @@ class CastStats(NamedTuple):
 def measure_cast(values: Any, result: Any, dtype: str, xp: ModuleType) -> CastStats:
     """Compare values with what is read of them after the cast to `dtype`, without waiting for a GPU.
 
-    Args:
-        values, result: floats of one dtype (sample, value).
-        xp: the module `numpy` or `torch`, whichever the arrays are of.
+    Both are floats of one dtype (sample, value); `xp` is the module of the arrays, `numpy` or `torch`.
     """
     error, sampled = result - values, xp.abs(values[:, ::_SUBNORMAL_STEP])
     squared_error, sum_of_squares = xp.square(error).sum(1), xp.square(values).sum(1)
@@ -157,29 +148,15 @@ def measure_cast(values: Any, result: Any, dtype: str, xp: ModuleType) -> CastSt
         squared_error, sum_of_squares = (
             xp.square(xp.where(is_finite & fits, part, 0)).sum(1) for part in (error, values)
         )
-    return CastStats(
-        n_nonfinite,
-        n_too_large,
-        max_too_large,
-        n_subnormal=(sampled < float(np.finfo(dtype).tiny)).sum(1) - n_zero,
-        n_nonzero=sampled.shape[1] - n_zero,
-        squared_error=squared_error,
-        sum_of_squares=sum_of_squares,
-    )
+    n_subnormal = (sampled < float(np.finfo(dtype).tiny)).sum(1) - n_zero
+    n_nonzero = sampled.shape[1] - n_zero
+    return CastStats(n_nonfinite, n_too_large, max_too_large, n_subnormal, n_nonzero, squared_error, sum_of_squares)
 
 
 def check_cast(stats: CastStats, name: str, dtype: str) -> dict[str, float]:
-    """Check that an array survives the cast to `dtype`.
+    """Check a cast to `dtype`; return `squared_error` and `sum_of_squares` of the array.
 
-    Args:
-        stats: of its samples.
-        name: the array's name, for messages.
-
-    Returns:
-        `squared_error` and `sum_of_squares` over the array.
-
-    Raises:
-        StoreError: values are too large for the dtype, or most values are so small that they lose digits.
+    Raises StoreError if values are too large for the dtype, or most are so small that they lose digits.
     """
     remedy = "Store this backbone with extract.dtype: float32."
     if n_too_large := int(stats.n_too_large.sum()):
@@ -200,24 +177,17 @@ def check_cast(stats: CastStats, name: str, dtype: str) -> dict[str, float]:
 
 @dataclass
 class CastArray:
-    """One array of one shard, ready to be stored.
+    """One array of one shard, ready to be stored."""
 
-    Attributes:
-        stored: the array to write, in C order.
-        scale: of int8, else None.
-        stats: of the cast and the codec; None if they change nothing.
-    """
-
-    stored: np.ndarray
-    scale: np.ndarray | None = None
-    stats: CastStats | None = None
+    stored: np.ndarray  # in C order
+    scale: np.ndarray | None = None  # of int8 only
+    stats: CastStats | None = None  # of the cast and the codec; None if they change nothing
 
 
 def cast_array(values: np.ndarray, name: str, dtype: str, codec: Codec, pool: Executor) -> CastArray:
     """Cast values (sample, …) to `dtype` and quantize them with the codec, in parallel blocks of samples.
 
-    Raises:
-        StoreError: int8 is given NaN or infinite values, which pass through every other codec.
+    Raises StoreError if int8 is given NaN or infinite values, which pass through every other codec.
     """
     if values.dtype == dtype and not codec.has_scale:
         return CastArray(np.ascontiguousarray(values))
@@ -256,19 +226,14 @@ def _cast_block(values: np.ndarray, rows: slice, dtype: str, codec: Codec, cast:
 # Shard files
 
 
-def encode(chunks: Iterable[bytes | memoryview], n_chunks: int) -> list[bytes | memoryview]:
-    """Return the parts of a shard file: the chunks in order, their index, and its CRC-32C.
-
-    Args:
-        n_chunks: entries of the index, at least the number of chunks; the remaining ones are empty.
-    """
-    parts = list(chunks)
-    index = np.full((n_chunks, 2), EMPTY, dtype="<u8")
-    lengths = np.array([len(part) for part in parts], dtype="<u8")
-    index[: len(parts), 1] = lengths
-    index[: len(parts), 0] = np.concatenate([[0], np.cumsum(lengths[:-1])])
+def encode(chunks: list[bytes | memoryview], n_entries: int) -> list[bytes | memoryview]:
+    """Return the parts of a shard file: the chunks in order, an index of so many entries, and its CRC-32C."""
+    index = np.full((n_entries, 2), EMPTY, dtype="<u8")
+    lengths = np.array([len(chunk) for chunk in chunks], dtype="<u8")
+    index[: len(chunks), 1] = lengths
+    index[: len(chunks), 0] = np.concatenate([[0], np.cumsum(lengths[:-1])])
     index_bytes = index.tobytes()
-    return [*parts, index_bytes, google_crc32c.value(index_bytes).to_bytes(_CHECKSUM_BYTES, "little")]
+    return [*chunks, index_bytes, google_crc32c.value(index_bytes).to_bytes(_CHECKSUM_BYTES, "little")]
 
 
 def index_size(n_chunks: int) -> int:
@@ -277,11 +242,7 @@ def index_size(n_chunks: int) -> int:
 
 
 def decode_index(tail: bytes, n_chunks: int) -> np.ndarray:
-    """Return offset and length of every chunk, uint64 (chunk, 2), from the end of a shard file.
-
-    Raises:
-        ValueError: the index is incomplete or damaged.
-    """
+    """Decode offset and length, uint64 (chunk, 2), of chunks; ValueError if incomplete or damaged."""
     if len(tail) != index_size(n_chunks):
         raise ValueError("it is shorter than its index")
     index, checksum = tail[:-_CHECKSUM_BYTES], int.from_bytes(tail[-_CHECKSUM_BYTES:], "little")

@@ -1,5 +1,6 @@
 """Minibatches from one or more feature stores, prefetched into reused memory."""
 
+import math
 import os
 import queue
 import threading
@@ -40,10 +41,8 @@ class FeatureDataset:
         shapes, dtypes: of one sample, by field.
         rows: indices of the samples to read, int64 (sample,).
         in_memory: whether the rows are in memory.
-        total_bytes: of all rows in memory.
 
-    Raises:
-        StoreError: stores are not aligned, or arrays cannot be concatenated.
+    Raises StoreError if stores are not aligned, or arrays cannot be concatenated.
     """
 
     def __init__(
@@ -71,11 +70,10 @@ class FeatureDataset:
         self._position_of_sample = np.full(n_samples, -1)
         self._position_of_sample[self.rows] = np.arange(len(self.rows))
         self._view, self._empty = view, empty
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_process: int | None = None
-        row_bytes = sum(int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
-        self.total_bytes, self.in_memory = len(self.rows) * row_bytes, False
-        if self.total_bytes <= budget:
+        self._pools: dict[int, ThreadPoolExecutor] = {}
+        self.in_memory = False
+        row_bytes = sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+        if len(self.rows) * row_bytes <= budget:
             self._memory = self._read_all()
             self.in_memory = True
 
@@ -99,8 +97,7 @@ class FeatureDataset:
     def get(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """Return samples of the stores, (sample, channel, …) by field, in the order of `index`.
 
-        Raises:
-            StoreError: a sample is not in `rows`, or a file is missing or damaged.
+        Raises StoreError if a sample is not in `rows`, or a file is missing or damaged.
         """
         batch = self._allocate(len(index), np.empty)
         self._fill(batch, np.asarray(index))
@@ -160,9 +157,10 @@ class FeatureDataset:
                 target = out[name][: len(index), start : start + array.shape[0]]
                 requests.append(ReadRequest(array, store.row_index(index, self._view).tolist(), target))
                 start += array.shape[0]
-        if self._pool_process != os.getpid():  # a forked DataLoader worker creates its own pool
-            self._pool, self._pool_process = ThreadPoolExecutor(READ_THREADS), os.getpid()
-        gather(requests, self._pool)
+        process = os.getpid()  # a forked DataLoader worker creates its own pool
+        if process not in self._pools:
+            self._pools[process] = ThreadPoolExecutor(READ_THREADS)
+        gather(requests, self._pools[process])
 
     def _read_all(self) -> dict[str, np.ndarray]:
         memory = self._allocate(len(self.rows), np.empty)
@@ -176,9 +174,8 @@ class FeatureDataset:
         positions = self._position_of_sample[self.stores[0].validate_index(index)]
         if len(positions) and positions.min() < 0:
             sample = int(index[np.argmin(positions)])
-            raise StoreError(
-                f"Sample {sample} is not one of the rows of this FeatureDataset.", key="index", value=sample
-            )
+            message = f"Sample {sample} is not one of the rows of this FeatureDataset."
+            raise StoreError(message, key="index", value=sample)
         return positions
 
 

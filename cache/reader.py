@@ -16,18 +16,7 @@ from fsspec.implementations.cached import SimpleCacheFileSystem
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore
 
-from cache import checksums
-from cache.arrays import (
-    READ_THREADS,
-    AnyArray,
-    DequantizedArray,
-    LocalArray,
-    ReadRequest,
-    RemoteArray,
-    StoreFolder,
-    gather,
-    has_row_layout,
-)
+from cache import arrays, checksums
 from cache.errors import StoreError
 from cache.schema import CONTRACT, level_array, pooled_array, scale_array
 
@@ -52,8 +41,7 @@ class FeatureStore:
         attributes: of the root group, with the provenance.
         root: the Zarr group.
 
-    Raises:
-        StoreError: there is no store, its writer did not finish, it has another contract, or it has no features.
+    Raises StoreError if there is no store, or it is unfinished, of another contract, or without features.
     """
 
     def __init__(self, location: str | Path | Store, options: Mapping | None = None, verify: bool = False):
@@ -64,12 +52,11 @@ class FeatureStore:
             raise self._error(f"There is no feature store at {location}: no writer has published one there.")
         try:
             if is_local:
-                self._folder = StoreFolder(str(location))
+                self._folder = arrays.StoreFolder(str(location))
             self.root: zarr.Group = zarr.open_group(_with_cache(location, options), mode="r")
         except Exception as error:  # each file system fails in its own way
-            raise self._error(
-                f"{location} cannot be opened as a Zarr store: {type(error).__name__}: {error}"
-            ) from None
+            reason = f"{type(error).__name__}: {error}"
+            raise self._error(f"{location} cannot be opened as a Zarr store: {reason}") from None
         self.attributes = dict(self.root.attrs)
         self._check_attributes()
         if verify:
@@ -92,20 +79,10 @@ class FeatureStore:
         return [pooled_array(name) for name in self.pooled]
 
     def rows(self, split: str | None = None, fraction: float = 1.0, seed: int = 0) -> np.ndarray:
-        """Return the indices of a split's samples, or of a random fraction of them.
+        """Return the indices, ascending, of a split's samples (None: of all), or of a random fraction.
 
         Which samples are drawn depends only on their names and the seed. A smaller fraction is a subset of a larger
-        one.
-
-        Args:
-            split: None for all samples.
-            fraction: above 0 and at most 1.
-
-        Returns:
-            int64 (sample,), ascending.
-
-        Raises:
-            StoreError: the store has no such split, or the fraction is out of range.
+        one. Raises StoreError if the store has no such split, or the fraction is not above 0 and at most 1.
         """
         if split is not None:
             self._check_name("split", split, sorted(set(self.split.tolist())))
@@ -131,34 +108,25 @@ class FeatureStore:
         Returns:
             (sample, …) in the order of `index`, in the dtype that was written; int8 is dequantized.
 
-        Raises:
-            StoreError: no such array, sample or view, or a file is missing or damaged.
+        Raises StoreError if there is no such array, sample or view, or a file is missing or damaged.
         """
         array, rows = self.array(name), self.row_index(index, view)
         out = np.empty((len(rows), *array.shape), array.dtype)
-        with ThreadPoolExecutor(READ_THREADS) as pool:
+        with ThreadPoolExecutor(arrays.READ_THREADS) as pool:
             for start in range(0, len(rows), _ROWS_PER_READ):
                 part = slice(start, start + _ROWS_PER_READ)
-                gather([ReadRequest(array, rows[part].tolist(), out[part])], pool)
+                arrays.gather([arrays.ReadRequest(array, rows[part].tolist(), out[part])], pool)
         return out
 
-    def array(self, name: str) -> AnyArray:
-        """Return the rows of one array.
-
-        Raises:
-            StoreError: the store has no such array.
-        """
+    def array(self, name: str) -> arrays.AnyArray:
+        """Return the rows of an array, such as `level0/features`; StoreError if there is none."""
         if name not in self._arrays:
             self._check_name("name", name, self.level_arrays + self.pooled_arrays)
             self._arrays[name] = self._open(name)
         return self._arrays[name]
 
     def row_index(self, index: np.ndarray, view: str | None = None) -> np.ndarray:
-        """Return the rows of a view of samples, int64 (sample,).
-
-        Raises:
-            StoreError: no such sample or view.
-        """
+        """Return rows, int64 (sample,), of a view of samples; StoreError if one does not exist."""
         index = self.validate_index(index)
         if view is None:
             return index * max(1, len(self.view))
@@ -166,11 +134,7 @@ class FeatureStore:
         return index * len(self.view) + self.view.index(view)
 
     def validate_index(self, index: np.ndarray) -> np.ndarray:
-        """Return indices of samples as int64 (sample,).
-
-        Raises:
-            StoreError: not a list of integers, or an index is out of range.
-        """
+        """Return indices of samples as int64 (sample,); StoreError unless integers in range."""
         index = np.asarray(index)
         if index.ndim != 1 or (index.size and not np.issubdtype(index.dtype, np.integer)):
             raise self._error(
@@ -188,11 +152,7 @@ class FeatureStore:
         return index
 
     def statistics(self, level: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean and standard deviation, float64 (channel,), of a level over the training split.
-
-        Raises:
-            StoreError: the store has no such level.
-        """
+        """Return mean and standard deviation, float64 (channel,), of a level over the training split."""
         self._check_name("level", level, self.levels)
         mean, std = (np.asarray(self.root[level][name][:]) for name in ("mean", "std"))
         return mean, std
@@ -225,20 +185,20 @@ class FeatureStore:
         levels = [name for name in self.root.group_keys() if re.fullmatch(r"level\d+", name)]
         self.levels = sorted(levels, key=lambda name: int(name.removeprefix("level")))
         self.pooled = list(self.root["pooled"].attrs["vectors"])
-        self._arrays: dict[str, AnyArray] = {}
+        self._arrays: dict[str, arrays.AnyArray] = {}
 
-    def _open(self, name: str) -> AnyArray:
+    def _open(self, name: str) -> arrays.AnyArray:
         n_leading = 2 if self.view else 1
 
-        def rows(path: str) -> LocalArray | RemoteArray:
+        def rows(path: str) -> arrays.LocalArray | arrays.RemoteArray:
             stored = self.root[path]
-            if self._folder and has_row_layout(stored):
-                return LocalArray(stored, self._folder, n_leading)
-            return RemoteArray(stored, n_leading)
+            if self._folder and arrays.has_row_layout(stored):
+                return arrays.LocalArray(stored, self._folder, n_leading)
+            return arrays.RemoteArray(stored, n_leading)
 
         if self.root[name].dtype != np.int8:
             return rows(name)
-        return DequantizedArray(rows(name), rows(scale_array(name)), self.attributes["dtype"])
+        return arrays.DequantizedArray(rows(name), rows(scale_array(name)), self.attributes["dtype"])
 
     def _check_name(self, key: str, name: str, names: Sequence[str]) -> None:
         if name not in names:
@@ -277,8 +237,7 @@ def _with_cache(location: str | Path | Store, options: Mapping | None) -> Any:
 def check_aligned(stores: Sequence[FeatureStore]) -> None:
     """Check that stores have the same samples in the same order, with the same splits and views.
 
-    Raises:
-        StoreError: names the first two stores that differ; `key` is `sample`, `split` or `view`.
+    Raises StoreError for the first two stores that differ; `key` is `sample`, `split` or `view`.
     """
     first = stores[0]
     for store in stores[1:]:
@@ -286,14 +245,13 @@ def check_aligned(stores: Sequence[FeatureStore]) -> None:
             a, b = np.asarray(getattr(first, key)), np.asarray(getattr(store, key))
             if np.array_equal(a, b):
                 continue
-            value: int | str = len(b)
-            expected: int | str = len(a)
+            values: list = [len(a), len(b)]
             difference = f"differ in their number of {key}s"
             if len(a) == len(b):
                 row = int(np.argmax(a != b))
-                difference, value, expected = f"differ in '{key}' at row {row}", str(b[row]), str(a[row])
+                difference, values = f"differ in '{key}' at row {row}", [str(a[row]), str(b[row])]
             raise StoreError(
-                f"{first.location} and {store.location} {difference}: {expected} and {value}. Extract both again "
-                "from one images store.",
-                key=key, value=value, allowed=[expected],
+                f"{first.location} and {store.location} {difference}: {values[0]} and {values[1]}. Extract "
+                "both again from one images store.",
+                key=key, value=values[1], allowed=[values[0]],
             )  # fmt: skip

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -14,10 +15,7 @@ _BLOCK_VALUES = 2**17
 class RunningStats:
     """Statistics of any part of an array, per channel.
 
-    Attributes:
-        count: number of values per channel.
-        mean: float64 (channel,).
-        squared_deviations: sum of squared differences to the mean, float64 (channel,).
+    `count` is of values per channel; `mean` and the sums of squared differences to it are float64 (channel,).
     """
 
     count: int
@@ -38,16 +36,11 @@ class RunningStats:
 
     @staticmethod
     def merge(parts: Iterable["RunningStats"]) -> "RunningStats | None":
-        """Merge the statistics of several parts, in their order; None if there are no parts.
-
-        The same parts in the same order give the same bits.
+        """Merge the statistics of several parts, None if there are none; the same order gives the same bits.
 
         Source: Chan, Golub, LeVeque 1983, doi:10.1080/00031305.1983.10483115.
         """
-        total = None
-        for part in parts:
-            total = part if total is None else _merge_two(total, part)
-        return total
+        return reduce(_merge_two, parts) if (parts := list(parts)) else None
 
     def std(self) -> np.ndarray:
         """Return the standard deviation (population, not sample), float64 (channel,)."""

@@ -1,6 +1,7 @@
 """The contract of cache/README.md in code: names and shapes of arrays, and an empty store."""
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,13 +47,7 @@ def scale_array(path: str) -> str:
 
 @dataclass(frozen=True)
 class LevelSchema:
-    """One level of a feature pyramid.
-
-    Attributes:
-        channels, height, width: shape of one sample's features.
-        stride: input pixels per feature cell.
-        layer: name of the backbone's layer that returns the features.
-    """
+    """A level of a feature pyramid: shape of a sample, input pixels per cell, layer of the backbone."""
 
     channels: int
     height: int
@@ -75,8 +70,7 @@ class StoreSchema:
         codec: storage format of the levels; pooled vectors are small and stored uncompressed.
         views: names of the augmented copies of each sample; empty for a store without that dimension.
 
-    Raises:
-        StoreError: a field is invalid; `key` names it.
+    Raises StoreError if a field is invalid; `key` names it.
     """
 
     sample: tuple[str, ...]
@@ -90,12 +84,12 @@ class StoreSchema:
 
     def __post_init__(self):
         for key in ("sample", "split", "views"):
-            names = getattr(self, key)
-            if "" in names:
+            counts = Counter(getattr(self, key))
+            if "" in counts:
                 raise StoreError(f"{key} has an empty entry; give each one a name.", key=key, value="")
-            if key != "split" and len(set(names)) < len(names):
-                name = next(name for number, name in enumerate(names) if name in names[:number])
-                raise StoreError(f"{key} has '{name}' more than once; names must differ.", key=key, value=name)
+            for name, count in counts.most_common(1):
+                if count > 1 and key != "split":
+                    raise StoreError(f"{key} has '{name}' more than once; names must differ.", key=key, value=name)
         if not self.sample or len(self.split) != len(self.sample):
             raise StoreError(
                 f"There are {len(self.sample)} samples and {len(self.split)} splits. Give at least one sample, and a "
@@ -114,6 +108,11 @@ class StoreSchema:
     @property
     def n_shards(self) -> int:
         return -(-len(self.sample) // self.shard_size)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Attributes of the store's root group."""
+        return {"contract": CONTRACT, "dtype": self.dtype, "codec": self.codec.name}
 
     def rows(self, shard: int) -> slice:
         return slice(shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.sample)))
@@ -134,7 +133,7 @@ def create_store(path: Path, schema: StoreSchema) -> None:
     import zarr
 
     root = zarr.open_group(path, mode="w", zarr_format=3)
-    root.attrs.update({"contract": CONTRACT, "dtype": schema.dtype, "codec": schema.codec.name})
+    root.attrs.update(schema.attributes)
     for name in ("sample", "split"):
         put_array(root, name, np.array(getattr(schema, name), dtype=object), ("sample",))
     view = ("view",) if schema.views else ()
@@ -143,17 +142,15 @@ def create_store(path: Path, schema: StoreSchema) -> None:
     n_samples, shard_size = len(schema.sample), min(schema.shard_size, len(schema.sample))
     shapes = schema.shapes()
     for index, level in enumerate(schema.levels):
-        group = root.create_group(
-            f"level{index}",
-            attributes={"stride": level.stride, "channels": level.channels, "layer": level.layer},
-        )
+        attributes = {"stride": level.stride, "channels": level.channels, "layer": level.layer}
+        group = root.create_group(f"level{index}", attributes=attributes)
         shape = shapes[level_array(index)]
         # A chunk is one map, so that a minibatch reads only what it needs; a file is one shard.
         _create_empty(
             group, "features", (n_samples, *shape), schema.codec.stored_dtype(schema.dtype),
             ("sample", *view, "channel", "y", "x"),
             chunks=(*[1] * (1 + len(view)), level.channels, level.height, level.width),
-            shards=(shard_size, *shape), compressors=schema.codec.compressor(),
+            shards=(shard_size, *shape), compressors=schema.codec.compressor(schema.dtype),
         )  # fmt: skip
         if schema.codec.has_scale:
             _create_empty(
@@ -172,15 +169,9 @@ def create_store(path: Path, schema: StoreSchema) -> None:
 
 
 def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attributes=None) -> None:
-    """Write a whole array with named dimensions, uncompressed; an object array becomes text.
+    """Write a whole array with named dimensions, uncompressed, by default as one chunk.
 
-    The file is written even if all values are zero, so that a missing file is always an error.
-
-    Args:
-        values: the array.
-        dims: a name for each dimension.
-        chunks: chunk shape; None for a single chunk.
-        attributes: of the array.
+    An object array becomes text. The file is written even if all is zero, so that a missing file is always an error.
     """
     values = np.asarray(values)
     array = group.create_array(
@@ -198,7 +189,6 @@ def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attr
 
 def consolidate_metadata(group: "zarr.Group") -> None:
     """Copy all metadata to the zarr.json of the root, so that xarray opens the store with one read."""
-    # zarr takes 0.25 s to import, and worker processes that read raw files import this module without needing it.
     import zarr
     from zarr.errors import ZarrUserWarning
 

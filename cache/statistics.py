@@ -1,12 +1,13 @@
 """Principal components of the features of a store of any size."""
 
-from collections.abc import Iterator
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cache.errors import StoreError
 from cache.reader import FeatureStore
+from cache.running_stats import block_slices
 from cache.schema import level_array
 
 if TYPE_CHECKING:
@@ -20,23 +21,19 @@ _CELLS_PER_COMPONENT = 8
 def principal_components(
     features: FeatureStore, level: str, n_components: int = 3, split: str = "train"
 ) -> "IncrementalPCA":
-    """Fit a PCA to the feature vectors of a level, for RGB images of features or for fewer channels.
-
-    In a store with views, the first view is used.
+    """Fit a PCA to a level's feature vectors (of the first view), for RGB images of features or for fewer channels.
 
     Args:
         level: name of the level, such as `level0`.
-        n_components: 3 for an RGB image.
+        n_components: 3 for an RGB image; at most the number of channels and of cells.
         split: of the samples to fit to.
 
     Returns:
         scikit-learn's transformer from (cell, channel) to (cell, component); `project` applies it to maps.
-
-    Raises:
-        StoreError: `n_components` is larger than the number of channels or of cells.
     """
-    shape = features.array(level_array(level)).shape
-    n_cells = len(features.rows(split)) * int(np.prod(shape[1:]))
+    name, index = level_array(level), features.rows(split)
+    shape = features.array(name).shape
+    n_cells = len(index) * math.prod(shape[1:])
     if not 0 < n_components <= min(n_cells, shape[0]):
         raise StoreError(
             f"n_components is {n_components}; {shape[0]} channels in {n_cells} cells of split '{split}' allow 1 to "
@@ -48,8 +45,8 @@ def principal_components(
 
     pca = IncrementalPCA(n_components)
     pending: list[np.ndarray] = []
-    for index in _blocks(features, level, split):
-        pending.append(_cells(features.read(level_array(level), index)))
+    for rows in block_slices(len(index), math.prod(shape), _VALUES_PER_READ):
+        pending.append(_cells(features.read(name, index[rows])))
         # The last block can be too small for a fit by itself, so one block is always kept back.
         if sum(map(len, pending)) >= _CELLS_PER_COMPONENT * n_components and len(pending) > 1:
             pca.partial_fit(np.concatenate(pending[:-1]))
@@ -67,10 +64,3 @@ def project(pca: "IncrementalPCA", maps: np.ndarray) -> np.ndarray:
 
 def _cells(maps: np.ndarray) -> np.ndarray:
     return maps.astype(np.float64).transpose(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-
-def _blocks(features: FeatureStore, level: str, split: str) -> Iterator[np.ndarray]:
-    index = features.rows(split)
-    step = max(1, _VALUES_PER_READ // int(np.prod(features.array(level_array(level)).shape)))
-    for start in range(0, len(index), step):
-        yield index[start : start + step]

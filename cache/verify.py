@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec
 
 from cache import checksums
 from cache.codecs import Codec, parse_codec
@@ -25,13 +24,9 @@ _NOT_CONTENT = ("complete", "coordinates", "measurements")
 
 
 def verify(path: Path) -> str:
-    """Check a whole store.
+    """Check a whole store, and return a summary of it.
 
-    Returns:
-        A summary of the store.
-
-    Raises:
-        StoreError: names the first damaged file, or a part of the contract that the store lacks.
+    Raises StoreError with the first damaged file, or with a part of the contract that the store lacks.
     """
     if not path.is_dir():
         raise StoreError(f"There is no store at {path}. Copy a remote store to a folder first.", path=path)
@@ -68,21 +63,16 @@ def _check(features: FeatureStore, key: str, actual: object, expected: object) -
 def _check_level(features: FeatureStore, level: str, codec: Codec) -> None:
     dtype, name = features.attributes["dtype"], level_array(level)
     _check_array(features, name, ("channel", "y", "x"), codec.stored_dtype(dtype))
-    compressor = codec.compressor()
-    expected = () if compressor is None else (_with_typesize(compressor, dtype),)
-    _check(features, name, features.root[name].compressors, expected)
+    compressors = (compressor,) if (compressor := codec.compressor(dtype)) else ()
+    _check(features, name, features.root[name].compressors, compressors)
     if codec.has_scale:
         _check_array(features, scale_array(name), ("channel",), "float32")
     channels, height, width = features.array(name).shape
-    for array_name, length, dim in (
-        ("mean", channels, "channel"),
-        ("std", channels, "channel"),
-        ("y", height, "y"),
-        ("x", width, "x"),
-    ):
-        array = features.root[f"{level}/{array_name}"]
+    sizes = {"mean": ("channel", channels), "std": ("channel", channels), "y": ("y", height), "x": ("x", width)}
+    for key, (dim, length) in sizes.items():
+        array = features.root[f"{level}/{key}"]
         actual = array.shape, str(array.dtype), array.metadata.dimension_names
-        _check(features, f"{level}/{array_name}", actual, ((length,), "float64", (dim,)))
+        _check(features, f"{level}/{key}", actual, ((length,), "float64", (dim,)))
     _check(features, f"{level}.channels", features.root[level].attrs["channels"], channels)
     features.array(name).check()
 
@@ -101,22 +91,12 @@ def _check_content(features: FeatureStore, digests: dict[str, str]) -> None:
     attributes = {key: value for key, value in features.attributes.items() if key not in _NOT_CONTENT}
     expected = attributes.pop("content_sha256")
     shards = {file: digest for file, digest in digests.items() if _SHARD_FILE.match(file)}
-    _check(features, "content_sha256", expected, checksums.content_digest(attributes, shards))
-
-
-def _with_typesize(compressor: BloscCodec, dtype: str) -> BloscCodec:
-    """The compressor as zarr stores it, with the bytes of a value."""
-    return BloscCodec(
-        typesize=np.dtype(dtype).itemsize,
-        cname=compressor.cname,
-        clevel=compressor.clevel,
-        shuffle=compressor.shuffle,
-    )
+    _check(features, "content_sha256", expected, checksums.fingerprint(attributes, shards))
 
 
 def _summarize(features: FeatureStore, digests: dict[str, str]) -> str:
-    sizes = [(Path(features.location) / file).stat().st_size for file in digests]
-    gigabytes = sum(sizes) / 1e9
+    folder = Path(features.location)
+    gigabytes = sum([(folder / file).stat().st_size for file in digests]) / 1e9
     attributes = features.attributes
     counts = dict(zip(*np.unique(features.split, return_counts=True), strict=True))
     lines = [

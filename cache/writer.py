@@ -59,11 +59,7 @@ class Writer:
             nothing is written.
         provenance: attributes of the store, JSON values, the same for all writers.
 
-    Attributes:
-        scratch, schema, final: as given.
-
-    Raises:
-        StoreError: the scratch folder contains a store with another schema or provenance.
+    Raises StoreError if the scratch folder contains a store with another schema or provenance.
     """
 
     def __init__(self, scratch: Path, schema: StoreSchema, final: Path, provenance: Mapping):
@@ -136,21 +132,16 @@ class Writer:
     __del__ = release
 
     def write(
-        self,
-        shard: int,
-        values: Mapping[str, np.ndarray],
-        cast_stats: Mapping[str, CastStats] | None = None,
+        self, shard: int, values: Mapping[str, np.ndarray], cast_stats: Mapping[str, CastStats] | None = None
     ) -> None:
         """Write one whole shard of every array, flush it to the disk, and record it.
 
         Args:
             shard: number of the shard.
-            values: float arrays (sample of the shard, …) by array path; `StoreSchema.shapes` has the shape of one
-                sample.
+            values: float arrays (sample of the shard, …) by array path; `StoreSchema.shapes` is of a sample.
             cast_stats: of arrays that the caller already cast to the store's dtype, by array path.
 
-        Raises:
-            StoreError: no such shard, an array is missing or has another shape, or the dtype cannot hold its values.
+        Raises StoreError if there is no such shard, arrays or shapes differ, or the dtype cannot hold the values.
         """
         lock = self._claimed.pop(shard, None)
         try:
@@ -198,17 +189,13 @@ class Writer:
     def finish(self, measurements: Mapping | None = None) -> str:
         """Add training statistics, provenance and checksums, mark the store complete, and publish it.
 
-        Every writer of the store may call it; the first one does the work.
+        Every writer of the store may call it; the first one does the work. Raises StoreError if shards are missing.
 
         Args:
-            measurements: JSON values that were measured on the way and are no part of the content digest; stored as
-                the attribute `measurements`.
+            measurements: JSON values for the attribute `measurements`, which is no part of the content digest.
 
         Returns:
             SHA-256 of the content: of every shard and of the attributes.
-
-        Raises:
-            StoreError: shards are missing.
         """
         if lock := lock_file(self.scratch / "lock"):
             try:
@@ -255,13 +242,8 @@ class Writer:
         for index in range(len(self.schema.levels)):
             name = level_array(index)
             self._describe_level(root[f"level{index}"], stats[name], errors[name])
-        attributes = {
-            **self._provenance,
-            "contract": CONTRACT,
-            "dtype": self.schema.dtype,
-            "codec": self.schema.codec.name,
-        }
-        content = checksums.content_digest(attributes, digests)
+        attributes = self._provenance | self.schema.attributes
+        content = checksums.fingerprint(attributes, digests)
         extra = {"measurements": dict(measurements)} if measurements else {}
         attributes |= {**extra, "content_sha256": content, "coordinates": "split", "complete": True}
         root.attrs.update(attributes)
@@ -330,21 +312,16 @@ class Writer:
             if key in group:
                 del group[key]
             put_array(group, key, values, ("channel",))
-        squared_error, sum_of_squares = (
-            sum(shard.get(key, 0.0) for shard in errors) for key in ("squared_error", "sum_of_squares")
-        )
-        group.attrs["relative_error"] = math.sqrt(squared_error / sum_of_squares) if sum_of_squares else 0.0
+        squares = sum(shard.get("sum_of_squares", 0.0) for shard in errors)
+        squared_error = sum(shard.get("squared_error", 0.0) for shard in errors)
+        group.attrs["relative_error"] = math.sqrt(squared_error / squares) if squares else 0.0
 
     def _record(self, shard: int) -> Path:
         return self._records / f"{shard}.json"
 
 
 def write_skipped(final: Path, scratch: Path, reason: str) -> None:
-    """Write an empty store that states why it is empty, such as a band that the backbone requires.
-
-    Args:
-        scratch: a folder on the file system of `final`.
-    """
+    """Write an empty store that states why it is empty, such as a band that the backbone requires."""
     with atomic_dir(scratch, final):
         root = zarr.open_group(scratch, mode="w", zarr_format=3)
         root.attrs.update({"contract": CONTRACT, "skipped": reason, "complete": True})
