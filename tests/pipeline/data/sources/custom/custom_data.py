@@ -5,11 +5,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import geopandas
 import numpy as np
 import pandas as pd
 import rasterio
-import shapely
 from rasterio import Affine
 
 from pipeline.bands import Band
@@ -18,10 +16,7 @@ from pipeline.data.image_store import LazyImageDataset
 from pipeline.data.sources import custom, osm_landuse, validate
 from pipeline.data.sources.custom.options import CustomOptions
 
-BANDS = [
-    {"name": band.name, "common_name": band.common_name, "wavelength": band.wavelength, "gsd": band.gsd}
-    for band in osm_landuse.BANDS
-]
+BANDS = [dataclasses.asdict(band) for band in osm_landuse.BANDS]
 BLUE_GREEN_RED = BANDS[1:4]
 BLUE = Band(**BLUE_GREEN_RED[0])
 FRACTIONS = SplitFractions(0.6, 0.2, 0.2)
@@ -68,19 +63,6 @@ def table_dataset(tiles: Path, folder: Path, columns=None, **changes) -> tuple[P
     options |= changes.pop("options", {})
     keys = {"task": "classification", "chip": 0, "block": 128} | changes
     return folder, tile_dataset(tiles, **keys, options=options)
-
-
-def scene_options(folder: Path, bands: Sequence[str], **options) -> dict:
-    """Write two polygons that cover the scene *_B02.tif; return options of a scene with one file per band."""
-    with rasterio.open(next(folder.glob("*B02.tif"))) as file:
-        (west, south, east, north), crs = file.bounds, file.crs
-    middle = (west + east) / 2
-    halves = [shapely.box(west, south, middle, north), shapely.box(middle, south, east, north)]
-    geopandas.GeoDataFrame({"fclass": ["a", "b"]}, geometry=halves, crs=crs).to_file(folder / "land.geojson")
-    return {
-        "folder": str(folder), "images": "*.tif", "labels": "land.geojson", "units": "dn", "time": "",
-        "bands": [{"name": name, "common_name": name.lower()} for name in bands], **options,
-    }  # fmt: skip
 
 
 def make_options(folder: Path, **options) -> CustomOptions:

@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import geopandas
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from rasterio import Affine
 
 from pipeline.data.sources.custom.rasters import open_image
@@ -13,37 +15,28 @@ from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests.errors import raises
 from tests.pipeline.data.sources.custom import custom_data
-from tests.pipeline.data.sources.custom.custom_data import GRID, NODATA, UTM, counting_values, prepare, write_raster
+from tests.pipeline.data.sources.custom.custom_data import GRID, NODATA, UTM, counting_values, write_raster
 
 
 @pytest.fixture
 def prepare_scene(raw_folder, tmp_path):
-    """Function from the bands of files in `tmp_path`, one per band, to the scene with two polygons."""
+    """Function from the bands of files in `tmp_path`, one per band, to their scene with two polygons."""
 
     def prepare_files(bands, chip=128):
-        options = custom_data.scene_options(tmp_path, bands)
+        with rasterio.open(next(tmp_path.glob("*B02.tif"))) as file:
+            west, south, east, north = file.bounds
+        middle = (west + east) / 2
+        halves = [shapely.box(west, south, middle, north), shapely.box(middle, south, east, north)]
+        polygons = geopandas.GeoDataFrame({"fclass": ["a", "b"]}, geometry=halves, crs=UTM)
+        polygons.to_file(tmp_path / "land.geojson")
+        options = {
+            "folder": str(tmp_path), "images": "*.tif", "labels": "land.geojson", "time": "",
+            "bands": [{"name": name, "common_name": name.lower()} for name in bands],
+        }  # fmt: skip
         dataset = custom_data.scene_dataset(raw_folder, chip=chip, block=chip, options=options)
-        return prepare(dataset, tmp_path)
+        return custom_data.prepare(dataset, tmp_path)
 
     return prepare_files
-
-
-@pytest.fixture
-def changed_scene(raw_folder, tmp_path):
-    """Function that writes a band of the scene as a changed GeoTIFF; returns its path and a dataset."""
-
-    def make(band: str, change):
-        folder = shutil.copytree(raw_folder("osm_landuse"), tmp_path / "scene")
-        (path,) = folder.glob(f"*_{band}.jp2")
-        with rasterio.open(path) as file:
-            values, profile = change(file.read(), file.profile | {"driver": "GTiff"})
-        path.unlink()
-        with rasterio.open(path.with_suffix(".tif"), "w", **profile) as file:
-            file.write(values)
-        options = {"folder": str(folder), "images": "*_B??.[jt]*"}
-        return path.with_suffix(".tif"), custom_data.scene_dataset(raw_folder, options=options)
-
-    return make
 
 
 # Names of bands and files
@@ -90,31 +83,6 @@ def test_open_image_bands_in_another_order_or_with_an_offset_are_refused(tiles, 
         open_image([path], bands)
 
 
-def test_open_scene_files_damaged_file_is_named(raw_folder, tmp_path):
-    folder = shutil.copytree(raw_folder("osm_landuse"), tmp_path / "scene")
-    (path,) = folder.glob("*_B11.jp2")
-    for content in (path.read_bytes()[:3000], b""):
-        path.write_bytes(content)
-        with raises(UserError, path=path):
-            prepare(custom_data.scene_dataset(raw_folder, options={"folder": str(folder)}), tmp_path)
-
-
-def test_read_sample_nodata_of_one_band_has_no_label(prepared_scene, changed_scene, tmp_path):
-    before = prepared_scene
-    name = before.sample[0]
-    row = int(name[1:6])
-
-    def set_rows_to_nodata(values, profile):
-        values[:, : (row + 64) * len(values[0]) // 768] = NODATA
-        return values, profile | {"nodata": NODATA}
-
-    _, dataset = changed_scene("B11", set_rows_to_nodata)
-    mask, expected = prepare(dataset, tmp_path).read_sample(name).label, before.read_sample(name).label
-    assert (expected[:64] != IGNORE).any()
-    assert (mask[:64] == IGNORE).all()
-    np.testing.assert_array_equal(mask[64:], expected[64:])
-
-
 # Grids
 
 
@@ -131,15 +99,20 @@ def test_open_scene_files_band_of_another_area_is_refused(prepare_scene, tmp_pat
         prepare_scene(["B02", "B03"])
 
 
-def test_read_sample_band_that_ends_inside_the_scene_has_no_data_there(prepare_scene, tmp_path):
+def test_read_sample_band_without_data_in_a_part_of_the_scene_has_no_label_there(prepare_scene, tmp_path):
     for name, offset in (("B02", 0), ("B03", 1000)):
         write_raster(tmp_path / f"s_{name}.tif", counting_values(384, 384, offset), GRID)
-    write_raster(tmp_path / "s_B01.tif", counting_values(64, 63, 5000), GRID @ Affine.scale(6))
-    dataset = prepare_scene(["B02", "B03", "B01"], chip=64)
+    ends_inside, has_nodata = counting_values(64, 63, 5000), counting_values(192, 192)
+    has_nodata[:, :4] = NODATA
+    write_raster(tmp_path / "s_B01.tif", ends_inside, GRID @ Affine.scale(6))
+    write_raster(tmp_path / "s_B11.tif", has_nodata, GRID @ Affine.scale(2), nodata=NODATA)
+    dataset = prepare_scene(["B02", "B03", "B01", "B11"], chip=64)
     sample = dataset.read_sample("r00000c00320")
     assert (sample.label[:, 58:] == IGNORE).all()
-    assert (sample.label[:, :58] != IGNORE).all()
+    assert (sample.label[:8] == IGNORE).all()
+    assert (sample.label[8:, :58] != IGNORE).all()
     assert sample.image[2].min() >= 5000
+    assert sample.image[3].max() < NODATA
     assert any("mean" in note for note in dataset.notes)
 
 
@@ -154,9 +127,3 @@ def test_open_scene_files_finest_grid_is_found_in_metres(prepare_scene, tmp_path
     expected = counting_values(256, 256)[0, 64:128, :64]
     np.testing.assert_array_equal(dataset.read_sample("r00064c00000").image[0], expected)
     assert [note.split()[0] for note in dataset.notes if "finest grid" in note] == ["s_DEM.tif"]
-
-
-def test_resampled_bands_are_noted_and_no_others(prepared_scene):
-    (note,) = [note for note in prepared_scene.notes if "finest grid" in note]
-    assert "_B11.jp2" in note
-    assert "_B02.jp2" not in note

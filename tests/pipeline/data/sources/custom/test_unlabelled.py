@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import rasterio
 
-from pipeline.data import image_writer
 from pipeline.data.image_store import UNLABELLED
 from pipeline.data.sources import custom
 from pipeline.errors import UserError
@@ -132,12 +131,3 @@ def test_unlabelled_samples_of_another_size_need_a_chip(raw_folder, tiles, tmp_p
     with raises(UserError, key="chip", value=(100, 100), allowed=[(128, 128)], path=path):
         prepare(config, tmp_path)
     assert prepare(dataclasses.replace(config, chip=64), tmp_path).split.count(UNLABELLED) == 6
-
-
-def test_write_label_of_an_unlabelled_sample_is_refused(folder, tmp_path):
-    dataset = prepare(with_unlabelled(tile_dataset(folder)), tmp_path)
-    name, chips = dataset.sample[-1], dataset.read_sample.chips
-    chips[name] = dataclasses.replace(chips[dataset.sample[0]])
-    with raises(UserError, name, key="split", value=UNLABELLED):
-        image_writer.write(dataset, tmp_path / "scratch", tmp_path / "store", workers=1)
-    assert not (tmp_path / "store").exists()
