@@ -16,9 +16,9 @@ COSINE_WEIGHT, SMOOTH_L1_WEIGHT = 0.9, 0.1
 
 
 def feature_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Compute each sample's distance (batch,) of features (batch, channel, …) from the teacher's.
+    """Compute each sample's distance (batch,) of features (batch, channel, …) from standardized ones.
 
-    The cosine is over the channels of each location. Both terms are means over locations. Targets are standardized.
+    The cosine is over the channels of each location; both terms are means over locations.
     """
     cosine_distance = 1 - functional.cosine_similarity(prediction, target, dim=1)
     smooth_l1 = functional.smooth_l1_loss(prediction, target, reduction="none")
@@ -32,8 +32,8 @@ def logit_kl(
     """Compute the mean KL divergence of the student's softened predictions from the teacher's.
 
     The mean is over samples, for segmentation also over all pixels (with or without a label), for multi-label also
-    over classes, each of them a Bernoulli variable. The factor temperature² keeps the gradient's magnitude
-    independent of the temperature, which divides the logits (batch, class, …).
+    over classes, each of them a Bernoulli variable. Logits (batch, class, …) are divided by the temperature; its
+    square as a factor keeps the magnitude of the gradient.
     """
     student, teacher = student / temperature, teacher / temperature
     if is_multilabel:

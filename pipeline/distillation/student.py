@@ -139,9 +139,8 @@ def pretrained_state(
 
     The input layer is adapted to the images' bands (common names): a band that the backbone was trained on keeps its
     filters, another band gets the mean of all filters. The filters are then scaled by the ratio of the numbers of
-    bands, so that the layer's outputs keep their magnitude.
-
-    Raises UserError if the file is absent or damaged, or has the tensors of another network.
+    bands, so that the layer's outputs keep their magnitude. UserError if the file is absent or damaged, or has the
+    tensors of another network.
     """
     backbone_spec = get_spec(backbone)
     path = weights_dir / (backbone_spec.weights_file or "")
@@ -181,10 +180,12 @@ def pretrained_state(
 
 def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: str, teacher: str | None) -> dict:
     """Return the metadata of a student trained on an images store, for `save_student`."""
-    task, bands = images.attrs["task"], []
-    for band in image_bands(images):
-        wavelength = float(band.wavelength) if band.is_optical else None
-        bands.append({"name": band.name, "common_name": band.common_name, "wavelength": wavelength})
+    task = images.attrs["task"]
+    bands = [
+        {"name": band.name, "common_name": band.common_name,
+         "wavelength": float(band.wavelength) if band.is_optical else None}
+        for band in image_bands(images)
+    ]  # fmt: skip
     return {
         "dataset": dataset, "task": task, "classes": list(images.attrs["classes"]),
         "ignore": get_task(task).ignore_value, "bands": bands, "units": images.attrs["units"],
@@ -211,10 +212,7 @@ def save_student(folder: Path, student: Student, metadata: Mapping) -> None:
 
 
 def load_student(folder: Path) -> tuple[Student, dict]:
-    """Load a saved student, on the CPU in evaluation mode, and its metadata.
-
-    Raises UserError if a file is absent or damaged, or the two files do not match.
-    """
+    """Load a saved student, in evaluation mode, and its metadata; refuse absent, damaged or foreign files."""
     metadata_path, tensors_path = folder / METADATA_FILE, folder / TENSORS_FILE
     for path in (metadata_path, tensors_path):
         if not path.exists():

@@ -53,10 +53,8 @@ class CachedTeacher:
         self.arrays, self.n_maps = maps + vectors, len(maps)
         self.shapes = [tuple(self.members[index].array(name).shape) for index, name in self.arrays]
         training = np.flatnonzero(self.members[0].split == "train")
-        self._mean_scale = []
-        for index, name in self.arrays:
-            stats = feature_loader.channel_stats((self.members[index], name), training)
-            self._mean_scale.append(tuple(map(torch.from_numpy, feature_loader.to_mean_scale(*stats))))
+        stats = [feature_loader.channel_stats((self.members[index], name), training) for index, name in self.arrays]
+        self._mean_scale = [tuple(map(torch.from_numpy, feature_loader.to_mean_scale(*pair))) for pair in stats]
         self._position = {row: position for position, row in enumerate(rows.tolist())}
         self._logits = self._compute_logits(rows)
 

@@ -20,7 +20,7 @@ from pipeline.distillation import losses
 from pipeline.distillation.losses import Projectors
 from pipeline.distillation.student import Student
 from pipeline.distillation.teacher import CachedTeacher
-from pipeline.tasks import Task, counts_from_table
+from pipeline.tasks import Task
 from pipeline.training import predictions
 from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import NetworkAdamW, warm_cosine
@@ -91,14 +91,13 @@ def train_variant(
     if diverged := [seed for seed, student in enumerate(students) if _diverged(student)]:
         raise predictions.divergence_error(diverged, len(students), SEARCH_KEYS)
     val_scores = _scores(students, setup, "val")
-    rows, outputs = setup.images.rows("test"), np.stack([predict(student, setup, "test") for student in students])
-    samples = setup.images.sample[rows].tolist()
+    rows, outputs = setup.images.rows("test"), [predict(student, setup, "test") for student in students]
+    samples, (counts, logits) = setup.images.sample[rows].tolist(), map(np.stack, zip(*outputs, strict=True))
     if task.is_dense:
-        table = predictions.confusion_table(samples, outputs)
+        table = predictions.confusion_table(samples, counts)
     else:
         label = setup.images.label_tensor(rows).numpy()
-        table = predictions.prediction_table(samples, label, outputs, task, SEARCH_KEYS)
-    _, counts = counts_from_table(table, task)
+        table = predictions.prediction_table(samples, label, logits, task, SEARCH_KEYS)
     test_scores = task.score(counts.sum(axis=1))
     runs = [
         {**metadata, "protocol": PROTOCOLS.get(variant, variant), "task": task.type.value, "seed": seed,
@@ -135,14 +134,7 @@ def _train_students(
 
 def _scores(students: Sequence[Student], setup: DistillationSetup, split: str) -> np.ndarray:
     """Compute each student's score on a split, (student,)."""
-    task, counts = setup.task, []
-    for student in students:
-        outputs = predict(student, setup, split)
-        if not task.is_dense:
-            label = setup.images.label_tensor(setup.images.rows(split))
-            outputs = task.counts(task.predict_labels(torch.from_numpy(outputs), label, dim=1).numpy(), label.numpy())
-        counts.append(outputs.sum(axis=0))
-    return task.score(np.stack(counts))
+    return setup.task.score(np.stack([predict(student, setup, split)[0].sum(axis=0) for student in students]))
 
 
 # One student
@@ -231,15 +223,13 @@ def _feature_loss(
 
 
 @torch.inference_mode()
-def predict(student: Student, setup: DistillationSetup, split: str) -> np.ndarray:
-    """Predict the upright chips of a split: logits (sample, class); segmentation: counts, int64 (sample, entry)."""
-    rows, task, batches = setup.images.rows(split), setup.task, []
+def predict(student: Student, setup: DistillationSetup, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Predict upright chips: counts, int64 (sample, entry); logits (sample, class), empty for segmentation."""
+    rows, task, counts, outputs = setup.images.rows(split), setup.task, [], []
     for start in range(0, len(rows), PREDICTION_BATCH):
         batch = rows[start : start + PREDICTION_BATCH]
         logits = student(setup.images.image_tensor(batch).to(setup.device)).float().cpu()
-        if task.is_dense:
-            label = setup.images.label_tensor(batch)
-            batches.append(task.counts(task.predict_labels(logits, label, dim=1).numpy(), label.numpy()))
-        else:
-            batches.append(logits.numpy())
-    return np.concatenate(batches)
+        label = setup.images.label_tensor(batch)
+        counts.append(task.counts(task.predict_labels(logits, label, dim=1).numpy(), label.numpy()))
+        outputs.append(np.empty(0) if task.is_dense else logits.numpy())
+    return np.concatenate(counts), np.concatenate(outputs)

@@ -27,43 +27,31 @@ from pipeline.errors import UserError
 from pipeline.mapping import scene as scene_module
 from pipeline.mapping import tiling
 from pipeline.mapping.predictors import Predictor
-from pipeline.mapping.scene import Scene
+from pipeline.mapping.scene import Scene, match_scene
 from pipeline.mapping.tiling import COG_TILE, NODATA, MappingJob, output_blocks, tile_axis
 
-# Overlap of neighbouring tiles as a fraction of a tile. The resolution of models with one prediction
-# per chip is the stride of their tiles.
+# Overlap of neighbouring tiles as a fraction of a tile; models with one prediction per chip need more.
 DENSE_OVERLAP, CHIP_OVERLAP = 0.25, 0.5
 # GDAL's own default is a fraction of the machine's memory. rasterio takes bytes: with 32 of them a window of 13 JPEG
 # 2000 files took 51 s instead of .8 s.
 GDAL_CACHE_BYTES = 32 * 2**20
 
 
-def plan_mapping(scene: Scene, predictor: Predictor) -> MappingJob:
-    """Match a scene with a model and place the tiles; refuse a scene that does not fit the model."""
-    signature = predictor.signature
-    scene_module.check_metadata(scene, signature.metadata_keys)
-    height, width = signature.size
-    overlap = DENSE_OVERLAP if signature.task.is_dense else CHIP_OVERLAP
-    return MappingJob(
-        scene=scene,
-        predictor=predictor,
-        band_indices=tuple(scene_module.match_scene_bands(scene, signature)),
-        y_tiles=tile_axis(scene.height, height, int(height * overlap)),
-        x_tiles=tile_axis(scene.width, width, int(width * overlap)),
-    )
-
-
 def predict_scene(scene: Scene, predictor: Predictor, folder: Path) -> dict:
     """Map a scene to a folder; return the content of map.json.
 
-    Finished blocks are in `.<name>.partial` next to the folder. A resumed run ends with the same bytes.
-
-    Raises:
-        UserError: the scene does not fit the model, or `folder` exists and is not a map.
+    Finished blocks are in `.<name>.partial` next to the folder. A resumed run ends with the same bytes. UserError if
+    the scene does not fit the model, or `folder` exists and is not a map.
     """
     if folder.exists() and not (folder / "map.json").exists():
         raise UserError(f"{folder} exists and is not a map. Choose another folder, or remove it.", path=folder)
-    job = plan_mapping(scene, predictor)
+    signature = predictor.signature
+    band_indices, overlap = match_scene(scene, signature), DENSE_OVERLAP if signature.task.is_dense else CHIP_OVERLAP
+    y_tiles, x_tiles = (
+        tile_axis(length, tile, int(tile * overlap))
+        for length, tile in zip((scene.height, scene.width), signature.size, strict=True)
+    )
+    job = MappingJob(scene, predictor, tuple(band_indices), y_tiles, x_tiles)
     partial = folder.with_name(f".{folder.name}.partial")
     block_folder = partial / _cache_key(job)
     for stale_folder in set(partial.glob("*")) - {block_folder}:  # of another scene, model or version of the code
@@ -105,8 +93,7 @@ def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
         "nodata": NODATA, "crs": scene.crs or None, "transform": rasterio.Affine(*scene.transform), "tiled": True,
         "blockxsize": COG_TILE, "blockysize": COG_TILE, "bigtiff": "IF_SAFER",
     }  # fmt: skip
-    # Pixels of every value, by band.
-    pixel_counts = np.zeros((n_bands, 256), np.int64)
+    pixel_counts = np.zeros((n_bands, 256), np.int64)  # of every value, by band
     plain = {name: folder / f"{name}-plain.tif" for name in ("class", "confidence")}
     with (
         rasterio.open(plain["class"], "w", **profile) as classes,
@@ -117,8 +104,7 @@ def _publish(job: MappingJob, block_folder: Path, folder: Path) -> dict:
             values = values.reshape(2, n_bands, block.height, block.width)
             classes.write(values[0], window=block)
             confidences.write(values[1], window=block)
-            for counts, band in zip(pixel_counts, values[0], strict=True):
-                counts += np.bincount(band.ravel(), minlength=256)
+            pixel_counts += [np.bincount(band.ravel(), minlength=256) for band in values[0]]
         classes.descriptions = class_names if is_multilabel else ("class",)
         confidences.descriptions = class_names if is_multilabel else ("probability of the class",)
         confidences.scales = (0.01,) * n_bands

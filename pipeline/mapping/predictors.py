@@ -1,6 +1,7 @@
 """Models that map scenes: their inputs and outputs, and exported students, which run without torch."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,23 +22,15 @@ METADATA_KEY = "eo_compose"
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs and outputs of a model.
-
-    Attributes:
-        bands: bands of the chips, in order.
-        units: units of the chips' values (pipeline/bands.py).
-        gsd: ground sampling distance in metres; NaN if unknown.
-        size: (y, x) of a chip in pixels.
-        metadata_keys: other inputs of the model: `location`, `time`.
-    """
+    """Inputs and outputs of a model; its chips have these bands, in order, in these units (pipeline/bands.py)."""
 
     task: type[Task]
     class_names: tuple[str, ...]
     bands: tuple[Band, ...]
     units: str
-    gsd: float
-    size: tuple[int, int]
-    metadata_keys: tuple[str, ...] = ()
+    gsd: float  # in metres; NaN if unknown
+    size: tuple[int, int]  # (y, x) in pixels
+    metadata_keys: tuple[str, ...] = ()  # other inputs: `location`, `time`
 
 
 @dataclass(frozen=True)
@@ -45,12 +38,10 @@ class Predictor:
     """A loaded model.
 
     Attributes:
-        name: written into the map's tags.
         digest: SHA-256 of everything that its predictions depend on.
-        predict_logits: a function from chips, float32 (batch, band, y, x), in the bands and units of the signature,
-            and metadata to logits, float32 (batch, class) or (batch, class, y, x). The metadata are `location`
-            (batch, 2), latitude and longitude of the chips' centres in degrees, and `time` (batch,), UTC,
-            datetime64[s].
+        predict_logits: a function from chips, float32 (batch, band, y, x), and metadata to logits, float32 (batch,
+            class) or (batch, class, y, x). The metadata are `location` (batch, 2), latitude and longitude of the
+            chips' centres in degrees, and `time` (batch,), UTC, datetime64[s].
     """
 
     name: str
@@ -61,12 +52,16 @@ class Predictor:
 
 def parse_signature(metadata: Mapping, path: Path | str) -> Signature:
     """Read a signature from the metadata of a student, and refuse incomplete or invalid ones."""
+
+    def float_or_nan(value: float | None) -> float:
+        return math.nan if value is None else float(value)
+
     try:
         bands = tuple(
-            Band(band["name"], band["common_name"], _float_or_nan(band["wavelength"])) for band in metadata["bands"]
+            Band(band["name"], band["common_name"], float_or_nan(band["wavelength"])) for band in metadata["bands"]
         )
         task, class_names, units = metadata["task"], tuple(metadata["classes"]), metadata["units"]
-        gsd, size = _float_or_nan(metadata["gsd"]), tuple(map(int, metadata["size"]))
+        gsd, size = float_or_nan(metadata["gsd"]), tuple(map(int, metadata["size"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"The metadata of {path} are incomplete or invalid ({error!r}). Export the student again.",
@@ -90,10 +85,10 @@ def load_onnx_student(path: Path) -> Predictor:
     try:
         metadata = json.loads(properties[METADATA_KEY])
     except ValueError:
-        metadata = None
+        metadata = {}
     (model_input,) = session.get_inputs()
 
-    def predict_logits(chips, metadata):
+    def predict_logits(chips, _):
         return session.run(None, {model_input.name: chips})[0]
 
     return Predictor(path.name, checksums.digest(path), parse_signature(metadata, path), predict_logits)
@@ -113,7 +108,3 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except (Fail, InvalidGraph, InvalidProtobuf) as error:
         raise UserError(f"{path} is not a readable ONNX file: {' '.join(str(error).split())}", path=path) from None
-
-
-def _float_or_nan(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

@@ -42,6 +42,8 @@ DESCRIBE_HINT = (
     "description of every band and the tag 'units' into the raster."
 )
 
+ReadWindow = Callable[[Window, Sequence[int]], tuple[np.ndarray, np.ndarray]]
+
 
 @dataclass(frozen=True)
 class SceneConfig:
@@ -60,7 +62,6 @@ class Scene:
     """One image of any size.
 
     Attributes:
-        name: its path, for messages.
         transform: affine coefficients a to f, from (column, row) to the CRS; the identity without georeference.
         crs: coordinate reference system as WKT; empty without georeference.
         time: acquisition time, UTC; NaT if unknown.
@@ -78,7 +79,7 @@ class Scene:
     units: str
     time: np.datetime64
     fingerprint: str
-    read_window: Callable[[Window, Sequence[int]], tuple[np.ndarray, np.ndarray]]
+    read_window: ReadWindow
 
     def latlon(self, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Compute latitude and longitude (…, 2), in degrees, of positions in pixels; NaN without georeference."""
@@ -116,7 +117,6 @@ def open_scene(path: Path) -> Scene:
 
 def scene_from_rasters(paths: list[Path], scene_config: SceneConfig) -> Scene:
     """Open one raster with all bands, or one raster per band, with the name of the band in its file name."""
-    _check_units(scene_config.units, paths[0])
     image = rasters.open_image(paths, scene_config.bands)
 
     def read_window(window, band_indices):
@@ -125,11 +125,9 @@ def scene_from_rasters(paths: list[Path], scene_config: SceneConfig) -> Scene:
             is_valid &= (values != scene_config.nodata).all(axis=0)
         return values, is_valid
 
-    return Scene(
-        name=str(paths[0]), height=image.height, width=image.width, transform=image.transform, crs=image.crs,
-        bands=scene_config.bands, units=scene_config.units,
-        time=parse_timestamp(scene_config.time, f"{paths[0]}: the time"),
-        fingerprint=_scene_fingerprint(map(Path, image.paths), scene_config), read_window=read_window,
+    return _make_scene(
+        paths[0], map(Path, image.paths), scene_config, read_window, height=image.height, width=image.width,
+        transform=tuple(image.transform)[:6], crs=image.crs,
     )  # fmt: skip
 
 
@@ -162,7 +160,6 @@ def _scene_from_zarr(path: Path) -> Scene:
         )  # fmt: skip
     array = store[candidates[0]]
     units = array.attrs.get("units", store.attrs.get("units", ""))
-    _check_units(units, path)
     wavelengths = store.wavelength.values if "wavelength" in store.coords else [None] * array.sizes["band"]
     bands = _bands(list(map(str, array.band.values)), wavelengths)
     scene_config = SceneConfig(candidates[0], units, bands, time=str(store.attrs.get("time", "")))
@@ -177,11 +174,9 @@ def _scene_from_zarr(path: Path) -> Scene:
         values = array[list(band_indices), rows, columns].values
         return values, rasters.isfinite_mask(values)
 
-    return Scene(
-        name=str(path), height=array.sizes["y"], width=array.sizes["x"], transform=transform,
-        crs=crs.to_wkt() if crs else "", bands=bands, units=units,
-        time=parse_timestamp(scene_config.time, f"{path}: the time"),
-        fingerprint=_scene_fingerprint(path.rglob("*"), scene_config), read_window=read_window,
+    return _make_scene(
+        path, path.rglob("*"), scene_config, read_window, height=array.sizes["y"], width=array.sizes["x"],
+        transform=transform, crs=crs.to_wkt() if crs else "",
     )  # fmt: skip
 
 
@@ -190,27 +185,38 @@ def _bands(names: Sequence[str], wavelengths: Sequence) -> tuple[Band, ...]:
     return tuple(Band(name, name, float(wavelength or math.nan)) for name, wavelength in pairs)
 
 
-def _check_units(units: str, path: Path) -> None:
+def _make_scene(
+    path: Path, files: Iterable[Path], scene_config: SceneConfig, read_window: ReadWindow, **grid
+) -> Scene:
+    """Check units and time. The fingerprint is of the description, and of the files' names, sizes and times."""
+    units, files = scene_config.units, sorted(file.resolve() for file in files if file.is_file())
     if units not in FULL_SCALE:
         problem = f"{path}: the units '{units}' are unknown. Use one of: {', '.join(FULL_SCALE)}."
         raise UserError(problem, key="units", value=units, allowed=FULL_SCALE, path=path)
-
-
-def _scene_fingerprint(paths: Iterable[Path], scene_config: SceneConfig) -> str:
-    """Fingerprint of the files' names, sizes and modification times, and of the description."""
-    files = sorted(path.resolve() for path in paths if path.is_file())
-    return fingerprint([(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files], scene_config)
+    time = parse_timestamp(scene_config.time, f"{path}: the time")
+    digest = fingerprint([(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files], scene_config)
+    return Scene(
+        name=str(path), bands=scene_config.bands, units=units, time=time, fingerprint=digest, read_window=read_window,
+        **grid,
+    )  # fmt: skip
 
 
 # Matching to a model
 
 
-def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
-    """Find the indices of a model's bands in a scene by name.
-
-    Raises:
-        UserError: a band is missing, or units or pixel size differ.
-    """
+def match_scene(scene: Scene, signature: Signature) -> list[int]:
+    """Find the indices of a model's bands in a scene by name; refuse a scene that does not fit the model."""
+    if "location" in signature.metadata_keys and not scene.crs:
+        raise UserError(
+            f"The model takes latitude and longitude as inputs, and {scene.name} has no coordinate reference system.",
+            key="crs", path=scene.name,
+        )  # fmt: skip
+    if "time" in signature.metadata_keys and np.isnat(scene.time):
+        raise UserError(
+            f"The model takes the acquisition time as input, and {scene.name} has none. Describe the scene in a YAML "
+            "file with its time.",
+            key="time", path=scene.name,
+        )  # fmt: skip
     indices = [_find_band(band, scene.bands) for band in signature.bands]
     missing = [band.common_name for band, index in zip(signature.bands, indices, strict=True) if index is None]
     if missing:
@@ -237,21 +243,6 @@ def match_scene_bands(scene: Scene, signature: Signature) -> list[int]:
             key="gsd", value=scene.gsd, allowed=[signature.gsd], path=scene.name,
         )  # fmt: skip
     return [index for index in indices if index is not None]
-
-
-def check_metadata(scene: Scene, metadata_keys: Sequence[str]) -> None:
-    """Refuse a scene without the location or the time that a model takes as inputs."""
-    if "location" in metadata_keys and not scene.crs:
-        raise UserError(
-            f"The model takes latitude and longitude as inputs, and {scene.name} has no coordinate reference system.",
-            key="crs", path=scene.name,
-        )  # fmt: skip
-    if "time" in metadata_keys and np.isnat(scene.time):
-        raise UserError(
-            f"The model takes the acquisition time as input, and {scene.name} has none. Describe the scene in a YAML "
-            "file with its time.",
-            key="time", path=scene.name,
-        )  # fmt: skip
 
 
 def _find_band(band: Band, scene_bands: Sequence[Band]) -> int | None:

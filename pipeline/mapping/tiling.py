@@ -23,37 +23,23 @@ READ_ROWS = 512
 NODATA = 255
 
 
-# Tiles and blocks
-
-
 @dataclass(frozen=True)
 class TileAxis:
-    """Tiles along one side of a scene, in pixels.
-
-    Attributes:
-        tile: length of a tile. It may exceed the scene, which is then padded.
-        starts: first pixels of the tiles, int (tile,). The last tile is moved back to end with the scene.
-        weight: sum of the tiles' blend weights at every pixel of the scene, float32 (length,).
-    """
+    """Tiles along one side of a scene, in pixels. A tile may exceed the scene, which is then padded."""
 
     length: int
     tile: int
     overlap: int
-    starts: np.ndarray
-    weight: np.ndarray
+    starts: np.ndarray  # first pixels of the tiles, int (tile,)
+    weight: np.ndarray  # sum of the tiles' blend weights at every pixel, float32 (length,)
 
     def overlapping(self, first: int, length: int) -> np.ndarray:
         """Return the starts of the tiles that have pixels in [first, first + length)."""
         return self.starts[(self.starts + self.tile > first) & (self.starts < first + length)]
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """Divide the side into blocks of whole GeoTIFF tiles: first pixel and length of each."""
-        size = -(-MIN_BLOCK_STRIDES * (self.tile - self.overlap) // COG_TILE) * COG_TILE
-        return [(first, min(size, self.length - first)) for first in range(0, self.length, size)]
-
 
 def tile_axis(length: int, tile: int, overlap: int) -> TileAxis:
-    """Place tiles from pixel 0 on; the last one ends with the scene."""
+    """Place tiles from pixel 0 on; the last one is moved back to end with the scene."""
     starts = np.arange(0, max(length - tile, 0) + 1, tile - overlap)
     if starts[-1] + tile < length:
         starts = np.append(starts, length - tile)
@@ -74,13 +60,13 @@ def blend_window(tile: int, overlap: int) -> np.ndarray:
 
 
 def output_blocks(y_tiles: TileAxis, x_tiles: TileAxis) -> Iterator[Window]:
-    """Iterate over the blocks of a map, row by row."""
-    for row, height in y_tiles.blocks():
-        for column, width in x_tiles.blocks():
-            yield Window(column, row, width, height)
-
-
-# Prediction of a block
+    """Yield the blocks of a map, of whole GeoTIFF tiles, row by row."""
+    height, width = (
+        -(-MIN_BLOCK_STRIDES * (axis.tile - axis.overlap) // COG_TILE) * COG_TILE for axis in (y_tiles, x_tiles)
+    )
+    for row in range(0, y_tiles.length, height):
+        for column in range(0, x_tiles.length, width):
+            yield Window(column, row, min(width, x_tiles.length - column), min(height, y_tiles.length - row))
 
 
 @dataclass(frozen=True)
@@ -97,16 +83,11 @@ class MappingJob:
 def predict_block(
     job: MappingJob, block: Window, on_progress: Callable[[int], object]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the classes and confidences of a block; only one row of tiles is in memory.
+    """Compute the classes and confidences of a block, uint8 (band, y, x); `NODATA` where the scene has no data.
 
     There is one band, with the most probable class and its probability in percent. Multi-label models have one band
-    per class instead: whether it is present (0 or 1), and its probability in percent.
-
-    Args:
-        on_progress: is called with the number of tiles that were finished.
-
-    Returns:
-        Classes and confidences, uint8 (band, y, x), `NODATA` where the scene has no data.
+    per class instead: whether it is present (0 or 1), and its probability in percent. Only one row of tiles is in
+    memory. `on_progress` is called with the number of tiles that were finished.
     """
     signature, tile, block_end = job.predictor.signature, job.y_tiles.tile, block.row_off + block.height
     n_classes = len(signature.class_names)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ def load_torch_student(folder: Path, device: str) -> Predictor:
     student = student.to(device).eval()
 
     @torch.inference_mode()
-    def predict_logits(chips, metadata):
+    def predict_logits(chips, _):
         return student(torch.from_numpy(chips).to(device)).float().cpu().numpy()
 
     name = f"{metadata['dataset']}, {metadata['architecture']} ({metadata['variant']})"
@@ -38,37 +38,26 @@ def load_torch_student(folder: Path, device: str) -> Predictor:
     return Predictor(name, digest, parse_signature(metadata, folder / METADATA_FILE), predict_logits)
 
 
-@dataclass(frozen=True)
-class EnsemblePaths:
-    """The files of an ensemble: its trained head and the images store of its training.
-
-    Feature stores record how the inputs were normalized.
-    """
-
-    head: Path
-    images: Path
-    features: Path
-    weights: Path
-
-
-def load_ensemble(params: Params, paths: EnsemblePaths, device: str) -> Predictor:
+def load_ensemble(
+    params: Params, device: str, *, head_path: Path, images_path: Path, features_dir: Path, weights_dir: Path
+) -> Predictor:
     """Load the backbones and the trained head of an ensemble; its bands are those that any backbone uses.
 
-    Raises:
-        UserError: a file is missing, or params.yaml has changed since the head was trained.
+    The images store is that of the training; the feature stores record how its images were normalized. UserError if
+    a file is missing, or params.yaml has changed since the head was trained.
     """
-    head, images = checkpoint.load(paths.head, device), open_images(paths.images)
+    head, images, extract = checkpoint.load(head_path, device), open_images(images_path), params.extract
     preprocessors = {}
     for name in head.backbones:
         backbone = params.backbone(name)
         preprocessors[name] = make_preprocessor(images, name, backbone, get_spec(backbone))
-        _check_unchanged(FeatureStore(paths.features / f"{name}.zarr"), preprocessors[name], name)
+        _check_unchanged(FeatureStore(features_dir / f"{name}.zarr"), preprocessors[name], name)
     used_bands = sorted(
         {index for preprocessor in preprocessors.values() for index in preprocessor.input_bands.band_indices}
     )
     encoders, sources = [], []
     for name, preprocessor in preprocessors.items():
-        source = paths.weights / name / "source.json"
+        source = weights_dir / name / "source.json"
         if not source.exists():
             raise UserError(
                 f"There are no weights of {name} at {source.parent}. Run: dvc repro fetch_weights@{name}",
@@ -78,11 +67,9 @@ def load_ensemble(params: Params, paths: EnsemblePaths, device: str) -> Predicto
         # The preprocessor for images that have only the used bands.
         band_indices = tuple(used_bands.index(index) for index in preprocessor.input_bands.band_indices)
         preprocessor = replace(preprocessor, input_bands=replace(preprocessor.input_bands, band_indices=band_indices))
-        backbone, extract, spec = params.backbone(name), params.extract, get_spec(params.backbone(name))
+        backbone, spec = params.backbone(name), get_spec(params.backbone(name))
         network = create_backbone(backbone, spec, preprocessor.input_bands, source.parent)
-        encoders.append(
-            Encoder(preprocessor, network, device, extract.precision, extract.compiled, strides=spec.strides)
-        )
+        encoders.append(Encoder(preprocessor, network, device, extract.precision, extract.compiled, spec.strides))
 
     @torch.inference_mode()
     def predict_logits(chips: np.ndarray, metadata: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -103,7 +90,7 @@ def load_ensemble(params: Params, paths: EnsemblePaths, device: str) -> Predicto
         metadata_keys=tuple(sorted({key for encoder in encoders for key in encoder.preprocessor.metadata_keys})),
     )
     settings = [(encoder.preprocessor, encoder.precision) for encoder in encoders]
-    digest = fingerprint(paths.head.read_bytes(), sources, settings)
+    digest = fingerprint(head_path.read_bytes(), sources, settings)
     return Predictor(head.model, digest, signature, predict_logits)
 
 
@@ -111,7 +98,7 @@ def _check_unchanged(store: FeatureStore, preprocessor: Preprocessor, name: str)
     """Refuse a backbone whose input size or normalization has changed since its features were computed."""
     recorded = store.attributes["normalisation"]
     current = {"statistics": preprocessor.normalisation, "mean": preprocessor.mean, "std": preprocessor.std}
-    current = json.loads(json.dumps(current))
+    current = json.loads(json.dumps(current))  # tuples become lists
     has_other_size = store.attributes["input_size"] != preprocessor.input_bands.input_size
     if has_other_size or any(recorded[key] != current[key] for key in current):
         raise UserError(

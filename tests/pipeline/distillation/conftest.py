@@ -56,14 +56,7 @@ def extract_features(image: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class SyntheticDataset:
-    """An images store, the feature store of its only member, and a trained head.
-
-    Attributes:
-        pixels: (sample, band, y, x).
-        images: the images store, opened; `images_path` is its folder.
-        store: path of the feature store.
-        head_path: file of the trained head.
-    """
+    """An images store, the feature store of its only member, and a trained head."""
 
     def __init__(self, folder: Path, task: str, views: tuple[str, ...], split: list[str]):
         pixels, mask = (values[: len(split)] for values in make_pixels())
@@ -105,7 +98,6 @@ class SyntheticDataset:
         writer.finish()
 
     def setup(self, config: DistillConfig = DISTILL) -> DistillationSetup:
-        """Everything that the students share; tests may change it."""
         images = AugmentedImages.load(self.images_path, max_gb=1.0)
         rows = images.rows("train", image_store.UNLABELLED)
         teacher = CachedTeacher({self.store: None}, self.images_path, checkpoint.load(self.head_path), rows)

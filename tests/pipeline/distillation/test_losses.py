@@ -2,13 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.distillation.losses import (
-    COSINE_WEIGHT,
-    SMOOTH_L1_WEIGHT,
-    Projectors,
-    feature_loss,
-    logit_kl,
-)
+from pipeline.distillation.losses import COSINE_WEIGHT, SMOOTH_L1_WEIGHT, Projectors, feature_loss, logit_kl
 
 
 def test_feature_loss_equal_features_give_zero_and_samples_are_independent():
@@ -31,7 +25,6 @@ def test_logit_kl_equals_torch_kl_times_squared_temperature(shape):
         student_rows.log_softmax(1), teacher_rows.log_softmax(1), reduction="batchmean", log_target=True
     )
     torch.testing.assert_close(actual, 9 * kl)
-    assert logit_kl(teacher, teacher, 3.0).abs() < 1e-6
 
 
 def test_logit_kl_multilabel_is_the_mean_over_bernoulli_classes():
@@ -39,7 +32,6 @@ def test_logit_kl_multilabel_is_the_mean_over_bernoulli_classes():
     p, q = torch.sigmoid(teacher / 2), torch.sigmoid(student / 2)
     kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     torch.testing.assert_close(logit_kl(student, teacher, 2.0, is_multilabel=True), 4 * kl.mean())
-    assert logit_kl(teacher, teacher, 2.0, is_multilabel=True).abs() < 1e-6
 
 
 def test_projectors_return_the_target_shapes():

@@ -25,7 +25,7 @@ HPARAMS = {"learning_rate": 0.02, "weight_decay": 0.01}
 @pytest.mark.parametrize("task", ["classification", "multilabel", "segmentation"])
 def test_unlabelled_images_change_no_score_of_heads_and_compositions(make_dataset, task):
     heads = dataclasses.replace(
-        HEADS, linear=dataclasses.replace(HEADS.linear, steps=20), upernet=dataclasses.replace(HEADS.upernet, steps=3)
+        HEADS, linear=dataclasses.replace(HEADS.linear, steps=5), upernet=dataclasses.replace(HEADS.upernet, steps=1)
     )
     heads = heads if task == "multilabel" else dataclasses.replace(heads, class_weights="balanced")
     results = []

@@ -22,21 +22,13 @@ def write_linear_model(path, tile, task="segmentation", metadata_key=METADATA_KE
     """Write an ONNX file with logits `WEIGHT` @ bands + `BIAS` of each pixel, or of the chip's mean."""
     weight = numpy_helper.from_array(WEIGHT[:, :, None, None], "weight")
     nodes = [helper.make_node("Conv", ["chips", "weight", "bias"], ["dense"])]
-    shape = ["batch", len(BIAS), tile, tile]
     if task != "segmentation":
-        nodes += [
-            helper.make_node("GlobalAveragePool", ["dense"], ["mean"]),
-            helper.make_node("Flatten", ["mean"], ["flat"]),
-        ]
-        shape = shape[:2]
+        nodes.append(helper.make_node("GlobalAveragePool", ["dense"], ["mean"]))
+        nodes.append(helper.make_node("Flatten", ["mean"], ["flat"]))
     nodes[-1].output[0] = "logits"
-    graph = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("chips", TensorProto.FLOAT, ["batch", 3, tile, tile])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
-        [weight, numpy_helper.from_array(BIAS, "bias")],
-    )
+    chips = helper.make_tensor_value_info("chips", TensorProto.FLOAT, ["batch", 3, tile, tile])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+    graph = helper.make_graph(nodes, "linear", [chips], [logits], [weight, numpy_helper.from_array(BIAS, "bias")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     metadata = {
         "dataset": "synthetic", "task": task, "classes": ["a", "b", "c"], "ignore": 255, "units": "dn", "gsd": 10.0,

@@ -1,9 +1,7 @@
 import dataclasses
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,25 +11,19 @@ import rasterio
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
 from pipeline.mapping import predict_scene, tiling
-from pipeline.mapping.predict_scene import plan_mapping
 from pipeline.mapping.predictors import load_onnx_student
 from pipeline.mapping.scene import open_scene
 from pipeline.tasks import Segmentation
-from tests.conftest import ROOT
 from tests.errors import raises
 from tests.pipeline.mapping.conftest import BANDS, BIAS, GRID, WEIGHT
 
 
 def predict_whole(image):
-    """Class, probability and ranked probabilities of every pixel, computed from the whole scene at once."""
+    """Class and probability of every pixel, from the whole scene; where the two best differ by more than rounding."""
     logits = np.tensordot(WEIGHT, image.astype(np.float32), axes=1) + BIAS[:, None, None]
     probabilities = Segmentation.probabilities(logits[None])[0]
-    return probabilities.argmax(axis=0), probabilities.max(axis=0), np.sort(probabilities, axis=0)
-
-
-def is_unambiguous(ranked):
-    """Where (y, x) the two best classes differ by more than rounding."""
-    return ranked[-1] - ranked[-2] > 1e-4
+    *_, second, first = np.sort(probabilities, axis=0)
+    return probabilities.argmax(axis=0), first, first - second > 1e-4
 
 
 def read_map(folder, name):
@@ -62,10 +54,10 @@ def test_predict_scene_equals_a_prediction_of_the_whole_scene(
 ):
     image = landuse_image[:, :560, :700]  # four blocks
     metadata = map_scene(write_geotiff(image), linear_model(32))
-    expected, probability, ranked = predict_whole(image)
+    expected, probability, is_unambiguous = predict_whole(image)
     classes, percent = (read_map(tmp_path / "map", name) for name in ("class", "confidence"))
-    assert is_unambiguous(ranked).mean() > 0.98
-    assert (classes[0] == expected)[is_unambiguous(ranked)].all()
+    assert is_unambiguous.mean() > 0.98
+    assert (classes[0] == expected)[is_unambiguous].all()
     assert np.abs(percent[0] - 100 * probability).max() <= 0.51
     n_pixels = np.bincount(expected.ravel(), minlength=3)
     assert n_pixels.min() > 0.02 * expected.size, "a map of one class would prove nothing"
@@ -100,18 +92,6 @@ def test_predict_scene_gives_the_model_latitude_and_longitude_of_its_tiles(write
     assert (np.diff(centres[:, 1]) > 0).all()
 
 
-@pytest.mark.parametrize("key", ["crs", "time"])
-def test_plan_mapping_scene_without_location_or_time_that_the_model_needs_is_refused(
-    write_geotiff, linear_model, key
-):
-    model = load_onnx_student(linear_model(32))
-    keys = {"crs": ("location",), "time": ("time",)}[key]
-    model = dataclasses.replace(model, signature=dataclasses.replace(model.signature, metadata_keys=keys))
-    path = write_geotiff(np.full((3, 40, 40), 1000, np.uint16), crs=None if key == "crs" else "EPSG:32633")
-    with raises(UserError, key=key, path=path):
-        plan_mapping(open_scene(path), model)
-
-
 def test_predict_scene_nodata_does_not_spread(write_geotiff, linear_model, map_scene, tmp_path, landuse_image):
     image = landuse_image[:, :100, :150].astype(np.float32)
     is_hole = np.zeros((100, 150), bool)
@@ -123,8 +103,8 @@ def test_predict_scene_nodata_does_not_spread(write_geotiff, linear_model, map_s
     classes, percent = (read_map(tmp_path / "map", name)[0] for name in ("class", "confidence"))
     assert ((classes == 255) == is_hole).all()
     assert ((percent == 255) == is_hole).all()
-    expected, _, ranked = predict_whole(image)
-    assert (classes == expected)[~is_hole & is_unambiguous(ranked)].all()
+    expected, _, is_unambiguous = predict_whole(image)
+    assert (classes == expected)[~is_hole & is_unambiguous].all()
 
 
 @pytest.mark.parametrize("height", [13, 40])
@@ -133,8 +113,8 @@ def test_predict_scene_smaller_than_a_tile_with_bands_in_another_order(
 ):
     image = landuse_image[:, :height, :21]
     map_scene(write_geotiff(image[[2, 0, 1]], band_names=["swir16", "blue", "nir"]), linear_model(32))
-    expected, _, ranked = predict_whole(image)
-    assert (read_map(tmp_path / "map", "class")[0] == expected)[is_unambiguous(ranked)].all()
+    expected, _, is_unambiguous = predict_whole(image)
+    assert (read_map(tmp_path / "map", "class")[0] == expected)[is_unambiguous].all()
 
 
 def test_predict_scene_classification_locates_classes(write_geotiff, linear_model, map_scene, tmp_path):
@@ -161,23 +141,23 @@ def test_predict_scene_multilabel_has_a_band_per_class(write_geotiff, linear_mod
 
 
 @pytest.mark.parametrize(
-    ("changes", "fields"),
+    ("changes", "metadata_keys", "fields"),
     [
-        (
-            {"band_names": ["blue", "nir", "red"]},
-            {"key": "bands", "value": ["swir16"], "allowed": ["blue", "nir", "red"]},
-        ),
-        ({"units": "reflectance"}, {"key": "units", "value": "reflectance", "allowed": ["dn"]}),
-        ({"transform": rasterio.Affine(30, 0, 4e5, 0, -30, 58e5)}, {"key": "gsd", "allowed": [10.0]}),
+        ({"band_names": "abc"}, (), {"key": "bands", "value": ["blue", "nir", "swir16"], "allowed": "abc"}),
+        ({"units": "reflectance"}, (), {"key": "units", "value": "reflectance", "allowed": ["dn"]}),
+        ({"transform": rasterio.Affine(30, 0, 4e5, 0, -30, 58e5)}, (), {"key": "gsd", "allowed": [10.0]}),
+        ({"crs": None}, ("location",), {"key": "crs"}),
+        ({}, ("time",), {"key": "time"}),
     ],
-    ids=["missing band", "other units", "other pixel size"],
+    ids=["missing bands", "other units", "other pixel size", "no location", "no time"],
 )
 def test_predict_scene_that_does_not_fit_the_model_is_refused(
-    write_geotiff, linear_model, map_scene, tmp_path, changes, fields
+    write_geotiff, linear_model, map_scene, tmp_path, changes, metadata_keys, fields
 ):
-    path = write_geotiff(np.full((3, 40, 40), 1000, np.uint16), **changes)
+    model, path = load_onnx_student(linear_model(32)), write_geotiff(np.ones((3, 40, 40), np.uint16), **changes)
+    model = dataclasses.replace(model, signature=dataclasses.replace(model.signature, metadata_keys=metadata_keys))
     with raises(UserError, path=path, **fields):
-        map_scene(path, linear_model(32))
+        map_scene(path, model)
     assert not (tmp_path / "map").exists()
     assert not list(tmp_path.glob(".*"))
 
@@ -195,25 +175,24 @@ def test_predict_scene_killed_run_resumes_and_ends_with_the_same_bytes(
     write_geotiff, linear_model, tmp_path, monkeypatch, landuse_image
 ):
     scene, model = write_geotiff(landuse_image[:, :, :1024]), linear_model(16)  # four blocks
-    command = [sys.executable, "-m", "stages.map", "--scene", str(scene), "--onnx", str(model), "--out", "killed"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".killed.partial/*/r*c??????")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
+
+    def map_to(name):
+        return predict_scene.predict_scene(open_scene(scene), load_onnx_student(model), tmp_path / name)
+
+    process, deadline = multiprocessing.get_context("fork").Process(target=map_to, args=("killed",)), time.time() + 60
+    process.start()
+    while process.is_alive() and time.time() < deadline and not list(tmp_path.glob(".killed.partial/*/r*c??????")):
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     n_finished = len(list(tmp_path.glob(".killed.partial/*/r*c??????")))
     assert 1 <= n_finished < 4
 
     blocks, predict_block = [], tiling.predict_block
     monkeypatch.setattr(tiling, "predict_block", lambda *arguments: blocks.append(1) or predict_block(*arguments))
-    for folder in ("killed", "complete"):
-        predict_scene.predict_scene(open_scene(scene), load_onnx_student(model), tmp_path / folder)
+    map_to("killed"), map_to("complete")
     assert len(blocks) == 4 - n_finished + 4
     for name in ("class.tif", "confidence.tif", "map.json"):
         assert (tmp_path / "complete" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()

@@ -1,5 +1,3 @@
-"""An ensemble maps a tile with the same features, in the same order, as its head was trained on."""
-
 import dataclasses
 import json
 import shutil
@@ -18,8 +16,8 @@ from pipeline.finetuning.model import EnsembleMember
 from pipeline.heads import checkpoint
 from pipeline.mapping.predict_scene import predict_scene
 from pipeline.mapping.predictors import METADATA_KEY, load_onnx_student, parse_signature
-from pipeline.mapping.scene import match_scene_bands, open_scene
-from pipeline.mapping.torch_predictors import EnsemblePaths, load_ensemble
+from pipeline.mapping.scene import match_scene, open_scene
+from pipeline.mapping.torch_predictors import load_ensemble
 from pipeline.training import task_data
 from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_heads, trained_head
@@ -32,19 +30,14 @@ BACKBONES = {
     "lite0_random": BackboneConfig("efficientnet", "lite0", "random", 64),
 }
 METADATA = {
-    "task": "segmentation",
-    "classes": ["a", "b"],
+    "task": "segmentation", "classes": ["a", "b"], "units": "dn", "gsd": None, "size": [32, 32],
     "bands": [{"name": "B02", "common_name": "blue", "wavelength": 0.492}],
-    "units": "dn",
-    "gsd": None,
-    "size": [32, 32],
-}
+}  # fmt: skip
 
 pytestmark = pytest.mark.xdist_group("ensemble")
 
 
 def train_head(path, stores, images_path):
-    """Train a head on feature stores and write it to a file."""
     data = task_data.load(dict.fromkeys(stores), images_path, HEADS, ("train", "val", "test"), "cpu")
     group = train_heads(data, [HParams(1e-2, 1e-3, 0)])
     checkpoint.save(path, trained_head(data, "+".join(store.stem for store in stores), group, 0))
@@ -67,24 +60,34 @@ def trained_ensemble(params, tmp_path_factory):
 
 
 @pytest.fixture
-def ensemble(trained_ensemble, tmp_path):
-    """params.yaml with two backbones, and the paths of a copy of their ensemble, which tests may change."""
+def load(trained_ensemble, tmp_path):
+    """Function from changed backbones, and a head, to the predictor of a copy of the ensemble in tmp_path."""
     params, folder = trained_ensemble
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    return params, EnsemblePaths(*(tmp_path / name for name in ("head.pt", "images.zarr", "features", "weights")))
+    paths = {
+        "head_path": "head.pt",
+        "images_path": "images.zarr",
+        "features_dir": "features",
+        "weights_dir": "weights",
+    }
+
+    def load_changed(backbones=(), **changes):
+        changed = dataclasses.replace(params, backbones={**params.backbones, **dict(backbones)})
+        return load_ensemble(changed, "cpu", **{key: tmp_path / name for key, name in {**paths, **changes}.items()})
+
+    return load_changed
 
 
 def chip_metadata(images, rows):
     return {"location": np.stack([images.lat[rows], images.lon[rows]], axis=1), "time": images.time[rows].values}
 
 
-def test_load_ensemble_logits_equal_those_of_the_stored_features(ensemble):
-    params, paths = ensemble
-    model, head, images = load_ensemble(params, paths, "cpu"), checkpoint.load(paths.head), open_images(paths.images)
+def test_load_ensemble_logits_equal_those_of_the_stored_features(load, tmp_path):
+    model, head, images = load(), checkpoint.load(tmp_path / "head.pt"), open_images(tmp_path / "images.zarr")
     rows = np.array([3, 0, 5])
     features = []
     for backbone, array_names in zip(head.backbones, head.array_names, strict=True):
-        store = FeatureStore(paths.features / f"{backbone}.zarr")
+        store = FeatureStore(tmp_path / f"features/{backbone}.zarr")
         features.append({name: torch.from_numpy(store.read(name, rows)).float() for name in array_names})
     expected = head.logits(features).detach().numpy()
     image_bands = images.band.values.tolist()
@@ -97,15 +100,14 @@ def test_load_ensemble_logits_equal_those_of_the_stored_features(ensemble):
     assert not np.allclose(actual, reversed_bands, atol=1e-2 * expected.std())
 
 
-def test_load_ensemble_needs_only_the_bands_of_its_backbones(ensemble, tmp_path):
-    params, paths = ensemble
-    head = train_head(tmp_path / "lite0.pt", [paths.features / "lite0_random.zarr"], paths.images)
-    model = load_ensemble(params, dataclasses.replace(paths, head=head), "cpu")
+def test_load_ensemble_needs_only_the_bands_of_its_backbones(load, tmp_path):
+    images_path = tmp_path / "images.zarr"
+    head_path = train_head(tmp_path / "lite0.pt", [tmp_path / "features/lite0_random.zarr"], images_path)
+    model, images = load(head=head_path), open_images(images_path)
     assert [band.common_name for band in model.signature.bands] == ["blue", "green", "red"]
-    images = open_images(paths.images)
     chip = images.image[0].values
     scene = open_scene(write_raster(tmp_path / "s.tif", chip[[3, 2, 1]], ["red", "green", "blue"]))
-    assert match_scene_bands(scene, model.signature) == [2, 1, 0]
+    assert match_scene(scene, model.signature) == [2, 1, 0]
     predict_scene(scene, model, tmp_path / "map")
     logits = model.predict_logits(chip[None, [1, 2, 3]].astype(np.float32), chip_metadata(images, [0]))[0]
     with rasterio.open(tmp_path / "map/class.tif") as file:
@@ -113,22 +115,18 @@ def test_load_ensemble_needs_only_the_bands_of_its_backbones(ensemble, tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"input_size": 96}, {"normalisation": "dataset"}])
-def test_load_ensemble_backbone_that_has_changed_since_extraction_is_refused(ensemble, change):
-    params, paths = ensemble
+def test_load_ensemble_backbone_that_has_changed_since_extraction_is_refused(load, tmp_path, change):
     changed = dataclasses.replace(BACKBONES["lite0_random"], **change)
-    params = dataclasses.replace(params, backbones={**params.backbones, "lite0_random": changed})
-    with raises(UserError, key="backbones.lite0_random", path=paths.features / "lite0_random.zarr"):
-        load_ensemble(params, paths, "cpu")
+    with raises(UserError, key="backbones.lite0_random", path=tmp_path / "features/lite0_random.zarr"):
+        load({"lite0_random": changed})
 
 
-def test_load_ensemble_without_weights_or_head_is_refused(ensemble, tmp_path):
-    params, paths = ensemble
-    (paths.weights / "raw/source.json").unlink()
-    with raises(UserError, "fetch_weights@raw", value="raw", path=paths.weights / "raw"):
-        load_ensemble(params, paths, "cpu")
-    missing = tmp_path / "none.pt"
-    with raises(UserError, path=missing):
-        load_ensemble(params, dataclasses.replace(paths, head=missing), "cpu")
+def test_load_ensemble_without_weights_or_head_is_refused(load, tmp_path):
+    (tmp_path / "weights/raw/source.json").unlink()
+    with raises(UserError, "fetch_weights@raw", value="raw", path=tmp_path / "weights/raw"):
+        load()
+    with raises(UserError, path=tmp_path / "none.pt"):
+        load(head="none.pt")
 
 
 @pytest.mark.parametrize(

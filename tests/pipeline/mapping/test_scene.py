@@ -9,30 +9,28 @@ from pipeline.bands import FULL_SCALE
 from pipeline.data.sources import osm_landuse
 from pipeline.errors import UserError
 from pipeline.mapping.predictors import Signature
-from pipeline.mapping.scene import match_scene_bands, open_scene
+from pipeline.mapping.scene import match_scene, open_scene
 from pipeline.tasks import Segmentation
 from tests.errors import raises
 from tests.pipeline.mapping.conftest import BANDS, GRID
 
+BAND_LINE = "  - {{name: {0.name}, common_name: {0.common_name}, wavelength: {0.wavelength}}}"
 YAML = """
 folder: {folder}
 images: "*_B??.jp2"
 units: dn
 time: "2017-02-16T10:21:01"
 bands:
-{bands}
 """
 
 
 @pytest.fixture
 def scene_yaml(raw_folder, tmp_path):
     """Path of a YAML file that describes the Sentinel-2 scene of the land use dataset."""
-    bands = "".join(
-        f"  - {{name: {band.name}, common_name: {band.common_name}, wavelength: {band.wavelength}}}\n"
-        for band in osm_landuse.BANDS
-    )
     path = tmp_path / "scene.yaml"
-    path.write_text(YAML.format(folder=raw_folder("osm_landuse"), bands=bands))
+    path.write_text(
+        YAML.format(folder=raw_folder("osm_landuse")) + "\n".join(map(BAND_LINE.format, osm_landuse.BANDS))
+    )
     return path
 
 
@@ -83,8 +81,9 @@ def test_open_scene_raster_without_band_names_needs_a_yaml_file(raw_folder, tmp_
     assert scene.read_window(Window(6, 5, 4, 4), [0, 1, 2])[0].shape == (3, 4, 4)
 
 
-def test_open_scene_raster_without_units_is_refused(write_geotiff):
-    path = write_geotiff(np.ones((3, 8, 8), np.uint16), units="")
+@pytest.mark.parametrize("units", ["", "metres"])
+def test_open_scene_raster_without_known_units_is_refused(write_geotiff, units):
+    path = write_geotiff(np.ones((3, 8, 8), np.uint16), units=units)
     with raises(UserError, key="units", allowed=FULL_SCALE, path=path):
         open_scene(path)
 
@@ -93,7 +92,6 @@ def test_open_scene_raster_without_units_is_refused(write_geotiff):
     ("old", "new", "mentions"),
     [
         ("bands:", "bands: ]", ()),
-        ("units: dn", "units: metres", ("metres", "dn")),
         ("images:", "imgs:", ("imgs",)),
         ("*_B??.jp2", "*.tif", ("*.tif",)),
         ("name: B05", "name: B55", ("B55",)),
@@ -123,8 +121,8 @@ def test_scene_gsd_of_small_pixels(write_geotiff):
 
 def test_match_scene_bands_same_name_with_another_wavelength_is_refused(scene_yaml):
     signature = Signature(Segmentation, ("a", "b"), tuple(BANDS), "dn", 10.0, (32, 32))
-    assert match_scene_bands(open_scene(scene_yaml), signature) == [1, 7, 11]
+    assert match_scene(open_scene(scene_yaml), signature) == [1, 7, 11]
     text = scene_yaml.read_text()
     scene_yaml.write_text(text.replace("common_name: nir, wavelength: 0.833", "common_name: nir, wavelength: 0.865"))
     with raises(UserError, "nir (0.865 µm)", key="bands", value=["nir"]):
-        match_scene_bands(open_scene(scene_yaml), signature)
+        match_scene(open_scene(scene_yaml), signature)
