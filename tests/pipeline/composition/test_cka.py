@@ -5,12 +5,11 @@ from scipy.stats import spearmanr
 from pipeline.composition.cka import MIN_PAIRS, MIN_SAMPLES, correlation_with_gain, linear_cka
 from tests.errors import raises
 
-GENERATOR = np.random.default_rng(0)
-
 
 def test_linear_cka_is_invariant_to_rotation_scale_and_offset():
-    a = GENERATOR.normal(size=(200, 12))
-    rotation, _ = np.linalg.qr(GENERATOR.normal(size=(12, 12)))
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(200, 12))
+    rotation, _ = np.linalg.qr(generator.normal(size=(12, 12)))
     similarity = linear_cka({"a": a, "b": 7 + 3 * a @ rotation})
     assert similarity.index.tolist() == similarity.columns.tolist() == ["a", "b"]
     np.testing.assert_allclose(similarity, np.ones((2, 2)), atol=1e-12)
@@ -18,15 +17,17 @@ def test_linear_cka_is_invariant_to_rotation_scale_and_offset():
 
 def test_linear_cka_unrelated_features_with_more_channels_than_samples_is_zero():
     """The biased estimate would be above .8."""
-    pairs = GENERATOR.normal(size=(5, 2, 60, 300))
+    generator = np.random.default_rng(0)
+    pairs = generator.normal(size=(5, 2, 60, 300))
     assert abs(np.mean([linear_cka({"a": a, "b": b}).loc["a", "b"] for a, b in pairs])) < 0.02
 
 
 def test_linear_cka_equals_the_unbiased_hsic_of_gram_matrices():
     """Equation 3 of Nguyen, Raghu and Kornblith (arXiv 2010.15327), written out."""
+    generator = np.random.default_rng(0)
     n = 40
-    a = 100 + GENERATOR.normal(size=(n, 9))
-    b = a[:, :4] + GENERATOR.normal(size=(n, 4))
+    a = 100 + generator.normal(size=(n, 9))
+    b = a[:, :4] + generator.normal(size=(n, 4))
 
     def hsic(left, right):
         grams = [values @ values.T for values in (left - left.mean(0), right - right.mean(0))]
@@ -45,7 +46,8 @@ def test_linear_cka_too_few_samples_is_refused():
 
 
 def test_correlation_with_gain_equals_scipy_and_permutes_all_orders():
-    cka, gain = GENERATOR.normal(size=(2, 7))
+    generator = np.random.default_rng(0)
+    cka, gain = generator.normal(size=(2, 7))
     rank, p = correlation_with_gain(cka, gain)
     assert rank == pytest.approx(spearmanr(cka, gain).statistic)
     assert 0 < p <= 1

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.composition import probes
-from pipeline.tasks import Classification, MultiLabel
+from pipeline.tasks import Classification
 
 
 @pytest.fixture
@@ -28,18 +28,6 @@ def test_fit_logistic_of_two_classes_and_of_one(clouds):
     assert (task.predict(two_classes[2].logits(inputs)) == (label == 2)).mean() > 0.8
     one_class = probes.fit_logistic(task, inputs, np.full(300, 1))
     assert (task.predict(one_class[0].logits(inputs)) == 1).all()
-
-
-def test_fit_logistic_of_multilabel_is_one_regression_per_class(clouds):
-    inputs, label = clouds
-    multi_hot = np.stack([label == 0, label != 2, np.ones(300)], axis=1).astype(int)
-    joint_probes = probes.fit_logistic(MultiLabel(3), inputs, multi_hot)
-    single_probes = probes.fit_logistic(Classification(2), inputs, multi_hot[:, 1])
-    for joint, single in zip(joint_probes, single_probes, strict=True):
-        predicted = MultiLabel(3).predict(joint.logits(inputs))
-        assert predicted.shape == (300, 3)
-        assert (predicted[:, 1] == Classification(2).predict(single.logits(inputs))).all()
-        assert (predicted[:, 2] == 1).all()
 
 
 def test_predict_knn_votes_among_the_nearest(clouds):

@@ -6,14 +6,8 @@ import torch
 
 from pipeline.tasks import Segmentation
 from pipeline.training.feature_loader import SplitData
-from tests.pipeline.training.test_loop import (
-    HPARAMS,
-    fit_linear,
-    fit_upernet,
-    head_weights,
-    mean_iou,
-    random_labels,
-)  # fmt: skip
+from tests.pipeline.training import test_loop
+from tests.pipeline.training.test_loop import HPARAMS, head_weights
 
 
 @pytest.fixture
@@ -22,9 +16,9 @@ def fit_heads(gpu, points, maps):
 
     def fit(head: str, hparams=HPARAMS, device: str = gpu, **options):
         if head == "linear":
-            return fit_linear(*(values.to(device) for values in points), hparams, **options)
+            return test_loop.fit_linear(*(values.to(device) for values in points), hparams, **options)
         levels, label = maps
-        return fit_upernet([level.to(device) for level in levels], label.to(device), hparams, **options)
+        return test_loop.fit_upernet([level.to(device) for level in levels], label.to(device), hparams, **options)
 
     return fit
 
@@ -56,7 +50,7 @@ def test_fit_on_a_gpu_with_patience_learns(fit_heads, maps):
     levels, label = maps
     validation = SplitData([level.cuda() for level in levels], label.cuda())
     group = fit_heads("upernet", steps=60, patience=2, validation=validation)
-    assert mean_iou(group, validation).max() > 0.7
+    assert test_loop.mean_iou(group, validation).max() > 0.7
 
 
 def test_fit_on_a_gpu_in_bfloat16_is_near_float32(fit_heads):
@@ -67,7 +61,7 @@ def test_fit_on_a_gpu_in_bfloat16_is_near_float32(fit_heads):
 
 
 def test_fit_on_a_gpu_of_linear_heads_that_stop_has_the_cpus_numbers(fit_heads, points):
-    groups, noise = {}, random_labels(points)
+    groups, noise = {}, test_loop.random_labels(points)
     for device in ("cpu", "cuda"):
         validation = SplitData(noise.inputs.to(device), noise.label.to(device))
         groups[device] = fit_heads("linear", device=device, steps=200, patience=1, validation=validation)

@@ -155,21 +155,8 @@ def test_network_adamw_is_exactly_torchs():
 
 
 def test_warm_cosine_rises_then_falls_as_a_cosine():
-    factors = [warm_cosine(100)(step) for step in range(100)]
-    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert factors[10] == 1
-    assert factors[55] == pytest.approx(0.5)
-    assert factors[99] < 0.001
-
-
-def test_fit_with_strong_decay_predicts_class_frequencies(points):
-    """Biases do not decay: a head whose weights are zero still knows the frequencies of the classes."""
-    inputs, label = points
-    label = torch.where(torch.arange(300) < 200, 2, label)
-    group = fit_linear(inputs, label, [HParams(1e-2, 100.0, 0)], steps=300)
-    probability = group.biases[0][0].softmax(0)
-    frequency = label.bincount(minlength=3) / 300
-    torch.testing.assert_close(probability, frequency, atol=0.05, rtol=0)
+    factors = [warm_cosine(100)(step) for step in (0, 4, 9, 10, 55, 99)]
+    assert factors == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-3)
 
 
 def test_batch_order_has_every_sample_once_per_epoch():

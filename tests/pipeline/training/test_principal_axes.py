@@ -5,18 +5,17 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from cache.reader import FeatureStore
 from cache.schema import StoreSchema
-from cache.writer import Writer
 from pipeline.heads.config import HeadConfig
 from pipeline.heads.linear import StackedLinear
 from pipeline.tasks import Classification
 from pipeline.training import feature_loader, task_data
-from pipeline.training.feature_loader import SplitData, StreamedFeatures
+from pipeline.training.feature_loader import SplitData
 from pipeline.training.loop import HParams, TrainSchedule
 from pipeline.training.predictions import predict_logits
 from pipeline.training.protocol import train_heads
 from pipeline.training.task_data import TaskData
+from tests.pipeline.training.test_feature_loader import write_store
 
 ROWS = np.arange(600)
 
@@ -36,10 +35,8 @@ def bands(tmp_path_factory):
     }
     widths = {name.removeprefix("pooled/"): array.shape[1] for name, array in values.items()}
     schema = StoreSchema(tuple(map(str, ROWS)), ("train",) * len(ROWS), (), widths, "float32", 1000)
-    writer = Writer(folder / "scratch", schema, folder / "bands.zarr", {})
-    writer.write(0, {name: array.astype(np.float32) for name, array in values.items()})
-    writer.finish()
-    arrays = [(FeatureStore(folder / "bands.zarr"), name) for name in values]
+    store = write_store(folder / "bands.zarr", schema, values)
+    arrays = [(store, name) for name in values]
     return arrays, [feature_loader.channel_stats(array, ROWS) for array in arrays]
 
 
@@ -77,15 +74,6 @@ def test_rotate_back_of_a_head_keeps_its_logits(inputs, rotations):
     expected = predict_logits(group, task_data.rotate(inputs, rotations))
     task_data.rotate_back(group, rotations)
     np.testing.assert_allclose(predict_logits(group, inputs), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_rotate_of_streamed_features_equals_those_in_memory(bands, inputs, rotations):
-    stream = StreamedFeatures(*bands, ROWS, "cpu", is_pooled=True)
-    order = torch.arange(len(ROWS)).split(64)
-    rotated = torch.cat([batch.clone() for batch in task_data.rotate(stream, rotations).batches(order)])
-    torch.testing.assert_close(rotated, task_data.rotate(inputs, rotations))
-    plain = torch.cat([batch.clone() for batch in stream.batches(order)])
-    assert torch.equal(plain, inputs), "the stream itself does not change"
 
 
 def test_train_heads_in_principal_axes_learns_a_small_difference_of_two_channels(inputs, rotations):

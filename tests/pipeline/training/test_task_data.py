@@ -74,11 +74,8 @@ def test_load_streamed_and_in_memory_have_the_same_counts(make_stores, task):
 def test_fit_of_streamed_features_has_one_order_for_all_seeds(make_stores):
     """In memory two seeds differ in the order of samples; streamed, with one start, they are equal."""
     data = load(make_stores, "multilabel", max_feature_gb=0.0)
-    hparams, schedule, train = (
-        [HParams(1e-2, 0.0, seed) for seed in (0, 1)],
-        TrainSchedule(30, 32),
-        data.splits["train"],
-    )
+    hparams, schedule = [HParams(1e-2, 0.0, seed) for seed in (0, 1)], TrainSchedule(30, 32)
+    train = data.splits["train"]
     assert not torch.equal(*(loop.batch_order(len(train.label), schedule, seed) for seed in (0, 1)))
     create_group = data.head_config.create_group
     same_start = loop.fit(lambda seeds: create_group([0, 0]), train, data.task, hparams, schedule)
@@ -96,13 +93,12 @@ def test_load_with_patience_adds_the_validation_split_and_fcn_learns(make_stores
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("task", ["segmentation", "multilabel"])
-def test_train_heads_of_different_grids_works_with_every_fusion(make_stores, task, fusion):
-    data = load(make_stores, task, tuple(GRIDS), fusion=fusion)
-    assert count_split(data, train_heads(data, HPARAMS), "val").shape[0] == 2
-    if task == "segmentation":
-        sides = [level.shape[-1] for level in data.splits["val"].inputs]
-        assert sides == [side for sides in GRIDS.values() for side in sides], "in memory on their own grids"
+def test_train_heads_of_different_grids_works_with_every_fusion(make_stores, fusion):
+    for task in ("multilabel", "segmentation"):
+        data = load(make_stores, task, tuple(GRIDS), fusion=fusion)
+        assert count_split(data, train_heads(data, HPARAMS[:1]), "val").shape[0] == 1
+    sides = [level.shape[-1] for level in data.splits["val"].inputs]
+    assert sides == [side for sides in GRIDS.values() for side in sides], "in memory on their own grids"
 
 
 def test_train_heads_of_one_backbone_is_the_same_with_every_fusion(make_stores):
@@ -140,14 +136,6 @@ def test_load_of_non_finite_features_is_refused_in_any_split(make_stores, task_i
     config = CompositionConfig((), "logistic", 2, False)
     with raises(StoreError, key=name, path=path):
         search.search({"damaged": FeatureStore(path)}, task_images(task), HEADS, config)
-
-
-def test_load_of_some_levels(make_stores):
-    data = load(make_stores, levels=(0, -1))
-    assert [level.shape[-1] for level in data.splits["val"].inputs] == [16, 2, 4, 4]
-    assert load(make_stores, "multilabel", levels=(-1,)).splits["val"].inputs.shape[1] == 16
-    with raises(StoreError, key="heads.levels", value=3, allowed=range(-3, 3)):
-        load(make_stores, names=("pyramid", "three"), levels=(3,))
 
 
 def test_load_with_balanced_weights_makes_classes_equal(make_stores):
