@@ -64,16 +64,13 @@ def load(trained_ensemble, tmp_path):
     """Function from changed backbones, and a head, to the predictor of a copy of the ensemble in tmp_path."""
     params, folder = trained_ensemble
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    paths = {
-        "head_path": "head.pt",
-        "images_path": "images.zarr",
-        "features_dir": "features",
-        "weights_dir": "weights",
-    }
 
-    def load_changed(backbones=(), **changes):
+    def load_changed(backbones=(), head="head.pt"):
         changed = dataclasses.replace(params, backbones={**params.backbones, **dict(backbones)})
-        return load_ensemble(changed, "cpu", **{key: tmp_path / name for key, name in {**paths, **changes}.items()})
+        return load_ensemble(
+            changed, "cpu", head_path=tmp_path / head, images_path=tmp_path / "images.zarr",
+            features_dir=tmp_path / "features", weights_dir=tmp_path / "weights",
+        )  # fmt: skip
 
     return load_changed
 
