@@ -1,11 +1,6 @@
 """Custom data: images with a table of labels, images with masks, or a scene with labelled polygons.
 
 The form follows from the files that `labels` matches: a CSV file, rasters, or another format, which geopandas reads.
-
-- options.py: the options in params.yaml, and names of classes.
-- rasters.py: images, their files, and reading by windows.
-- labels.py: polygons, masks, or a CSV file.
-- samples.py: chips, their assignment to splits, and images without labels.
 """
 
 import functools
@@ -60,7 +55,7 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
     unlabelled_paths = samples.unlabelled_files(options)  # checked before the labelled images, which may take long
     open_labelled = _read_table_chips if options.is_table else _crop_chips
     reader, classes = open_labelled(options, dataset, notes)
-    class_areas = _usable_class_areas(reader, classes, options, dataset, notes)
+    class_areas = _usable_class_areas(reader, classes, options, notes)
     split_of_chip = samples.assign_splits(reader, class_areas, options.split, dataset, notes)
     _note_missing_classes(classes, class_areas, split_of_chip, notes)
     chips = {name: reader.chips[name] for name in split_of_chip}
@@ -82,33 +77,23 @@ def prepare(raw: Path, dataset: DatasetConfig) -> LazyImageDataset:
     return LazyImageDataset(
         sample=list(chips),
         split=[split_of_chip.get(name, UNLABELLED) for name in chips],
-        bands=options.bands,
-        classes=classes,
-        task=dataset.task,
-        units=options.units,
+        bands=options.bands, classes=classes, task=dataset.task, units=options.units,
         gsd=options.gsd if not math.isnan(options.gsd) else min(band.gsd for band in options.bands),
-        licence=options.licence,
-        source=options.source,
-        display=options.display or None,
-        notes=notes,
+        licence=options.licence, source=options.source, display=options.display or None, notes=notes,
         crs=None if without_crs else [image.crs for image in images],
         transform=None if without_crs else np.array([reader.transform(chip) for chip in chips.values()]),
         read_sample=reader,
         check_band_means=functools.partial(check_band_means, options),
         shape=(len(options.bands), side or images[0].height, side or images[0].width),
         dtype=np.result_type(*dtypes),
-    )
+    )  # fmt: skip
 
 
 def _usable_class_areas(
-    reader: CustomSampleReader,
-    classes: Sequence[str],
-    options: CustomOptions,
-    dataset: DatasetConfig,
-    notes: list[str],
+    reader: CustomSampleReader, classes: Sequence[str], options: CustomOptions, notes: list[str]
 ) -> dict[str, np.ndarray]:
     """Return the class areas of the chips that can be used; one class, or no such chip, raises UserError."""
-    task = get_task(dataset.task)
+    task = get_task(reader.task)
     class_areas = read_all(reader.chips, lambda name: reader.class_areas(reader.chips[name]), options, notes)
     if len(classes) < 2 and not task.is_multilabel:
         raise UserError(
@@ -123,8 +108,8 @@ def _usable_class_areas(
         notes.append(f"{len(class_areas) - len(usable)} of {len(class_areas)} chips {reason} are skipped")
     if not usable:
         raise UserError(
-            f"No chip of {dataset.chip} px can be used ({notes[-1]}). Use smaller chips or another purity.",
-            key="chip", value=dataset.chip,
+            f"No chip of {reader.chip_size} px can be used ({notes[-1]}). Use smaller chips or another purity.",
+            key="chip", value=reader.chip_size,
         )  # fmt: skip
     return usable
 

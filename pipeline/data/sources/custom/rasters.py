@@ -229,15 +229,10 @@ def open_image(paths: Sequence[Path], bands: Sequence[Band]) -> RasterImage:
         all_valid = all(flags == [MaskFlags.all_valid] for file in files for flags in file.mask_flag_enums)
         same_grid = all((file.height, file.width) == (finest.height, finest.width) for file in files)
         return RasterImage(
-            paths=tuple(map(str, paths)),
-            height=finest.height,
-            width=finest.width,
-            transform=finest.transform,
-            crs=finest.crs.to_wkt() if finest.crs else "",
-            dtype=dtype,
-            n_bands=len(bands),
+            paths=tuple(map(str, paths)), height=finest.height, width=finest.width, transform=finest.transform,
+            crs=finest.crs.to_wkt() if finest.crs else "", dtype=dtype, n_bands=len(bands),
             may_have_nodata=not (all_valid and same_grid) or dtype.kind == "f",
-        )
+        )  # fmt: skip
 
 
 def _match_band_files(paths: Sequence[Path], bands: Sequence[Band]) -> list[Path]:
