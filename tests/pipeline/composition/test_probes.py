@@ -1,8 +1,13 @@
+"""Probes and similarity of features, against scikit-learn, scipy and formulas."""
+
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from pipeline.composition import probes
+from pipeline.composition.cka import MIN_PAIRS, MIN_SAMPLES, correlation_with_gain, linear_cka
 from pipeline.tasks import Classification
+from tests.errors import raises
 
 
 @pytest.fixture
@@ -37,3 +42,59 @@ def test_predict_knn_votes_among_the_nearest(clouds):
     multi_hot = np.stack([label == 0, label != 2], axis=1).astype(int)
     for n_classes in (1, 2):
         assert probes.predict_knn(inputs, multi_hot[:, :n_classes], inputs[:4]).shape == (4, n_classes)
+
+
+def test_linear_cka_is_invariant_to_rotation_scale_and_offset():
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(200, 12))
+    rotation, _ = np.linalg.qr(generator.normal(size=(12, 12)))
+    similarity = linear_cka({"a": a, "b": 7 + 3 * a @ rotation})
+    assert similarity.index.tolist() == similarity.columns.tolist() == ["a", "b"]
+    np.testing.assert_allclose(similarity, np.ones((2, 2)), atol=1e-12)
+
+
+def test_linear_cka_unrelated_features_with_more_channels_than_samples_is_zero():
+    """The biased estimate would be above .8."""
+    generator = np.random.default_rng(0)
+    pairs = generator.normal(size=(5, 2, 60, 300))
+    assert abs(np.mean([linear_cka({"a": a, "b": b}).loc["a", "b"] for a, b in pairs])) < 0.02
+
+
+def test_linear_cka_equals_the_unbiased_hsic_of_gram_matrices():
+    """Equation 3 of Nguyen, Raghu and Kornblith (arXiv 2010.15327), written out."""
+    generator = np.random.default_rng(0)
+    n = 40
+    a = 100 + generator.normal(size=(n, 9))
+    b = a[:, :4] + generator.normal(size=(n, 4))
+
+    def hsic(left, right):
+        grams = [values @ values.T for values in (left - left.mean(0), right - right.mean(0))]
+        for gram in grams:
+            np.fill_diagonal(gram, 0)
+        k, m = grams
+        return np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
+
+    expected = hsic(a, b) / np.sqrt(hsic(a, a) * hsic(b, b))
+    assert linear_cka({"a": a, "b": b}).loc["a", "b"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_linear_cka_too_few_samples_is_refused():
+    with raises(ValueError, MIN_SAMPLES, 3):
+        linear_cka({"a": np.eye(3)})
+
+
+def test_correlation_with_gain_equals_scipy_and_permutes_all_orders():
+    generator = np.random.default_rng(0)
+    cka, gain = generator.normal(size=(2, 7))
+    rank, p = correlation_with_gain(cka, gain)
+    assert rank == pytest.approx(spearmanr(cka, gain).statistic)
+    assert 0 < p <= 1
+    rank, p = correlation_with_gain(np.arange(7.0), -(np.arange(7.0) ** 3))
+    assert rank == pytest.approx(-1)
+    assert p == pytest.approx(2 / 5040)  # this order and its reverse, of 7! orders
+
+
+@pytest.mark.parametrize(("cka", "gain"), [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [0, 0, 0, 0])])
+def test_correlation_with_gain_too_few_or_equal_pairs_is_refused(cka, gain):
+    with raises(ValueError, MIN_PAIRS, len(cka)):
+        correlation_with_gain(np.array(cka), np.array(gain))

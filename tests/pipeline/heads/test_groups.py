@@ -1,15 +1,19 @@
-"""Groups of K heads against networks of torch."""
+"""Groups of heads and their networks, against those of torch and terratorch."""
 
 import pytest
 import torch
+from terratorch.models.decoders.upernet_decoder import UperNetDecoder
+from terratorch.models.necks import LearnedInterpolateToPyramidal
 from torch.nn import functional
 
 from pipeline.heads.config import HeadConfig
 from pipeline.heads.dense import HeadList
 from pipeline.heads.fcn import Fcn
-from pipeline.heads.fusion import get_fusion
+from pipeline.heads.fusion import LearnedPyramid, get_fusion
 from pipeline.heads.linear import StackedLinear
-from pipeline.heads.upernet import UPerNet
+from pipeline.heads.upernet import UPerNet, UPerNetDecoder, _pool_weights
+
+WIDTHS = [12, 20, 28, 36]
 
 
 def apply_layer(group, layer, head, inputs):
@@ -63,3 +67,28 @@ def test_fcn_is_one_linear_layer_on_all_resized_levels():
     bias = sum(score.bias for score in fcn.scores)
     expected = functional.conv2d(torch.cat(resized, dim=1), weight, bias)
     torch.testing.assert_close(fcn(levels), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reference", "network", "sides"),
+    [
+        (UperNetDecoder(WIDTHS, channels=16, align_corners=True), UPerNetDecoder(WIDTHS, 16), (32, 16, 8, 4)),
+        (LearnedInterpolateToPyramidal(WIDTHS), LearnedPyramid(WIDTHS), (14, 14, 14, 14)),
+    ],
+    ids=["decoder", "pyramid"],
+)
+def test_network_with_terratorchs_weights_has_its_output(reference, network, sides):
+    network.load_state_dict(reference.state_dict(), strict=True)
+    levels = [torch.randn(2, width, side, side) for width, side in zip(WIDTHS, sides, strict=True)]
+    for mode in (True, False):  # with batch statistics, then with running ones
+        expected = reference.train(mode)(list(levels))
+        torch.testing.assert_close(network.train(mode)(levels), expected, rtol=1e-5, atol=1e-5)
+    if isinstance(network, LearnedPyramid):
+        assert [tuple(level.shape[1:]) for level in expected] == network.shapes(14, 14)
+
+
+@pytest.mark.parametrize(("side", "scale"), [(4, 1), (4, 3), (4, 6), (7, 6), (14, 6)])
+def test_pool_weights_give_torchs_adaptive_average_pool(side, scale):
+    maps, weights = torch.randn(2, 3, side, side), _pool_weights(side, scale, torch.device("cpu"))
+    expected = torch.nn.functional.adaptive_avg_pool2d(maps, scale)
+    torch.testing.assert_close(weights @ maps @ weights.t(), expected)

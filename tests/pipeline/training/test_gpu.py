@@ -1,6 +1,5 @@
 """Heads on a GPU: the CPU's numbers, and a head among others has its own numbers."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -56,7 +55,6 @@ def test_fit_on_a_gpu_with_patience_learns(fit_heads, maps):
 def test_fit_on_a_gpu_in_bfloat16_is_near_float32(fit_heads):
     lower = head_weights(fit_heads("upernet", steps=10, precision="bfloat16"), 0)
     full = head_weights(fit_heads("upernet", steps=10), 0)
-    assert np.isfinite(lower.cpu()).all()
     assert 0 < torch.linalg.norm(lower - full) / torch.linalg.norm(full) < 0.2
 
 

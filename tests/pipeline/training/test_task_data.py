@@ -1,4 +1,4 @@
-"""Task data: in memory and streamed, every fusion, class weights, and refusals."""
+"""Task data: in memory and streamed, every fusion, class weights, refusals, and principal axes."""
 
 import dataclasses
 import shutil
@@ -9,25 +9,32 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from threadpoolctl import threadpool_limits
 from torch.nn.functional import adaptive_avg_pool2d
 
 from cache.errors import StoreError
 from cache.reader import FeatureStore
+from cache.schema import StoreSchema
 from pipeline.composition import search
 from pipeline.config import CompositionConfig, FcnHeadConfig, HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.errors import UserError
-from pipeline.tasks import IGNORE
-from pipeline.training import loop, task_data
-from pipeline.training.feature_loader import StreamedFeatures
+from pipeline.heads.config import HeadConfig
+from pipeline.tasks import IGNORE, Classification
+from pipeline.training import feature_loader, loop, task_data
+from pipeline.training.feature_loader import SplitData, StreamedFeatures
 from pipeline.training.loop import HParams, TrainSchedule
+from pipeline.training.predictions import predict_logits
 from pipeline.training.protocol import count_split, score_split, train_heads
+from pipeline.training.task_data import TaskData
 from tests.errors import raises
+from tests.pipeline.training.test_feature_loader import write_store
 
 HEADS = HeadsConfig(LinearHeadConfig("all", "mean", 20, 16), UPerNetHeadConfig(4, 3, 4), FcnHeadConfig(30, 4))
 HPARAMS = [HParams(1e-2, 1e-3, 0), HParams(3e-3, 1e-1, 1)]
 FUSIONS = ["concat", "average", "film", "dot"]
 # Sides of the levels: a pyramid, a transformer's four levels of one grid, and three levels.
 GRIDS = {"pyramid": (16, 8, 4, 2), "flat": (4, 4, 4, 4), "three": (8, 4, 2)}
+ROWS = np.arange(600)
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +152,65 @@ def test_load_with_balanced_weights_makes_classes_equal(make_stores):
     torch.testing.assert_close(weights * count, (count.sum() / len(count)).expand_as(weights))
     with raises(UserError, "multi-label", key="heads.class_weights", value="balanced", allowed=["none"]):
         load(make_stores, "multilabel", class_weights="balanced")
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory):
+    """Two arrays of strongly correlated channels, and their statistics.
+
+    In the first, two channels differ by little (correlation above 0.999); in the second, two are equal.
+    """
+    generator, folder = np.random.default_rng(0), tmp_path_factory.mktemp("bands")
+    base = generator.normal(size=(len(ROWS), 3))
+    near = base[:, :1] + 0.04 * generator.choice([-1, 1], (len(ROWS), 1))
+    values = {
+        "pooled/mean_first": np.concatenate([base, near], axis=1),
+        "pooled/mean_rest": np.concatenate([base @ generator.normal(size=(3, 4)), base[:, :1], base[:, :1]], axis=1),
+    }
+    widths = {name.removeprefix("pooled/"): array.shape[1] for name, array in values.items()}
+    schema = StoreSchema(tuple(map(str, ROWS)), ("train",) * len(ROWS), (), widths, "float32", 1000)
+    store = write_store(folder / "bands.zarr", schema, values)
+    arrays = [(store, name) for name in values]
+    return arrays, [feature_loader.channel_stats(array, ROWS) for array in arrays]
+
+
+@pytest.fixture
+def inputs(bands):
+    """The standardized arrays, concatenated."""
+    pairs = zip(*bands, strict=True)
+    return torch.cat([feature_loader.read_standardized(array, ROWS, stats) for array, stats in pairs], dim=1)
+
+
+@pytest.fixture
+def rotations(bands):
+    return task_data.principal_axes(*bands, ROWS)
+
+
+def test_principal_axes_are_orthonormal_and_uncorrelated(inputs, rotations):
+    for values, rotation in zip(inputs.split([4, 6], dim=1), rotations, strict=True):
+        axes = rotation[:, rotation.abs().sum(dim=0) > 0]
+        torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]), atol=1e-5, rtol=0)
+        rotated = (values @ axes).double()
+        covariance = rotated.T @ rotated / len(rotated)
+        assert (covariance - covariance.diag().diag()).abs().max() < 1e-4 * covariance.diag().max()
+        assert (covariance.diag() > task_data.MIN_VARIANCE).all()
+    assert rotations[0].any(dim=0).all(), "nearly equal channels keep their difference"
+    assert not rotations[1][:, 0].any(), "two of the channels are equal"
+
+
+def test_principal_axes_with_more_threads_have_the_same_bytes(bands, rotations):
+    with threadpool_limits(2):
+        assert all(map(torch.equal, rotations, task_data.principal_axes(*bands, ROWS)))
+
+
+def test_train_heads_in_principal_axes_learns_a_small_difference_of_two_channels(inputs, rotations):
+    label = (inputs[:, 3] > inputs[:, 0]).long()
+    split, config = SplitData(inputs, label), HeadConfig("linear", "concat", (((10,),),), 2)
+    hparams = [HParams(learning_rate, 1e-2, 0) for learning_rate in (1e-2, 1e-1)]
+    accuracy = {}
+    for name, axes in {"channels": [], "axes": rotations}.items():
+        data = TaskData({"train": split}, Classification(2), [], [], [], axes, config, TrainSchedule(150, 32))
+        predicted = predict_logits(train_heads(data, hparams), inputs).argmax(axis=2)
+        accuracy[name] = (predicted == label.numpy()).mean(axis=1).max()
+    assert accuracy["axes"] > 0.95
+    assert accuracy["axes"] > accuracy["channels"] + 0.02
