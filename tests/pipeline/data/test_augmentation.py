@@ -62,15 +62,6 @@ def test_views_of_a_square_are_eight_different_symmetries():
     assert {name: views[name][0][corner] for name, corner in expected_corner.items()} == dict.fromkeys(views, 2)
 
 
-def test_augmented_images_transform_masks_with_their_images(masks):
-    images, rows, views = load(masks), np.arange(8), list(VIEWS)
-    image, label = images.image_tensor(rows, views).numpy(), images.label_tensor(rows, views).numpy()
-    labelled = label != IGNORE
-    assert labelled.mean() == pytest.approx(14 / 16)
-    assert (np.round(image[:, 0] / 100).clip(0, 2) == label)[labelled].mean() > 0.99
-    assert not (label == images.label_tensor(rows).numpy()).all()
-
-
 @pytest.mark.parametrize("how", ["read_from_store", "copied_to_file"])
 def test_augmented_images_outside_memory_equal_those_in_memory(masks, tmp_path, how):
     in_memory, rows = load(masks), np.array([7, 3, 3, 20])

@@ -61,23 +61,3 @@ def footprint(image: str, x: float, crs: str = UTM, size: int = 64, y: float = 5
 def test_overlapping_pairs_are_chips_of_two_images_on_the_same_ground(b, overlaps):
     pairs = splits.overlapping_pairs([footprint("a", 400_000), b])
     assert pairs.tolist() == ([[0, 1]] if overlaps else [])
-
-
-def test_overlaps_between_finds_chips_across_the_antimeridian():
-    west = footprint("west", 179.9966, WGS84, y=10, step=0.0001)
-    east = footprint("east", -180, WGS84, y=10, step=0.0001)
-    elsewhere = footprint("elsewhere", 0, WGS84, y=10, step=0.0001)
-    assert splits.overlaps_between([elsewhere, west], [east, elsewhere]).tolist() == [[1, 0]]
-
-
-def test_overlapping_pairs_ignore_images_without_crs_that_have_one_transform():
-    same = [footprint(name, 500, "") for name in "abc"]
-    assert splits.overlapping_pairs(same).tolist() == []
-    pairs = splits.overlapping_pairs([*same, footprint("d", 820, "")])
-    assert pairs.tolist() == [[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
-
-
-def test_merge_blocks_joins_blocks_with_overlapping_chips():
-    block = splits.merge_blocks(["x", "x", "y", "z"], np.array([[1, 2]]))
-    assert block[0] == block[1] == block[2] != block[3]
-    assert len(set(splits.merge_blocks(["x", "x", "y", "z"], np.empty((0, 2), int)))) == 3

@@ -3,9 +3,7 @@
 import geopandas
 import numpy as np
 import pytest
-import rasterio
 from pyproj import Transformer
-from rasterio.windows import Window
 
 from pipeline.data.image_store import SPLITS
 from pipeline.data.sources import osm_landuse
@@ -24,16 +22,6 @@ def test_prepare_counts_of_chips_classes_and_labelled_pixels(image_dataset):
     assert (tiles.label != IGNORE).mean() == pytest.approx(0.309, abs=0.002)
     for split in SPLITS:
         assert {*np.unique(tiles.label[np.array(tiles.split) == split])} == {*range(7), IGNORE}
-
-
-def test_prepare_pixels_equal_those_of_the_band_files(image_dataset, raw_folder):
-    chips = image_dataset("sample-landuse")
-    row, column = int(chips.sample[100][1:5]), int(chips.sample[100][6:])
-    for index, band in enumerate(osm_landuse.BANDS):
-        with rasterio.open(next(raw_folder("osm_landuse").glob(f"*_{band.name}.jp2"))) as file:
-            step = int(band.gsd // 10)
-            pixel = Window((column + 7) // step, (row + 5) // step, 1, 1)
-            assert chips.image[100, index, 5, 7] == file.read(1, window=pixel)
 
 
 def test_prepare_label_is_the_polygon_at_the_chips_location(image_dataset, raw_folder):
