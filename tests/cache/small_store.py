@@ -3,6 +3,7 @@
 import numpy as np
 
 from cache.codecs import parse_codec
+from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 from cache.writer import Writer
 
@@ -46,6 +47,12 @@ def write_store(folder, schema=None, stop_after=None, seed=0, make_values=shard_
             return None
         writer.write(shard, make_values(schema, shard, seed))
     return writer.finish()
+
+
+def open_store(folder, schema=None, **arguments):
+    """Write `folder`/store.zarr with `write_store`, and open it."""
+    write_store(folder, schema, **arguments)
+    return FeatureStore(folder / "store.zarr")
 
 
 def file_bytes(path):

@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from small_store import write_store
+from small_store import open_store
 
 from cache.codecs import parse_codec
 from cache.errors import StoreError
-from cache.reader import FeatureStore
 from cache.schema import LevelSchema, StoreSchema
 from tests.errors import raises
 
@@ -14,7 +13,7 @@ from tests.errors import raises
 @pytest.fixture(scope="module")
 def maps():
     """(sample, channel, y, x) float32."""
-    return np.random.default_rng(0).normal(size=(20, 13, 32, 32)).cumsum(3).astype("float32")
+    return np.random.default_rng(0).normal(size=(20, 13, 24, 24)).cumsum(3).astype("float32")
 
 
 @pytest.fixture
@@ -27,10 +26,9 @@ def stored(maps, tmp_path):
             shard_size=16, levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse_codec(codec),
         )  # fmt: skip
         folder = tmp_path / f"{codec}-{dtype}"
-        write_store(
+        features = open_store(
             folder, schema, make_values=lambda schema, shard, _: {"level0/features": values[schema.rows(shard)]}
         )
-        features = FeatureStore(folder / "store.zarr")
         size = sum(file.stat().st_size for file in (folder / "store.zarr/level0/features").iterdir())
         return features, size
 
@@ -56,9 +54,11 @@ def test_int8_scale_is_per_map_and_channel(stored, maps):
     uneven = maps[:20].copy()
     uneven[3] *= 1000
     uneven[:, 2] *= 100
+    uneven[:, 5] = 0
     features, _ = stored("int8", "float32", uneven)
     actual = features.read("level0/features", np.arange(20))
-    error = np.abs(actual - uneven).max((2, 3)) / np.abs(uneven).max((2, 3))
+    assert not actual[:, 5].any()
+    error = np.abs(actual - uneven).max((2, 3)) / np.maximum(np.abs(uneven).max((2, 3)), 1e-9)
     assert error.max() < 0.5 / 127 * 1.01
 
 
@@ -81,13 +81,6 @@ def test_nonfinite_values_pass_through_other_codecs(stored, maps, codec):
     assert np.isfinite(features.root["level0"].attrs["relative_error"])
 
 
-def test_int8_channel_of_zeros_stays_zero(stored, maps):
-    values = maps[:20].copy()
-    values[:, 5] = 0
-    features, _ = stored("int8", values=values)
-    assert not features.read("level0/features", np.arange(20))[:, 5].any()
-
-
 def test_int8_at_both_ends_of_the_range(stored):
     """No infinity from the largest values, and no wrong sign from the smallest."""
     values = np.random.default_rng(0).uniform(-1, 1, (20, 13, 8, 8)).astype("float32")
@@ -100,8 +93,3 @@ def test_int8_at_both_ends_of_the_range(stored):
     large = np.abs(values) > 1e38
     assert np.abs(actual[large] / values[large] - 1).max() < 0.02
     assert (np.sign(actual) * np.sign(values) >= 0).all()
-
-
-def test_parse_codec_of_an_unknown_name_states_what_there_is():
-    with raises(ValueError, "gzip", "none", "lz4", "zstd", "int8"):
-        parse_codec("gzip")

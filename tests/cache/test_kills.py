@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("n_kills", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_kills", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_writers_killed_at_random_moments_leave_whole_stores(tmp_path, n_kills):
     folder = Path(__file__).parent
     command = [sys.executable, folder / "kills.py", tmp_path, str(n_kills)]

@@ -5,11 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
-from small_store import small_schema, write_store
+from small_store import open_store, shard_values, small_schema
 
 from cache import statistics
 from cache.errors import StoreError
-from cache.reader import FeatureStore
 from cache.statistics import principal_components, project
 from tests.errors import raises
 
@@ -27,8 +26,7 @@ def test_training_statistics_are_those_of_what_is_read(tmp_path, codec, views):
     schema = small_schema(codec=codec, views=views, shard_size=16)
     # Shards without a training sample, and with one.
     split = ("test",) * 32 + ("train",) + ("val",) * 40 + schema.split[73:]
-    write_store(tmp_path, replace(schema, split=split))
-    features = FeatureStore(tmp_path / "store.zarr")
+    features = open_store(tmp_path, replace(schema, split=split))
     for level in ("level0", "level1"):
         maps = training_maps(features, level)
         mean, std = features.statistics(level)
@@ -39,53 +37,38 @@ def test_training_statistics_are_those_of_what_is_read(tmp_path, codec, views):
 
 def test_training_statistics_keep_a_small_spread_around_a_large_mean(tmp_path):
     """The mean of squares minus the square of the mean would give zero or less."""
-    schema = small_schema(dtype="float32")
-    offset = np.float32(1e4)
 
     def make_values(schema, shard, seed):
-        generator = np.random.default_rng(shard)
-        rows = schema.rows(shard)
-        return {
-            name: offset + generator.normal(0, 0.01, (rows.stop - rows.start, *shape)).astype("float32")
-            for name, shape in schema.shapes().items()
-        }
+        values = shard_values(schema, shard, seed)
+        return {name: np.float32(1e4) + np.float32(0.01) * array for name, array in values.items()}
 
-    write_store(tmp_path, schema, make_values=make_values)
-    features = FeatureStore(tmp_path / "store.zarr")
+    features = open_store(tmp_path, small_schema(dtype="float32"), make_values=make_values)
     expected = training_maps(features, "level0").std(axis=(0, 2, 3))
     np.testing.assert_allclose(features.statistics("level0")[1], expected, rtol=1e-9)
 
 
 def test_training_statistics_show_a_single_nan(tmp_path):
     def make_values(schema, shard, seed):
-        rows = schema.rows(shard)
-        values = {name: np.ones((rows.stop - rows.start, *shape)) for name, shape in schema.shapes().items()}
+        values = shard_values(schema, shard, seed)
         values["level0/features"][1, 2, 0, 0] = np.nan
         return values
 
-    write_store(tmp_path, make_values=make_values)
-    mean, std = FeatureStore(tmp_path / "store.zarr").statistics("level0")
+    features = open_store(tmp_path, make_values=make_values)
+    mean, std = features.statistics("level0")
     assert np.isnan(mean).tolist() == np.isnan(std).tolist() == [False, False, True, False, False]
 
 
 def test_training_statistics_without_training_samples_are_nan(tmp_path):
-    write_store(tmp_path, replace(small_schema(), split=("test",) * 150))
-    mean, std = FeatureStore(tmp_path / "store.zarr").statistics("level0")
-    assert np.isnan(mean).all()
-    assert np.isnan(std).all()
-
-
-def test_principal_components_more_than_channels_are_refused(tmp_path):
-    write_store(tmp_path)
-    with raises(StoreError, 5, 6400, key="n_components", value=6):
-        principal_components(FeatureStore(tmp_path / "store.zarr"), "level0", 6)
+    features = open_store(tmp_path, replace(small_schema(), split=("test",) * 150))
+    assert np.isnan(features.statistics("level0")).all()
 
 
 @pytest.mark.parametrize("values_per_read", [10, 1 << 22], ids=["a sample per block", "one block"])
 def test_principal_components_equal_scikit_learn(tmp_path, monkeypatch, values_per_read):
     monkeypatch.setattr(statistics, "_VALUES_PER_READ", values_per_read)
-    write_store(tmp_path)
-    features = FeatureStore(tmp_path / "store.zarr")
+    features = open_store(tmp_path)
+    with raises(StoreError, 5, 6400, key="n_components", value=6):
+        principal_components(features, "level0", 6)
     pca = principal_components(features, "level0", 3)
     cells = training_maps(features, "level0").transpose(0, 2, 3, 1).reshape(-1, 5)
     exact = PCA(3).fit(cells)
