@@ -58,10 +58,8 @@ class Projectors(nn.Module):
         super().__init__()
         self.target_shapes = list(target_shapes)
         sizes = np.array(level_sizes)
-        self.source_levels = [  # None for a vector
-            int(np.maximum(sizes / shape[1], shape[1] / sizes).argmin()) if len(shape) > 1 else None
-            for shape in target_shapes
-        ]
+        ratios = [np.maximum(sizes / shape[1], shape[1] / sizes) if shape[1:] else None for shape in target_shapes]
+        self.source_levels = [None if ratio is None else int(ratio.argmin()) for ratio in ratios]  # None for a vector
         self.maps = nn.ModuleList(
             nn.Linear(sum(channels), shape[0]) if level is None else nn.Conv2d(channels[level], shape[0], 1)
             for shape, level in zip(target_shapes, self.source_levels, strict=True)

@@ -110,9 +110,6 @@ def _create_network(spec: StudentSpec) -> nn.Module:
     return network.train()
 
 
-# Initial weights
-
-
 def make_spec(images: xr.Dataset, student: StudentConfig) -> StudentSpec:
     """Return the spec of a student for an images store."""
     task = images.attrs["task"]
@@ -173,9 +170,6 @@ def pretrained_state(
     filters, mean_filter = tensors[first], tensors[first].mean(dim=1)
     adapted = [filters[:, known_bands.index(band)] if band in known_bands else mean_filter for band in bands]
     return {**expected, **tensors, first: torch.stack(adapted, dim=1) * (len(known_bands) / len(bands))}
-
-
-# Saved students
 
 
 def student_metadata(images: xr.Dataset, dataset: str, variant: str, weights: str, teacher: str | None) -> dict:

@@ -99,7 +99,7 @@ class CachedTeacher:
 
     @torch.inference_mode()
     def _compute_logits(self, rows: np.ndarray) -> np.ndarray:
-        """Compute the logits of all rows and views, float16 (sample, view, class, …); they can exceed the memory."""
+        """Compute logits, float16 (sample, view, class, …), in a mapped file: they can exceed the memory."""
         stored, device = np.empty(0, np.float16), self.head.mean_scale[0][0].device
         for copy, view in enumerate(self.views):
             for start in range(0, len(rows), HEAD_BATCH):

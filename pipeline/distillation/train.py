@@ -60,9 +60,6 @@ class DistillationSetup:
         return self.images.rows("train", *([UNLABELLED] if VARIANTS[variant] else []))
 
 
-# Protocol
-
-
 def train_variant(
     create_student: CreateStudent, setup: DistillationSetup, variant: str, metadata: Mapping, study_path: Path,
     cache_key: object,
@@ -92,16 +89,14 @@ def train_variant(
         raise predictions.divergence_error(diverged, len(students), SEARCH_KEYS)
     val_scores = _scores(students, setup, "val")
     rows, outputs = setup.images.rows("test"), [predict(student, setup, "test") for student in students]
-    samples, (counts, logits) = setup.images.sample[rows].tolist(), map(np.stack, zip(*outputs, strict=True))
-    if task.is_dense:
-        table = predictions.confusion_table(samples, counts)
-    else:
-        label = setup.images.label_tensor(rows).numpy()
-        table = predictions.prediction_table(samples, label, logits, task, SEARCH_KEYS)
-    test_scores = task.score(counts.sum(axis=1))
+    counts, logits = map(np.stack, zip(*outputs, strict=True))
+    table, test_scores = predictions.tabulate(
+        setup.images.sample[rows].tolist(), setup.images.label_tensor(rows).numpy(),
+        counts if task.is_dense else logits, task, SEARCH_KEYS,
+    )  # fmt: skip
     runs = [
         {**metadata, "protocol": PROTOCOLS.get(variant, variant), "task": task.type.value, "seed": seed,
-         "metric": task.metric, "score": test_scores[seed], "val_score": val_scores[seed], "n_test": len(samples),
+         "metric": task.metric, "score": test_scores[seed], "val_score": val_scores[seed], "n_test": len(rows),
          "classes": task.n_classes, **search_result["best"]}
         for seed in range(len(students))
     ]  # fmt: skip
@@ -137,9 +132,6 @@ def _scores(students: Sequence[Student], setup: DistillationSetup, split: str) -
     return setup.task.score(np.stack([predict(student, setup, split)[0].sum(axis=0) for student in students]))
 
 
-# One student
-
-
 def make_projectors(student: Student, setup: DistillationSetup, seed: int) -> Projectors:
     """Create projectors from a student's levels to the teacher's arrays."""
     level_sizes = [-(-student.spec.input_size // stride) for stride in student.strides]
@@ -170,10 +162,10 @@ def train(
 
 
 def draw_views(setup: DistillationSetup, count: int, generator: np.random.Generator) -> list[str]:
-    """Draw a view for each of `count` chips, from those with cached features if there are others than `identity`.
+    """Draw a view for each of `count` chips.
 
-    Otherwise they are drawn from all views. If the teacher has feature maps, about half of the chips then stay
-    upright, because maps are cached for upright chips only.
+    Views are drawn from those with cached features, if there are others than `identity`; otherwise from all views. If
+    the teacher has feature maps, about half of the chips then stay upright: maps are cached for upright chips only.
     """
     cached = [view for view in setup.teacher.views if view in setup.images.views]
     if len(cached) > 1:
@@ -212,7 +204,7 @@ def _loss(
 def _feature_loss(
     predictions: list[torch.Tensor], targets: list[torch.Tensor], has_maps: torch.Tensor, teacher: CachedTeacher
 ) -> torch.Tensor:
-    """Average the feature loss over the arrays of each member, then over members; for maps, where `has_maps`."""
+    """Average the feature loss over a member's arrays, then over members; for maps, where `has_maps`."""
     member_losses: dict[int, list[torch.Tensor]] = {}
     for index, ((member, _), prediction, target) in enumerate(zip(teacher.arrays, predictions, targets, strict=True)):
         sample_losses = losses.feature_loss(prediction, target)
@@ -224,7 +216,7 @@ def _feature_loss(
 
 @torch.inference_mode()
 def predict(student: Student, setup: DistillationSetup, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Predict upright chips: counts, int64 (sample, entry); logits (sample, class), empty for segmentation."""
+    """Predict upright chips: counts (sample, entry); logits (sample, class), empty for segmentation."""
     rows, task, counts, outputs = setup.images.rows(split), setup.task, [], []
     for start in range(0, len(rows), PREDICTION_BATCH):
         batch = rows[start : start + PREDICTION_BATCH]

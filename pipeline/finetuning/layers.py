@@ -52,10 +52,7 @@ def layer_lr_scale(network: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def make_trainable(network: nn.Module, name: str, config: FineTuneConfig, seed: int) -> None:
-    """Make the parameters of the frozen backbone `name` trainable that `config` selects.
-
-    Raises UserError if the network lacks the blocks or the layers that `finetune.method` names.
-    """
+    """Make the parameters that `config` selects trainable; refuse a backbone `name` without such layers."""
     if next(network.parameters(), None) is None:
         return
     if config.checkpointing:  # Chen et al., arXiv 1604.06174

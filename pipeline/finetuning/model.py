@@ -50,9 +50,7 @@ class FineTunedEnsemble(nn.Module):
     trained on features computed with them, and with statistics of small batches the first step would start from
     another model than the frozen one. The scales and shifts of BatchNorm are trained like other weights. There is no
     dropout, as in the training of the head. Features are standardized as in the frozen model. `seed` is that of LoRA
-    adapters.
-
-    Raises UserError if the head was trained for other images or backbones, or no parameter can be trained.
+    adapters. UserError if the head was trained for other images or backbones, or no parameter can be trained.
     """
 
     def __init__(
@@ -68,9 +66,8 @@ class FineTunedEnsemble(nn.Module):
             preprocessor = preprocessing.make_preprocessor(images, member.name, member.backbone, spec)
             network = create_backbone(member.backbone, spec, preprocessor.input_bands, member.weights_dir)
             layers.make_trainable(network, member.name, config, seed)
-            self.encoders.append(
-                Encoder(preprocessor, TrainableBackbone(network), device, precision, strides=spec.strides)
-            )
+            network = TrainableBackbone(network)
+            self.encoders.append(Encoder(preprocessor, network, device, precision, strides=spec.strides))
         self._metadata = [encoder.preprocessor.metadata(images, slice(None)) for encoder in self.encoders]
         self._layer_decay = 1.0 if config.method == "lora" else config.layer_decay
         self.networks = nn.ModuleList(encoder.network for encoder in self.encoders)
@@ -99,10 +96,8 @@ class FineTunedEnsemble(nn.Module):
         features = []
         for encoder, metadata in zip(self.encoders, self._metadata, strict=True):
             cast(TrainableBackbone, encoder.network).gradients_enabled = torch.is_grad_enabled()
-            batch_metadata = {
-                name: torch.from_numpy(values[rows]).to(encoder.device) for name, values in metadata.items()
-            }
-            features.append(encoder.forward(encoder.prepare(image), batch_metadata).arrays())
+            tensors = {name: torch.from_numpy(values[rows]).to(encoder.device) for name, values in metadata.items()}
+            features.append(encoder.forward(encoder.prepare(image), tensors).arrays())
         return features
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -153,8 +148,7 @@ def memory_hint() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not is_memory:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         raise UserError(
             f"Memory ran out ({' '.join(str(error).split())[:120]}). Lower finetune.batch, set "

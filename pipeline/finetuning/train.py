@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.optim import AdamW
 from tqdm import tqdm
 
 from cache.atomic import sync_file, sync_folder
@@ -23,7 +24,7 @@ from pipeline.config import FineTuneConfig
 from pipeline.data.augmentation import AugmentedImages
 from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.heads.config import describe_head
-from pipeline.tasks import Task, counts_from_table
+from pipeline.tasks import Task
 from pipeline.training import predictions
 from pipeline.training.loop import HParams, TrainSchedule, batch_order
 from pipeline.training.optim import BETAS, EPSILON, warm_cosine
@@ -44,7 +45,7 @@ class FineTuneJob:
 
 @dataclass
 class TrainState:
-    """Progress of a run: finished steps, scores on validation, and the trainable parameters of the best step."""
+    """Progress of a run: finished steps, scores on validation, trainable parameters of the best step."""
 
     step: int = 0
     frozen_score: float = 0.0
@@ -52,9 +53,6 @@ class TrainState:
     best_step: int = 0
     best_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     finished: bool = False
-
-
-# Protocol
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,9 @@ def run_fine_tuning(create_model: CreateModel, job: FineTuneJob, metadata: Mappi
             best_score, best_tensors = state.best_score, state.best_tensors
         del model, head  # free its memory before the next model is created
     test_rows = images.rows("test")
-    samples = images.sample[test_rows].tolist()
-    if task.is_dense:
-        table = predictions.confusion_table(samples, np.stack(outputs))
-    else:
-        label = images.label(test_rows).astype(np.int64)
-        table = predictions.prediction_table(samples, label, np.stack(outputs), task, SEARCH_KEYS)
-    _, counts = counts_from_table(table, task)
-    return FineTuneResult(pd.DataFrame(rows).assign(score=task.score(counts.sum(axis=1))), table, best_tensors)
+    samples, label = images.sample[test_rows].tolist(), images.label(test_rows).astype(np.int64)
+    table, scores = predictions.tabulate(samples, label, np.stack(outputs), task, SEARCH_KEYS)
+    return FineTuneResult(pd.DataFrame(rows).assign(score=scores), table, best_tensors)
 
 
 def make_task(images: AugmentedImages, class_weights: str) -> Task:
@@ -146,18 +139,15 @@ def checkpoint_folder(folder: Path, cache_key: object) -> Path:
     return path
 
 
-# One fine-tuning
-
-
 def train(model: FineTunedEnsemble, job: FineTuneJob, hparams: HParams, checkpoint_path: Path) -> TrainState:
     """Fine-tune a model, and leave it with the parameters of its best validation check.
 
-    A checkpoint is written after every validation check; the run is resumed from it if it exists. A run whose loss is
-    not finite ends at the next check.
+    A checkpoint is written after every check, and resumed if it exists. A non-finite loss ends the run at the next
+    check.
     """
     config = job.config
     groups = model.parameter_groups(hparams.learning_rate, hparams.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON)
+    optimizer = AdamW(groups, betas=BETAS, eps=EPSILON)
     rows = job.images.rows("train")
     batches = rows[batch_order(len(rows), TrainSchedule(config.steps, config.batch), hparams.seed).numpy()]
     lr_factor, check_interval = warm_cosine(config.steps), max(1, config.steps // config.val_checks)
@@ -186,9 +176,12 @@ def train(model: FineTunedEnsemble, job: FineTuneJob, hparams: HParams, checkpoi
 
 
 def train_step(
-    model: FineTunedEnsemble, optimizer: torch.optim.Optimizer, job: FineTuneJob, rows: np.ndarray,
+    model: FineTunedEnsemble,
+    optimizer: AdamW,
+    job: FineTuneJob,
+    rows: np.ndarray,
     generator: np.random.Generator | None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Take one step on samples, whose views `generator` draws; return the loss before it, a scalar."""
     image, label = job.images.batch(rows, generator)
     optimizer.zero_grad(set_to_none=True)
@@ -230,9 +223,7 @@ def _validate(state: TrainState, model: FineTunedEnsemble, job: FineTuneJob) -> 
     return score
 
 
-def _write_checkpoint(
-    path: Path, state: TrainState, model: FineTunedEnsemble, optimizer: torch.optim.Optimizer
-) -> None:
+def _write_checkpoint(path: Path, state: TrainState, model: FineTunedEnsemble, optimizer: AdamW) -> None:
     """Write a checkpoint under a temporary name, flush it to the disk, and rename it."""
     stored = dict(vars(state))
     if not state.finished:
@@ -246,7 +237,7 @@ def _write_checkpoint(
     sync_folder(path.parent)
 
 
-def _resume(path: Path, model: FineTunedEnsemble, optimizer: torch.optim.Optimizer) -> TrainState | None:
+def _resume(path: Path, model: FineTunedEnsemble, optimizer: AdamW) -> TrainState | None:
     """Read a checkpoint and set the model and the optimizer to it; None if there is no checkpoint."""
     if not path.exists():
         return None

@@ -22,7 +22,7 @@ METADATA_KEY = "eo_compose"
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs and outputs of a model; its chips have these bands, in order, in these units (pipeline/bands.py)."""
+    """Inputs and outputs of a model; chips have these bands, in order, in units of pipeline/bands.py."""
 
     task: type[Task]
     class_names: tuple[str, ...]

@@ -99,9 +99,6 @@ class Scene:
         return Geod(ellps="WGS84").inv(lon, lat, lon_right, lat_right)[2]
 
 
-# Opening
-
-
 def open_scene(path: Path) -> Scene:
     """Open the raster, Zarr store or YAML file at a path; refuse one without bands or units."""
     if not path.exists():
@@ -188,7 +185,7 @@ def _bands(names: Sequence[str], wavelengths: Sequence) -> tuple[Band, ...]:
 def _make_scene(
     path: Path, files: Iterable[Path], scene_config: SceneConfig, read_window: ReadWindow, **grid
 ) -> Scene:
-    """Check units and time. The fingerprint is of the description, and of the files' names, sizes and times."""
+    """Check units and time; the fingerprint is of the description and the files' names, sizes and times."""
     units, files = scene_config.units, sorted(file.resolve() for file in files if file.is_file())
     if units not in FULL_SCALE:
         problem = f"{path}: the units '{units}' are unknown. Use one of: {', '.join(FULL_SCALE)}."
@@ -199,9 +196,6 @@ def _make_scene(
         name=str(path), bands=scene_config.bands, units=units, time=time, fingerprint=digest, read_window=read_window,
         **grid,
     )  # fmt: skip
-
-
-# Matching to a model
 
 
 def match_scene(scene: Scene, signature: Signature) -> list[int]:

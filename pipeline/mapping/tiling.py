@@ -52,8 +52,8 @@ def tile_axis(length: int, tile: int, overlap: int) -> TileAxis:
 def blend_window(tile: int, overlap: int) -> np.ndarray:
     """Compute the blend weights of a tile along one side, float32 (tile,).
 
-    They are 1 inside and fall to the edges over the overlap as a squared sine (Tukey window), so that the weights of
-    two tiles sum to 1 at their seam. They are never 0, since a pixel at the edge of a scene has a single tile.
+    They are 1 inside and fall over the overlap as a squared sine (Tukey window), so that two tiles sum to 1 at their
+    seam. They are never 0, since a pixel at the edge of a scene has a single tile.
     """
     rise = np.sin(np.pi / 2 * (np.arange(overlap) + 0.5) / max(overlap, 1)) ** 2
     return np.concatenate([rise, np.ones(tile - 2 * overlap), rise[::-1]]).astype(np.float32)
@@ -83,7 +83,7 @@ class MappingJob:
 def predict_block(
     job: MappingJob, block: Window, on_progress: Callable[[int], object]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the classes and confidences of a block, uint8 (band, y, x); `NODATA` where the scene has no data.
+    """Compute the classes and confidences of a block, uint8 (band, y, x), `NODATA` where data is missing.
 
     There is one band, with the most probable class and its probability in percent. Multi-label models have one band
     per class instead: whether it is present (0 or 1), and its probability in percent. Only one row of tiles is in
@@ -153,10 +153,8 @@ def _add_row_of_tiles(
     with_data = [start for start, window in windows.items() if is_valid[:, window].any()]
     for first in range(0, len(with_data), BATCH_TILES):
         batch = with_data[first : first + BATCH_TILES]
-        chips = [
-            fill_nodata(values[:, :, windows[start]].astype(np.float32), is_valid[:, windows[start]])
-            for start in batch
-        ]
+        slices = [windows[start] for start in batch]
+        chips = [fill_nodata(values[:, :, x].astype(np.float32), is_valid[:, x]) for x in slices]
         rows, columns = np.full(len(batch), row + y_tiles.tile / 2), np.asarray(batch) + tile / 2
         metadata = {"location": job.scene.latlon(rows, columns), "time": np.full(len(batch), job.scene.time)}
         logits = predictor.predict_logits(np.stack(chips), metadata)

@@ -52,9 +52,7 @@ def load_ensemble(
         backbone = params.backbone(name)
         preprocessors[name] = make_preprocessor(images, name, backbone, get_spec(backbone))
         _check_unchanged(FeatureStore(features_dir / f"{name}.zarr"), preprocessors[name], name)
-    used_bands = sorted(
-        {index for preprocessor in preprocessors.values() for index in preprocessor.input_bands.band_indices}
-    )
+    used_bands = sorted(set().union(*(entry.input_bands.band_indices for entry in preprocessors.values())))
     encoders, sources = [], []
     for name, preprocessor in preprocessors.items():
         source = weights_dir / name / "source.json"

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.heads.config import HeadGroup
-from pipeline.tasks import Task
+from pipeline.tasks import Task, counts_from_table
 from pipeline.training.feature_loader import SplitData, StreamedFeatures
 from pipeline.training.parallel import parallel_map
 
@@ -116,6 +116,17 @@ def confusion_table(samples: Sequence[str], counts: np.ndarray) -> pd.DataFrame:
 def _table(samples: Sequence[str], n_seeds: int, columns: dict[str, list]) -> pd.DataFrame:
     seeds = np.arange(n_seeds).repeat(len(samples))
     return pd.DataFrame({"seed": seeds, "sample": list(samples) * n_seeds, **columns})
+
+
+def tabulate(
+    samples: Sequence[str], label: np.ndarray, outputs: np.ndarray, task: Task, search_keys: str = SEARCH_KEYS
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return the table and the scores (seed,) of test `outputs`: logits, or counts if dense."""
+    if task.is_dense:
+        table = confusion_table(samples, outputs)
+    else:
+        table = prediction_table(samples, label, outputs, task, search_keys)
+    return table, task.score(counts_from_table(table, task)[1].sum(axis=1))
 
 
 def divergence_error(seeds: Sequence[int], n_seeds: int, search_keys: str = SEARCH_KEYS) -> UserError:

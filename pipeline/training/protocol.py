@@ -24,7 +24,6 @@ from pipeline.config import SearchConfig
 from pipeline.errors import UserError
 from pipeline.heads.checkpoint import TrainedHead, select_head
 from pipeline.heads.config import HeadGroup, describe_head
-from pipeline.tasks import counts_from_table
 from pipeline.training import predictions, task_data
 from pipeline.training.loop import HParams, fit
 from pipeline.training.predictions import diverged_heads, evaluate, predict_logits
@@ -81,13 +80,8 @@ def train_and_test(
         raise predictions.divergence_error(np.flatnonzero(is_diverged).tolist(), n_seeds)
     task, test = data.task, data.splits["test"]
     val_scores = score_split(data, group, "val")
-    if task.is_dense:
-        predicted = predictions.confusion_table(test.sample, count_split(data, group, "test"))
-    else:
-        logits = predict_logits(group, test.inputs)
-        predicted = predictions.prediction_table(test.sample, test.label.cpu().numpy(), logits, task)
-    _, counts = counts_from_table(predicted, task)
-    test_scores = task.score(counts.sum(axis=1))
+    outputs = count_split(data, group, "test") if task.is_dense else predict_logits(group, test.inputs)
+    predicted, test_scores = predictions.tabulate(test.sample, test.label.cpu().numpy(), outputs, task)
     runs = [
         {
             **metadata,

@@ -15,8 +15,6 @@ from pipeline.tasks import IGNORE
 from tests.errors import raises
 from tests.pipeline.distillation.conftest import extract_features
 
-# Choice of the teacher
-
 
 def choose(params, scores, **distill):
     """Choose by validation scores; models without a score are skipped."""
@@ -53,9 +51,6 @@ def test_choose_teacher_without_a_teacher_gives_the_reason(params, scores, chang
     teacher, reason = choose(params, scores, **changes)
     assert teacher is None
     assert all(mention in reason for mention in mentions)
-
-
-# Cached features and logits
 
 
 @pytest.mark.parametrize("cached_views", [(), ("identity", "rot90")])

@@ -69,7 +69,7 @@ def make_images(task: str, side: int = SIDE) -> image_store.ImageDataset:
 
 @dataclasses.dataclass
 class FrozenModel:
-    """Frozen backbones, their trained head (a file, and in memory), its images, features and feature stores."""
+    """Frozen backbones, their trained head (a file, and in memory), images, features and stores."""
 
     images: xr.Dataset
     images_path: Path

@@ -19,7 +19,7 @@ from tests.pipeline.mapping.conftest import BANDS, BIAS, GRID, WEIGHT
 
 
 def predict_whole(image):
-    """Class and probability of every pixel, from the whole scene; where the two best differ by more than rounding."""
+    """Class and probability of every pixel of a scene, and where the two best differ clearly."""
     logits = np.tensordot(WEIGHT, image.astype(np.float32), axes=1) + BIAS[:, None, None]
     probabilities = Segmentation.probabilities(logits[None])[0]
     *_, second, first = np.sort(probabilities, axis=0)
@@ -217,3 +217,12 @@ def test_predict_scene_does_not_use_blocks_of_another_model(
     map_scene(scene, linear_model(16))
     assert (read_map(tmp_path / "map", "class")[0] != 1).all()
     assert not stale_folder.exists()
+
+
+def test_blend_window_falls_to_the_edges_and_sums_to_one_at_a_seam():
+    window = tiling.blend_window(32, 8)
+    assert (np.diff(window[:8]) > 0).all()
+    assert (window[8:24] == 1).all()
+    assert window[0] < 0.02
+    np.testing.assert_allclose(window[-8:] + window[:8], 1, rtol=1e-6)
+    np.testing.assert_allclose(tiling.tile_axis(32 + 5 * 24, 32, 8).weight[8:-8], 1, rtol=1e-6)
