@@ -20,7 +20,7 @@ test: .venv/ready
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest --cov --cov-report=term:skip-covered
+	pytest
 
 lint: .venv/ready
 	ruff check --fix .
