@@ -181,7 +181,13 @@ def device_threads(n_threads: int, device: str, torch_threads: int | None = None
 
     On a CPU, torch's operations use `torch_threads` threads in each of them; by default as many as in this one.
     """
-    if device == "cpu":
-        n_inner = torch_threads or torch.get_num_threads()
-        return ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(n_inner,))
-    return ThreadPoolExecutor(n_threads, initializer=torch.cuda.set_device, initargs=(device,))
+    if device != "cpu":
+        return ThreadPoolExecutor(n_threads, initializer=torch.cuda.set_device, initargs=(device,))
+    n_inner = torch_threads or torch.get_num_threads()
+
+    def set_torch_threads() -> None:
+        # A thread's first operation takes the number that any thread has set last; the rounding of sums depends on it.
+        torch.get_num_threads()  # is such an operation
+        torch.set_num_threads(n_inner)
+
+    return ThreadPoolExecutor(n_threads, initializer=set_torch_threads)
