@@ -9,7 +9,6 @@ from cache.codecs import NONE, CastStats, cast_array, check_cast
 from cache.errors import StoreError
 from cache.schema import LevelSchema, StoreSchema
 from pipeline.extraction import buffer
-from pipeline.extraction.buffer import ShardBuffer, cast_with_stats
 from pipeline.extraction.loader import DeviceCopies
 from tests.errors import raises
 
@@ -28,23 +27,23 @@ def make_buffer(dtype="float16", copies=None, is_pooled=False):
     names, level = tuple(map(str, range(N_SAMPLES))), LevelSchema(5, 6, 7, stride=4, layer="a")
     levels, pooled = ((), {"mean": 5}) if is_pooled else ((level,), {})
     schema = StoreSchema(names, ("train",) * N_SAMPLES, levels, pooled, dtype, shard_size=N_SAMPLES)
-    return ShardBuffer(schema, copies or DeviceCopies("cpu"))
+    return buffer.ShardBuffer(schema, copies or DeviceCopies("cpu"))
 
 
 def collect_level(shard_buffer):
-    """The stored values of the level, and the statistics of their cast."""
     arrays, stats = shard_buffer.collect(N_SAMPLES)
     return arrays[LEVEL], stats[LEVEL]
 
 
 @MEMORY_FORMATS
 @pytest.mark.parametrize("nonfinite", [None, float("nan"), float("inf")])
-@pytest.mark.parametrize("index", [np.s_[:], np.s_[:, :3], np.s_[:, :, :4, :4], np.s_[::2], np.s_[:, :, :, ::2]])
+@pytest.mark.parametrize("index", [np.s_[:], np.s_[:, :3], np.s_[::2, :, :4, ::2]])
 def test_cast_with_stats_equals_the_writers_cast(maps, memory_format, nonfinite, index):
     if nonfinite is not None:
         maps[2, 2, 1, 0] = nonfinite
+    maps[:, 0] = 0  # zeros do not count as subnormal
     maps = maps.contiguous(memory_format=memory_format)[index]
-    low, stats = cast_with_stats(maps, torch.float16)
+    low, stats = buffer.cast_with_stats(maps, torch.float16)
     with ThreadPoolExecutor(2) as pool:
         expected = cast_array(maps.contiguous().numpy(), LEVEL, "float16", NONE, pool)
     np.testing.assert_array_equal(low.numpy(), expected.stored)
@@ -55,16 +54,9 @@ def test_cast_with_stats_equals_the_writers_cast(maps, memory_format, nonfinite,
 
 @pytest.mark.parametrize(("scale", "mention"), [(1e5, "65504"), (1e-9, "100%")])
 def test_cast_of_values_that_do_not_fit_leads_to_the_writers_refusals(maps, scale, mention):
-    _, stats = cast_with_stats(maps * scale, torch.float16)
+    _, stats = buffer.cast_with_stats(maps * scale, torch.float16)
     with raises(StoreError, LEVEL, mention, key="extract.dtype", value="float16"):
         check_cast(CastStats(*stats.numpy().T), LEVEL, "float16")
-
-
-def test_cast_with_stats_does_not_count_zeros_as_subnormal():
-    maps = torch.zeros(8, 3, 4, 4)
-    maps[:, 0] = 1.0
-    _, stats = cast_with_stats(maps, torch.float16)
-    assert check_cast(CastStats(*stats.numpy().T), LEVEL, "float16") == {"squared_error": 0, "sum_of_squares": 8 * 16}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -98,7 +90,7 @@ def test_shard_buffer_in_blocks_equals_one_cast(monkeypatch, maps, memory_format
     maps = maps.contiguous(memory_format=memory_format)
     shard_buffer = make_buffer()
     shard_buffer.put(ROWS, LEVEL, maps)
-    low, stats = cast_with_stats(maps, torch.float16)
+    low, stats = buffer.cast_with_stats(maps, torch.float16)
     values, actual = collect_level(shard_buffer)
     np.testing.assert_array_equal(values, low.numpy())
     np.testing.assert_allclose(np.stack(actual, axis=1), stats, rtol=1e-5)
@@ -108,14 +100,11 @@ def test_shard_buffer_in_blocks_equals_one_cast(monkeypatch, maps, memory_format
 class SlowDownload(DeviceCopies):
     """Allocates memory only once two threads ask for it."""
 
-    def __init__(self, device):
-        super().__init__(device)
-        self._barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2)
 
     def empty(self, shape, dtype):
-        memory = super().empty(shape, dtype)
-        self._barrier.wait(timeout=60)
-        return memory
+        self.barrier.wait(timeout=60)
+        return super().empty(shape, dtype)
 
 
 def test_shard_buffer_is_filled_by_two_threads(maps):

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -50,12 +51,11 @@ def file_bytes(store):
 def claimed_shards(process) -> list[int]:
     """Return the shards that a process has locked and not finished."""
     try:
-        paths = [file.path for file in process.open_files()]
+        paths = [Path(file.path) for file in process.open_files()]
     except psutil.Error:
         return []
-    locks = [path for path in paths if path.endswith(".lock") and "/shards/" in path]
-    unfinished = [lock for lock in locks if not os.path.exists(lock.replace(".lock", ".json"))]
-    return [int(os.path.basename(lock).removesuffix(".lock")) for lock in unfinished]
+    locks = [path for path in paths if path.suffix == ".lock" and path.parent.name == "shards"]
+    return [int(lock.stem) for lock in locks if not lock.with_suffix(".json").exists()]
 
 
 def kill_a_working_process(find_shards_folder) -> int:
