@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Tests that import terratorch, which takes 10 s, or share extractions made with it. One process runs them.
 TERRATORCH = (
     "backbones/test_dofa", "backbones/test_prithvi", "backbones/test_terratorch",
-    "data/sources/geobench/test_terratorch", "finetuning/", "heads/test_learned_pyramid", "heads/test_upernet",
+    "data/sources/geobench/test_terratorch", "finetuning/", "heads/test_groups",
 )  # fmt: skip
 # The longest files start first, so that no process idles at the end.
 LONG = ("cache/test_kills", "pipeline/extraction/test_launch", "stages/test_geobench")

@@ -15,7 +15,7 @@ def fit_heads(gpu, points, maps):
 
     def fit(head: str, hparams=HPARAMS, device: str = gpu, **options):
         if head == "linear":
-            return test_loop.fit_linear(*(values.to(device) for values in points), hparams, **options)
+            return test_loop.fit_linear(points[0].to(device), points[1].to(device), hparams, **options)
         levels, label = maps
         return test_loop.fit_upernet([level.to(device) for level in levels], label.to(device), hparams, **options)
 

@@ -1,4 +1,4 @@
-"""Training of groups of heads, step by step and as the steps of a CUDA graph, here run kernel by kernel."""
+"""Training of groups of heads; a CUDA graph's steps are here run kernel by kernel."""
 
 import copy
 from dataclasses import replace
