@@ -16,7 +16,7 @@ from tests.errors import raises
 
 @pytest.fixture
 def open_full_set(open_set, monkeypatch):
-    """Function from a set's name, its published statistics and options to 14 images, as if they were the full set."""
+    """Function that opens 14 images as if they were the full set, with other published statistics."""
 
     def prepare(name: str, published_stats=(), **options):
         changes = {"split_sizes": (6, 4, 4), "published_stats": dict(published_stats)}
