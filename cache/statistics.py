@@ -21,7 +21,7 @@ _CELLS_PER_COMPONENT = 8
 def principal_components(
     features: FeatureStore, level: str, n_components: int = 3, split: str = "train"
 ) -> "IncrementalPCA":
-    """Fit a PCA to a level's feature vectors (of the first view), for RGB images of features or for fewer channels.
+    """Fit a PCA to a level's feature vectors, of the first view, for RGB images or fewer channels.
 
     Args:
         level: name of the level, such as `level0`.

@@ -46,11 +46,6 @@ def test_nonfinite_values_show_in_their_channel_only(nonfinite, index):
     np.testing.assert_array_equal(np.isfinite(stats.std()), np.arange(6) != 1)
 
 
-def test_stats_of_no_maps_are_none():
-    assert RunningStats.from_array(random_maps("float16")[:0]) is None
-    assert RunningStats.merge([]) is None
-
-
 def test_mean_std_from_sums_equals_numpy():
     pixels = random_maps("float32").astype("float64")
     sums = pixels.sum(axis=(0, 2, 3)), np.square(pixels).sum(axis=(0, 2, 3))

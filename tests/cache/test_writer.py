@@ -10,6 +10,7 @@ import pytest
 from small_store import file_bytes, shard_values, small_schema, write_store
 
 import cache.writer
+from cache import checksums
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.verify import verify
@@ -111,6 +112,9 @@ def test_unfinished_store_is_refused_by_reader_and_finish(tmp_path):
     shutil.copytree(tmp_path / "scratch/store.zarr", tmp_path / "store.zarr")
     with raises(StoreError, key="complete", path=tmp_path / "store.zarr"):
         FeatureStore(tmp_path / "store.zarr")
+    checksums.write(tmp_path / "store.zarr", {})
+    with raises(StoreError, key="complete", path=tmp_path / "store.zarr"):
+        verify(tmp_path / "store.zarr")
     shutil.rmtree(tmp_path / "store.zarr")
     with raises(StoreError, key="shards", value=[2], path=tmp_path / "scratch"):
         new_writer(tmp_path).finish()
