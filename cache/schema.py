@@ -189,6 +189,7 @@ def put_array(group: "zarr.Group", name: str, values, dims, *, chunks=None, attr
 
 def consolidate_metadata(group: "zarr.Group") -> None:
     """Copy all metadata to the zarr.json of the root, so that xarray opens the store with one read."""
+    # zarr takes 0.25 s to import, and worker processes that read raw files import this module without needing it.
     import zarr
     from zarr.errors import ZarrUserWarning
 
