@@ -119,7 +119,7 @@ def test_scene_gsd_of_small_pixels(write_geotiff):
     assert open_scene(path).gsd == pytest.approx(0.1, rel=0.01)
 
 
-def test_match_scene_bands_same_name_with_another_wavelength_is_refused(scene_yaml):
+def test_match_scene_same_name_with_another_wavelength_is_refused(scene_yaml):
     signature = Signature(Segmentation, ("a", "b"), tuple(BANDS), "dn", 10.0, (32, 32))
     assert match_scene(open_scene(scene_yaml), signature) == [1, 7, 11]
     text = scene_yaml.read_text()
