@@ -1,5 +1,6 @@
 """params.yaml: values that are read, and mistakes that are refused with the fields of the error."""
 
+import copy
 import dataclasses
 import json
 import typing
@@ -9,24 +10,16 @@ import yaml
 
 from pipeline import config, errors
 from pipeline.bands import Band
-from pipeline.config import FineTuneConfig, HubFile, StudentConfig
+from pipeline.config import FineTuneConfig, StudentConfig
 from pipeline.data.augmentation import VIEWS
 from pipeline.data.sources import validate
 from pipeline.errors import RENAMED_KEYS, UserError
 from pipeline.tasks import TaskType
 from tests.conftest import ROOT
 from tests.errors import raises
+from tests.stages.conftest import merge
 
-
-def merge(base: dict, change: dict) -> dict:
-    """Return `base` with the keys of `change` set, at any depth."""
-    return {
-        **base,
-        **{
-            key: merge(base.get(key) or {}, value) if isinstance(value, dict) else value
-            for key, value in change.items()
-        },
-    }
+COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
 @pytest.fixture
@@ -34,13 +27,13 @@ def load_changed(tmp_path):
     """A function that loads the committed params.yaml with changes, given as nested keys or as a function."""
 
     def load(change):
-        content = yaml.safe_load((ROOT / "params.yaml").read_text())
+        content = copy.deepcopy(COMMITTED)
         if callable(change):
             change(content)
         else:
             content = merge(content, change)
         path = tmp_path / "params.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        path.write_text(json.dumps(content))
         return config.load(path)
 
     return load
@@ -60,25 +53,10 @@ def field_names(model: type) -> list[str]:
 # Values
 
 
-def test_load_committed_file_is_valid(params):
-    assert params.members("csmask_b4+lite0") == ["csmask_b4", "lite0"]
-    assert params.search.trials == 16
-    assert params.train.seeds == 10
-    assert params.grid.finetune == ()
-    assert params.finetune.protocol == "fine-tuned (all)"
-
-
 def test_load_exponent_without_point_is_a_number(load_changed):
     params = load_changed(nested("search.learning_rate", ["1e-4", 1]))
     assert params.search.learning_rate == (1e-4, 1.0)
     assert all(type(bound) is float for bound in params.search.learning_rate)
-
-
-def test_load_sections_are_read_only(params):
-    with pytest.raises(TypeError):
-        params.datasets["x"] = params.dataset("sample-trees")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        params.train.seeds = 3
 
 
 def test_composition_backbones_random_controls_only_if_named(params):
@@ -90,22 +68,15 @@ def test_composition_backbones_random_controls_only_if_named(params):
 
 
 def test_variants_always_include_supervised(params):
-    assert params.distill.variants == ["distilled", "supervised"]
     ablated = dataclasses.replace(params.distill, extra_variants=("logits", "features"))
     assert ablated.variants == ["distilled", "features", "logits", "supervised"]
 
 
-@pytest.mark.parametrize(
-    ("method", "n_last_blocks", "protocol"),
-    [
-        ("lora", 0, "fine-tuned (lora)"),
-        ("last1", 1, "fine-tuned (last 1 blocks)"),
-        ("last12", 12, "fine-tuned (last 12 blocks)"),
-    ],
-)
-def test_finetune_method_gives_blocks_and_protocol(method, n_last_blocks, protocol):
+@pytest.mark.parametrize(("method", "n_last_blocks"), [("all", 0), ("lora", 0), ("last1", 1), ("last12", 12)])
+def test_finetune_method_gives_blocks_and_protocol(method, n_last_blocks):
     settings = FineTuneConfig(method)
-    assert (settings.n_last_blocks, settings.protocol) == (n_last_blocks, protocol)
+    name = f"last {n_last_blocks} blocks" if n_last_blocks else method
+    assert (settings.n_last_blocks, settings.protocol) == (n_last_blocks, f"fine-tuned ({name})")
 
 
 def test_head_settings_include_custom_heads(load_changed):
@@ -114,9 +85,6 @@ def test_head_settings_include_custom_heads(load_changed):
     assert params.heads.settings("mlp").steps == 5
     with raises(UserError, "mlp", key="heads.custom.unet", allowed=("linear", "upernet", "fcn", "mlp")):
         params.heads.settings("unet")
-
-
-# Literals of the schema that equal tables of upper layers
 
 
 @pytest.mark.parametrize("name", ["upernet", "linear", "a.b"])
@@ -142,46 +110,28 @@ def test_literals_equal_the_tables_of_upper_layers():
 VALUES = [
     ("train.seeds", "ten", None),
     ("train.seeds", True, None),
-    ("train.seeds", 1.0, None),
     ("train.seeds", 0, None),
     ("extract.compiled", "no", None),
     ("weights_dir", 3, None),
-    ("search.learning_rate", True, None),
     ("search.learning_rate", [1, 0.1], None),
-    ("search.learning_rate", [0.1], None),
     ("search.weight_decay", [0.1, 1, 2], None),
-    ("extract.precision", "fp8", ("float32", "bfloat16", "float16")),
-    ("extract.dtype", "float64", ("float16", "float32")),
     ("extract.codec", "gzip", None),
-    ("extract.codec", "bitround11", None),
     ("extract.views", ["flip_x"], None),
     ("extract.views", ["identity", "identity"], None),
     ("compute.workers", -1, None),
     ("compute.device", "tpu", ("auto", "cpu", "cuda")),
-    ("backbones.lite0.weights", "trained", ("pretrained", "random", "none")),
-    ("backbones.lite0.normalisation", "own", ("native", "dataset")),
     ("backbones.lite0.input_units", "dn", ("reflectance", "display", "any")),
-    ("datasets.sample-landuse.task", "regression", ("classification", "multilabel", "segmentation")),
     ("datasets.sample-landuse.block", 250, None),
-    ("heads.class_weights", "rare", ("none", "balanced")),
-    ("heads.precision", "float16", ("auto", "float32", "bfloat16")),
-    ("heads.max_feature_gb", -1, None),
     ("heads.max_feature_gb", float("inf"), None),
     ("heads.max_feature_gb", float("nan"), None),
     ("heads.levels", 3, None),
     ("heads.upernet.batch", 1, None),
-    ("heads.linear.pooled", "first", ("last", "all")),
-    ("heads.linear.tokens", "max", ("mean", "cls", "both")),
-    ("composition.probe", "svm", ("logistic", "knn")),
-    ("composition.backbones", ["raw", "raw"], None),
     ("grid.models", [], None),
     ("grid.models", ["raw", "raw"], None),
     ("distill.temperature", 0.0, None),
     ("distill.loss_weights.labels", 0.0, None),
     ("finetune.method", "last0", None),
-    ("finetune.learning_rates", [], None),
     ("finetune.layer_decay", 1.5, None),
-    ("finetune.layer_decay", 0, None),
 ]
 
 
@@ -202,7 +152,6 @@ def test_load_invalid_value_is_refused(load_changed, tmp_path, key, value, allow
         ("search.learning_rate", [0.1, float("inf")], float("inf")),
         ("search.learning_rate", [0.1, True], True),
         ("finetune.learning_rates", [1e-3, 0], 0),
-        ("distill.extra_variants", ["both"], "both"),
         ("grid.models", ["raw", 3], 3),
         ("finetune.learning_rates", [1e-3, "1e-3"], [1e-3, "1e-3"]),
     ],
@@ -218,13 +167,11 @@ def test_load_splits_that_do_not_sum_to_one_are_refused(load_changed):
 
 
 @pytest.mark.parametrize("section", ["datasets", "backbones", "students"])
-@pytest.mark.parametrize("name", ["a b; ls", "a+b", "a.b", "-a", ""])
-def test_load_invalid_name_is_refused(load_changed, section, name):
-    def change(content):
-        content[section][name] = next(iter(content[section].values()))
-
-    with raises(UserError, repr(name), value=name):
-        load_changed(change)
+def test_load_invalid_name_is_refused(load_changed, section):
+    entry = next(iter(COMMITTED[section].values()))
+    for name in ("a b; ls", "a+b", "a.b", "-a", ""):
+        with raises(UserError, repr(name), value=name):
+            load_changed({section: {name: entry}})
 
 
 # Unknown and missing keys, and values of the wrong shape
@@ -236,11 +183,6 @@ def test_load_invalid_name_is_refused(load_changed, section, name):
         ({"train": {"sedes": 3}}, "train.sedes", ("seeds",)),
         ({"finetune": {"epochs": 3}}, "finetune.epochs", field_names(FineTuneConfig)),
         ({"students": {"small": {"width": 2}}}, "students.small.width", field_names(StudentConfig)),
-        (
-            {"backbones": {"lite0": {"hub": {"repo": "a/b", "file": "f", "revision": "0", "commit": "0"}}}},
-            "backbones.lite0.hub.commit",
-            field_names(HubFile),
-        ),
         ({"trian": {}}, "trian", field_names(config.Params)),
     ],
 )
@@ -261,17 +203,16 @@ def test_load_missing_key_is_refused(load_changed):
         load_changed({"backbones": {"lite0": {"hub": {"repo": "a/b"}}}})
 
 
-@pytest.mark.parametrize("value", [[1], None, "x"])
-def test_load_section_that_is_not_a_mapping_is_refused(load_changed, value):
-    with raises(UserError, *field_names(config.GridConfig), key="grid", value=value):
-        load_changed({"grid": value})
+def test_load_section_that_is_not_a_mapping_is_refused(load_changed):
+    for value in ([1], None):
+        with raises(UserError, *field_names(config.GridConfig), key="grid", value=value):
+            load_changed({"grid": value})
 
 
 def test_load_several_mistakes_are_reported_together(load_changed):
     with raises(UserError, "sedes", "extract.precision", "compute.device", "1 more") as info:
-        load_changed(
-            {"train": {"sedes": 3}, "extract": {"precision": "fp8"}, "compute": {"device": "tpu", "workers": -1}}
-        )
+        compute = {"device": "tpu", "workers": -1}
+        load_changed({"train": {"sedes": 3}, "extract": {"precision": "fp8"}, "compute": compute})
     assert info.value.key == "extract.precision"
 
 
@@ -300,13 +241,11 @@ def test_load_absent_or_invalid_file_is_refused(tmp_path):
         (lambda c: c["grid"]["models"].append("lite0+lite0"), "grid.models", "lite0+lite0"),
         (lambda c: c["grid"]["models"].append("lite2+lite0"), "grid.models", "lite2+lite0"),
         (lambda c: c["grid"]["backbones"].remove("lite0"), "grid.models", "lite0"),
-        (lambda c: c["grid"]["finetune"].append("hiera_200m"), "grid.finetune", "hiera_200m"),
         (lambda c: c["grid"]["finetune"].append("raw+lite0"), "grid.finetune", "raw+lite0"),
         (lambda c: c["composition"].update(backbones=["lite1"]), "backbones", "lite1"),
         (lambda c: c["composition"].update(backbones=["dofa_300m"]), "composition.backbones", "dofa_300m"),
         (lambda c: c["distill"].update(datasets=["sample-tree"]), "datasets", "sample-tree"),
         (lambda c: c["distill"].update(teacher="hiera_200m"), "distill.teacher", "hiera_200m"),
-        (lambda c: c["students"]["small"].update(weights="imagenet"), "students.small.weights", "imagenet"),
         (lambda c: c["students"]["small"].update(weights="lite0_random"), "students.small.weights", "lite0_random"),
     ],
 )
@@ -319,25 +258,19 @@ def test_load_reference_to_something_absent_is_refused(load_changed, change, key
 # Names of earlier versions
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
-def test_load_renamed_key_is_refused_with_its_new_name(load_changed, params, old, new):
-    name = {"backbones": "lite0", "datasets": "geobench"}.get(old.partition(".")[0], "")
-    old, new = old.replace("*", name), new.replace("*", name)
-    with raises(UserError, old, new, key=old, allowed=[new]):
-        if ".options." in old:
-            validate(
-                name,
-                dataclasses.replace(params.dataset("m-eurosat"), options={"set": "m-eurosat", "as_labelled": True}),
-            )
-        else:
-            load_changed(nested(old, {"x": 1} if old == "compose" else 1))
+def test_load_renamed_key_is_refused_with_its_new_name(load_changed, params):
+    dataset = dataclasses.replace(params.dataset("m-eurosat"), options={"set": "m-eurosat", "as_labelled": True})
+    for old, new in RENAMED_KEYS.items():
+        name = {"backbones": "lite0", "datasets": "geobench"}.get(old.partition(".")[0], "")
+        old, new = old.replace("*", name), new.replace("*", name)
+        with raises(UserError, old, new, key=old, allowed=[new]):
+            validate(name, dataset) if ".options." in old else load_changed(nested(old, 1))
 
 
 @pytest.mark.parametrize(("old", "new"), config.RENAMED_VALUES.items())
 def test_load_renamed_value_is_refused_with_its_new_name(load_changed, old, new):
-    key = {"raw": "backbones.lite0.family", "unit": "backbones.lite0.input_units"}.get(
-        old, "datasets.sample-trees.source"
-    )
+    keys = {"raw": "backbones.lite0.family", "unit": "backbones.lite0.input_units"}
+    key = keys.get(old, "datasets.sample-trees.source")
     with raises(UserError, key, new, key=key, value=old, allowed=[new]):
         load_changed(nested(key, old))
 

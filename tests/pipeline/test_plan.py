@@ -21,44 +21,45 @@ def dataset(task: str, n_samples: int = 100, bands=RGB) -> DatasetSize:
 
 @pytest.fixture
 def params():
-    """params.yaml with one cheap model and one student."""
+    """params.yaml with cheap backbones, heads and a cheap student."""
     committed = config.load()
+    backbones = {**committed.backbones, "lite0_random": BACKBONE}
+    upernet = config.UPerNetHeadConfig(channels=8, steps=120, batch=4)
+    heads = dataclasses.replace(committed.heads, upernet=upernet, fcn=config.FcnHeadConfig(steps=7, batch=3))
+    students = {"small": config.StudentConfig("test_resnet", "random", 32, 48)}
     grid = dataclasses.replace(committed.grid, backbones=("raw",), models=("raw",), students=("small",))
-    return dataclasses.replace(committed, grid=grid)
+    return dataclasses.replace(committed, backbones=backbones, heads=heads, students=students, grid=grid)
 
 
-def with_grid(params, **changes):
-    return dataclasses.replace(params, grid=dataclasses.replace(params.grid, **changes))
+def with_grid(params, model, students=()):
+    grid = dataclasses.replace(params.grid, backbones=(model,), models=(model,), students=students)
+    return dataclasses.replace(params, grid=grid)
 
 
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_plan_counts_every_variant_and_seed_of_a_student(params, task):
+def test_plan_counts_every_variant_and_seed_of_a_student(params):
     distill = dataclasses.replace(params.distill, extra_variants=("logits",), datasets=("d",))
-    estimates = plan.plan(dataclasses.replace(params, distill=distill), {"d": dataset(task)}, "cpu")
-    (estimate,) = [estimate for estimate in estimates if estimate.stage == "distill, export"]
-    schedule = distill.segmentation if task == "segmentation" else distill.classification
-    # Three variants: distilled, logits, supervised.
-    n_students = 3 * (distill.search.trials + distill.seeds)
-    assert (estimate.item, estimate.images) == ("d x small", n_students * schedule.steps * schedule.batch)
-    student = Student(StudentSpec("mobilenetv3_small_100", 3, 4, task, 64), [0.0] * 3, [1.0] * 3)
-    # The saved tensors and two exported graphs, as large as the parameters.
-    n_bytes = 3 * 4 * sum(parameter.numel() for parameter in student.parameters())
-    assert estimate.gigabytes == pytest.approx(n_bytes / 1e9)
-    assert estimate.hours > 0
+    params = dataclasses.replace(params, distill=distill)
+    for task, schedule in (("classification", distill.classification), ("segmentation", distill.segmentation)):
+        estimates = plan.plan(params, {"d": dataset(task)}, "cpu")
+        (estimate,) = [estimate for estimate in estimates if estimate.stage == "distill, export"]
+        # Three variants: distilled, logits, supervised.
+        n_students = 3 * (distill.search.trials + distill.seeds)
+        assert (estimate.item, estimate.images) == ("d x small", n_students * schedule.steps * schedule.batch)
+        student = Student(StudentSpec("test_resnet", 3, 4, task, 64), [0.0] * 3, [1.0] * 3)
+        # The saved tensors and two exported graphs, as large as the parameters.
+        n_bytes = 3 * 4 * sum(parameter.numel() for parameter in student.parameters())
+        assert estimate.gigabytes == pytest.approx(n_bytes / 1e9)
+        assert estimate.hours > 0
     assert "distill, export" in plan.format_table(estimates)
 
 
-@pytest.mark.parametrize(
-    ("head", "network", "other"), [("upernet", UPerNet, Fcn), ("fcn", Fcn, UPerNet)], ids=["upernet", "fcn"]
-)
-def test_plan_times_only_the_segmentation_head_of_the_params(params, monkeypatch, head, network, other):
-    settings = {"upernet": dataclasses.replace(params.heads.upernet, steps=120, batch=4),
-                "fcn": config.FcnHeadConfig(steps=7, batch=3)}  # fmt: skip
-    heads = dataclasses.replace(params.heads, segmentation=head, **settings)
-    params = dataclasses.replace(params, heads=heads, backbones={**params.backbones, "lite0_random": BACKBONE})
-    params = with_grid(params, backbones=("lite0_random",), models=("lite0_random",), students=())
+@pytest.mark.parametrize("network", [UPerNet, Fcn])
+def test_plan_times_only_the_segmentation_head_of_the_params(params, monkeypatch, network):
+    head = network.__name__.lower()
+    heads = dataclasses.replace(params.heads, segmentation=head)
+    params = with_grid(dataclasses.replace(params, heads=heads), "lite0_random")
     created = []
-    for head_class in (network, other):
+    for head_class in (UPerNet, Fcn):
         original = head_class.__init__
 
         def record(self, *args, original=original, **kwargs):
@@ -66,25 +67,20 @@ def test_plan_times_only_the_segmentation_head_of_the_params(params, monkeypatch
             original(self, *args, **kwargs)
 
         monkeypatch.setattr(head_class, "__init__", record)
-    (estimate,) = [
-        estimate
-        for estimate in plan.plan(params, {"d": dataset("segmentation")}, "cpu")
-        if estimate.stage == "tune, train"
-    ]
-    n_heads = params.search.trials + params.train.seeds
-    assert estimate.images == n_heads * settings[head].steps * settings[head].batch
+    estimates = plan.plan(params, {"d": dataset("segmentation")}, "cpu")
+    (estimate,) = [estimate for estimate in estimates if estimate.stage == "tune, train"]
+    settings = params.heads.settings(head)
+    assert estimate.images == (params.search.trials + params.train.seeds) * settings.steps * settings.batch
     assert estimate.hours > 0
     assert created == [network]
 
 
 def test_plan_datasets_of_one_shape_share_a_timed_network(params, capsys):
-    params = dataclasses.replace(params, backbones={**params.backbones, "lite0_random": BACKBONE})
-    params = with_grid(params, backbones=("lite0_random",), models=("lite0_random",), students=())
     sizes = {"small": dataset("classification"), "large": dataset("classification", 300)}
-    extracted = [estimate for estimate in plan.plan(params, sizes, "cpu") if estimate.stage == "extract"]
+    estimates = plan.plan(with_grid(params, "lite0_random"), sizes, "cpu")
     timed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert timed == ["timing lite0_random", "timing linear"]
-    small, large = extracted
+    small, large = [estimate for estimate in estimates if estimate.stage == "extract"]
     assert (large.hours, large.gigabytes) == pytest.approx((3 * small.hours, 3 * small.gigabytes))
 
 
@@ -93,10 +89,9 @@ def test_plan_without_students_or_teachers_has_no_estimate_of_students(params):
         return [(estimate.stage, estimate.images) for estimate in plan.plan(changed, {"d": size}, "cpu")]
 
     chips = dataset("classification")
-    assert "distill, export" not in dict(stages(with_grid(params, students=()), chips))
+    assert "distill, export" not in dict(stages(with_grid(params, "raw"), chips))
     other_datasets = dataclasses.replace(params.distill, datasets=("sample-trees",))
     assert "distill, export" not in dict(stages(dataclasses.replace(params, distill=other_datasets), chips))
     # A model without the bands that it needs cannot be a teacher.
     radar = dataset("classification", bands=(Band("VV", "sar_vv"),))
-    no_bands = with_grid(params, backbones=("lite0",), models=("lite0",))
-    assert stages(no_bands, radar) == [("prepare", 100), ("extract", 0)]
+    assert stages(with_grid(params, "lite0", students=("small",)), radar) == [("prepare", 100), ("extract", 0)]

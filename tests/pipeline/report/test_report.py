@@ -1,6 +1,5 @@
 """The report of a folder of results: its page, section by section, its tables and its figures."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -94,16 +93,6 @@ def test_report_composition_section_shows_probe_and_test_scores(results, html, s
     assert (results / "report/cka.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
-def test_composition_section_greedy_selection_of_masks_mentions_pixels(summary, compositions, tmp_path, task):
-    result = dataclasses.replace(compositions["d"], cka=pd.DataFrame())  # no figures
-    data = sections.composition({"d": result}, summary.assign(task=task), tmp_path)
-    html = sections.render("composition.html.j2", composition=data)
-    caption = next(caption for caption in html.split("<caption>") if "greedy" in caption).split("</caption>")[0]
-    assert "heads.levels" in caption
-    assert ("pixels" in caption) == (task == "segmentation")
-
-
 def test_report_students_section_has_every_model_with_protocol_and_cost(html):
     section = section_of(html, "Students")
     speeds = ("chips per second, 2 CPU cores", "chips per second, GPU")
@@ -117,7 +106,7 @@ def test_report_students_section_has_every_model_with_protocol_and_cost(html):
     distilled, skipped = re.findall("<li>(.*?)</li>", section)
     # Parameters, operations, and chips per second of both.
     assert all(number in distilled for number in ("5.0%", "2.5%", " 100 ", " 10."))
-    assert all(value in skipped for value in ("e", "small", "no teacher"))
+    assert "no teacher" in skipped
 
 
 def test_students_without_costs_show_none(results, student, grid):
