@@ -186,7 +186,7 @@ def device_threads(n_threads: int, device: str, torch_threads: int | None = None
     n_inner = torch_threads or torch.get_num_threads()
 
     def set_torch_threads() -> None:
-        # A thread's first operation takes the number that any thread has set last; the rounding of sums depends on it.
+        # A thread's first operation takes the number that any thread set last; the rounding of sums depends on it.
         torch.get_num_threads()  # is such an operation
         torch.set_num_threads(n_inner)
 

@@ -1,37 +1,25 @@
-"""Specifications, the registry of families, feature pyramids, and the matching of bands."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Specifications, feature pyramids, and the matching of bands; tests/test_adding.py has the registry."""
 
 import pytest
 import torch
 
-from pipeline.backbones import base, create_backbone, get_family, get_spec, register_family
-from pipeline.backbones.base import BackboneFamily, BackboneSpec, FeaturePyramid, MissingBandsError, match_bands
+from pipeline.backbones import get_spec
+from pipeline.backbones.base import FeaturePyramid, MissingBandsError, match_bands
 from pipeline.backbones.catalog import DOFA, EFFICIENTNET, FAMILIES, PRITHVI
 from pipeline.bands import SENTINEL2, Band
 from pipeline.config import BackboneConfig
 from pipeline.errors import UserError
 from tests.errors import raises
 
-ROOT = Path(__file__).parents[3]
 CSMASK = EFFICIENTNET["csmask_b4"]
 PRITHVI_300 = PRITHVI["prithvi_eo_v2_300_tl"]
 DOFA_LARGE = DOFA["dofa_large_patch16_224"]
-RGB_NIR = [
-    Band("1", "red", 0.665, 1),
-    Band("2", "green", 0.56, 1),
-    Band("3", "blue", 0.49, 1),
-    Band("4", "nir", 0.84, 1),
-]
+WAVELENGTHS = {"red": 0.665, "green": 0.56, "blue": 0.49, "nir": 0.84}
+RGB_NIR = [Band(name[0], name, wavelength, 1) for name, wavelength in WAVELENGTHS.items()]
 
 
 def band_names(input_bands):
     return [SENTINEL2[index].name for index in input_bands.band_indices]
-
-
-# get_spec
 
 
 @pytest.mark.parametrize(
@@ -53,62 +41,10 @@ def test_get_spec_of_an_impossible_backbone_is_refused(backbone, mentions, field
         get_spec(BackboneConfig(*backbone))
 
 
-def test_get_spec_of_a_catalog_family_refuses_keys_that_the_catalog_defines():
-    with raises(UserError, key="input_units", value="any"):
-        get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, input_units="any"))
-
-
-def test_get_spec_does_not_import_torch():
-    code = (
-        "import sys; from pipeline import config; from pipeline.backbones import get_spec;"
-        "[get_spec(backbone) for backbone in config.load().backbones.values() if backbone.family != 'timm'];"
-        "sys.exit(bool({'torch', 'timm', 'terratorch'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-# Registry
-
-# This module is itself a family from outside the package: it defines `create_network`.
-
-
-class Gray(torch.nn.Module):
-    def forward(self, image):
-        return FeaturePyramid.from_maps([image.mean(dim=1, keepdim=True)])
-
-
-def create_network(backbone, spec, input_bands, weights_dir):
-    return Gray()
-
-
-@pytest.fixture
-def gray_family(monkeypatch):
-    monkeypatch.setattr(base, "_FAMILIES", dict(base._FAMILIES))
-    spec = BackboneSpec(
-        bands=("red", "green", "blue"), input_units="any", mean=None, std=None, strides=(1,), layers=("mean",)
-    )
-    family = BackboneFamily(__name__, variants={"gray": spec}, has_weights=False)
-    register_family("gray", family)
-    return family
-
-
-def test_register_family_from_outside_the_package_makes_its_variants_usable(gray_family):
-    backbone = BackboneConfig("gray", "gray", "none", 8)
-    spec = get_spec(backbone)
-    input_bands = match_bands("gray", spec, SENTINEL2, backbone.input_size)
-    network = create_backbone(backbone, spec, input_bands, Path())
-    assert get_family("gray") is gray_family
-    assert network(torch.ones(2, 3, 8, 8)).levels[0].shape == (2, 1, 8, 8)
-    assert not network.training
-
-
-def test_register_family_refuses_a_name_that_is_taken(gray_family):
-    register_family("gray", gray_family)
-    with pytest.raises(ValueError, match=__name__):
-        register_family("gray", BackboneFamily("elsewhere"))
-
-
-# FeaturePyramid
+@pytest.mark.parametrize(("key", "value"), [("input_units", "any"), ("layers", (1, 2)), ("options", {"depth": 3})])
+def test_get_spec_of_a_catalog_family_refuses_keys_that_the_catalog_defines(key, value):
+    with raises(UserError, key=key, value=value):
+        get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, **{key: value}))
 
 
 def test_feature_pyramid_arrays_are_named_as_in_the_store():
@@ -127,14 +63,8 @@ def test_feature_pyramid_from_tokens_restores_the_grid(n_class_tokens):
     assert list(pyramid.pooled) == ["mean_level0", "cls_level0"][: 1 + n_class_tokens]
     if n_class_tokens:
         assert torch.equal(pyramid.pooled["cls_level0"], tokens[:, 0])
-
-
-def test_feature_pyramid_from_tokens_refuses_other_grids():
     with pytest.raises(ValueError, match="12"):
         FeaturePyramid.from_tokens([torch.rand(1, 12, 4)])
-
-
-# match_bands
 
 
 @pytest.mark.parametrize(
@@ -150,11 +80,8 @@ def test_match_bands_follows_the_networks_order(spec, names):
 
 
 def test_match_bands_without_a_required_band_names_what_is_missing_and_available():
-    missing, available = ["swir16", "swir22"], ["red", "green", "blue", "nir"]
-    with raises(
-        MissingBandsError, "csmask", *missing, *available, key="backbones.csmask.bands", value=missing,
-        allowed=available,
-    ):  # fmt: skip
+    fields = {"value": ["swir16", "swir22"], "allowed": list(WAVELENGTHS)}
+    with raises(MissingBandsError, "csmask", *WAVELENGTHS, key="backbones.csmask.bands", **fields):
         match_bands("csmask", CSMASK, RGB_NIR, 64)
 
 

@@ -13,7 +13,6 @@ from pipeline.backbones import create_backbone, get_spec
 from pipeline.backbones.base import InputBands
 from pipeline.backbones.catalog import EFFICIENTNET
 from pipeline.config import BackboneConfig
-from pipeline.data import image_store
 from pipeline.errors import UserError
 from tests.errors import raises
 
@@ -28,19 +27,14 @@ def build(variant, weights, weights_dir, seed=0):
 def to_float32(model):
     """Change float16 to float32 everywhere in the graph, so that the precision is no difference."""
 
-    def widen(tensor):
+    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
+    for tensor in [*model.graph.initializer, *(attribute.t for attribute in attributes if attribute.HasField("t"))]:
         if tensor.data_type == onnx.TensorProto.FLOAT16:
             values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-
-    for tensor in model.graph.initializer:
-        widen(tensor)
     for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                widen(attribute.t)
-            if node.op_type == "Cast" and attribute.i == onnx.TensorProto.FLOAT16:
-                attribute.i = onnx.TensorProto.FLOAT
+        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT16:
+            node.attribute[0].i = onnx.TensorProto.FLOAT
     del model.graph.value_info[:]
     return model
 
@@ -114,12 +108,12 @@ def test_efficientnet_random_weights_follow_the_seed(tmp_path):
     assert not torch.equal(first(image).levels[3], other(image).levels[3])
     assert first(image).levels[3].std() > 1e-4
     assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert not first.training
 
 
 @pytest.mark.parametrize("variant", ["csmask_b4", "lite0"])
-def test_efficientnet_random_control_has_a_signal_on_every_level(variant, images_path, make_encoder):
+def test_efficientnet_random_control_has_a_signal_on_every_level(variant, images, make_encoder):
     """A control whose levels fade to zero would make any pretrained network look good."""
-    images = image_store.open_images(images_path("sample-landuse-seg"))
     pyramid = make_encoder(images, "efficientnet", variant, 64)(images.image[:8].values)
     for level in pyramid.levels:
         std = level.std(axis=(0, 2, 3))

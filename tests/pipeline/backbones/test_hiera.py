@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from sam2.build_sam import build_sam2
 
 from pipeline.backbones.catalog import HIERA
-from pipeline.data import image_store
 from pipeline.errors import UserError
 from tests.errors import raises
 
@@ -33,11 +32,6 @@ def weights_dir(official, tmp_path):
     """A folder as the fetch stage leaves it, with a file of the official layout."""
     torch.save({"model": official.state_dict()}, tmp_path / HIERA[TINY].weights_file)
     return tmp_path
-
-
-@pytest.fixture
-def images(images_path):
-    return image_store.open_images(images_path("sample-landuse-seg"))
 
 
 def test_hiera_levels_equal_the_official_image_encoders(official, weights_dir, images, make_encoder):
@@ -61,14 +55,10 @@ def test_hiera_variants_have_configurations_of_four_stages(variant):
 
 
 @pytest.mark.parametrize(
-    ("name", "mentions"),
-    [
-        ("sam_mask_decoder.x", ["image_encoder.trunk.", "sam_mask_decoder.x"]),
-        ("image_encoder.trunk.x", ["pos_embed"]),
-    ],
+    ("name", "mention"), [("sam_mask_decoder.x", "image_encoder.trunk."), ("image_encoder.trunk.x", "pos_embed")]
 )
-def test_hiera_checkpoint_of_another_layout_is_refused_by_name(name, mentions, tmp_path, images, make_encoder):
+def test_hiera_checkpoint_of_another_layout_is_refused_by_name(name, mention, tmp_path, images, make_encoder):
     path = tmp_path / HIERA[TINY].weights_file
     torch.save({"model": {name: torch.zeros(1)}}, path)
-    with raises(UserError, *mentions, path=path):
+    with raises(UserError, mention, path=path):
         make_encoder(images, "hiera", TINY, 96, tmp_path)

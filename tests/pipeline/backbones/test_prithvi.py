@@ -4,18 +4,11 @@ import numpy as np
 import pytest
 import torch
 from terratorch.datasets import HLSBands
-from terratorch.models.backbones.prithvi_vit import (
-    PRITHVI_V2_MEAN,
-    PRITHVI_V2_STD,
-    _create_prithvi,
-    pretrained_weights,
-    prithvi_cfgs,
-)
+from terratorch.models.backbones import prithvi_vit
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
 from pipeline.backbones.catalog import PRITHVI
 from pipeline.backbones.prithvi import PatchConv3d
-from pipeline.data import image_store
 from pipeline.errors import UserError
 from tests.errors import raises
 
@@ -26,29 +19,20 @@ TINY = "prithvi_eo_v2_tiny_tl"
 def official():
     """The masked autoencoder with four frames, as it is published: encoder and decoder."""
     torch.manual_seed(3)
-    return _create_prithvi(TINY, num_frames=4, encoder_only=False)
+    return prithvi_vit._create_prithvi(TINY, num_frames=4, encoder_only=False)
 
 
-@pytest.fixture
-def weights_dir(official, tmp_path):
-    torch.save(official.state_dict(), tmp_path / PRITHVI[TINY].weights_file)
-    return tmp_path
-
-
-@pytest.fixture
-def images(images_path):
-    return image_store.open_images(images_path("sample-landuse-seg"))
+@pytest.fixture(scope="module")
+def weights_dir(official, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prithvi")
+    torch.save(official.state_dict(), folder / PRITHVI[TINY].weights_file)
+    return folder
 
 
 def official_levels(weights_dir, image, bands=None, **coordinates):
     """Return the levels that terratorch computes from the same file."""
-    network = TERRATORCH_BACKBONE_REGISTRY.build(
-        TINY,
-        pretrained=True,
-        ckpt_path=str(weights_dir / PRITHVI[TINY].weights_file),
-        bands=bands,
-        num_frames=1,
-    )
+    path = str(weights_dir / PRITHVI[TINY].weights_file)
+    network = TERRATORCH_BACKBONE_REGISTRY.build(TINY, pretrained=True, ckpt_path=path, bands=bands, num_frames=1)
     with torch.inference_mode():
         outputs = network.eval()(image, **coordinates)
         return network.prepare_features_for_image_model([outputs[index] for index in PRITHVI[TINY].layer_indices])
@@ -58,26 +42,22 @@ def test_prithvi_levels_with_location_and_time_equal_terratorchs(weights_dir, im
     encoder = make_encoder(images, "prithvi", TINY, 224, weights_dir)
     image, metadata = images.image[:2].values, encoder.preprocessor.metadata(images, slice(0, 2))
     features = encoder(image, metadata)
-    expected = official_levels(
-        weights_dir,
-        encoder.prepare(image),
-        temporal_coords=torch.from_numpy(metadata["time"]),
-        location_coords=torch.from_numpy(metadata["location"]),
-    )
+    time, location = (torch.from_numpy(metadata[name]) for name in ("time", "location"))
+    prepared = encoder.prepare(image)
+    expected = official_levels(weights_dir, prepared, temporal_coords=time, location_coords=location)
     assert features.levels[0].shape == (2, 192, 14, 14)
     for level, expected_level in zip(features.levels, expected, strict=True):
         np.testing.assert_allclose(level, expected_level, rtol=1e-4, atol=1e-4)
     without_metadata = encoder(image, {})
     assert np.abs(without_metadata.levels[3] - features.levels[3]).max() > 1e-3
     assert list(features.pooled) == [f"{kind}_level{i}" for kind in ("mean", "cls") for i in range(4)]
-
-
-def test_prithvi_input_is_normalised_as_its_authors_do(images, make_encoder):
-    """Their mean and standard deviation are of digital numbers, as the image is."""
-    encoder = make_encoder(images, "prithvi", TINY, 128)
-    image = images.image[:1].sel(band=["blue", "green", "red", "nir08", "swir16", "swir22"]).values.astype("float32")
-    expected = (image - np.reshape(PRITHVI_V2_MEAN, (6, 1, 1))) / np.reshape(PRITHVI_V2_STD, (6, 1, 1))
-    np.testing.assert_allclose(encoder.prepare(images.image[:1].values), expected, atol=1e-4)
+    # In bfloat16 the year 2017 would be 2016, and the embedding with it.
+    embed, time = encoder.network.network.temporal_embed_enc, torch.tensor([[[2017.0, 46.0]]])
+    with torch.inference_mode():
+        exact = embed(time)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(embed(time), exact)
+    assert not torch.allclose(embed(torch.tensor([[[2016.0, 46.0]]])), exact, atol=1e-3)
 
 
 def test_prithvi_with_fewer_bands_uses_their_columns(weights_dir, official, images, make_encoder):
@@ -90,45 +70,29 @@ def test_prithvi_with_fewer_bands_uses_their_columns(weights_dir, official, imag
     assert torch.equal(encoder.network.network.patch_embed.proj.weight, columns)
 
 
-def test_prithvi_years_and_days_stay_in_float32_under_autocast(weights_dir, images, make_encoder):
-    """In bfloat16 the year 2017 would be 2016, and the embedding with it."""
-    encoder = make_encoder(images, "prithvi", TINY, 224, weights_dir)
-    embed = encoder.network.network.temporal_embed_enc
-    time = torch.tensor([[[2017.0, 46.0]]])
-    with torch.inference_mode():
-        expected = embed(time)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(embed(time), expected)
-    assert not torch.allclose(embed(torch.tensor([[[2016.0, 46.0]]])), expected, atol=1e-3)
-
-
 @pytest.mark.parametrize("variant", list(PRITHVI))
 def test_prithvi_catalog_agrees_with_terratorch(variant):
-    config, spec = prithvi_cfgs[variant], PRITHVI[variant]
+    config, spec = prithvi_vit.prithvi_cfgs[variant], PRITHVI[variant]
     assert spec.layer_indices == tuple(config["depth"] // 4 * quarter - 1 for quarter in (1, 2, 3, 4))
     assert spec.strides == (config["patch_size"][1],) * 4
-    assert config["bands"] == prithvi_cfgs[TINY]["bands"]
-    official = pretrained_weights[variant]
+    statistics = np.array([prithvi_vit.PRITHVI_V2_MEAN, prithvi_vit.PRITHVI_V2_STD]) / 10_000
+    np.testing.assert_allclose([spec.mean, spec.std], statistics)
+    assert config["bands"] == prithvi_vit.prithvi_cfgs[TINY]["bands"]
+    official = prithvi_vit.pretrained_weights[variant]
     assert (spec.weights.repo, spec.weights.file) == (official["hf_hub_id"], official["hf_hub_filename"])
 
 
-def test_prithvi_checkpoint_of_another_layout_is_refused_by_name(weights_dir, images, make_encoder):
-    path, name = weights_dir / PRITHVI[TINY].weights_file, "blocks.3.norm1.bias"
-    tensors = torch.load(path, weights_only=True)
-    del tensors[f"encoder.{name}"]
+def test_prithvi_checkpoint_of_another_layout_is_refused_by_name(official, tmp_path, images, make_encoder):
+    path, name = tmp_path / PRITHVI[TINY].weights_file, "blocks.3.norm1.bias"
+    tensors = {key: tensor for key, tensor in official.state_dict().items() if key != f"encoder.{name}"}
     for damaged, mentions in ((tensors, [name]), ({"decoder.x": torch.zeros(1)}, ["encoder.", "decoder.x"])):
         torch.save(damaged, path)
         with raises(UserError, *mentions, path=path):
-            make_encoder(images, "prithvi", TINY, 224, weights_dir)
+            make_encoder(images, "prithvi", TINY, 224, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("shape", "kernel", "bias"),
-    [
-        ((2, 3, 1, 28, 28), (1, 14, 14), True),
-        ((1, 3, 1, 31, 45), (1, 16, 8), False),
-        ((1, 3, 5, 6, 9), (2, 3, 3), True),
-    ],
+    ("shape", "kernel", "bias"), [((2, 3, 1, 28, 28), (1, 14, 14), True), ((1, 3, 5, 7, 9), (2, 3, 4), False)]
 )
 def test_patch_conv3d_equals_torchs_convolution(shape, kernel, bias):
     conv = torch.nn.Conv3d(3, 5, kernel, stride=kernel, bias=bias)

@@ -1,28 +1,17 @@
 """A backbone of terratorch's registry that only params.yaml describes."""
 
 import numpy as np
-import pytest
 import torch
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
 from pipeline.config import HubFile
-from pipeline.data import image_store
 from pipeline.errors import UserError
 from tests.errors import raises
 
 MOCO = "ssl4eos12_resnet18_sentinel2_all_moco"
 OPTIONS = {"model_bands": ["BLUE", "GREEN", "RED"], "out_indices": [1, 2, 3, 4]}
-KEYS = {
-    "bands": ("blue", "green", "red"),
-    "input_units": "reflectance",
-    "normalisation": "dataset",
-    "options": OPTIONS,
-}
-
-
-@pytest.fixture
-def images(images_path):
-    return image_store.open_images(images_path("sample-landuse-seg"))
+RGB = ("blue", "green", "red")
+KEYS = {"bands": RGB, "input_units": "reflectance", "normalisation": "dataset", "options": OPTIONS}
 
 
 def test_terratorch_levels_equal_its_own(images, make_encoder, tmp_path):

@@ -9,13 +9,9 @@ from pipeline.errors import UserError
 from tests.errors import raises
 
 
-@pytest.fixture
-def images(images_path):
-    return image_store.open_images(images_path("sample-trees"))
-
-
 @pytest.mark.parametrize(("variant", "channels"), [("resnet18", 512), ("vit_tiny_patch16_224", 192)])
-def test_timm_network_gives_a_pyramid_with_its_own_normalisation(variant, channels, images, make_encoder):
+def test_timm_network_gives_a_pyramid_with_its_own_normalisation(variant, channels, images_path, make_encoder):
+    images = image_store.open_images(images_path("sample-trees"))
     encoder = make_encoder(images, "timm", variant, 64)
     image = images.image[:2].values
     pyramid = encoder(image)
@@ -41,8 +37,7 @@ def test_timm_weights_have_timms_layout(images, make_encoder, tmp_path):
         make_encoder(images, "timm", "resnet18", 64, tmp_path, hub=hub)
 
 
-def test_timm_network_on_four_bands_uses_the_datasets_statistics(images_path, make_encoder):
-    images = image_store.open_images(images_path("sample-landuse"))
+def test_timm_network_on_four_bands_uses_the_datasets_statistics(images, make_encoder):
     encoder = make_encoder(
         images, "timm", "resnet18", 64, bands=("red", "nir", "B11", 0.49), input_units="reflectance",
         normalisation="dataset",
