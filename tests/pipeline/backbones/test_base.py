@@ -1,9 +1,12 @@
 """Specifications, feature pyramids, and the matching of bands; tests/test_adding.py has the registry."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from pipeline.backbones import get_spec
+from pipeline.backbones import create_backbone, get_spec
 from pipeline.backbones.base import FeaturePyramid, MissingBandsError, match_bands
 from pipeline.backbones.catalog import DOFA, EFFICIENTNET, FAMILIES, PRITHVI
 from pipeline.bands import SENTINEL2, Band
@@ -47,6 +50,16 @@ def test_get_spec_of_a_catalog_family_refuses_keys_that_the_catalog_defines(key,
         get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, **{key: value}))
 
 
+def test_band_statistics_are_of_cells_and_of_the_whole_chip():
+    backbone, image = BackboneConfig("band_statistics", "mean_std", "none", 64), torch.rand(2, 3, 64, 64)
+    pyramid = create_backbone(backbone, get_spec(backbone), None, Path())(image)
+    assert [tuple(level.shape) for level in pyramid.levels] == [(2, 6, 64 // s, 64 // s) for s in (4, 8, 16, 32)]
+    cell, chip = image[1, 2, 8:12, 4:8].numpy(), image[0].numpy()
+    np.testing.assert_allclose(pyramid.levels[0][1, [2, 5], 2, 1], [cell.mean(), cell.std()], rtol=1e-4)
+    expected = np.concatenate([chip.mean((1, 2)), chip.std((1, 2))])
+    np.testing.assert_allclose(pyramid.pooled["mean_std"][0], expected, rtol=1e-4)
+
+
 def test_feature_pyramid_arrays_are_named_as_in_the_store():
     levels = [torch.rand(2, 3, 8, 8), torch.rand(2, 5, 4, 4)]
     arrays = FeaturePyramid.from_maps(levels).arrays()
@@ -79,13 +92,10 @@ def test_match_bands_follows_the_networks_order(spec, names):
     assert band_names(match_bands("m", spec, SENTINEL2, 64)) == names
 
 
-def test_match_bands_without_a_required_band_names_what_is_missing_and_available():
+def test_match_bands_drops_optional_bands_uses_substitutes_and_names_what_is_missing():
     fields = {"value": ["swir16", "swir22"], "allowed": list(WAVELENGTHS)}
     with raises(MissingBandsError, "csmask", *WAVELENGTHS, key="backbones.csmask.bands", **fields):
         match_bands("csmask", CSMASK, RGB_NIR, 64)
-
-
-def test_match_bands_drops_optional_bands_and_uses_substitutes():
     input_bands = match_bands("m", PRITHVI_300, RGB_NIR, 64)
     assert input_bands.input_names == ("blue", "green", "red", "nir08")
     assert input_bands.band_indices == (2, 1, 0, 3)
@@ -95,21 +105,15 @@ def test_match_bands_drops_optional_bands_and_uses_substitutes():
         match_bands("m", PRITHVI_300, RGB_NIR[:2], 64)
 
 
-def test_match_bands_of_requested_bands_takes_names_and_wavelengths():
+def test_match_bands_of_requested_bands_assigns_by_name_or_wavelength_else_in_order():
     assert band_names(match_bands("m", DOFA_LARGE, SENTINEL2, 64, ["B12", 0.49, "red"])) == ["B12", "B02", "B04"]
     with raises(MissingBandsError, value=["10.9"]):
         match_bands("m", DOFA_LARGE, SENTINEL2, 64, ["red", 10.9])
-
-
-def test_match_bands_of_requested_bands_fills_inputs_in_order():
     input_bands = match_bands("m", CSMASK, SENTINEL2, 64, ["B02", "B03", "B04", "B8A", "B11", "B12"])
     assert input_bands.input_names == CSMASK.bands
     assert band_names(input_bands)[3] == "B8A"
     repeated = match_bands("m", EFFICIENTNET["lite0"], SENTINEL2, 64, ["B11", "B11", "B11"])
     assert (repeated.input_names, repeated.band_indices) == (("red", "green", "blue"), (11, 11, 11))
-
-
-def test_match_bands_of_requested_bands_known_by_name_ignores_their_order():
     reversed_bands = match_bands("m", CSMASK, SENTINEL2, 64, list(CSMASK.bands[::-1]))
     assert reversed_bands == match_bands("m", CSMASK, SENTINEL2, 64)
     subset = match_bands("m", PRITHVI_300, SENTINEL2, 64, ["swir16", "red", "nir"])

@@ -67,13 +67,10 @@ def test_dofa_at_another_size_resizes_the_position_embedding(official, images, d
     assert encoder(images.image[:1].values).levels[3].shape == (1, 384, 2, 2)
 
 
-@pytest.mark.parametrize(
-    ("variant", "weights"),
-    [("dofa_base_patch16_224", DOFABase16_Weights), ("dofa_large_patch16_224", DOFALarge16_Weights)],
-)
-def test_dofa_catalog_names_torchgeos_files(variant, weights):
-    file = DOFA[variant].weights
-    assert weights.DOFA_MAE.url == f"https://hf.co/{file.repo}/resolve/{file.revision}/{file.file}"
+def test_dofa_catalog_names_torchgeos_files():
+    for size, weights in (("base", DOFABase16_Weights), ("large", DOFALarge16_Weights)):
+        file = DOFA[f"dofa_{size}_patch16_224"].weights
+        assert weights.DOFA_MAE.url == f"https://hf.co/{file.repo}/resolve/{file.revision}/{file.file}"
 
 
 def test_dofa_checkpoint_without_a_tensor_names_it(weights_dir, dofa_encoder, tmp_path):

@@ -24,24 +24,9 @@ def build(variant, weights, weights_dir, seed=0):
     return create_backbone(backbone, spec, input_bands, weights_dir)
 
 
-def to_float32(model):
-    """Change float16 to float32 everywhere in the graph, so that the precision is no difference."""
-
-    attributes = [attribute for node in model.graph.node for attribute in node.attribute]
-    for tensor in [*model.graph.initializer, *(attribute.t for attribute in attributes if attribute.HasField("t"))]:
-        if tensor.data_type == onnx.TensorProto.FLOAT16:
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
-    for node in model.graph.node:
-        if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.FLOAT16:
-            node.attribute[0].i = onnx.TensorProto.FLOAT
-    del model.graph.value_info[:]
-    return model
-
-
 def encoder_session(path):
     """Return a session of the U-Net's ONNX graph, and the names of the encoder's outputs."""
-    model = to_float32(onnx.load(path))
+    model = onnx.load(path)
     producers = {name: node for node in model.graph.node for name in node.output}
     names = {
         name
@@ -70,7 +55,7 @@ def test_csmask_levels_equal_onnxruntimes(weights_folder, image_dataset):
     assert [tuple(level.shape[1:]) for level in levels] == shapes
     for level in levels:
         reference = expected[tuple(level.shape[1:])]
-        assert np.corrcoef(level.numpy().ravel(), reference.ravel())[0, 1] > 0.99999
+        assert np.corrcoef(level.numpy().ravel(), reference.ravel())[0, 1] > 0.9999  # it computes in float16
 
 
 def test_csmask_statistics_are_those_published_with_the_weights(weights_folder):

@@ -23,8 +23,6 @@ LITE0 = BackboneConfig("efficientnet", "lite0", "random", 128)
 
 @pytest.fixture
 def make_preprocessor(images_path):
-    """Function from a dataset's name and a backbone to its preprocessor and the images."""
-
     def make(dataset, backbone, **changes):
         images, backbone = image_store.open_images(images_path(dataset)), dataclasses.replace(backbone, **changes)
         preprocessor = preprocessing.make_preprocessor(images, backbone.variant, backbone, get_spec(backbone))
@@ -49,11 +47,7 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("dataset", "backbone", "expected"),
-    GOLDEN,
-    ids=[f"{dataset}-{backbone.variant}" for dataset, backbone, _ in GOLDEN],
-)
+@pytest.mark.parametrize(("dataset", "backbone", "expected"), GOLDEN)
 def test_preprocessor_of_a_real_chip_gives_golden_values(make_preprocessor, dataset, backbone, expected):
     """Pins the whole way from the file to the network; a change here changes every feature."""
     image = network_input(*make_preprocessor(dataset, backbone))[0]

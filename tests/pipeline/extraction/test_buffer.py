@@ -70,8 +70,7 @@ def test_shard_buffer_is_filled_by_batches_and_reused(maps, dtype):
         assert (stats.squared_error.sum() > 0) == (dtype == "float16")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("nonfinite", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("dtype", "nonfinite"), [("float16", float("inf")), ("float32", float("nan"))])
 def test_shard_buffer_refuses_nonfinite_values(maps, dtype, nonfinite):
     """A forward pass in float16 may overflow to infinity on an image that the dry run did not include."""
     shard_buffer = make_buffer(dtype)

@@ -65,8 +65,7 @@ def test_format_estimate_refuses_a_disk_that_is_too_small_before_anything_is_wri
 
 
 def test_format_estimate_accepts_features_too_large_for_float16(dry_run, make_schema, tmp_path):
-    """They are refused when they are stored."""
-    large = copy.deepcopy(dry_run)
+    large = copy.deepcopy(dry_run)  # refused when they are stored
     large.pyramid.levels[0] *= 1e9
     estimate.format_estimate(make_schema("int8"), large, tmp_path, "tiles x lite0")
 

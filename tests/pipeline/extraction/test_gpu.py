@@ -41,20 +41,11 @@ def extract(gpu, images_path, tmp_path):
     return run
 
 
-def read_arrays(store: FeatureStore) -> list[np.ndarray]:
-    rows = np.arange(len(store.sample))
-    names = [*store.level_arrays, *store.pooled_arrays]
-    return [store.read(name, rows).astype(np.float64) for name in names]
-
-
 def relative_difference(expected: FeatureStore, actual: FeatureStore) -> float:
     """Return the largest relative root mean square difference of an array."""
-    pairs = zip(read_arrays(expected), read_arrays(actual), strict=True)
+    names, rows = [*expected.level_arrays, *expected.pooled_arrays], np.arange(len(expected.sample))
+    pairs = [[store.read(name, rows).astype(np.float64) for store in (expected, actual)] for name in names]
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
-
-
-def test_gpu_features_equal_the_cpus(extract):
-    assert relative_difference(extract("cpu", "cpu")[0], extract("gpu")[0]) < 1e-4
 
 
 @pytest.mark.parametrize(("precision", "maximum"), [("bfloat16", 0.05), ("float16", 0.01)])
@@ -95,10 +86,14 @@ def test_gpu_compiled_network_gives_the_same_features(extract):
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [("hiera", "sam2.1_hiera_t"), ("prithvi", "prithvi_eo_v2_tiny_tl"), ("dofa", "dofa_small_patch16_224")],
-)
-def test_gpu_features_of_small_foundation_models_equal_the_cpus(extract, family, variant):
+    [
+        ("efficientnet", "lite0"), ("hiera", "sam2.1_hiera_t"), ("prithvi", "prithvi_eo_v2_tiny_tl"),
+        ("dofa", "dofa_small_patch16_224"),
+    ],
+)  # fmt: skip
+def test_gpu_features_equal_the_cpus(extract, family, variant):
     backbone = BackboneConfig(family, variant, "random", 224, normalisation="dataset")
     exact = extract("cpu", "cpu", backbone)[0]
-    assert relative_difference(exact, extract("gpu", backbone=backbone)[0]) < 1e-3
+    maximum = 1e-4 if family == "efficientnet" else 1e-3
+    assert relative_difference(exact, extract("gpu", backbone=backbone)[0]) < maximum
     assert relative_difference(exact, extract("lower", backbone=backbone, precision="bfloat16")[0]) < 0.05
