@@ -17,12 +17,9 @@ from pipeline.report.significance import ModelKind
 from pipeline.tasks import IGNORE, get_task
 
 KIND_COLOURS = {
-    ModelKind.ENSEMBLE: "#d95f02",
-    ModelKind.PRETRAINED: "#1b9e77",
-    ModelKind.RANDOM: "#aaaaaa",
-    ModelKind.BAND_STATISTICS: "#7570b3",
-    ModelKind.FINE_TUNED: "#e7298a",
-}
+    ModelKind.ENSEMBLE: "#d95f02", ModelKind.PRETRAINED: "#1b9e77", ModelKind.RANDOM: "#aaaaaa",
+    ModelKind.BAND_STATISTICS: "#7570b3", ModelKind.FINE_TUNED: "#e7298a",
+}  # fmt: skip
 ROLE_COLOURS = {"student": "#d95f02", "teacher": "#1b9e77", "member": "#7570b3"}
 MARKERS = "osD^vP*X"
 # Longer side of a map in the figure, in pixels; larger maps are read at a lower resolution.

@@ -62,18 +62,11 @@ def render(template: str, **context: object) -> str:
 
 def display_table(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `significance.summarize_runs` as readers see it; every cell is text."""
-    return pd.DataFrame(
-        {
-            "dataset": summary.dataset,
-            "model": summary.model,
-            "kind": summary.kind,
-            "metric": summary.metric,
-            "test score, mean ± std over seeds": format_scores(summary),
-            "95 % interval": format_intervals(summary),
-            "test samples": summary.n_test.astype(str),
-            "protocol": summary.protocol,
-        }
-    )
+    table = summary[["dataset", "model", "kind", "metric"]].copy()
+    table["test score, mean ± std over seeds"] = format_scores(summary)
+    table["95 % interval"] = format_intervals(summary)
+    table["test samples"] = summary.n_test.astype(str)
+    return table.assign(protocol=summary.protocol)
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -102,14 +95,9 @@ def aggregates(runs: pd.DataFrame) -> list[dict]:
     groups = []
     for datasets in significance.common_dataset_groups(runs):
         table = significance.aggregate_over_datasets(runs, datasets)
-        scores = pd.DataFrame(
-            {
-                "model": table.model,
-                "interquartile mean": table.iqm.map("{:.3f}".format),
-                "95 % interval over seeds": format_intervals(table),
-                "protocol": ", ".join(runs.protocol.unique()),
-            }
-        )
+        scores = table[["model"]].assign(**{"interquartile mean": table.iqm.map("{:.3f}".format)})
+        scores["95 % interval over seeds"] = format_intervals(table)
+        scores["protocol"] = ", ".join(runs.protocol.unique())
         groups.append({"datasets": datasets, "scores": scores})
     return groups
 
@@ -130,13 +118,12 @@ def composition(compositions: Mapping[str, CompositionResult], summary: pd.DataF
         tested = summary[(summary.dataset == dataset) & (summary.protocol == FROZEN)]
         has_ensembles = len(result.subsets) > 0
         search = {
-            "dataset": dataset,
-            "skipped": result.skipped,
+            "dataset": dataset, "skipped": result.skipped,
             "ensembles": _ensemble_table(result.subsets, tested) if has_ensembles else None,
             "probe": PROBE_NAMES[result.probe] if has_ensembles else None,
             "greedy": result.greedy.map(lambda value: f"{value:.3f}" if isinstance(value, float) else value),
             "is_dense": any(get_task(task).is_dense for task in set(tested.task)),
-        }
+        }  # fmt: skip
         section["searches"].append(search)
     similarities = [result.cka.assign(dataset=dataset) for dataset, result in compositions.items() if len(result.cka)]
     if similarities:
@@ -252,19 +239,11 @@ def exports(results: Sequence[StudentResult]) -> pd.DataFrame:
     rows = []
     for student in results:
         for name, file in student.export.get("files", {}).items():
+            row = {"dataset": student.dataset, "student": student.name, "file": name}
+            row["MB"], row["images per second"] = f"{file['bytes'] / 1e6:.1f}", f"{file['images_per_second']:g}"
             score = f"{student.export['metric']} {file['score']:.3f} (n = {student.export['chips']})"
             difference = "largest difference from torch's logits, in their standard deviations"
-            rows.append(
-                {
-                    "dataset": student.dataset,
-                    "student": student.name,
-                    "file": name,
-                    "MB": f"{file['bytes'] / 1e6:.1f}",
-                    "images per second": f"{file['images_per_second']:g}",
-                    "validation score": score,
-                    difference: f"{file['difference']:.1g}",
-                }
-            )
+            rows.append({**row, "validation score": score, difference: f"{file['difference']:.1g}"})
     return pd.DataFrame(rows)
 
 

@@ -14,9 +14,10 @@ from pipeline import config
 from pipeline.backbones import get_spec
 from pipeline.backbones.base import match_bands
 from pipeline.data.sources import geobench
-from stages import compose, cost, distill, export, extract, fetch, prepare, report, resolve, teacher, train, tune
+from stages import cost, distill, export, teacher
 from stages.plan import plan
 from tests.conftest import ROOT
+from tests.stages import smoke_paper
 from tests.stages.conftest import merge
 
 SETS = list(geobench.SETS)
@@ -24,7 +25,10 @@ DISTILLED_SETS = ["m-bigearthnet", "m-so2sat", "m-nz-cattle"]  # one per task
 SMALL = {
     "grid": {"datasets": SETS, "backbones": ["raw"], "models": ["raw"]},
     "backbones": {"raw": {"input_size": 64}},
-    "heads": {"linear": {"steps": 5, "batch": 4}, "upernet": {"steps": 2, "channels": 4, "batch": 2}},
+    "heads": {
+        "segmentation": "upernet", "linear": {"steps": 5, "batch": 4},
+        "upernet": {"steps": 2, "channels": 4, "batch": 2},
+    },
     "search": {"trials": 1, "trials_per_round": 1},
     "train": {"seeds": 1},
     "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 32}},
@@ -56,34 +60,21 @@ def changed(change):
     Path("params.yaml").write_text(original)
 
 
-def test_stages_all_twelve_sets_reach_the_report(geobench_job, capsys):
-    for backbone in SMALL["grid"]["backbones"]:
-        fetch.fetch(None, backbone)
-    for name in SETS:
-        fetch.fetch(name, None)
-        prepare.prepare(name, False)
-        for backbone in SMALL["grid"]["backbones"]:
-            extract.extract(name, backbone)
-        compose.compose(name)
-        resolve.resolve(name)
-        for model in SMALL["grid"]["models"]:
-            tune.tune(name, model, False)
-            train.train(name, model, False)
-        tune.tune(name, None, True)
-        train.train(name, None, True)
+def test_stages_all_twelve_sets_reach_the_report(geobench_job):
+    with changed({"grid": {"students": []}}):
+        for _, step in smoke_paper.steps(SMALL["grid"]):
+            step()
     for name in DISTILLED_SETS:
         teacher.teacher(name)
         distill.distill(name, "small")
         students = pd.read_csv(f"results/distill/{name}/small/runs.csv")
         assert students.model.tolist() == ["small (distilled)", "small (supervised)"]
         assert students.score.between(0, 1).all()
-    # The small grid exports and maps students of other tasks (test_map.py). A report of students needs maps.
+    # The small grid exports and maps students of other tasks (test_map.py).
     with changed({"distill": {"datasets": DISTILLED_SETS[:1]}}):
         export.export("small", DISTILLED_SETS[0], False)
         cost.cost(DISTILLED_SETS[0])
     assert set(pd.read_csv(f"results/cost/{DISTILLED_SETS[0]}.csv").model) == {"small", "raw"}
-    with changed({"grid": {"students": []}}):
-        report.make_report()
     runs = pd.read_csv("results/report/runs.csv")
     assert len(runs) == len(SETS)
     assert runs.score.between(0, 1).all()
@@ -112,29 +103,16 @@ def test_prepare_damaged_file_is_refused_or_skipped(job, geobench_root, tmp_path
 def test_profile_paper_plans_every_stage(fresh_clone):
     shutil.copy(ROOT / "params.yaml", fresh_clone.folder)
     fresh_clone.stage("profile", "--name", "paper")
-    # Without --force-downstream DVC looks in its run cache for files that do not exist yet.
-    output = fresh_clone.run("dvc", "repro", "--dry", "--force-downstream")
-    stages = [name.split("@")[0] for name in re.findall(r"Running stage '([^']+)'", output)]
-    counts = {
-        stage: stages.count(stage)
-        for stage in ("fetch", "fetch_weights", "prepare", "extract", "tune", "train", "compose")
-    }
-    assert counts == {
-        "fetch": 12,
-        "fetch_weights": 4,
-        "prepare": 12,
-        "extract": 48,
-        "tune": 96,
-        "train": 96,
-        "compose": 12,
-    }
+    # Without force_downstream DVC looks in its run cache for files that do not exist yet.
+    stages = [name.split("@")[0] for name in fresh_clone.planned(force_downstream=True)]
+    counts = {"fetch": 12, "fetch_weights": 4, "prepare": 12, "extract": 48, "tune": 96, "train": 96, "compose": 12}
+    assert {stage: stages.count(stage) for stage in counts} == counts
     params = config.load(fresh_clone.folder / "params.yaml")
     assert (params.search.trials, params.train.seeds) == (16, 10)
     assert {params.backbone(name).input_size for name in params.grid.backbones} == {224}
     assert set(params.grid.datasets) == set(SETS)
-    assert "# family: a file in pipeline/backbones" in (fresh_clone.folder / "params.yaml").read_text(), (
-        "comments stay"
-    )
+    text = (fresh_clone.folder / "params.yaml").read_text()
+    assert "# family: a file in pipeline/backbones" in text, "comments stay"
 
 
 def test_profile_unknown_name_is_refused(fresh_clone):
@@ -158,7 +136,8 @@ def test_profile_paper_has_the_bands_of_table_2(params):
 
 
 def test_plan_estimates_every_stage(geobench_job, capsys):
-    plan()
+    with changed({"grid": {"datasets": ["m-so2sat", "m-nz-cattle"]}}):
+        plan()
     output = capsys.readouterr().out
     rows = [re.split(r"  +", line) for line in output.splitlines()]
     assert ["fetch", "m-so2sat: present"] in rows

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-import xarray as xr
 from filelock import FileLock
 
 from pipeline.tasks import Segmentation
@@ -37,7 +36,6 @@ def test_report_has_the_runs_of_every_dataset_and_model(job):
     page = (job.folder / "results/report/index.html").read_text()
     assert all(name in page for name in ("csmask_b4", "nir", "swir16", "swir22")), "bands that sample-trees lacks"
     assert page.count("data:image/png;base64,") == 6
-    assert not re.search(r"(src|href)=\"http", page)
 
 
 def test_score_equals_the_score_of_the_stored_predictions(job):
@@ -71,19 +69,6 @@ def test_composition_search_probes_every_ensemble_and_trains_the_selected(job):
     assert "csmask_b4" in trees["skipped"][0]
 
 
-def test_feature_store_opens_as_a_data_tree_with_the_images_samples(job):
-    for dataset, levels in ((SEGMENTATION, 4), (TREES, 0)):
-        images = xr.open_zarr(job.folder / f"data/images/{dataset}.zarr")
-        tree = xr.open_datatree(job.folder / f"data/features/{dataset}/lite0.zarr", engine="zarr")
-        assert sum(name.startswith("level") for name in tree.children) == levels
-        assert tree.sample.values.tolist() == images.sample.values.tolist()
-        assert tree.attrs["images_sha256"] == images.attrs["content_sha256"]
-        assert tree.attrs["weights"]["weights"] == "pretrained"
-        assert len(tree.attrs["weights"]["file_sha256"]) == 64
-        assert tree["pooled"].mean_level3.shape == (images.sizes["sample"], 320)
-        assert np.isfinite(tree["pooled"].mean_level3).all()
-
-
 # An experiment costs what it changes
 
 
@@ -104,32 +89,21 @@ def test_plan_after_a_change_has_only_its_stages(job, change, stages):
         assert {name.split("@")[0] for name in job.planned()} - {"validate", "report"} == stages
 
 
-@contextlib.contextmanager
-def resolved(job, change):
-    """Set keys of params.yaml for the duration of the block, in which the stage resolve has run."""
-    with job.changed(change):
-        for name in DATASETS:
-            job.stage("resolve", "--dataset", name)
-        yield
+def test_plan_after_a_head_parameter_or_a_new_model_has_only_what_they_change(job):
+    """A dry run does not foresee the outputs of `resolve`, so it runs here."""
+    models = SMALL["grid"]["models"]
+    for change, expected in (
+        ({"heads": {"linear": {"steps": 3}}}, {f"tune@{TREES}-{model}" for model in models}),
+        ({"grid": {"models": [*models, "raw+lite0"]}}, {f"tune@{dataset}-raw+lite0" for dataset in DATASETS}),
+    ):
+        with job.changed(change):
+            for name in DATASETS:
+                job.stage("resolve", "--dataset", name)
+            planned = {name for name in job.planned("tune") if not name.startswith(("validate", "resolve"))}
+        assert planned == expected
     for name in DATASETS:
         job.stage("resolve", "--dataset", name)
-    assert job.planned() == set()
-
-
-@pytest.mark.parametrize(("head", "dataset"), [("linear", TREES), ("upernet", SEGMENTATION)])
-def test_plan_after_a_head_parameter_has_only_the_datasets_with_this_head(job, head, dataset):
-    with resolved(job, {"heads": {head: {"steps": 3}}}):
-        planned = {name for name in job.planned() if not name.startswith(("validate", "resolve"))}
-    tuned = {f"tune@{dataset}-{model}" for model in SMALL["grid"]["models"]} | {f"tune_selected@{dataset}"}
-    # A dry run does not foresee that heads will be trained on other hyperparameters.
-    assert planned >= tuned
-    assert not [name for name in planned if (TREES in name and dataset != TREES) or name.startswith("compose")]
-
-
-def test_plan_after_a_model_is_added_tunes_it_alone(job):
-    with resolved(job, {"grid": {"models": [*SMALL["grid"]["models"], "raw+lite0"]}}):
-        planned = {name for name in job.planned("tune") if not name.startswith(("validate", "resolve"))}
-    assert planned == {f"tune@{dataset}-raw+lite0" for dataset in DATASETS}
+    assert job.planned() == []
 
 
 def test_plan_after_new_features_of_a_backbone_in_no_model_reads_its_weights_again(job):
@@ -168,17 +142,17 @@ def test_plan_after_training_other_seeds_has_only_the_report(job):
                 job.stage("train", "--dataset", dataset, "--model", model)
             job.stage("train", "--dataset", dataset, "--selected")
         assert pd.read_csv(job.folder / "results/runs/sample-trees/lite0/runs.csv").seed.tolist() == [0, 1, 2]
-        job.run("dvc", "commit", "-q", "-f", "train", "train_selected")
+        job.commit("train", "train_selected")
         after = contents(job.folder / "results/heads")
         changed = {
             path.split("/heads/")[1].split("/")[0] for path in after if after[path] != before[outputs[1]][path]
         }
-        assert job.planned() == {"validate", "report", *(f"teacher@{dataset}" for dataset in changed)}
+        assert {*job.planned()} == {"validate", "report", *(f"teacher@{dataset}" for dataset in changed)}
     for name in outputs[:3]:
         shutil.rmtree(job.folder / name)
         shutil.move(job.folder.parent / name, job.folder / name)
-    job.run("dvc", "commit", "-q", "-f", "train", "train_selected")
-    assert job.planned() == set()
+    job.commit("train", "train_selected")
+    assert job.planned() == []
 
 
 @pytest.mark.slow
@@ -251,10 +225,7 @@ def test_stage_waits_for_another_process_with_its_arguments(job):
 
 
 def test_metrics_and_plots_are_shown(job):
-    metrics = json.loads(job.run("dvc", "metrics", "show", "--json"))
+    with job.repository() as repo:
+        metrics, plots = repo.metrics.show(), repo.plots.show()
     assert metrics[""]["data"]["results/metrics.json"]["data"][TREES]["lite0"]
-    job.run("dvc", "plots", "show", "-o", "plots")
-    page = (job.folder / "plots/index.html").read_text()
-    shutil.rmtree(job.folder / "plots")
-    assert '"type": "boxplot"' in page
-    assert SEGMENTATION in page
+    assert plots

@@ -27,10 +27,10 @@ def test_export_and_map_write_files_maps_and_report(job):
             assert tuple(file.transform)[:6] == scene.transform
             assert file.crs == rasterio.CRS.from_wkt(scene.crs)
             assert (file.read(1) != 255).all()
-    assert sorted(path.name for path in (results / "map/sample-trees/small").glob("*.tif")) == [
+    assert {path.name for path in (results / "map/sample-trees/small").glob("*.tif")} == {
         "class.tif",
         "confidence.tif",
-    ]
+    }
     page = (results / "report/index.html").read_text()
     assert all(name in page for name in ("student.onnx", "student.pt2", "student-int8.onnx"))
     assert all(
@@ -90,7 +90,5 @@ def test_map_missing_input_is_refused(job, tmp_path, arguments, mentions):
     assert not (tmp_path / "map").exists()
 
 
-def test_export_unknown_names_are_refused(job):
+def test_export_missing_student_is_refused(job):
     assert "results/distill" in str(job.stage_error("export", "--dataset", "sample-trees", "--student", "x"))
-    error = job.stage_error("export", "--dataset", "x", "--student", "small")
-    assert (error.key, error.value) == ("datasets", "x")
