@@ -68,7 +68,8 @@ def prepare(raw: Path, dataset: DatasetConfig) -> ImageDataset:
     tree_fraction = masks.mean(axis=(1, 2))
     unique_ids, block = np.unique(block_ids, return_inverse=True)
     class_areas = np.zeros((len(unique_ids), 2))
-    np.add.at(class_areas, block, np.stack([1 - tree_fraction, tree_fraction], axis=1))
+    tree_pixels = masks.sum(axis=(1, 2), dtype=np.int64)
+    np.add.at(class_areas, block, np.stack([dataset.chip**2 - tree_pixels, tree_pixels], axis=1))
     split_of_block = assign_blocks_to_splits(class_areas, dataset.splits, dataset.seed)
 
     if task.is_dense:

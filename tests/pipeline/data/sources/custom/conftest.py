@@ -4,16 +4,7 @@ import shutil
 
 import pytest
 
-from pipeline.data import splits
 from tests.pipeline.data.sources.custom import custom_data
-
-
-@pytest.fixture(scope="package", autouse=True)
-def few_draws():
-    """Try 200 random assignments of blocks to splits."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(splits, "MAX_DRAWS", splits.MIN_DRAWS)
-        yield
 
 
 @pytest.fixture(scope="package")
@@ -32,12 +23,12 @@ def folder(tiles, tmp_path):
 
 
 @pytest.fixture(scope="package")
-def prepared_scene(few_draws, raw_folder, tmp_path_factory):
+def prepared_scene(raw_folder, tmp_path_factory):
     """The scene with 13 files and polygons."""
     return custom_data.prepare(custom_data.scene_dataset(raw_folder), tmp_path_factory.mktemp("scene"))
 
 
 @pytest.fixture(scope="package")
-def prepared_tiles(few_draws, tiles, tmp_path_factory):
+def prepared_tiles(tiles, tmp_path_factory):
     """The tiles with masks."""
     return custom_data.prepare(custom_data.tile_dataset(tiles), tmp_path_factory.mktemp("prepared"))
