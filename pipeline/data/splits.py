@@ -56,8 +56,8 @@ def assign_blocks_to_splits(class_areas: np.ndarray, splits: SplitFractions, see
     from the requested fraction is smallest. It depends on labels only, never on the score of a model.
 
     Args:
-        class_areas: area of each class in each block, (block, class), in pixels or other whole numbers, whose sums are
-            exact on every machine.
+        class_areas: area of each class in each block, (block, class), in pixels or other whole numbers: their sums
+            are exact on every machine.
         splits: fractions of the blocks.
 
     Raises UserError for too few blocks for three splits.
