@@ -47,7 +47,7 @@ AVERAGE_SET_IMAGES = 104_000 // 12  # of GEO-Bench
 SCRATCH = FOLDER / "extracting"
 INPUT_SIZE = 224
 CPU_CASES = {  # by backbone: dataset, images, batch (0: the one that the engine finds), rounds
-    "lite0": ("sample-trees-seg", 1024, 0, 3),
+    "lite0": ("sample-trees", 1024, 0, 3),
     "csmask_b4": ("sample-landuse-seg", 288, 0, 3),
     "dofa_300m": ("sample-landuse-seg", 48, 0, 3),
 }
@@ -57,7 +57,7 @@ GPU_CASES = dict.fromkeys(FULL_SIZE, ("sample-landuse-seg", 22_000, 256, 1))
 # Images whose levels a GPU extracts.
 DENSE_IMAGES = 1024
 # Dataset, backbone and number of images, which is large enough to use every buffer of the engine.
-MEMORY_CASE = ("sample-trees-seg", "lite0", 256)
+MEMORY_CASE = ("sample-trees", "lite0", 256)
 MEMORY_ROUNDS = 5
 
 

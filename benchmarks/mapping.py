@@ -47,7 +47,7 @@ print(int(status["VmHWM"].split()[0]) / 1024)
 
 def write_scene(path: Path, side: int) -> None:
     """Write a square GeoTIFF of `side` pixels, window by window."""
-    image, transform, crs = osm_landuse.read_scene(Path("data/raw/sample-landuse"))
+    image, transform, crs = osm_landuse.read_scene(Path("data/raw/sample-landuse-seg"))
     image = image[[osm_landuse.BANDS.index(band) for band in BANDS], :512, :512]
     tile = np.pad(image, ((0, 0), (0, 512), (0, 512)), mode="symmetric")
     with rasterio.open(
