@@ -22,7 +22,7 @@ from tests import geobench_files
 ROOT = Path(__file__).parents[1]
 # Tests that import terratorch, which takes 10 s, or share extractions made with it. One process runs them.
 TERRATORCH = (
-    "backbones/test_dofa", "backbones/test_prithvi", "backbones/test_terratorch",
+    "backbones/test_dofa", "backbones/test_prithvi", "backbones/test_registries",
     "data/sources/geobench/test_terratorch", "finetuning/", "heads/test_groups",
 )  # fmt: skip
 # The longest files start first, so that no process idles at the end.

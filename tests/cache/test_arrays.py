@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from small_store import all_values, open_store, small_schema, write_store
 from cache import arrays
 from cache.errors import StoreError
 from cache.reader import FeatureStore
-from cache.schema import LevelSchema, StoreSchema
+from cache.schema import LevelSchema
 from tests.errors import raises
 
 INDEX = np.array([149, 0, 64, 63, 7, 149])
@@ -49,10 +50,7 @@ def test_read_with_a_lossless_codec_returns_every_value(tmp_path, dtype, codec):
     values = np.arange(2**16, dtype=np.uint16).view(np.float16)
     with np.errstate(invalid="ignore"):
         values = values if dtype == "float16" else values.astype(np.float32) * np.float32(1.1)
-    schema = StoreSchema(
-        sample=tuple(f"s{i}" for i in range(64)), split=("train",) * 64, pooled={}, dtype=dtype, shard_size=64,
-        levels=(LevelSchema(16, 8, 8, 4, "a"),), codec=small_schema(codec=codec).codec,
-    )  # fmt: skip
+    schema = replace(small_schema(dtype, 64, codec=codec), levels=(LevelSchema(16, 8, 8, 4, "a"),), pooled={})
     maps = values.reshape(64, 16, 8, 8)
     with np.errstate(all="ignore"):
         features = open_store(tmp_path, schema, make_values=lambda *_: {"level0/features": maps})
@@ -73,27 +71,25 @@ def test_read_from_a_truncated_or_missing_file_names_it(tmp_path, codec, lengths
 
 
 def test_read_on_a_system_without_rwf_nowait_gives_the_same(tmp_path, monkeypatch):
-    """As on macOS, and on file systems without RWF_NOWAIT."""
     features = open_store(tmp_path)
     expected = features.read("level0/features", INDEX)
     monkeypatch.setattr(os, "RWF_NOWAIT", 1 << 30)  # a flag that no kernel knows
     np.testing.assert_array_equal(features.read("level0/features", INDEX), expected)
-    monkeypatch.delattr(os, "RWF_NOWAIT")
+    monkeypatch.delattr(os, "RWF_NOWAIT")  # as on macOS
     np.testing.assert_array_equal(features.read("level0/features", INDEX), expected)
 
 
 def test_read_from_more_files_than_may_be_open_closes_some(tmp_path, monkeypatch):
-    features = open_store(tmp_path, small_schema(samples=40, shard_size=2))
+    schema, order = small_schema(samples=40, shard_size=2), np.random.default_rng(0).permutation(40)
+    features = open_store(tmp_path, schema)
     monkeypatch.setattr(arrays, "max_open_files", lambda: 6)
-    order = np.random.default_rng(0).permutation(40)
-    expected = all_values(small_schema(samples=40, shard_size=2), "level0/features").astype("float16")[order]
+    expected = all_values(schema, "level0/features").astype("float16")[order]
     np.testing.assert_array_equal(features.read("level0/features", order), expected)
     assert 1 <= sum(map(len, features._folder.files.values())) <= 6
 
 
 def test_read_beyond_max_mapped_bytes_releases_pages(tmp_path, monkeypatch):
-    schema = small_schema(samples=3000, shard_size=500)
-    features = open_store(tmp_path, schema)
+    features = open_store(tmp_path, small_schema(samples=3000, shard_size=500))
     monkeypatch.setattr(arrays, "MAX_MAPPED_BYTES", 0)
     features.read("level0/features", np.arange(3000))
     features.read("level0/features", [7, 2222])

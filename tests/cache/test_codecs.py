@@ -1,13 +1,16 @@
 """Errors and sizes of each codec on smooth maps around zero, as features are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from small_store import open_store
+from small_store import open_store, small_schema
 
-from cache.codecs import parse_codec
 from cache.errors import StoreError
-from cache.schema import LevelSchema, StoreSchema
+from cache.schema import LevelSchema
 from tests.errors import raises
+
+LEVEL = "level0/features"
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +21,13 @@ def maps():
 
 @pytest.fixture
 def stored(maps, tmp_path):
-    """Write maps with a codec; returns the store and the bytes of its level."""
+    """Function that writes maps with a codec; returns the store and the bytes of its level."""
 
     def store(codec, dtype="float16", values=maps):
-        schema = StoreSchema(
-            sample=tuple(f"s{i}" for i in range(len(values))), split=("train",) * len(values), pooled={}, dtype=dtype,
-            shard_size=16, levels=(LevelSchema(*values.shape[1:], 1, "bands"),), codec=parse_codec(codec),
-        )  # fmt: skip
-        folder = tmp_path / f"{codec}-{dtype}"
-        features = open_store(
-            folder, schema, make_values=lambda schema, shard, _: {"level0/features": values[schema.rows(shard)]}
-        )
-        size = sum(file.stat().st_size for file in (folder / "store.zarr/level0/features").iterdir())
-        return features, size
+        levels, folder = (LevelSchema(*values.shape[1:], 1, "bands"),), tmp_path / f"{codec}-{dtype}"
+        schema = replace(small_schema(dtype, len(values), 16, codec), levels=levels, pooled={})
+        features = open_store(folder, schema, make_values=lambda _, n, __: {LEVEL: values[schema.rows(n)]})
+        return features, sum(file.stat().st_size for file in (folder / "store.zarr" / LEVEL).iterdir())
 
     return store
 
@@ -39,7 +36,7 @@ def test_codecs_state_the_error_of_what_is_read_and_save_space(stored, maps):
     error, size = {}, {}
     for codec in ("none", "lz4", "zstd", "int8"):
         features, size[codec] = stored(codec)
-        actual = features.read("level0/features", np.arange(len(maps))).astype("float64")
+        actual = features.read(LEVEL, np.arange(len(maps))).astype("float64")
         measured = np.sqrt(np.square(actual - maps).sum() / np.square(maps.astype("float64")).sum())
         error[codec] = features.root["level0"].attrs["relative_error"]
         assert error[codec] == pytest.approx(measured, rel=0.03)
@@ -56,7 +53,7 @@ def test_int8_scale_is_per_map_and_channel(stored, maps):
     uneven[:, 2] *= 100
     uneven[:, 5] = 0
     features, _ = stored("int8", "float32", uneven)
-    actual = features.read("level0/features", np.arange(20))
+    actual = features.read(LEVEL, np.arange(20))
     assert not actual[:, 5].any()
     error = np.abs(actual - uneven).max((2, 3)) / np.maximum(np.abs(uneven).max((2, 3)), 1e-9)
     assert error.max() < 0.5 / 127 * 1.01
@@ -67,12 +64,12 @@ def test_nonfinite_values_pass_through_every_codec_but_int8(stored, maps):
     values[3, 1, 2, :4] = special
     for codec in ("none", "zstd"):
         features, _ = stored(codec, values=values)
-        np.testing.assert_array_equal(features.read("level0/features", [3])[0, 1, 2, :4], special)
+        np.testing.assert_array_equal(features.read(LEVEL, [3])[0, 1, 2, :4], special)
         assert np.isfinite(features.root["level0"].attrs["relative_error"])
     for nonfinite in (np.nan, np.inf):
         values = maps.copy()
         values[7, 3, 2, 1] = nonfinite
-        with raises(StoreError, "level0/features", key="extract.codec", value="int8"):
+        with raises(StoreError, LEVEL, key="extract.codec", value="int8"):
             stored("int8", values=values)
 
 
@@ -83,7 +80,7 @@ def test_int8_at_both_ends_of_the_range(stored):
     values[~is_subnormal] *= np.finfo("float32").max
     values[is_subnormal] *= 1e-44
     features, _ = stored("int8", "float32", values)
-    actual = features.read("level0/features", np.arange(20))
+    actual = features.read(LEVEL, np.arange(20))
     assert np.isfinite(actual).all()
     large = np.abs(values) > 1e38
     assert np.abs(actual[large] / values[large] - 1).max() < 0.02

@@ -23,10 +23,8 @@ def stores(request, tmp_path_factory):
     folder, first = tmp_path_factory.mktemp("stores"), small_schema(codec=request.param)
     second = replace(first, levels=first.levels[:1], pooled={"mean": 3})
     a, b = open_store(folder / "a", first), open_store(folder / "b", second, seed=1)
-    concatenated = np.concatenate(
-        [all_values(first, "level0/features"), all_values(second, "level0/features", seed=1)], axis=1
-    )
-    return a, b, concatenated.astype("float16")
+    values = [all_values(schema, "level0/features", seed) for seed, schema in enumerate((first, second))]
+    return a, b, np.concatenate(values, axis=1).astype("float16")
 
 
 def make_fields(a, b):
@@ -56,14 +54,8 @@ def test_stream_yields_every_row_once_with_its_values(stores, budget):
 def test_stream_reuses_memory(stores):
     a, b, _ = stores
     shapes = []
-
-    def empty(shape, dtype):
-        shapes.append(shape)
-        return np.empty(shape, dtype)
-
-    dataset = FeatureDataset(make_fields(a, b), empty=empty)
-    for _ in dataset.stream(shuffled_batches(dataset.rows, 8, seed=0)):
-        pass
+    dataset = FeatureDataset(make_fields(a, b), empty=lambda *args: shapes.append(args[0]) or np.empty(*args))
+    list(dataset.stream(shuffled_batches(dataset.rows, 8, seed=0)))
     assert len(shapes) == 2 * 3  # two buffers of three fields for nineteen batches
     assert max(shape[0] for shape in shapes) == 8
 
@@ -77,6 +69,10 @@ def test_shuffled_batches_differ_by_epoch_and_repeat_by_seed():
 
 
 def test_stream_left_early_or_failing_ends_its_thread(stores):
+    def failing_order():
+        yield np.array([3])
+        raise KeyError("sampler")
+
     a, b, _ = stores
     dataset = FeatureDataset(make_fields(a, b))
     n_threads = threading.active_count()
@@ -85,6 +81,10 @@ def test_stream_left_early_or_failing_ends_its_thread(stores):
     list(dataset.stream([]))
     with raises(StoreError, 0, 149, key="index", value=(3, 150)):
         list(dataset.stream([np.array([3]), np.array([3, 150])]))
+    epoch = dataset.stream(failing_order())
+    assert next(epoch)[0].tolist() == [3]
+    with pytest.raises(KeyError, match="sampler"):
+        next(epoch)
     assert threading.active_count() == n_threads  # batches as small as these need no pool
 
 
@@ -157,14 +157,3 @@ def test_memory_and_disk_refuse_and_accept_the_same(stores, budget):
     for empty in ({}, {"x": []}):
         with raises(StoreError, key="fields", value=empty):
             FeatureDataset(empty, budget=budget)
-
-
-def test_stream_of_a_failing_order_fails_after_the_batches_it_gave(stores):
-    def order():
-        yield np.array([3])
-        raise KeyError("sampler")
-
-    epoch = FeatureDataset({"x": [(stores[0], "level0/features")]}).stream(order())
-    assert next(epoch)[0].tolist() == [3]
-    with pytest.raises(KeyError, match="sampler"):
-        next(epoch)

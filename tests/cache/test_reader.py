@@ -40,16 +40,11 @@ def test_levels_are_in_the_order_of_their_numbers(tmp_path):
         ("read", ("level0/features", [-1]), {"key": "index", "value": (-1, -1)}),
         ("read", ("level0/features", np.ones(20, bool)), {"key": "index", "value": "bool"}),
         ("read", ("level7/features", [0]), {"key": "name", "value": "level7/features", "allowed": ARRAYS}),
-        (
-            "read",
-            ("level0/features", [0], "rot90"),
-            {"key": "view", "value": "rot90", "allowed": VIEWS},
-        ),
+        ("read", ("level0/features", [0], "rot90"), {"key": "view", "value": "rot90", "allowed": VIEWS}),
         ("rows", ("val",), {"key": "split", "value": "val", "allowed": ["test", "train"]}),
         ("rows", ("train", 0), {"key": "fraction", "value": 0}),
         ("statistics", ("level7",), {"key": "level", "value": "level7", "allowed": ["level0", "level1"]}),
     ],
-    ids=["beyond the end", "negative", "mask", "array", "view", "split", "fraction", "level"],
 )
 def test_bad_requests_state_what_there_is(features_with_views, request_name, arguments, fields):
     features = features_with_views

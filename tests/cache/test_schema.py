@@ -17,14 +17,9 @@ from cache.writer import write_skipped
 from tests.errors import raises
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
-    write_store(folder)
-    return folder / "store.zarr"
-
-
-def test_store_is_a_datatree_with_named_dimensions_and_coordinates(store):
+def test_store_is_a_datatree_with_named_dimensions_and_coordinates(tmp_path):
+    write_store(tmp_path)
+    store = tmp_path / "store.zarr"
     tree = xr.open_datatree(store, engine="zarr")
     assert tree["level0"].features.dims == ("sample", "channel", "y", "x")
     assert tree["level0"].features.dtype == np.float16
@@ -38,9 +33,7 @@ def test_store_is_a_datatree_with_named_dimensions_and_coordinates(store):
     # Levels can be interpolated to each other, since their cells have coordinates.
     fine = tree["level1"].features.astype("float32").interp(y=tree["level0"].y, x=tree["level0"].x)
     assert fine.shape[-2:] == (8, 8)
-
-
-def test_level_opens_lazily_by_sample_and_by_shard(store):
+    # A level opens lazily, by sample or by shard.
     assert xr.open_zarr(store, group="level0", chunks={}).features.chunks[0][0] == 1
     assert xr.open_zarr(store, group="level0", chunks={"sample": 64}).features.chunks[0] == (64, 64, 22)
 
@@ -78,11 +71,10 @@ def test_tensorstore_and_zarr_python_read_and_write_the_same_bytes(tmp_path, cod
     )  # fmt: skip
     copy[:] = array[:]
     # zarr-python writes the chunks of a shard in Morton order, which for one axis is their own order.
-    files = {name for name in file_bytes(tmp_path / "copy.zarr") if name.startswith("c.")}
-    assert files == {"c.0.0.0.0", "c.1.0.0.0", "c.2.0.0.0"}
-    for name in files:
-        expected = (tmp_path / "copy.zarr" / name).read_bytes()
-        assert (tmp_path / "store.zarr/level1/features" / name).read_bytes() == expected
+    expected, written = (file_bytes(tmp_path / name) for name in ("copy.zarr", "store.zarr/level1/features"))
+    for name in ("c.0.0.0.0", "c.1.0.0.0", "c.2.0.0.0"):
+        assert written[name] == expected[name]
+    assert len(written) == len(expected) == 4  # with zarr.json
 
 
 def test_skipped_store_states_the_reason(tmp_path):

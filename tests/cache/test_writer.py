@@ -17,11 +17,11 @@ from cache.verify import verify
 from cache.writer import Writer
 from tests.errors import raises
 
+SCHEMA = small_schema()
 
-def new_writer(folder, schema=None, **provenance):
-    return Writer(
-        folder / "scratch", schema or small_schema(), folder / "store.zarr", provenance or {"backbone": "b"}
-    )
+
+def new_writer(folder, schema=SCHEMA, **provenance):
+    return Writer(folder / "scratch", schema, folder / "store.zarr", provenance or {"backbone": "b"})
 
 
 def interrupt(*_):
@@ -39,21 +39,19 @@ def unbroken(tmp_path_factory):
 def test_resumed_writer_gives_the_same_bytes(tmp_path, unbroken):
     assert write_store(tmp_path, stop_after=2) is None
     assert not (tmp_path / "store.zarr").exists()
-    store = tmp_path / "scratch/store.zarr"
-    (store / "level0/features/c.2.0.0.0.123.partial").write_text("partly written before a kill")
-    (store / "level0/features/c.2.0.0.0").write_text("written, but not recorded")
+    level = tmp_path / "scratch/store.zarr/level0/features"
+    (level / "c.2.0.0.0.123.partial").write_text("partly written before a kill")
+    (level / "c.2.0.0.0").write_text("written, but not recorded")
     write_store(tmp_path)
     assert file_bytes(tmp_path / "store.zarr") == unbroken
     assert not (tmp_path / "scratch").exists()
 
 
-@pytest.mark.parametrize(
-    "step", ["cache.writer.publish", "cache.writer.consolidate_metadata", "cache.checksums.write"]
-)
+@pytest.mark.parametrize("step", ["writer.publish", "writer.consolidate_metadata", "checksums.write"])
 def test_writer_killed_while_finishing_gives_the_same_bytes(tmp_path, monkeypatch, unbroken, step):
     write_store(tmp_path, stop_after=0)  # creates the store
     with monkeypatch.context() as patched:
-        patched.setattr(step, interrupt)
+        patched.setattr(f"cache.{step}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_store(tmp_path)
     write_store(tmp_path)
@@ -88,8 +86,7 @@ def test_two_writers_share_a_store_and_both_get_its_digest(tmp_path):
 
 
 def test_shard_of_a_dead_writer_is_claimed_by_another(tmp_path):
-    schema = small_schema()
-    dying, living = (new_writer(tmp_path, schema) for _ in range(2))
+    dying, living = new_writer(tmp_path), new_writer(tmp_path)
     dying_claims = dying.claim_shards()
     assert next(dying_claims) == 0
     claims = living.claim_shards()
@@ -122,7 +119,7 @@ def test_unfinished_store_is_refused_by_reader_and_finish(tmp_path):
 
 def test_write_of_too_large_or_subnormal_values_is_refused_and_infinities_pass(tmp_path):
     writer = new_writer(tmp_path)
-    values = shard_values(small_schema(), 0)
+    values = shard_values(SCHEMA, 0)
     values["level0/features"][3, 1, 2, 2] = 70000
     values["level0/features"][9, 1, 2, 2] = -80000
     with raises(StoreError, "2 ", "level0/features", "8e+04", "65504", key="extract.dtype", value="float16"):
@@ -138,7 +135,7 @@ def test_write_of_too_large_or_subnormal_values_is_refused_and_infinities_pass(t
 
 
 def test_write_of_a_wrong_shard_or_of_wrong_arrays_is_refused(tmp_path):
-    writer, values = new_writer(tmp_path), shard_values(small_schema(), 0)
+    writer, values = new_writer(tmp_path), shard_values(SCHEMA, 0)
     vector = values["pooled/mean_level0"]
     for change in (
         {"level0/features": values["level0/features"]},
@@ -170,7 +167,7 @@ def test_provenance_decides_the_digest_and_measurements_do_not(tmp_path):
 @pytest.mark.parametrize("has_levels", [True, False])
 def test_writer_killed_after_publishing_leaves_nothing_to_do(tmp_path, monkeypatch, has_levels):
     """The scratch folder then still has every record, but no store."""
-    schema = small_schema() if has_levels else replace(small_schema(), levels=())
+    schema = SCHEMA if has_levels else replace(SCHEMA, levels=())
     with monkeypatch.context() as patched:
         patched.setattr(Writer, "_remove_scratch", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -219,13 +216,13 @@ def test_write_flushes_bytes_before_their_record_and_the_record_before_returning
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
-    writer.write(0, shard_values(small_schema(), 0))
+    writer.write(0, shard_values(SCHEMA, 0))
 
     def first_flush(prefix):
         return next(number for number, path in enumerate(flushed) if path.startswith(prefix))
 
     record = first_flush("shards/0.json")
-    for name in small_schema().shapes():
+    for name in SCHEMA.shapes():
         assert first_flush(f"store.zarr/{name}/c.0") < flushed.index(f"store.zarr/{name}") < record
     assert flushed[-1] == "shards"
 
