@@ -6,6 +6,7 @@ of the release are included: wrong band names of m-eurosat and m-brick-kiln, swa
 placeholder dates, and a missing label_map.json.
 """
 
+import collections
 import contextlib
 import datetime
 import json
@@ -30,9 +31,10 @@ RGB = ("Red", "Green", "Blue")
 NO_CIRRUS = tuple(key for key in S2 if "Cirrus" not in key)
 # Index of the scene's band (B01 ... B08, B8A, B09 ... B12) under each key of S2.
 EUROSAT = (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 8)
-BRICK = (0, 1, 2, 3, 4, 6, 8, 7, 11, 12, "red", "green", "blue")
+BRICK = [0, 1, 2, 3, 4, 6, 8, 7, 11, 12]  # then red, green and blue in 8 bits
 SEGMENTATION = ("m-pv4ger-seg", "m-chesapeake-landcover", "m-cashew-plantation", "m-SA-crop-type", "m-nz-cattle",
                 "m-NeonTree")  # fmt: skip
+GEOREFERENCED = ("m-brick-kiln", "m-pv4ger", "m-pv4ger-seg", "m-nz-cattle", "m-forestnet", "m-SA-crop-type")
 CLASSIFICATION = ("m-bigearthnet", "m-so2sat", "m-brick-kiln", "m-forestnet", "m-eurosat", "m-pv4ger")
 SIZE = {"m-bigearthnet": 120, "m-so2sat": 32, "m-brick-kiln": 64, "m-forestnet": 332, "m-eurosat": 64,
         "m-pv4ger": 320, "m-pv4ger-seg": 320, "m-chesapeake-landcover": 256, "m-cashew-plantation": 256,
@@ -48,36 +50,21 @@ FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.50, 1.00)
 def write(name: str, root: Path, scene: np.ndarray, photo: np.ndarray, mask: np.ndarray, counts=(6, 4, 4)) -> Path:
     """Write one set below `root` as if unpacked from the hub, and return its folder.
 
-    Args:
-        scene: Sentinel-2 (13, y, x) in DN, in the order B01 to B08, B8A, B09 to B12.
-        photo: aerial RGB (3, y, x), 8-bit.
-        mask: land-use class of every pixel of `scene`, 255 for none.
-        counts: number of samples in train, valid and test.
+    `scene` is Sentinel-2 (13, y, x) in DN, from B01 to B08, B8A, B09 to B12; `photo` is aerial RGB (3, y, x), 8-bit.
+    `mask` is the land-use class of every pixel of `scene`, 255 for none; `counts` are of train, valid and test.
     """
     parent = "segmentation_v1.0" if name in SEGMENTATION else "classification_v1.0"
     folder = root / parent / FOLDER.get(name, name)
     folder.mkdir(parents=True)
     generator = np.random.default_rng(sum(name.encode()))
-    partition, labels, split_of = {"train": [], "valid": [], "test": []}, {}, []
-    for split, count in zip(partition, counts, strict=True):
-        split_of += [split] * count
-    for number, split in enumerate(split_of):
+    partition, labels = {"train": [], "valid": [], "test": []}, {}
+    for number, split in enumerate(np.repeat(list(partition), counts).tolist()):
         sample = _name(name, number)
-        bands, info, label, dated_mask = _sample(name, number, scene, photo, mask, generator)
-        attributes = {} if label is None else {"label": label}
-        order = []
+        bands, infos, label = _sample(name, number, scene, photo, mask, generator)
+        attributes = ({} if label is None else {"label": label}) | infos | {"bands_order": list(bands)}
         with h5py.File(folder / f"{sample}.hdf5", "w") as file:
             for key, values in bands.items():
                 file.create_dataset(name=key, data=values)
-                order.append(key)
-                attributes[key] = info(key)
-            if dated_mask is not None:
-                pixels, date = dated_mask
-                key = "label" + (f"_{date}" if date else "")
-                file.create_dataset(name=key, data=pixels)
-                order.append(key)
-                attributes[key] = {**info(next(iter(bands))), "band_info": ("SegmentationClasses", "label")}
-            attributes["bands_order"] = order
             file.attrs["pickle"] = str(dumps(attributes))
         partition[split].append(sample)
         labels[sample] = label
@@ -94,8 +81,7 @@ def dumps(attributes: dict) -> bytes:
             if isinstance(value, dict) and "band_info" in value:
                 class_name, band = value["band_info"]
                 info = object.__new__(getattr(module, class_name))
-                info.name, info.alt_names, info.spatial_resolution = band, (), 10
-                info.wavelength = 0.5
+                info.name, info.alt_names, info.spatial_resolution, info.wavelength = band, (), 10, 0.5
                 value = {**value, "band_info": info}
             pickled[key] = value
         return _with_numpy_1_names(pickle.dumps(pickled, protocol=4))
@@ -136,9 +122,8 @@ def _name(name: str, number: int) -> str:
         return f"{number:04d}_Waikato_[2018-19]_{175.3 + number / 1000:.6f},{-38.1 - number / 1000:.6f}_500"
     if name == "m-brick-kiln":
         return f"examples_{100 + number // 4}_{number}"
-    return {"m-cashew-plantation": f"sample_{number}", "m-NeonTree": f"2018_SJER_{number:03d}_image_00_00"}.get(
-        name, f"id_{number:04d}"
-    )
+    names = {"m-cashew-plantation": f"sample_{number}", "m-NeonTree": f"2018_SJER_{number:03d}_image_00_00"}
+    return names.get(name, f"id_{number:04d}")
 
 
 def _date(name: str, number: int) -> str:
@@ -148,7 +133,7 @@ def _date(name: str, number: int) -> str:
 
 
 def _sample(name, number, scene, photo, mask, generator):
-    """Return bands by key, a function from key to pickled metadata, the label attribute, and (mask, date)."""
+    """Return the bands and mask by key, their pickled metadata by key, and the label attribute."""
     size, classes, date = SIZE[name], CLASSES[name], _date(name, number)
     rows, columns = (side - size + 1 for side in mask.shape)
     row, column = generator.integers(rows), generator.integers(columns)
@@ -156,18 +141,10 @@ def _sample(name, number, scene, photo, mask, generator):
     optical = scene[:, *window]
     top, left = (generator.integers(photo.shape[1] - size + 1), generator.integers(photo.shape[2] - size + 1))
     aerial = photo[:, top : top + size, left : left + size]
-    land_use = mask[window]
     bands = _bands(name, optical, aerial, generator)
     if date and name != "m-forestnet":
         bands = {f"{key}_{date}": values for key, values in bands.items()}
-    georeferenced = name in (
-        "m-brick-kiln",
-        "m-pv4ger",
-        "m-pv4ger-seg",
-        "m-nz-cattle",
-        "m-forestnet",
-        "m-SA-crop-type",
-    )
+    georeferenced = name in GEOREFERENCED
     transform = rasterio.Affine(1e-4, 0, 6.8, 0, -1e-4, 51.2) if georeferenced else None
 
     def info(key: str) -> dict:
@@ -179,48 +156,46 @@ def _sample(name, number, scene, photo, mask, generator):
             "crs": CRS.from_epsg(32634) if name == "m-SA-crop-type" else "EPSG:4326" if georeferenced else None,
         }  # fmt: skip
 
+    land_use, infos = mask[window], {key: info(key) for key in bands}
     if name in SEGMENTATION:
         pixels = np.where(land_use == 255, 0, land_use + 1) % classes
         if name == "m-NeonTree":
             pixels = (aerial[1] > aerial[1].mean()).astype(np.uint8)
         dtype = {"m-chesapeake-landcover": np.int64, "m-cashew-plantation": np.int64, "m-SA-crop-type": np.int16}
-        pixels = pixels.astype(dtype.get(name, np.uint8))
-        return bands, info, None, (pixels, date if name == "m-nz-cattle" else "")
+        key = f"label_{date}" if name == "m-nz-cattle" else "label"
+        infos[key] = {**info(next(iter(bands))), "band_info": ("SegmentationClasses", "label")}
+        bands[key] = pixels.astype(dtype.get(name, np.uint8))
+        return bands, infos, None
     if name == "m-bigearthnet":
         multi_hot = np.zeros(classes, np.int64)
         multi_hot[[5 * number % classes, *np.unique(land_use[land_use != 255])]] = 1
-        return bands, info, multi_hot, None
-    return bands, info, (number * 7) % classes, None
+        return bands, infos, multi_hot
+    return bands, infos, (number * 7) % classes
 
 
 def _bands(name, scene, aerial, generator) -> dict[str, np.ndarray]:
-    """Make the bands of a sample by key."""
-    red, green, blue = aerial
+    rgb = dict(zip(RGB, aerial, strict=True))
     if name in ("m-pv4ger", "m-pv4ger-seg", "m-nz-cattle"):
-        return {"Red": red, "Green": green, "Blue": blue}
+        return rgb
     if name == "m-chesapeake-landcover":
-        channels = {"Red": red, "Green": green, "Blue": blue, "NearInfrared": 255 - red}
+        channels = rgb | {"NearInfrared": 255 - rgb["Red"]}
         return {key: (values / 255).astype(np.float32) for key, values in channels.items()}
     if name == "m-NeonTree":
         height = generator.gamma(2, 3, (40, 40, 1)).astype(np.float32)
         cube = generator.integers(0, 5000, (40, 40, 369)).astype(np.int16)
-        return {"Red": red, "Green": green, "Blue": blue, "Canopy Height Model": height, "Neon": cube}
+        return rgb | {"Canopy Height Model": height, "Neon": cube}
     if name == "m-so2sat":
         radar = {key: generator.normal(0, 0.3, scene.shape[1:]).astype(np.float32) for key in S1}
         indices = [*range(1, 9), 11, 12]
         return radar | {S2[index]: (scene[index] / 10000).astype(np.float32) for index in indices}
     if name == "m-forestnet":
-        indices = dict(zip(L8, (3, 2, 1, 8, 11, 12), strict=True))
-        return {key: np.clip(scene[index] / 12, 0, 255).astype(np.uint8) for key, index in indices.items()}
+        bands = dict(zip(L8, (3, 2, 1, 8, 11, 12), strict=True))
+        return {key: np.clip(scene[index] / 12, 0, 255).astype(np.uint8) for key, index in bands.items()}
     if name == "m-eurosat":
         return {key: scene[index].astype(np.int16) for key, index in zip(S2, EUROSAT, strict=True)}
     if name == "m-brick-kiln":
-        true_colour = {
-            colour: np.clip(scene[index] / 3000 * 255, 0, 255)
-            for colour, index in {"red": 3, "green": 2, "blue": 1}.items()
-        }
-        actual = [true_colour[band] if isinstance(band, str) else scene[band].astype(np.float64) for band in BRICK]
-        return dict(zip(S2, actual, strict=True))
+        true_colour = [np.clip(scene[index] / 3000 * 255, 0, 255) for index in (3, 2, 1)]
+        return dict(zip(S2, [*scene[BRICK].astype(np.float64), *true_colour], strict=True))
     optical = {key: scene[S2.index(key)] for key in NO_CIRRUS}
     if name == "m-bigearthnet":
         return {key: values.astype(np.float32) for key, values in optical.items()}
@@ -241,20 +216,20 @@ def _write_lists(name, folder: Path, partition: dict, labels: dict) -> None:
         stats = {sample: label.tolist() for sample, label in labels.items()}
         (folder / "label_stats.json").write_text(json.dumps(stats))
     elif name in ("m-brick-kiln", "m-forestnet", "m-pv4ger"):  # some releases of m-so2sat and m-eurosat have none
-        samples_of_class: dict = {}
+        samples_of_class = collections.defaultdict(list)
         for sample, label in labels.items():
-            samples_of_class.setdefault(str(label), []).append(sample)
+            samples_of_class[str(label)].append(sample)
         (folder / "label_map.json").write_text(json.dumps(samples_of_class, indent=4))
     (folder / "task_specs.pkl").write_bytes(b"\x80\x04cos\nsystem\n\x8c\x04true\x85R.")  # must never be read
 
 
 def _write_band_stats(folder: Path) -> None:
     """Write band_stats.json: statistics of the training samples, as GEO-Bench's bandstats.py does."""
-    values: dict[str, list] = {}
+    values = collections.defaultdict(list)
     for sample in json.loads((folder / "default_partition.json").read_text())["train"]:
         with h5py.File(folder / f"{sample}.hdf5") as file:
             for key in file:
-                values.setdefault(key.split("_20")[0], []).append(file[key][...].ravel()[::7])
+                values[key.split("_20")[0]].append(file[key][...].ravel()[::7])
     pixels = {key: np.concatenate(parts).astype(np.float64) for key, parts in values.items()}
     stats = {key: {"min": band.min(), "max": band.max(), "mean": band.mean(), "median": float(np.median(band)),
                    "std": band.std()} for key, band in pixels.items()}  # fmt: skip

@@ -85,9 +85,6 @@ def test_content_digest_depends_on_pixels_and_units(tmp_path, write):
     assert len(digests) == 3
 
 
-# Processes
-
-
 def read_before_disk_is_full(name: str) -> Sample:
     """Let the disk be full from a sample on."""
     if name >= "s18":
@@ -120,13 +117,6 @@ def test_write_failure_in_a_process_is_raised_and_leaves_nothing(tmp_path, write
     with raises(error, **fields):
         write(lazy_dataset(**changes), workers=2)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_write_skips_damaged_samples_if_asked(tmp_path, write):
-    summary = write(lazy_dataset(sample=[*NAMES[:-1], "s90"]), workers=1, skip_bad=True)
-    assert summary.skipped == {"s90": "s90.tif is damaged"}
-    assert sum(summary.counts.values()) == 19
-    assert open_images(tmp_path / "store").sizes["sample"] == 19
 
 
 def test_write_uses_at_most_max_processes_and_chunk_bytes(tmp_path, write, monkeypatch):
@@ -173,10 +163,8 @@ if __name__ == "__main__":
 
 def start_script(folder: Path, text: str) -> subprocess.Popen:
     (folder / "script.py").write_text(text)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    return subprocess.Popen(
-        [sys.executable, "script.py"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
-    )
+    keys: dict = {"env": {**os.environ, "PYTHONPATH": os.getcwd()}, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "script.py"], cwd=folder, **keys)
 
 
 def test_write_worker_that_dies_before_it_starts_raises(tmp_path):
@@ -204,9 +192,6 @@ def wait_until(find, count: int):
             return result
         time.sleep(0.1)
     return None
-
-
-# Refused datasets
 
 
 def read_nan(name: str) -> Sample:
@@ -241,18 +226,9 @@ def test_write_invalid_dataset_is_refused_and_writes_nothing(tmp_path, write, da
     assert list(tmp_path.iterdir()) == []
 
 
-# Damaged stores
-
-
-def test_open_images_missing_store_names_the_command(tmp_path):
-    with raises(UserError, "dvc repro prepare@m-eurosat", path=tmp_path / "m-eurosat.zarr"):
-        open_images(tmp_path / "m-eurosat.zarr")
-
-
 @pytest.mark.parametrize("name", ["image/c.1.0.0.0", "label/c.1.0.0"])
-def test_open_images_missing_or_truncated_file_is_refused(tmp_path, write, name):
-    """zarr would read zeros where a file is missing."""
-    write(lazy_dataset("segmentation"), workers=1)
+def test_open_images_missing_store_or_missing_or_truncated_file_is_refused(tmp_path, write, name):
+    write(lazy_dataset("segmentation"), workers=1)  # zarr would read zeros where a file is missing
     file = tmp_path / "store" / name
     size = file.stat().st_size
     os.truncate(file, 10)
@@ -261,12 +237,13 @@ def test_open_images_missing_or_truncated_file_is_refused(tmp_path, write, name)
     file.unlink()
     with raises(UserError, value=None, path=file):
         open_images(tmp_path / "store")
+    with raises(UserError, "dvc repro prepare@m-eurosat", path=tmp_path / "m-eurosat.zarr"):
+        open_images(tmp_path / "m-eurosat.zarr")
 
 
 @pytest.mark.parametrize("name", ["sample", "split", "band", "label", "lat", "lon", "time", "wavelength"])
 def test_open_images_missing_file_of_a_small_array_is_refused(tmp_path, write, name):
-    """Else all labels would be the first class, and all locations 0° N, 0° E."""
-    write(in_memory())
+    write(in_memory())  # without the refusal, all labels would be the first class, and all locations 0° N, 0° E
     store = tmp_path / "store"
     for remove in ((store / name / "c/0").unlink, partial(shutil.rmtree, store / name)):
         remove()
@@ -282,12 +259,9 @@ def test_open_images_array_of_zeros_has_its_file(tmp_path, write):
     assert not any(images[name].values.any() for name in ("image", "label", "lat"))
 
 
-# Timestamps
-
-
-@pytest.mark.parametrize("text", ["2017-02-16T10:21:01Z", "2017-02-16 10:21:01+00:00", "2017-02-16T10:21:01"])
-def test_parse_timestamp_accepts_utc(text):
-    assert parse_timestamp(text, "time") == np.datetime64("2017-02-16T10:21:01", "s")
+def test_parse_timestamp_accepts_utc():
+    for text in ("2017-02-16T10:21:01Z", "2017-02-16 10:21:01+00:00", "2017-02-16T10:21:01"):
+        assert parse_timestamp(text, "time") == np.datetime64("2017-02-16T10:21:01", "s")
     assert np.isnat(parse_timestamp("", "time"))
 
 

@@ -43,7 +43,6 @@ def test_fill_nodata_uses_the_mean_of_the_valid_pixels():
 
 
 def footprint(image: str, x: float, crs: str = UTM, size: int = 64, y: float = 5_800_000.0, step: float = 10.0):
-    """A whole image of `size` pixels with this upper left corner."""
     return splits.Footprint((image,), crs, Affine(step, 0, x, 0, -step, y), 0, 0, size, size)
 
 

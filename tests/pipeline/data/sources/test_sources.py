@@ -13,22 +13,18 @@ from tests.errors import raises
 
 @dataclass(frozen=True)
 class NoiseOptions:
-    """`datasets.*.options` of the source in this test."""
-
     count: int = 8
 
 
-@pytest.mark.parametrize("name", sources.source_names())
+NAMES = ("custom", "geobench", "neon_trees", "osm_landuse")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_get_source_every_module_satisfies_the_protocol(name):
     source = sources.get_source(name)
     assert callable(source.prepare)
     assert source.ARCHIVE or source.fetch is not sources.Source.fetch
-
-
-def test_get_source_unknown_name_is_refused():
-    with raises(
-        UserError, key="source", value="nothing", allowed=["custom", "geobench", "neon_trees", "osm_landuse"]
-    ):
+    with raises(UserError, key="source", value="nothing", allowed=NAMES):
         sources.get_source("nothing")
 
 
@@ -53,12 +49,10 @@ def test_register_source_with_options_or_without_prepare(monkeypatch):
     [
         (DatasetConfig("neon_trees", task="classification"), {"key": "datasets.x.chip"}),
         (DatasetConfig("geobench", chip=64), {"key": "datasets.x.chip", "allowed": ()}),
-        (
-            DatasetConfig("neon_trees", "segmentation", 64, 128, SplitFractions(0.6, 0.2, 0.2), options={"a": 1}),
-            {"key": "datasets.x.options", "value": {"a": 1}},
-        ),
+        (DatasetConfig("neon_trees", "segmentation", 64, 128, SplitFractions(0.6, 0.2, 0.2), options={"a": 1}),
+         {"key": "datasets.x.options", "value": {"a": 1}}),
     ],
-)
+)  # fmt: skip
 def test_validate_missing_or_unused_key_is_refused(dataset, fields):
     with raises(UserError, **fields):
         sources.validate("x", dataset)

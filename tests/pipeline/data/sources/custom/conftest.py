@@ -24,11 +24,9 @@ def folder(tiles, tmp_path):
 
 @pytest.fixture(scope="package")
 def prepared_scene(raw_folder, tmp_path_factory):
-    """The scene with 13 files and polygons."""
     return custom_data.prepare(custom_data.scene_dataset(raw_folder), tmp_path_factory.mktemp("scene"))
 
 
 @pytest.fixture(scope="package")
 def prepared_tiles(tiles, tmp_path_factory):
-    """The tiles with masks."""
     return custom_data.prepare(custom_data.tile_dataset(tiles), tmp_path_factory.mktemp("prepared"))

@@ -23,11 +23,6 @@ FRACTIONS = SplitFractions(0.6, 0.2, 0.2)
 UTM = "EPSG:32633"
 GRID = Affine(10, 0, 400000, 0, -10, 5800000)
 NODATA = 65535
-# Upper left corners of unlabelled windows: four next to the labelled tiles, two that overlap them and their blocks.
-UNLABELLED_CORNERS = [(0, 1024), (0, 1152), (0, 1280), (0, 1408), (192, 192), (448, 704)]
-
-
-# Configurations
 
 
 def scene_dataset(raw_folder, **changes) -> DatasetConfig:
@@ -42,7 +37,6 @@ def scene_dataset(raw_folder, **changes) -> DatasetConfig:
 
 
 def tile_dataset(folder: Path, **changes) -> DatasetConfig:
-    """The tiles with their masks."""
     options = {
         "folder": str(folder), "images": "images/*.tif", "labels": "masks/*.tif", "units": "dn",
         "bands": BLUE_GREEN_RED, "classes": list(osm_landuse.CLASSES), "ignore": 255,
@@ -66,12 +60,10 @@ def table_dataset(tiles: Path, folder: Path, columns=None, **changes) -> tuple[P
 
 
 def make_options(folder: Path, **options) -> CustomOptions:
-    """Options of the tiles, with some changed."""
     return parse(CustomOptions, tile_dataset(folder, options=options).options, "options")
 
 
 def with_options(dataset: DatasetConfig, **options) -> DatasetConfig:
-    """Copy a configuration with some options changed."""
     return dataclasses.replace(dataset, options=dataset.options | options)
 
 
@@ -81,15 +73,11 @@ def prepare(dataset: DatasetConfig, tmp_path: Path) -> LazyImageDataset:
     return custom.prepare(tmp_path, dataset)
 
 
-# Files
-
-
 def write_raster(path: Path, values: np.ndarray, transform: Affine, crs: str | None = UTM, **profile) -> None:
     """Write values (band, y, x) as a GeoTIFF."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = {"driver": "GTiff", "count": len(values), "height": values.shape[1], "width": values.shape[2]}
-    keys |= ({"crs": crs} if crs else {}) | profile
-    with rasterio.open(path, "w", dtype=values.dtype, transform=transform, **keys) as file:
+    keys = dict(zip(("count", "height", "width"), values.shape, strict=True)) | {"crs": crs} | profile
+    with rasterio.open(path, "w", driver="GTiff", dtype=values.dtype, transform=transform, **keys) as file:
         file.write(values)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import unicodedata
 
+import pandas as pd
 import pytest
 
 from pipeline.data.sources.custom.labels import read_table
@@ -113,3 +114,6 @@ def test_prepare_table_that_does_not_fit_its_options_is_refused(tiles, tmp_path)
     shutil.copy(folder / "labels.csv", folder / "labels2.csv")
     with raises(UserError, key="labels", allowed=["labels.csv", "labels2.csv"]):
         prepare(with_options(dataset, labels="*.csv"), tmp_path)
+    pd.read_csv(folder / "labels.csv").assign(label="farm").to_csv(folder / "labels.csv", index=False)
+    with raises(UserError, key="classes", value=("farm",)):
+        prepare(dataset, tmp_path)

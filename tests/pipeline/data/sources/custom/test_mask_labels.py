@@ -46,7 +46,6 @@ def read_mask(tmp_path):
         (lambda path: rewrite_raster(path, transform=ELSEWHERE, crs=None), {"key": "crs"}),
         (lambda path: path.write_bytes(path.read_bytes()[:600]), {}),
     ],
-    ids=["fractions", "NaN", "three bands", "size", "location", "CRS", "location without CRS", "truncated"],
 )
 def test_read_mask_invalid_mask_is_refused(read_mask, tmp_path, change, fields):
     with raises(UserError, **fields) as info:
@@ -56,9 +55,7 @@ def test_read_mask_invalid_mask_is_refused(read_mask, tmp_path, change, fields):
 
 @pytest.mark.parametrize(("ignore", "dtype"), [(-1, "int16"), (65535, "uint16")])
 def test_read_mask_with_an_ignored_value_outside_a_byte_and_without_a_location(read_mask, ignore, dtype):
-    """Masks often only count pixels from a corner."""
-
-    def change(path):
+    def change(path):  # masks often only count pixels from a corner
         mask = np.where(MASK == 255, ignore, MASK.astype("int32")).astype(dtype)
         rewrite_raster(path, lambda _: mask, crs=None, transform=Affine(1, 0, 0, 0, -1, 64))
 

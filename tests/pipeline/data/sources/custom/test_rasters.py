@@ -39,9 +39,6 @@ def prepare_scene(raw_folder, tmp_path):
     return prepare_files
 
 
-# Names of bands and files
-
-
 def test_open_scene_files_band_names_are_whole_and_files_unique(prepare_scene, tmp_path):
     for name in ("B02", "B03", "B8A"):
         write_raster(tmp_path / f"s_{name}.tif", counting_values(128, 128), GRID)
@@ -81,9 +78,6 @@ def test_open_image_bands_in_another_order_or_with_an_offset_are_refused(tiles, 
     change(descriptions=("blue", "green", "red"), scales=(1e-4,) * 3, offsets=(-0.1,) * 3)
     with raises(UserError, key="offsets", value=-0.1, path=path):
         open_image([path], bands)
-
-
-# Grids
 
 
 @pytest.mark.parametrize(

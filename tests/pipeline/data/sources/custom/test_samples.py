@@ -11,11 +11,8 @@ from tests.pipeline.data.sources.custom.custom_data import UTM, prepare, tile_da
 
 
 def split_by_image(dataset) -> dict[str, str]:
-    """Split of the first chip of each image, by the image's name."""
-    splits: dict[str, str] = {}
-    for name, split in zip(dataset.sample, dataset.split, strict=True):
-        splits.setdefault(name.split("_r")[0], split)
-    return splits
+    """Split of the last chip of each image, by the image's name."""
+    return {name.split("_r")[0]: split for name, split in zip(dataset.sample, dataset.split, strict=True)}
 
 
 @pytest.mark.parametrize("name", ["prepared_scene", "prepared_tiles"])
@@ -39,20 +36,14 @@ def test_assign_splits_blocks_of_rotated_images_have_their_size(tmp_path, angle)
         assert splits[f"t{index:02d}"] == splits[f"t{index + 1:02d}"]
 
 
-# Overlap
-
-
 def test_assign_splits_overlapping_images_share_a_split(raw_folder, tmp_path):
-    starts = list(range(0, 1400, 320))
-    corners = [(row, start + offset) for row in (256, 384) for start in starts for offset in (0, 100)]
+    corners = [(row, start + offset) for row in (256, 384) for start in range(0, 1400, 320) for offset in (0, 100)]
     custom_data.write_windows(raw_folder, tmp_path, corners, "images", "masks")
     for seed in range(2):
         dataset = prepare(tile_dataset(tmp_path, chip=128, block=128, seed=seed), tmp_path)
         splits = split_by_image(dataset)
-        names = [
-            (f"tile_{row:04d}_{column:04d}", f"tile_{row:04d}_{column + 100:04d}") for row, column in corners[::2]
-        ]
-        pairs = [pair for pair in names if set(pair) <= set(splits)]
+        names = [f"tile_{row:04d}_{column:04d}" for row, column in corners]
+        pairs = [pair for pair in zip(names[::2], names[1::2], strict=True) if set(pair) <= set(splits)]
         assert len(pairs) > 6
         assert all(splits[a] == splits[b] for a, b in pairs)
         assert not any("overlap" in note for note in dataset.notes if "polygons" not in note)
@@ -71,10 +62,9 @@ def test_assign_splits_connected_images_are_refused_or_noted(raw_folder, tmp_pat
 @pytest.mark.parametrize("seed", range(2))
 def test_assign_splits_images_that_overlap_across_the_antimeridian_share_a_split(tmp_path, seed):
     step = 0.0001
-    west = [Affine(step, 0, 179.9966 - 0.01 * n, 0, -step, 10) for n in range(4)]
-    east = [Affine(step, 0, -180 + 0.01 * n, 0, -step, 10) for n in range(4)]
-    beyond = [Affine(step, 0, 180.05, 0, -step, 10), Affine(step, 0, -179.9468, 0, -step, 10)]
-    options = write_tile_pairs(tmp_path, [*west, *east, *beyond], "EPSG:4326")
+    west, east = (179.9966, 179.9866, 179.9766, 179.9666), (-180, -179.99, -179.98, -179.97)
+    transforms = [Affine(step, 0, lon, 0, -step, 10) for lon in (*west, *east, 180.05, -179.9468)]
+    options = write_tile_pairs(tmp_path, transforms, "EPSG:4326")
     dataset = prepare(tile_dataset(tmp_path, block=64, seed=seed, options=options), tmp_path)
     splits = split_by_image(dataset)
     assert splits["t00"] == splits["t04"]
@@ -100,11 +90,7 @@ def test_assign_splits_images_without_a_location_do_not_overlap(tmp_path, transf
     assert len(prepare(tile_dataset(tmp_path, block=64, options=options), tmp_path).sample) == 8
 
 
-# Splits of a table
-
-
 def test_assign_splits_unlabelled_in_a_table_is_not_a_split(tiles, tmp_path):
-    """Rows of a table have labels: `blocks` ignores the column, and `column` refuses the name."""
     _, config = custom_data.table_dataset(tiles, tmp_path, {"split": UNLABELLED})
     dataset = prepare(config, tmp_path)
     assert UNLABELLED not in dataset.split

@@ -11,26 +11,22 @@ from pipeline.data.sources import custom
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
 from tests.errors import raises
-from tests.pipeline.data.sources.custom.custom_data import (
-    UNLABELLED_CORNERS,
-    prepare,
-    rewrite_raster,
-    table_dataset,
-    tile_dataset,
-    with_options,
-    write_windows,
-)
+from tests.pipeline.data.sources.custom import custom_data
+from tests.pipeline.data.sources.custom.custom_data import prepare, table_dataset, tile_dataset, write_windows
+
+# Four next to the labelled tiles, two that overlap them and their blocks.
+CORNERS = [(0, 1024), (0, 1152), (0, 1280), (0, 1408), (192, 192), (448, 704)]
 
 
 @pytest.fixture
 def folder(raw_folder, folder):
     """The labelled tiles, and six unlabelled images in the folder `unlabelled`."""
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS)
+    write_windows(raw_folder, folder, CORNERS)
     return folder
 
 
 def with_unlabelled(dataset):
-    return with_options(dataset, unlabelled="unlabelled/*.tif")
+    return custom_data.with_options(dataset, unlabelled="unlabelled/*.tif")
 
 
 def test_unlabelled_samples_are_named_by_file_and_read_where_they_lie(folder, tmp_path):
@@ -71,8 +67,8 @@ def test_unlabelled_samples_damaged_or_with_nodata_are_skipped(raw_folder, folde
 def test_fetch_digest_depends_on_every_file_and_includes_unlabelled_ones(folder, params):
     config = tile_dataset(folder)
     before, with_files = (custom.fetch(dataset, params) for dataset in (config, with_unlabelled(config)))
-    assert (before["files"], with_files["files"]) == (96, 96 + len(UNLABELLED_CORNERS))
-    rewrite_raster(folder / "masks/tile_0000_0000_mask.tif", lambda values: values * 0)
+    assert (before["files"], with_files["files"]) == (96, 96 + len(CORNERS))
+    custom_data.rewrite_raster(folder / "masks/tile_0000_0000_mask.tif", lambda values: values * 0)
     digests = [files["content_sha256"] for files in (before, with_files, custom.fetch(config, params))]
     assert len(set(digests)) == 3
 
@@ -91,36 +87,33 @@ def test_unlabelled_files_invalid_pattern_is_refused(folder, tmp_path, pattern, 
 
 
 def test_unlabelled_samples_image_without_crs_or_smaller_than_a_chip_is_refused(raw_folder, folder, tmp_path):
-    dataset, path = (
-        tile_dataset(folder, options={"unlabelled": "invalid/*.tif"}),
-        folder / "invalid/tile_0000_1024.tif",
-    )
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS[:1], "invalid", crs=None)
-    with raises(UserError, key="unlabelled", value="crs", path=path):
-        prepare(dataset, tmp_path)
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS[:1], "invalid", height=60, width=60)
-    with raises(UserError, key="unlabelled", value="invalid/*.tif"):
-        prepare(dataset, tmp_path)
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS[:1], "invalid", bands=slice(1, 2))
-    with raises(UserError, key="bands", value=1, allowed=[3], path=path):
-        prepare(dataset, tmp_path)
+    dataset = tile_dataset(folder, options={"unlabelled": "invalid/*.tif"})
+    path = folder / "invalid/tile_0000_1024.tif"
+    for changes, fields in (
+        ({"crs": None}, {"key": "unlabelled", "value": "crs", "path": path}),
+        ({"height": 60, "width": 60}, {"key": "unlabelled", "value": "invalid/*.tif"}),
+        ({"bands": slice(1, 2)}, {"key": "bands", "value": 1, "allowed": [3], "path": path}),
+    ):
+        write_windows(raw_folder, folder, CORNERS[:1], "invalid", **changes)
+        with raises(UserError, **fields):
+            prepare(dataset, tmp_path)
 
 
 def test_unlabelled_samples_need_a_time_if_all_labelled_images_have_one(raw_folder, tiles, tmp_path):
     folder, config = table_dataset(tiles, tmp_path, {"time": "2017-02-16"})
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS)
+    write_windows(raw_folder, folder, CORNERS)
     config = with_unlabelled(config)
     with raises(UserError, key="unlabelled", value="time"):
         prepare(config, tmp_path)
-    dataset = prepare(with_options(config, time="2018-01-01"), tmp_path)
+    dataset = prepare(custom_data.with_options(config, time="2018-01-01"), tmp_path)
     assert dataset.read_sample("unlabelled/tile_0000_1024.tif").time == np.datetime64("2018-01-01", "s")
     assert dataset.read_sample("images/tile_0000_0000").time == np.datetime64("2017-02-16", "s")
 
 
 def test_unlabelled_samples_of_another_size_need_a_chip(raw_folder, tiles, tmp_path):
     folder, config = table_dataset(tiles, tmp_path)
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS[1:])
-    write_windows(raw_folder, folder, UNLABELLED_CORNERS[:1], height=100, width=100)
+    write_windows(raw_folder, folder, CORNERS[1:])
+    write_windows(raw_folder, folder, CORNERS[:1], height=100, width=100)
     config, path = with_unlabelled(config), folder / "unlabelled/tile_0000_1024.tif"
     with raises(UserError, key="chip", value=(100, 100), allowed=[(128, 128)], path=path):
         prepare(config, tmp_path)

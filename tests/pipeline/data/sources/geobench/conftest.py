@@ -13,7 +13,6 @@ from pipeline.data.sources.geobench import download
 
 
 def dataset_config(name: str, **options) -> DatasetConfig:
-    """Configuration of a set with options."""
     return DatasetConfig("geobench", options={"set": name, **options})
 
 

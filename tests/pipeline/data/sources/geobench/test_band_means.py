@@ -1,6 +1,7 @@
 """The check of band means detects bands in another order, and accepts the released order."""
 
 import dataclasses
+import itertools
 import json
 
 import h5py
@@ -38,12 +39,10 @@ def test_write_files_with_bands_in_another_order_are_refused(copy_set, open_full
     stats = zip(*map(np.ndarray.tolist, band_stats(images)), strict=True)
     published = dict(zip(geobench.SETS["m-eurosat"].released_bands, stats, strict=True))
     image_writer.write(open_full_set("m-eurosat", published), tmp_path / "scratch", tmp_path / "store")
-    for path in folder.glob("*.hdf5"):  # a copy that has other bands under these keys
+    for path in folder.glob("*.hdf5"):  # other bands under these keys
         with h5py.File(path, "r+") as file:
-            file.move("08 - NIR", "moved")
-            file.move("12 - SWIR", "08 - NIR")
-            file.move("03 - Green", "12 - SWIR")
-            file.move("moved", "03 - Green")
+            for to, key in itertools.pairwise(("moved", "08 - NIR", "12 - SWIR", "03 - Green", "moved")):
+                file.move(key, to)
     with raises(UserError, "m-eurosat", "check_means", key="03 - Green"):
         image_writer.write(open_full_set("m-eurosat", published), tmp_path / "scratch", tmp_path / "permuted")
     assert open_full_set("m-eurosat", published, check_means=False).check_band_means is None
@@ -75,24 +74,20 @@ def test_published_stats_of_eurosat_match_the_actual_bands():
 
 @pytest.mark.parametrize(
     ("name", "key_a", "key_b"),
-    [
-        ("m-pv4ger", "Red", "Blue"),
-        ("m-pv4ger", "Green", "Red"),
-        ("m-bigearthnet", "08 - NIR", "08A - Vegetation Red Edge"),
-    ],
-)
+    [("m-pv4ger", "Red", "Blue"), ("m-pv4ger", "Green", "Red"),
+     ("m-bigearthnet", "08 - NIR", "08A - Vegetation Red Edge")],
+)  # fmt: skip
 def test_band_check_swapped_bands_with_similar_means_are_refused(tmp_path, name, key_a, key_b):
     """The two means are within the tolerance of each other. A common shift of all bands is accepted."""
     published = geobench.SETS[name].published_stats
     check = partitions.make_mean_check(tmp_path, geobench.SETS[name], tuple(published), scale=1)
     means = {key: mean for key, (mean, _) in published.items()}
     for shift in (-0.15, 0, 0.15):
-        check(np.array([mean + shift * published[key][1] for key, mean in means.items()]))
+        check(np.array([mean + shift * std for mean, std in published.values()]))
     swapped = means | {key_a: means[key_b], key_b: means[key_a]}
     with raises(UserError, name) as info:
         check(np.array(list(swapped.values())))
-    assert info.value.key in (key_a, key_b)
-    assert info.value.value == swapped[info.value.key]
+    assert (info.value.key, info.value.value) in {key: swapped[key] for key in (key_a, key_b)}.items()
 
 
 def test_band_check_incomplete_entries_of_band_stats_are_ignored_and_others_refused(tmp_path):

@@ -73,7 +73,7 @@ def test_download_set_is_fetched_once_and_unpacked(hub, archive, geobench_root, 
     assert hub.downloads == ["segmentation_v1.0/m-chesapeake.zip"], "the second call must find the folder"
 
 
-def test_download_bytes_other_than_pinned_are_refused(hub, archive, tmp_path):
+def test_download_other_bytes_than_pinned_or_too_small_a_disk_is_refused(hub, archive, tmp_path, monkeypatch):
     data = hub.files["classification_v1.0/m-so2sat.zip"] = archive("m-so2sat")
     root = tmp_path / "sets"
     path = root / "classification_v1.0/m-so2sat.zip"
@@ -81,6 +81,11 @@ def test_download_bytes_other_than_pinned_are_refused(hub, archive, tmp_path):
     with raises(UserError, actual, expected, path=path, value=actual, allowed=[expected]):
         download.describe_files(geobench.SETS["m-so2sat"], "default", root)
     assert not path.with_suffix("").exists()
+    hub.downloads.clear()
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with raises(UserError, "0.0 GB", key="geobench_dir", path=tmp_path):
+        download.describe_files(geobench.SETS["m-so2sat"], "default", tmp_path / "others")
+    assert hub.downloads == [], "it must be refused before any request"
 
 
 def test_fetch_local_folder_needs_no_hub_and_is_not_copied(geobench_root, monkeypatch, params, tmp_path):
@@ -98,25 +103,13 @@ def test_fetch_local_folder_needs_no_hub_and_is_not_copied(geobench_root, monkey
         geobench.fetch(dataset_config("m-eurosat"), params)
 
 
-def test_download_disk_too_small_is_refused_before_any_request(hub, archive, tmp_path, monkeypatch):
-    hub.files["classification_v1.0/m-so2sat.zip"] = archive("m-so2sat")
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with raises(UserError, "0.0 GB", key="geobench_dir", path=tmp_path):
-        download.describe_files(geobench.SETS["m-so2sat"], "default", tmp_path / "sets")
-    assert hub.downloads == []
-
-
-def zero_bytes(path):
-    data = bytearray(path.read_bytes())
+def zero_bytes(data: bytearray) -> None:
     data[60:90] = bytes(30)
-    path.write_bytes(data)
 
 
-def set_encrypted_flag(path):
-    data = bytearray(path.read_bytes())
+def set_encrypted_flag(data: bytearray) -> None:
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         data[data.index(signature) + offset] |= 1
-    path.write_bytes(data)
 
 
 PARTITION = "default_partition.json"
@@ -129,7 +122,7 @@ PARTITION = "default_partition.json"
         ({f"a/{PARTITION}": "{}", f"b/{PARTITION}": "[]"}, None),
         ({f"a/{PARTITION}": "0123456789" * 99}, zero_bytes),
         ({f"a/{PARTITION}": "{}"}, set_encrypted_flag),
-        ({f"a/{PARTITION}": "{}"}, lambda path: path.write_bytes(b"PK")),
+        ({f"a/{PARTITION}": "{}"}, bytearray.pop),
     ],
     ids=["no partition", "two files of one name", "damaged", "encrypted", "truncated"],
 )
@@ -139,7 +132,8 @@ def test_unpack_invalid_archive_leaves_no_files(tmp_path, members, damage):
         for name, text in members.items():
             archive.writestr(name, text)
     if damage:
-        damage(path)
+        damage(data := bytearray(path.read_bytes()))
+        path.write_bytes(data)
     with raises(UserError, path, path=path):
         download._unpack(path, tmp_path / "sets/set")
     assert path.exists()

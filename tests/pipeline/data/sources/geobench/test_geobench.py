@@ -5,8 +5,8 @@ import os
 import h5py
 import numpy as np
 import pytest
-from h5py import h5d
 
+from pipeline.data.image_store import SPLITS
 from pipeline.data.sources.geobench import reader
 from pipeline.errors import UserError
 from pipeline.tasks import IGNORE
@@ -19,10 +19,6 @@ ACTUAL_BANDS = {
 }
 
 
-def count_splits(images) -> list[int]:
-    return [images.split.count(split) for split in ("train", "val", "test")]
-
-
 def test_reader_canopy_height_is_repeated_to_the_size_of_the_photograph(geobench_root, open_set):
     images = open_set("m-NeonTree")
     image = images.read_sample(images.sample[-1]).image
@@ -31,16 +27,9 @@ def test_reader_canopy_height_is_repeated_to_the_size_of_the_photograph(geobench
         np.testing.assert_array_equal(image[1], np.kron(file["Canopy Height Model"][..., 0], np.ones((10, 10))))
 
 
-@pytest.fixture
-def open_restored_and_released(copy_set, open_set):
-    """Images of a set divided by 255, restored and as released, and the file of a sample."""
-    folder = copy_set("m-chesapeake-landcover")
-    options = ({}, {"keep_released_metadata": True})
-    return *(open_set("m-chesapeake-landcover", **kwargs) for kwargs in options), folder / "id_0001.hdf5"
-
-
-def test_reader_images_divided_by_255_are_restored_exactly(open_restored_and_released):
-    restored, released, path = open_restored_and_released
+def test_reader_images_divided_by_255_are_restored_exactly_and_other_values_refused(copy_set, open_set):
+    path = copy_set("m-chesapeake-landcover") / "id_0001.hdf5"
+    restored, released = (open_set("m-chesapeake-landcover", keep_released_metadata=keep) for keep in (False, True))
     assert (restored.dtype, restored.units, released.dtype, released.units) == ("u1", "uint8", "f4", "display")
     actual, expected = (images.read_sample("id_0000").image for images in (restored, released))
     # Networks receive the same float32 values.
@@ -54,10 +43,6 @@ def test_reader_images_divided_by_255_are_restored_exactly(open_restored_and_rel
             del file["Red"]
             file["Red"] = values
         np.testing.assert_array_equal(restored.read_sample("id_0001").image[3], all_values)
-
-
-def test_reader_values_that_are_not_8_bit_divided_by_255_are_refused(open_restored_and_released):
-    restored, released, path = open_restored_and_released
     for invalid in (np.nan, np.inf, -1 / 255, 256 / 255, 0.5004, 200):
         with h5py.File(path, "r+") as file:
             file["Green"][200, 100] = invalid
@@ -69,8 +54,7 @@ def test_reader_values_that_are_not_8_bit_divided_by_255_are_refused(open_restor
 
 @pytest.mark.parametrize("name", ACTUAL_BANDS)
 def test_bands_with_wrong_names_are_corrected_unless_released_metadata_is_kept(open_set, name):
-    corrected = open_set(name)
-    released = open_set(name, keep_released_metadata=True)
+    corrected, released = (open_set(name, keep_released_metadata=keep) for keep in (False, True))
     assert [band.name for band in corrected.bands] == ACTUAL_BANDS[name].split()
     assert [band.name for band in released.bands] == RELEASED_BANDS.split()
     assert any("09 - Water vapour is B" in note for note in corrected.notes)
@@ -92,33 +76,30 @@ def test_labels_are_the_same_from_json_files_and_from_samples(copy_set, open_set
     labels = [with_json.read_sample(sample).label for sample in with_json.sample]
     (folder / file).unlink()
     without_json = open_set(name)
-    for images in (with_json, without_json):
-        assert any("sample files" in note for note in images.notes) == (images is without_json)
-    for sample, label in zip(without_json.sample, labels, strict=True):
-        np.testing.assert_array_equal(without_json.read_sample(sample).label, label)
+    noted = [any("sample files" in note for note in images.notes) for images in (with_json, without_json)]
+    assert noted == [False, True]
+    np.testing.assert_array_equal([without_json.read_sample(sample).label for sample in with_json.sample], labels)
     assert {int(value) for label in labels for value in np.atleast_1d(label)} == {0, 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "index", "location", "released_location", "date", "released_date"),
+    ("name", "index", "corrected", "released"),
     [
         # 1 January stands for an annual composite.
-        ("m-forestnet", 0, (-1.5, 113.25), (-1.5, 113.25), "NaT", "2013-01-01"),
-        ("m-forestnet", 1, (-1.51, 113.26), (-1.51, 113.26), "2014-06-02", "2014-06-02"),
+        ("m-forestnet", 0, (-1.5, 113.25, "NaT"), (-1.5, 113.25, "2013-01-01")),
+        ("m-forestnet", 1, (-1.51, 113.26, "2014-06-02"), (-1.51, 113.26, "2014-06-02")),
         # In Germany the latitude is larger than the longitude, whatever the sample name states.
-        ("m-pv4ger", 0, (51.2, 6.8), (51.2, 6.8), "NaT", "NaT"),
-        ("m-pv4ger", 1, (51.201, 6.801), (6.801, 51.201), "NaT", "NaT"),
-        ("m-nz-cattle", 0, (-38.1, 175.3), (-38.1, 175.3), "NaT", "2019-01-01"),
-        ("m-cashew-plantation", 3, (np.nan, np.nan), (np.nan, np.nan), "2020-02-04", "2020-02-04"),
+        ("m-pv4ger", 0, (51.2, 6.8, "NaT"), (51.2, 6.8, "NaT")),
+        ("m-pv4ger", 1, (51.201, 6.801, "NaT"), (6.801, 51.201, "NaT")),
+        ("m-nz-cattle", 0, (-38.1, 175.3, "NaT"), (-38.1, 175.3, "2019-01-01")),
+        ("m-cashew-plantation", 3, (np.nan, np.nan, "2020-02-04"), (np.nan, np.nan, "2020-02-04")),
     ],
 )
-def test_locations_and_dates_are_corrected_unless_released_metadata_is_kept(
-    geobench_root, open_set, name, index, location, released_location, date, released_date
-):
-    for keep, expected, day in ((False, location, date), (True, released_location, released_date)):
+def test_locations_and_dates_are_corrected_unless_released_ones_are_kept(open_set, name, index, corrected, released):
+    for keep, (*location, day) in ((False, corrected), (True, released)):
         images = open_set(name, keep_released_metadata=keep)
         sample = images.read_sample(images.sample[index])
-        assert (sample.lat, sample.lon) == pytest.approx(expected, nan_ok=True)
+        assert [sample.lat, sample.lon] == pytest.approx(location, nan_ok=True)
         np.testing.assert_equal(sample.time, np.datetime64(day, "s"))
 
 
@@ -135,7 +116,7 @@ def test_nodata_class_counts_unless_ignored(open_set, name, index):
 
 def test_partition_with_fewer_labels_has_fewer_training_samples(open_set):
     images = open_set("m-so2sat", partition="0.50x_train")
-    assert count_splits(images) == [3, 4, 4]
+    assert [images.split.count(split) for split in SPLITS] == [3, 4, 4]
     assert images.check_band_means is None, "a few samples are not the full set"
 
 
@@ -147,7 +128,7 @@ def test_reader_file_truncated_while_it_is_read_is_refused(copy_set, open_set, m
 
     def truncate_after_opening(file, spec):
         keys = keys_without_dates(file, spec)
-        os.truncate(path, h5d.open(file.id, keys["12 - SWIR"]).get_offset() + 100)
+        os.truncate(path, file[keys["12 - SWIR"]].id.get_offset() + 100)
         return keys
 
     monkeypatch.setattr(reader, "_keys_without_dates", truncate_after_opening)

@@ -36,6 +36,7 @@ def attacks(sentinel: str) -> dict[str, bytes]:
         "numpy.load": Call(np.load, sentinel),
         "pickle in a pickle": Call(pickle.loads, pickle.dumps(inner)),
     }
+    pickles = {name: pickle.dumps(attack, protocol=5) for name, attack in attacks.items()}
     handwritten = {
         "protocol 0": b"cos\nsystem\n(S'touch {}'\ntR.",
         "another system": b"\x80\x04\x8c\x02nt\x8c\x06system\x93\x8c\x08touch {}\x85R.",
@@ -44,9 +45,7 @@ def attacks(sentinel: str) -> dict[str, bytes]:
         "persistent ID": b"\x80\x02Pos.system\n.",
         "large frame": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f.",
     }
-    return {name: pickle.dumps(attack, protocol=5) for name, attack in attacks.items()} | {
-        name: data.replace(b"{}", sentinel.encode()) for name, data in handwritten.items()
-    }
+    return pickles | {name: data.replace(b"{}", sentinel.encode()) for name, data in handwritten.items()}
 
 
 @pytest.mark.parametrize("name", attacks("x"))
