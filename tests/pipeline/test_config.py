@@ -50,9 +50,6 @@ def field_names(model: type) -> list[str]:
     return [field.name for field in dataclasses.fields(model)]
 
 
-# Values
-
-
 def test_load_exponent_without_point_is_a_number(load_changed):
     params = load_changed(nested("search.learning_rate", ["1e-4", 1]))
     assert params.search.learning_rate == (1e-4, 1.0)
@@ -93,55 +90,44 @@ def test_load_custom_head_with_a_name_that_is_taken_or_invalid_is_refused(load_c
         load_changed({"heads": {"custom": {name: {"steps": 1, "batch": 1}}}})
 
 
-def test_load_list_that_contains_itself_is_refused(tmp_path):
-    path = tmp_path / "params.yaml"
-    path.write_text((ROOT / "params.yaml").read_text().replace("datasets:", "extra: &a [*a]\ndatasets:", 1))
-    with raises(UserError, path=path):
-        config.load(path)
-
-
 def test_literals_equal_the_tables_of_upper_layers():
     assert typing.get_args(config.ViewName) == tuple(VIEWS)
     assert typing.get_args(config.TaskName) == tuple(TaskType)
 
 
-# Mistakes in one value: (key, value, allowed values or None)
-
-VALUES = [
-    ("train.seeds", "ten", None),
-    ("train.seeds", True, None),
-    ("train.seeds", 0, None),
-    ("extract.compiled", "no", None),
-    ("weights_dir", 3, None),
-    ("search.learning_rate", [1, 0.1], None),
-    ("search.weight_decay", [0.1, 1, 2], None),
-    ("extract.codec", "gzip", None),
-    ("extract.views", ["flip_x"], None),
-    ("extract.views", ["identity", "identity"], None),
-    ("compute.workers", -1, None),
-    ("compute.device", "tpu", ("auto", "cpu", "cuda")),
-    ("backbones.lite0.input_units", "dn", ("reflectance", "display", "any")),
-    ("datasets.sample-landuse.block", 250, None),
-    ("heads.max_feature_gb", float("inf"), None),
-    ("heads.max_feature_gb", float("nan"), None),
-    ("heads.levels", 3, None),
-    ("heads.upernet.batch", 1, None),
-    ("grid.models", [], None),
-    ("grid.models", ["raw", "raw"], None),
-    ("distill.temperature", 0.0, None),
-    ("distill.loss_weights.labels", 0.0, None),
-    ("finetune.method", "last0", None),
-    ("finetune.layer_decay", 1.5, None),
-]
+INVALID = {
+    "train.seeds": ["ten", True, 0],
+    "extract.compiled": ["no"],
+    "weights_dir": [3],
+    "search.learning_rate": [[1, 0.1]],
+    "search.weight_decay": [[0.1, 1, 2]],
+    "extract.codec": ["gzip"],
+    "extract.views": [["flip_x"], ["identity", "identity"]],
+    "compute.workers": [-1],
+    "compute.device": ["tpu"],
+    "backbones.lite0.input_units": ["dn"],
+    "datasets.sample-landuse.block": [250],
+    "heads.max_feature_gb": [float("inf"), float("nan")],
+    "heads.levels": [3],
+    "heads.upernet.batch": [1],
+    "grid.models": [[], ["raw", "raw"]],
+    "distill.temperature": [0.0],
+    "distill.loss_weights.labels": [0.0],
+    "finetune.method": ["last0"],
+    "finetune.layer_decay": [1.5],
+}
+ALLOWED = {
+    "compute.device": ("auto", "cpu", "cuda"),
+    "backbones.lite0.input_units": ("reflectance", "display", "any"),
+}
 
 
-@pytest.mark.parametrize(("key", "value", "allowed"), VALUES)
-def test_load_invalid_value_is_refused(load_changed, tmp_path, key, value, allowed):
-    with raises(UserError, key, repr(value), key=key, path=tmp_path / "params.yaml") as info:
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in INVALID.items() for value in values])
+def test_load_invalid_value_is_refused(load_changed, tmp_path, key, value):
+    with raises(UserError, key, repr(value), *ALLOWED.get(key, ()), key=key, path=tmp_path / "params.yaml") as info:
         load_changed(nested(key, value))
     assert info.value.value == value or value != value
-    assert info.value.allowed == allowed
-    assert all(name in str(info.value) for name in allowed or ())
+    assert info.value.allowed == ALLOWED.get(key)
     assert "\n" not in str(info.value)
 
 
@@ -172,9 +158,6 @@ def test_load_invalid_name_is_refused(load_changed, section):
     for name in ("a b; ls", "a+b", "a.b", "-a", ""):
         with raises(UserError, repr(name), value=name):
             load_changed({section: {name: entry}})
-
-
-# Unknown and missing keys, and values of the wrong shape
 
 
 @pytest.mark.parametrize(
@@ -217,18 +200,13 @@ def test_load_several_mistakes_are_reported_together(load_changed):
 
 
 def test_load_absent_or_invalid_file_is_refused(tmp_path):
-    path = tmp_path / "params.yaml"
-    with raises(UserError, path, path=path):
-        config.load(path)
-    path.write_text("grid: [")
-    with raises(UserError, path, path=path):
-        config.load(path)
-    path.write_text("")
-    with raises(UserError, path, path=path, value=None):
-        config.load(path)
-
-
-# References between sections
+    path, text = tmp_path / "params.yaml", (ROOT / "params.yaml").read_text()
+    contains_itself = text.replace("datasets:", "extra: &a [*a]\ndatasets:", 1)
+    for content in (None, "grid: [", "", contains_itself):
+        if content is not None:
+            path.write_text(content)
+        with raises(UserError, path, path=path, value=None):
+            config.load(path)
 
 
 @pytest.mark.parametrize(
@@ -255,9 +233,6 @@ def test_load_reference_to_something_absent_is_refused(load_changed, change, key
     assert "same ensemble" in str(info.value) or "twice" in str(info.value) or info.value.allowed
 
 
-# Names of earlier versions
-
-
 def test_load_renamed_key_is_refused_with_its_new_name(load_changed, params):
     dataset = dataclasses.replace(params.dataset("m-eurosat"), options={"set": "m-eurosat", "as_labelled": True})
     for old, new in RENAMED_KEYS.items():
@@ -281,9 +256,6 @@ def test_renamed_keys_lead_to_keys_that_exist():
         *parents, name = new.replace("*", "x").split(".")
         parents = parents[:2] if "options" in parents else parents
         assert ("options" if "options" in new else name) in errors.subschema(schema, parents)["properties"], new
-
-
-# Parsing of other records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,9 +284,6 @@ def test_parse_date_without_quotes_is_refused(tmp_path):
     raw = yaml.safe_load("bands: []\ntime: 2017-02-16")
     with raises(UserError, "scene.yaml", path="scene.yaml"):
         config.parse(SceneOptions, raw, path="scene.yaml")
-
-
-# JSON schema
 
 
 def test_schema_file_is_up_to_date():

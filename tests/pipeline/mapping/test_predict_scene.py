@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import json
 import multiprocessing
 import signal
@@ -32,15 +33,15 @@ def read_map(folder, name):
 
 
 @pytest.fixture
-def map_scene(tmp_path):
-    """Function from a scene and a model, or their paths, to the content of map.json; maps to tmp_path/map."""
+def map_pixels(write_geotiff, linear_model, tmp_path):
+    """Function from pixels to the content of map.json, the classes and the confidence; maps to tmp_path/map."""
 
-    def map_to_folder(scene, model):
-        scene = scene if hasattr(scene, "read_window") else open_scene(scene)
-        model = model if hasattr(model, "predict_logits") else load_onnx_student(model)
-        return predict_scene.predict_scene(scene, model, tmp_path / "map")
+    def write_and_map(pixels, tile=32, task="segmentation", **options):
+        scene, model = open_scene(write_geotiff(pixels, **options)), load_onnx_student(linear_model(tile, task=task))
+        metadata = predict_scene.predict_scene(scene, model, tmp_path / "map")
+        return metadata, *(read_map(tmp_path / "map", name) for name in ("class", "confidence"))
 
-    return map_to_folder
+    return write_and_map
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +50,10 @@ def landuse_image(raw_folder):
     return osm_landuse.read_scene(raw_folder("osm_landuse"))[0][[osm_landuse.BANDS.index(band) for band in BANDS]]
 
 
-def test_predict_scene_equals_a_prediction_of_the_whole_scene(
-    landuse_image, write_geotiff, linear_model, map_scene, tmp_path
-):
+def test_predict_scene_equals_a_prediction_of_the_whole_scene(landuse_image, map_pixels, tmp_path):
     image = landuse_image[:, :560, :700]  # four blocks
-    metadata = map_scene(write_geotiff(image), linear_model(32))
+    metadata, classes, percent = map_pixels(image)
     expected, probability, is_unambiguous = predict_whole(image)
-    classes, percent = (read_map(tmp_path / "map", name) for name in ("class", "confidence"))
     assert is_unambiguous.mean() > 0.98
     assert (classes[0] == expected)[is_unambiguous].all()
     assert np.abs(percent[0] - 100 * probability).max() <= 0.51
@@ -75,64 +73,59 @@ def test_predict_scene_equals_a_prediction_of_the_whole_scene(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["linear32.onnx", "map", "scene.tif"]
 
 
-def test_predict_scene_gives_the_model_latitude_and_longitude_of_its_tiles(write_geotiff, linear_model, map_scene):
-    locations = []
-    model = load_onnx_student(linear_model(32))
+def test_predict_scene_gives_the_model_latitude_and_longitude_of_its_tiles(write_geotiff, linear_model, tmp_path):
+    locations, onnx_model = [], load_onnx_student(linear_model(32))
 
     def predict_logits(chips, metadata):
         locations.append(metadata["location"])
-        return model.predict_logits(chips, metadata)
+        return onnx_model.predict_logits(chips, metadata)
 
     transform = rasterio.Affine(0.0001, 0, 13.0, 0, -0.0001, 52.0)
     path = write_geotiff(np.full((3, 32, 96), 1000, np.uint16), crs="EPSG:4326", transform=transform)
-    map_scene(path, dataclasses.replace(model, predict_logits=predict_logits))
+    model = dataclasses.replace(onnx_model, predict_logits=predict_logits)
+    predict_scene.predict_scene(open_scene(path), model, tmp_path / "map")
     centres = np.concatenate(locations)
     np.testing.assert_allclose(centres[:, 0], 52 - 0.0016, atol=1e-5)
     np.testing.assert_allclose(centres[0, 1], 13 + 0.0016, atol=1e-5)
     assert (np.diff(centres[:, 1]) > 0).all()
 
 
-def test_predict_scene_nodata_does_not_spread(write_geotiff, linear_model, map_scene, tmp_path, landuse_image):
+def test_predict_scene_nodata_does_not_spread(map_pixels, landuse_image):
     image = landuse_image[:, :100, :150].astype(np.float32)
     is_hole = np.zeros((100, 150), bool)
     is_hole[25:75, 50:110] = True
     is_hole[:, 140:] = True
     image[:, is_hole] = 0
     image[1, 7, 9], is_hole[7, 9] = np.nan, True  # without data in one band
-    map_scene(write_geotiff(image, nodata=0), linear_model(32))
-    classes, percent = (read_map(tmp_path / "map", name)[0] for name in ("class", "confidence"))
-    assert ((classes == 255) == is_hole).all()
-    assert ((percent == 255) == is_hole).all()
+    _, classes, percent = map_pixels(image, nodata=0)
+    assert ((classes[0] == 255) == is_hole).all()
+    assert ((percent[0] == 255) == is_hole).all()
     expected, _, is_unambiguous = predict_whole(image)
-    assert (classes == expected)[~is_hole & is_unambiguous].all()
+    assert (classes[0] == expected)[~is_hole & is_unambiguous].all()
 
 
 @pytest.mark.parametrize("height", [13, 40])
-def test_predict_scene_smaller_than_a_tile_with_bands_in_another_order(
-    write_geotiff, linear_model, map_scene, tmp_path, landuse_image, height
-):
+def test_predict_scene_smaller_than_a_tile_with_bands_in_another_order(map_pixels, landuse_image, height):
     image = landuse_image[:, :height, :21]
-    map_scene(write_geotiff(image[[2, 0, 1]], band_names=["swir16", "blue", "nir"]), linear_model(32))
+    _, classes, _ = map_pixels(image[[2, 0, 1]], band_names=["swir16", "blue", "nir"])
     expected, _, is_unambiguous = predict_whole(image)
-    assert (read_map(tmp_path / "map", "class")[0] == expected)[is_unambiguous].all()
+    assert (classes[0] == expected)[is_unambiguous].all()
 
 
-def test_predict_scene_classification_locates_classes(write_geotiff, linear_model, map_scene, tmp_path):
+def test_predict_scene_classification_locates_classes(map_pixels):
     """The image has two halves. Away from their border every pixel has the class of the tiles around it."""
     values = np.zeros((3, 64, 128), np.uint16)
     values[0, :, :64], values[1, :, 64:] = 3000, 3000
-    map_scene(write_geotiff(values), linear_model(16, task="classification"))
-    classes, percent = (read_map(tmp_path / "map", name)[0] for name in ("class", "confidence"))
-    assert (classes[:, :56] == 0).all()
-    assert (classes[:, 72:] == 1).all()
-    assert percent[:, 64].max() < percent[:, 20].min()
+    _, classes, percent = map_pixels(values, 16, "classification")
+    assert (classes[..., :56] == 0).all()
+    assert (classes[..., 72:] == 1).all()
+    assert percent[..., 64].max() < percent[..., 20].min()
 
 
-def test_predict_scene_multilabel_has_a_band_per_class(write_geotiff, linear_model, map_scene, tmp_path):
+def test_predict_scene_multilabel_has_a_band_per_class(map_pixels):
     values = np.full((3, 40, 40), 1000, np.uint16)
     values[0] = 5000
-    metadata = map_scene(write_geotiff(values), linear_model(16, task="multilabel"))
-    classes, percent = (read_map(tmp_path / "map", name) for name in ("class", "confidence"))
+    metadata, classes, percent = map_pixels(values, 16, "multilabel")
     logits = WEIGHT @ np.array([5000, 1000, 1000]) + BIAS
     assert classes.shape == (3, 40, 40)
     assert (classes == (logits > 0)[:, None, None]).all()
@@ -152,22 +145,21 @@ def test_predict_scene_multilabel_has_a_band_per_class(write_geotiff, linear_mod
     ids=["missing bands", "other units", "other pixel size", "no location", "no time"],
 )
 def test_predict_scene_that_does_not_fit_the_model_is_refused(
-    write_geotiff, linear_model, map_scene, tmp_path, changes, metadata_keys, fields
+    write_geotiff, linear_model, tmp_path, changes, metadata_keys, fields
 ):
     model, path = load_onnx_student(linear_model(32)), write_geotiff(np.ones((3, 40, 40), np.uint16), **changes)
     model = dataclasses.replace(model, signature=dataclasses.replace(model.signature, metadata_keys=metadata_keys))
     with raises(UserError, path=path, **fields):
-        map_scene(path, model)
+        predict_scene.predict_scene(open_scene(path), model, tmp_path / "map")
     assert not (tmp_path / "map").exists()
     assert not list(tmp_path.glob(".*"))
 
 
-def test_predict_scene_does_not_replace_a_folder_that_is_not_a_map(write_geotiff, linear_model, map_scene, tmp_path):
+def test_predict_scene_does_not_replace_a_folder_that_is_not_a_map(map_pixels, tmp_path):
     (tmp_path / "map").mkdir()
     (tmp_path / "map/file").touch()
-    scene = write_geotiff(np.full((3, 40, 40), 1000, np.uint16))
     with raises(UserError, path=tmp_path / "map"):
-        map_scene(scene, linear_model(32))
+        map_pixels(np.full((3, 40, 40), 1000, np.uint16))
     assert (tmp_path / "map/file").exists()
 
 
@@ -179,6 +171,7 @@ def test_predict_scene_killed_run_resumes_and_ends_with_the_same_bytes(
     def map_to(name):
         return predict_scene.predict_scene(open_scene(scene), load_onnx_student(model), tmp_path / name)
 
+    gc.collect()  # a child that deletes an onnxruntime session of its parent waits for threads that it lacks
     process, deadline = multiprocessing.get_context("fork").Process(target=map_to, args=("killed",)), time.time() + 60
     process.start()
     while process.is_alive() and time.time() < deadline and not list(tmp_path.glob(".killed.partial/*/r*c??????")):
@@ -199,10 +192,9 @@ def test_predict_scene_killed_run_resumes_and_ends_with_the_same_bytes(
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_predict_scene_does_not_use_blocks_of_another_model(
-    write_geotiff, linear_model, map_scene, tmp_path, monkeypatch
-):
+def test_predict_scene_does_not_use_blocks_of_another_model(write_geotiff, linear_model, tmp_path, monkeypatch):
     scene = open_scene(write_geotiff(np.full((3, 40, 40), 1000, np.uint16)))
+    models = [load_onnx_student(linear_model(tile)) for tile in (32, 16)]
 
     def fail_with_full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -210,11 +202,11 @@ def test_predict_scene_does_not_use_blocks_of_another_model(
     with monkeypatch.context() as patched:
         patched.setattr(predict_scene, "_publish", fail_with_full_disk)
         with raises(OSError, errno=28):
-            map_scene(scene, linear_model(32))
+            predict_scene.predict_scene(scene, models[0], tmp_path / "map")
     (stale_folder,) = tmp_path.glob(".map.partial/*")
     (block,) = stale_folder.iterdir()
     block.write_bytes(b"\x01" * block.stat().st_size)
-    map_scene(scene, linear_model(16))
+    predict_scene.predict_scene(scene, models[1], tmp_path / "map")
     assert (read_map(tmp_path / "map", "class")[0] != 1).all()
     assert not stale_folder.exists()
 

@@ -11,26 +11,17 @@ from pipeline.errors import UserError
 from pipeline.mapping.predictors import Signature
 from pipeline.mapping.scene import match_scene, open_scene
 from pipeline.tasks import Segmentation
+from tests.conftest import ROOT
 from tests.errors import raises
 from tests.pipeline.mapping.conftest import BANDS, GRID
-
-BAND_LINE = "  - {{name: {0.name}, common_name: {0.common_name}, wavelength: {0.wavelength}}}"
-YAML = """
-folder: {folder}
-images: "*_B??.jp2"
-units: dn
-time: "2017-02-16T10:21:01"
-bands:
-"""
 
 
 @pytest.fixture
 def scene_yaml(raw_folder, tmp_path):
-    """Path of a YAML file that describes the Sentinel-2 scene of the land use dataset."""
+    """Path of a copy of the scene of sample-landuse-seg, with its files."""
+    text = (ROOT / "scenes/sample-landuse-seg.yaml").read_text()
     path = tmp_path / "scene.yaml"
-    path.write_text(
-        YAML.format(folder=raw_folder("osm_landuse")) + "\n".join(map(BAND_LINE.format, osm_landuse.BANDS))
-    )
+    path.write_text(text.replace("../data/raw/sample-landuse-seg", str(raw_folder("osm_landuse"))))
     return path
 
 

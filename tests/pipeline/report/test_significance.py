@@ -67,7 +67,6 @@ def test_paired_difference_needs_significance_over_samples_and_seeds():
 
 
 def test_paired_difference_of_models_with_common_errors_is_significant():
-    """Two models that err on nearly the same samples differ significantly, though each score is uncertain."""
     counts = make_counts(0.7, n_seeds=1)
     reference = counts.copy()
     correct = np.flatnonzero(counts[0, :, [0, 3]].sum(0))[:20]
