@@ -21,23 +21,16 @@ from tests.errors import raises
 INDEX = np.array([149, 0, 64, 63, 7, 149])
 
 
-class SilentHandler(http.server.SimpleHTTPRequestHandler):
-    """A web server without range requests, which serves whole files only."""
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def address(tmp_path):
-    """tmp_path over HTTP."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(SilentHandler, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    """tmp_path over HTTP, from a server without range requests, which serves whole files only."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize(("codec", "views"), [("zstd", ("identity", "flip_x")), ("int8", ())])

@@ -72,9 +72,8 @@ def test_principal_components_equal_scikit_learn(tmp_path, monkeypatch, values_p
     np.testing.assert_allclose(reduced[1, :, 4, 6], pca.transform(maps[1:, :, 4, 6].astype("float64"))[0], rtol=1e-5)
 
 
-def random_maps(dtype, count=40, shape=(6, 9, 11)):
-    generator = np.random.default_rng(0)
-    return generator.normal(3, 2, (count, *shape)).astype(dtype)
+def random_maps(dtype):
+    return np.random.default_rng(0).normal(3, 2, (40, 6, 9, 11)).astype(dtype)
 
 
 def merge_split(maps, bounds):

@@ -1,16 +1,20 @@
-"""Writing and resuming: whole shards, the same bytes, and no silent loss."""
+"""Writing, resuming and locks: whole shards and folders, the same bytes, and no silent loss."""
 
+import asyncio
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import zarr
 from small_store import file_bytes, shard_values, small_schema, write_store
+from zarr.storage import LocalStore
 
-import cache.writer
 from cache import checksums
+from cache.atomic import atomic_dir, lock_file
 from cache.errors import StoreError
 from cache.reader import FeatureStore
 from cache.verify import verify
@@ -228,7 +232,7 @@ def test_write_flushes_bytes_before_their_record_and_the_record_before_returning
 
 
 def test_shard_claimed_while_another_thread_releases_is_released(tmp_path, monkeypatch):
-    writer, locks, lock_file = new_writer(tmp_path), [], cache.writer.lock_file
+    writer, locks = new_writer(tmp_path), []
 
     def lock_during_release(path, wait):
         lock = lock_file(path, wait)
@@ -240,3 +244,36 @@ def test_shard_claimed_while_another_thread_releases_is_released(tmp_path, monke
     monkeypatch.setattr("cache.writer.lock_file", lock_during_release)
     assert list(writer.claim_shards()) == [0]
     assert not writer._claimed
+
+
+class FirstChunkFailsStore(LocalStore):
+    """A disk on which one chunk fails at once, while the other chunks are written later."""
+
+    async def set(self, key, value):
+        if key.endswith("c/0"):
+            raise OSError(28, "No space left on device")
+        if "/c/" in key:
+            await asyncio.sleep(0.1)
+        await super().set(key, value)
+
+
+def test_atomic_dir_with_a_failed_zarr_write_leaves_nothing(tmp_path):
+    with raises(OSError, errno=28), atomic_dir(tmp_path / "scratch", tmp_path / "final") as folder:
+        array = zarr.create_array(FirstChunkFailsStore(folder), name="a", shape=(8,), chunks=(1,), dtype="int8")
+        array[:] = np.arange(1, 9)
+    assert list(tmp_path.iterdir()) == []
+    time.sleep(0.2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_file_is_exclusive_and_refused_in_a_deleted_folder(tmp_path):
+    path = tmp_path / "folder/lock"
+    assert lock_file(path) is None
+    path.parent.mkdir()
+    lock = lock_file(path)
+    assert lock_file(path, wait=False) is None
+    lock.release()
+    lock = lock_file(path)
+    shutil.rmtree(path.parent)
+    assert lock_file(path) is None
+    lock.release()

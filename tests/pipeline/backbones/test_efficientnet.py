@@ -91,7 +91,6 @@ def test_efficientnet_random_weights_follow_the_seed(tmp_path):
     image = torch.rand(1, 3, 64, 64)
     assert torch.equal(first(image).levels[3], repeated(image).levels[3])
     assert not torch.equal(first(image).levels[3], other(image).levels[3])
-    assert first(image).levels[3].std() > 1e-4
     assert not any(parameter.requires_grad for parameter in first.parameters())
     assert not first.training
 
@@ -106,14 +105,11 @@ def test_efficientnet_random_control_has_a_signal_on_every_level(variant, images
         assert (std > 0).mean() > 0.9
 
 
-def test_efficientnet_with_damaged_weights_is_refused(weights_folder, tmp_path):
+def test_efficientnet_with_damaged_weights_or_other_names_is_refused(weights_folder, tmp_path):
     path = weights_folder("csmask_b4") / EFFICIENTNET["csmask_b4"].weights_file
     (tmp_path / path.name).write_bytes(path.read_bytes()[:100_000])
     with raises(UserError, path=tmp_path / path.name):
         build("csmask_b4", "pretrained", tmp_path)
-
-
-def test_efficientnet_checkpoint_with_other_names_lists_missing_and_unexpected(weights_folder, tmp_path):
     path = tmp_path / EFFICIENTNET["lite0"].weights_file
     tensors = torch.load(next(weights_folder("lite0").glob("*.pth")), weights_only=True)
     tensors["_blocks.3._bn9.weight"] = tensors.pop("_blocks.3._bn2.weight")

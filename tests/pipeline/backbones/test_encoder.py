@@ -86,7 +86,7 @@ def test_parallel_encoder_keeps_batches_apart_by_clones(stateful_encoder, shares
     assert all(is_right) != shares_network
 
 
-def test_parallel_encoder_divides_the_threads_between_two_batches(stateful_encoder):
+def test_parallel_encoder_divides_the_threads_between_two_batches_and_raises_an_earlier_error(stateful_encoder):
     barrier = threading.Barrier(2)
 
     def get_threads(_):
@@ -95,6 +95,10 @@ def test_parallel_encoder_divides_the_threads_between_two_batches(stateful_encod
 
     with ParallelEncoder(stateful_encoder) as parallel:
         assert [future.result() for future in [parallel.submit(get_threads) for _ in range(4)]] == [1] * 4
+        # The error of an earlier batch is raised.
+        parallel.submit(lambda _: 1 / 0).exception()
+        with pytest.raises(ZeroDivisionError):
+            parallel.submit(lambda _: 1)
     assert torch.get_num_threads() == 2
 
 
@@ -104,10 +108,3 @@ def test_device_threads_do_not_take_the_number_of_torch_threads_of_another_threa
         pool.submit(int).result()  # starts the thread
         torch.set_num_threads(2)
         assert pool.submit(torch.get_num_threads).result() == 1
-
-
-def test_parallel_encoder_raises_the_error_of_an_earlier_batch(stateful_encoder):
-    with ParallelEncoder(stateful_encoder) as parallel:
-        parallel.submit(lambda _: 1 / 0).exception()
-        with pytest.raises(ZeroDivisionError):
-            parallel.submit(lambda _: 1)

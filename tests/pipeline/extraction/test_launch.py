@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from distributed import LocalCluster
+from small_store import file_bytes
 
 from cache.reader import FeatureStore
 from cache.verify import verify
@@ -42,10 +43,6 @@ def make_job(images_path, weights_folder, tmp_path):
         )  # fmt: skip
 
     return make
-
-
-def file_bytes(store):
-    return {path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 def claimed_shards(process) -> list[int]:
