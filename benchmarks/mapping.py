@@ -26,7 +26,7 @@ from pipeline.distillation.student import Student, StudentSpec
 
 FOLDER = Path("data/scratch/mapping")
 BANDS = [osm_landuse.BANDS[index] for index in (1, 2, 3, 7)]  # blue, green, red, nir
-SIDES = {"small": 1024, "large": 4096}
+SIDES = {"small": 2048, "large": 8192}  # the small scene fills GDAL's cache of 32 MB
 MAP_SCRIPT = """
 import sys
 from pathlib import Path
