@@ -32,11 +32,7 @@ SMALL = {
     "search": {"trials": 2, "trials_per_round": 1},
     "train": {"seeds": 2},
     "students": {"small": {"network": "test_resnet", "chip_size": 32, "mask_size": 64}},
-    "distill": {
-        "classification": {"steps": 4},
-        "segmentation": {"steps": 2, "batch": 4},
-        "search": {"trials": 1},
-    },
+    "distill": {"classification": {"steps": 4}, "segmentation": {"steps": 2, "batch": 4}, "search": {"trials": 1}},
     "backbones": {"csmask_b4": {"input_size": 64}, "lite0": {"input_size": 64}, "raw": {"input_size": 64}},
 }
 
@@ -67,17 +63,11 @@ class Job:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         author = {f"GIT_{role}_{key}": "t" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
         self.environment = {**os.environ, **author, "PATH": path, "PYTHONPATH": str(folder)}
+        self.options = {"cwd": folder, "env": self.environment}
 
     def run(self, *command: str, fails: bool = False) -> str:
         """Run a command and return its output; it must succeed, or fail if `fails`."""
-        result = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        result = subprocess.run(command, **self.options, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert (result.returncode != 0) == fails, result.stdout[-3000:]
         return result.stdout
 
@@ -110,8 +100,8 @@ class Job:
 
     def start(self, *command: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
         """Start a command in its own process group."""
-        options = {"cwd": self.folder, "env": self.environment, "start_new_session": True}
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, **options)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": stderr}
+        return subprocess.Popen(command, **self.options, **streams, start_new_session=True)
 
     def change(self, change: dict) -> None:
         """Set keys of params.yaml."""

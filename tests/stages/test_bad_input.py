@@ -27,23 +27,6 @@ def test_repro_invalid_params_stops_before_any_other_stage(fresh_clone):
 
 
 @pytest.mark.parametrize(
-    ("change", "mentions"),
-    [
-        ({"trian": 1}, ["params.yaml", "trian", "grid", "datasets"]),
-        ({"grid": {"datasets": ["m-eurosta"]}}, ["m-eurosta", "sample-landuse"]),
-        ({"grid": {"backbones": ["hiera"]}}, ["hiera", "lite0"]),
-        ({"backbones": {"lite0": {"family": "vgg"}}}, ["vgg", "dofa", "efficientnet", "hiera"]),
-        ({"datasets": {"sample-trees": {"source": "bushes"}}}, ["bushes", "custom", "geobench", "neon_trees"]),
-        ({"compose": {"best": 2}}, ["compose", "composition"]),
-    ],
-)
-def test_validate_unknown_name_lists_the_known_ones(fresh_clone, change, mentions):
-    fresh_clone.change(change)
-    error = fresh_clone.stage_error("validate")
-    assert all(value in str(error) for value in mentions), error
-
-
-@pytest.mark.parametrize(
     ("change", "key", "value", "mentions"),
     [
         ({"heads": {"levels": [-1, 4]}}, "heads.levels", 4, ["lite0"]),

@@ -35,12 +35,10 @@ def test_finetune_scores_are_added_to_the_frozen_ones(job):
     tuned = runs[runs.protocol == "fine-tuned (lora)"]
     assert set(tuned.model) == {"lite0, fine-tuned"}
     assert tuned.groupby("dataset").size().to_dict() == {"sample-landuse-seg": 2, "sample-trees": 2}
-    unchanged = {
-        dataset: {model: score for model, score in models.items() if "tuned" not in model}
-        for dataset, models in scores.items()
-    }
-    assert unchanged == frozen_scores
     assert scores["sample-trees"]["lite0, fine-tuned"]["mean"] > 0.5
+    for dataset_scores in scores.values():
+        del dataset_scores["lite0, fine-tuned"]
+    assert scores == frozen_scores
     sentence = next(line for line in findings.splitlines() if "sample-trees" in line and "fine-tuned" in line)
     assert all(name in sentence for name in ("lite0", "lora")), sentence
     assert n_trained == 2
@@ -49,28 +47,8 @@ def test_finetune_scores_are_added_to_the_frozen_ones(job):
 
 
 def test_finetune_backbone_that_cannot_be_trained_is_refused(job):
-    assert "raw" in str(job.stage_error("finetune", "--dataset", "sample-trees", "--model", "raw"))
-    with job.changed({"finetune": {"method": "last9"}}):
-        error = job.stage_error("finetune", "--dataset", "sample-trees", "--model", "lite0")
-    assert all(value in str(error) for value in ("finetune.method", "last9", "lite0", "last7")), error
-    assert not (job.folder / "results/finetune/sample-trees").exists()
-
-
-def test_finetune_missing_foreign_or_damaged_head_is_refused(job):
-    head = job.folder / "results/heads/sample-trees/lite0/head.pt"
-    foreign_head = (job.folder / "results/heads/sample-landuse-seg/lite0/head.pt").read_bytes()
-    content = head.read_bytes()
-    try:
-        head.unlink()
-        foreign = (foreign_head, ["segmentation", "classification"])
-        for damaged, mentions in ((None, ["head.pt"]), foreign, (content[:100], ["head.pt"])):
-            if damaged is not None:
-                head.write_bytes(damaged)
-            error = job.stage_error("finetune", "--dataset", "sample-trees", "--model", "lite0")
-            assert all(value in str(error) for value in mentions), error
-    finally:
-        head.unlink(missing_ok=True)
-        head.write_bytes(content)
+    error = job.stage_error("finetune", "--dataset", "sample-trees", "--model", "raw")
+    assert (error.key, error.value) == ("grid.finetune", "raw")
     assert not (job.folder / "results/finetune/sample-trees").exists()
 
 
@@ -79,6 +57,4 @@ def test_finetune_skipped_model_is_skipped_again(job):
         job.stage("finetune", "--dataset", "sample-trees", "--model", "csmask_b4+lite0")
         folder = job.folder / "results/finetune/sample-trees"
         assert pd.read_csv(folder / "csmask_b4+lite0/runs.csv").empty
-        (folder / "csmask_b4+lite0/runs.csv").unlink()
-        (folder / "csmask_b4+lite0").rmdir()
-        folder.rmdir()
+        shutil.rmtree(folder)

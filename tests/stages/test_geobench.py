@@ -2,7 +2,6 @@
 
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ from stages import cost, distill, export, teacher
 from stages.plan import plan
 from tests.conftest import ROOT
 from tests.stages import smoke_paper
-from tests.stages.conftest import merge
+from tests.stages.conftest import Job, merge
 
 SETS = list(geobench.SETS)
 DISTILLED_SETS = ["m-bigearthnet", "m-so2sat", "m-nz-cattle"]  # one per task
@@ -48,20 +47,11 @@ def geobench_job(tmp_path, monkeypatch, geobench_root):
     content = merge(merge(content, {"datasets": PAPER["datasets"]}), SMALL | {"geobench_dir": str(geobench_root)})
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(content))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@contextmanager
-def changed(change):
-    """Set keys of params.yaml for the duration of the block."""
-    original = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(yaml.safe_dump(merge(yaml.safe_load(original), change)))
-    yield
-    Path("params.yaml").write_text(original)
+    return Job(tmp_path)
 
 
 def test_stages_all_twelve_sets_reach_the_report(geobench_job):
-    with changed({"grid": {"students": []}}):
+    with geobench_job.changed({"grid": {"students": []}}):
         for _, step in smoke_paper.steps(SMALL["grid"]):
             step()
     for name in DISTILLED_SETS:
@@ -71,7 +61,7 @@ def test_stages_all_twelve_sets_reach_the_report(geobench_job):
         assert students.model.tolist() == ["small (distilled)", "small (supervised)"]
         assert students.score.between(0, 1).all()
     # The small grid exports and maps students of other tasks (test_map.py).
-    with changed({"distill": {"datasets": DISTILLED_SETS[:1]}}):
+    with geobench_job.changed({"distill": {"datasets": DISTILLED_SETS[:1]}}):
         export.export("small", DISTILLED_SETS[0], False)
         cost.cost(DISTILLED_SETS[0])
     assert set(pd.read_csv(f"results/cost/{DISTILLED_SETS[0]}.csv").model) == {"small", "raw"}
@@ -100,7 +90,9 @@ def test_prepare_damaged_file_is_refused_or_skipped(job, geobench_root, tmp_path
         assert "{'train': 5, 'val': 4, 'test': 4}" in output
 
 
-def test_profile_paper_plans_every_stage(fresh_clone):
+def test_profile_paper_plans_every_stage_and_an_unknown_profile_is_refused(fresh_clone):
+    error = fresh_clone.stage_error("profile", "--name", "papre")
+    assert (error.value, error.allowed) == ("papre", ("paper", "samples"))
     shutil.copy(ROOT / "params.yaml", fresh_clone.folder)
     fresh_clone.stage("profile", "--name", "paper")
     # Without force_downstream DVC looks in its run cache for files that do not exist yet.
@@ -113,11 +105,6 @@ def test_profile_paper_plans_every_stage(fresh_clone):
     assert set(params.grid.datasets) == set(SETS)
     text = (fresh_clone.folder / "params.yaml").read_text()
     assert "# family: a file in pipeline/backbones" in text, "comments stay"
-
-
-def test_profile_unknown_name_is_refused(fresh_clone):
-    error = fresh_clone.stage_error("profile", "--name", "papre")
-    assert (error.value, error.allowed) == ("papre", ("paper", "samples"))
 
 
 def test_profile_paper_has_the_bands_of_table_2(params):
@@ -136,7 +123,7 @@ def test_profile_paper_has_the_bands_of_table_2(params):
 
 
 def test_plan_estimates_every_stage(geobench_job, capsys):
-    with changed({"grid": {"datasets": ["m-so2sat", "m-nz-cattle"]}}):
+    with geobench_job.changed({"grid": {"datasets": ["m-so2sat", "m-nz-cattle"]}}):
         plan()
     output = capsys.readouterr().out
     rows = [re.split(r"  +", line) for line in output.splitlines()]

@@ -40,11 +40,9 @@ def test_report_has_the_runs_of_every_dataset_and_model(job):
 
 def test_score_equals_the_score_of_the_stored_predictions(job):
     score_functions = {
-        "runs/sample-trees/lite0": lambda table: (table.predicted == table.label).mean(),
-        "train_selected/sample-trees/raw+lite0": lambda table: (
-            np.stack(table.probability).argmax(1) == table.label
-        ).mean(),
-        "runs/sample-landuse-seg/lite0": lambda table: Segmentation(7).score(np.stack(table.counts).sum(0)),
+        f"runs/{TREES}/lite0": lambda rows: (rows.predicted == rows.label).mean(),
+        f"train_selected/{TREES}/raw+lite0": lambda rows: (np.stack(rows.probability).argmax(1) == rows.label).mean(),
+        f"runs/{SEGMENTATION}/lite0": lambda rows: Segmentation(7).score(np.stack(rows.counts).sum(0)),
     }
     for folder, score in score_functions.items():
         predictions = pd.read_parquet(job.folder / "results" / folder / "predictions.parquet")
@@ -67,9 +65,6 @@ def test_composition_search_probes_every_ensemble_and_trains_the_selected(job):
     trees = json.loads((job.folder / "results/compose" / TREES / "composition.json").read_text())
     assert trees["backbones"] == ["raw", "lite0"]
     assert "csmask_b4" in trees["skipped"][0]
-
-
-# An experiment costs what it changes
 
 
 @pytest.mark.parametrize(
@@ -144,9 +139,8 @@ def test_plan_after_training_other_seeds_has_only_the_report(job):
         assert pd.read_csv(job.folder / "results/runs/sample-trees/lite0/runs.csv").seed.tolist() == [0, 1, 2]
         job.commit("train", "train_selected")
         after = contents(job.folder / "results/heads")
-        changed = {
-            path.split("/heads/")[1].split("/")[0] for path in after if after[path] != before[outputs[1]][path]
-        }
+        heads = [path.split("/heads/")[1] for path in after if after[path] != before["results/heads"][path]]
+        changed = {head.split("/")[0] for head in heads}
         assert {*job.planned()} == {"validate", "report", *(f"teacher@{dataset}" for dataset in changed)}
     for name in outputs[:3]:
         shutil.rmtree(job.folder / name)
@@ -171,9 +165,6 @@ def test_experiment_runs_its_stages_and_is_listed(job):
     job.run("git", "checkout", "-q", ".")
     job.run("dvc", "checkout", "-q")
     assert ((job.folder / "params.yaml").read_text(), (job.folder / "dvc.lock").read_text()) == (params_text, lock)
-
-
-# Kills
 
 
 def stages_of(process) -> list[psutil.Process]:
