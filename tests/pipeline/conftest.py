@@ -47,29 +47,29 @@ def task_images(tmp_path_factory):
     return make
 
 
+def write_store(path, arrays, images, views=(), shard_size=64):
+    """Write arrays by name, of all samples of `images`, to a feature store."""
+    levels = [values.shape[-3:] for key, values in sorted(arrays.items()) if key.startswith("level")]
+    schema = StoreSchema(
+        sample=tuple(images.sample.values.tolist()), split=tuple(images.split.values.tolist()),
+        levels=tuple(LevelSchema(*shape, images.sizes["x"] // shape[-1], "x") for shape in levels),
+        pooled={key[7:]: values.shape[-1] for key, values in arrays.items() if key.startswith("pooled/")},
+        dtype="float32", shard_size=shard_size, views=views,
+    )  # fmt: skip
+    writer = Writer(path.with_suffix(".scratch"), schema, path, {"images_sha256": images.attrs["content_sha256"]})
+    for shard in writer.pending_shards():
+        writer.write(shard, {key: values[schema.rows(shard)] for key, values in arrays.items()})
+    writer.finish()
+
+
 @pytest.fixture(scope="session")
 def feature_store(tmp_path_factory):
     """Function from a name, arrays by name, and images, to a feature store of their samples."""
 
     def write(name, arrays, images):
-        levels = [values for key, values in sorted(arrays.items()) if key.startswith("level")]
-        schema = StoreSchema(
-            sample=tuple(images.sample.values.tolist()),
-            split=tuple(images.split.values.tolist()),
-            levels=tuple(
-                LevelSchema(level.shape[1], *level.shape[2:], SIDE // level.shape[2], "x") for level in levels
-            ),
-            pooled={key[7:]: values.shape[1] for key, values in arrays.items() if key.startswith("pooled/")},
-            dtype="float32",
-            shard_size=64,
-        )
-        provenance = {"images_sha256": images.attrs["content_sha256"]}
-        folder = tmp_path_factory.mktemp("features")
-        writer = Writer(folder / "scratch", schema, folder / f"{name}.zarr", provenance)
-        for shard in writer.pending_shards():
-            writer.write(shard, {key: values[schema.rows(shard)] for key, values in arrays.items()})
-        writer.finish()
-        return FeatureStore(folder / f"{name}.zarr")
+        path = tmp_path_factory.mktemp("features") / f"{name}.zarr"
+        write_store(path, arrays, images)
+        return FeatureStore(path)
 
     return write
 

@@ -6,18 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cache.schema import LevelSchema, StoreSchema
-from cache.writer import Writer
+from pipeline import config
 from pipeline.bands import Band
-from pipeline.config import (
-    DistillConfig,
-    HeadsConfig,
-    LinearHeadConfig,
-    LossWeights,
-    SearchConfig,
-    StepsConfig,
-    UPerNetHeadConfig,
-)
 from pipeline.data import image_store, image_writer
 from pipeline.data.augmentation import VIEWS, AugmentedImages
 from pipeline.distillation.teacher import CachedTeacher
@@ -27,15 +17,16 @@ from pipeline.tasks import IGNORE, get_task
 from pipeline.training import task_data
 from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_heads, trained_head
+from tests.pipeline.conftest import write_store
 
 N_SAMPLES, SIDE = 60, 32
-HEADS = HeadsConfig(
-    LinearHeadConfig("all", "mean", steps=200, batch=20), UPerNetHeadConfig(channels=8, steps=60, batch=4)
-)
-SEARCH = SearchConfig(trials=2, trials_per_round=2, seed=0, learning_rate=(5e-3, 1e-2), weight_decay=(1e-3, 1e-2))
-DISTILL = DistillConfig(
-    datasets=(), teacher="best", loss_weights=LossWeights(1.0, 1.0, 1.0), temperature=2.0, extra_variants=(),
-    classification=StepsConfig(30, 16), segmentation=StepsConfig(20, 8), seeds=2, search=SEARCH,
+LINEAR = config.LinearHeadConfig("all", "mean", steps=200, batch=20)
+HEADS = config.HeadsConfig(LINEAR, config.UPerNetHeadConfig(channels=8, steps=60, batch=4))
+SEARCH = config.SearchConfig(2, 2, seed=0, learning_rate=(5e-3, 1e-2), weight_decay=(1e-3, 1e-2))
+DISTILL = config.DistillConfig(
+    datasets=(), teacher="best", loss_weights=config.LossWeights(1.0, 1.0, 1.0), temperature=2.0, seeds=2,
+    classification=config.StepsConfig(30, 16), segmentation=config.StepsConfig(20, 8), search=SEARCH,
+    extra_variants=(),
 )  # fmt: skip
 
 
@@ -77,31 +68,19 @@ class SyntheticDataset:
         image_writer.write(dataset, folder / "scratch", self.images_path)
         self.images = image_store.open_images(self.images_path)
         self.store, self.head_path = folder / "member.zarr", folder / "head.pt"
-        self._write_features(folder, views)
+        arrays = extract_features(pixels)
+        if views:
+            copies = [extract_features(np.ascontiguousarray(VIEWS[view](pixels))) for view in views]
+            arrays = {name: np.stack([copy[name] for copy in copies], axis=1) for name in arrays}
+        write_store(self.store, arrays, self.images, views, shard_size=32)
         data = task_data.load({self.store: None}, self.images_path, HEADS, ("train", "val"), "cpu")
         checkpoint.save(self.head_path, trained_head(data, "member", train_heads(data, [HParams(0.02, 0.01, 0)]), 0))
 
-    def _write_features(self, folder: Path, views: tuple[str, ...]) -> None:
-        arrays = extract_features(self.pixels)
-        schema = StoreSchema(
-            sample=tuple(self.images.sample.values.tolist()), split=tuple(self.images.split.values.tolist()),
-            levels=(LevelSchema(3, 4, 4, 8, "x"),), pooled={"mean_level0": 3}, dtype="float32", shard_size=32,
-            views=views,
-        )  # fmt: skip
-        if views:
-            copies = [extract_features(np.ascontiguousarray(VIEWS[view](self.pixels))) for view in views]
-            arrays = {name: np.stack([copy[name] for copy in copies], axis=1) for name in arrays}
-        provenance = {"images_sha256": self.images.attrs["content_sha256"]}
-        writer = Writer(folder / "scratch-features", schema, self.store, provenance)
-        for shard in writer.pending_shards():
-            writer.write(shard, {name: values[schema.rows(shard)] for name, values in arrays.items()})
-        writer.finish()
-
-    def setup(self, config: DistillConfig = DISTILL) -> DistillationSetup:
+    def setup(self, settings: config.DistillConfig = DISTILL) -> DistillationSetup:
         images = AugmentedImages.load(self.images_path, max_gb=1.0)
         rows = images.rows("train", image_store.UNLABELLED)
         teacher = CachedTeacher({self.store: None}, self.images_path, checkpoint.load(self.head_path), rows)
-        return DistillationSetup(images, teacher, config, "cpu")
+        return DistillationSetup(images, teacher, settings, "cpu")
 
 
 @pytest.fixture(scope="session")

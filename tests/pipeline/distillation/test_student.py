@@ -13,10 +13,8 @@ from pipeline.distillation.student import (
     make_student,
     pretrained_state,
     save_student,
-    student_metadata,
 )
 from pipeline.errors import UserError
-from pipeline.tasks import IGNORE
 from tests.errors import raises
 
 SPEC = StudentSpec("test_resnet", 5, 3, "classification", 64)
@@ -125,15 +123,6 @@ def test_save_student_loaded_student_predicts_the_same(tmp_path, task):
     assert metadata["parameters"] == sum(parameter.numel() for parameter in student.parameters())
     assert metadata["mean"] == [100.0] * 5
     assert metadata["architecture"] == SPEC.architecture
-
-
-def test_student_metadata_describes_the_images(make_dataset):
-    metadata = student_metadata(make_dataset("segmentation").images, "d", "distilled", "random", "member")
-    assert metadata["ignore"] == IGNORE
-    assert [band["common_name"] for band in metadata["bands"]] == ["red", "nir"]
-    assert [band["wavelength"] for band in metadata["bands"]] == [0.665, 0.8]
-    assert (metadata["units"], metadata["gsd"], metadata["size"]) == ("dn", 1.0, [32, 32])
-    assert (metadata["teacher"], metadata["variant"], metadata["weights"]) == ("member", "distilled", "random")
 
 
 @pytest.mark.parametrize(

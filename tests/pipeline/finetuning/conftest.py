@@ -9,18 +9,10 @@ import torch
 import xarray as xr
 
 from cache.writer import Writer
+from pipeline import config
 from pipeline.backbones import create_backbone, get_spec, preprocessing
 from pipeline.backbones.encoder import Encoder
 from pipeline.bands import SENTINEL2
-from pipeline.config import (
-    BackboneConfig,
-    ExtractConfig,
-    FcnHeadConfig,
-    FineTuneConfig,
-    HeadsConfig,
-    LinearHeadConfig,
-    UPerNetHeadConfig,
-)
 from pipeline.data import image_store, image_writer
 from pipeline.data.augmentation import AugmentedImages
 from pipeline.extraction import engine
@@ -31,19 +23,16 @@ from pipeline.training import task_data
 from pipeline.training.loop import HParams
 from pipeline.training.protocol import train_heads, trained_head
 
-HEADS = HeadsConfig(
-    LinearHeadConfig("all", "mean", steps=60, batch=20),
-    UPerNetHeadConfig(channels=4, steps=4, batch=4),
-    FcnHeadConfig(steps=10, batch=8),
-    segmentation="fcn",
-)
-EXTRACT = ExtractConfig("float32", "none", "float32", False, 16, 64, False, ("identity",))
-CONFIG = FineTuneConfig(steps=4, batch=4, val_checks=2, seeds=1, learning_rates=(1e-3,))
+LINEAR = config.LinearHeadConfig("all", "mean", steps=60, batch=20)
+UPERNET, FCN = config.UPerNetHeadConfig(channels=4, steps=4, batch=4), config.FcnHeadConfig(steps=10, batch=8)
+HEADS = config.HeadsConfig(LINEAR, UPERNET, FCN, segmentation="fcn")
+EXTRACT = config.ExtractConfig("float32", "none", "float32", False, 16, 64, False, ("identity",))
+CONFIG = config.FineTuneConfig(steps=4, batch=4, val_checks=2, seeds=1, learning_rates=(1e-3,))
 BACKBONES = {
-    "lite0": BackboneConfig("efficientnet", "lite0", "random", 32),
-    "prithvi": BackboneConfig("prithvi", "prithvi_eo_v2_tiny_tl", "random", 32),
-    "hiera": BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64),
-    "raw": BackboneConfig("band_statistics", "mean_std", "none", 32),
+    "lite0": config.BackboneConfig("efficientnet", "lite0", "random", 32),
+    "prithvi": config.BackboneConfig("prithvi", "prithvi_eo_v2_tiny_tl", "random", 32),
+    "hiera": config.BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64),
+    "raw": config.BackboneConfig("band_statistics", "mean_std", "none", 32),
 }
 METADATA = {"dataset": "d", "model": "m", "weights": "random, seed 0"}
 N_PER_SPLIT, SIDE, N_CLASSES = 8, 16, 3
@@ -79,10 +68,10 @@ class FrozenModel:
     data: task_data.TaskData
     stores: dict
 
-    def trainable(self, seed: int = 0, precision: str = "float32", **changes) -> FineTunedEnsemble:
+    def trainable(self, seed=0, precision="float32", device="cpu", **changes) -> FineTunedEnsemble:
         """Make it trainable; `changes` are of `CONFIG`."""
-        config = dataclasses.replace(CONFIG, **changes)
-        return FineTunedEnsemble(self.images, self.members, self.head_path, config, seed, "cpu", precision)
+        settings = dataclasses.replace(CONFIG, **changes)
+        return FineTunedEnsemble(self.images, self.members, self.head_path, settings, seed, device, precision)
 
     def job(self, **changes) -> FineTuneJob:
         """Return a fine-tuning job on its images."""

@@ -1,15 +1,14 @@
 """Fine-tuning on a GPU: it starts from the frozen model, and ends with finite weights and scores."""
 
-import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.finetuning import train
-from pipeline.finetuning.model import FineTunedEnsemble
 from pipeline.training.loop import HParams
-from tests.pipeline.finetuning.conftest import CONFIG, METADATA
+from tests.pipeline.finetuning.conftest import METADATA
 
 
 @pytest.mark.parametrize("model", ["lite0", "prithvi", "hiera"])
@@ -18,12 +17,8 @@ def test_fine_tuning_on_gpu_starts_as_the_frozen_model_and_scores(
     gpu, frozen_model, tmp_path, model, method, checkpointing
 ):
     frozen, changes = frozen_model("classification", model), {"method": method, "checkpointing": checkpointing}
-    config, job = dataclasses.replace(CONFIG, **changes), frozen.job(**changes)
-
-    def create_model(seed: int) -> FineTunedEnsemble:
-        return FineTunedEnsemble(frozen.images, frozen.members, frozen.head_path, config, seed, gpu, "bfloat16")
-
-    hparams = HParams(1e-3, 1e-2, 0)
+    create_model = partial(frozen.trainable, precision="bfloat16", device=gpu, **changes)
+    job, hparams = frozen.job(**changes), HParams(1e-3, 1e-2, 0)
     on_gpu = train.train(create_model(0), job, hparams, tmp_path / "gpu.pt")
     on_cpu = train.train(frozen.trainable(**changes), job, hparams, tmp_path / "cpu.pt")
     assert on_gpu.frozen_score == pytest.approx(on_cpu.frozen_score, abs=0.1)

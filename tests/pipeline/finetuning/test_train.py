@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,9 +24,8 @@ LAST_BLOCK = {"method": "last1", "steps": 4, "val_checks": 4, "seeds": 2, "learn
 
 def fine_tune(frozen, folder) -> train.FineTuneResult:
     """Run the whole protocol on the last block of a model."""
-    return train.run_fine_tuning(
-        lambda seed: frozen.trainable(seed, **LAST_BLOCK), frozen.job(**LAST_BLOCK), METADATA, folder
-    )
+    create = partial(frozen.trainable, **LAST_BLOCK)
+    return train.run_fine_tuning(create, frozen.job(**LAST_BLOCK), METADATA, folder)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,8 @@ def test_run_fine_tuning_runs_have_the_columns_of_the_frozen_protocol_and_more(f
     assert runs.protocol.tolist() == ["fine-tuned (last 1 blocks)"] * 2
     assert runs.seed.tolist() == [0, 1]
     assert (runs.val_score >= runs.frozen_val_score).all()
-    val_scores = {
-        rate: torch.load(folder / f"{rate:g}-seed0.pt")["best_score"] for rate in LAST_BLOCK["learning_rates"]
-    }
+    rates = LAST_BLOCK["learning_rates"]
+    val_scores = {rate: torch.load(folder / f"{rate:g}-seed0.pt")["best_score"] for rate in rates}
     assert (folder / f"{runs.learning_rate[0]:g}-seed1.pt").exists()
     assert val_scores[runs.learning_rate[0]] == max(val_scores.values()) == runs.val_score[0]
     parameters = frozen.trainable(method="last1").trainable_parameters()
