@@ -7,9 +7,13 @@ also has the number of classes and their weights. A new task is one more class i
 A score is computed from summed counts per sample, so it can be recomputed and resampled from stored tables. The
 counts of a sample are a flattened confusion matrix (actual class x predicted class). For multi-label tasks they are
 the true positives, false positives and false negatives of every class.
+
+A class that the labels lack has no score of its own and is not part of a mean over classes, whatever is predicted:
+docs/decisions/absent-classes.md. Pixels or chips that are wrongly given such a class lower the score of their class.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -28,6 +32,69 @@ if TYPE_CHECKING:  # torch takes 3 s to import; the processes that write images 
 IGNORE = 255
 # Class index of a sample without a label; no class can have it.
 NO_CLASS = -(2**31)
+
+
+# Scores of classes, from their counts
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Number of hits and errors of every class, each (…, class)."""
+
+    true_positives: np.ndarray
+    false_positives: np.ndarray
+    false_negatives: np.ndarray
+
+    @property
+    def support(self) -> np.ndarray:
+        """Number of labels of every class."""
+        return self.true_positives + self.false_negatives
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Number of predictions of every class."""
+        return self.true_positives + self.false_positives
+
+    @property
+    def recall(self) -> np.ndarray:
+        """Share of a class's labels that are predicted, which is the producer's accuracy."""
+        return _ratio(self.true_positives, self.support)
+
+    @property
+    def precision(self) -> np.ndarray:
+        """Share of a class's predictions that are right, which is the user's accuracy; 0 without predictions."""
+        return _ratio(self.true_positives, self.predicted)
+
+    @property
+    def iou(self) -> np.ndarray:
+        return _ratio(self.true_positives, self.support + self.false_positives)
+
+    @property
+    def f1(self) -> np.ndarray:
+        return _ratio(2 * self.true_positives, self.support + self.predicted)
+
+    def sum(self) -> "ClassCounts":
+        """Return the counts of all classes together, each (…, 1)."""
+        parts = self.true_positives, self.false_positives, self.false_negatives
+        return ClassCounts(*(part.sum(axis=-1, keepdims=True) for part in parts))
+
+    def mean_over_present(self, values: np.ndarray) -> np.ndarray:
+        """Average values of classes over those that the labels have; 0 without labels."""
+        is_present = self.support > 0
+        return _ratio((values * is_present).sum(axis=-1), is_present.sum(axis=-1))
+
+
+def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
+    return part / np.maximum(total, 1)
+
+
+METRICS: dict[str, Callable[[ClassCounts], np.ndarray]] = {
+    "accuracy": lambda counts: counts.sum().recall[..., 0],
+    "balanced accuracy": lambda counts: counts.mean_over_present(counts.recall),
+    "micro F1": lambda counts: counts.sum().f1[..., 0],
+    "macro F1": lambda counts: counts.mean_over_present(counts.f1),
+    "mean IoU": lambda counts: counts.mean_over_present(counts.iou),
+}
 
 
 # Tasks
@@ -52,6 +119,7 @@ class Task(ABC):
         ignore_value: label value that does not count in loss and score; None if every value counts.
         missing_value: value of the label of a sample without one (split `unlabelled`).
         label_dims, label_dtype: dimensions and dtype of the stored labels.
+        metric: name of the score; further_metrics: of others that are reported. Names of `METRICS`.
     """
 
     n_classes: int
@@ -59,6 +127,7 @@ class Task(ABC):
 
     type: ClassVar[TaskType]
     metric: ClassVar[str]
+    further_metrics: ClassVar[tuple[str, ...]]
     is_dense: ClassVar[bool] = False
     is_multilabel: ClassVar[bool] = False
     ignore_value: ClassVar[int | None] = None
@@ -127,14 +196,15 @@ class Task(ABC):
         counts = np.bincount(cell.ravel(), minlength=n_samples * (n_cells + 1))
         return counts.reshape(n_samples, -1)[:, :n_cells]
 
-    @abstractmethod
-    def score(self, counts: np.ndarray) -> np.ndarray:
-        """Compute the metric in [0, 1], (…), from summed counts (…, entry)."""
+    def score(self, counts: np.ndarray, metric: str | None = None) -> np.ndarray:
+        """Compute a metric in [0, 1], (…), from summed counts (…, entry); by default that of the task."""
+        return METRICS[metric or self.metric](self.class_counts(counts))
 
-    def _confusion(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the confusion matrix (…, class, class) and its diagonal, the true positives."""
+    def class_counts(self, counts: np.ndarray) -> ClassCounts:
+        """Return hits and errors of every class, each (…, class), from summed counts (…, entry)."""
         confusion = counts.reshape(*counts.shape[:-1], self.n_classes, self.n_classes)
-        return confusion, np.diagonal(confusion, axis1=-2, axis2=-1)
+        hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+        return ClassCounts(hits, confusion.sum(axis=-2) - hits, confusion.sum(axis=-1) - hits)
 
     # Training, with torch
 
@@ -182,6 +252,7 @@ class Classification(Task):
     """One class per chip."""
 
     type, metric = TaskType.CLASSIFICATION, "accuracy"
+    further_metrics = ("balanced accuracy", "macro F1")
     missing_value = NO_CLASS
     label_dims, label_dtype = ("sample",), np.int64
 
@@ -198,15 +269,12 @@ class Classification(Task):
     def classes_present(cls, label: np.ndarray) -> np.ndarray:
         return np.atleast_1d(label).astype(np.int64)
 
-    def score(self, counts: np.ndarray) -> np.ndarray:
-        confusion, true_positives = self._confusion(counts)
-        return true_positives.sum(axis=-1) / np.maximum(confusion.sum(axis=(-2, -1)), 1)
-
 
 class MultiLabel(Task):
     """Any number of classes per chip."""
 
     type, metric = TaskType.MULTILABEL, "micro F1"
+    further_metrics = ("macro F1",)
     is_multilabel = True
     label_dims, label_dtype = ("sample", "class"), np.uint8
 
@@ -243,10 +311,8 @@ class MultiLabel(Task):
         counts = predicted & label, predicted & ~label & 1, label & ~predicted & 1
         return np.stack(counts, axis=1).reshape(len(label), -1).astype(np.int64)
 
-    def score(self, counts: np.ndarray) -> np.ndarray:
-        counts = counts.reshape(*counts.shape[:-1], 3, self.n_classes).sum(axis=-1)
-        true_positives, false_positives, false_negatives = np.moveaxis(counts, -1, 0)
-        return 2 * true_positives / np.maximum(2 * true_positives + false_positives + false_negatives, 1)
+    def class_counts(self, counts: np.ndarray) -> ClassCounts:
+        return ClassCounts(*np.moveaxis(counts.reshape(*counts.shape[:-1], 3, self.n_classes), -2, 0))
 
     def loss(self, logits: "torch.Tensor", label: "torch.Tensor") -> "torch.Tensor":
         from torch.nn import functional  # torch takes 3 s to import; the processes that write images need none
@@ -265,6 +331,7 @@ class Segmentation(Task):
     """One class per pixel; pixels without a label have `IGNORE`."""
 
     type, metric = TaskType.SEGMENTATION, "mean IoU"
+    further_metrics = ("accuracy", "balanced accuracy", "macro F1")
     is_dense = True
     ignore_value = IGNORE
     label_dims, label_dtype = ("sample", "y", "x"), np.uint8
@@ -280,13 +347,6 @@ class Segmentation(Task):
     @classmethod
     def classes_present(cls, label: np.ndarray) -> np.ndarray:
         return np.unique(label[label != IGNORE]).astype(np.int64)
-
-    def score(self, counts: np.ndarray) -> np.ndarray:
-        """Compute the mean over the classes that occur in the labels or in the predictions."""
-        confusion, true_positives = self._confusion(counts)
-        union = confusion.sum(axis=-1) + confusion.sum(axis=-2) - true_positives
-        n_occurring = np.maximum((union > 0).sum(axis=-1), 1)
-        return (true_positives / np.maximum(union, 1)).sum(axis=-1) / n_occurring
 
 
 TASKS: dict[str, type[Task]] = {task.type.value: task for task in (Classification, MultiLabel, Segmentation)}

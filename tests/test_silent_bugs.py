@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics
 
 from cache.errors import StoreError
 from cache.schema import StoreSchema
@@ -13,7 +14,7 @@ from pipeline.bands import Band
 from pipeline.config import HeadsConfig, LinearHeadConfig, UPerNetHeadConfig
 from pipeline.data import image_store, image_writer
 from pipeline.data.sources import osm_landuse
-from pipeline.tasks import IGNORE
+from pipeline.tasks import IGNORE, Segmentation
 from pipeline.training import task_data
 from pipeline.training.loop import HParams
 from pipeline.training.protocol import count_split, train_heads
@@ -121,6 +122,27 @@ def test_masks_unlabelled_pixels_are_ignored_and_never_a_class(image_dataset):
     dataset = image_dataset("sample-landuse-seg")
     assert IGNORE not in range(len(dataset.classes))
     assert set(np.unique(dataset.label)) == {*range(len(osm_landuse.CLASSES)), IGNORE}
+
+
+# Scores
+
+
+@pytest.mark.parametrize(
+    ("metric", "reference"),
+    [
+        ("mean IoU", lambda *pair: metrics.jaccard_score(*pair, average="macro", labels=[0, 1])),
+        ("macro F1", lambda *pair: metrics.f1_score(*pair, average="macro", labels=[0, 1])),
+        ("balanced accuracy", lambda *pair: metrics.recall_score(*pair, average="macro", labels=[0, 1])),
+    ],
+)
+def test_score_one_pixel_of_a_class_that_the_labels_lack_does_not_take_a_third(metric, reference):
+    label = np.arange(10_000).reshape(1, 100, 100) % 2
+    predicted = label.copy()
+    predicted[0, 0, 0] = 2
+    task = Segmentation(3)
+    score = task.score(task.counts(predicted, label).sum(0), metric)
+    assert score == pytest.approx(reference(label.ravel(), predicted.ravel()))
+    assert 0.9998 < score < 1
 
 
 # Stores and training

@@ -159,13 +159,20 @@ def test_predict_and_probabilities_agree_with_torch_and_scipy(name):
     np.testing.assert_array_equal(task.predict(logits.numpy()), task.predict_labels(logits, label, dim=1))
 
 
-def test_counts_of_chips_give_sklearns_accuracy_of_every_head():
+def test_counts_of_chips_give_sklearns_scores_of_every_head():
     label, predicted = np.random.default_rng(0).integers(5, size=(2, 3, 400))
     task = Classification(5)
-    pairs = list(zip(predicted, label, strict=True))
-    counts = np.stack([task.counts(*pair).sum(0) for pair in pairs])
+    pairs = list(zip(label, predicted, strict=True))
+    counts = np.stack([task.counts(predicted, label).sum(0) for label, predicted in pairs])
     assert counts[0].reshape(5, 5).tolist() == metrics.confusion_matrix(label[0], predicted[0]).tolist()
     assert task.score(counts) == pytest.approx([metrics.accuracy_score(*pair) for pair in pairs])
+    expected = {
+        "balanced accuracy": [metrics.balanced_accuracy_score(*pair) for pair in pairs],
+        "macro F1": [metrics.f1_score(*pair, average="macro") for pair in pairs],
+    }
+    assert expected.keys() == set(task.further_metrics)
+    for name, scores in expected.items():
+        assert task.score(counts, name) == pytest.approx(scores)
 
 
 def test_counts_of_masks_with_ignored_pixels_give_sklearns_mean_iou():
@@ -179,8 +186,24 @@ def test_counts_of_masks_with_ignored_pixels_give_sklearns_mean_iou():
         assert Segmentation(n_classes).score(counts.sum(0)) == pytest.approx(expected)
 
 
-def test_multilabel_counts_give_sklearns_micro_f1():
+def test_multilabel_counts_give_sklearns_f1_over_the_classes_of_the_labels():
     label, predicted = np.random.default_rng(0).integers(2, size=(2, 300, 6))
-    counts = MultiLabel(6).counts(predicted, label)
+    label[:, 4] = 0
+    task, present = MultiLabel(6), [0, 1, 2, 3, 5]
+    counts = task.counts(predicted, label)
     assert counts.shape == (300, 18)
-    assert MultiLabel(6).score(counts.sum(0)) == pytest.approx(metrics.f1_score(label, predicted, average="micro"))
+    assert task.score(counts.sum(0)) == pytest.approx(metrics.f1_score(label, predicted, average="micro"))
+    expected = metrics.f1_score(label, predicted, average="macro", labels=present)
+    assert task.score(counts.sum(0), "macro F1") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("task", [Classification(4), Segmentation(4)])
+def test_class_counts_give_sklearns_scores_of_every_class(task):
+    label, predicted = np.random.default_rng(0).integers(3, size=(2, 500, *((1, 1) if task.is_dense else ())))
+    scores = task.class_counts(task.counts(predicted, label).sum(0))
+    expected = metrics.precision_recall_fscore_support(
+        label.ravel(), predicted.ravel(), labels=range(4), zero_division=0
+    )
+    np.testing.assert_allclose([scores.precision, scores.recall, scores.f1, scores.support], expected)
+    iou = metrics.jaccard_score(label.ravel(), predicted.ravel(), labels=range(4), average=None, zero_division=0)
+    np.testing.assert_allclose(scores.iou, iou)
