@@ -34,7 +34,7 @@ def read_map(folder, name):
 
 @pytest.fixture
 def map_pixels(write_geotiff, linear_model, tmp_path):
-    """Function from pixels to the content of map.json, the classes and the confidence; maps to tmp_path/map."""
+    """Function from pixels to map.json's content, classes and confidence; maps to tmp_path/map."""
 
     def write_and_map(pixels, tile=32, task="segmentation", **options):
         scene, model = open_scene(write_geotiff(pixels, **options)), load_onnx_student(linear_model(tile, task=task))
