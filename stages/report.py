@@ -7,7 +7,7 @@ import pandas as pd
 from pipeline import config
 from pipeline.composition import CompositionResult
 from pipeline.errors import UserError
-from pipeline.report import figures, sections, statements
+from pipeline.report import class_scores, figures, sections, statements
 from pipeline.report.significance import FROZEN, Draws, ModelKind, bootstrap, summarize_runs
 from pipeline.tasks import counts_from_table, get_task
 from stages import cli
@@ -35,6 +35,7 @@ def make_report() -> None:
     tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
     runs, costs = pd.concat(tables, ignore_index=True), pd.DataFrame()
     draws = _bootstrap_all(folders, runs)
+    metrics, classes = _class_scores(folders, runs, _class_names(grid))
     summary = summarize_runs(runs, draws)
     if students:
         costs = pd.concat([pd.read_csv(cli.require(cli.COSTS / f"{dataset}.csv")) for dataset in grid.datasets])
@@ -46,6 +47,8 @@ def make_report() -> None:
     with cli.publish_folder(cli.REPORT) as folder:
         runs.to_csv(folder / "runs.csv", index=False)
         summary.to_csv(folder / "summary.csv", index=False)
+        metrics.to_csv(folder / "metrics.csv", index=False)
+        classes.to_csv(folder / "per_class.csv", index=False)
         pairs.to_csv(folder / "pairs.csv", index=False)
         (folder / "summary.md").write_text(sections.markdown_table(scores))
         figures.draw_boxplots(runs, large, folder / "boxplots.png")
@@ -53,6 +56,7 @@ def make_report() -> None:
         html = sections.render(
             "report.html.j2",
             scores=scores, boxplots=folder / "boxplots.png", comparisons=comparisons, pairs=pairs,
+            metrics=sections.metrics(metrics), classes=sections.classes(classes),
             multiplicity_note=statements.multiplicity_note(pairs),
             aggregates=sections.aggregates(runs[runs.protocol == FROZEN]),
             composition=sections.composition(compositions, summary, folder),
@@ -102,6 +106,38 @@ def _bootstrap_all(folders: Folders, runs: pd.DataFrame) -> Draws:
             raise UserError(message, path=folder)
         draws[dataset, model] = bootstrap(task, counts, stream=number)
     return draws
+
+
+def _class_names(grid: config.GridConfig) -> dict[str, list[str]]:
+    """Return the names of each dataset's classes; empty if no model was tuned on it."""
+    names = {}
+    for dataset in grid.datasets:
+        tuned = [cli.read_json(cli.TUNING / dataset / f"{model}.json") for model in grid.models]
+        if (path := cli.SELECTED_TUNING / f"{dataset}.json").exists():
+            tuned += cli.read_json(path).values()
+        names[dataset] = next((result["classes"] for result in tuned if "classes" in result), [])
+    return names
+
+
+def _class_scores(
+    folders: Folders, runs: pd.DataFrame, class_names: dict[str, list[str]]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return metrics, and scores of every class, by dataset and model (pipeline/report/class_scores.py)."""
+    metrics, classes = [], []
+    for (dataset, model), folder in folders.items():
+        first_run = runs[(runs.dataset == dataset) & (runs.model == model)].iloc[0]
+        task = get_task(first_run.task)(int(first_run.classes))
+        predicted = pd.read_parquet(folder / "predictions.parquet")
+        precision = class_scores.average_precision(predicted) if task.is_multilabel else None
+        _, counts = counts_from_table(predicted, task)
+        names = class_names[dataset] or list(map(str, range(task.n_classes)))
+        tables = (
+            class_scores.metric_table(task, counts, precision),
+            class_scores.class_table(task, counts, names, precision),
+        )
+        for group, table in zip((metrics, classes), tables, strict=True):
+            group.append(pd.DataFrame({"dataset": dataset, "model": model, "protocol": first_run.protocol, **table}))
+    return pd.concat(metrics, ignore_index=True), pd.concat(classes, ignore_index=True)
 
 
 def _metrics(summary: pd.DataFrame) -> dict[str, dict]:

@@ -30,6 +30,7 @@ def _tune(params: config.Params, resolved: dict) -> dict:
     from pipeline.training import protocol
 
     data, device = cli.load_task_data(params, resolved, ("train", "val"))
+    result["classes"] = data.class_names
     study_path = cli.SCRATCH / "studies" / f"{dataset}-{model}.json"
     result |= protocol.tune(data, params.search, f"{dataset} {model}", study_path, [resolved, device])
     study_path.unlink(missing_ok=True)

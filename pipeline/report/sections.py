@@ -90,6 +90,31 @@ def format_intervals(table: pd.DataFrame) -> list[str]:
     return [f"{low:.3f}–{high:.3f}" for low, high in zip(table.low, table.high, strict=True)]
 
 
+def metrics(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with a column per metric, from `class_scores.metric_table` of every model."""
+    scores = table.assign(score=format_scores(table))
+    keys = ["dataset", "model", "protocol"]
+    wide = scores.pivot(index=keys, columns="metric", values="score")[scores.metric.unique()].fillna("–")
+    return wide.loc[pd.MultiIndex.from_frame(scores[keys].drop_duplicates())].reset_index()
+
+
+def classes(table: pd.DataFrame) -> list[dict]:
+    """Return `dataset` and `scores` of each dataset, from `class_scores.class_table` of every model.
+
+    A row per class: its number of test labels, and F1 and IoU of every model.
+    """
+    section = []
+    for dataset, rows in table.groupby("dataset", sort=False):
+        first_model = rows[rows.model == rows.model.iloc[0]]
+        scores = pd.DataFrame({"class": first_model["class"], "test labels": first_model.support.map("{:d}".format)})
+        for (model, protocol), row in rows.groupby(["model", "protocol"], sort=False):
+            pairs = zip(row.f1, row.iou, strict=True)
+            cells = [f"{format_number(f1, '.3f')} / {format_number(iou, '.3f')}" for f1, iou in pairs]
+            scores[f"{model} ({protocol})" if protocol not in model else model] = cells
+        section.append({"dataset": dataset, "scores": scores})
+    return section
+
+
 def aggregates(runs: pd.DataFrame) -> list[dict]:
     """Return `datasets` and a table `scores` of each group of datasets with common models."""
     groups = []

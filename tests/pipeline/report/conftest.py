@@ -117,7 +117,7 @@ def results(grid, compositions, tmp_path_factory):
     write_runs(folder / "runs/e/a", runs, table)
     models = ["a", "b", "a_random", "a+b"]
     for model in models:
-        write_json(folder / f"tune/d/{model}.json", {"skipped": None})
+        write_json(folder / f"tune/d/{model}.json", {"skipped": None, "classes": ["no", "yes"]})
         write_json(folder / f"tune/e/{model}.json", {"skipped": None if model == "a" else "b needs <nir>."})
     write_student_records(folder)
     grid_config = SimpleNamespace(datasets=["d", "e"], models=models, finetune=["b"], students=["small"])

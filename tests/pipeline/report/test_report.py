@@ -5,8 +5,10 @@ import re
 import subprocess
 
 import jinja2
+import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import f1_score
 
 from pipeline.errors import UserError
 from pipeline.report import figures, sections
@@ -67,6 +69,26 @@ def test_report_tables_have_every_model_and_its_protocol(results, html, grid):
     assert scores["d"]["a"] == pytest.approx({"mean": score.mean(), "std": score.std()}, abs=1e-6)
     assert scores["e"]["a"] == {"mean": 0.25}, "a single run has no deviation"
     assert sum("| 0.250 ± – |" in line for line in lines) == 1
+
+
+def test_report_has_further_metrics_and_scores_of_every_class(results, html, grid):
+    table = pd.read_csv(results / "report/metrics.csv").set_index(["dataset", "model", "metric"])
+    runs, _ = grid
+    assert table.loc["d", "a", "accuracy"]["mean"] == pytest.approx(runs[runs.model == "a"].score.mean())
+    section = section_of(html, "Other metrics, and classes")
+    columns = ("dataset", "model", "balanced accuracy", "mean IoU")
+    assert ["e", "a", "0.000 ± –", "0.000 ± –"] in rows_of(section, *columns)
+    assert ["d", "–"] in rows_of(section, "dataset", "mean IoU")
+    classes = pd.read_csv(results / "report/per_class.csv")
+    predicted = pd.read_parquet(results / "runs/d/a/predictions.parquet")
+    expected = [f1_score(seed.label, seed.predicted, average=None) for _, seed in predicted.groupby("seed")]
+    rows = classes[(classes.dataset == "d") & (classes.model == "a")]
+    assert rows["class"].tolist() == ["no", "yes"]
+    np.testing.assert_allclose(rows.f1, np.mean(expected, axis=0))
+    np.testing.assert_allclose(rows.f1_std, np.std(expected, axis=0, ddof=1))
+    (table_of_d,) = [group for group in section.split("<details>") if group.startswith("<summary>d:")]
+    assert [row[0] for row in rows_of(table_of_d, "class", "test labels")] == ["no", "yes"]
+    assert rows_of(table_of_d, "a (frozen)")[0][0].startswith(f"{rows.f1.iloc[0]:.3f} / ")
 
 
 def test_report_comparisons_are_in_the_page_and_in_findings(results, html):
