@@ -77,6 +77,26 @@ def band_index(query: str | float, bands: Sequence[Band]) -> int | None:
     return int(np.argmin(distances)) if min(distances) <= WAVELENGTH_TOLERANCE_UM else None
 
 
+def sensor(bands: Sequence[Band]) -> str:
+    """Return the sensor of images by the names of their optical bands; empty if unknown.
+
+    `sentinel2` has bands named as in `SENTINEL2`. `rgb` is any image without other optical bands than red, green and
+    blue, such as an aerial photograph. A band without a wavelength counts if its common name is one of Sentinel-2's.
+    """
+    sentinel2, common_names = {band.name: band for band in SENTINEL2}, {band.common_name for band in SENTINEL2}
+    optical = [band for band in bands if band.is_optical or band.common_name in common_names]
+
+    def is_sentinel2(band: Band) -> bool:
+        other = sentinel2.get(band.name, Band("", ""))
+        # False for NaN: an unknown wavelength is no difference.
+        has_other_wavelength = abs(band.wavelength - other.wavelength) > WAVELENGTH_TOLERANCE_UM
+        return band.common_name == other.common_name and not has_other_wavelength
+
+    if optical and all(map(is_sentinel2, optical)):
+        return "sentinel2"
+    return "rgb" if optical and {band.common_name for band in optical} <= {"red", "green", "blue"} else ""
+
+
 def full_scale(units: str) -> float:
     """Return the value that equals 1.0 in a unit; UserError for units that are not in `FULL_SCALE`."""
     if units not in FULL_SCALE:

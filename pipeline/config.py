@@ -231,6 +231,8 @@ class BackboneConfig:
     """Expected units of the input: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them."""
     layers: tuple[int, ...] = ()
     """Indices of the network's outputs to use as levels."""
+    wavelengths: Literal["pretraining", "terratorch", "image"] = "pretraining"
+    """Of DOFA's bands: `pretraining`, where the sensor is known, `terratorch` (its table), or the `image`'s own."""
     options: Arguments = field(default_factory=dict)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from cache.schema import level_array, pooled_array
-from pipeline.bands import DISPLAY_UNITS, Band, band_index
+from pipeline.bands import DISPLAY_UNITS, Band, band_index, sensor
 from pipeline.config import BackboneConfig, HubFile
 from pipeline.data import image_store
 from pipeline.data.download import PinnedWheel
@@ -38,6 +38,9 @@ class BackboneSpec:
         layers: names of the levels within the network.
         required: input bands without which it cannot run; None if it needs all of `bands`.
         substitutes: for an input band, the common name of another that replaces it if the images lack it.
+        wavelengths: for a network that takes any bands, the wavelengths in micrometres that replace the images' own,
+            by common name, by sensor (`pipeline.bands.sensor`) or name of the table. Of a known sensor, it takes
+            these bands in this order.
         requires_dataset_stats: it has no statistics of pretraining; params.yaml must set `normalisation: dataset`.
         resize: `bilinear` (antialiased when shrinking) or `nearest`.
         uses_location_and_time: whether it also takes latitude, longitude and time.
@@ -54,6 +57,7 @@ class BackboneSpec:
     layers: tuple[str, ...]
     required: tuple[str, ...] | None = None
     substitutes: Mapping[str, str] = field(default_factory=dict)
+    wavelengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     requires_dataset_stats: bool = False
     resize: str = "bilinear"
     uses_location_and_time: bool = False
@@ -118,7 +122,7 @@ class InputBands:
     Attributes:
         input_names: the network's names of its input bands.
         band_indices: index of each input band among the images' bands.
-        wavelengths: centre of each input band in micrometres; None if it is not optical.
+        wavelengths: of each input band in micrometres, as the network takes it; None if the band is not optical.
     """
 
     input_names: tuple[str, ...]
@@ -132,40 +136,47 @@ class MissingBandsError(UserError):
 
 
 def match_bands(
-    name: str, spec: BackboneSpec, image_bands: Sequence[Band], input_size: int, requested: Sequence[str | float] = ()
-) -> InputBands:
+    name: str, spec: BackboneSpec, image_bands: Sequence[Band], input_size: int,
+    requested: Sequence[str | float] = (), wavelengths: str = "pretraining",
+) -> InputBands:  # fmt: skip
     """Match the input bands of the backbone `name` to the images' bands.
 
-    An absent optional band is dropped; a network that takes any bands gets all optical ones. Bands `requested` in
-    params.yaml, by name or wavelength, replace the backbone's own. They are assigned to the network's inputs by name
-    if it has all of them, else in order.
+    An absent optional band is dropped; a network that takes any bands gets those that it was trained with, or all
+    optical ones of an unknown sensor. Bands `requested` in params.yaml, by name or wavelength, replace the backbone's
+    own. They are assigned to the network's inputs by name if it has all of them, else in order. `wavelengths` is that
+    of `BackboneConfig`.
 
     Raises:
-        MissingBandsError: a required or requested band is absent.
+        MissingBandsError: a required or requested band is absent, or no band of the images is an input.
         UserError: the requested bands do not fit the network's inputs.
     """
+    pretraining = spec.wavelengths.get(sensor(image_bands), {})
+    table = pretraining if wavelengths == "pretraining" else spec.wavelengths.get(wavelengths, {})
     if requested:
         indices = [band_index(query, image_bands) for query in requested]
         required = input_names = requested
         if None not in indices:
             input_names = _order_custom_bands(name, spec, [image_bands[index] for index in indices], requested)
     else:
-        input_names = spec.bands or [band.common_name for band in image_bands if band.is_optical]
+        input_names = spec.bands or [*pretraining] or [band.common_name for band in image_bands if band.is_optical]
         required = input_names if spec.required is None else spec.required
         indices = [_index_or_substitute(input_name, spec, image_bands) for input_name in input_names]
     pairs = list(zip(input_names, indices, strict=True))
-    if missing := [str(input_name) for input_name, index in pairs if index is None and input_name in required]:
-        available = [band.common_name for band in image_bands]
-        message = f"{name} needs the bands {', '.join(missing)}; these images have {', '.join(available)}."
-        raise MissingBandsError(message, key=f"backbones.{name}.bands", value=missing, allowed=available)
+    missing = [str(input_name) for input_name, index in pairs if index is None and input_name in required]
     matches = [(str(input_name), index) for input_name, index in pairs if index is not None]
+    if missing or not matches:
+        missing, available = missing or [*map(str, input_names)], [band.common_name for band in image_bands]
+        message = f"{name} needs {', '.join(missing) or 'optical bands'}; these images have {', '.join(available)}."
+        raise MissingBandsError(message, key=f"backbones.{name}.bands", value=missing, allowed=available)
     if spec.bands:
         matches.sort(key=lambda match: spec.bands.index(match[0]))
     matched_bands = [image_bands[index] for _, index in matches]
     return InputBands(
         input_names=tuple(input_name for input_name, _ in matches),
         band_indices=tuple(index for _, index in matches),
-        wavelengths=tuple(float(band.wavelength) if band.is_optical else None for band in matched_bands),
+        wavelengths=tuple(
+            table.get(band.common_name, float(band.wavelength) if band.is_optical else None) for band in matched_bands
+        ),
         input_size=input_size,
     )
 
@@ -205,7 +216,8 @@ def match_images(images: "xr.Dataset", name: str, backbone: BackboneConfig, spec
         MissingBandsError: a band is missing, or the network needs reflectance and these are RGB images.
         UserError: the network needs RGB images and the dataset declares no stretch, or its bands do not fit.
     """
-    input_bands = match_bands(name, spec, image_store.image_bands(images), backbone.input_size, backbone.bands)
+    bands = image_store.image_bands(images)
+    input_bands = match_bands(name, spec, bands, backbone.input_size, backbone.bands, backbone.wavelengths)
     units, is_display = images.attrs["units"], images.attrs["units"] in DISPLAY_UNITS
     if spec.input_units == "reflectance" and is_display and backbone.normalisation == "native":
         raise MissingBandsError(
@@ -325,6 +337,8 @@ def _check_spec(spec: BackboneSpec, backbone: BackboneConfig, family: BackboneFa
         refuse("input_size", f"it must be a multiple of {multiple}, the stride of its deepest level")
     if backbone.normalisation == "native" and spec.requires_dataset_stats:
         refuse("normalisation", "it has no normalisation of its own", ("dataset",))
+    if backbone.wavelengths != "pretraining" and not spec.wavelengths:
+        refuse("wavelengths", "it does not take wavelengths", ("pretraining",))
     allowed_weights = ("pretrained", "random") if family.has_weights else ("none",)
     if backbone.weights not in allowed_weights:
         refuse("weights", "this family takes others", allowed_weights)

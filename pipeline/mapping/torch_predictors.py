@@ -93,15 +93,18 @@ def load_ensemble(
 
 
 def _check_unchanged(store: FeatureStore, preprocessor: Preprocessor, name: str) -> None:
-    """Refuse a backbone whose input size or normalization has changed since its features were computed."""
-    recorded = store.attributes["normalisation"]
-    current = {"statistics": preprocessor.normalisation, "mean": preprocessor.mean, "std": preprocessor.std}
+    """Refuse a backbone whose input size, wavelengths or normalization changed since extraction."""
+    recorded, input_bands = dict(store.attributes), preprocessor.input_bands
+    recorded |= recorded["normalisation"]
+    current = {
+        "statistics": preprocessor.normalisation, "mean": preprocessor.mean, "std": preprocessor.std,
+        "input_size": input_bands.input_size, "wavelengths_micrometre": input_bands.wavelengths,
+    }  # fmt: skip
     current = json.loads(json.dumps(current))  # tuples become lists
-    has_other_size = store.attributes["input_size"] != preprocessor.input_bands.input_size
-    if has_other_size or any(recorded[key] != current[key] for key in current):
+    if any(recorded[key] != current[key] for key in current):
         raise UserError(
-            f"The input size or normalisation of {name} in params.yaml has changed since {store.location} was "
-            "written. Run: dvc repro",
+            f"The input size, wavelengths or normalisation of {name} has changed since {store.location} was written. "
+            "Run: dvc repro",
             key=f"backbones.{name}", path=store.location,
         )  # fmt: skip
 

@@ -44,8 +44,11 @@ def test_get_spec_of_an_impossible_backbone_is_refused(backbone, mentions, field
         get_spec(BackboneConfig(*backbone))
 
 
-@pytest.mark.parametrize(("key", "value"), [("input_units", "any"), ("layers", (1, 2)), ("options", {"depth": 3})])
-def test_get_spec_of_a_catalog_family_refuses_keys_that_the_catalog_defines(key, value):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("input_units", "any"), ("layers", (1, 2)), ("options", {"depth": 3}), ("wavelengths", "image")],
+)
+def test_get_spec_of_a_catalog_family_refuses_keys_that_do_not_fit_it(key, value):
     with raises(UserError, key=key, value=value):
         get_spec(BackboneConfig("hiera", "sam2.1_hiera_t", "random", 64, **{key: value}))
 
@@ -84,7 +87,7 @@ def test_match_bands_follows_the_networks_order():
     csmask, prithvi, dofa = (match_bands("m", spec, SENTINEL2, 64) for spec in (CSMASK, PRITHVI_300, DOFA_LARGE))
     assert band_names(csmask) == ["B02", "B03", "B04", "B08", "B11", "B12"]
     assert band_names(prithvi) == ["B02", "B03", "B04", "B8A", "B11", "B12"]
-    assert band_names(dofa) == [band.name for band in SENTINEL2]
+    assert band_names(dofa) == ["B04", "B03", "B02", "B05", "B06", "B07", "B08", "B11", "B12"]
 
 
 def test_match_bands_drops_optional_bands_uses_substitutes_and_names_what_is_missing():
@@ -98,6 +101,33 @@ def test_match_bands_drops_optional_bands_uses_substitutes_and_names_what_is_mis
     assert match_bands("m", PRITHVI_300, RGB_NIR[:3], 64).input_names == ("blue", "green", "red")
     with raises(MissingBandsError, value=["blue"]):
         match_bands("m", PRITHVI_300, RGB_NIR[:2], 64)
+
+
+def test_match_bands_of_a_sensor_that_dofa_knows_gives_the_wavelengths_of_its_pretraining():
+    trained = (0.665, 0.56, 0.49, 0.705, 0.74, 0.783, 0.842, 1.61, 2.19)
+    own = (0.665, 0.56, 0.492, 0.704, 0.741, 0.783, 0.833, 1.614, 2.202)
+    terratorch = (*trained[:6], 0.832, 1.61, 2.2)
+    for table, expected in (("pretraining", trained), ("terratorch", terratorch), ("image", own)):
+        assert match_bands("m", DOFA_LARGE, SENTINEL2, 64, (), table).wavelengths == expected
+    # Other bands are used on request, or in place of an absent one, with the images' own wavelengths.
+    assert match_bands("m", DOFA_LARGE, SENTINEL2, 64, ("B8A", "red")).wavelengths == (0.865, 0.665)
+    without_nir = [band for band in SENTINEL2 if band.name not in ("B08", "B05")]
+    assert match_bands("m", DOFA_LARGE, without_nir, 64).wavelengths == (*trained[:3], 0.74, 0.783, 0.865, 1.61, 2.19)
+    photograph = [Band(name, name) for name in ("blue", "green", "red")]
+    assert match_bands("m", DOFA_LARGE, photograph, 64).wavelengths == trained[:3]
+
+
+def test_match_bands_of_a_sensor_that_dofa_does_not_know_gives_all_optical_bands_and_their_own_wavelengths():
+    landsat = [
+        Band("B1", "coastal", 0.443),
+        Band("B2", "blue", 0.482),
+        Band("B5", "nir08", 0.865),
+        Band("QA", "mask"),
+    ]
+    assert match_bands("m", DOFA_LARGE, landsat, 64).wavelengths == (0.443, 0.482, 0.865)
+    assert match_bands("m", DOFA_LARGE, landsat, 64, (), "terratorch").wavelengths == (0.44, 0.49, 0.864)
+    with raises(MissingBandsError, "mask", key="backbones.m.bands", allowed=["mask"]):
+        match_bands("m", DOFA_LARGE, landsat[3:], 64)
 
 
 def test_match_bands_of_requested_bands_assigns_by_name_or_wavelength_else_in_order():

@@ -43,7 +43,7 @@ GOLDEN = [
     ("sample-landuse-seg", HIERA, [-0.4763, 0.5108, -1.2293, -0.0512]),
     ("sample-landuse-seg", PRITHVI, [-0.3408, 0.3916, 0.0517, -0.9877]),
     ("sample-landuse-seg", PRITHVI_600, [-0.3408, 0.3916, 0.0517, -0.9877]),
-    ("sample-landuse-seg", DOFA, [-0.6609, 0.8705, -1.7009, -1.4974]),
+    ("sample-landuse-seg", DOFA, [-0.7520, 0.8776, -1.8842, -1.4974]),
     ("sample-trees", DOFA, [0.2869, 0.4813, 0.7159, -0.1877]),
 ]
 

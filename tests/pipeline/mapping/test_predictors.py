@@ -118,6 +118,15 @@ def test_load_ensemble_backbone_that_has_changed_since_extraction_is_refused(loa
         load({"lite0_random": changed})
 
 
+def test_load_ensemble_backbone_with_other_wavelengths_than_at_extraction_is_refused(load, tmp_path):
+    path = tmp_path / "features/lite0_random.zarr/zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["attributes"]["wavelengths_micrometre"][0] += 0.01
+    path.write_text(json.dumps(metadata))
+    with raises(UserError, key="backbones.lite0_random", path=path.parent):
+        load()
+
+
 def test_load_ensemble_without_weights_or_head_is_refused(load, tmp_path):
     (tmp_path / "weights/raw/source.json").unlink()
     with raises(UserError, "fetch_weights@raw", value="raw", path=tmp_path / "weights/raw"):
