@@ -1,16 +1,18 @@
 """Similarity of the features of two backbones: linear centred kernel alignment (CKA)."""
 
 from collections.abc import Mapping
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, permutations, product
+from math import factorial, prod
 
 import numpy as np
 import pandas as pd
-from scipy.stats import PermutationMethod, pearsonr, rankdata
 
 # The unbiased estimate needs at least this many samples.
 MIN_SAMPLES = 4
 # A rank correlation of fewer pairs is not computed.
 MIN_PAIRS = 4
+# More orders of the backbones (those of eight and more) are sampled.
+MAX_PERMUTATIONS = 10_000
 
 
 def linear_cka(features: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -45,15 +47,56 @@ def linear_cka(features: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return hsic / np.outer(scale, scale)
 
 
-def correlation_with_gain(cka: np.ndarray, gain: np.ndarray) -> tuple[float, float]:
-    """Compute Spearman's rank correlation of CKA and gain (pair,), and its p-value.
+def correlation_with_gain(pairs: pd.DataFrame) -> tuple[float, float, int]:
+    """Correlate CKA and gain within datasets, and test the correlation by a permutation of the backbones.
 
-    The p-value is that of a two-sided permutation test, which assumes independent pairs. Pairs that share a backbone
-    or a dataset are not independent, so the p-value is too small if anything. Fewer than four pairs, or all values of
-    one quantity equal, raise ValueError.
+    Values are ranked within each dataset, because CKA and gain of different datasets have different levels. A
+    permutation exchanges the names of the backbones in all CKA matrices, and is the same for all datasets: pairs that
+    share a backbone, and the same pair on several datasets, are not independent (docs/decisions/composition.md).
+    Backbones are exchanged only with those that ran on the same datasets.
+
+    Args:
+        pairs: one row per dataset and pair of backbones: dataset, model (`a+b`), cka, gain.
+
+    Returns:
+        Spearman's rank correlation within datasets, its two-sided p-value, and the number of permutations: the
+        p-value cannot be below 1 divided by it.
+
+    Raises ValueError for fewer than four pairs, or if one quantity does not vary within any dataset.
+
+    Source: Mantel, The detection of disease clustering and a generalized regression approach, Cancer Research 27,
+    1967.
     """
-    if len(cka) < MIN_PAIRS or min(np.ptp(cka), np.ptp(gain)) == 0:
-        raise ValueError(f"a rank correlation needs at least {MIN_PAIRS} pairs that differ; there are {len(cka)}")
-    method = PermutationMethod(n_resamples=50_000, rng=0)
-    result = pearsonr(rankdata(gain), rankdata(cka), method=method)
-    return float(result.statistic), float(result.pvalue)
+    dataset, dataset_names = pd.factorize(pairs.dataset)
+    ranks = pairs.groupby(dataset)[["cka", "gain"]].rank()
+    ranks -= ranks.groupby(dataset).transform("mean")
+    scale = np.sqrt((ranks**2).sum().prod())
+    if len(pairs) < MIN_PAIRS or scale == 0:
+        raise ValueError(f"a rank correlation needs at least {MIN_PAIRS} pairs that differ; there are {len(pairs)}")
+    member, names = pd.factorize(pairs.model.str.split("+").explode())
+    a, b = member.reshape(-1, 2).T
+    cka = np.zeros((len(dataset_names), len(names), len(names)))
+    cka[dataset, a, b] = cka[dataset, b, a] = ranks.cka
+    orders = _backbone_orders(cka.any(axis=2))
+    statistics = cka[dataset[:, None], orders[:, a].T, orders[:, b].T].T @ ranks.gain.to_numpy()
+    p_value = (np.abs(statistics) >= np.abs(statistics[0]) * (1 - 1e-9)).mean()
+    return float(statistics[0] / scale), float(p_value), len(orders)
+
+
+def _backbone_orders(ran: np.ndarray) -> np.ndarray:
+    """Return orders of the backbones, (order, backbone), the first unchanged: all, or `MAX_PERMUTATIONS` random ones.
+
+    Args:
+        ran: (dataset, backbone); backbones exchange places only with those that ran on the same datasets.
+    """
+    _, group = np.unique(ran, axis=1, return_inverse=True)
+    groups = [np.flatnonzero(group.ravel() == number) for number in range(group.max() + 1)]
+    orders = np.empty((min(MAX_PERMUTATIONS, prod(factorial(len(group)) for group in groups)), ran.shape[1]), int)
+    if len(orders) < MAX_PERMUTATIONS:
+        for order, parts in zip(orders, product(*map(permutations, groups)), strict=True):
+            order[np.concatenate(groups)] = np.concatenate(parts)
+        return orders
+    generator, orders[0] = np.random.default_rng(0), np.arange(ran.shape[1])
+    for order in orders[1:]:
+        order[np.concatenate(groups)] = np.concatenate([generator.permutation(group) for group in groups])
+    return orders

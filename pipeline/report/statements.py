@@ -142,7 +142,7 @@ def cka_gain_relation(compositions: Mapping[str, CompositionResult]) -> tuple[pd
     pairs = pd.concat(subsets, ignore_index=True).query("members == 2")
     sample = f"{len(pairs)} pairs of backbones on {pairs.dataset.nunique()} datasets"
     try:
-        correlation, p_value = correlation_with_gain(pairs.cka.to_numpy(), pairs.gain.to_numpy())
+        correlation, p_value, n_permutations = correlation_with_gain(pairs)
     except ValueError as error:
         return pairs, f"The correlation of CKA and gain over {sample} cannot be computed: {error}."
     if p_value >= significance.SIGNIFICANCE_LEVEL:
@@ -150,10 +150,11 @@ def cka_gain_relation(compositions: Mapping[str, CompositionResult]) -> tuple[pd
     else:
         finding = f"{'dissimilar' if correlation < 0 else 'similar'} backbones gain more"
     return pairs, (
-        f"Spearman's rank correlation of CKA and gain over {sample} is {correlation:+.2f} (permutation p = "
-        f"{p_value:.2f}): {finding}. A negative correlation means that ensembles of dissimilar backbones gain more. "
-        "Pairs that share a backbone or a dataset are not independent, the gain is over the better of two noisy "
-        "scores, and so few pairs reveal only a very strong correlation."
+        f"Spearman's rank correlation of CKA and gain within datasets, over {sample}, is {correlation:+.2f} (p = "
+        f"{p_value:.2f} by {n_permutations} permutations of the backbones, so p cannot be below "
+        f"{1 / n_permutations:.2g}): {finding}. A negative correlation means that ensembles of dissimilar backbones "
+        "gain more. The gain is over the better of two noisy scores, and so few backbones reveal only a very strong "
+        "correlation."
     )
 
 

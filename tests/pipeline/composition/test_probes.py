@@ -1,11 +1,14 @@
 """Probes and similarity of features, against scikit-learn, scipy and formulas."""
 
+from itertools import combinations
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
 from pipeline.composition import probes
-from pipeline.composition.cka import MIN_PAIRS, MIN_SAMPLES, correlation_with_gain, linear_cka
+from pipeline.composition.cka import MAX_PERMUTATIONS, MIN_PAIRS, MIN_SAMPLES, correlation_with_gain, linear_cka
 from pipeline.tasks import Classification
 from tests.errors import raises
 
@@ -83,18 +86,53 @@ def test_linear_cka_too_few_samples_is_refused():
         linear_cka({"a": np.eye(3)})
 
 
-def test_correlation_with_gain_equals_scipy_and_permutes_all_orders():
-    generator = np.random.default_rng(0)
-    cka, gain = generator.normal(size=(2, 7))
-    rank, p = correlation_with_gain(cka, gain)
-    assert rank == pytest.approx(spearmanr(cka, gain).statistic)
-    assert 0 < p <= 1
-    rank, p = correlation_with_gain(np.arange(7.0), -(np.arange(7.0) ** 3))
-    assert rank == pytest.approx(-1)
-    assert p == pytest.approx(2 / 5040)  # this order and its reverse, of 7! orders
+def random_pairs(generator: np.random.Generator, n_backbones: int, datasets: str) -> pd.DataFrame:
+    """Pairs of backbones whose CKA is unrelated to their gain; both depend on the dataset and on the backbones."""
+    pairs = list(combinations(range(n_backbones), 2))
+    of_backbone, of_pair = generator.normal(size=(2, n_backbones)), generator.normal(size=(2, len(pairs)))
+    tables = []
+    for dataset in datasets:
+        level, noise = 2 * generator.normal(size=(2, 1)), 0.7 * generator.normal(size=(2, len(pairs)))
+        cka, gain = level + of_backbone[:, pairs].sum(axis=2) + of_pair + noise
+        names = [f"b{a}+b{b}" for a, b in pairs]
+        tables.append(pd.DataFrame({"dataset": dataset, "model": names, "cka": cka, "gain": gain}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def test_correlation_with_gain_of_unrelated_values_is_significant_in_5_percent():
+    """A test that takes the pairs of all datasets as exchangeable is significant far too often."""
+    generator, significant = np.random.default_rng(0), []
+    for _ in range(100):
+        pairs = random_pairs(generator, 5, "abc")
+        p_pooled = spearmanr(pairs.cka, pairs.gain).pvalue
+        significant.append((p_pooled <= 0.05, correlation_with_gain(pairs)[1] <= 0.05))
+    pooled_rate, rate = np.mean(significant, axis=0)
+    assert pooled_rate > 0.2
+    assert 0 < rate < 0.1
+
+
+def test_correlation_with_gain_ranks_within_datasets_and_permutes_all_backbones():
+    pairs = random_pairs(np.random.default_rng(0), 4, "a")
+    correlation, p, n_permutations = correlation_with_gain(pairs)
+    assert correlation == pytest.approx(spearmanr(pairs.cka, pairs.gain).statistic)
+    assert n_permutations == 24
+    assert 1 / 24 <= p <= 1
+    pairs = pd.concat([pairs, random_pairs(np.random.default_rng(1), 5, "b")])
+    pairs["gain"] = 3 - pairs.cka + 100 * (pairs.dataset == "b")
+    correlation, p, n_permutations = correlation_with_gain(pairs)
+    assert correlation == pytest.approx(-1)
+    assert p == pytest.approx(1 / 24), "the fifth backbone ran on b only, and keeps its place"
+    assert n_permutations == 24
+
+
+def test_correlation_with_gain_samples_the_permutations_of_many_backbones():
+    pairs = random_pairs(np.random.default_rng(0), 8, "ab")
+    assert correlation_with_gain(pairs)[1:] == correlation_with_gain(pairs)[1:]
+    assert correlation_with_gain(pairs)[2] == MAX_PERMUTATIONS < 40_320
+    assert correlation_with_gain(pairs.assign(gain=pairs.cka))[1] < 0.001
 
 
 @pytest.mark.parametrize(("cka", "gain"), [([1, 2, 3], [1, 2, 3]), ([1, 2, 3, 4], [0, 0, 0, 0])])
 def test_correlation_with_gain_too_few_or_equal_pairs_is_refused(cka, gain):
     with raises(ValueError, MIN_PAIRS, len(cka)):
-        correlation_with_gain(np.array(cka), np.array(gain))
+        correlation_with_gain(pd.DataFrame({"dataset": "d", "model": "a+b", "cka": cka, "gain": gain}))

@@ -1,6 +1,7 @@
 """Sentences state the right models, numbers and verdicts."""
 
 import re
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -74,15 +75,16 @@ def test_all_pairs_not_significant_after_holm_states_so(grid, summary, monkeypat
 
 
 def test_cka_gain_relation_states_the_sign_of_a_significant_correlation():
-    cka = np.linspace(0.1, 0.9, 7)
+    cka = np.array([0.9, 0.1, 0.3, 0.8, 0.2, 0.4, 0.5, 0.6, 0.7, 0.35])
+    models = ["+".join(pair) for pair in combinations("abcde", 2)]
     findings = set()
-    for gain, correlation in ((-cka, "-1.00"), (cka, "+1.00"), (np.array([1, 0, 1, 0, 1, 0, 1]), "+0.00")):
-        subsets = pd.DataFrame({"model": "a+b", "members": 2, "cka": cka, "gain": gain})
+    for gain, correlation in ((-cka, "-1.00"), (cka, "+1.00"), (np.abs(cka - 0.475), "+0.12")):
+        subsets = pd.DataFrame({"model": models, "members": 2, "cka": cka, "gain": gain})
         result = CompositionResult(backbones=("a", "b"), probe="knn", subsets=subsets)
         pairs, sentence = statements.cka_gain_relation({"d": result})
-        assert len(pairs) == 7
-        assert f" {correlation} " in sentence
-        assert "7 pairs" in sentence
+        assert len(pairs) == 10
+        assert f" {correlation}" in sentence
+        assert "10 pairs" in sentence
         findings.add(sentence.split("): ")[1].split(".")[0])
     assert len(findings) == 3, "dissimilar backbones gain more, similar ones do, or no significant correlation"
 
