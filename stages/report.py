@@ -1,5 +1,6 @@
 """report: summarize all runs in tables, figures and one HTML page."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -58,7 +59,7 @@ def make_report() -> None:
             scores=scores, boxplots=folder / "boxplots.png", comparisons=comparisons, pairs=pairs,
             metrics=sections.metrics(metrics), classes=sections.classes(classes),
             multiplicity_note=statements.multiplicity_note(pairs),
-            aggregates=sections.aggregates(runs[runs.protocol == FROZEN]),
+            aggregates=sections.aggregates(runs[runs.protocol == FROZEN], _score_ranges(grid.datasets)),
             composition=sections.composition(compositions, summary, folder),
             students=students_section, exports=sections.exports(students), maps=sections.maps(students, folder),
             finetuning=sections.finetuning(runs), skipped=skipped, settings=sections.settings(summary),
@@ -138,6 +139,12 @@ def _class_scores(
         for group, table in zip((metrics, classes), tables, strict=True):
             group.append(pd.DataFrame({"dataset": dataset, "model": model, "protocol": first_run.protocol, **table}))
     return pd.concat(metrics, ignore_index=True), pd.concat(classes, ignore_index=True)
+
+
+def _score_ranges(datasets: Iterable[str]) -> dict[str, list[float]]:
+    """Return the ranges of the scores in GEO-Bench's own runs, as fetched with its datasets."""
+    sources = {dataset: cli.read_json(cli.RAW / dataset / "source.json") for dataset in datasets}
+    return {dataset: source["score_range"] for dataset, source in sources.items() if source.get("score_range")}
 
 
 def _metrics(summary: pd.DataFrame) -> dict[str, dict]:

@@ -84,7 +84,9 @@ def correlation_with_gain(pairs: pd.DataFrame) -> tuple[float, float, int]:
 
 
 def _backbone_orders(ran: np.ndarray) -> np.ndarray:
-    """Return orders of the backbones, (order, backbone), the first unchanged: all, or `MAX_PERMUTATIONS` random ones.
+    """Return all orders of the backbones, (order, backbone), the first unchanged.
+
+    More than `MAX_PERMUTATIONS` orders are sampled.
 
     Args:
         ran: (dataset, backbone); backbones exchange places only with those that ran on the same datasets.

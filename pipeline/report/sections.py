@@ -115,15 +115,16 @@ def classes(table: pd.DataFrame) -> list[dict]:
     return section
 
 
-def aggregates(runs: pd.DataFrame) -> list[dict]:
-    """Return `datasets` and a table `scores` of each group of datasets with common models."""
+def aggregates(runs: pd.DataFrame, score_ranges: significance.ScoreRanges) -> list[dict]:
+    """Return `datasets`, `geobench_scaled` (a part of them) and a table `scores` of each group with common models."""
     groups = []
     for datasets in significance.common_dataset_groups(runs):
-        table = significance.aggregate_over_datasets(runs, datasets)
+        table = significance.aggregate_over_datasets(runs, datasets, score_ranges)
         scores = table[["model"]].assign(**{"interquartile mean": table.iqm.map("{:.3f}".format)})
         scores["95 % interval over seeds"] = format_intervals(table)
         scores["protocol"] = ", ".join(runs.protocol.unique())
-        groups.append({"datasets": datasets, "scores": scores})
+        geobench_scaled = [dataset for dataset in datasets if dataset in score_ranges]
+        groups.append({"datasets": datasets, "geobench_scaled": geobench_scaled, "scores": scores})
     return groups
 
 

@@ -5,13 +5,14 @@ seeds (initialization and order of training samples). The bootstrap uses the sam
 that comparisons are paired. A difference is significant only if it is larger than both variations together.
 
 Sources of the summaries: Lacoste et al., GEO-Bench, NeurIPS 2023, arXiv 2306.03831 (scores of each dataset scaled
-linearly between its worst and its best run; bootstrap over seeds, stratified by dataset); Agarwal et al., Deep
+linearly; bootstrap over seeds, stratified by dataset); Agarwal et al., Deep
 Reinforcement Learning at the Edge of the Statistical Precipice, NeurIPS 2021, arXiv 2108.13264 (interquartile mean).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,8 @@ class BootstrapSamples:
     over_both: np.ndarray
 
 
+# Lowest and highest score of each dataset's scale.
+ScoreRanges = Mapping[str, Sequence[float]]
 # Bootstrap samples by dataset and model.
 Draws = Mapping[tuple[str, str], BootstrapSamples]
 
@@ -189,6 +192,9 @@ class ModelKind(StrEnum):
     STUDENT = "student"
 
 
+CONTROLS = (ModelKind.RANDOM, ModelKind.BAND_STATISTICS)
+
+
 def model_kind(model: str, weights: str, protocol: str) -> ModelKind:
     """Return the kind of a model; `weights` as in runs.csv: `none`, or with `random` if random."""
     if protocol.startswith("fine-tuned"):
@@ -222,19 +228,34 @@ def summarize_runs(runs: pd.DataFrame, draws: Draws) -> pd.DataFrame:
 # Summaries over datasets
 
 
-def min_max_normalized(runs: pd.DataFrame) -> pd.Series:
-    """Scale scores so that the worst run of each dataset, of all models, is 0 and the best is 1."""
-    scores = runs.groupby("dataset").score
-    low, high = scores.transform("min"), scores.transform("max")
+def normalized_scores(runs: pd.DataFrame, score_ranges: ScoreRanges) -> pd.Series:
+    """Scale scores so that the lower bound of each dataset's range is 0 and the upper is 1.
+
+    Without a range, the bounds are the worst and the best run of all models but controls, whose scores can thus lie
+    outside of 0 to 1. Fewer than two such models do not span a scale; then the controls count too.
+    """
+    kinds = map(model_kind, runs.model, runs.weights, runs.protocol)
+    rated = runs[[kind not in CONTROLS for kind in kinds]]
+    rated = rated[rated.groupby("dataset").model.transform("nunique") > 1]
+    rated = pd.concat([rated, runs[~runs.dataset.isin(rated.dataset)]])
+    bounds = rated.groupby("dataset").score.agg(["min", "max"])
+    for dataset, score_range in score_ranges.items():
+        bounds.loc[dataset] = score_range
+    low, high = (runs.dataset.map(bounds[name]) for name in ("min", "max"))
     return (runs.score - low) / (high - low).where(high > low, 1)
 
 
-def aggregate_over_datasets(runs: pd.DataFrame, datasets: Sequence[str]) -> pd.DataFrame:
+def aggregate_over_datasets(
+    runs: pd.DataFrame, datasets: Sequence[str], score_ranges: ScoreRanges = MappingProxyType({})
+) -> pd.DataFrame:
     """Compute the interquartile mean over the runs of every model that ran on all `datasets`, best first.
 
     Columns: model, iqm, low, high (95 % interval over seeds, resampled within each dataset).
+
+    Args:
+        score_ranges: GEO-Bench's range of the scores of a dataset, where it is known; see `normalized_scores`.
     """
-    runs = runs.assign(normalized=min_max_normalized(runs))
+    runs = runs.assign(normalized=normalized_scores(runs, score_ranges))
     runs, rows = runs[runs.dataset.isin(datasets)], []
     for model, table in runs.groupby("model", sort=False):
         scores = [group.normalized.to_numpy() for _, group in table.groupby("dataset", sort=True)]

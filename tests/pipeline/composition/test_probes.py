@@ -87,7 +87,7 @@ def test_linear_cka_too_few_samples_is_refused():
 
 
 def random_pairs(generator: np.random.Generator, n_backbones: int, datasets: str) -> pd.DataFrame:
-    """Pairs of backbones whose CKA is unrelated to their gain; both depend on the dataset and on the backbones."""
+    """Pairs of backbones with unrelated CKA and gain, which both depend on the dataset and the backbones."""
     pairs = list(combinations(range(n_backbones), 2))
     of_backbone, of_pair = generator.normal(size=(2, n_backbones)), generator.normal(size=(2, len(pairs)))
     tables = []

@@ -120,6 +120,8 @@ def results(grid, compositions, tmp_path_factory):
         write_json(folder / f"tune/d/{model}.json", {"skipped": None, "classes": ["no", "yes"]})
         write_json(folder / f"tune/e/{model}.json", {"skipped": None if model == "a" else "b needs <nir>."})
     write_student_records(folder)
+    for dataset, score_range in (("d", [0.25, 0.75]), ("e", None)):
+        write_json(folder.parent / f"data/raw/{dataset}/source.json", {"score_range": score_range})
     grid_config = SimpleNamespace(datasets=["d", "e"], models=models, finetune=["b"], students=["small"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder.parent)

@@ -101,7 +101,9 @@ def test_report_comparisons_are_in_the_page_and_in_findings(results, html):
 
 
 def test_report_aggregates_have_frozen_models_of_all_datasets_only(html):
-    assert rows_of(section_of(html, "Over several datasets"), "model", "protocol") == [["a", "frozen"]]
+    section = section_of(html, "Over several datasets")
+    assert rows_of(section, "model", "protocol") == [["a", "frozen"]]
+    assert "Datasets: d, e. On GEO-Bench&#39;s scale: d." in section
 
 
 def test_report_composition_section_shows_probe_and_test_scores(results, html, summary):

@@ -127,11 +127,12 @@ def runs():
     """Four seeds each of a on datasets x, y and z, of b on x and y, and of c on x."""
     generator = np.random.default_rng(0)
     rows = [
-        {"dataset": dataset, "model": model, "seed": seed, "score": base + generator.uniform(0, 0.1)}
+        {"dataset": dataset, "model": model, "weights": "pretrained", "protocol": "frozen",
+         "seed": seed, "score": base + generator.uniform(0, 0.1)}
         for model, datasets, base in (("a", "xyz", 0.8), ("b", "xy", 0.5), ("c", "x", 0.2))
         for dataset in datasets
         for seed in range(4)
-    ]
+    ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -141,12 +142,24 @@ def test_aggregate_over_datasets_has_only_models_that_ran_on_all(runs):
     all_three, first_two = (significance.aggregate_over_datasets(runs, datasets) for datasets in groups)
     assert all_three.model.tolist() == ["a"]
     assert first_two.model.tolist() == ["a", "b"]
-    normalized = significance.min_max_normalized(runs)
+    normalized = significance.normalized_scores(runs, {})
     assert normalized.groupby(runs.dataset).agg(["min", "max"]).to_numpy().tolist() == [[0, 1]] * 3
     scores = normalized[runs.model == "b"]
     assert first_two.iqm[1] == pytest.approx(stats.trim_mean(scores, 0.25))
     assert (first_two.low <= first_two.iqm).all()
     assert (first_two.iqm <= first_two.high).all()
+
+
+def test_normalized_scores_of_controls_do_not_set_the_scale_and_geobench_does(runs):
+    control = runs[runs.model == "a"].assign(model="a_random", weights="random, seed 0", score=0.1)
+    both = pd.concat([runs, control], ignore_index=True)
+    table = both.assign(normalized=significance.normalized_scores(both, {"y": [0.0, 2.0]}))
+    networks, controls = table[: len(runs)], table[len(runs) :]
+    x, y, z = (networks[networks.dataset == name] for name in "xyz")
+    np.testing.assert_array_equal(x.normalized, significance.normalized_scores(runs, {})[x.index])
+    np.testing.assert_allclose(y.normalized, y.score / 2)
+    assert 0.5 < z.normalized.min() < z.normalized.max() == 1, "one network spans no scale, so the control counts"
+    assert (controls.normalized[controls.dataset == "x"] < 0).all()
 
 
 def test_aggregate_over_datasets_resamples_seeds_within_each_dataset(runs):

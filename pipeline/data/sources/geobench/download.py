@@ -12,6 +12,7 @@ import huggingface_hub
 from cache.atomic import atomic_dir
 from pipeline.data.download import file_sha256
 from pipeline.data.sources.geobench.catalog import GeoBenchSet
+from pipeline.data.sources.geobench.partitions import read_score_range
 from pipeline.errors import UserError
 
 # An unpacked archive is up to twice as large as the archive, which is removed afterwards.
@@ -24,7 +25,8 @@ REVISION = "1e5754337032f097396db62cc15a5ff88f4618e8"
 def describe_files(spec: GeoBenchSet, partition: str, root: Path) -> dict:
     """Find a set in `root` (`geobench_dir`) or download it there, and describe its files for source.json.
 
-    The record has a SHA-256 of the names and sizes of all samples and of the content of all JSON files.
+    The record has a SHA-256 of the names and sizes of all samples and of the content of all JSON files, and
+    `read_score_range`.
 
     Raises UserError: the set is not in `root` and cannot be downloaded.
     """
@@ -46,6 +48,7 @@ def describe_files(spec: GeoBenchSet, partition: str, root: Path) -> dict:
         "files": n_files,
         "bytes": n_bytes,
         "listing_sha256": listing.hexdigest(),
+        "score_range": read_score_range(folder, spec),
     }
 
 

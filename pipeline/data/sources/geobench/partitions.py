@@ -1,4 +1,4 @@
-"""Read the JSON files of a set (partitions, labels and band statistics), and check its band means.
+"""Read the JSON files of a set (partitions, labels, band statistics, range of scores), and check its band means.
 
 The means are compared with published ones, to detect bands in another order.
 """
@@ -129,6 +129,28 @@ def _check_sample_names(path: Path, key: str, names: object) -> list[str]:
                 key=key, value=name, path=path,
             )  # fmt: skip
     return names
+
+
+def read_score_range(folder: Path, spec: GeoBenchSet) -> list[float] | None:
+    """Return the lowest and highest score of GEO-Bench's own runs; None if the release has no normalizer.json.
+
+    Raises UserError: the file has another format.
+
+    Source: `load_normalizer` of geobench/plot_tools.py (ServiceNow/geo-bench), which reads the file beside the sets.
+    """
+    path = folder.parent / "normalizer.json"
+    ranges = _read_json(path) if path.is_file() else {}
+    bounds = next((ranges[name] for name in spec.folder_names if name in ranges), None)
+    if bounds is None:
+        return None
+    try:
+        low, high = map(float, bounds)
+        if not 0 <= low < high <= 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        message = f"{path}: {spec.name} is {bounds!r:.{_SHOWN_LENGTH}}; expected its lowest and highest score."
+        raise UserError(message, key=spec.name, value=bounds, path=path) from None
+    return [low, high]
 
 
 def _read_json(path: Path):

@@ -73,6 +73,19 @@ def test_download_set_is_fetched_once_and_unpacked(hub, archive, geobench_root, 
     assert hub.downloads == ["segmentation_v1.0/m-chesapeake.zip"], "the second call must find the folder"
 
 
+def test_describe_files_has_the_range_of_scores_of_normalizer_json(geobench_root, tmp_path):
+    folder = tmp_path / "segmentation_v1.0/m-chesapeake"
+    shutil.copytree(download.local_folder(CHESAPEAKE, geobench_root), folder)
+    normalizer = folder.parent / "normalizer.json"
+    for content, expected in ({}, None), ({CHESAPEAKE.name: [0.5, 0.75]}, [0.5, 0.75]), ({"m-other": [0, 1]}, None):
+        normalizer.write_text(json.dumps(content))
+        assert download.describe_files(CHESAPEAKE, "default", tmp_path)["score_range"] == expected
+    for invalid in ([0.75, 0.5], [50, 75], 3, [0.5], ["a", "b"]):
+        normalizer.write_text(json.dumps({folder.name: invalid}))
+        with raises(UserError, key=CHESAPEAKE.name, value=invalid, path=normalizer):
+            download.describe_files(CHESAPEAKE, "default", tmp_path)
+
+
 def test_download_other_bytes_than_pinned_or_too_small_a_disk_is_refused(hub, archive, tmp_path, monkeypatch):
     data = hub.files["classification_v1.0/m-so2sat.zip"] = archive("m-so2sat")
     root = tmp_path / "sets"
