@@ -1,6 +1,6 @@
 """report: summarize all runs in tables, figures and one HTML page."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -9,12 +9,15 @@ from pipeline import config
 from pipeline.composition import CompositionResult
 from pipeline.errors import UserError
 from pipeline.report import class_scores, figures, sections, statements
-from pipeline.report.significance import FROZEN, Draws, ModelKind, bootstrap, summarize_runs
+from pipeline.report.controls import average_members
+from pipeline.report.significance import AVERAGE_SUFFIX, FROZEN, Draws, ModelKind, bootstrap, summarize_runs
 from pipeline.tasks import counts_from_table, get_task
 from stages import cli
 
 # Result folders by dataset and model.
 Folders = dict[tuple[str, str], Path]
+# Runs and predictions of the controls that average an ensemble's members, by dataset and name.
+Averages = dict[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]]
 
 
 def make_report() -> None:
@@ -33,16 +36,18 @@ def make_report() -> None:
         reasons = " ".join(skipped)
         message = f"Every model of grid.models is skipped: {reasons} Add a model that the datasets' bands allow."
         raise UserError(message, key="grid.models", value=grid.models)
-    tables = [pd.read_csv(folder / "runs.csv").assign(model=model) for (_, model), folder in folders.items()]
-    runs, costs = pd.concat(tables, ignore_index=True), pd.DataFrame()
-    draws = _bootstrap_all(folders, runs)
+    tables = {key: pd.read_csv(folder / "runs.csv").assign(model=key[1]) for key, folder in folders.items()}
+    averages = _average_members(folders, tables)
+    runs = pd.concat([*tables.values(), *(averaged for averaged, _ in averages.values())], ignore_index=True)
+    draws, costs = _bootstrap_all(folders, runs, averages), pd.DataFrame()
     metrics, classes = _class_scores(folders, runs, _class_names(grid))
     summary = summarize_runs(runs, draws)
     if students:
         costs = pd.concat([pd.read_csv(cli.require(cli.COSTS / f"{dataset}.csv")) for dataset in grid.datasets])
     large = summary[summary.kind != ModelKind.STUDENT]
     comparisons = statements.key_comparisons(large, draws)
-    pairs = statements.all_pairs(summary[summary.protocol == FROZEN], draws)
+    is_trained_head = (summary.protocol == FROZEN) & (summary.kind != ModelKind.AVERAGE)
+    pairs = statements.all_pairs(summary[is_trained_head], draws)
     scores = sections.display_table(summary)
 
     with cli.publish_folder(cli.REPORT) as folder:
@@ -95,17 +100,30 @@ def _read_student(dataset: str, name: str) -> sections.StudentResult:
     )
 
 
-def _bootstrap_all(folders: Folders, runs: pd.DataFrame) -> Draws:
+def _average_members(folders: Folders, runs: Mapping[tuple[str, str], pd.DataFrame]) -> Averages:
+    """Average the members of every ensemble whose members ran; runs on masks save no probabilities."""
+    averages: Averages = {}
+    for (dataset, model), table in runs.items():
+        members = [folders.get((dataset, name)) for name in model.split("+")]
+        if len(members) > 1 and None not in members and not get_task(table.task.iloc[0]).is_dense:
+            predicted = [pd.read_parquet(folder / "predictions.parquet") for folder in members if folder]
+            averages[dataset, model + AVERAGE_SUFFIX] = average_members(predicted, table)
+    return averages
+
+
+def _bootstrap_all(folders: Folders, runs: pd.DataFrame, averages: Averages) -> Draws:
     """Bootstrap every model; UserError if models of one dataset were tested on different samples."""
     draws, tested_samples = {}, {}
-    for number, ((dataset, model), folder) in enumerate(folders.items()):
+    for number, key in enumerate([*folders, *averages]):
+        dataset, model = key
+        table = averages[key][1] if key in averages else pd.read_parquet(folders[key] / "predictions.parquet")
         first_run = runs[(runs.dataset == dataset) & (runs.model == model)].iloc[0]
         task = get_task(first_run.task)(int(first_run.classes))
-        samples, counts = counts_from_table(pd.read_parquet(folder / "predictions.parquet"), task)
+        samples, counts = counts_from_table(table, task)
         if samples != tested_samples.setdefault(dataset, samples):
-            message = f"{folder} was tested on other samples than the other models of {dataset}. Run: dvc repro"
-            raise UserError(message, path=folder)
-        draws[dataset, model] = bootstrap(task, counts, stream=number)
+            message = f"{folders[key]} was tested on other samples than the other models of {dataset}. Run: dvc repro"
+            raise UserError(message, path=folders[key])
+        draws[key] = bootstrap(task, counts, stream=number)
     return draws
 
 

@@ -18,7 +18,7 @@ from pipeline.tasks import IGNORE, get_task
 
 KIND_COLOURS = {
     ModelKind.ENSEMBLE: "#d95f02", ModelKind.PRETRAINED: "#1b9e77", ModelKind.RANDOM: "#aaaaaa",
-    ModelKind.BAND_STATISTICS: "#7570b3", ModelKind.FINE_TUNED: "#e7298a",
+    ModelKind.BAND_STATISTICS: "#7570b3", ModelKind.FINE_TUNED: "#e7298a", ModelKind.AVERAGE: "#e6ab02",
 }  # fmt: skip
 ROLE_COLOURS = {"student": "#d95f02", "teacher": "#1b9e77", "member": "#7570b3"}
 MARKERS = "osD^vP*X"

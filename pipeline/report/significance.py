@@ -188,11 +188,14 @@ class ModelKind(StrEnum):
     PRETRAINED = "pretrained"
     RANDOM = "random weights (control)"
     BAND_STATISTICS = "band statistics (control)"
+    AVERAGE = "average of probabilities (control)"
     FINE_TUNED = "fine-tuned"
     STUDENT = "student"
 
 
-CONTROLS = (ModelKind.RANDOM, ModelKind.BAND_STATISTICS)
+CONTROLS = (ModelKind.RANDOM, ModelKind.BAND_STATISTICS, ModelKind.AVERAGE)
+# Appended to the name of an ensemble to name the average of its members' probabilities.
+AVERAGE_SUFFIX = ", averaged"
 
 
 def model_kind(model: str, weights: str, protocol: str) -> ModelKind:
@@ -201,6 +204,8 @@ def model_kind(model: str, weights: str, protocol: str) -> ModelKind:
         return ModelKind.FINE_TUNED
     if protocol != FROZEN:
         return ModelKind.STUDENT
+    if model.endswith(AVERAGE_SUFFIX):
+        return ModelKind.AVERAGE
     if "random" in weights:
         return ModelKind.RANDOM
     if weights == "none":

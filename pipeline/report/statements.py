@@ -40,7 +40,7 @@ def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
 
 
 def _best_members(table: pd.DataFrame) -> Iterator[tuple[str, str | None, str]]:
-    """Yield each ensemble, its best member and a description; None and the reason if there is none."""
+    """Yield each ensemble, its best member or its members' average, and a description; or None and the reason."""
     for model in table[table.kind == ModelKind.ENSEMBLE].index:
         members = model.split("+")
         if missing := [name for name in members if name not in table.index]:
@@ -48,6 +48,8 @@ def _best_members(table: pd.DataFrame) -> Iterator[tuple[str, str | None, str]]:
             yield model, None, reason
         else:
             yield model, table.loc[members].val_mean.idxmax(), "its best member on validation"
+        if (average := model + significance.AVERAGE_SUFFIX) in table.index:
+            yield model, average, "control: the average of its members' probabilities"
 
 
 def _controls(table: pd.DataFrame) -> Iterator[tuple[str, str, str]]:

@@ -63,7 +63,9 @@ def test_report_tables_have_every_model_and_its_protocol(results, html, grid):
     assert [[dataset, model, row[-1]] for dataset, model, *row in cells] == rows
     runs, _ = grid
     expected = runs[["dataset", "model", "protocol"]].drop_duplicates().to_numpy().tolist()
-    assert sorted(rows) == sorted([*expected, ["e", "a", "frozen"]])
+    averaged = ["d", "a+b, averaged", "frozen"]
+    assert sorted(rows) == sorted([*expected, averaged, ["e", "a", "frozen"]])
+    assert ["a+b, averaged", "average of probabilities (control)"] in rows_of(html, "model", "kind")
     scores = json.loads((results / "metrics.json").read_text())
     score = runs[runs.model == "a"].score
     assert scores["d"]["a"] == pytest.approx({"mean": score.mean(), "std": score.std()}, abs=1e-6)
@@ -93,9 +95,12 @@ def test_report_has_further_metrics_and_scores_of_every_class(results, html, gri
 
 def test_report_comparisons_are_in_the_page_and_in_findings(results, html):
     findings = (results / "report/findings.md").read_text().splitlines()
-    assert len(findings) == 3 + 1 + 2  # ensembles and controls, the fine-tuned model, the student on both datasets
+    assert len(findings) == 4 + 1 + 2  # ensembles and controls, the fine-tuned model, the student on both datasets
+    assert sum(" a+b, averaged (control: " in sentence for sentence in findings) == 1
     pairs = pd.read_csv(results / "report/pairs.csv")
     assert set(pairs.protocol) == {"frozen"}
+    assert "a+b" in set(pairs.model_b)
+    assert "a+b, averaged" not in {*pairs.model_a, *pairs.model_b}
     for sentence in [*(finding.removeprefix("- ") for finding in findings), *pairs.sentence]:
         assert sentence.replace("'", "&#39;") in html
 
@@ -185,7 +190,7 @@ def test_report_models_tested_on_other_samples_are_refused(results):
     runs = pd.read_csv(results / "report/runs.csv")
     runs.loc[runs.model == "b", "task"] = "segmentation"
     with raises(UserError, "dvc repro", path=results / "runs/e/a"):
-        report._bootstrap_all(folders, runs)
+        report._bootstrap_all(folders, runs, {})
 
 
 def committed(name: str) -> str:

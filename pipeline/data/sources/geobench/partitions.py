@@ -1,4 +1,4 @@
-"""Read the JSON files of a set (partitions, labels, band statistics, range of scores), and check its band means.
+"""Read the JSON files beside a set's samples, and check its band means.
 
 The means are compared with published ones, to detect bands in another order.
 """
@@ -132,7 +132,9 @@ def _check_sample_names(path: Path, key: str, names: object) -> list[str]:
 
 
 def read_score_range(folder: Path, spec: GeoBenchSet) -> list[float] | None:
-    """Return the lowest and highest score of GEO-Bench's own runs; None if the release has no normalizer.json.
+    """Return the lowest and highest score of GEO-Bench's own runs.
+
+    None if the release has no normalizer.json, or that lacks the set.
 
     Raises UserError: the file has another format.
 
