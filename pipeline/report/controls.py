@@ -22,15 +22,16 @@ def average_members(tables: Sequence[pd.DataFrame], runs: pd.DataFrame) -> tuple
 
     Raises UserError if the members were tested with other seeds or on other samples.
     """
-    first, *others = (table.sort_values(["seed", "sample"], kind="stable", ignore_index=True) for table in tables)
+    sorted_tables = [table.sort_values(["seed", "sample"], kind="stable", ignore_index=True) for table in tables]
+    first = sorted_tables[0]
     keys = ["seed", "sample"]
-    if any(not table[keys].equals(first[keys]) for table in others):
+    if any(not table[keys].equals(first[keys]) for table in sorted_tables):
         model = runs.model.iloc[0]
         raise UserError(
             f"The members of {model} were tested with different seeds or samples. Run: dvc repro", value=model
         )
     task = get_task(runs.task.iloc[0])(int(runs.classes.iloc[0]))
-    probability = np.mean([np.stack(table.probability) for table in (first, *others)], axis=0)
+    probability = np.mean([np.stack(table.probability) for table in sorted_tables], axis=0)
     # A class of a multi-label task is predicted above 0.5; the argmax of other tasks is not changed by a shift.
     predicted = first.assign(probability=list(probability), predicted=list(task.predict(probability - 0.5, axis=1)))
     averaged = runs.sort_values("seed", ignore_index=True).assign(

@@ -116,7 +116,7 @@ def classes(table: pd.DataFrame) -> list[dict]:
 
 
 def aggregates(runs: pd.DataFrame, score_ranges: significance.ScoreRanges) -> list[dict]:
-    """Return `datasets`, `geobench_scaled` (a part of them) and a table `scores` of each group with common models."""
+    """Return `datasets`, `geobench_scaled` (some of them) and `scores` of each group with common models."""
     groups = []
     for datasets in significance.common_dataset_groups(runs):
         table = significance.aggregate_over_datasets(runs, datasets, score_ranges)

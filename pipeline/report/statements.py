@@ -40,7 +40,7 @@ def key_comparisons(summary: pd.DataFrame, draws: Draws) -> list[str]:
 
 
 def _best_members(table: pd.DataFrame) -> Iterator[tuple[str, str | None, str]]:
-    """Yield each ensemble, its best member or its members' average, and a description; or None and the reason."""
+    """Yield each ensemble, its best member or their average, and a description; or None and the reason."""
     for model in table[table.kind == ModelKind.ENSEMBLE].index:
         members = model.split("+")
         if missing := [name for name in members if name not in table.index]:
