@@ -230,7 +230,7 @@ class BackboneConfig:
     input_units: Annotated[Literal["reflectance", "display", "any", ""], _CurrentName] = ""
     """Expected units of the input: `reflectance` (0 to 1), `display` (an RGB image in [0, 1]) or `any` of them."""
     layers: tuple[int, ...] = ()
-    """Indices of the network's outputs to use as levels."""
+    """Indices of the network's outputs to use as levels, in increasing order; docs/foundation-models.md."""
     wavelengths: Literal["pretraining", "terratorch", "image"] = "pretraining"
     """Of DOFA's bands: `pretraining`, where the sensor is known, `terratorch` (its table), or the `image`'s own."""
     options: Arguments = field(default_factory=dict)

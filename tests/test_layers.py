@@ -26,7 +26,7 @@ LAYER_OF = {f"pipeline.{name}": number for number, names in enumerate(LAYERS) fo
 # Packages whose modules never import each other, and the modules that they share.
 SIBLINGS = {
     "pipeline/data/sources": set(),
-    "pipeline/backbones": {"base", "catalog", "preprocessing", "encoder", "checkpoints"},
+    "pipeline/backbones": {"base", "catalog", "preprocessing", "encoder", "checkpoints", "intermediates"},
     "pipeline/heads": {"fusion", "config", "checkpoint", "dense"},
 }
 # What a skipped cell, a fetch or a map by onnxruntime needs: importing torch would take seconds for nothing.

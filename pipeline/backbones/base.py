@@ -9,6 +9,7 @@ torch is not imported here: stages that skip a backbone, or only fetch its weigh
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,27 +93,47 @@ class FeaturePyramid:
         return cls(list(levels), means)
 
     @classmethod
-    def from_tokens(cls, outputs: "Sequence[torch.Tensor]") -> "FeaturePyramid":
-        """Make a pyramid of a vision transformer's outputs: maps, means, and class tokens `cls_level<i>`.
+    def from_outputs(
+        cls, outputs: "Sequence[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]", input_size: int
+    ) -> "FeaturePyramid":
+        """Make a pyramid of a network's outputs: maps, means, and class tokens `cls_level<i>`.
 
-        The outputs are (batch, token, channel): patches of a square grid in reading order, which one class token may
-        precede. Raises ValueError for any other number of tokens.
+        Args:
+            outputs: each is a map (batch, channel, y, x); a map and its class token (batch, channel); or tokens
+                (batch, token, channel), patches of a square grid in reading order, which one class token may precede.
+            input_size: side of the network's input in pixels.
+
+        Raises UserError: any other number of tokens.
         """
-        n_tokens = outputs[0].shape[1]
-        side = int(n_tokens**0.5)
-        n_class_tokens = n_tokens - side * side
-        if n_class_tokens not in (0, 1):
-            raise ValueError(f"{n_tokens} tokens are neither a square grid nor one with a class token")
-        patches = [tokens[:, n_class_tokens:].transpose(1, 2).unflatten(2, (side, side)) for tokens in outputs]
-        pyramid = cls.from_maps(patches)
-        if n_class_tokens:
-            pyramid.pooled.update({f"cls_level{index}": tokens[:, 0] for index, tokens in enumerate(outputs)})
+        pairs = [_separate_class_token(output, input_size) for output in outputs]
+        pyramid = cls.from_maps([level for level, _ in pairs])
+        pyramid.pooled.update({f"cls_level{i}": token for i, (_, token) in enumerate(pairs) if token is not None})
         return pyramid
 
     def arrays(self) -> dict:
         """Return all tensors by the names of their arrays in a feature store, levels first."""
         levels = {level_array(index): level for index, level in enumerate(self.levels)}
         return levels | {pooled_array(name): vector for name, vector in self.pooled.items()}
+
+
+def _separate_class_token(output, input_size: int) -> "tuple[torch.Tensor, torch.Tensor | None]":
+    """Return an output of `FeaturePyramid.from_outputs` as a map and its class token."""
+    if isinstance(output, tuple):
+        return output
+    if output.ndim != 3:
+        return output, None
+    n_tokens = output.shape[1]
+    side = math.isqrt(n_tokens)
+    n_class_tokens = n_tokens - side * side
+    if n_class_tokens > 1 or input_size % side:
+        raise UserError(
+            f"The network returned {n_tokens} tokens for an input of {input_size} px. Expected: one token per patch "
+            "of a square grid, with at most one class token before them, and no register tokens. Use this network "
+            "from the family timm, or choose another.",
+            key="layers", value=tuple(output.shape),
+        )  # fmt: skip
+    level = output[:, n_class_tokens:].transpose(1, 2).unflatten(2, (side, side))
+    return level, output[:, 0] if n_class_tokens else None
 
 
 @dataclass(frozen=True)

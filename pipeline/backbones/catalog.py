@@ -4,6 +4,7 @@ This module does not import torch. The networks are in one module per family, na
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import config
@@ -11,17 +12,31 @@ from pipeline.backbones.base import BackboneFamily, BackboneSpec
 from pipeline.config import BackboneConfig, HubFile
 from pipeline.errors import UserError
 
-# Levels of a network from timm or terratorch: the last of its outputs.
+# Levels of a network from timm or terratorch.
 N_LEVELS = 4
+
+
+def default_layers(grids: Sequence) -> tuple[int, ...]:
+    """Choose four of a network's outputs from their grids (or strides), or all if there are fewer.
+
+    They are those at 1/4, 1/2, 3/4 and 1 of the depth of a plain vision transformer, whose outputs share a grid,
+    and the last four of a hierarchical network.
+    """
+    n_outputs = len(grids)
+    if n_outputs <= N_LEVELS or len(set(grids)) > 1:
+        return tuple(range(max(0, n_outputs - N_LEVELS), n_outputs))
+    return tuple(n_outputs * (level + 1) // N_LEVELS - 1 for level in range(N_LEVELS))
 
 
 def timm_spec(backbone: BackboneConfig) -> BackboneSpec:
     """Make the specification of one of timm's networks, with the normalisation that timm states for it.
 
-    Raises UserError: no such network.
+    Raises UserError: no such network, or `layers` or `options` that do not fit it.
     """
     # timm takes 4 s to import with torch, and only this family needs it.
     import timm
+
+    from pipeline.backbones.timm import describe_outputs
 
     if not timm.is_model(backbone.variant):
         similar = difflib.get_close_matches(backbone.variant, timm.list_models(), n=6)
@@ -33,6 +48,9 @@ def timm_spec(backbone: BackboneConfig) -> BackboneSpec:
         licence = pretrained.license or "see the repository"
         hub = HubFile(pretrained.hf_hub_id, "model.safetensors", "", licence=licence)
     bands = tuple(map(str, backbone.bands)) or ("red", "green", "blue")
+    outputs = describe_outputs(backbone.variant, len(bands), backbone.options)
+    strides = [output["reduction"] for output in outputs]
+    indices = _selected_layers(backbone, len(outputs)) or default_layers(strides)
     has_stats = pretrained is not None and len(pretrained.mean) == len(bands)
     return BackboneSpec(
         bands=bands,
@@ -40,20 +58,37 @@ def timm_spec(backbone: BackboneConfig) -> BackboneSpec:
         mean=pretrained.mean if has_stats else None,
         std=pretrained.std if has_stats else None,
         requires_dataset_stats=not has_stats,
-        layers=tuple(f"level {index} of the last {N_LEVELS}" for index in range(N_LEVELS)),
+        # The maps of convolutional networks have ceil(input_size / stride) cells: any size is allowed.
+        strides=tuple(strides[index] for index in indices) if len(set(strides)) == 1 else (),
+        layers=tuple(outputs[index]["module"] for index in indices),
+        layer_indices=indices,
         weights=hub,
+        options=dict(backbone.options),
     )
+
+
+def _selected_layers(backbone: BackboneConfig, n_outputs: int) -> tuple[int, ...]:
+    """Return the configured layers, counted from 0; UserError unless they are increasing and exist."""
+    indices = tuple(index + n_outputs if index < 0 else index for index in backbone.layers)
+    if sorted(set(indices)) != list(indices) or not set(indices) <= set(range(n_outputs)):
+        raise UserError(
+            f"'{backbone.variant}' has {n_outputs} outputs, and its layers in params.yaml are "
+            f"{', '.join(map(str, backbone.layers))}. List outputs in increasing order: 0 to {n_outputs - 1}, or "
+            "counted from -1, the last.",
+            key="layers", value=backbone.layers, allowed=range(-n_outputs, n_outputs),
+        )  # fmt: skip
+    return indices
 
 
 def terratorch_spec(backbone: BackboneConfig) -> BackboneSpec:
     """Make the specification of a backbone in terratorch's registry from params.yaml alone."""
-    indices = backbone.layers or tuple(range(-N_LEVELS, 0))
+    names = [f"output {index}" for index in backbone.layers] or [f"level {index}" for index in range(N_LEVELS)]
     return BackboneSpec(
         bands=tuple(map(str, backbone.bands)) or None,
         input_units=backbone.input_units or "any",
         requires_dataset_stats=True,
-        layers=tuple(f"output {index}" for index in indices),
-        layer_indices=indices,
+        layers=tuple(names),
+        layer_indices=backbone.layers,
         weights=backbone.hub,
         options=dict(backbone.options),
     )

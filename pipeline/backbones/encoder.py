@@ -32,8 +32,8 @@ _MAX_PARALLEL = 2
 class PyramidNetwork(torch.nn.Module):
     """A network, from images (batch, band, y, x) to a pyramid.
 
-    `get_outputs(network, image, **metadata)` returns the outputs that become its levels: maps (batch, channel, y, x)
-    or tokens (batch, token, channel). By default it calls the network.
+    `get_outputs(network, image, **metadata)` returns the outputs that become its levels, as for
+    `FeaturePyramid.from_outputs`. By default it calls the network.
     """
 
     def __init__(self, network: torch.nn.Module, get_outputs: Callable = lambda network, image: network(image)):
@@ -42,8 +42,7 @@ class PyramidNetwork(torch.nn.Module):
 
     def forward(self, image: torch.Tensor, **metadata: torch.Tensor) -> FeaturePyramid:
         outputs = self.get_outputs(self.network, image, **metadata)
-        is_tokens = outputs[0].ndim == 3
-        return FeaturePyramid.from_tokens(outputs) if is_tokens else FeaturePyramid.from_maps(outputs)
+        return FeaturePyramid.from_outputs(outputs, image.shape[-1])
 
 
 def compute_in_float32(module: torch.nn.Module) -> None:

@@ -74,13 +74,26 @@ def test_feature_pyramid_arrays_are_named_as_in_the_store():
 @pytest.mark.parametrize("n_class_tokens", [0, 1])
 def test_feature_pyramid_from_tokens_restores_the_grid(n_class_tokens):
     tokens = torch.rand(2, n_class_tokens + 9, 4)
-    pyramid = FeaturePyramid.from_tokens([tokens])
+    pyramid = FeaturePyramid.from_outputs([tokens], 48)
     assert torch.equal(pyramid.levels[0][1, :, 2, 0], tokens[1, n_class_tokens + 6])
     assert list(pyramid.pooled) == ["mean_level0", "cls_level0"][: 1 + n_class_tokens]
     if n_class_tokens:
         assert torch.equal(pyramid.pooled["cls_level0"], tokens[:, 0])
-    with pytest.raises(ValueError, match="12"):
-        FeaturePyramid.from_tokens([torch.rand(1, 12, 4)])
+
+
+# 4 registers and a class token with 14x14 patches; the same with 2x2 patches, which looks like a grid of 3x3
+@pytest.mark.parametrize(("n_tokens", "input_size"), [(201, 224), (9, 32), (12, 48)])
+def test_feature_pyramid_from_tokens_with_registers_is_refused(n_tokens, input_size):
+    with raises(UserError, n_tokens, input_size, key="layers", value=(1, n_tokens, 4)):
+        FeaturePyramid.from_outputs([torch.rand(1, n_tokens, 4)], input_size)
+
+
+def test_feature_pyramid_from_outputs_accepts_maps_with_class_tokens():
+    level, token = torch.rand(2, 3, 8, 8), torch.rand(2, 5)
+    pyramid = FeaturePyramid.from_outputs([level, (level, token)], 64)
+    assert list(pyramid.pooled) == ["mean_level0", "mean_level1", "cls_level1"]
+    assert pyramid.levels[1] is level
+    assert pyramid.pooled["cls_level1"] is token
 
 
 def test_match_bands_follows_the_networks_order():
