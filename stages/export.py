@@ -15,7 +15,7 @@ def export(student: str, dataset: str | None, int8: bool) -> None:
     """
     folder, final = Path(student), Path(student) / "export"
     if dataset:
-        cli.load_params(dataset)  # an unknown name is not a missing result
+        cli.load_params(dataset).student(student)  # an unknown name is not a missing result
         folder, final = cli.DISTILLATION / dataset / student / "best", cli.EXPORTS / dataset / student
         if reason := cli.read_json(folder.parent / "metadata.json")["skipped"]:
             cli.publish_skipped(final, "export.json", reason)

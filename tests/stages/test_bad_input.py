@@ -49,6 +49,7 @@ def test_validate_value_that_only_networks_know_is_refused(job, change, key, val
         *((stage, "--dataset x", "datasets", "x") for stage in ("prepare", "teacher", "cost", "compose", "resolve")),
         *((stage, "--dataset x --model lite0", "datasets", "x") for stage in ("tune", "train", "finetune")),
         ("export", "--dataset x --student small", "datasets", "x"),
+        ("export", "--dataset sample-trees --student tiny", "students", "tiny"),
         ("extract", "--dataset sample-trees --backbone y", "backbones", "y"),
         ("tune", "--dataset sample-trees --model lite0+z", "backbones", "z"),
         ("distill", "--dataset sample-trees --student tiny", "students", "tiny"),
