@@ -88,6 +88,7 @@ def test_prepare_damaged_file_is_refused_or_skipped(job, geobench_root, tmp_path
         output = job.stage("prepare", "--dataset", "m-so2sat", "--skip-bad")
         assert "id_0003" in output
         assert "{'train': 5, 'val': 4, 'test': 4}" in output
+    shutil.rmtree(job.folder / "data/raw/m-so2sat")  # the report depends on data/raw
 
 
 def test_profile_paper_plans_every_stage_and_an_unknown_profile_is_refused(fresh_clone):

@@ -32,7 +32,8 @@ def test_report_has_the_runs_of_every_dataset_and_model(job):
     assert runs.score.between(0, 1).all()
     assert runs.groupby("dataset").n_test.first().to_dict() == {SEGMENTATION: 16, TREES: 57}
     scores = json.loads((job.folder / "results/metrics.json").read_text())
-    assert scores[TREES].keys() == {"raw", "lite0", "raw+lite0", "small (distilled)", "small (supervised)"}
+    models = {"raw", "lite0", "raw+lite0", "raw+lite0, averaged", "small (distilled)", "small (supervised)"}
+    assert scores[TREES].keys() == models
     page = (job.folder / "results/report/index.html").read_text()
     assert all(name in page for name in ("csmask_b4", "nir", "swir16", "swir22")), "bands that sample-trees lacks"
     assert page.count("data:image/png;base64,") == 6
