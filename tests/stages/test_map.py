@@ -81,4 +81,4 @@ def test_map_missing_input_is_refused(job, tmp_path, arguments, mentions):
 
 
 def test_export_missing_student_is_refused(job):
-    assert "results/distill" in str(job.stage_error("export", "--dataset", "sample-trees", "--student", "x"))
+    assert "results/distill" in str(job.stage_error("export", "--dataset", "sample-trees", "--student", "medium"))
